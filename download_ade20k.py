@@ -1,0 +1,342 @@
+"""Download ADE20K (SceneParsing benchmark, ADEChallengeData2016, 0.9 GB) and unpack it.
+
+    python download_ade20k.py                                  # into ./ade20k, train with path=./ade20k
+    python download_ade20k.py --path /data/ade20k
+    python download_ade20k.py --url http://mirror/ADEChallengeData2016.zip
+
+Interrupt it whenever you like: run again, it goes on where it stopped. The archive is checked
+against its SHA-1 before a file of it is unpacked, the unpacked folder appears all at once, and when
+it is there already nothing happens. An archive put at `<path>/ADEChallengeData2016.zip` by other
+means, whole or in part, is taken up too. Exit status: 0 all there, 1 failed, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
+FOLDER = "ADEChallengeData2016"
+# Files in the official archive: how a folder unpacked by other means is known to be whole.
+OFFICIAL_COUNTS = {
+    "images/training": 20_210,
+    "images/validation": 2_000,
+    "annotations/training": 20_210,
+    "annotations/validation": 2_000,
+}
+MARKER = (
+    ".complete.json"  # written last by extract(): the archive's SHA-1 and how many files it had
+)
+
+ATTEMPTS = 6  # in a row that bring nothing new; with waits of 1, 2, 4, ... s that is half a minute
+TIMEOUT = 60  # seconds without a byte from the server
+CHUNK = 1 << 20
+# JPEG and PNG do not compress, so the files take about what the archive does, and block rounding.
+UNPACKED_SIZE = 1.2
+BLOCK = 4096
+
+
+class DownloadError(RuntimeError):
+    """The data set cannot be fetched; the message is one line that says what to do."""
+
+
+class _ConnectionLost(Exception):
+    """The server or the way to it failed in a manner that may pass: try again."""
+
+
+def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
+    """Makes `<path>/ADEChallengeData2016` hold the whole data set.
+
+    Args:
+        path: The folder that will contain `ADEChallengeData2016`; it is what training calls `path`.
+        url: Where the archive is, http or https. A mirror needs to hold the same bytes.
+        sha1: The archive's SHA-1, 40 hex digits.
+
+    Returns:
+        `<path>/ADEChallengeData2016`.
+
+    Raises:
+        DownloadError: Server, archive, disk or an incomplete folder in the way.
+    """
+    if not re.match("https?://", url):
+        raise DownloadError(f"{url} is no http or https address")
+    path = Path(path).expanduser()
+    folder, archive = path / FOLDER, path / f"{FOLDER}.zip"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with _only_one(path):
+            if folder.exists():
+                if problem := _what_is_missing(folder, sha1):
+                    raise DownloadError(
+                        f"{folder} is there but {problem}: move it away and run again, "
+                        "or use another --path"
+                    )
+                log.info("%s is complete, nothing to do", folder)
+            else:
+                fetch(url, archive, sha1)
+                extract(archive, folder, sha1)
+                archive.unlink()
+                log.info("%s is complete, train with path=%s", folder, path)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        raise DownloadError(
+            f"{error.filename or path}: {error.strerror or error}; put that right and run again, "
+            "what was downloaded is kept"
+        ) from error
+    return folder
+
+
+def fetch(url: str, archive: Path, sha1: str) -> None:
+    """Downloads `url` to `archive`, going on after what is there; raises DownloadError."""
+    resumed = archive.exists() and archive.stat().st_size > 0
+    if resumed and _sha1(archive) == sha1:
+        return
+    _download(url, archive)
+    found = _sha1(archive)
+    if found != sha1 and resumed:
+        # The first part may be of another version of the file, or of something else altogether.
+        log.warning("the archive that was continued has SHA-1 %s: downloading it afresh", found)
+        archive.unlink()
+        _download(url, archive)
+        found = _sha1(archive)
+    if found != sha1:
+        archive.unlink()
+        raise DownloadError(
+            f"{url} has SHA-1 {found}, not {sha1}: it is not the ADE20K archive (deleted); "
+            "try again, or another --url"
+        )
+
+
+def _download(url: str, archive: Path) -> None:
+    """Repeats `_download_once` until the file is whole, as long as attempts bring something new."""
+    failures, most = 0, archive.stat().st_size if archive.exists() else 0
+    while True:
+        try:
+            _download_once(url, archive)
+            return
+        except _ConnectionLost as error:
+            size = archive.stat().st_size if archive.exists() else 0
+            failures = 1 if size > most else failures + 1
+            most = max(most, size)
+            if failures == ATTEMPTS:
+                raise DownloadError(
+                    f"{url}: {error}; gave up after {ATTEMPTS} attempts in a row without progress "
+                    f"({_bytes(size)} kept in {archive}): run again to go on from there"
+                ) from error
+            wait = 2 ** (failures - 1)
+            log.warning("%s: %s; trying again in %d s", url, error, wait)
+            time.sleep(wait)
+
+
+def _download_once(url: str, archive: Path) -> None:
+    """One request for what is still missing; raises _ConnectionLost where more is to come."""
+    have = archive.stat().st_size if archive.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "ade20k-download/1.0"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        with error:
+            total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+        if error.code == 416 and have:  # nothing after what we have
+            if total and int(total[1]) == have:
+                return
+            archive.unlink()
+            raise _ConnectionLost(
+                "the part downloaded earlier does not fit, starting over"
+            ) from None
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise _ConnectionLost(f"HTTP {error.code} {error.reason}") from None
+        raise DownloadError(
+            f"{url}: HTTP {error.code} {error.reason}; is the address right?"
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _ConnectionLost(f"no connection ({getattr(error, 'reason', error)})") from error
+    with response:
+        content_range = re.match(
+            r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
+        )
+        resuming = response.status == 206 and content_range and int(content_range[1]) == have
+        start = have if resuming else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        if total:
+            needed = total - have + UNPACKED_SIZE * total
+            _require_space(archive.parent, int(needed), "the archive and its files")
+        with open(archive, "ab" if resuming else "wb") as file:
+            _copy(response, file, total)
+
+
+def _copy(response: http.client.HTTPResponse, file, total: int | None) -> None:
+    """Appends the body to `file` with a progress bar; raises _ConnectionLost if it ends early."""
+    bar = tqdm(
+        total=total, initial=file.tell(), unit="B", unit_scale=True, desc="download", disable=None
+    )
+    with bar:
+        while True:
+            try:
+                chunk = response.read(CHUNK)
+            except (OSError, http.client.HTTPException) as error:
+                raise _ConnectionLost(
+                    f"connection lost at {_bytes(file.tell())} ({error})"
+                ) from error
+            if not chunk:
+                break
+            file.write(chunk)
+            bar.update(len(chunk))
+    if total is not None and file.tell() != total:
+        raise _ConnectionLost(f"connection closed at {_bytes(file.tell())} of {_bytes(total)}")
+
+
+def extract(archive: Path, folder: Path, sha1: str) -> None:
+    """Unpacks the archive's `ADEChallengeData2016/` so that `folder` appears all at once.
+
+    Raises:
+        DownloadError: A damaged or hostile archive, or no room for its files. `folder` is not made.
+    """
+    temporary = folder.with_name(f".{FOLDER}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = _safe_members(zipped)
+            size = sum(BLOCK * (member.file_size // BLOCK + 1) for member in members)
+            _require_space(folder.parent, size, f"the {len(members):,} files in {archive.name}")
+            for member in tqdm(members, unit=" files", desc="unpack", disable=None):
+                target = temporary / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Reading stops at the size the archive announces, and checks the CRC there.
+                with zipped.open(member) as source, open(target, "xb") as out:
+                    shutil.copyfileobj(source, out, CHUNK)
+        marker = {"sha1": sha1, "files": len(members)}
+        (temporary / FOLDER / MARKER).write_text(json.dumps(marker) + "\n")
+        os.rename(temporary / FOLDER, folder)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
+        raise DownloadError(
+            f"{archive} cannot be unpacked ({error}): delete it and run again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files to unpack: plain ones under `ADEChallengeData2016/`. Refuses a hostile archive."""
+    members, seen = [], set()
+    for member in zipped.infolist():
+        name, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
+        problem = None
+        if name.is_absolute() or ".." in name.parts or re.search(r"[\\\0]|^\w:", member.filename):
+            problem = "leads outside the target folder"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "is a link or a device, not a file"
+        elif member.flag_bits & 1:
+            problem = "is encrypted"
+        elif name in seen:
+            problem = "is in it twice"
+        if problem:
+            raise DownloadError(
+                f"{zipped.filename} is not to be trusted: {member.filename!r} {problem}; nothing unpacked"
+            )
+        seen.add(name)
+        if name.parts[:1] == (FOLDER,) and not member.is_dir():
+            members.append(member)
+    if not members:
+        raise DownloadError(
+            f"{zipped.filename} holds no folder {FOLDER}: it is not the ADE20K archive"
+        )
+    return members
+
+
+def _what_is_missing(folder: Path, sha1: str) -> str | None:
+    """Why `folder` is not the whole data set, None if it is."""
+    marker = folder / MARKER
+    if marker.is_file():
+        expected = json.loads(marker.read_text())
+        files = sum(len(names) for _, _, names in os.walk(folder)) - 1
+        if files < expected["files"]:
+            return f"holds {files:,} of {expected['files']:,} files"
+        if expected["sha1"] != sha1:
+            return f"is of another archive (SHA-1 {expected['sha1']})"
+        return None
+    for name, expected in OFFICIAL_COUNTS.items():
+        files = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
+        if files < expected:
+            return f"{name} holds {files:,} of {expected:,} files"
+    return None
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Holds a lock on the folder, which ends with the process and leaves no file behind."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DownloadError(f"another download into {path} is running: wait for it") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _require_space(path: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise DownloadError(
+            f"{path} has {_bytes(free)} free, {what} need {_bytes(needed)}: make room or use another --path"
+        )
+
+
+def _sha1(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha1").hexdigest()
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--path", default="./ade20k", help="folder to hold ADEChallengeData2016")
+    parser.add_argument("--url", default=URL, help="where the archive is, for a mirror")
+    parser.add_argument(
+        "--sha1", default=SHA1, help="the archive's SHA-1, if a mirror packs it otherwise"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        download_ade20k(options.path, options.url, options.sha1)
+    except KeyboardInterrupt:
+        print("interrupted: run again to go on from here", file=sys.stderr)
+        return 130
+    except DownloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
