@@ -1,0 +1,291 @@
+"""DeepLabV3+ (a torchvision ResNet and mmsegmentation's head) and the ComposerModel that trains it.
+
+    network = deeplabv3(num_classes=150, backbone_arch="resnet101")   # a plain nn.Module
+    model = build_composer_deeplabv3(num_classes=150)                 # what Composer's Trainer takes
+
+Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
+Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from composer.models import ComposerModel
+from composer.utils import dist
+from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import Bottleneck
+
+from losses import segmentation_loss
+from metrics import CrossEntropy, MIoU
+
+log = logging.getLogger(__name__)
+
+
+class ModelError(ValueError):
+    """A model that cannot be built as asked: an unknown backbone, or weights that do not fit or exist."""
+
+
+class DeepLabV3(nn.Module):
+    """A backbone whose features a decode head turns into per-pixel class scores.
+
+    Args:
+        backbone: Maps an image to a dict of feature maps, finest first.
+        classifier: Maps the tuple of those feature maps to logits.
+        upsample: Whether to bring the logits to the size of the image. The loss and the metrics do that
+            themselves, a part of the batch at a time, so training leaves it out.
+
+    Shape:
+        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without ``upsample``
+        (H / 8 and W / 8 for DeepLabV3 without the plus).
+    """
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module, upsample: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.upsample = upsample
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.classifier(tuple(self.backbone(image).values()))
+        if self.upsample:
+            logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+        return logits
+
+
+def weight_init(module: nn.Module) -> None:
+    """Initialise one layer as the reference does: He et al. 2015 for weights, identity for BatchNorm."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def deeplabv3(
+    num_classes: int,
+    backbone_arch: str = "resnet101",
+    backbone_weights: str | None = None,
+    sync_bn: bool = True,
+    use_plus: bool = True,
+    init_fn: Callable[[nn.Module], None] | None = None,
+) -> DeepLabV3:
+    """Build DeepLabV3(+) with output stride 8.
+
+    Args:
+        num_classes: Number of classes C.
+        backbone_arch: A torchvision ResNet with bottleneck blocks, such as ``"resnet101"``.
+        backbone_weights: ``None``, a torchvision name such as ``"IMAGENET1K_V2"``, or the path or URL of a
+            state dict with torchvision's parameter names.
+        sync_bn: Whether BatchNorm statistics are shared by the processes of a node. Without effect in a
+            single process.
+        use_plus: DeepLabV3+ (with the stride-4 decoder) rather than DeepLabV3.
+        init_fn: Applied to every module; to those of the head alone where the backbone has weights.
+
+    Raises:
+        ModelError: The backbone is not such a ResNet, or the weights cannot be had or do not fit.
+    """
+    backbone = _resnet(backbone_arch)
+    if backbone_weights:
+        _load_backbone_weights(backbone, backbone_arch, backbone_weights)
+    features = IntermediateLayerGetter(backbone, {"layer1": "layer1", "layer4": "layer4"})
+    head_arguments = dict(
+        in_channels=backbone.inplanes,
+        in_index=-1,
+        channels=512,
+        dilations=(1, 12, 24, 36),
+        dropout_ratio=0.1,
+        num_classes=num_classes,
+        norm_cfg=dict(type="BN", requires_grad=True),
+        align_corners=False,
+    )
+    if use_plus:
+        head = DepthwiseSeparableASPPHead(c1_in_channels=256, c1_channels=48, **head_arguments)
+    else:
+        head = ASPPHead(**head_arguments)
+    network = DeepLabV3(features, head)
+    if init_fn is not None:
+        (network.classifier if backbone_weights else network).apply(init_fn)
+    return _convert_sync_bn(network) if sync_bn else network
+
+
+def _resnet(arch: str) -> torchvision.models.ResNet:
+    """A torchvision ResNet of this name, dilated to output stride 8."""
+    builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
+    if builder is None or arch not in torchvision.models.list_models(torchvision.models):
+        raise ModelError(f"backbone_arch={arch}: torchvision has no such ResNet; try resnet101")
+    try:
+        backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
+    except NotImplementedError:  # what torchvision raises where basic blocks meet a dilation
+        backbone = None
+    if backbone is None or not isinstance(backbone.layer1[0], Bottleneck):
+        raise ModelError(
+            f"backbone_arch={arch} has basic blocks, which cannot be dilated to output stride 8; "
+            "use a ResNet with bottleneck blocks, such as resnet50"
+        )
+    return backbone
+
+
+def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
+    """Load ImageNet weights by torchvision's name, or a state dict from a path or URL, in place."""
+    url = weights
+    if "/" not in weights and not os.path.exists(weights):
+        named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
+        if weights not in named:
+            raise ModelError(
+                f"backbone_weights={weights}: {arch} has {', '.join(named)}, "
+                "and there is no file of that name"
+            )
+        url = named[weights].url
+    if "://" in url:
+        target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        try:
+            # One process a node downloads; the others find the file in the cache.
+            with (
+                dist.run_local_rank_zero_first()
+                if dist.is_initialized()
+                else contextlib.nullcontext()
+            ):
+                state = torch.hub.load_state_dict_from_url(
+                    url, map_location="cpu", check_hash=url != weights, weights_only=True
+                )
+        except (URLError, OSError) as error:
+            raise ModelError(
+                f"backbone_weights={weights}: cannot download {url} ({error}); "
+                f"fetch that file elsewhere and put it at {target}"
+            ) from error
+    else:
+        if not os.path.isfile(weights):
+            raise ModelError(f"backbone_weights={weights}: no such file")
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a file that is not a state dict
+            raise ModelError(
+                f"backbone_weights={weights}: not a PyTorch state dict ({type(error).__name__})"
+            ) from error
+    _load_state(backbone, state, f"backbone_weights={weights}", arch)
+
+
+def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    expected = backbone.state_dict()
+    needed = [key for key in expected if not key.startswith("fc.")]
+    wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
+    if wrong:
+        raise ModelError(
+            f"{what} does not fit {arch}: {len(wrong)} of {len(needed)} tensors are missing or of "
+            f"another shape, first {wrong[0]}"
+        )
+    backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
+
+
+def _convert_sync_bn(network: DeepLabV3) -> DeepLabV3:
+    """Share BatchNorm statistics within each node (across nodes costs more than it gives)."""
+    if dist.get_world_size() == 1:
+        return network
+    if not torch.cuda.is_available():
+        log.warning("model.sync_bn is ignored: torch's SyncBatchNorm needs a GPU")
+        return network
+    per_node = dist.get_local_world_size()
+    groups = [
+        torch.distributed.new_group(list(range(start, start + per_node)))
+        for start in range(0, dist.get_world_size(), per_node)
+    ]
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network, groups[dist.get_node_rank()])
+
+
+class ComposerDeepLabV3(ComposerModel):
+    """What Composer's Trainer asks of a model: forward, loss and metrics on ``(image, target)`` batches.
+
+    Args:
+        network: Maps an image (N, 3, H, W) to logits of any resolution; kept as ``module``.
+        num_classes: Number of classes C.
+        ignore_index: The target value of pixels that count in neither loss nor metrics.
+        cross_entropy_weight: Weight of the cross entropy in the loss.
+        dice_weight: Weight of the Dice loss in the loss.
+
+    Attributes:
+        cpu_autocast: Where set (to ``torch.bfloat16``), the forward pass on a CPU runs in that type;
+            Composer has mixed precision for GPUs only.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        ignore_index: int = -1,
+        cross_entropy_weight: float = 1.0,
+        dice_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.module = network
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.cross_entropy_weight = cross_entropy_weight
+        self.dice_weight = dice_weight
+        self.cpu_autocast: torch.dtype | None = None
+
+    def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
+        image = batch[0]
+        if self.cpu_autocast is not None and image.device.type == "cpu":
+            with torch.autocast("cpu", dtype=self.cpu_autocast):
+                return self.module(image)
+        return self.module(image)
+
+    def loss(self, outputs: Tensor, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        return segmentation_loss(
+            outputs,
+            batch[1],
+            ignore_index=self.ignore_index,
+            cross_entropy_weight=self.cross_entropy_weight,
+            dice_weight=self.dice_weight,
+        )
+
+    def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
+        return self.forward(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Any]:
+        if is_train:  # Composer would score every step; callbacks.TrainMIoU does it now and then
+            return {}
+        return {
+            "MIoU": MIoU(self.num_classes, self.ignore_index),
+            "CrossEntropy": CrossEntropy(self.ignore_index),
+        }
+
+    def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Any) -> None:
+        metric.update(outputs, batch[1])
+
+
+def build_composer_deeplabv3(
+    num_classes: int,
+    backbone_arch: str = "resnet101",
+    backbone_weights: str | None = None,
+    sync_bn: bool = True,
+    use_plus: bool = True,
+    ignore_index: int = -1,
+    cross_entropy_weight: float = 1.0,
+    dice_weight: float = 0.0,
+    init_fn: Callable[[nn.Module], None] | None = None,
+    *,
+    upsample: bool = True,
+) -> ComposerDeepLabV3:
+    """Build DeepLabV3(+) as a ComposerModel; see :func:`deeplabv3` and :class:`ComposerDeepLabV3`.
+
+    Args:
+        upsample: Whether ``forward`` returns logits of the image's size (as the reference does) rather
+            than the decoder's.
+    """
+    network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
+    network.upsample = upsample
+    return ComposerDeepLabV3(network, num_classes, ignore_index, cross_entropy_weight, dice_weight)
