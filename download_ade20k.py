@@ -308,8 +308,11 @@ def _require_space(path: Path, needed: int, what: str) -> None:
 
 
 def _sha1(file: Path) -> str:
+    digest = hashlib.sha1()
     with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha1").hexdigest()
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _bytes(count: int) -> str:

@@ -72,7 +72,7 @@ def archive(tmp_path):
     file = tmp_path / "archive" / "archive.zip"
     file.parent.mkdir()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
-        zipped.mkdir(FOLDER)
+        zipped.writestr(f"{FOLDER}/", b"")
         for name, content in FILES.items():
             zipped.writestr(name, content)
     return file.read_bytes()
