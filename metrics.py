@@ -1,0 +1,187 @@
+"""What a segmentation is judged by, read off one confusion matrix.
+
+    matrix = confusion_matrix(logits, target, num_classes)  # add up over batches and ranks
+    mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
+
+Logits may have any resolution: they are brought to the target's size in here, as by
+`F.interpolate(mode="bilinear", align_corners=False)`, a few classes of one image at a time, so that
+the (N, C, H, W) tensor at full size never exists. Half-precision logits are upsampled in fp32:
+interpolated in bf16, neighbouring classes tie and the lower index wins.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+# Upsampled fp32 logits held at once. A CPU keeps 16 classes of a 512 x 512 image in its cache; a
+# GPU, where each slab costs some ten launches, takes 128.
+_SLAB_BYTES = {"cpu": 2**24, "cuda": 2**27}
+
+
+def confusion_matrix(
+    logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
+) -> Tensor:
+    """Counts which class each labelled pixel was given.
+
+    Args:
+        logits: (N, C, h, w), any float type, at any resolution.
+        target: (N, H, W) integer class indices. `ignore_index` is not counted, nor is anything
+            outside 0..C-1 (to raise for it, a GPU would have to be waited for).
+        num_classes: C.
+        ignore_index: The target of pixels without a label.
+
+    Returns:
+        (C, C) int64 on the logits' device; row = class in the target, column = predicted class.
+    """
+    prediction = torch.stack([_argmax(*pair) for pair in zip(logits, target, strict=True)])
+    return confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
+
+
+def confusion_matrix_of_predictions(
+    prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
+) -> Tensor:
+    """`confusion_matrix` from the predicted classes, an integer tensor of the target's shape."""
+    cell = target.long() * num_classes + prediction
+    # Pixels without a label go to a bin of their own: selecting the others would make the host wait
+    # for their number.
+    cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
+    if cell.is_cuda:  # bincount there reads the largest value back to the host
+        counts = cell.new_zeros(num_classes**2 + 1)
+        counts.scatter_add_(0, cell, cell.new_ones(1).expand_as(cell))
+    else:
+        counts = torch.bincount(cell, minlength=num_classes**2 + 1)
+    return counts[:-1].view(num_classes, num_classes)
+
+
+def iou_per_class(matrix: Tensor) -> Tensor:
+    """Intersection over union of each class: (C,) float64 in 0..1, nan for one that never occurs.
+
+    A class occurs if it is in the target or was predicted; one that was only predicted has 0.
+    """
+    intersection = matrix.diagonal()
+    return intersection.double() / (matrix.sum(0) + matrix.sum(1) - intersection)
+
+
+def mean_iou(matrix: Tensor) -> Tensor:
+    """Mean of `iou_per_class` over the classes that occur, 0..1; nan if none does."""
+    return iou_per_class(matrix).nanmean()
+
+
+def accuracy_per_class(matrix: Tensor) -> Tensor:
+    """Share of each class's pixels that got it: (C,) float64 in 0..1, nan for one without any."""
+    return matrix.diagonal().double() / matrix.sum(1)
+
+
+def mean_accuracy(matrix: Tensor) -> Tensor:
+    """Mean of `accuracy_per_class` over the classes in the target, 0..1."""
+    return accuracy_per_class(matrix).nanmean()
+
+
+def pixel_accuracy(matrix: Tensor) -> Tensor:
+    """Share of all labelled pixels that got their class, 0..1; nan if no pixel has a label."""
+    return matrix.diagonal().sum().double() / matrix.sum()
+
+
+class MIoU(Metric):
+    """Mean intersection over union in percent, as Composer's `MIoU` and mmsegmentation define it.
+
+    Attributes:
+        matrix: (C, C) int64, what this rank has counted since the last reset.
+        total_matrix: The same summed over all ranks, as of the last `compute()`; None before it.
+            Composer computes its metrics before `Event.EVAL_END`, so a callback finds the matrix of
+            the whole evaluation here, on every rank.
+    """
+
+    full_state_update = False
+    matrix: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int = -1):
+        super().__init__()
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.total_matrix: Tensor | None = None
+        empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.add_state("matrix", empty, dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Counts a batch; arguments as of `confusion_matrix`."""
+        self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
+
+    def compute(self) -> Tensor:
+        """The mean over what all ranks have counted, 0..100."""
+        # A copy: torchmetrics sums over the ranks only for as long as this function runs.
+        self.total_matrix = self.matrix.clone()
+        return 100 * mean_iou(self.total_matrix)
+
+
+class CrossEntropy(Metric):
+    """Cross entropy averaged over all labelled pixels of the whole set.
+
+    Composer's averages the batches' means, so a pixel weighs more in a batch with fewer labels.
+    """
+
+    full_state_update = False
+    total: Tensor
+    pixels: Tensor
+
+    def __init__(self, ignore_index: int = -1):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("pixels", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Adds a batch; arguments as of `confusion_matrix`."""
+        for image_logits, image_target in zip(logits, target, strict=True):
+            labelled = _labelled(image_target, len(image_logits), self.ignore_index)
+            cross_entropy = _cross_entropy(image_logits, image_target)
+            self.total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
+            self.pixels += labelled.sum()
+
+    def compute(self) -> Tensor:
+        """The mean over the pixels of all ranks; nan if none has a label."""
+        return self.total / self.pixels
+
+
+def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return (target >= 0) & (target < num_classes) & (target != ignore_index)
+
+
+def _slabs(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """Upsamples one image's (C, h, w) logits, K classes at a time: (first class, (K, H, W) fp32).
+
+    Classes rather than rows: each is then interpolated exactly as in one call over the whole image.
+    """
+    classes = max(1, _SLAB_BYTES.get(logits.device.type, 2**24) // (4 * size[0] * size[1]))
+    for first in range(0, len(logits), classes):
+        slab = logits[first : first + classes].float().contiguous()
+        if slab.shape[1:] != size:
+            slab = F.interpolate(slab[None], size, mode="bilinear", align_corners=False)[0]
+        yield first, slab
+
+
+def _argmax(logits: Tensor, target: Tensor) -> Tensor:
+    """(H, W) int64 predicted class at each pixel of the (H, W) target from (C, h, w) logits."""
+    highest = logits.new_full(target.shape, -torch.inf, dtype=torch.float32)
+    prediction = torch.zeros_like(target, dtype=torch.int64)
+    for first, slab in _slabs(logits, target.shape):
+        value, index = slab.max(dim=0)
+        # Strictly higher: of equals the first wins, as in an argmax over all classes at once.
+        prediction = torch.where(value > highest, index + first, prediction)
+        highest = torch.maximum(value, highest)
+    return prediction
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """(H, W) fp32 cross entropy at each pixel of the (H, W) target from (C, h, w) logits."""
+    normaliser = logits.new_full(target.shape, -torch.inf, dtype=torch.float32)
+    chosen = torch.zeros_like(normaliser)
+    for first, slab in _slabs(logits, target.shape):
+        normaliser = torch.logaddexp(normaliser, slab.logsumexp(dim=0))
+        here = (target >= first) & (target < first + len(slab))
+        logit = slab.gather(0, torch.where(here, target.long() - first, 0)[None])[0]
+        chosen = torch.where(here, logit, chosen)
+    return normaliser - chosen
