@@ -1,0 +1,315 @@
+"""Weights in and out: checkpoints read without running what they hold, and files of weights alone.
+
+    weights = load_weights("latest-rank0.pt")    # Composer's, a plain state dict, or safetensors
+    network = build_network(weights)             # the DeepLabV3 that they are of
+    save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
+
+A ``.pt`` file is a pickle: loading it can run code. Everything here unpickles with torch's
+``weights_only=True``, which knows tensors, containers and the handful of types in
+:func:`_composer_types` and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from classes import ClassInfo, classes_from_json, classes_to_json
+
+if TYPE_CHECKING:
+    from model import DeepLabV3
+
+# What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
+PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
+# (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
+# the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
+DEPTHS = {(3, 4, 6, 3): "50", (3, 4, 23, 3): "101", (3, 8, 36, 3): "152"}
+FAMILIES = {
+    (64, 64): "resnet{}",
+    (128, 4): "resnext{}_32x4d",
+    (256, 8): "resnext{}_32x8d",
+    (256, 4): "resnext{}_64x4d",
+    (128, 128): "wide_resnet{}_2",
+}
+
+
+class WeightsError(ValueError):
+    """A file of weights that is missing, damaged, unsafe, or of no model of this project."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one network and what is known about it.
+
+    Attributes:
+        state: Tensors by name, ``backbone.*`` and ``classifier.*``, on the CPU.
+        which: ``"ema"`` for the moving average of the training weights, else ``"training"``.
+        config: The configuration of the run that made them, where the file holds it.
+        classes: Its class names and colours, where the file holds them.
+    """
+
+    state: dict[str, Tensor]
+    which: str = "training"
+    config: dict[str, Any] | None = None
+    classes: list[ClassInfo] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the network predicts."""
+        return self.state["classifier.conv_seg.weight"].shape[0]
+
+
+class _Inert:
+    """Stands for an object that is not needed: made from anything, it keeps and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def load_weights(path: str | os.PathLike[str], which: str = "ema") -> Weights:
+    """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
+
+    A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
+    then what any ``which`` gives.
+
+    Args:
+        path: The file.
+        which: ``"ema"`` or ``"training"``.
+
+    Raises:
+        WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
+            a training state, or holds no DeepLabV3 of this project.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        weights = _read_safetensors(path)
+    else:
+        weights = _from_checkpoint(_load_pickle(path, inert=True), which)
+    if not weights.state:
+        raise WeightsError(f"{path}: no backbone.* and classifier.* weights in this file")
+    infer_architecture(weights.state, str(path))
+    return weights
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    if not os.path.isfile(path):
+        raise WeightsError(f"{os.fspath(path)}: no such file")
+    return Path(path)
+
+
+def _from_checkpoint(content: Any, which: str) -> Weights:
+    """The weights in the unpickled content of a file."""
+    if not isinstance(content, Mapping):
+        return Weights({})
+    trainer = content.get("state", content)
+    if not isinstance(trainer, Mapping) or "model" not in trainer:
+        return Weights(_strip_prefixes(content.get("state_dict", content)))
+    state, found = _strip_prefixes(trainer["model"]), "training"
+    for _, algorithm in trainer.get("algorithms", ()):
+        if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
+            # At a checkpoint Composer's EMA swaps its weights into the model and keeps the training
+            # weights in its own state; `ema_weights_active` says which way round this file has
+            # them.
+            kept = algorithm["ema_model"]
+            kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
+            found = "ema" if algorithm["ema_weights_active"] else "training"
+            if which != found:
+                state, found = {**state, **_strip_prefixes(kept)}, which
+    run = trainer.get("callbacks", {}).get("RunRecord", {})
+    classes = classes_from_json(run["classes"]) if "classes" in run else None
+    config = json.loads(run["config"]) if "config" in run else None
+    return Weights(state, found, config, classes)
+
+
+def _strip_prefixes(state: Any) -> dict[str, Tensor]:
+    """The tensors of a network by their own names; whatever is no part of one is left out."""
+    if not isinstance(state, Mapping):
+        return {}
+    plain = {str(key).replace("._orig_mod.", "."): value for key, value in state.items()}
+    return {
+        PREFIX.sub("", key): value
+        for key, value in plain.items()
+        if isinstance(value, Tensor) and PREFIX.match(key)
+    }
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    classes: Sequence[ClassInfo] | None = None,
+) -> None:
+    """Write a network's weights, with its configuration and class names, as a safetensors file.
+
+    The file appears whole or not at all.
+
+    Args:
+        path: Where to.
+        state_dict: Tensors by name; the prefixes of wrappers are stripped.
+        config: What the run was configured with; anything JSON can hold.
+        classes: Names and colours of the classes.
+    """
+    metadata = {"format": "pt"}
+    if config is not None:
+        metadata["config"] = json.dumps(config)
+    if classes is not None:
+        metadata["classes"] = classes_to_json(classes)
+    tensors = {
+        key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
+    }
+    unfinished = f"{os.fspath(path)}.unfinished"
+    save_file(tensors, unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
+    config = json.loads(metadata["config"]) if "config" in metadata else None
+    classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
+    return Weights(_strip_prefixes(state), "training", config, classes)
+
+
+def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
+    """The arguments of :func:`model.deeplabv3` that give a network for these weights.
+
+    Args:
+        state: Tensors by name, as :attr:`Weights.state`.
+        where: What to call them in an error.
+
+    Returns:
+        ``num_classes``, ``backbone_arch`` and ``use_plus``.
+
+    Raises:
+        WeightsError: They are not of a DeepLabV3 of this project.
+    """
+    block = re.compile(r"backbone\.layer(\d)\.(\d+)\.conv3\.weight")
+    found = [match.groups() for match in map(block.fullmatch, state) if match]
+    blocks = tuple(sum(layer == str(i) for layer, _ in found) for i in (1, 2, 3, 4))
+    scores = state.get("classifier.conv_seg.weight")
+    conv2 = state.get("backbone.layer1.0.conv2.weight")
+    if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
+        raise WeightsError(
+            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks and "
+            f"{'a' if scores is not None else 'no'} classifier.conv_seg.weight)"
+        )
+    return {
+        "num_classes": scores.shape[0],
+        "backbone_arch": FAMILIES[tuple(conv2.shape[:2])].format(DEPTHS[blocks]),
+        "use_plus": "classifier.c1_bottleneck.conv.weight" in state,
+    }
+
+
+def build_network(weights: Weights, where: str = "these weights") -> DeepLabV3:
+    """A network in evaluation mode with these weights; its logits are at the decoder's stride.
+
+    Args:
+        weights: What :func:`load_weights` gave.
+        where: What to call them in an error.
+
+    Raises:
+        WeightsError: They do not fit.
+    """
+    from model import deeplabv3  # it takes seconds: it imports mmseg and Composer
+
+    network = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False)
+    try:
+        network.load_state_dict(weights.state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split("\n\t")[1].split())
+        raise WeightsError(f"{where}: {problem}") from error
+    network.upsample = False
+    return network.eval()
+
+
+def check_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Refuse a training checkpoint that holds anything but what Composer's state needs.
+
+    Composer unpickles a checkpoint to resume from with no such check, so this comes first.
+
+    Raises:
+        WeightsError: It holds something else, or is no checkpoint.
+    """
+    content = _load_pickle(_existing(path), inert=False)
+    if not isinstance(content, Mapping) or not isinstance(content.get("state"), Mapping):
+        raise WeightsError(
+            f"{path}: not a training checkpoint; for its weights alone, see load_path"
+        )
+
+
+def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
+    """:func:`check_checkpoint` as Composer calls it on every file that it is about to unpickle.
+
+    It does where the environment variable CHECKPOINT_VALIDATION_FUNCTION is
+    ``weights.validate_checkpoint``, which covers what was downloaded from an object store.
+    """
+    check_checkpoint(path)
+    return True
+
+
+def _composer_types() -> list[Any]:
+    """What Composer 0.32's state is made of beyond tensors, numbers, strings and containers.
+
+    NumPy's random state is an array, the elapsed time a timedelta, torch's version a class of its
+    own. Building any of them runs no code of the file's choosing. NumPy 1 and 2 keep the function
+    that makes an array under different names.
+    """
+    make_array = np.empty(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
+    return [
+        np.ndarray,
+        np.dtype,
+        *kinds,
+        (make_array, "numpy._core.multiarray._reconstruct"),
+        (make_array, "numpy.core.multiarray._reconstruct"),
+        datetime.timedelta,
+        torch.torch_version.TorchVersion,
+    ]
+
+
+def _load_pickle(path: Path, inert: bool) -> Any:
+    """Unpickle a file of torch's without running anything that it brings.
+
+    Args:
+        path: The file.
+        inert: Let objects of Composer and torchmetrics pass as placeholders. Composer before 0.13,
+            which the reference was made for, pickled its metrics into its checkpoints.
+    """
+    allowed = _composer_types()
+    try:
+        if inert and zipfile.is_zipfile(path):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            allowed += [(_Inert, n) for n in names if n.startswith(("composer.", "torchmetrics."))]
+        with torch.serialization.safe_globals(allowed):
+            # Memory-mapped, what is not asked for (the optimizer's state) is not read.
+            return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        if unsafe:
+            raise WeightsError(
+                f"{path}: refused: it holds {unsafe[1]}, which is no part of a training state "
+                "and could run code when loaded"
+            ) from error
+        raise WeightsError(
+            f"{path}: not a checkpoint of PyTorch's, or a damaged one ({type(error).__name__})"
+        ) from error
