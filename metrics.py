@@ -44,7 +44,8 @@ def confusion_matrix_of_predictions(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:
     """`confusion_matrix` from the predicted classes, an integer tensor of the target's shape."""
-    cell = target.long() * num_classes + prediction
+    target = target.long()
+    cell = target * num_classes + prediction
     # Pixels without a label go to a bin of their own: selecting the others would make the host wait
     # for their number.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
@@ -135,7 +136,7 @@ class CrossEntropy(Metric):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Adds a batch; arguments as of `confusion_matrix`."""
-        for image_logits, image_target in zip(logits, target, strict=True):
+        for image_logits, image_target in zip(logits, target.long(), strict=True):
             labelled = _labelled(image_target, len(image_logits), self.ignore_index)
             cross_entropy = _cross_entropy(image_logits, image_target)
             self.total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
@@ -182,6 +183,6 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     for first, slab in _slabs(logits, target.shape):
         normaliser = torch.logaddexp(normaliser, slab.logsumexp(dim=0))
         here = (target >= first) & (target < first + len(slab))
-        logit = slab.gather(0, torch.where(here, target.long() - first, 0)[None])[0]
+        logit = slab.gather(0, torch.where(here, target - first, 0)[None])[0]
         chosen = torch.where(here, logit, chosen)
     return normaliser - chosen
