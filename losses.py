@@ -1,15 +1,19 @@
 """Cross entropy and Dice in one pass over logits of any resolution.
 
-At 150 classes and 512 px the logits of one image take 157 MB in fp32, and cross entropy plus Dice written with ordinary
-tensor operations hold a dozen such tensors for every image of a batch: upsampled logits, softmax, one-hot targets, their
-products and the gradients of them all. Here the logits stay at the network's resolution. A stripe of rows is upsampled,
-used and overwritten by the next, once in the forward pass for the sums both losses need and once in the backward pass
-for the gradient, which returns to the network's resolution by the adjoint of the upsampling.
+At 150 classes and 512 px the logits of one image take 157 MB in fp32, and cross entropy and Dice
+written with ordinary tensor operations hold a dozen such tensors for every image of a batch:
+upsampled logits, softmax, one-hot targets, their products and the gradients of them all. Here the
+logits stay at the network's resolution. One tile of pixels after the other is upsampled, used and
+forgotten while it is still in the cache: once in the forward pass, for the sums over pixels both
+losses are made of, and once in the backward pass, for the gradient, which returns to the network's
+resolution by the adjoint of the upsampling.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # of composer.loss.DiceLoss
+EPSILON = 1e-5  # composer.loss.DiceLoss's
+# Elements of a tile. On a CPU, per thread, 1 MiB in fp32: within the L2 cache of current servers.
+# On a GPU, where it is the number of launches that costs, 128 MiB.
+CPU_TILE = 2**18
+GPU_TILE = 2**25
 
 
 class MixedTarget(NamedTuple):
-    """The target of photos blended in pairs: ``(1 - mixing) * onehot(target) + mixing * onehot(permuted)``.
+    """The target of photos blended in pairs.
+
+    It stands for ``(1 - mixing) * onehot(target) + mixing * onehot(permuted)``.
 
     Args:
         target: class indices of the first photo of each pair, (N, H, W).
@@ -44,64 +54,70 @@ def segmentation_loss(
 ) -> dict[str, Tensor]:
     """Weighted sum of cross entropy and Dice loss on bilinearly upsampled logits.
 
-    Equal, in value and gradient, to Composer's ``soft_cross_entropy(ignore_index)`` and ``DiceLoss(softmax=True,
-    batch=True, ignore_absent_classes=True)`` on ``F.interpolate(logits, size, mode='bilinear', align_corners=False)``,
-    with a mixed target given to them as dense one-hot mixture. Where every pixel is ignored the loss and its gradient
-    are 0 (Composer: nan).
+    Equal, in value and gradient, to Composer's ``soft_cross_entropy(ignore_index)`` and
+    ``DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)`` on ``F.interpolate(logits,
+    size, mode='bilinear', align_corners=False)``; of a mixed target, to theirs of its dense one-hot
+    mixture. Where every pixel is ignored, the loss and its gradient are 0 (Composer's are nan). On
+    a GPU it runs as two Triton kernels.
 
     Args:
-        logits: (N, C, h, w), floating point, any memory format. Everything is computed and accumulated in fp32 (fp64
-            for fp64 logits), under autocast as well.
-        target: class indices (N, H, W) of an integer type, each in [0, C) or ``ignore_index``, or a `MixedTarget`.
+        logits: (N, C, h, w) of at least two classes, floating point, any memory format. Everything
+            is computed and accumulated in fp32 (fp64 for fp64 logits), under autocast as well.
+        target: class indices (N, H, W) of an integer type, each in [0, C) or ``ignore_index``, or
+            a `MixedTarget`.
         ignore_index: the index of pixels without a class.
-        cross_entropy_weight: weight of the cross entropy, averaged over pixels.
-        dice_weight: weight of the Dice loss, averaged over the classes present in the batch's target.
+        cross_entropy_weight: weight of the cross entropy, a mean over pixels.
+        dice_weight: weight of the Dice loss, a mean over the classes in the batch's target.
 
     Returns:
-        ``cross_entropy``, ``dice`` and their weighted sum ``total``, each 0-d. A part of weight 0 is left out.
+        ``cross_entropy``, ``dice`` and their weighted sum ``total``, each 0-d. A part of weight 0
+        is left out.
 
     Raises:
         ValueError: shapes or types that do not fit together.
+        RuntimeError: a class index out of range, on a CPU. On a GPU, where finding out would mean
+            waiting for the device, the cross entropy is nan.
     """
     if isinstance(target, MixedTarget):
-        candidates = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
+        pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))
+        targets, weights = zip(*[(t, weight) for t, weight in pair if weight], strict=True)
     else:
-        candidates = [(target, 1.0)]
-    targets, weights = zip(*[(t, w) for t, w in candidates if w != 0], strict=True)
+        targets, weights = (target,), (1.0,)
     for t in targets:
         if logits.ndim != 4 or t.ndim != 3 or len(t) != len(logits) or t.is_floating_point():
             raise ValueError(
-                "segmentation_loss takes logits (N, C, h, w) and an integer target (N, H, W), "
-                f"not {tuple(logits.shape)} and {tuple(t.shape)} of {t.dtype}"
+                "segmentation_loss takes logits (N, C, h, w) and integer targets (N, H, W), "
+                f"not {tuple(logits.shape)} and {tuple(t.shape)} {t.dtype}"
             )
     cross_entropy, dice = _SegmentationLoss.apply(logits, weights, ignore_index, *targets)
     parts = {}
-    total = cross_entropy.new_zeros(())
-    for name, value, weight in (
-        ("cross_entropy", cross_entropy, cross_entropy_weight),
-        ("dice", dice, dice_weight),
-    ):
-        if weight:
-            parts[name] = value
-            total = total + weight * value
+    total = torch.zeros_like(dice)
+    if cross_entropy_weight:
+        parts["cross_entropy"] = cross_entropy
+        total = total + cross_entropy_weight * cross_entropy
+    if dice_weight:
+        parts["dice"] = dice
+        total = total + dice_weight * dice
     return parts | {"total": total}
 
 
 class _SegmentationLoss(torch.autograd.Function):
-    """Cross entropy and Dice of logits (N, C, h, w) and one or two weighted index targets (N, H, W)."""
+    """Cross entropy and Dice of logits (N, C, h, w) and one or two weighted targets (N, H, W)."""
 
     @staticmethod
     def forward(ctx, logits, weights, ignore_index, *targets):
+        forward_sums, _ = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
-            sums = _forward_sums(logits, targets, weights, ignore_index)
-            nll, pixels, intersection, truth, predicted, lse = sums
+            nll, intersection, truth, predicted, lse = forward_sums(
+                logits, targets, weights, ignore_index
+            )
+            pixels = truth.sum().clamp(min=torch.finfo(truth.dtype).tiny)
             present = truth > 0
             classes = present.sum().clamp(min=1)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
-            pixels = pixels.clamp(min=torch.finfo(pixels.dtype).tiny)
-            # The derivatives of Dice by the intersection and by the prediction's size, per class.
+            # Derivatives of Dice by two of the sums over pixels, per class.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
         ctx.save_for_backward(logits, lse, pixels, by_intersection, by_predicted, *targets)
@@ -112,8 +128,9 @@ class _SegmentationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_cross_entropy, grad_dice):
         logits, lse, pixels, by_intersection, by_predicted, *targets = ctx.saved_tensors
+        _, backward = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
-            grad = _backward(
+            grad = backward(
                 logits,
                 targets,
                 ctx.weights,
@@ -126,105 +143,157 @@ class _SegmentationLoss(torch.autograd.Function):
         return grad, None, None, *[None] * len(targets)
 
 
-def _forward_sums(logits, targets, weights, ignore_index):
-    """The sums over pixels that both losses are made of, and what the backward pass needs of the softmax.
+def _implementation(logits: Tensor) -> tuple:
+    """The two passes: Triton's on a GPU, PyTorch's elsewhere and for fp64."""
+    if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton"):
+        import losses_triton
+
+        return losses_triton.forward_sums, losses_triton.backward
+    return forward_sums, backward
+
+
+def forward_sums(
+    logits: Tensor, targets: Sequence[Tensor], weights: Sequence[float], ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sums over pixels both losses consist of, and what the backward pass needs of the softmax.
 
     Returns:
-        negative log likelihood (0-d) and its number of pixels (0-d), both weighted; per class (C,) the intersection
-        of softmax and target, the target's size and the softmax's size over pixels with a target; log-sum-exp of the
-        logits per pixel (N, H, W), inf where there is no target.
+        The targets' negative log likelihood, 0-d; per class (C,) the softmax within the targets,
+        the targets' size and the softmax within pixels that have a target, all weighted; and per
+        pixel (N, H, W) the log-sum-exp of the logits, inf where there is no target.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
-    columns, stripes = _resampling(logits, height, width, dtype)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    tiles = _tiles(logits, height, width, dtype)
     lse = logits.new_empty((n, height, width), dtype=dtype)
-    sums = logits.new_zeros((3, n, height, c), dtype=dtype)
-    intersection, truth, predicted = sums
-    nll = logits.new_zeros((n, height), dtype=dtype)
+    nll = lse.new_zeros(n)
+    # By tile and by row first: one after the other, a million terms are too many for fp32.
+    predicted = lse.new_zeros(len(tiles), c)
+    intersection, truth = lse.new_zeros(2, height, c)
     for image in range(n):
-        rows_hcw = logits[image].transpose(0, 1).to(dtype) @ columns
-        for y, low, vertical in stripes:
-            z = (vertical @ rows_hcw[low].flatten(1)).view(-1, c, width)
-            labels = [
-                _labels(t[image, y], w, ignore_index, dtype)
-                for t, w in zip(targets, weights, strict=True)
-            ]
-            picked = [z.gather(1, index[:, None])[:, 0] for index, _ in labels]
+        low = logits[image].transpose(0, 1).to(dtype)
+        index, share = _labels([t[image] for t in targets], weights, ignore_index, dtype)
+        has_target = share.sum(1) != 0
+        picked = torch.empty_like(share)
+        for partial, tile in zip(predicted, tiles, strict=True):
+            y, x = tile.y, tile.x
+            z = tile.upsample(low)
+            picked[y, :, x] = z.gather(1, index[y, :, x])
             peak = z.amax(1)
             z.sub_(peak[:, None]).exp_()
             total = z.sum(1)
-            log_total = peak + total.log()
-            mask = torch.stack([share for _, share in labels]).sum(0) != 0
-            predicted[image, y] = torch.bmm(z, (mask / total)[:, :, None])[:, :, 0]
-            for (index, share), z_target in zip(labels, picked, strict=True):
-                nll[image, y] += (share * (log_total - z_target)).sum(1)
-                intersection[image, y].scatter_add_(1, index, share * (z_target - log_total).exp())
-                truth[image, y].scatter_add_(1, index, share)
-            lse[image, y] = log_total.masked_fill(~mask, math.inf)
-    intersection, truth, predicted = sums.sum((1, 2))
-    return nll.sum(), truth.sum(), intersection, truth, predicted, lse
+            lse[image, y, x] = peak + total.log()
+            # exp(z) / total summed over the columns and then the rows that have a target.
+            partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
+        log_likelihood = picked - lse[image][:, None]
+        nll[image] = -(share * log_likelihood).sum()
+        intersection.scatter_add_(1, index.flatten(1), (share * log_likelihood.exp()).flatten(1))
+        truth.scatter_add_(1, index.flatten(1), share.flatten(1))
+        lse[image].masked_fill_(~has_target, math.inf)
+    return nll.sum(), intersection.sum(0), truth.sum(0), predicted.sum(0), lse
 
 
-def _backward(logits, targets, weights, ignore_index, lse, by_nll, by_intersection, by_predicted):
-    """The gradient by the logits, from those of the losses by the sums of `_forward_sums`."""
-    dtype = lse.dtype
-    c = logits.shape[1]
+def backward(
+    logits: Tensor,
+    targets: Sequence[Tensor],
+    weights: Sequence[float],
+    ignore_index: int,
+    lse: Tensor,
+    by_nll: Tensor,
+    by_intersection: Tensor,
+    by_predicted: Tensor,
+) -> Tensor:
+    """The gradient by the logits (N, C, h, w), given those by the sums of `forward_sums`."""
     height, width = lse.shape[1:]
-    columns, stripes = _resampling(logits, height, width, dtype)
+    tiles = _tiles(logits, height, width, lse.dtype)
     grad = torch.empty_like(logits)
     for image in range(len(logits)):
-        rows_hcw = logits[image].transpose(0, 1).to(dtype) @ columns
-        grad_hcw = torch.zeros_like(rows_hcw)
-        for y, low, vertical in stripes:
-            p = (vertical @ rows_hcw[low].flatten(1)).view(-1, c, width)
-            p.sub_(
-                lse[image, y][:, None]
-            ).exp_()  # the softmax; 0 in pixels without a target, whose lse is inf
-            labels = [
-                _labels(t[image, y], w, ignore_index, dtype)
-                for t, w in zip(targets, weights, strict=True)
-            ]
-            # With q the derivative by the softmax p, the softmax's own derivative makes it p * (q - sum(p * q)).
-            # q is by_predicted plus, in the target's class, by_intersection.
-            inner = torch.matmul(by_predicted, p)
-            extras = []
-            for index, share in labels:
-                extra = share * by_intersection[index] * p.gather(1, index[:, None])[:, 0]
-                inner += extra - share * by_nll
-                extras.append(extra - share * by_nll)
+        low = logits[image].transpose(0, 1).to(lse.dtype)
+        grad_low = torch.zeros_like(low)
+        index, share = _labels([t[image] for t in targets], weights, ignore_index, lse.dtype)
+        slope, constant = share * by_intersection[index], share * by_nll
+        for tile in tiles:
+            y, x = tile.y, tile.x
+            # The softmax p; 0 without a target, where lse is inf.
+            p = tile.upsample(low).sub_(lse[image, y, None, x]).exp_()
+            # Let u = p * (derivative by p): `by_predicted` of all classes and `at_target` of the
+            # target's. Through the softmax, the gradient is u - p * sum(u).
+            labels = index[y, :, x]
+            at_target = p.gather(1, labels).mul_(slope[y, :, x]).sub_(constant[y, :, x])
+            inner = torch.matmul(by_predicted, p) + at_target.sum(1)
             p.mul_(by_predicted[:, None] - inner[:, None])
-            for (index, _), extra in zip(labels, extras, strict=True):
-                p.scatter_add_(1, index[:, None], extra[:, None])
-            grad_hcw[low].flatten(1).addmm_(vertical.T, p.flatten(1))
-        grad[image] = (grad_hcw @ columns.T).transpose(0, 1)
+            tile.add_adjoint(grad_low, p.scatter_add_(1, labels, at_target))
+        grad[image] = grad_low.transpose(0, 1)
     return grad
 
 
-def _labels(target, weight, ignore_index, dtype):
-    """Class indices to gather with (0 where ignored) and their share of each pixel (0 where ignored)."""
-    ignored = target == ignore_index
-    share = (~ignored).to(dtype) * weight
-    return target.long().masked_fill(ignored, 0), share
+def _labels(
+    targets: list[Tensor], weights: Sequence[float], ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One image's class indices and weights, both 0 where ignored, each (H, targets, W)."""
+    targets = [t.long() for t in targets]
+    index = [t.masked_fill(t == ignore_index, 0) for t in targets]
+    share = [(t != ignore_index).to(dtype) * w for t, w in zip(targets, weights, strict=True)]
+    return torch.stack(index, 1), torch.stack(share, 1)
 
 
-def _resampling(logits, height, width, dtype, stripe=4):
-    """Bilinear upsampling as two matrices: (w, width) for columns, and per stripe of rows the one for its rows.
+class _Tile(NamedTuple):
+    """A rectangle of pixels, and the two matrices that bilinear upsampling to it consists of.
 
-    They are `F.interpolate`'s own response to an identity matrix, so its rounding of positions is theirs.
+    Kept as rows x classes x columns, images take a matrix product for each and for its adjoint.
     """
-    h, w = logits.shape[2:]
 
-    def matrix(size, new_size):
-        eye = torch.eye(size, dtype=dtype, device=logits.device)
-        return F.interpolate(eye[None], new_size, mode="linear", align_corners=False)[0]
+    y: slice
+    x: slice
+    low_y: slice
+    low_x: slice
+    rows: Tensor
+    columns: Tensor
 
-    rows = matrix(h, height).T
-    stripes = []
-    for top in range(0, height, stripe):
-        bottom = min(top + stripe, height)
-        first = max(0, math.floor((top + 0.5) * h / height - 0.5 - 1e-3))
-        last = min(h, math.floor((bottom - 0.5) * h / height - 0.5 + 1e-3) + 2)
-        low = slice(first, max(last, first + 1))
-        stripes.append((slice(top, bottom), low, rows[top:bottom, low].contiguous()))
-    return matrix(w, width), stripes
+    def upsample(self, low: Tensor) -> Tensor:
+        """This tile (rows, C, columns) of one image's logits (h, C, w)."""
+        z = self.rows @ (low[self.low_y, :, self.low_x] @ self.columns).flatten(1)
+        return z.view(len(z), low.shape[1], -1)
+
+    def add_adjoint(self, grad_low: Tensor, grad: Tensor) -> None:
+        """Adds to ``grad_low`` (h, C, w) the gradient by this tile (rows, C, columns)."""
+        across = (self.rows.T @ grad.flatten(1)).view(-1, *grad.shape[1:])
+        grad_low[self.low_y, :, self.low_x] += across @ self.columns.T
+
+
+def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[_Tile]:
+    """Tiles that cover (height, width), about square, of a size for the device's cache."""
+    classes, h, w = logits.shape[1:]
+    cpu = logits.device.type == "cpu"
+    pixels = (CPU_TILE * torch.get_num_threads() if cpu else GPU_TILE) / classes
+    # PyTorch's reductions over classes take 64 columns at a time, and the rest one by one.
+    columns = 64 * max(1, round(math.sqrt(pixels) / 64))
+    rows = max(1, int(pixels / columns))
+    down = _interpolation(h, height, rows, dtype, logits.device)
+    across = _interpolation(w, width, columns, dtype, logits.device)
+    return [
+        _Tile(y, x, low_y, low_x, rows.T.contiguous(), columns)
+        for y, low_y, rows in down
+        for x, low_x, columns in across
+    ]
+
+
+def _interpolation(
+    size: int, new_size: int, step: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[slice, slice, Tensor]]:
+    """Linear interpolation of ``size`` positions to ``new_size``, in pieces of ``step``.
+
+    Each piece is where to, where from, and the matrix that leads there. The matrices are what
+    `F.interpolate` makes of the identity, so that its roundings are ours.
+    """
+    identity = torch.eye(size, dtype=dtype, device=device)
+    matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]
+    pieces = []
+    for start in range(0, new_size, step):
+        stop = min(start + step, new_size)
+        first = math.floor((start + 0.5) * size / new_size - 0.5 - 1e-3)
+        last = math.floor((stop - 0.5) * size / new_size - 0.5 + 1e-3) + 1
+        low = slice(max(first, 0), min(last, size - 1) + 1)
+        pieces.append((slice(start, stop), low, matrix[low, start:stop].contiguous()))
+    return pieces
