@@ -1,0 +1,371 @@
+"""Write ADE20K, or any data set in its layout, as MDS shards for Streaming.
+
+    python convert_ade20k.py --path ./ade20k --out ./ade20k-mds
+    python convert_ade20k.py --path ./ade20k --out s3://bucket/ade20k --compression zstd
+
+Train on them with `is_streaming: true` and `path` as given to --out. Shards have the columns of
+Streaming's public ADE20K converter: `uid`, `x` (the photo's file, byte for byte) and `y` (the
+mask's). Interrupted, it goes on with the next shard when run again. Every shard is read back
+through Streaming and compared with the files; `index.json`, without which they are none, is last.
+Exit status: 0 written and verified, 1 failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from streaming import MDSWriter
+from streaming.base.compression import is_compression
+from streaming.base.hashing import is_hash
+from streaming.base.storage import CloudDownloader, CloudUploader
+from streaming.base.util import bytes_to_int
+from tqdm import tqdm
+
+from checks import in_processes, open_shards, opened_shards, read_shard
+from data import FOLDERS, DataError, Sample, decode_photo_for, list_samples
+from transforms import decode_mask
+
+log = logging.getLogger(__name__)
+
+COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
+UPLOAD_ATTEMPTS = 6  # with waits of 1, 2, 4, ... s: half a minute
+
+
+class Mismatch(DataError):
+    """What is at --out is whole, but not what was to be written there."""
+
+
+class Target(NamedTuple):
+    """Where a split's shards go, and how."""
+
+    folder: str  # where they are written; of a remote one, where they wait to be uploaded
+    remote: str | None
+    compression: str | None
+    hashes: list[str]
+    size_limit: int
+    workers: int
+
+    @property
+    def done(self) -> Path:
+        """The notes on shards that are finished."""
+        return Path(self.folder, ".finished")
+
+
+def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
+    """Which samples share a shard, in order: as many as stay under `size_limit` bytes."""
+    shards: list[list[Sample]] = []
+    used = size_limit
+    for sample in samples:
+        size = os.stat(sample.image_path).st_size + os.stat(sample.mask_path).st_size + 64
+        if used + size > size_limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(sample)
+        used += size
+    return shards
+
+
+def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str, Any]:
+    """Writes (and uploads) a shard, unless a run before this one did.
+
+    Returns:
+        Its entry in `index.json`.
+
+    Raises:
+        DataError: A file cannot be read or decoded, or a photo and its mask differ in size.
+    """
+    note, inputs = target.done / f"{number:05}.json", _inputs(samples, target)
+    if note.exists():
+        finished = json.loads(note.read_text())
+        if finished["inputs"] == inputs:
+            return finished["entry"]
+    with tempfile.TemporaryDirectory(dir=target.done) as temporary:
+        writer = MDSWriter(
+            columns=COLUMNS,
+            out=temporary,
+            compression=target.compression,
+            hashes=target.hashes,
+            size_limit=None,
+        )
+        for sample in samples:
+            photo, mask = _read(sample)
+            writer.write({"uid": sample.uid.encode(), "x": photo, "y": mask})
+        writer.flush_shard()
+        writer.executor.shutdown()
+        (entry,) = writer.shards
+        for info in filter(None, (entry["raw_data"], entry["zip_data"])):
+            written, info["basename"] = info["basename"], _name(number, info["basename"])
+        os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
+    if target.remote:
+        upload(target, info["basename"])
+    _write(note, {"inputs": inputs, "entry": entry})
+    return entry
+
+
+def _name(number: int, written: str) -> str:
+    return re.sub(r"\d+", f"{number:05}", written, count=1)
+
+
+def _inputs(samples: list[Sample], target: Target) -> str:
+    """Changes when a file or an option does that the shard depends on."""
+    files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    text = json.dumps([stats, target.compression, target.hashes])
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+def _read(sample: Sample) -> tuple[bytes, bytes]:
+    """A sample's two files, which must be what training can use."""
+    try:
+        photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
+        labels = decode_mask(mask)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{sample.mask_path}: {error}") from error
+    try:
+        decode_photo_for(photo, labels.shape)
+    except ValueError as error:
+        raise DataError(f"{sample.image_path}: {error}") from error
+    return photo, mask
+
+
+def upload(target: Target, name: str) -> None:
+    """Uploads a file of the folder, and removes it there; DataError where the store refuses."""
+    try:
+        _uploader(os.getpid(), target.folder, target.remote).upload_file(name)
+    except Exception as error:
+        raise DataError(f"{target.remote}/{name}: {_one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
+    """One for each process: forked ones must not share a connection."""
+    return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
+
+
+def verify_shard(
+    samples: list[Sample], number: int, out: str, cache: str, split: str, done: Path
+) -> int:
+    """Reads a shard back through Streaming and compares it with the files of its samples.
+
+    Returns:
+        How many samples it holds.
+
+    Raises:
+        DataError: The shard is damaged; its note is removed, so that the next run writes it again.
+        Mismatch: It holds something else.
+    """
+    shards = opened_shards(out, cache, split)
+    name = shards.shards[number].raw_data.basename
+    try:
+        for sample, found in zip(samples, read_shard(shards, number), strict=True):
+            expected = (sample.uid, *(Path(path).read_bytes() for path in sample[1:]))
+            if found != expected:
+                raise Mismatch(f"sample {found[0]} of {name} is not {sample.image_path}")
+    except DataError:
+        (done / f"{number:05}.json").unlink(missing_ok=True)
+        raise
+    finally:
+        shards.shards[number].evict()
+    return len(samples)
+
+
+def convert_split(samples: list[Sample], out: str, split: str, target: Target) -> None:
+    """Writes a split's shards, verifies them, and then writes their index."""
+    with tempfile.TemporaryDirectory() as cache:
+        index = Path(cache, split, "index.json")
+        index.parent.mkdir()
+        if _fetch_index(f"{out}/{split}/index.json", index):
+            try:
+                _verify(samples, out, cache, split, target)
+            except Mismatch as error:
+                raise DataError(
+                    f"{out}/{split} is a finished data set already, and another one ({error}): "
+                    "delete it, or use another --out"
+                ) from error
+            log.info("%s/%s is complete and verified, nothing to do", out, split)
+            return
+        entries = _write_shards(samples, split, target)
+        _write(index, {"version": 2, "shards": entries})
+        _verify(samples, out, cache, split, target)
+    # What makes the shards a data set comes last.
+    _write(Path(target.folder, "index.json"), {"version": 2, "shards": entries})
+    if target.remote:
+        upload(target, "index.json")
+    for file in Path(target.folder).glob("shard.*"):  # of an interrupted run with other options
+        if file.name not in {(e["zip_data"] or e["raw_data"])["basename"] for e in entries}:
+            file.unlink()
+    shutil.rmtree(target.done)
+    log.info("%s/%s: %d samples in %d shards", out, split, len(samples), len(entries))
+
+
+def _fetch_index(remote: str, index: Path) -> bool:
+    """Copies a finished split's index to `index`; False if there is none."""
+    try:
+        CloudDownloader.direct_download(remote, str(index))
+    except Exception as error:  # each store has its own errors, and its own words for "not found"
+        if re.search("not found|no such|does not exist|404", str(error), re.IGNORECASE):
+            return False
+        raise DataError(f"{remote}: {_one_line(error)}") from error
+    return True
+
+
+def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dict[str, Any]]:
+    target.done.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(samples, target.size_limit)
+    entries: dict[int, dict[str, Any]] = {}
+    tasks = [(write_shard, number, shard, number, target) for number, shard in enumerate(shards)]
+    with _progress(f"write {split}", len(samples)) as bar:
+        for number, entry in in_processes(_numbered, tasks, target.workers):
+            entries[number] = entry
+            bar.update(entry["samples"])
+    return [entries[number] for number in range(len(shards))]
+
+
+def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Target) -> None:
+    shards = open_shards(out, cache, split)
+    if len(shards) != len(samples):
+        raise Mismatch(f"it has {len(shards):,} samples, not {len(samples):,}")
+    tasks: list[tuple] = []
+    for number, (shard, end) in enumerate(zip(shards.shards, shards.ends)):
+        if (shard.compression, shard.hashes) != (target.compression, target.hashes):
+            raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
+        part = samples[end - shard.samples : end]
+        tasks.append((verify_shard, number, part, number, out, cache, split, target.done))
+    with _progress(f"verify {split}", len(samples)) as bar:
+        for _, count in in_processes(_numbered, tasks, target.workers):
+            bar.update(count)
+
+
+def _numbered(function: Any, number: int, *arguments: Any) -> tuple[int, Any]:
+    return number, function(*arguments)
+
+
+def _progress(what: str, total: int) -> tqdm:
+    return tqdm(total=total, unit=" samples", desc=what, disable=None)
+
+
+def _write(file: Path, content: Any) -> None:
+    """Writes JSON so that the file is whole or not there."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, sort_keys=True))
+    os.replace(temporary, file)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def convert(
+    path: str,
+    out: str,
+    compression: str | None = None,
+    hashes: tuple[str, ...] = ("sha1", "xxh64"),
+    size_limit: str = "4mb",
+    workers: int | None = None,
+    staging: str | None = None,
+) -> dict[str, int]:
+    """Writes every split of a data set as shards, and verifies them.
+
+    Args:
+        path: Folder of the data set; see :func:`data.list_samples`.
+        out: Folder, or URL of any store that Streaming can write to; each split has a folder there.
+        compression: As Streaming names it, 'zstd' or 'zstd:7' say. Default: None.
+        hashes: Hashes of each shard to write to the index.
+        size_limit: Bytes of a shard before compression, '4mb' say.
+        workers: How many processes. Default: one a core.
+        staging: Folder where shards wait to be uploaded and notes are kept of those that were.
+            Default: one in the system's temporary folder that depends on `path` and `out`.
+
+    Returns:
+        How many samples each split has.
+
+    Raises:
+        DataError: A file is not as training needs it, an option is wrong, or the store refuses.
+    """
+    if compression and not is_compression(compression):
+        raise DataError(
+            f"compression {compression!r} is none of Streaming's, such as zstd or zstd:7"
+        )
+    if unknown := [name for name in hashes if not is_hash(name)]:
+        raise DataError(f"hash {unknown[0]!r} is none of Streaming's, such as sha1 or xxh64")
+    out = out.rstrip("/")
+    is_remote = "://" in out
+    if is_remote and staging is None:
+        key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
+        staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
+    folder = staging if is_remote else out
+    options = (compression, sorted(hashes), bytes_to_int(size_limit))
+    workers = workers or len(os.sched_getaffinity(0))
+    root = Path(path) if Path(path, "images").is_dir() else Path(path, "ADEChallengeData2016")
+    splits = [split for split in FOLDERS if (root / "images" / FOLDERS[split]).is_dir()]
+    splits = {split: list_samples(path, split) for split in splits or FOLDERS}
+    with _only_one(folder):
+        for split, samples in splits.items():
+            remote = f"{out}/{split}" if is_remote else None
+            target = Target(os.path.join(folder, split), remote, *options, workers)
+            convert_split(samples, out, split, target)
+    if is_remote:
+        shutil.rmtree(folder)
+    return {split: len(samples) for split, samples in splits.items()}
+
+
+@contextmanager
+def _only_one(folder: str) -> Iterator[None]:
+    os.makedirs(folder, exist_ok=True)
+    lock = FileLock(os.path.join(folder, ".converting"), timeout=0)
+    try:
+        with lock:
+            yield
+            os.unlink(lock.lock_file)
+    except Timeout:
+        raise DataError(f"another conversion to {folder} is running: wait for it") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--path", required=True, help="folder that holds ADEChallengeData2016")
+    add("--out", required=True, help="folder or URL (s3://…) for the shards")
+    add("--compression", help="zstd, zstd:7, gz, br, …; little to gain, photos are compressed")
+    add("--hashes", default="sha1,xxh64", help="hashes to check shards with (default: sha1,xxh64)")
+    add("--size-limit", default="4mb", help="size of a shard (default: 4mb)")
+    add("--workers", type=int, help="processes (default: one a core)")
+    add("--staging", help="of a URL: folder where shards wait for their upload")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        convert(
+            options.path,
+            options.out,
+            options.compression,
+            tuple(filter(None, options.hashes.split(","))),
+            options.size_limit,
+            options.workers,
+            options.staging,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: run again to go on from here", file=sys.stderr)
+        return 130
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Check a whole data set before training on it: every file decoded, every label counted.
+
+    python data.py PATH                          # folders in ADE20K's layout, or MDS shards
+    python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
+    python data.py PATH --num-classes 11 --picture sheet.png
+
+The report has the sizes and classes, how fast the loader is here, what is odd but can be trained
+on, and what training would fail on. Exit status: 0 fine, 1 training would fail, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from checks import Labels, Tally, check
+from classes import ClassError, ClassInfo, beside, draw_overlay, load_classes
+from data import DataError
+from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, decode_mask
+
+SPEED_SECONDS, SPEED_BATCH = 5, 16
+
+
+def check_labels(
+    path: str,
+    split: str,
+    num_classes: int,
+    ignore_background: bool,
+    max_masks: int = 64,
+    ignore_label: int | None = None,
+) -> None:
+    """A quick look, before training, at whether `num_classes` fits the masks of a local data set.
+
+    Args:
+        path: See :func:`data.list_samples`.
+        split: 'train' or 'val'.
+        num_classes, ignore_background, ignore_label: See :func:`data.build_ade20k_dataspec`.
+        max_masks: How many masks to look at, spread evenly over the split.
+
+    Raises:
+        DataError: A mask cannot be read, or holds a label that is no class.
+    """
+    samples = data.list_samples(path, split)
+    labels = Labels(num_classes, ignore_background, ignore_label)
+    unknown = ~labels.classes() & ~labels.ignored()
+    for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
+        mask_path = samples[position].mask_path
+        try:
+            target = decode_mask(Path(mask_path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{mask_path}: {error}") from error
+        wrong = np.flatnonzero(unknown & (np.bincount(target.ravel(), minlength=256) > 0))
+        if wrong.size:
+            first = int(ignore_background)
+            raise DataError(
+                f"{mask_path} holds label {wrong[-1]}, but with {num_classes} classes labels are "
+                f"{first}..{first + num_classes - 1}: set model.num_classes, or ignore_label"
+            )
+
+
+def measure_loader(
+    path: str, local: str | None, is_streaming: bool, labels: Labels, samples: int
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """How many training images a second the loader gives here, and a batch of them.
+
+    Returns:
+        The figures, and the first batch as the model gets it: photos (N, H, W, 3) uint8 with
+        colours distorted, and class indices (N, H, W), -1 where ignored.
+    """
+    spec = data.build_ade20k_dataspec(
+        path,
+        is_streaming,
+        local,
+        batch_size=min(SPEED_BATCH, samples),
+        num_classes=labels.num_classes,
+        ignore_background=labels.ignore_background,
+        ignore_label=labels.ignore_label,
+    )
+    loader, shapes, seen, began = spec.dataloader, [], 0, None
+    warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
+    for number, (image, target) in enumerate(itertools.chain.from_iterable(_epochs(loader))):
+        if number == 0:
+            first = spec.microbatch_transforms((image, target))
+        if number < 3:
+            shapes.append([list(image.shape), list(target.shape)])
+        seen += len(image) if began else 0
+        if number == warm:
+            began = time.perf_counter()
+        if began and seen and time.perf_counter() - began > SPEED_SECONDS:
+            break
+    rate = seen / (time.perf_counter() - began)
+    figures = {
+        "images_per_second": round(rate, 1),
+        "workers": loader.num_workers,
+        "batches": shapes,
+    }
+    photos = first[0].permute(0, 2, 3, 1).numpy() * IMAGENET_CHANNEL_STD + IMAGENET_CHANNEL_MEAN
+    return figures, (photos.round().clip(0, 255).astype(np.uint8), first[1].numpy())
+
+
+def _epochs(loader: torch.utils.data.DataLoader) -> Iterator[Iterable]:
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        yield loader
+
+
+def draw_sheet(photos: np.ndarray, targets: np.ndarray, classes: list[ClassInfo]) -> Image.Image:
+    """Up to six samples, two a row: the photo, and again with the mask over it and a legend."""
+    cells = [
+        beside(Image.fromarray(photo), draw_overlay(photo, target, classes))
+        for photo, target in list(zip(photos, targets))[:6]
+    ]
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    sheet = Image.new("RGB", (2 * width, (len(cells) + 1) // 2 * height), (255, 255, 255))
+    for number, cell in enumerate(cells):
+        sheet.paste(cell, (number % 2 * width, number // 2 * height))
+    return sheet
+
+
+def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[str, Any]:
+    """A split's counts, sizes and class shares, ready for JSON."""
+    sides = np.array(tally.sizes or [(0, 0)])
+    area = sides.prod(1) / 1e6
+    is_class = labels.classes()
+    labelled, every = max(tally.pixels[is_class].sum(), 1), max(tally.pixels.sum(), 1)
+    first = int(labels.ignore_background)
+    return {
+        "photos": tally.photos,
+        "masks": tally.masks,
+        "good_pairs": len(tally.sizes),
+        "size": {
+            "width_mean": round(float(sides[:, 0].mean()), 1),
+            "height_mean": round(float(sides[:, 1].mean()), 1),
+            "shortest_side": int(sides.min()),
+            "longest_side": int(sides.max()),
+            "megapixels_mean": round(float(area.mean()), 4),
+            "megapixels_90_percent_below": round(float(np.quantile(area, 0.9)), 4),
+            "megapixels_largest": round(float(area.max()), 4),
+        },
+        "unlabelled": round(float(1 - tally.pixels[is_class].sum() / every), 6),
+        "classes": [
+            {
+                "label": int(label),
+                "name": classes[label - first].name,
+                "share": round(float(tally.pixels[label] / labelled), 8),
+                "photos": int(tally.present[label]),
+            }
+            for label in np.flatnonzero(is_class)
+        ],
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as it is printed."""
+    splits = report["splits"]
+    lines = [f"{report['path']}: {report['format']}, {report['num_classes']} classes", ""]
+
+    def row(title: str, cells: Iterable[str]) -> None:
+        lines.append(f"{title:<32}" + "".join(f"{cell:>16}" for cell in cells))
+
+    row("", splits)
+    for key in ("photos", "masks", "good_pairs"):
+        row(key.replace("_", " "), (f"{split[key]:,}" for split in splits.values()))
+    sizes = [split["size"] for split in splits.values()]
+    row("width x height, mean", (f"{s['width_mean']:.0f}x{s['height_mean']:.0f}" for s in sizes))
+    row("shortest, longest side", (f"{s['shortest_side']}, {s['longest_side']}" for s in sizes))
+    row("megapixels, mean", (f"{s['megapixels_mean']:.3f}" for s in sizes))
+    row("  90% are below", (f"{s['megapixels_90_percent_below']:.3f}" for s in sizes))
+    row("  largest", (f"{s['megapixels_largest']:.3f}" for s in sizes))
+    row("pixels without a class", (f"{s['unlabelled']:.1%}" for s in splits.values()))
+    lines += ["", "share of the labelled pixels"]
+    by_split = [split["classes"] for split in splits.values()]
+    order = sorted(range(len(by_split[0])), key=lambda i: -by_split[0][i]["share"])
+    shown = order if len(order) <= 20 else [*order[:10], *order[-5:]]
+    for place, i in enumerate(shown):
+        if len(shown) < len(order) and place == 10:
+            lines.append(f"  … {len(order) - len(shown)} more (--json has all) …")
+        entry = by_split[0][i]
+        title = f"  label {entry['label']} ({entry['name']})"
+        row(title[:32], (f"{classes[i]['share']:.3%}" for classes in by_split))
+    for name, split in splits.items():
+        never = [entry["name"] for entry in split["classes"] if not entry["photos"]]
+        lines.append(f"never in {name}: {', '.join(never) or 'none, every class occurs'}")
+    loader = report["loader"]
+    if "error" in loader:
+        lines += ["", f"loader: not measured ({loader['error']})"]
+    else:
+        image, target = loader["batches"][0]
+        lines += [
+            "",
+            f"loader: {loader['images_per_second']:.0f} images/s with {loader['workers']} worker "
+            f"processes, batches of photos {image} and masks {target}",
+        ]
+    for title, key in (("odd, but training works", "oddities"), ("PROBLEMS", "problems")):
+        if found := report[key]:
+            lines += [
+                "",
+                f"{title} ({len(found)})",
+                *(f"  {f['path']}: {f['reason']}" for f in found),
+            ]
+    count = len(report["problems"])
+    lines += ["", "training would fail" if count else "no problem: this can be trained on"]
+    return "\n".join(lines)
+
+
+def validate(
+    path: str,
+    local: str | None = None,
+    labels: Labels | None = None,
+    class_names: str | None = None,
+    workers: int | None = None,
+    picture: str | None = None,
+) -> dict[str, Any]:
+    """Checks a data set.
+
+    Args:
+        path: Folder in ADE20K's layout, or folder or URL of MDS shards.
+        local: Where shards of a URL are kept.
+        labels: What the masks hold. Default: ADE20K's.
+        class_names: See :func:`classes.load_classes`.
+        workers: How many processes check. Default: one a core.
+        picture: File to draw a sheet of samples in.
+
+    Returns:
+        The report, as `--json` prints it. `problems` is empty where training would work.
+
+    Raises:
+        DataError: There is no data set at `path` at all.
+    """
+    labels = labels or Labels()
+    classes = load_classes(class_names, labels.num_classes)
+    workers = workers or len(os.sched_getaffinity(0))
+    is_streaming = "://" in path or local is not None or bool(list(Path(path).glob("*/index.json")))
+    if "://" in path and local is None:
+        raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
+    if "://" not in path and not Path(path).is_dir():
+        raise DataError(f"there is no folder {path}")
+    tallies = check(path, local, is_streaming, labels, workers)
+    findings = [finding for tally in tallies.values() for finding in tally.findings]
+    try:
+        pairs = max(len(tallies["train"].sizes), 1)
+        loader, batch = measure_loader(path, local, is_streaming, labels, pairs)
+        if picture:
+            draw_sheet(*batch, classes).save(picture)
+    except DataError as error:
+        loader = {"error": str(error)}
+    return {
+        "path": path,
+        "format": "MDS shards" if is_streaming else "folders in ADE20K's layout",
+        "num_classes": labels.num_classes,
+        "splits": {name: summarise(tally, labels, classes) for name, tally in tallies.items()},
+        "loader": loader,
+        "oddities": [{"path": f.path, "reason": f.reason} for f in findings if not f.fatal],
+        "problems": [{"path": f.path, "reason": f.reason} for f in findings if f.fatal],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("path", help="folder in ADE20K's layout, or folder or URL of MDS shards")
+    add("local", nargs="?", help="folder to keep shards in")
+    add("--num-classes", type=int, default=150, help="as model.num_classes (default: 150)")
+    add(
+        "--keep-background",
+        action="store_true",
+        help="label 0 is a class (ignore_background: false)",
+    )
+    add("--ignore-label", type=int, help="a further label that is ignored")
+    add("--class-names", help="file with a class name a line")
+    add("--workers", type=int, help="processes (default: one a core)")
+    add("--picture", metavar="FILE", help="draw samples as training sees them, a .png or .jpg")
+    add("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(arguments)
+    if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
+        parser.error(f"--picture {options.picture}: a .png or .jpg")
+    labels = Labels(options.num_classes, not options.keep_background, options.ignore_label)
+    try:
+        report = validate(
+            options.path,
+            options.local,
+            labels,
+            options.class_names,
+            options.workers,
+            options.picture,
+        )
+    except (DataError, ClassError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(report, indent=1) if options.json else as_text(report))
+    return 1 if report["problems"] else 0
