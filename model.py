@@ -1,10 +1,10 @@
 """DeepLabV3+ (a torchvision ResNet and mmsegmentation's head) and the ComposerModel that trains it.
 
-    network = deeplabv3(num_classes=150, backbone_arch="resnet101")   # a plain nn.Module
-    model = build_composer_deeplabv3(num_classes=150)                 # what Composer's Trainer takes
+    network = deeplabv3(num_classes=150, backbone_arch="resnet101")  # a plain nn.Module
+    model = build_composer_deeplabv3(num_classes=150)  # what Composer's Trainer takes
 
-Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
-Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
+Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic
+Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 from urllib.error import URLError
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 import torchvision
 from composer.models import ComposerModel
 from composer.utils import dist
-from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
@@ -29,11 +29,15 @@ from torchvision.models.resnet import Bottleneck
 from losses import segmentation_loss
 from metrics import CrossEntropy, MIoU
 
+with warnings.catch_warnings():  # mmcv announces its 2.0 at every import
+    warnings.simplefilter("ignore", UserWarning)
+    from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
+
 log = logging.getLogger(__name__)
 
 
 class ModelError(ValueError):
-    """A model that cannot be built as asked: an unknown backbone, or weights that do not fit or exist."""
+    """A model that cannot be built: an unknown backbone, or weights that do not fit or exist."""
 
 
 class DeepLabV3(nn.Module):
@@ -42,8 +46,8 @@ class DeepLabV3(nn.Module):
     Args:
         backbone: Maps an image to a dict of feature maps, finest first.
         classifier: Maps the tuple of those feature maps to logits.
-        upsample: Whether to bring the logits to the size of the image. The loss and the metrics do that
-            themselves, a part of the batch at a time, so training leaves it out.
+        upsample: Whether to bring the logits to the size of the image. The loss and the metrics do
+            that themselves, a part of the batch at a time, so training leaves it out.
 
     Shape:
         image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without ``upsample``
@@ -64,7 +68,7 @@ class DeepLabV3(nn.Module):
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise one layer as the reference does: He et al. 2015 for weights, identity for BatchNorm."""
+    """Initialise a layer as the reference does: He et al. 2015, and BatchNorm as identity."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -85,10 +89,10 @@ def deeplabv3(
     Args:
         num_classes: Number of classes C.
         backbone_arch: A torchvision ResNet with bottleneck blocks, such as ``"resnet101"``.
-        backbone_weights: ``None``, a torchvision name such as ``"IMAGENET1K_V2"``, or the path or URL of a
-            state dict with torchvision's parameter names.
-        sync_bn: Whether BatchNorm statistics are shared by the processes of a node. Without effect in a
-            single process.
+        backbone_weights: ``None``, a torchvision name such as ``"IMAGENET1K_V2"``, or the path or
+            URL of a state dict with torchvision's parameter names.
+        sync_bn: Whether BatchNorm statistics are shared by the processes of a node. Without effect
+            in a single process.
         use_plus: DeepLabV3+ (with the stride-4 decoder) rather than DeepLabV3.
         init_fn: Applied to every module; to those of the head alone where the backbone has weights.
 
@@ -206,7 +210,7 @@ def _convert_sync_bn(network: DeepLabV3) -> DeepLabV3:
 
 
 class ComposerDeepLabV3(ComposerModel):
-    """What Composer's Trainer asks of a model: forward, loss and metrics on ``(image, target)`` batches.
+    """What Composer's Trainer asks of a model, on ``(image, target)`` batches.
 
     Args:
         network: Maps an image (N, 3, H, W) to logits of any resolution; kept as ``module``.
@@ -216,8 +220,8 @@ class ComposerDeepLabV3(ComposerModel):
         dice_weight: Weight of the Dice loss in the loss.
 
     Attributes:
-        cpu_autocast: Where set (to ``torch.bfloat16``), the forward pass on a CPU runs in that type;
-            Composer has mixed precision for GPUs only.
+        cpu_autocast: Where set (to ``torch.bfloat16``), the forward pass on a CPU runs in that
+            type; Composer has mixed precision for GPUs only.
     """
 
     def __init__(
@@ -283,8 +287,8 @@ def build_composer_deeplabv3(
     """Build DeepLabV3(+) as a ComposerModel; see :func:`deeplabv3` and :class:`ComposerDeepLabV3`.
 
     Args:
-        upsample: Whether ``forward`` returns logits of the image's size (as the reference does) rather
-            than the decoder's.
+        upsample: Whether ``forward`` returns logits of the image's size (as the reference does)
+            rather than the decoder's.
     """
     network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
     network.upsample = upsample

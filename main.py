@@ -1,0 +1,249 @@
+"""Train or evaluate DeepLabV3+ as a YAML says.
+
+composer main.py yamls/deeplabv3.yaml                             # every GPU of this machine
+composer main.py yamls/deeplabv3.yaml recipe_name=mild seed=1     # keys of the YAML, overridden
+python main.py --help                                             # the keys
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from config import Config, ConfigError, DatasetConfig, help_text, load, resolve
+
+if TYPE_CHECKING:
+    from composer import Trainer
+    from composer.core import Callback, DataSpec
+    from composer.loggers import LoggerDestination
+    from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+
+
+def main(config: DictConfig | dict[str, Any]) -> Trainer:
+    """Train (or, with ``is_train: false``, evaluate) as the config says.
+
+    Args:
+        config: The YAML as OmegaConf loads it; see config.py for the keys.
+
+    Returns:
+        Trainer: After the run; the network is ``trainer.state.model.module``.
+
+    Raises:
+        ConfigError: The config is wrong.
+        DataError: The data set is.
+        ModelError: The model cannot be built, or its weights cannot be had.
+    """
+    config = resolve(config)
+    level = (config.python_log_level or "warning").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+    # Only now what takes seconds to import: a wrong config has been answered by here.
+    import torch
+    from composer import Trainer
+    from composer.optim import DecoupledSGDW
+    from composer.utils import dist, get_device, reproducibility
+
+    from model import build_composer_deeplabv3, weight_init
+    from recipes import build_recipe, warn_if_ema_is_slow
+
+    precision, cpu_autocast = _precision(config.precision)
+    device = get_device(None)
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device)
+    reproducibility.seed_all(config.seed)
+
+    train_data = _build_data(config, config.train_dataset, "train") if config.is_train else None
+    eval_data = _build_data(config, config.eval_dataset, "val")
+    if train_data is not None:
+        batches_per_epoch = len(train_data.dataloader)
+        if batches_per_epoch == 0:
+            raise ConfigError(
+                f"train_dataset.batch_size: {len(train_data.dataloader.dataset)} images are less "
+                f"than one batch of {config.train_dataset.batch_size}"
+            )
+        warn_if_ema_is_slow(config, batches_per_epoch, config.train_dataset.batch_size)
+
+    model_config = asdict(config.model)
+    model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
+    model.to(memory_format=torch.channels_last)
+    model.cpu_autocast = cpu_autocast
+    optimizer = DecoupledSGDW(model.parameters(), **asdict(config.optimizer))
+    algorithms, scheduler = build_recipe(config)
+
+    microbatch: int | str = config.device_train_microbatch_size
+    if microbatch == "auto" and not torch.cuda.is_available():
+        microbatch = config.train_dataset.batch_size // dist.get_world_size()
+    compile_model = config.compile is True or (
+        config.compile == "auto" and torch.cuda.is_available()
+    )
+    trainer = Trainer(
+        run_name=config.run_name,
+        model=model,
+        train_dataloader=train_data,
+        eval_dataloader=eval_data,
+        eval_interval=config.eval_interval,
+        max_duration=config.max_duration,
+        optimizers=optimizer,
+        schedulers=scheduler,
+        algorithms=algorithms,
+        callbacks=_build_callbacks(config),
+        loggers=_build_loggers(config),
+        progress_bar="progress_bar" in config.loggers,
+        log_to_console="console" in config.loggers,
+        console_log_interval=(config.loggers.get("console") or {}).get("log_interval", "1ba"),
+        save_folder=config.save_folder,
+        save_interval=config.save_interval,
+        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        save_overwrite=config.save_overwrite,
+        load_path=config.load_path,
+        load_weights_only=config.load_weights_only,
+        autoresume=config.autoresume,
+        spin_dataloaders=False,  # the order of samples does not depend on what was read before
+        device=device,
+        precision=precision,
+        device_train_microbatch_size=microbatch,
+        deterministic_mode=config.deterministic,
+        seed=config.seed,
+        compile_config={} if compile_model else None,
+        python_log_level=config.python_log_level,
+    )
+    trainer.logger.log_hyperparameters(asdict(config))
+    if not config.is_train:
+        trainer.eval()
+        return trainer
+    if config.eval_first and trainer.state.timestamp.batch == 0:
+        trainer.eval()
+        trainer.first_miou = float(trainer.state.eval_metric_values["MIoU"])
+    trainer.fit()
+    return trainer
+
+
+def _precision(name: str) -> tuple[str, Any]:
+    """Composer's precision, and the autocast type of the model on a CPU, which Composer has not."""
+    import torch
+
+    if torch.cuda.is_available():
+        if name == "auto":
+            # Not emulated: a V100 or T4 takes bf16 only slowly.
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "amp_bf16" if native else "amp_fp16"
+        return name, None
+    if name == "amp_fp16":
+        raise ConfigError("precision: amp_fp16 needs a GPU; use auto, fp32 or amp_bf16 here")
+    if name == "auto":
+        name = "amp_bf16" if _cpu_has_bf16() else "fp32"
+    return "fp32", torch.bfloat16 if name == "amp_bf16" else None
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 numbers itself (x86 and Arm Linux name it alike)."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
+    except OSError:
+        return False
+
+
+def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
+    """The data of a split for this process, after a look at whether its labels fit the model."""
+    from composer.utils import dist
+
+    from data import build_ade20k_dataspec
+
+    arguments = asdict(dataset)
+    arguments["batch_size"] //= dist.get_world_size()
+    if dataset.num_workers == "auto":
+        del arguments["num_workers"]  # build_ade20k_dataspec then fits it to the machine
+    if split == "val":
+        arguments["drop_last"] = False  # every sample is scored once
+    return build_ade20k_dataspec(
+        **arguments,
+        split=split,
+        shuffle=split == "train",
+        seed=config.seed,
+        num_classes=config.model.num_classes,
+    )
+
+
+def _build_callbacks(config: Config) -> list[Callback]:
+    """What watches the run: speed, learning rate, memory, and what callbacks.py draws."""
+    import torch
+    from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
+
+    callbacks: list[Callback] = [SpeedMonitor(window_size=20), LRMonitor()]
+    if torch.cuda.is_available():
+        callbacks.append(MemoryMonitor())
+    return callbacks
+
+
+def _build_loggers(config: Config) -> list[LoggerDestination]:
+    """Composer's loggers by their names in the YAML; the progress bar and console are Trainer's."""
+    from composer import loggers
+
+    classes = {
+        "file": loggers.FileLogger,
+        "wandb": loggers.WandBLogger,
+        "tensorboard": loggers.TensorboardLogger,
+        "mlflow": loggers.MLFlowLogger,
+        "comet_ml": loggers.CometMLLogger,
+        "neptune": loggers.NeptuneLogger,
+    }
+    built = []
+    for name, arguments in config.loggers.items():
+        if name in classes:
+            try:
+                built.append(classes[name](**(arguments or {})))
+            except TypeError as error:
+                raise ConfigError(f"loggers.{name}: {error}") from error
+    return built
+
+
+def _summary(trainer: Trainer) -> str:
+    """What the run reached, a line each."""
+    lines = []
+    miou = trainer.state.eval_metric_values.get("MIoU")
+    if miou is not None:
+        before = getattr(trainer, "first_miou", None)
+        lines.append(
+            f"mIoU: {f'{before:.2f} before, ' if before is not None else ''}{miou:.2f} now"
+        )
+    if trainer.saved_checkpoints:
+        lines.append(f"checkpoint: {trainer.saved_checkpoints[-1]}")
+    return "\n".join(lines)
+
+
+def run(arguments: list[str]) -> int:
+    """The command line; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if arguments else 2
+    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        config = load(arguments[0], arguments[1:])
+        resolve(config)
+        from data import DataError
+        from model import ModelError
+    except ConfigError as error:
+        if first_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer = main(config)
+    except (ConfigError, DataError, ModelError, FileExistsError) as error:
+        if first_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        print(_summary(trainer))
+    trainer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""Make a small data set in ADE20K's layout that a network can learn from scratch in minutes.
+
+    python synthetic_ade20k.py demo/data
+
+A scene is cut into areas that textured shapes overlap. The class of a pixel is its texture; each
+surface has two colours of its own, drawn at random, so that colour alone does not give the class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+TEXTURES = (
+    "plain",
+    "rows",
+    "columns",
+    "rising",
+    "falling",
+    "checks",
+    "dots",
+    "noise",
+    "grid",
+    "rings",
+    "bricks",
+    "waves",
+)
+
+
+def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A pattern with values 0 and 1; (size, size) float32. Period and phase are random."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) + rng.uniform(0, 16, (2, 1, 1))
+    period = rng.uniform(5, 8)
+    u, v = x % period < period / 2, y % period < period / 2
+    center = rng.uniform(0, size, 2)
+    pattern = {
+        "plain": np.zeros_like(x),
+        "rows": v,
+        "columns": u,
+        "rising": (x + y) % (1.4 * period) < 0.7 * period,
+        "falling": (x - y) % (1.4 * period) < 0.7 * period,
+        "checks": u ^ v,
+        "dots": np.hypot(x % period - period / 2, y % period - period / 2) < 0.3 * period,
+        "noise": rng.random((size // 2 + 1, size // 2 + 1)).repeat(2, 0).repeat(2, 1)[:size, :size],
+        "grid": (x % period < 2) | (y % period < 2),
+        "rings": np.hypot(x - center[0], y - center[1]) % period < period / 2,
+        "bricks": (y % period < 1.5) | ((x + y // period * period) % (2 * period) < 1.5),
+        "waves": (y + 3 * np.sin(x * 0.6)) % period < period / 2,
+    }
+    return pattern[name].astype(np.float32)
+
+
+def shape(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random half-plane, ellipse or polygon; (size, size) bool."""
+    mask = np.zeros((size, size), np.uint8)
+    center = rng.uniform(0.1, 0.9, 2) * size
+    kind = rng.integers(3)
+    if kind == 0:
+        y, x = np.mgrid[:size, :size]
+        angle = rng.uniform(0, 2 * np.pi)
+        return (x - center[0]) * np.cos(angle) + (y - center[1]) * np.sin(angle) > 0
+    radius = rng.uniform(0.15, 0.4, 2) * size
+    if kind == 1:
+        axes = tuple(radius.astype(int).tolist())
+        cv2.ellipse(
+            mask, tuple(center.astype(int).tolist()), axes, rng.uniform(0, 180), 0, 360, 1, -1
+        )
+    else:
+        angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 7)))
+        corners = center + radius.max() * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
+    return mask.astype(bool)
+
+
+def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A photo (size, size, 3) uint8 and its mask (size, size) uint8: 0 = other, 1..12 = texture."""
+    photo = np.zeros((size, size, 3), np.float32)
+    mask = np.zeros((size, size), np.uint8)
+    for layer in range(5):
+        area = np.ones((size, size), bool) if layer == 0 else shape(size, rng)
+        label = int(rng.integers(len(TEXTURES)))
+        pattern = texture(TEXTURES[label], size, rng)[..., None]
+        dark, light = rng.uniform(20, 120, 3), rng.uniform(135, 235, 3)
+        if rng.random() < 0.5:
+            dark, light = light, dark
+        photo[area] = (dark * (1 - pattern) + light * pattern)[area]
+        mask[area] = label + 1
+        edge = cv2.morphologyEx(area.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((2, 2))) > 0
+        if layer > 0:
+            mask[edge & area] = 0
+    photo = cv2.GaussianBlur(photo, (3, 3), 0.6) + rng.normal(0, 5, photo.shape)
+    return photo.clip(0, 255).astype(np.uint8), mask
+
+
+def make(
+    path: str, training: int = 256, validation: int = 48, size: int = 96, seed: int = 0
+) -> None:
+    """Write the data set below ``path``; a complete one of the same kind is left as it is.
+
+    Args:
+        path: The folder that will hold ADEChallengeData2016.
+        training, validation: Number of scenes in each split.
+        size: Side of a scene, pixels.
+        seed: Seed of the scenes.
+    """
+    root = Path(path) / "ADEChallengeData2016"
+    done, kind = root / "synthetic.txt", f"{training} {validation} {size} {seed}\n"
+    if done.is_file() and done.read_text() == kind:
+        log.info("%s is there already", path)
+        return
+    for split, short, count in (("training", "train", training), ("validation", "val", validation)):
+        for folder in ("images", "annotations"):
+            (root / folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            rng = np.random.default_rng((seed, split == "training", i))
+            photo, mask = scene(size, rng)
+            name = f"ADE_{short}_{i + 1:08d}"
+            image_path = root / "images" / split / f"{name}.jpg"
+            cv2.imwrite(str(image_path), photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            cv2.imwrite(str(root / "annotations" / split / f"{name}.png"), mask)
+    done.write_text(kind)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make a small learnable data set like ADE20K.")
+    parser.add_argument("path", help="folder that will hold ADEChallengeData2016")
+    parser.add_argument("--training", type=int, default=256, help="scenes to train on (256)")
+    parser.add_argument("--validation", type=int, default=48, help="scenes to evaluate on (48)")
+    parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels (96)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
+    make(**vars(parser.parse_args()))

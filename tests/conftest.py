@@ -1,0 +1,51 @@
+"""What several test files share: a small data set, and a config of a run that takes seconds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Waiting threads that spin slow each other down where cores are few; set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+import synthetic_ade20k  # noqa: E402
+
+logging.getLogger("PIL").setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of 16 training and 6 validation scenes of 48 x 48 pixels with 12 classes."""
+    path = tmp_path_factory.mktemp("synthetic")
+    synthetic_ade20k.make(str(path), training=16, validation=6, size=48)
+    return str(path)
+
+
+@pytest.fixture
+def tiny(synthetic: str) -> dict[str, Any]:
+    """A run of four steps of ResNet-50 at 32 pixels; a fresh dict that a test may change."""
+    dataset = {
+        "path": synthetic,
+        "base_size": 32,
+        "final_size": 32,
+        "batch_size": 4,
+        "num_workers": 0,
+    }
+    return {
+        "run_name": "tiny",
+        "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
+        "train_dataset": dict(dataset),
+        "eval_dataset": dict(dataset),
+        "optimizer": {"lr": 0.01},
+        "max_duration": "4ba",
+        "eval_interval": "4ba",
+        "precision": "fp32",
+        "pictures": 0,
+    }

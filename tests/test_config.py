@@ -1,0 +1,157 @@
+"""The YAML's schema: what is read, what is refused, and that every refusal is one clear line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcli import RunConfig
+from omegaconf import OmegaConf
+
+import config
+from config import ConfigError, load, resolve
+
+YAMLS = Path(config.__file__).parent / "yamls"
+
+
+def test_deeplabv3_yaml_holds_the_references_numbers(tmp_path: Path) -> None:
+    (tmp_path / "ADEChallengeData2016" / "images" / "training").mkdir(parents=True)
+    (tmp_path / "ADEChallengeData2016" / "images" / "validation").mkdir()
+    paths = [f"train_dataset.path={tmp_path}", f"eval_dataset.path={tmp_path}"]
+    typed = resolve(load(str(YAMLS / "deeplabv3.yaml"), paths))
+    assert (typed.max_duration, typed.seed, typed.train_dataset.batch_size) == ("128ep", 17, 128)
+    assert (typed.optimizer.lr, typed.optimizer.momentum) == (0.08, 0.9)
+    assert typed.optimizer.weight_decay == 5e-5
+    assert (typed.model.cross_entropy_weight, typed.model.dice_weight) == (0.375, 1.125)
+    assert (typed.medium.sam.rho, typed.medium.sam.interval, typed.medium.mixup.alpha) == (
+        0.3,
+        2,
+        0.2,
+    )
+    assert (typed.hot.sam.rho, typed.hot.sam.interval, typed.hot.mixup.alpha) == (0.3, 1, 0.5)
+    assert (typed.mild.ema.half_life, typed.mild.ema.update_interval) == ("1000ba", "10ba")
+    assert (typed.hot.ema.half_life, typed.hot.ema.update_interval) == ("2000ba", "1ba")
+    # What the YAML spells out is what a config without the key means.
+    spelled_out = OmegaConf.to_container(OmegaConf.load(YAMLS / "deeplabv3.yaml"))
+    data = {"path": str(tmp_path)}
+    defaults = resolve({"train_dataset": data, "eval_dataset": data})
+    for section, values in spelled_out.items():
+        if section in ("loggers", "train_dataset", "eval_dataset"):
+            continue
+        default = getattr(defaults, section)
+        if isinstance(values, dict):
+            default = OmegaConf.to_container(OmegaConf.structured(default))
+            default = {name: default[name] for name in values}
+        assert values == default, section
+
+
+@pytest.mark.parametrize(
+    ("recipe", "duration"), [("mild", "25ep"), ("medium", "90ep"), ("hot", "240ep")]
+)
+def test_a_recipe_sets_its_duration_and_the_command_line_beats_it(
+    tiny: dict[str, Any], tmp_path: Path, recipe: str, duration: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    assert resolve(load(str(path), [])).max_duration == "4ba"
+    assert resolve(load(str(path), [f"recipe_name={recipe}"])).max_duration == duration
+    given = [f"recipe_name={recipe}", "max_duration=2ep"]
+    assert resolve(load(str(path), given)).max_duration == "2ep"
+    given = [f"recipe_name={recipe}", f"{recipe}.max_duration=30"]
+    assert resolve(load(str(path), given)).max_duration == "30ep"
+
+
+WRONG = {
+    "optimiser.lr=1": "unknown key optimiser; did you mean optimizer?",
+    "model.backbone=resnet50": "unknown key model.backbone; did you mean model.backbone_arch?",
+    "seed=abc": "seed: .*'abc'",
+    "seed=null": "seed is empty",
+    "optimizer=5": "optimizer: 5 is not a section",
+    "optimizer.lr=0": "optimizer.lr: 0.0 is not a finite number of more than 0",
+    "optimizer.lr=.nan": "optimizer.lr: nan",
+    "optimizer.momentum=1": "optimizer.momentum: 1.0 is not below 1",
+    "train_dataset.path=/nowhere": "train_dataset.path: no folder /nowhere",
+    "train_dataset.path=null": "train_dataset.path is empty",
+    "eval_dataset.path=s3://bucket/x": "eval_dataset.path is remote; set eval_dataset.is_streaming",
+    "train_dataset.min_resize_scale=3": "min_resize_scale: 3.0 is above max_resize_scale",
+    "train_dataset.final_size=-64": "train_dataset.final_size: -64",
+    "train_dataset.batch_size=1": "leave one image alone",
+    "train_dataset.num_workers=many": "num_workers: 'many' is neither a number nor auto",
+    "device_train_microbatch_size=big": "device_train_microbatch_size: 'big'",
+    "device_train_microbatch_size=0": "device_train_microbatch_size: 0 is not 1 or more",
+    "max_duration=2 epochs": "max_duration: '2 epochs' is not a time",
+    "save_interval=0ep": "save_interval: '0ep' is not a time",
+    "recipe_name=mid": "recipe_name: mid is none of mild, medium, hot",
+    "precision=bf17": "precision: bf17 is none of",
+    "compile=maybe": "compile: maybe is none of",
+    "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
+    "loggers=wandb": "loggers: 'wandb' is not a section",
+    "loggers.comet_ml={}": r"loggers.comet_ml: its package is missing; pip install .*mosaicml\[comet_ml\]",
+    "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 254",
+    "model.dice_weight=0 model.cross_entropy_weight=0": "no loss is left",
+    "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
+    "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
+    "autoresume=true": "autoresume needs save_folder",
+    "seed": "'seed' is not an override; write key=value",
+    "recipe_name=mild mild.ema.half_life=3ep": "must have the same unit",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_a_wrong_config_is_answered_in_one_line(
+    tiny: dict[str, Any], tmp_path: Path, overrides: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    parts = [overrides] if "epochs" in overrides else overrides.split()
+    with pytest.raises(ConfigError) as caught:
+        resolve(load(str(path), parts))
+    message = str(caught.value)
+    assert re.search(WRONG[overrides], message), message
+    assert "\n" not in message
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="train_dataset.batch_size: 4 images .* use 3"):
+        resolve(tiny)
+
+
+@pytest.mark.parametrize("text", [None, "a: [1", "- just\n- a list\n"])
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "broken.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match="broken.yaml") as caught:
+        load(str(path), [])
+    assert "\n" not in str(caught.value)
+
+
+def test_help_names_every_key_of_the_yaml() -> None:
+    lines = config.help_text()
+    for section, values in OmegaConf.to_container(OmegaConf.load(YAMLS / "deeplabv3.yaml")).items():
+        names = values if isinstance(values, dict) and section != "loggers" else [None]
+        for name in names:
+            assert f"\n  {section}{f'.{name}' if name else ''}" in lines
+
+
+def test_mcloud_run_has_the_parameters_of_deeplabv3_yaml() -> None:
+    run = RunConfig.from_file(str(YAMLS / "mcloud_run.yaml"))
+    expected = OmegaConf.to_container(OmegaConf.load(YAMLS / "deeplabv3.yaml"))
+    assert list(run.parameters) == list(expected)
+    for section in ("train_dataset", "eval_dataset"):
+        for name in ("is_streaming", "path", "local"):  # where the data is
+            del run.parameters[section][name], expected[section][name]
+    assert run.parameters == expected
+    assert "composer main.py /mnt/config/parameters.yaml" in run.command
+
+
+def test_the_other_yamls_fit_the_schema(synthetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(YAMLS.parent)
+    paths = [f"{section}.path={synthetic}" for section in ("train_dataset", "eval_dataset")]
+    for name in ("demo.yaml", "camvid.yaml"):
+        assert resolve(load(str(YAMLS / name), paths)).run_name == name.removesuffix(".yaml")
