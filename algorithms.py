@@ -160,7 +160,8 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
     """Adds `rho` times the normalised gradient to the weights, and takes it back at the end."""
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     with torch.no_grad():
-        start = [p.clone() for p in weights]
+        start = [torch.empty_like(p) for p in weights]
+        torch._foreach_copy_(start, weights)
         gradient = [p.grad for p in weights]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradient)))
         torch._foreach_mul_(gradient, rho / (norm + 1e-12))  # the next pass clears it anyway

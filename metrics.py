@@ -21,6 +21,7 @@ from torchmetrics import Metric
 _SLAB_BYTES = {"cpu": 2**24, "cuda": 2**27}
 
 
+@torch.no_grad()
 def confusion_matrix(
     logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:

@@ -150,6 +150,18 @@ def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, slab):
     assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_autocast_changes_nothing(batches):
+    plain, autocast = (MIoU(CLASSES), CrossEntropy()), (MIoU(CLASSES), CrossEntropy())
+    for batch in batches:
+        for metric in plain:
+            metric.update(*batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            for metric in autocast:
+                metric.update(*batch)
+    assert torch.equal(plain[0].matrix, autocast[0].matrix)
+    assert plain[1].compute() == autocast[1].compute()
+
+
 def largest_allocation(function):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
