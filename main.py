@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from composer.core import Callback, DataSpec
     from composer.loggers import LoggerDestination
     from omegaconf import DictConfig
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +63,15 @@ def main(config: DictConfig | dict[str, Any]) -> Trainer:
     eval_data = _build_data(config, config.eval_dataset, "val")
     if train_data is not None:
         batches_per_epoch = len(train_data.dataloader)
-        if batches_per_epoch == 0:
-            raise ConfigError(
-                f"train_dataset.batch_size: {len(train_data.dataloader.dataset)} images are less "
-                f"than one batch of {config.train_dataset.batch_size}"
-            )
         warn_if_ema_is_slow(config, batches_per_epoch, config.train_dataset.batch_size)
 
+    weights = _read_weights(config)
     model_config = asdict(config.model)
+    if config.load_path:
+        model_config["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
+    if weights is not None:
+        model.module.load_state_dict(weights)
     model.to(memory_format=torch.channels_last)
     model.cpu_autocast = cpu_autocast
     optimizer = DecoupledSGDW(model.parameters(), **asdict(config.optimizer))
@@ -82,6 +83,8 @@ def main(config: DictConfig | dict[str, Any]) -> Trainer:
     compile_model = config.compile is True or (
         config.compile == "auto" and torch.cuda.is_available()
     )
+    # What Composer is about to unpickle is looked at first; see weights.py.
+    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "weights.validate_checkpoint"
     trainer = Trainer(
         run_name=config.run_name,
         model=model,
@@ -101,8 +104,7 @@ def main(config: DictConfig | dict[str, Any]) -> Trainer:
         save_interval=config.save_interval,
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         save_overwrite=config.save_overwrite,
-        load_path=config.load_path,
-        load_weights_only=config.load_weights_only,
+        load_path=config.load_path if weights is None else None,
         autoresume=config.autoresume,
         spin_dataloaders=False,  # the order of samples does not depend on what was read before
         device=device,
@@ -155,6 +157,7 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
     from composer.utils import dist
 
     from data import build_ade20k_dataspec
+    from validate import check_labels
 
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
@@ -162,6 +165,14 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
         del arguments["num_workers"]  # build_ade20k_dataspec then fits it to the machine
     if split == "val":
         arguments["drop_last"] = False  # every sample is scored once
+    if not dataset.is_streaming:
+        check_labels(
+            dataset.path,
+            split,
+            config.model.num_classes,
+            dataset.ignore_background,
+            ignore_label=dataset.ignore_label,
+        )
     return build_ade20k_dataspec(
         **arguments,
         split=split,
@@ -171,15 +182,44 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
     )
 
 
+def _read_weights(config: Config) -> dict[str, Tensor] | None:
+    """The network's weights of ``load_path``, where nothing else of it is wanted.
+
+    A local checkpoint is compared with ``config.model`` in any case, before training begins.
+    """
+    from weights import infer_architecture, load_weights
+
+    if config.load_path is None or "://" in config.load_path:
+        return None
+    state = load_weights(config.load_path).state
+    for name, found in infer_architecture(state).items():
+        wanted = getattr(config.model, name)
+        if found != wanted:
+            raise ConfigError(f"load_path: {config.load_path} has {name}={found}, not {wanted}")
+    return state if config.load_weights_only or not config.is_train else None
+
+
 def _build_callbacks(config: Config) -> list[Callback]:
     """What watches the run: speed, learning rate, memory, and what callbacks.py draws."""
     import torch
     from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 
+    from callbacks import ClassTable, Curves, Pictures, RunRecord, TrainMIoU
+    from classes import load_classes
+
+    num_classes = config.model.num_classes
+    classes = load_classes(config.class_names, num_classes)
+    folder = config.save_folder
     callbacks: list[Callback] = [SpeedMonitor(window_size=20), LRMonitor()]
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
-    return callbacks
+    if config.pictures:
+        callbacks.append(Pictures(classes, config.pictures, folder))
+    if config.train_metrics_interval:
+        callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
+    if folder:
+        callbacks.append(Curves(folder))
+    return [*callbacks, ClassTable(classes, folder), RunRecord(asdict(config), classes)]
 
 
 def _build_loggers(config: Config) -> list[LoggerDestination]:
@@ -205,16 +245,19 @@ def _build_loggers(config: Config) -> list[LoggerDestination]:
 
 
 def _summary(trainer: Trainer) -> str:
-    """What the run reached, a line each."""
+    """What the run reached and left behind, a line each."""
+    from callbacks import Pictures
+
     lines = []
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
         before = getattr(trainer, "first_miou", None)
-        lines.append(
-            f"mIoU: {f'{before:.2f} before, ' if before is not None else ''}{miou:.2f} now"
-        )
+        lines.append(f"mIoU: {'' if before is None else f'{before:.2f} before, '}{miou:.2f} now")
     if trainer.saved_checkpoints:
         lines.append(f"checkpoint: {trainer.saved_checkpoints[-1]}")
+    for callback in trainer.state.callbacks:
+        if isinstance(callback, Pictures) and callback.latest:
+            lines.append(f"pictures: {callback.latest}")
     return "\n".join(lines)
 
 
@@ -223,26 +266,31 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
         return 0 if arguments else 2
-    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config = load(arguments[0], arguments[1:])
         resolve(config)
-        from data import DataError
-        from model import ModelError
     except ConfigError as error:
-        if first_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    from classes import ClassError
+    from data import DataError
+    from model import ModelError
+    from weights import WeightsError
+
     try:
         trainer = main(config)
-    except (ConfigError, DataError, ModelError, FileExistsError) as error:
-        if first_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ConfigError, DataError, ModelError, WeightsError, ClassError, FileExistsError) as error:
+        return _refuse(error)
     if os.environ.get("RANK", "0") == "0":
         print(_summary(trainer))
     trainer.close()
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    """Say once a node what was wrong; the exit status."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
