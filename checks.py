@@ -24,8 +24,8 @@ from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 import data
-from data import DataError, decode_photo_for
-from transforms import IGNORED, decode_image, decode_mask
+from data import DataError
+from transforms import IGNORED, decode_image, decode_mask, decode_photo
 
 CHUNK = 64  # samples a process checks between two reports
 
@@ -87,7 +87,7 @@ class Tally:
         if target is None:
             self._decode(decode_image, photo, names[0])
             return
-        image = self._decode(lambda photo: decode_photo_for(photo, target.shape), photo, names[0])
+        image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
         counts = np.bincount(target.ravel(), minlength=256)
         wrong = np.flatnonzero((counts > 0) & ~labels.classes() & ~labels.ignored())
         if wrong.size:
@@ -266,7 +266,8 @@ def check(
             try:
                 samples = open_shards(path, local, split)
             except DataError as error:
-                tallies[split].find(os.path.join(path, split), str(error))
+                location = os.path.join(path, split)
+                tallies[split].find(location, str(error).removeprefix(f"{location}: "))
                 continue
             tasks += [
                 (split, shard.samples, check_shard, path, local, split, number, labels)

@@ -36,8 +36,8 @@ from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
 from checks import in_processes, open_shards, opened_shards, read_shard
-from data import FOLDERS, DataError, Sample, decode_photo_for, list_samples
-from transforms import decode_mask
+from data import FOLDERS, DataError, Sample, list_samples
+from transforms import decode_mask, decode_photo
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _read(sample: Sample) -> tuple[bytes, bytes]:
     except (OSError, ValueError) as error:
         raise DataError(f"{sample.mask_path}: {error}") from error
     try:
-        decode_photo_for(photo, labels.shape)
+        decode_photo(photo, labels.shape)
     except ValueError as error:
         raise DataError(f"{sample.image_path}: {error}") from error
     return photo, mask
@@ -348,6 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    logging.getLogger("streaming").setLevel(logging.ERROR)  # that the staging folder is in use
     try:
         convert(
             options.path,
