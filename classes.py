@@ -44,7 +44,7 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
 
     Args:
         source: A text file with a name a line; a CSV with the columns ``name`` or
-            ``name,red,green,blue`` (with or without that header line); a list of names; or ``None``:
+            ``name,red,green,blue`` (with that header line or none); a list of names; or ``None``:
             ADE20K's 150 classes, the same after an ``other`` where there are 151, and plain numbers
             for any other count.
         num_classes: How many classes the model predicts; entry i is class index i.
@@ -163,7 +163,7 @@ def draw_overlay(
 
 
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
-    """Write each class's name where there is most room for it: some of ADE20K's colours are close."""
+    """Write each class's name where there is room for it: some of ADE20K's colours are close."""
     draw, font = ImageDraw.Draw(picture), _font(_font_size(picture.height) * 0.9)
     scale = max(1, max(mask.shape) // 512)  # the place need not be found to the pixel
     small = mask[::scale, ::scale]

@@ -1,0 +1,265 @@
+"""Score a checkpoint on a validation set.
+
+    python evaluate.py runs/first/latest-rank0.pt           # on the run's own validation set
+    python evaluate.py weights.safetensors --path ade20k --tta --csv classes.csv --json scores.json
+    composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
+
+The protocol ``paper`` is mmsegmentation's on ADE20K, so that the numbers can stand beside its
+tables: photos keep their aspect ratio (shorter side 512, longer at most 2048), and the prediction
+is brought back to the mask's own resolution and scored there. ``square`` is the evaluation of
+training: photo and mask become squares of ``eval_dataset.final_size``. Every pixel with a label
+counts once, in one confusion matrix over all photos and processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist, get_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from callbacks import class_table, table_as_csv
+from classes import ClassError
+from config import ConfigError, load, resolve
+from data import DataError, build_ade20k_dataspec
+from metrics import (
+    confusion_matrix,
+    confusion_matrix_of_predictions,
+    mean_accuracy,
+    mean_iou,
+    pixel_accuracy,
+)
+from predict import Segmenter, add_model_options, segmenter_from
+from weights import WeightsError
+
+PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
+
+
+def evaluate_paper(
+    segmenter: Segmenter, dataset: Any, index: Tensor, batch_size: int, num_workers: int = 0
+) -> Tensor:
+    """The confusion matrix over this process's share of a set, at the masks' own resolution.
+
+    Args:
+        segmenter: What predicts.
+        dataset: Pairs of a photo and a mask of labels, as Pillow images of the same size.
+        index: (256,) class index of each label, -1 where it is ignored.
+        batch_size: Photos at once; only those that enter the network in one size can be.
+        num_workers: Processes that read and decode.
+
+    Returns:
+        (C, C) int64 counts of this process, row = class in the mask, column = predicted class.
+    """
+    num_classes = len(segmenter.classes)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
+    index = index.to(segmenter.device)
+    rank = dist.get_global_rank()
+    share = Subset(dataset, range(rank, len(dataset), dist.get_world_size()))
+    loader = DataLoader(share, batch_size=None, collate_fn=_as_tensors, num_workers=num_workers)
+    progress = tqdm(total=len(share), unit="photo", disable=rank != 0)
+    for pairs in alike(loader, batch_size, lambda pair: segmenter.network_sizes(*pair[1].shape)):
+        predictions = segmenter.predict([photo.numpy() for photo, _ in pairs])
+        for prediction, (_, labels) in zip(predictions, pairs):
+            target = index[labels.to(segmenter.device).long()]
+            matrix += confusion_matrix_of_predictions(prediction, target, num_classes)
+        progress.update(len(pairs))
+    progress.close()
+    return matrix
+
+
+def _as_tensors(pair: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(np.array(pair[0])), torch.from_numpy(np.array(pair[1]))
+
+
+def alike(items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]) -> Iterator[list[Any]]:
+    """Group items of one kind into lists of up to ``count``, holding ``PENDING`` back at most."""
+    waiting: dict[Any, list[Any]] = {}
+    for item in items:
+        group = waiting.setdefault(kind(item), [])
+        group.append(item)
+        if len(group) == count:
+            yield waiting.pop(kind(item))
+        elif sum(map(len, waiting.values())) > PENDING:
+            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
+    yield from waiting.values()
+
+
+def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
+    """The confusion matrix over this process's share, as the evaluation of training counts it.
+
+    Args:
+        segmenter: What predicts.
+        spec: The DataSpec that :func:`data.build_ade20k_dataspec` builds for ``split="val"``.
+
+    Returns:
+        As :func:`evaluate_paper`.
+    """
+    num_classes = len(segmenter.classes)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
+    rank = dist.get_global_rank()
+    # Beyond its share the sampler starts over, so that all processes have the same number.
+    left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
+    with torch.inference_mode():
+        for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):
+            image, labels = image[:left].to(segmenter.device), labels[:left].to(segmenter.device)
+            left -= len(image)
+            if len(image):
+                target = spec.microbatch_transforms((image, labels))[1]
+                matrix += confusion_matrix(segmenter.network(image), target, num_classes)
+    return matrix
+
+
+def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[str, Any]:
+    """Which validation set: ``--path``, or what ``--config`` or the checkpoint says.
+
+    Raises:
+        ConfigError: None of them says.
+    """
+    config = segmenter.config or {}
+    if options.config:
+        config = asdict(resolve(load(options.config, [])))
+    arguments = dict(config.get("eval_dataset") or {})
+    if options.path:
+        streaming = "://" in options.path or Path(options.path, "val", "index.json").is_file()
+        arguments.update(path=options.path, is_streaming=streaming, local=options.local)
+    if not arguments.get("path"):
+        raise ConfigError("no validation set: the checkpoint does not say; give --path or --config")
+    if "://" in arguments["path"] and not arguments.get("local"):
+        raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
+    if options.ignore_background is not None:
+        arguments["ignore_background"] = options.ignore_background
+    cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
+    arguments.update(
+        split="val",
+        shuffle=False,
+        drop_last=False,
+        batch_size=options.batch_size,
+        num_classes=len(segmenter.classes),
+        num_workers=min(max(cores - 1, 1), 16),
+    )
+    return arguments
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Score as the command line says; see :func:`_parse`.
+
+    Returns:
+        What ``--json`` writes; percent throughout.
+    """
+    segmenter = segmenter_from(options, amp=options.amp)
+    arguments = data_arguments(options, segmenter)
+    spec = build_ade20k_dataspec(**arguments)
+    dataset = spec.dataloader.dataset
+    if options.protocol == "square":
+        matrix = evaluate_square(segmenter, spec)
+    else:
+        dataset.both_transforms = None
+        index = spec.microbatch_transforms.index
+        matrix = evaluate_paper(
+            segmenter, dataset, index, options.batch_size, arguments["num_workers"]
+        )
+    dist.all_reduce(matrix)
+    matrix = matrix.cpu()
+    columns, rows = class_table(matrix, segmenter.classes)
+    return {
+        "mIoU": 100 * mean_iou(matrix).item(),
+        "mean_accuracy": 100 * mean_accuracy(matrix).item(),
+        "pixel_accuracy": 100 * pixel_accuracy(matrix).item(),
+        "photos": len(dataset),
+        "checkpoint": options.model,
+        "weights": segmenter.which,
+        "data": arguments["path"],
+        "protocol": options.protocol,
+        "tta": options.tta,
+        "slide": options.slide,
+        "size": segmenter.size,
+        "classes": [dict(zip(columns, row)) for row in rows],
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as text: a table of the classes, then the three numbers."""
+
+    def percent(value: float | None) -> str:
+        return "      -" if value is None else f"{value:7.2f}"
+
+    width = max(len(row["class"]) for row in result["classes"])
+    lines = [f"{'class':{width}}     IoU  accuracy  share of pixels"]
+    total = sum(row["pixels"] for row in result["classes"]) or 1
+    for row in result["classes"]:
+        share = 100 * row["pixels"] / total
+        iou, accuracy = percent(row["IoU"]), percent(row["accuracy"])
+        lines.append(f"{row['class']:{width}} {iou}   {accuracy}   {share:13.2f}")
+    how = ", ".join(
+        [f"protocol {result['protocol']}", f"{result['weights']} weights"]
+        + [name for name in ("tta", "slide") if result[name]]
+    )
+    lines += [
+        "",
+        f"{result['photos']} photos of {result['data']}, {how}",
+        f"mIoU {result['mIoU']:.2f}   mean accuracy {result['mean_accuracy']:.2f}   "
+        f"pixel accuracy {result['pixel_accuracy']:.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status: 2 if something given to it cannot be used."""
+    options = _parse(arguments)
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(get_device(options.device))
+        if torch.cuda.is_available() and options.device is None:
+            options.device = f"cuda:{dist.get_local_rank()}"
+    try:
+        result = evaluate(options)
+    except (WeightsError, ClassError, ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if dist.get_global_rank() == 0:
+        print(report(result))
+        if options.csv:
+            rows = [list(row.values()) for row in result["classes"]]
+            Path(options.csv).write_text(table_as_csv(list(result["classes"][0]), rows))
+        if options.json:
+            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a checkpoint on a validation set.")
+    parser.add_argument("model", help="checkpoint (.pt), weights (.safetensors) or ONNX file")
+    parser.add_argument("--path", help="the data set; default: what the run was validated on")
+    parser.add_argument("--local", help="folder to cache the shards of a remote data set in")
+    parser.add_argument("--config", metavar="YAML", help="the run's config, for its eval_dataset")
+    parser.add_argument("--protocol", choices=("paper", "square"), default="paper")
+    parser.add_argument("--batch-size", type=int, default=8, help="photos a process takes at once")
+    parser.add_argument("--amp", action="store_true", help="compute in bf16")
+    parser.add_argument(
+        "--ignore-background",
+        action=argparse.BooleanOptionalAction,
+        help="label 0 is ignored and label k is class k - 1; default: as the run, or yes",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write the table of classes")
+    parser.add_argument("--json", metavar="FILE", help="write everything")
+    add_model_options(parser)
+    options = parser.parse_args(arguments)
+    if options.protocol == "square" and (options.tta or options.slide or options.size is not None):
+        parser.error("--tta, --slide and --size belong to --protocol paper")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,413 @@
+"""Segment photos with a checkpoint, a file of weights or an exported ONNX model.
+
+    python predict.py runs/first/latest-rank0.pt street.jpg holiday/ "*.png" --out predictions
+    python predict.py model.onnx street.jpg --write overlay,index
+
+The overlay is the photo under the colours of its classes with a legend of those found; the index is
+an 8-bit PNG of the photo's size with the class index of every pixel. In Python:
+
+    from predict import Segmenter
+    segmenter = Segmenter("runs/first/latest-rank0.pt")
+    prediction = segmenter("street.jpg")                  # (H, W) class indices
+    segmenter.overlay("street.jpg", prediction).show()    # a Pillow image
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from classes import ClassError, ClassInfo, classes_from_json, draw_overlay, load_classes
+from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, decode_image, resize_crop
+from weights import WeightsError, build_network, load_weights
+
+log = logging.getLogger(__name__)
+
+TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
+
+Photo = str | os.PathLike | np.ndarray | Image.Image
+
+
+class Segmenter:
+    """Gives every pixel of a photo its class.
+
+    A photo is resized with its aspect ratio kept, as mmsegmentation tests on ADE20K: its shorter
+    side becomes ``size`` pixels unless the longer one would exceed four times that. The scores are
+    brought back to the photo's own resolution, and the highest there is the class.
+
+    Args:
+        path: Composer checkpoint, state dict, safetensors file, or ONNX file of ``export.py``.
+        classes: A file of class names or a list of them; None: those in the file, or see
+            :func:`classes.load_classes`.
+        size: Length of the shorter side in pixels; 0: photos are not resized; None: what the run
+            was validated at, as the file says, or else 512.
+        tta: Average the probabilities over six sizes (x 0.5 to 1.75), with and without a flip.
+        slide: Send windows of ``size`` (of 512 if that is 0) pixels squared through the network,
+            a third overlapping, rather than the whole photo.
+        which: ``"ema"`` or ``"training"`` weights, where the file holds both.
+        device: As torch names it; None: a GPU if there is one.
+        amp: Compute in bf16.
+
+    Attributes:
+        classes: Name and colour of each class.
+        config: The configuration of the run, where the file holds it.
+
+    Raises:
+        WeightsError: The file cannot be read or is of another network.
+        ClassError: The class names cannot be read or do not fit.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        classes: str | Sequence[str] | None = None,
+        size: int | None = None,
+        tta: bool = False,
+        slide: bool = False,
+        which: str = "ema",
+        device: str | None = None,
+        amp: bool = False,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.config = None
+        self.which = which
+        if str(path).endswith(".onnx"):
+            self.network, found = _onnx_network(path)
+            num_classes = len(found)
+        else:
+            weights = load_weights(path, which)
+            self.network = _torch_network(build_network(weights, str(path)), self.device, amp)
+            num_classes, found = weights.num_classes, weights.classes
+            self.config, self.which = weights.config, weights.which
+        if classes is not None or found is None:
+            found = load_classes(classes, num_classes)
+        self.classes: list[ClassInfo] = found
+        validated = ((self.config or {}).get("eval_dataset") or {}).get("final_size")
+        self.size = (validated or 512) if size is None else size
+        self.scales = TTA_SCALES if tta else (1.0,)
+        self.flips = (False, True) if tta else (False,)
+        self.window = max(self.size or 512, 64) // 8 * 8 if slide else 0
+
+    def __call__(self, photo: Photo) -> np.ndarray:
+        """Segment one photo.
+
+        Args:
+            photo: A path, a Pillow image, or an (H, W, 3) uint8 RGB array.
+
+        Returns:
+            (H, W) uint8 class indices.
+
+        Raises:
+            ValueError: The file is no photo.
+        """
+        return self.predict([read_photo(photo)])[0].byte().cpu().numpy()
+
+    def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
+        """The photo under the colours of its classes, with a legend of those found beside it."""
+        photo = read_photo(photo)
+        prediction = self(photo) if prediction is None else prediction
+        return draw_overlay(photo, prediction, self.classes)
+
+    def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Height and width that a photo has when it enters the network, at each scale."""
+        sizes = []
+        for scale in self.scales:
+            factor = scale
+            if self.size:  # the rule and rounding of mmcv.rescale_size
+                factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
+            size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
+            if (
+                self.window
+            ):  # windows that begin on the grid of the logits add up without resampling
+                size = tuple(max(round(side / 8), 1) * 8 for side in size)
+            sizes.append(size)
+        return tuple(sizes)
+
+    @torch.inference_mode()
+    def predict(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
+        """Segment photos that have the same :meth:`network_sizes`, together.
+
+        Args:
+            photos: (H, W, 3) uint8 RGB each; H and W may differ.
+
+        Returns:
+            (H, W) int64 class indices of each, on the device.
+        """
+        views = []
+        for size in self.network_sizes(*photos[0].shape[:2]):
+            resized = [resize_crop(photo, size, 0, 0, *size) for photo in photos]
+            batch = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device)
+            for flip in self.flips:
+                logits = self._logits(batch.flip(3) if flip else batch)
+                views.append((logits.flip(3) if flip else logits, size))
+        return [
+            highest_class([(logits[i], size) for logits, size in views], photo.shape[:2])
+            for i, photo in enumerate(photos)
+        ]
+
+    def _logits(self, batch: Tensor) -> Tensor:
+        """Logits of photos (N, 3, H, W) uint8; where windows overlap, their mean."""
+        height, width = batch.shape[2:]
+        window = self.window
+        if not window or (height <= window and width <= window):
+            return self.network(batch)
+        total, count = None, None
+        for top in window_starts(height, window):
+            for left in window_starts(width, window):
+                part = batch[:, :, top : top + window, left : left + window]
+                logits = self.network(part)
+                stride = part.shape[2] // logits.shape[2]
+                if total is None:
+                    total = logits.new_zeros(*logits.shape[:2], height // stride, width // stride)
+                    count = torch.zeros_like(total[:1, :1])
+                rows = slice(top // stride, top // stride + logits.shape[2])
+                columns = slice(left // stride, left // stride + logits.shape[3])
+                total[:, :, rows, columns] += logits
+                count[:, :, rows, columns] += 1
+        return total / count
+
+
+def window_starts(length: int, window: int) -> list[int]:
+    """Where windows begin along a side: a third overlapping, the last one flush with the end.
+
+    All are multiples of 8 where ``length`` and ``window`` are.
+    """
+    step = max(window * 2 // 3 // 8 * 8, 8)
+    last = max(length - window, 0)
+    return [*range(0, last, step), last]
+
+
+def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[int, int]) -> Tensor:
+    """The class with the highest mean probability at every pixel of a photo.
+
+    Each view's logits are resized to the size that the network saw and from there to the photo's,
+    bilinearly, as mmsegmentation does. Both resizes are linear and separable, so rows and columns
+    of a view have one matrix each, and only a band of rows is ever held at the photo's size.
+
+    Args:
+        views: Logits (C, h, w), and height and width of what the network saw.
+        size: Height H and width W of the photo.
+
+    Returns:
+        (H, W) int64 class indices.
+    """
+    height, width = size
+    bands = []
+    step = max(1, BAND_ELEMENTS // (len(views[0][0]) * width))
+    matrices = [
+        (
+            resize_matrix((logits.shape[1], seen[0], height), logits.device),
+            resize_matrix((logits.shape[2], seen[1], width), logits.device).T,
+        )
+        for logits, seen in views
+    ]
+    for top in range(0, height, step):
+        total = None
+        for (logits, _), (rows, columns) in zip(views, matrices):
+            scores = rows[top : top + step] @ logits.float() @ columns
+            if len(views) > 1:
+                scores = scores.softmax(0)
+            total = scores if total is None else total + scores
+        bands.append(total.argmax(0))
+    return torch.cat(bands)
+
+
+def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The matrix of successive bilinear resizes (align_corners=False) of one side.
+
+    Args:
+        lengths: Length of the side before the first resize and after each.
+        device: Where it is needed.
+
+    Returns:
+        (last length, first length) float32.
+    """
+    matrix = torch.eye(lengths[0], device=device)[None]
+    for length in lengths[1:]:
+        matrix = F.interpolate(matrix, length, mode="linear", align_corners=False)
+    return matrix[0].T
+
+
+def _torch_network(
+    network: torch.nn.Module, device: torch.device, amp: bool
+) -> Callable[[Tensor], Tensor]:
+    """A function from photos (N, 3, H, W) uint8 to logits, with the network on the device."""
+    network = network.to(device, memory_format=torch.channels_last)
+    mean = torch.tensor(IMAGENET_CHANNEL_MEAN, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_CHANNEL_STD, device=device).view(1, 3, 1, 1)
+
+    def run(photos: Tensor) -> Tensor:
+        image = (photos.to(torch.float32, memory_format=torch.channels_last) - mean) / std
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return network(image)
+
+    return run
+
+
+def _onnx_network(
+    path: str | os.PathLike[str],
+) -> tuple[Callable[[Tensor], Tensor], list[ClassInfo]]:
+    """The same of an ONNX file that ``export.py`` wrote, and its classes."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(
+            path, providers=onnxruntime.get_available_providers()
+        )
+    except Exception as error:  # onnxruntime has a class for each status, and no common one
+        raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    if "classes" not in metadata:
+        raise WeightsError(f"{path}: no class names inside; it was not written by export.py")
+
+    def run(photos: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"image": photos.cpu().numpy()})[0])
+
+    return run, classes_from_json(metadata["classes"])
+
+
+def read_photo(photo: Photo) -> np.ndarray:
+    """A photo as an (H, W, 3) uint8 RGB array, turned upright as its EXIF orientation says.
+
+    Raises:
+        ValueError: It is no photo; the message is one line.
+        OSError: There is no such file.
+    """
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+            raise ValueError(f"expected (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
+        return photo
+    if isinstance(photo, Image.Image):
+        return np.array(photo.convert("RGB"))
+    return decode_image(Path(photo).read_bytes())
+
+
+def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Every photo that the arguments name: files, folders with all below them, glob patterns.
+
+    Yields:
+        The photo's path, and a name of its own for what is written of it, without extension.
+    """
+    names, seen = set(), set()
+    for argument in arguments:
+        found = (
+            [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        )
+        for place in map(Path, found or [argument]):
+            inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+            for path in inside:
+                wanted = not place.is_dir() or path.suffix.lower() in PHOTO_SUFFIXES
+                if not wanted or path.resolve() in seen:
+                    continue
+                seen.add(path.resolve())
+                name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
+                unique, number = name, 2
+                while unique in names:
+                    unique, number = f"{name}_{number}", number + 1
+                names.add(unique)
+                yield path, unique
+
+
+def save_index(prediction: np.ndarray, path: Path) -> None:
+    """Write class indices (H, W) as an 8-bit grey PNG."""
+    Image.fromarray(prediction).save(path)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns 1 if a photo was skipped, 2 if the model cannot be used, else 0."""
+    options = _parse(arguments)
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
+    try:
+        segmenter = segmenter_from(options)
+    except (WeightsError, ClassError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    photos = list(find_photos(options.photos))
+    out, skipped = Path(options.out), 0
+    for path, name in tqdm(photos, unit="photo", disable=len(photos) < 2):
+        try:
+            photo = read_photo(path)
+        except (ValueError, OSError) as error:
+            tqdm.write(f"skipped {path}: {getattr(error, 'strerror', None) or error}", sys.stderr)
+            skipped += 1
+            continue
+        prediction = segmenter(photo)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        if "overlay" in options.write:
+            picture = segmenter.overlay(photo, prediction)
+            picture.save(out / f"{name}.jpg", quality=92, subsampling=0)
+        if "index" in options.write:
+            save_index(prediction, out / f"{name}.png")
+    note = f", {skipped} skipped" if skipped else ""
+    print(f"{len(photos) - skipped} photos segmented into {out}/{note}")
+    return 1 if skipped or not photos else 0
+
+
+def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
+    """The Segmenter that :func:`add_model_options`' options and ``model`` ask for."""
+    return Segmenter(
+        options.model,
+        classes=options.classes,
+        size=options.size,
+        tta=options.tta,
+        slide=options.slide,
+        which=options.weights,
+        device=options.device,
+        amp=amp,
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that predict.py and evaluate.py share."""
+    parser.add_argument(
+        "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
+    )
+    parser.add_argument("--size", type=int, help="length of a photo's shorter side; 0: as it is")
+    parser.add_argument(
+        "--tta", action="store_true", help="flip, and sizes x 0.5 to 1.75, averaged"
+    )
+    parser.add_argument("--slide", action="store_true", help="windows rather than the whole photo")
+    parser.add_argument(
+        "--weights", choices=("ema", "training"), default="ema", help="default: ema"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Segment photos.")
+    parser.add_argument("model", help="checkpoint (.pt), weights (.safetensors) or ONNX file")
+    parser.add_argument("photos", nargs="+", help="photos, folders of photos, or glob patterns")
+    parser.add_argument(
+        "--out", default="predictions", help="folder to write to; default: predictions"
+    )
+    parser.add_argument(
+        "--write",
+        default="overlay",
+        type=lambda text: text.split(","),
+        help="overlay, index, or both: overlay,index",
+    )
+    add_model_options(parser)
+    options = parser.parse_args(arguments)
+    unknown = set(options.write) - {"overlay", "index"}
+    if unknown:
+        parser.error(f"--write: {', '.join(sorted(unknown))} is neither overlay nor index")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
