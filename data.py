@@ -38,6 +38,7 @@ from transforms import (
     Resize,
     build_ade20k_transformations,
     decode_image,
+    decode_photo,
     decode_mask,
 )
 
@@ -159,8 +160,8 @@ class _Samples(Dataset):
     def _transform(self, uid: str, photo: bytes, mask: bytes, epoch: int) -> tuple[Any, Any]:
         labels = self._labels(decode_mask(mask))
 
-        def image() -> np.ndarray:
-            return decode_photo_for(photo, labels.shape)
+        def image(reduction: int = 1) -> np.ndarray:
+            return decode_photo(photo, labels.shape, reduction)
 
         if isinstance(self.both_transforms, (RandomCrop, Resize)):
             key = hashlib.blake2b(f"{self.seed}/{epoch}/{uid}".encode(), digest_size=16).digest()
@@ -198,21 +199,6 @@ class _Samples(Dataset):
         """Continue there; Composer then does not spin through the samples that were already seen."""
         if self.sampler and state:
             self.sampler.resume(state["epoch"], state["sample_in_epoch"])
-
-
-def decode_photo_for(photo: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """Decode a photo, turned so that it has its mask's shape (H, W); ValueError if it has not."""
-    image = decode_image(photo)
-    if image.shape[:2] != shape:
-        upright = image.shape
-        image = cv2.imdecode(
-            np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-        if image is None or image.shape[:2] != shape:
-            raise ValueError(
-                f"photo is {upright[1]}x{upright[0]} but its mask {shape[1]}x{shape[0]}"
-            )
-    return image
 
 
 class ADE20k(_Samples):

@@ -1,15 +1,15 @@
 """What happens to a photo and its mask, from encoded bytes to the model's input.
 
-On the CPU, one sample at a time and `uint8` throughout: :class:`RandomCrop` (training) and :class:`Resize` (evaluation)
-take the encoded files, so that the crop can be chosen on the mask before anything of the photo is resized. On the
-device, one batch at a time: :class:`DeviceTransform` distorts colours, normalises and turns labels into class indices.
+On the CPU, one sample at a time and `uint8` throughout: `RandomCrop` (training) and `Resize`
+(evaluation). The mask is decoded first and the crop chosen on it; then the photo is decoded, no
+larger than needed, and only the crop is resized. On the device, one batch at a time:
+`DeviceTransform` distorts colours, normalises and turns labels into class indices.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -17,176 +17,148 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
+
+__all__ = [
+    "DeviceTransform",
+    "RandomCrop",
+    "Resize",
+    "build_ade20k_transformations",
+    "decode_image",
+    "decode_mask",
+    "decode_photo",
+]
+
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-PADDING = 255  # mask value of pixels outside the photo: black after normalisation, ignored
-IGNORED = 254  # mask value of pixels of the photo that are ignored
-
-_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-
-
-def _open(data: bytes) -> Image.Image:
-    """Decode with Pillow, which refuses what is cut short; ValueError with a one-line reason."""
-    if not data:
-        raise ValueError("the file is empty")
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except Exception as error:  # Pillow's plugins raise what they like
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image"
-        raise ValueError(f"cannot be decoded: {reason}") from None
-    return image
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """Decode a photo of any common format and mode.
-
-    Args:
-        data (bytes): The encoded file.
-
-    Returns:
-        np.ndarray: (H, W, 3) uint8 RGB, turned upright as its EXIF orientation says.
-
-    Raises:
-        ValueError: With a one-line reason, if it is no image or is cut short.
-    """
-    whole = data.endswith(_JPEG_END) if data.startswith(_JPEG_START) else data.endswith(_PNG_END)
-    image = None
-    if whole:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        from PIL import ImageOps
-
-        image = np.array(ImageOps.exif_transpose(_open(data)).convert("RGB"))
-    return image
-
-
-def decode_mask(data: bytes) -> np.ndarray:
-    """Decode a mask of class labels.
-
-    Args:
-        data (bytes): The encoded file: lossless, grey, palette (its indices are the labels) or three equal channels.
-
-    Returns:
-        np.ndarray: (H, W) uint8 labels as stored.
-
-    Raises:
-        ValueError: With a one-line reason, if it is no image, is cut short or holds no labels.
-    """
-    if data.startswith(_PNG_START) and data.endswith(_PNG_END) and data[24:26] == b"\x08\x00":
-        mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if mask is not None and mask.ndim == 2:
-            return mask
-    image = _open(data)
-    return _labels(image)
-
-
-def _labels(image: Image.Image) -> np.ndarray:
-    """The labels of a decoded mask, (H, W) uint8."""
-    if image.format in ("JPEG", "MPO"):
-        raise ValueError("a JPEG mask: lossy compression changes labels, save masks as PNG")
-    mask = np.asarray(image)
-    if mask.ndim == 3:
-        if image.mode not in ("LA", "La") and (mask[..., :3] != mask[..., :1]).any():
-            raise ValueError(
-                f"a colour picture (mode {image.mode}) where class labels are expected"
-            )
-        mask = mask[..., 0]
-    if mask.dtype == bool:
-        return mask.astype(np.uint8)
-    if mask.dtype != np.uint8:
-        if mask.min() < 0 or mask.max() > 255:
-            raise ValueError(f"label {mask.max()} does not fit 8 bits")
-        mask = mask.astype(np.uint8)
-    return np.ascontiguousarray(mask)
+PADDING = 255  # In a mask: outside the photo. Ignored, and black after normalisation.
+IGNORED = 254  # In a mask: a pixel of the photo that is ignored, though label 0 may not be.
+PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 
 def resize_crop(
-    image: np.ndarray, size: tuple[int, int], top: int, left: int, height: int, width: int
+    image: np.ndarray,
+    size: tuple[int, int],
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    full: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """A crop of a resized photo, resizing little more than the crop.
 
-    Bilinear, antialiased where it shrinks, as Pillow's. Each side of the part that is resized is moved outwards, by up to
-    16 source pixels, to where a source pixel's edge all but coincides with a resized one's, so that no phase is lost.
+    Bilinear, antialiased where it shrinks, as Pillow's. The edges of the part that is resized are
+    moved outwards, by up to 16 source pixels, to where an edge of a source pixel all but coincides
+    with one of a resized pixel: the crop is shifted by 1/32 pixel at most.
 
     Args:
         image (np.ndarray): (H, W, 3) uint8.
-        size (tuple[int, int]): Height and width to resize the whole photo to.
-        top, left, height, width (int): The crop, in pixels of the resized photo.
+        size (tuple[int, int]): Height and width that the whole photo is resized to.
+        top, left, height, width (int): The crop, in resized pixels.
+        full (tuple[float, float], optional): Height and width of the photo in pixels of `image`,
+            if the last row or column is not a whole one. Default: None, (H, W).
 
     Returns:
         np.ndarray: (height, width, 3) uint8.
     """
-    rows, out_rows = _aligned_window(image.shape[0], size[0], top, height)
-    columns, out_columns = _aligned_window(image.shape[1], size[1], left, width)
-    part = image[rows[0] : rows[1], columns[0] : columns[1]]
-    out_size = (out_rows[1] - out_rows[0], out_columns[1] - out_columns[0])
-    if part.shape[:2] != out_size:
-        if size[0] < image.shape[0] or size[1] < image.shape[1]:
+    full = full or image.shape[:2]
+    rows, out_rows = _window(image.shape[0], size[0] / full[0], top, height)
+    columns, out_columns = _window(image.shape[1], size[1] / full[1], left, width)
+    part = image[rows, columns]
+    shape = (out_rows.stop - out_rows.start, out_columns.stop - out_columns.start)
+    if part.shape[:2] != shape:
+        if size[0] < full[0] or size[1] < full[1]:  # OpenCV does not antialias, torch does
             part = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]
-            part = torch.nn.functional.interpolate(part, out_size, mode="bilinear", antialias=True)
+            part = torch.nn.functional.interpolate(part, shape, mode="bilinear", antialias=True)
             part = part[0].permute(1, 2, 0).numpy()
         else:
-            part = cv2.resize(part, out_size[::-1], interpolation=cv2.INTER_LINEAR)
-    top, left = top - out_rows[0], left - out_columns[0]
+            part = cv2.resize(part, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    top, left = top - out_rows.start, left - out_columns.start
     return part[top : top + height, left : left + width]
 
 
-def _aligned_window(
-    size: int, resized: int, start: int, length: int, search: int = 16
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """One axis of :func:`resize_crop`: the source pixels to resize, and the resized pixels they become."""
-    scale = resized / size
+def _window(limit: int, scale: float, start: int, length: int) -> tuple[slice, slice]:
+    """One axis of `resize_crop`: the source pixels to resize, and the pixels they become."""
+    search = 16
     margin = 1 + math.ceil(1 / scale)  # what interpolation reaches beyond the crop
-    lower = max(0, math.floor(start / scale) - margin)
-    upper = min(size, math.ceil((start + length) / scale) + margin)
-    first = min(range(lower, max(lower - search, 0) - 1, -1), key=lambda x: _misfit(x * scale))
-    last = min(range(upper, min(upper + search, size) + 1), key=lambda x: _misfit(x * scale))
-    return (first, last), (round(first * scale), round(last * scale))
+    low = max(0, math.floor(start / scale) - margin)
+    high = min(limit, math.ceil((start + length) / scale) + margin)
+    first = _most_aligned(max(0, low - search), low, scale)
+    last = _most_aligned(high, min(limit, high + search), scale)
+    return slice(first, last), slice(round(first * scale), round(last * scale))
 
 
-def _misfit(position: float) -> float:
-    """Distance to the next integer."""
-    return abs(position - round(position))
+def _most_aligned(low: int, high: int, scale: float) -> int:
+    """The source position in low..high that is nearest to a whole position when resized."""
+    resized = np.arange(low, high + 1) * scale
+    return low + int(np.abs(resized - np.rint(resized)).argmin())
 
 
 def crop_labels(
-    mask: np.ndarray, size: tuple[int, int], top: int, left: int, height: int, width: int
+    mask: np.ndarray,
+    size: tuple[int, int],
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    step: int = 1,
 ) -> np.ndarray:
-    """A crop of a mask resized to `size` with Pillow's nearest neighbour, without resizing the whole mask."""
-    rows = ((np.arange(top, top + height) + 0.5) * (mask.shape[0] / size[0])).astype(np.intp)
-    columns = ((np.arange(left, left + width) + 0.5) * (mask.shape[1] / size[1])).astype(np.intp)
+    """Every `step`-th pixel of a crop of a mask that Pillow's nearest neighbour resizes."""
+    rows = np.arange(top, top + height, step) + 0.5
+    columns = np.arange(left, left + width, step) + 0.5
+    rows = (rows * (mask.shape[0] / size[0])).astype(np.intp)
+    columns = (columns * (mask.shape[1] / size[1])).astype(np.intp)
     return mask[rows][:, columns]
 
 
-class _Pair:
-    """What is done to a photo and its mask together; see :class:`RandomCrop` and :class:`Resize`."""
+class PairTransform:
+    """What is done to a photo and its mask together, both as arrays."""
 
     def apply(
         self,
-        image: np.ndarray | Callable[[], np.ndarray],
+        load_image: Callable[[int], np.ndarray],
         mask: np.ndarray,
-        rng: np.random.Generator | None,
+        rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Transform a sample.
+
+        Args:
+            load_image (Callable[[int], np.ndarray]): Gives the photo, (H, W, 3) uint8, at 1/1, 1/2,
+                1/4 or 1/8 of its size (see `decode_photo`).
+            mask (np.ndarray): (H, W) uint8.
+            rng (np.random.Generator): The only source of randomness.
+
+        Returns:
+            tuple[np.ndarray, np.ndarray]: (final_size, final_size, 3) and (final_size, final_size).
+        """
         raise NotImplementedError
 
-    def __call__(self, sample: tuple) -> tuple:
-        """Transform a (photo, mask) pair of Pillow images or arrays; arrays (H, W, 3) and (H, W) uint8 come back."""
+    def __call__(self, sample: tuple) -> tuple[np.ndarray, np.ndarray]:
+        """Transform a pair of Pillow images or arrays, at random as the system's entropy has it."""
         image, mask = sample
-        if isinstance(image, Image.Image):
-            image = image.convert("RGB")
-        return self.apply(np.asarray(image), np.asarray(mask), None)
+        image = image.convert("RGB") if isinstance(image, Image.Image) else image
+        load_image = lambda reduction: np.asarray(image)[::reduction, ::reduction]  # noqa: E731
+        return self.apply(load_image, np.asarray(mask), np.random.default_rng())
 
 
-class RandomCrop(_Pair):
-    """Resize to a random square size, crop, flip half of the time, and pad evenly to `final_size`.
+class Resize(PairTransform):
+    """Resize photo (bilinear, antialiased) and mask (nearest) to `final_size` squared."""
 
-    The crop is drawn again, up to `retries` times, while one class fills more than `max_class_share` of its labelled
-    pixels (labels 0, other, and ignored ones do not count).
+    def __init__(self, final_size: int = 512):
+        self.final_size = final_size
+
+    def apply(self, load_image, mask, rng):
+        size = (self.final_size, self.final_size)
+        return resize_crop(load_image(1), size, 0, 0, *size), crop_labels(mask, size, 0, 0, *size)
+
+
+class RandomCrop(PairTransform):
+    """Resize to a square of random size, crop, flip half of the time, pad evenly to `final_size`.
+
+    The crop is drawn again, up to `retries` times, while one class has more than `max_class_share`
+    of its labelled pixels (label 0 and ignored ones do not count), as seen on a grid of about
+    128x128 of them.
     """
 
     def __init__(
@@ -202,51 +174,44 @@ class RandomCrop(_Pair):
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
         self.max_class_share, self.retries = max_class_share, retries
 
-    def apply(self, image, mask, rng=None):
-        rng = rng or np.random.default_rng()
-        scale = self.min_resize_scale + rng.random() * (
-            self.max_resize_scale - self.min_resize_scale
-        )
-        size = max(1, int(self.base_size * scale))
-        side = min(size, self.final_size)
-        for _ in range(1 + self.retries):
-            top, left = (int(rng.random() * (size - side + 1)) for _ in "yx")
-            labels = crop_labels(mask, (size, size), top, left, side, side)
-            if size == side or self._is_varied(labels):
-                break
-        image = image() if callable(image) else image
-        crop = resize_crop(image, (size, size), top, left, side, side)
+    def apply(self, load_image, mask, rng):
+        low, high = self.min_resize_scale, self.max_resize_scale
+        side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
+        size, box = (side, side), self._choose_crop(mask, side, rng)
+        reduction = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
+        image = load_image(reduction)
+        full = (mask.shape[0] / reduction, mask.shape[1] / reduction)
+        if image.shape[0] > full[0] + 1:  # not a JPEG: no reduction
+            full = mask.shape
+        crop, labels = resize_crop(image, size, *box, full), crop_labels(mask, size, *box)
         if rng.random() < 0.5:
             crop, labels = cv2.flip(crop, 1), cv2.flip(labels, 1)
-        return self._pad(crop, labels)
+        return self._pad(crop, PADDING_COLOR), self._pad(labels, PADDING)
+
+    def _choose_crop(
+        self, mask: np.ndarray, side: int, rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop of the mask resized to `side` squared."""
+        length = min(side, self.final_size)
+        step = max(1, length // 128)
+        for _ in range(1 + self.retries):
+            top, left = (int(rng.random() * (side - length + 1)) for _ in range(2))
+            box = (top, left, length, length)
+            if side == length or self._is_varied(crop_labels(mask, (side, side), *box, step)):
+                break
+        return box
 
     def _is_varied(self, labels: np.ndarray) -> bool:
-        count = cv2.calcHist([labels], [0], None, [256], [0, 256])[1:IGNORED]
-        return count.max() <= self.max_class_share * count.sum() and count.max() > 0
+        count = np.bincount(labels.ravel(), minlength=256)[1:IGNORED]
+        return 0 < count.max() <= self.max_class_share * count.sum()
 
-    def _pad(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        missing = self.final_size - image.shape[0]
+    def _pad(self, crop: np.ndarray, value: int | tuple[int, ...]) -> np.ndarray:
+        missing = self.final_size - len(crop)
         if missing == 0:
-            return image, labels
+            return crop
         before, after = missing // 2, missing - missing // 2
-        sides = (before, after, before, after, cv2.BORDER_CONSTANT)
-        mean = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
-        return (
-            cv2.copyMakeBorder(image, *sides, value=mean),
-            cv2.copyMakeBorder(labels, *sides, value=PADDING),
-        )
-
-
-class Resize(_Pair):
-    """Resize photo (bilinear, antialiased) and mask (nearest) to `final_size` squared."""
-
-    def __init__(self, final_size: int = 512):
-        self.final_size = final_size
-
-    def apply(self, image, mask, rng=None):
-        image = image() if callable(image) else image
-        size = (self.final_size, self.final_size)
-        return resize_crop(image, size, 0, 0, *size), crop_labels(mask, size, 0, 0, *size)
+        sides = (before, after, before, after)
+        return cv2.copyMakeBorder(crop, *sides, cv2.BORDER_CONSTANT, value=value)
 
 
 def build_ade20k_transformations(
@@ -255,63 +220,39 @@ def build_ade20k_transformations(
     min_resize_scale: float = 0.5,
     max_resize_scale: float = 2.0,
     final_size: int = 512,
-) -> tuple[Callable, Callable | None, Callable | None]:
-    """The transforms of a split, for :class:`data.ADE20k`.
+) -> tuple[PairTransform, None, None]:
+    """The transforms of a split, for `data.ADE20k`.
 
     Args:
-        split (str): 'train', or 'val' for evaluation's resize alone.
-        base_size (int): Side that the photo and mask are resized to, before scaling. Default: 512.
+        split (str): 'train', or 'val', which only resizes.
+        base_size (int): Side of the square that a photo is resized to, before it is scaled.
+            Default: 512.
         min_resize_scale (float): Least random scale. Default: 0.5.
         max_resize_scale (float): Greatest random scale. Default: 2.0.
         final_size (int): Side of what comes out. Default: 512.
 
     Returns:
-        tuple: Transforms of the pair, the photo and the mask; the latter two are None, because colours are distorted
-            on the device (:class:`DeviceTransform`).
+        tuple: Transforms of the pair, of the photo and of the mask. The latter two are None: what
+            the reference does there, `DeviceTransform` does.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}, not 'train' or 'val'")
     if split == "train":
         return RandomCrop(base_size, min_resize_scale, max_resize_scale, final_size), None, None
     return Resize(final_size), None, None
 
 
-def _hash(values: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64: the same bits on every device."""
-    for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
-        values = (values ^ ((values >> 32) & 0xFFFFFFFF)) * multiplier
-    return values ^ ((values >> 32) & 0xFFFFFFFF)
-
-
-def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tensor:
-    """Random numbers that depend on seed, epoch and the sample's pixels alone.
-
-    Args:
-        image (Tensor): (N, 3, H, W) uint8.
-
-    Returns:
-        Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
-    """
-    checksum = image.sum(dim=(1, 2, 3), dtype=torch.int64)
-    counter = torch.arange(1, count + 1, device=image.device)
-    state = _hash(_hash(checksum * 0x9E3779B1 + epoch) + seed)
-    bits = _hash(state + counter[:, None] * -0x61C8864680B583EB)
-    return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
-
-
 class DeviceTransform:
-    """The device's half of the pipeline: distort colours (training), normalise, make class indices.
+    """The device's half: distort colours (training), normalise, make class indices.
 
-    Random numbers are a function of the seed, the epoch and the sample's pixels, so micro-batching, the number of ranks
-    and a resume change nothing.
+    Random numbers are a function of the seed, the epoch and the sample's pixels: no micro-batch
+    size, number of ranks or resume changes what becomes of a sample.
 
     Args:
-        num_classes (int): N; labels 1..N are classes.
-        ignore_background (bool): Whether label 0, other, is ignored and label k becomes index k-1; otherwise label k
-            becomes index k.
-        distort (bool): Whether to distort colours.
-        seed (int): Seed of the distortion.
-        epoch (Callable[[], int]): Tells the epoch.
+        num_classes (int): Number of classes. Default: 150.
+        ignore_background (bool): Whether label 0 is ignored and label k becomes class k - 1;
+            otherwise label k becomes class k. Default: True.
+        distort (bool): Whether to distort colours. Default: False.
+        seed (int): Seed of the distortion. Default: 17.
+        epoch (Callable[[], int], optional): Tells the epoch. Default: None, always 0.
     """
 
     def __init__(
@@ -320,101 +261,144 @@ class DeviceTransform:
         ignore_background: bool = True,
         distort: bool = False,
         seed: int = 17,
-        epoch: Callable[[], int] = lambda: 0,
+        epoch: Callable[[], int] | None = None,
     ):
-        self.distort, self.seed, self.epoch = distort, seed, epoch
+        self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.mean = torch.tensor(IMAGENET_CHANNEL_MEAN).view(1, 3, 1, 1)
-        self.std = torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1)
-        self.index = torch.arange(256) - int(ignore_background)
-        last = num_classes if ignore_background else num_classes - 1
-        self.index[last + 1 :] = -1
+        self.scale = 1 / torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1)
+        self.class_of_label = torch.arange(256) - int(ignore_background)
+        self.class_of_label[num_classes + int(ignore_background) :] = -1
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Transform a batch.
 
         Args:
-            batch (tuple[Tensor, Tensor]): Photos (N, 3, H, W) uint8 and labels (N, H, W) uint8.
+            batch (tuple[Tensor, Tensor]): Photos (N, 3, H, W) and labels (N, H, W), both uint8.
 
         Returns:
-            tuple[Tensor, Tensor]: Photos (N, 3, H, W) float32, normalised, channels-last, 0 where padded; class indices
-                (N, H, W) int64, -1 where ignored.
+            tuple[Tensor, Tensor]: Photos (N, 3, H, W) float32, channels-last, normalised, 0 where
+                padded; class indices (N, H, W) int64, -1 where ignored.
         """
         raw, labels = batch
-        device = raw.device
-        if self.index.device != device:
-            self.mean, self.std = self.mean.to(device), self.std.to(device)
-            self.index = self.index.to(device)
-        photo = (labels != PADDING)[:, None]
-        image = raw.to(torch.float32, memory_format=torch.channels_last)
+        if self.mean.device != raw.device:
+            self.mean, self.scale = self.mean.to(raw.device), self.scale.to(raw.device)
+            self.class_of_label = self.class_of_label.to(raw.device)
+        inside = (labels != PADDING)[:, None]
+        image = raw.to(torch.float32, memory_format=torch.contiguous_format)
         if self.distort:
-            image = distort_colors(
-                image, photo, uniform_per_sample(raw, self.seed, self.epoch(), 10)
-            )
-        image = ((image - self.mean) / self.std) * photo
-        return image, self.index[labels.int()]
+            uniform = uniform_per_sample(raw, self.seed, self.epoch(), 9)
+            image = distort_colors(image, inside, uniform)
+        image.sub_(self.mean).mul_(self.scale).mul_(inside)
+        classes = self.class_of_label[labels.int()]
+        return image.contiguous(memory_format=torch.channels_last), classes
 
 
-def distort_colors(image: Tensor, photo: Tensor, uniform: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, each for half of the samples, as torchvision's on Pillow images.
-
-    Brightness is scaled by 1 ± 32/255; contrast (0.5 to 1.5) moves towards the mean grey of the photo and comes first or
-    last at random; saturation (0.5 to 1.5) moves towards each pixel's grey; hue turns by up to ±18/255 of the circle.
+def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tensor:
+    """Random numbers that depend on the seed, the epoch and a sample's pixels alone.
 
     Args:
-        image (Tensor): (N, 3, H, W) float in 0..255.
-        photo (Tensor): (N, 1, H, W) bool, False where padded.
-        uniform (Tensor): (10, N, 1, 1, 1) in [0, 1).
+        image (Tensor): (N, 3, H, W) uint8, on any device: the numbers are the same bits.
 
     Returns:
-        Tensor: (N, 3, H, W), clipped to 0..255 after each step.
+        Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
-    on = uniform[:4] < 0.5
-    amount = uniform[4:8] * 2 - 1  # -1..1
+    state = image.sum(dim=(1, 2, 3), dtype=torch.int64)
+    for number in (seed, epoch):
+        state = _mix(state ^ _mix(torch.full_like(state, number)))
+    # SplitMix64 (Steele et al. 2014): equal steps, then mixed.
+    steps = torch.arange(1, count + 1, device=image.device)[:, None] * -0x61C8864680B583EB
+    bits = _mix(state + steps)
+    return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's mixing of 64 bits, in int64: products wrap, and shifts carry the sign in."""
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, each for half of the samples, clipped in between.
+
+    As torchvision's ColorJitter on Pillow images: brightness is multiplied by 1 ± 32/255;
+    saturation moves a pixel away from or towards its grey (factor 0.5 to 1.5), contrast from or
+    towards the photo's mean grey, as the first or the last but brightness; hue turns by up to
+    ±18/255 of the circle.
+
+    Args:
+        image (Tensor): (N, 3, H, W) float, 0..255.
+        inside (Tensor): (N, 1, H, W) bool, False where padded.
+        uniform (Tensor): (9, N, 1, 1, 1) in [0, 1).
+
+    Returns:
+        Tensor: (N, 3, H, W).
+    """
+    if image.device.type == "cpu" and len(image) > 1:  # What fits a cache is faster
+        singles = zip(image.split(1), inside.split(1), uniform.split(1, dim=1))
+        return torch.cat([distort_colors(*single) for single in singles])
+    is_on, amount = uniform[:4] < 0.5, uniform[4:8] * 2 - 1
+    strength = image.new_tensor([32 / 255, 0.5, 0.5, 18 / 255]).view(4, 1, 1, 1, 1)
+    change = amount * strength * is_on
+    brightness, contrast, saturation = 1 + change[:3]
     contrast_first = uniform[8] < 0.5
-    brightness = torch.where(on[0], 1 + amount[0] * (32 / 255), 1.0)
-    contrast = torch.where(on[1], 1 + amount[1] * 0.5, 1.0)
-    saturation = torch.where(on[2], 1 + amount[2] * 0.5, 1.0)
-    hue = torch.where(on[3], amount[3] * (18 / 255), 0.0)
     image = (image * brightness).clamp_(0, 255)
-    image = _blend(image, _mean_gray(image, photo), torch.where(contrast_first, contrast, 1.0))
-    image = _blend(image, _gray(image), saturation)
-    image = _turn_hue(image, hue)
-    return _blend(image, _mean_gray(image, photo), torch.where(contrast_first, 1.0, contrast))
+    image = _contrast(image, inside, torch.where(contrast_first, contrast, 1.0))
+    if _any(change[2]):
+        image = _blend(image, _gray(image), saturation)
+    if _any(change[3]):
+        image = _turn_hue(image, change[3])
+    return _contrast(image, inside, torch.where(contrast_first, 1.0, contrast))
+
+
+def _any(change: Tensor) -> bool:
+    """Whether there is anything to do; yes on a GPU, where to ask is to wait."""
+    return change.device.type != "cpu" or bool(change.any())
+
+
+def _contrast(image: Tensor, inside: Tensor, factor: Tensor) -> Tensor:
+    return _blend(image, _mean_gray(image, inside), factor) if _any(factor - 1) else image
 
 
 def _gray(image: Tensor) -> Tensor:
-    """ITU-R 601-2 luma, (N, 1, H, W)."""
+    """ITU-R 601 luma, (N, 1, H, W)."""
     red, green, blue = image.split(1, dim=1)
-    return red * 0.299 + green * 0.587 + blue * 0.114
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _mean_gray(image: Tensor, photo: Tensor) -> Tensor:
-    """Mean luma of each photo without its padding, (N, 1, 1, 1)."""
-    area = photo.sum(dim=(1, 2, 3), keepdim=True).clamp_(min=1)
-    return (_gray(image) * photo).sum(dim=(1, 2, 3), keepdim=True) / area
+def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
+    """Each photo's mean luma, without its padding, (N, 1, 1, 1)."""
+    total = _gray(image).mul_(inside).sum(dim=(1, 2, 3), keepdim=True)
+    return total / inside.sum(dim=(1, 2, 3), keepdim=True).clamp_(min=1)
 
 
 def _blend(image: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    return (other + (image - other) * weight).clamp_(0, 255)
+    return torch.lerp(other, image, weight).clamp_(0, 255)
 
 
 def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn` (fractions of the circle) to the hue of HSV, keeping saturation and value.
+    """Add `turn`, a fraction of the circle, to HSV's hue; saturation and value stay.
 
-    With V = max and C = max - min, channel n of an HSV colour of hue h is V - C clip(min(k, 4 - k), 0, 1) where
-    k = (n + 6 h) mod 6 and n is 5, 3, 1 for red, green, blue.
+    With value V, chroma C and hue h in sixths of the circle, red is V - C (1 - clip(|h - 3| - 1)),
+    green V - C (1 - clip(2 - |h - 2|)), blue V - C (1 - clip(2 - |h - 4|)), clipped to 0..1.
     """
     red, green, blue = image.split(1, dim=1)
-    high, low = image.amax(dim=1, keepdim=True), image.amin(dim=1, keepdim=True)
-    chroma = high - low
-    sixth = torch.where(
-        high == red,
+    value = image.amax(dim=1, keepdim=True)
+    chroma = value - image.amin(dim=1, keepdim=True)
+    hue = torch.where(
+        value == red,
         green - blue,
-        torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma),
-    ) / chroma.clamp(min=1e-6)
-    sixth = sixth + 6 * turn
-    channels = []
-    for n in (5, 3, 1):
-        k = torch.remainder(n + sixth, 6)
-        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.cat(channels, dim=1).contiguous(memory_format=torch.channels_last)
+        torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma),
+    )
+    hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * turn)
+    hue = hue.sub_(6 * torch.floor(hue / 6))
+    turned = torch.empty_like(image)
+    for channel, lack in enumerate(
+        (
+            2 - (hue - 3).abs_(),
+            (hue - 2).abs_().sub_(1),
+            (hue - 4).abs_().sub_(1),
+        )
+    ):
+        turned[:, channel : channel + 1] = value - lack.clamp_(0, 1).mul_(chroma)
+    return turned

@@ -1,0 +1,239 @@
+"""Images a second that one core loads for training: this project's loader beside a plain Pillow one.
+
+    python -m benchmarks.dataloader                    # on data made with ADE20K's size distribution
+    python -m benchmarks.dataloader --path ./ade20k --json result.json
+
+The Pillow side is what torchvision and Pillow give when used as one would: decode, resize the whole photo, crop with up to
+10 `np.unique` retries, flip, ColorJitter's steps, pad, int64 targets. Colours are distorted on the device on our side:
+`python -m benchmarks.device_transform` has that cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torchvision import transforms
+
+from data import FOLDERS, build_ade20k_dataspec
+
+SIZE, BATCH = 512, 8
+
+
+def make_data(root: Path, count: int) -> None:
+    """Photos and masks of ADE20K's sizes: mean 516x417 and 0.236 megapixels, 90% under 0.39, sides from 96.
+
+    About ADE20K's bytes as well (1.5 bits a pixel, masks of a few kilobytes): photos are noise with a natural image's
+    1/f spectrum, masks the largest of smooth random fields, of which one or two have most of the picture.
+    """
+    rng = np.random.default_rng(0)
+    for kind in ("images", "annotations"):
+        for split in FOLDERS.values():
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        # A log-normal with the mean and the 90th percentile above.
+        area = min(0.21e6 * np.exp(0.483 * rng.standard_normal()), 4.41e6)
+        aspect = np.exp(0.21 + 0.25 * rng.standard_normal())
+        width, height = (max(96, round(side)) for side in ((area * aspect) ** 0.5, (area / aspect) ** 0.5))
+        name = f"ADE_train_{number + 1:08d}"
+        photo = Image.fromarray(_photo(rng, height, width))
+        photo.save(root / "images" / FOLDERS["train"] / f"{name}.jpg", quality=80)
+        mask = Image.fromarray(_mask(rng, height, width))
+        mask.save(root / "annotations" / FOLDERS["train"] / f"{name}.png")
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, slope: float) -> np.ndarray:
+    """Gaussian noise with an amplitude spectrum of 1/f^slope, mean 0 and variance 1."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**slope
+    noise = np.fft.irfft2(spectrum, (height, width))
+    return (noise - noise.mean()) / max(noise.std(), 1e-9)
+
+
+def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise without fine detail."""
+    noise = _noise(rng, height // 4, width // 4, 1.8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    gray = _noise(rng, height, width, 1.4)
+    color = np.stack([_smooth(rng, height, width) for _ in range(3)], axis=-1)
+    return np.clip(120 + 50 * gray[..., None] + 20 * color, 0, 255).astype(np.uint8)
+
+
+def _mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    classes = rng.choice(np.arange(1, 151), rng.integers(3, 14), replace=False)
+    labels = np.append(0, classes)
+    handicap = np.append(1.5, rng.exponential(0.9, len(classes)))
+    fields = [_smooth(rng, height, width) - bias for bias in handicap]
+    return labels[np.argmax(fields, axis=0)].astype(np.uint8)
+
+
+class PillowLoader:
+    """Training samples as torchvision and Pillow make them, from `samples` in a loop."""
+
+    def __init__(self, samples: list):
+        self.samples = samples
+        self.jitter = [
+            transforms.ColorJitter(brightness=32 / 255),
+            transforms.ColorJitter(contrast=0.5),
+            transforms.ColorJitter(saturation=0.5),
+            transforms.ColorJitter(hue=18 / 255),
+        ]
+
+    def __iter__(self):
+        for start in range(0, len(self.samples) - BATCH + 1, BATCH):
+            pairs = [self.load(sample) for sample in self.samples[start : start + BATCH]]
+            images, targets = zip(*pairs)
+            yield torch.stack(images), torch.stack(targets)
+
+    def load(self, sample) -> tuple[torch.Tensor, torch.Tensor]:
+        image = Image.open(sample.image_path).convert("RGB")
+        target = Image.open(sample.mask_path)
+        size = [int(SIZE * random.uniform(0.5, 2.0))] * 2
+        image = TF.resize(image, size, TF.InterpolationMode.BILINEAR)
+        target = TF.resize(target, size, TF.InterpolationMode.NEAREST)
+        if size[0] > SIZE:
+            image, target = self._crop(image, target)
+        if random.random() < 0.5:
+            image, target = TF.hflip(image), TF.hflip(target)
+        image = self._distort(image)
+        missing = max(SIZE - size[0], 0)
+        padding = [missing // 2, missing // 2, missing - missing // 2, missing - missing // 2]
+        image = TF.pad(image, padding, fill=(123, 116, 103))
+        target = TF.pad(target, padding, fill=0)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels, torch.from_numpy(np.array(target, np.int64)) - 1
+
+    def _crop(self, image: Image.Image, target: Image.Image) -> tuple[Image.Image, Image.Image]:
+        box = transforms.RandomCrop.get_params(image, (SIZE, SIZE))
+        for _ in range(10):
+            labels, counts = np.unique(np.array(TF.crop(target, *box)), return_counts=True)
+            counts = counts[labels != 0]
+            if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
+                break
+            box = transforms.RandomCrop.get_params(image, (SIZE, SIZE))
+        return TF.crop(image, *box), TF.crop(target, *box)
+
+    def _distort(self, image: Image.Image) -> Image.Image:
+        brightness, contrast, saturation, hue = self.jitter
+        contrast_first = random.random() < 0.5
+        steps = [brightness, contrast, saturation, hue]
+        if not contrast_first:
+            steps = [brightness, saturation, hue, contrast]
+        for step in steps:
+            if random.random() < 0.5:
+                image = step(image)
+        return image
+
+
+def images_per_second(batches, count: int) -> float:
+    """Images a second of one pass."""
+    start = time.perf_counter()
+    seen = sum(len(images) for images, _ in batches)
+    assert seen == count, f"{seen} images of {count}"
+    return seen / (time.perf_counter() - start)
+
+
+def measure(path: str, repeats: int, limit: int) -> dict:
+    """Passes over the data, the two sides in turn; median and spread of each."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    spec = build_ade20k_dataspec(
+        path, False, batch_size=BATCH, num_workers=0, pin_memory=False, final_size=SIZE
+    )
+    dataset = spec.dataloader.dataset
+    dataset.samples = dataset.samples[: limit // BATCH * BATCH]
+    count = len(dataset.samples)
+    sides: dict[str, Callable] = {"Pillow": lambda _: PillowLoader(dataset.samples)}
+
+    def ours(epoch: int):
+        spec.dataloader.sampler.set_epoch(epoch)
+        return spec.dataloader
+
+    sides["this project"] = ours
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            rate = images_per_second(side(repeat), count)
+            if repeat:  # the first pass fills the file cache
+                rates[name].append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "data": path,
+        "images": count,
+        "size": SIZE,
+        "repeats": repeats,
+        "images_per_second": rates,
+        "median": medians,
+        "ratio": medians["this project"] / medians["Pillow"],
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    import PIL
+
+    return {
+        "cpu": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "opencv": cv2.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def table(result: dict) -> str:
+    """The result as a Markdown table."""
+    out = io.StringIO()
+    out.write("| loader | images/s on one core (median) | least | most |\n|---|---|---|---|\n")
+    for name, rates in result["images_per_second"].items():
+        median = result["median"][name]
+        out.write(f"| {name} | {median:.0f} | {min(rates):.0f} | {max(rates):.0f} |\n")
+    out.write(f"| ratio | {result['ratio']:.2f} | | |\n")
+    return out.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
+    parser.add_argument("--images", type=int, default=400, help="images a pass (default: 400)")
+    parser.add_argument("--repeats", type=int, default=5, help="passes to take the median of")
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.path:
+            make_data(Path(folder), args.images)
+        result = measure(args.path or folder, args.repeats, args.images)
+    if not args.path:
+        result["data"] = "made, with ADE20K's size distribution"
+    print(f"{result['images']} images of {result['data']}, {SIZE} px, {result['machine']['cpu']}\n")
+    print(table(result), end="")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
