@@ -41,16 +41,29 @@ def main(config: DictConfig | dict[str, Any]) -> Trainer:
         ModelError: The model cannot be built, or its weights cannot be had.
     """
     config = resolve(config)
+    trainer = build_trainer(config)
+    if not config.is_train:
+        trainer.eval()
+        return trainer
+    if config.eval_first and trainer.state.timestamp.batch == 0:
+        trainer.eval()
+        trainer.first_miou = float(trainer.state.eval_metric_values["MIoU"])
+    trainer.fit()
+    return trainer
+
+
+def build_trainer(config: Config) -> Trainer:
+    """What :func:`main` does before the first step; it raises what that does."""
     level = (config.python_log_level or "warning").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
     # Only now what takes seconds to import: a wrong config has been answered by here.
     import torch
     from composer import Trainer
-    from composer.optim import DecoupledSGDW
     from composer.utils import dist, get_device, reproducibility
 
     from model import build_composer_deeplabv3, weight_init
+    from optimizer import DecoupledSGDW
     from recipes import build_recipe, warn_if_ema_is_slow
 
     precision, cpu_autocast = _precision(config.precision)
@@ -116,13 +129,6 @@ def main(config: DictConfig | dict[str, Any]) -> Trainer:
         python_log_level=config.python_log_level,
     )
     trainer.logger.log_hyperparameters(asdict(config))
-    if not config.is_train:
-        trainer.eval()
-        return trainer
-    if config.eval_first and trainer.state.timestamp.batch == 0:
-        trainer.eval()
-        trainer.first_miou = float(trainer.state.eval_metric_values["MIoU"])
-    trainer.fit()
     return trainer
 
 

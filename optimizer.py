@@ -1,0 +1,72 @@
+"""Composer's DecoupledSGDW in two passes over the weights instead of three operations a tensor."""
+
+from __future__ import annotations
+
+import composer.optim
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+
+class DecoupledSGDW(composer.optim.DecoupledSGDW):
+    """SGD whose weight decay is a fraction per step, scheduled along with the learning rate.
+
+    Composer's in arguments, arithmetic and state. It is named as Composer's because checkpoints
+    name the optimizer they belong to. ResNet-101 has some 340 tensors of weights: a step of
+    Composer's is 1,300 launches on a GPU, which has nothing else to do meanwhile, as the trainer
+    has just waited for the loss.
+    """
+
+    @staticmethod
+    def sgdw(
+        params: list[Tensor],
+        d_p_list: list[Tensor],
+        momentum_buffer_list: list[Tensor | None],
+        *,
+        weight_decay: float,
+        momentum: float,
+        lr: float,
+        initial_lr: float,
+        dampening: float,
+        nesterov: bool,
+    ) -> None:
+        """Composer's functional step; a list of buffers that is all None is filled."""
+        groups = (
+            [i for i, buffer in enumerate(momentum_buffer_list) if (buffer is None) == is_new]
+            for is_new in (False, True)
+        )
+        for group in filter(None, groups):
+            weights = [params[i] for i in group]
+            gradients = [_laid_out_like(params[i], d_p_list[i]) for i in group]
+            buffers = [_laid_out_like(params[i], momentum_buffer_list[i]) for i in group]
+            if weight_decay:
+                decay = weight_decay * (lr / initial_lr if initial_lr else 1.0)
+                torch._foreach_mul_(weights, 1 - decay)
+            sgd(
+                weights,
+                gradients,
+                buffers,
+                fused=True,
+                weight_decay=0.0,
+                momentum=momentum,
+                lr=lr,
+                dampening=dampening,
+                nesterov=nesterov,
+                maximize=False,
+            )
+            for i, buffer in zip(group, buffers, strict=True):
+                momentum_buffer_list[i] = buffer
+
+
+def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or where it lies otherwise in memory than the weight, a copy that lies so.
+
+    The fused step walks through memory. A checkpoint of a run without channels_last has momentum
+    that lies otherwise.
+    """
+    if tensor is None or tensor.stride() == weight.stride():
+        return tensor
+    strides = zip(weight.shape, weight.stride(), tensor.stride(), strict=True)
+    if all(size == 1 or ours == theirs for size, ours, theirs in strides):
+        return tensor
+    return torch.empty_like(weight).copy_(tensor)
