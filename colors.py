@@ -1,0 +1,117 @@
+"""Colour distortion of a batch on the device, with random numbers that any device repeats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tensor:
+    """Random numbers that depend on the seed, the epoch and a sample's pixels alone.
+
+    Args:
+        image (Tensor): (N, 3, H, W) uint8, on any device: the numbers are the same bits.
+
+    Returns:
+        Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
+    """
+    state = image.sum(dim=(1, 2, 3), dtype=torch.int64)
+    for number in (seed, epoch):
+        state = _mix(state ^ _mix(torch.full_like(state, number)))
+    # SplitMix64 (Steele et al. 2014): equal steps, then mixed.
+    steps = torch.arange(1, count + 1, device=image.device)[:, None] * -0x61C8864680B583EB
+    bits = _mix(state + steps)
+    return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's mixing of 64 bits, in int64: products wrap, and shifts carry the sign in."""
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, each for half of the samples, clipped in between.
+
+    As torchvision's ColorJitter on Pillow images: brightness is multiplied by 1 ± 32/255;
+    saturation moves a pixel away from or towards its grey (factor 0.5 to 1.5), contrast from or
+    towards the photo's mean grey, as the first or the last but brightness; hue turns by up to
+    ±18/255 of the circle.
+
+    Args:
+        image (Tensor): (N, 3, H, W) float, 0..255.
+        inside (Tensor): (N, 1, H, W) bool, False where padded.
+        uniform (Tensor): (9, N, 1, 1, 1) in [0, 1).
+
+    Returns:
+        Tensor: (N, 3, H, W).
+    """
+    if image.device.type == "cpu" and len(image) > 1:  # What fits a cache is faster
+        singles = zip(image.split(1), inside.split(1), uniform.split(1, dim=1))
+        return torch.cat([distort_colors(*single) for single in singles])
+    is_on, amount = uniform[:4] < 0.5, uniform[4:8] * 2 - 1
+    strength = image.new_tensor([32 / 255, 0.5, 0.5, 18 / 255]).view(4, 1, 1, 1, 1)
+    change = amount * strength * is_on
+    brightness, contrast, saturation = 1 + change[:3]
+    contrast_first = uniform[8] < 0.5
+    image = (image * brightness).clamp_(0, 255)
+    image = _contrast(image, inside, torch.where(contrast_first, contrast, 1.0))
+    if _any(change[2]):
+        image = _blend(image, _gray(image), saturation)
+    if _any(change[3]):
+        image = _turn_hue(image, change[3])
+    return _contrast(image, inside, torch.where(contrast_first, 1.0, contrast))
+
+
+def _any(change: Tensor) -> bool:
+    """Whether there is anything to do; yes on a GPU, where to ask is to wait."""
+    return change.device.type != "cpu" or bool(change.any())
+
+
+def _contrast(image: Tensor, inside: Tensor, factor: Tensor) -> Tensor:
+    return _blend(image, _mean_gray(image, inside), factor) if _any(factor - 1) else image
+
+
+def _gray(image: Tensor) -> Tensor:
+    """ITU-R 601 luma, (N, 1, H, W)."""
+    red, green, blue = image.split(1, dim=1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
+    """Each photo's mean luma, without its padding, (N, 1, 1, 1)."""
+    total = _gray(image).mul_(inside).sum(dim=(1, 2, 3), keepdim=True)
+    return total / inside.sum(dim=(1, 2, 3), keepdim=True).clamp_(min=1)
+
+
+def _blend(image: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+    return torch.lerp(other, image, weight).clamp_(0, 255)
+
+
+def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
+    """Add `turn`, a fraction of the circle, to HSV's hue; saturation and value stay.
+
+    With value V, chroma C and hue h in sixths of the circle, red is V - C (1 - clip(|h - 3| - 1)),
+    green V - C (1 - clip(2 - |h - 2|)), blue V - C (1 - clip(2 - |h - 4|)), clipped to 0..1.
+    """
+    red, green, blue = image.split(1, dim=1)
+    value = image.amax(dim=1, keepdim=True)
+    chroma = value - image.amin(dim=1, keepdim=True)
+    hue = torch.where(
+        value == red,
+        green - blue,
+        torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma),
+    )
+    hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * turn)
+    hue = hue.sub_(6 * torch.floor(hue / 6))
+    turned = torch.empty_like(image)
+    for channel, lack in enumerate(
+        (
+            2 - (hue - 3).abs_(),
+            (hue - 2).abs_().sub_(1),
+            (hue - 4).abs_().sub_(1),
+        )
+    ):
+        turned[:, channel : channel + 1] = value - lack.clamp_(0, 1).mul_(chroma)
+    return turned

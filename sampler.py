@@ -1,0 +1,105 @@
+"""Which samples a rank sees, and when: the same whatever the number of ranks, also after a resume.
+
+Items are `(epoch, index, ahead)`: the epoch, so that workers that live for the whole run know it;
+the sample; and a sample that is wanted some time later, or -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from composer.utils import dist
+from torch.utils.data import Dataset, DistributedSampler
+
+Item = tuple[int, int, int]
+
+
+def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(length)."""
+    return random_keys(length, seed, epoch).argsort(kind="stable")
+
+
+def random_keys(length: int, seed: int, epoch: int) -> np.ndarray:
+    """Random 64-bit numbers, of a generator whose bits NumPy keeps from version to version."""
+    return np.random.Philox(key=[seed, epoch]).random_raw(length)
+
+
+class EpochSampler(DistributedSampler):
+    """Training's samples: batch b of the run is the b-th piece of the epoch's order.
+
+    Each rank has a contiguous part of each batch, so that the ranks together see what one process
+    with micro-batches of a rank's size does. It is a `DistributedSampler` for Composer to tell it
+    the epoch. Its length is the whole epoch's, also when the epoch is resumed in the middle, since
+    Composer compares it with the batches since the epoch's start.
+
+    Args:
+        dataset (Dataset): With a length, and `order(seed, epoch)` for the order of an epoch.
+        batch_size (int): A rank's samples in a batch.
+        seed (int): Seed of the order. Default: 17.
+        shuffle (bool): Whether to shuffle. Default: True.
+        drop_last (bool): Whether to leave out the last, smaller batch. Otherwise its samples are
+            repeated until all ranks have equally many. Default: True.
+        ahead (int): How many samples later the third part of an item is wanted. Default: 0, never.
+        num_replicas (int, optional): Number of ranks. Default: None, Composer's.
+        rank (int, optional): This rank. Default: None, Composer's.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int = 17,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        ahead: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ):
+        num_replicas = dist.get_world_size() if num_replicas is None else num_replicas
+        rank = dist.get_global_rank() if rank is None else rank
+        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
+        self.batch_size, self.ahead = batch_size, ahead
+        self.resumed_epoch, self.seen = -1, 0
+        self.num_samples = len(self._positions(0))
+
+    def resume(self, epoch: int, seen: int) -> None:
+        """Leave out the first `seen` samples (of all ranks) of an epoch."""
+        self.resumed_epoch, self.seen = epoch, seen
+
+    def __iter__(self) -> Iterator[Item]:
+        length = len(self.dataset)
+        order = self.dataset.order(self.seed, self.epoch) if self.shuffle else np.arange(length)
+        seen = self.seen if self.epoch == self.resumed_epoch else 0
+        return _items(self.epoch, order[self._positions(seen)].tolist(), self.ahead)
+
+    def _positions(self, seen: int) -> np.ndarray:
+        """Where in the epoch's order this rank's samples are."""
+        positions = np.arange(seen, len(self.dataset))
+        ranks, batch = self.num_replicas, self.num_replicas * self.batch_size
+        rest = positions[len(positions) // batch * batch :]
+        whole = positions[: len(positions) - len(rest)].reshape(-1, ranks, self.batch_size)
+        own = whole[:, self.rank].ravel()
+        if self.drop_last or len(rest) == 0:
+            return own
+        rest = np.resize(rest, (ranks, -(-len(rest) // ranks)))
+        return np.concatenate([own, rest[self.rank]])
+
+
+class EvalSampler(DistributedSampler):
+    """Evaluation's samples: all, in order, dealt out to the ranks as torch does.
+
+    Composer takes what torch repeats, for the ranks to have equally many, out again.
+    """
+
+    def __init__(self, dataset: Dataset, ahead: int = 0):
+        super().__init__(dataset, dist.get_world_size(), dist.get_global_rank(), shuffle=False)
+        self.ahead = ahead
+
+    def __iter__(self) -> Iterator[Item]:
+        return _items(0, list(super().__iter__()), self.ahead)
+
+
+def _items(epoch: int, indices: list[int], ahead: int) -> Iterator[Item]:
+    later = (indices[ahead:] if ahead else []) + [-1] * len(indices)
+    return ((epoch, index, wanted) for index, wanted in zip(indices, later))

@@ -1,0 +1,244 @@
+"""Random access to MDS shards that are somewhere else, through a cache on this machine's disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from streaming.base.stream import Stream
+from streaming.base.util import bytes_to_int
+from streaming.base.world import World
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("uid", "x", "y")
+_NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
+
+
+class ShardError(ValueError):
+    """The shards are not there, damaged or cannot be had. The message is one line."""
+
+
+class Shards:
+    """The samples of one split's shards, by index, any in any order.
+
+    Streaming's own dataset has an order of its own, which depends on the number of ranks; here only
+    its downloading, decompression, hashes and shard format are used. Processes of a machine share
+    the cache and keep out of each other's way with file locks, so that nothing is left behind when
+    one is killed.
+
+    Args:
+        remote (str, optional): Folder or URL, of any store that Streaming knows, that the split's
+            folder is in. None if the shards are in `local`, which is then left as it is.
+        local (str, optional): Folder of the cache. None if `remote` is a folder to read in place.
+        split (str): Name of the split's folder.
+        cache_limit (int | str, optional): Bytes, as in '10gb', that the cache may take; the shards
+            that were not used for longest go first. Default: None, any number.
+        download_retry (int): How often to try again, after 1, 2, 4, ... seconds. Default: 6.
+        download_timeout (float): Seconds to wait for an answer. Default: 60.
+        validate_hash (str, optional): Hash to check each downloaded shard with. 'auto' is one that
+            the index has, if it has any. Default: 'auto'.
+
+    Raises:
+        ShardError: See there.
+    """
+
+    def __init__(
+        self,
+        remote: str | None,
+        local: str | None,
+        split: str,
+        cache_limit: int | str | None = None,
+        download_retry: int = 6,
+        download_timeout: float = 60,
+        validate_hash: str | None = "auto",
+    ):
+        if local is None:
+            if not remote or "://" in remote:
+                raise ShardError(f"{remote}: no local folder is given to keep its shards in")
+            remote, local = None, remote
+        if remote and os.path.realpath(remote) == os.path.realpath(local):
+            remote = None  # Nothing to fetch, and above all nothing to evict
+        self.is_cache = remote is not None
+        self.location = os.path.join(remote or local, split)
+        self.folder = os.path.join(local, split)
+        self.retries = download_retry
+        self.settings = dict(
+            remote=remote,
+            local=local,
+            split=split,
+            download_retry=1,  # It neither says that it tries again nor stops where it is no use.
+            download_timeout=download_timeout,
+            keep_zip=False,
+        )
+        self.streams: dict[tuple[int, int], Stream] = {}
+        self.wanted: dict[int, queue.SimpleQueue[int]] = {}
+        self.readers = self._retrying(
+            f"{self.location}/index.json", lambda: self._stream().get_shards(World.detect(), False)
+        )
+        if not self.readers:
+            raise ShardError(f"{self.location}/index.json lists no shards")
+        for reader in self.readers:
+            if not set(COLUMNS) <= set(reader.column_names):
+                raise ShardError(f"{self.location}: columns {reader.column_names}, not {COLUMNS}")
+            reader.column_encodings = [  # Not Pillow images
+                "bytes" if name in ("x", "y") else encoding
+                for name, encoding in zip(reader.column_names, reader.column_encodings)
+            ]
+        if validate_hash == "auto":
+            info = self.readers[0].zip_data or self.readers[0].raw_data
+            validate_hash = min(info.hashes, default=None)
+        self.validate_hash = validate_hash
+        self.ends = np.cumsum([len(reader) for reader in self.readers])
+        self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
+
+    def _check_limit(self, cache_limit: int | str | None) -> int | None:
+        if cache_limit is None:
+            return None
+        limit, largest = bytes_to_int(cache_limit), max(r.get_max_size() for r in self.readers)
+        if limit < 4 * largest:
+            raise ShardError(
+                f"cache_limit {cache_limit} is less than 4 shards of {self.location}, "
+                f"the largest of which has {largest} bytes"
+            )
+        return limit
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "streams": {}, "wanted": {}}
+
+    def shard_of(self, index: int | np.ndarray) -> int | np.ndarray:
+        """The number of the shard that a sample is in."""
+        return np.searchsorted(self.ends, index, side="right")
+
+    @property
+    def shards_at_once(self) -> int | None:
+        """How many shards to have in use at a time, for the next as many to fit the cache as well.
+
+        None if all do.
+        """
+        sizes = [reader.get_max_size() for reader in self.readers]
+        if self.cache_limit is None or sum(sizes) <= self.cache_limit:
+            return None
+        return self.cache_limit // max(sizes) // 2
+
+    def read(self, index: int) -> tuple[str, bytes, bytes, str]:
+        """A sample's uid, encoded photo, encoded mask and name for messages."""
+        shard = int(self.shard_of(index))
+        reader, path = self.readers[shard], self._path(shard)
+        row = index - int(self.ends[shard]) + len(reader)
+        for _ in range(10):
+            try:
+                sample = reader[row]
+                break
+            except FileNotFoundError:  # not there yet, or another process made room
+                self._fetch(shard)
+            except Exception as error:
+                again = "; delete it, and it is fetched again" if self.is_cache else ""
+                raise ShardError(f"{path} is damaged: {_one_line(error)}{again}") from error
+        else:
+            raise ShardError(f"{path} is always gone again: is cache_limit too small?")
+        if self.cache_limit:
+            os.utime(path)
+        uid = sample["uid"].decode() if isinstance(sample["uid"], bytes) else str(sample["uid"])
+        name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
+        return uid, sample["x"], sample["y"], name
+
+    def want(self, index: int) -> None:
+        """Have a sample's shard fetched in the background."""
+        shard = int(self.shard_of(index))
+        if os.path.exists(self._path(shard)):
+            return
+        if os.getpid() not in self.wanted:  # A forked process has its parent's queue, not thread
+            self.wanted = {os.getpid(): queue.SimpleQueue()}
+            threading.Thread(target=self._fetch_wanted, daemon=True).start()
+        self.wanted[os.getpid()].put(shard)
+
+    def _fetch_wanted(self) -> None:
+        while True:
+            shard = self.wanted[os.getpid()].get()
+            try:
+                self._fetch(shard, wait=False)
+            except ShardError as error:  # raised where the shard is read
+                log.debug("%s", error)
+
+    def _path(self, shard: int) -> str:
+        return os.path.join(self.folder, self.readers[shard].raw_data.basename)
+
+    def _stream(self) -> Stream:
+        """This thread's own: neither forked processes nor threads can share connections."""
+        key = (os.getpid(), threading.get_ident())
+        if key not in self.streams:
+            self.streams[key] = Stream(**self.settings)
+        return self.streams[key]
+
+    def _fetch(self, shard: int, wait: bool = True) -> None:
+        """Get a shard, if no process of this machine has or (unless to wait) is about to."""
+        path, reader = self._path(shard), self.readers[shard]
+        if os.path.exists(path):
+            return
+        # With a limit, one at a time: what is being fetched takes its part of the room.
+        lock = "cache" if self.cache_limit else os.path.basename(path)
+        os.makedirs(self.folder, exist_ok=True)
+        try:
+            held = FileLock(os.path.join(self.folder, f"{lock}.lock")).acquire(blocking=wait)
+        except TimeoutError:
+            return
+        with held:
+            if os.path.exists(path):
+                return
+            if self.cache_limit:
+                self._make_room(reader.get_max_size())
+            name = (reader.zip_data or reader.raw_data).basename
+            self._retrying(f"{self.location}/{name}", lambda: self._prepare(reader, name))
+
+    def _prepare(self, reader: Any, name: str) -> None:
+        """Download, check and decompress a shard."""
+        stream = self._stream()
+        stream.validate_hash = self.validate_hash
+        try:
+            stream.prepare_shard(reader)
+        except Exception as error:
+            if not os.path.exists(os.path.join(self.folder, name)):
+                raise
+            if self.is_cache:
+                reader.evict()
+            raise ShardError(f"is damaged: {_one_line(error)}") from error
+
+    def _make_room(self, size: int) -> None:
+        present = [shard for shard in range(len(self.readers)) if os.path.exists(self._path(shard))]
+        present.sort(key=lambda shard: os.path.getmtime(self._path(shard)), reverse=True)
+        used = sum(self.readers[shard].get_raw_size() for shard in present)
+        while present and used + size > self.cache_limit:
+            used -= self.readers[present.pop()].evict()
+
+    def _retrying(self, name: str, action: Any) -> Any:
+        """Do it, again and again where the store may only be away for a while."""
+        for attempt in range(self.retries + 1):
+            try:
+                return action()
+            except Exception as error:
+                if _is_final(error) or attempt == self.retries:
+                    raise ShardError(f"{name}: {_one_line(error)}") from error
+                delay = 2**attempt
+                log.warning("%s: %s; trying again in %d s", name, _one_line(error), delay)
+                time.sleep(delay)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again is no use."""
+    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
+    is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
+    return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
