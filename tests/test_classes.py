@@ -1,0 +1,164 @@
+"""Names and colours are those of ADE20K, files of names are read, and no legend cuts its text."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from classes import (
+    PAPER,
+    WRONG,
+    ClassError,
+    ClassInfo,
+    classes_from_json,
+    classes_to_json,
+    colorize,
+    distinct_colors,
+    draw_legend,
+    draw_overlay,
+    draw_sheet,
+    load_classes,
+    tint,
+)
+
+NAMES = ["sky", "road", "Straßenlaterne", "tree"]
+
+
+def test_ade20k_is_mmsegmentations():
+    from mmseg.datasets import ADE20KDataset
+
+    classes = load_classes(None, 150)
+    assert [c.name for c in classes] == [name.strip() for name in ADE20KDataset.CLASSES]
+    assert [list(c.color) for c in classes] == ADE20KDataset.PALETTE
+    with_other = load_classes(None, 151)
+    assert with_other[0].name == "other" and with_other[1:] == classes
+
+
+@pytest.mark.parametrize(
+    "text, colors",
+    [
+        ("sky\nroad\nStraßenlaterne\ntree\n", None),
+        ("name\nsky\nroad\n\nStraßenlaterne\ntree", None),
+        (
+            "name,red,green,blue\nsky,1,2,3\nroad,4,5,6\nStraßenlaterne,7,8,9\ntree,0,0,255\n",
+            (1, 2, 3),
+        ),
+    ],
+)
+def test_reads_files(tmp_path: Path, text: str, colors: tuple | None):
+    path = tmp_path / "classes.txt"
+    path.write_text(text, encoding="utf-8")
+    classes = load_classes(str(path), 4)
+    assert [c.name for c in classes] == NAMES
+    assert classes[0].color == (colors or distinct_colors(4)[0])
+    assert [c.name for c in load_classes(NAMES, 4)] == NAMES
+    with pytest.raises(ClassError, match=r"classes\.txt names 4 classes, but the model predicts 5"):
+        load_classes(str(path), 5)
+
+
+@pytest.mark.parametrize("content", [b"sky,red\n", b"sky,1,2,300\n", b"\xff\xfe\x00", None])
+def test_refuses_bad_files(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "classes.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ClassError, match=r"classes\.csv") as error:
+        load_classes(str(path), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_json_round_trip():
+    classes = load_classes(None, 150)
+    assert classes_from_json(classes_to_json(classes)) == classes
+    for bad in ("", "[1]", '[{"name": "sky"}]'):
+        with pytest.raises(ClassError):
+            classes_from_json(bad)
+
+
+def test_generated_colors_differ():
+    assert len(set(distinct_colors(254))) == 254
+    colors = np.array(distinct_colors(12), float)
+    pairs = itertools.combinations(range(12), 2)
+    assert min(np.linalg.norm(colors[a] - colors[b]) for a, b in pairs) > 60
+
+
+def test_colors_of_masks():
+    classes = load_classes(NAMES, 4)
+    mask = np.array([[0, 3, -1, 255]])
+    expected = [classes[0].color, classes[3].color, (0, 0, 0), (0, 0, 0)]
+    assert colorize(mask, classes)[0].tolist() == [list(color) for color in expected]
+    # Where nothing is labelled the photo shows, and where two classes meet there is a line.
+    photo = np.full((4, 8, 3), 100, np.uint8)
+    mask = np.full((4, 8), -1)
+    assert (tint(photo, mask, classes) == 100).all()
+    mask[:, :4], mask[:, 4:] = 0, 1
+    tinted = tint(photo, mask, classes, alpha=0.5)
+    assert (tinted[:, 4] == 255).all()
+    assert np.abs(tinted[0, 0] - (100 + np.array(classes[0].color)) / 2).max() <= 1
+
+
+def test_legend_goes_by_area():
+    classes = load_classes(NAMES, 4)
+    mask = np.repeat([2, 0, 3], [60, 39, 1])[None]  # class 1 does not occur
+    panel = np.array(draw_legend([mask], classes, 100))
+    places = {}
+    for index in range(4):
+        rows = np.where((panel == classes[index].color).all(2).any(1))[0]
+        places[index] = rows.min() if len(rows) else None
+    assert places[1] is None
+    assert places[2] < places[0] < places[3]
+
+
+@pytest.mark.parametrize("height", [3, 30, 400, 3000])
+@pytest.mark.parametrize("count", [1, 7, 150])
+def test_legend_cuts_no_text(height: int, count: int):
+    classes = [ClassInfo(f"a class with a rather long name, {i}", (0, 0, 0)) for i in range(count)]
+    panel = np.array(draw_legend([np.arange(count)[None]], classes, height))
+    assert panel.shape[0] >= height
+    for edge in (panel[:2], panel[-2:], panel[:, :2], panel[:, -2:]):
+        assert (edge == PAPER).all()
+    # Every entry has its box, and none is over another: there are as many frames as entries.
+    assert (panel == 0).all(2).sum() > 50 * count
+
+
+def test_legend_gathers_what_is_tiny():
+    classes = load_classes(None, 150)
+    mask = np.zeros((200, 200), int)
+    mask[0, :100] = np.arange(100)
+    few = draw_legend([mask], classes, 400)
+    all_of_one = draw_legend([mask * 0], classes, 400)
+    assert few.width < 2 * all_of_one.width + 60 and few.height == 400
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (2, 500), (1, 1), (480, 640), (2000, 3000)])
+def test_overlay_of_any_size(shape: tuple[int, int]):
+    classes = load_classes(NAMES, 4)
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    prediction = np.zeros(shape, np.uint8)
+    prediction[: shape[0] // 2] = 2
+    overlay = draw_overlay(photo, prediction, classes)
+    factor = max(1, 320 // max(shape))
+    assert overlay.width > shape[1] * factor and overlay.height >= shape[0] * factor
+    assert max(overlay.size) >= 320
+    assert (np.array(overlay)[-1, -2:] == PAPER).all()
+
+
+def test_sheet_shows_where_they_differ():
+    classes = load_classes(NAMES, 4)
+    photo = np.full((240, 240, 3), 128, np.uint8)
+    target = np.zeros((240, 240), int)
+    target[:, :60] = -1
+    prediction = np.zeros((240, 240), int)
+    prediction[:120] = 1
+
+    def share_wrong(prediction: np.ndarray) -> float:
+        sheet = np.array(draw_sheet([photo], [target], [prediction], classes))
+        panel = sheet[22:262, 3 * 246 : 3 * 246 + 240]
+        assert (panel[:, :60] == 0).all()  # not labelled
+        return float((panel == WRONG).all(2).mean())
+
+    assert share_wrong(prediction) == 0.375
+    assert share_wrong(np.zeros((240, 240), int)) == 0
+    two = draw_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
+    assert two.height == 2 * 262

@@ -1,0 +1,229 @@
+"""Any checkpoint's weights are read, whatever wraps their names; what would run code is refused."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import finished_run, random_network
+from composer.metrics import MIoU
+from composer.utils.checkpoint import safe_torch_load
+
+import weights as weights_module
+from classes import load_classes
+from model import deeplabv3
+from weights import (
+    WeightsError,
+    build_network,
+    check_checkpoint,
+    infer_architecture,
+    load_weights,
+    save_weights,
+)
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> str:
+    """A checkpoint that Composer wrote at the end of a run with EMA."""
+    _, folder = finished_run()
+    return os.path.join(folder, "latest-rank0.pt")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "module.module.", "module._orig_mod.module.", "model."]
+)
+def test_reads_state_dicts(tmp_path: Path, prefix: str):
+    state = random_network().state_dict()
+    named = {prefix + key: value for key, value in state.items()}
+    named["metric.matrix"] = torch.zeros(2)
+    path = tmp_path / "weights.pt"
+    for content in (named, {"state_dict": named}, {"state": {"model": named}}):
+        torch.save(content, path)
+        assert same(load_weights(path).state, state)
+
+
+def test_reads_a_compiled_part(tmp_path: Path):
+    state = random_network().state_dict()
+    named = {key.replace("backbone.", "backbone._orig_mod."): v for key, v in state.items()}
+    torch.save(named, tmp_path / "weights.pt")
+    assert same(load_weights(tmp_path / "weights.pt").state, state)
+
+
+def test_safetensors_round_trip(tmp_path: Path):
+    path = tmp_path / "weights.safetensors"
+    state = copy.deepcopy(random_network()).to(memory_format=torch.channels_last).state_dict()
+    classes = load_classes(None, 12)
+    save_weights(
+        path, {f"module.{key}": value for key, value in state.items()}, {"a": [1]}, classes
+    )
+    found = load_weights(path)
+    assert same(found.state, state)
+    assert (found.config, found.classes, found.num_classes) == ({"a": [1]}, classes, 12)
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("use_plus", [True, False])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ],
+)
+def test_infers_every_architecture(arch: str, use_plus: bool):
+    with torch.device("meta"):
+        network = deeplabv3(7, arch, sync_bn=False, use_plus=use_plus)
+    found = infer_architecture(network.state_dict())
+    assert found == {"num_classes": 7, "backbone_arch": arch, "use_plus": use_plus}
+
+
+def test_builds_the_network():
+    network = random_network()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    photo = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        rebuilt = build_network(weights_module.Weights(state))(photo)
+        expected = network.classifier(tuple(network.backbone(photo).values()))
+    torch.testing.assert_close(rebuilt, expected)
+    del state["classifier.bottleneck.bn.weight"]
+    with pytest.raises(
+        WeightsError, match=r"Missing key.*classifier\.bottleneck\.bn\.weight"
+    ) as error:
+        build_network(weights_module.Weights(state))
+    assert "\n" not in str(error.value)
+
+
+def test_average_and_training_weights(checkpoint: str):
+    """At a checkpoint Composer's EMA has its weights in the model, and the others in its state."""
+    trainer, _ = finished_run()
+    content = torch.load(checkpoint, weights_only=False)
+    assert dict(content["state"]["algorithms"])["EMA"]["ema_weights_active"] is True
+    ema = next(a for a in trainer.state.algorithms if type(a).__name__ == "EMA")
+    kept = {**ema.ema_model.named_parameters_dict, **ema.ema_model.named_buffers_dict}
+    kept = {key.removeprefix("module."): value for key, value in kept.items()}
+    model = trainer.state.model.module.state_dict()
+    training, average = (kept, model) if ema.ema_weights_active else (model, kept)
+    for which, expected in (("ema", average), ("training", training)):
+        found = load_weights(checkpoint, which)
+        assert found.which == which
+        assert same(found.state, dict(expected))
+    assert not same(load_weights(checkpoint, "ema").state, dict(training))
+
+
+def test_the_other_way_round(checkpoint: str, tmp_path: Path):
+    """A checkpoint saved when the training weights were in the model gives the average as well."""
+    content = torch.load(checkpoint, weights_only=False)
+    ema = dict(content["state"]["algorithms"])["EMA"]
+    ema["ema_weights_active"] = False
+    torch.save(content, tmp_path / "swapped.pt")
+    swapped = load_weights(tmp_path / "swapped.pt", "ema")
+    assert same(swapped.state, load_weights(checkpoint, "training").state)
+    ema["ema_started"] = False
+    torch.save(content, tmp_path / "early.pt")
+    early = load_weights(tmp_path / "early.pt", "ema")
+    assert early.which == "training"
+    assert same(early.state, load_weights(checkpoint, "ema").state)
+
+
+def test_a_checkpoint_says_what_it_is(checkpoint: str):
+    check_checkpoint(checkpoint)
+    found = load_weights(checkpoint)
+    assert found.config["eval_dataset"]["final_size"] == 32
+    assert [c.name for c in found.classes][:2] == ["plain", "rows"]
+
+
+class Payload:
+    """Unpickles to whatever `function(*arguments)` returns."""
+
+    def __init__(self, function: Any, *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.system, subprocess.call, eval, exec])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_planted_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: Any, legacy: bool
+):
+    marker, path = tmp_path / "ran", tmp_path / "planted.pt"
+    command = f"touch {marker}"
+    if function in (eval, exec):
+        command = f"__import__('os').system({command!r})"
+    elif function is subprocess.call:
+        command = ["touch", str(marker)]
+    state = {f"module.{key}": value for key, value in random_network().state_dict().items()}
+    content = {"state": {"model": state, "extra": Payload(function, command)}}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    for read in (load_weights, check_checkpoint):
+        with pytest.raises(
+            WeightsError, match=r"planted\.pt: refused: it holds .*could run code"
+        ) as error:
+            read(path)
+        assert "\n" not in str(error.value)
+    # Composer, about to resume from it, asks first.
+    monkeypatch.setenv("CHECKPOINT_VALIDATION_FUNCTION", "weights.validate_checkpoint")
+    with pytest.raises(WeightsError):
+        safe_torch_load(path)
+    assert not marker.exists()
+    monkeypatch.delenv("CHECKPOINT_VALIDATION_FUNCTION")
+    safe_torch_load(path)  # the payload is real: without the check it runs
+    assert marker.exists()
+
+
+def test_metrics_in_old_checkpoints(tmp_path: Path):
+    """Composer before 0.13 pickled its metrics: harmless for the weights, refused for a resume."""
+    state = random_network().state_dict()
+    named = {f"module.{key}": value for key, value in state.items()}
+    content = {"state": {"model": named, "train_metrics": {"MIoU": MIoU(12)}}}
+    torch.save(content, tmp_path / "old.pt")
+    assert same(load_weights(tmp_path / "old.pt").state, state)
+    with pytest.raises(WeightsError, match=r"holds composer\.metrics\.metrics\.MIoU"):
+        check_checkpoint(tmp_path / "old.pt")
+
+
+def test_unusable_files(tmp_path: Path, checkpoint: str):
+    whole = Path(checkpoint).read_bytes()
+    files = {
+        "empty.pt": b"",
+        "text.pt": b"hello",
+        "pickle.pt": pickle.dumps({"state": {}}),
+        "cut.pt": whole[: len(whole) // 2],
+        "cut.safetensors": b"\x10\x00\x00\x00\x00\x00\x00\x00{}",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"state": {"model": {"fc.weight": torch.zeros(2, 2)}}}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in [*files, "other.pt", "list.pt", "missing.pt", "missing.safetensors", "."]:
+        with pytest.raises(WeightsError) as error:
+            load_weights(tmp_path / name)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    for name in ("cut.pt", "list.pt", "missing.pt"):
+        with pytest.raises(WeightsError):
+            check_checkpoint(tmp_path / name)
+    resnet = {
+        "backbone." + key: v
+        for key, v in {"layer1.0.conv2.weight": torch.zeros(64, 64, 3, 3)}.items()
+    }
+    with pytest.raises(WeightsError, match="not a DeepLabV3 of this project"):
+        infer_architecture(resnet)
