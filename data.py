@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
-from shards import ShardError, Shards
+from shards import DataError, Shards
 from transforms import (
     IGNORED,
     PADDING,
@@ -42,14 +42,6 @@ log = logging.getLogger(__name__)
 FOLDERS = {"train": "training", "val": "validation"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MASK_SUFFIXES = {".png", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-class DataError(ValueError):
-    """The data set is not as training needs it. The message is one line and names the file."""
-
-    def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the worker's whole traceback for message.
-        super().__init__(message.strip().rpartition("DataError: ")[2])
 
 
 class Sample(NamedTuple):
@@ -148,10 +140,7 @@ class _Samples(Dataset):
         epoch, index, wanted = item if isinstance(item, tuple) else (0, item, -1)
         if wanted >= 0:
             self.want(wanted)
-        try:
-            uid, photo, mask, name = self.read(index)
-        except ShardError as error:
-            raise DataError(str(error)) from error
+        uid, photo, mask, name = self.read(index)
         try:
             return self._transform(uid, photo, mask, epoch)
         except ValueError as error:
@@ -250,7 +239,7 @@ class ADE20k(_Samples):
             raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
-class StreamingADE20k(_Samples):
+class StreamingADE20k(Shards, _Samples):
     """Photos and masks from MDS shards, transformed as `ADE20k`'s.
 
     Shards have the columns `uid`, `x` (the encoded photo) and `y` (the encoded mask). Samples can
@@ -291,29 +280,14 @@ class StreamingADE20k(_Samples):
         transforms = build_ade20k_transformations(
             split, base_size, min_resize_scale, max_resize_scale, final_size
         )
-        super().__init__(*transforms, seed, max_label, ignore_label)
-        try:
-            self.shards = Shards(remote, local, split, **cache)
-        except ShardError as error:
-            raise DataError(str(error)) from error
-        self.prefix = f"ADE_{split}_"
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def read(self, index: int) -> tuple[str, bytes, bytes, str]:
-        uid, *others = self.shards.read(index)
-        return uid.removeprefix(self.prefix), *others
-
-    def want(self, index: int) -> None:
-        self.shards.want(index)
+        _Samples.__init__(self, *transforms, seed, max_label, ignore_label)
+        Shards.__init__(self, remote, local, split, **cache)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        at_once = self.shards.shards_at_once
-        if at_once is None:
+        if self.shards_at_once is None:
             return super().order(seed, epoch)
-        place = random_order(len(self.shards.readers), seed, epoch).argsort()  # of each shard
-        group = place[self.shards.shard_of(np.arange(len(self)))] // at_once
+        place = random_order(len(self.shards), seed, epoch).argsort()  # of each shard
+        group = place[self.shard_of(np.arange(len(self)))] // self.shards_at_once
         return np.lexsort((random_keys(len(self), seed, epoch), group))
 
 
@@ -414,6 +388,9 @@ def build_ade20k_dataspec(
         order_seed = seed if shuffle_seed is None else shuffle_seed
         sampler = EpochSampler(dataset, batch_size, order_seed, shuffle, drop_last, ahead)
         dataset.sampler = sampler
+        if len(sampler) < (batch_size if drop_last else 1):
+            batch = batch_size * sampler.num_replicas
+            raise DataError(f"{path}: {len(dataset)} samples do not fill one batch of {batch}")
     else:
         sampler = EvalSampler(dataset, ahead)
     if num_workers == "auto":

@@ -21,8 +21,12 @@ COLUMNS = ("uid", "x", "y")
 _NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
 
 
-class ShardError(ValueError):
-    """The shards are not there, damaged or cannot be had. The message is one line."""
+class DataError(ValueError):
+    """The data set is not as training needs it. The message is one line and names the file."""
+
+    def __init__(self, message: str):
+        # A DataLoader raises a worker's error again with the worker's whole traceback for message.
+        super().__init__(message.strip().rpartition("DataError: ")[2])
 
 
 class Shards:
@@ -46,7 +50,7 @@ class Shards:
             the index has, if it has any. Default: 'auto'.
 
     Raises:
-        ShardError: See there.
+        DataError: See there.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Shards:
     ):
         if local is None:
             if not remote or "://" in remote:
-                raise ShardError(f"{remote}: no local folder is given to keep its shards in")
+                raise DataError(f"{remote}: no local folder is given to keep its shards in")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
             remote = None  # Nothing to fetch, and above all nothing to evict
@@ -79,31 +83,34 @@ class Shards:
         )
         self.streams: dict[tuple[int, int], Stream] = {}
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
-        self.readers = self._retrying(
-            f"{self.location}/index.json", lambda: self._stream().get_shards(World.detect(), False)
+        self.shards = self._retrying(
+            f"{self.location}/index.json", lambda: self.stream.get_shards(World.detect(), False)
         )
-        if not self.readers:
-            raise ShardError(f"{self.location}/index.json lists no shards")
-        for reader in self.readers:
-            if not set(COLUMNS) <= set(reader.column_names):
-                raise ShardError(f"{self.location}: columns {reader.column_names}, not {COLUMNS}")
-            reader.column_encodings = [  # Not Pillow images
+        if not self.shards:
+            raise DataError(f"{self.location}/index.json lists no shards")
+        for shard in self.shards:
+            if not set(COLUMNS) <= set(shard.column_names):
+                raise DataError(f"{self.location}: columns {shard.column_names}, not {COLUMNS}")
+            shard.column_encodings = [  # Not Pillow images
                 "bytes" if name in ("x", "y") else encoding
-                for name, encoding in zip(reader.column_names, reader.column_encodings)
+                for name, encoding in zip(shard.column_names, shard.column_encodings)
             ]
         if validate_hash == "auto":
-            info = self.readers[0].zip_data or self.readers[0].raw_data
+            info = self.shards[0].zip_data or self.shards[0].raw_data
             validate_hash = min(info.hashes, default=None)
         self.validate_hash = validate_hash
-        self.ends = np.cumsum([len(reader) for reader in self.readers])
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
         if cache_limit is None:
             return None
-        limit, largest = bytes_to_int(cache_limit), max(r.get_max_size() for r in self.readers)
+        limit, largest = (
+            bytes_to_int(cache_limit),
+            max(shard.get_max_size() for shard in self.shards),
+        )
         if limit < 4 * largest:
-            raise ShardError(
+            raise DataError(
                 f"cache_limit {cache_limit} is less than 4 shards of {self.location}, "
                 f"the largest of which has {largest} bytes"
             )
@@ -125,7 +132,7 @@ class Shards:
 
         None if all do.
         """
-        sizes = [reader.get_max_size() for reader in self.readers]
+        sizes = [shard.get_max_size() for shard in self.shards]
         if self.cache_limit is None or sum(sizes) <= self.cache_limit:
             return None
         return self.cache_limit // max(sizes) // 2
@@ -133,29 +140,30 @@ class Shards:
     def read(self, index: int) -> tuple[str, bytes, bytes, str]:
         """A sample's uid, encoded photo, encoded mask and name for messages."""
         shard = int(self.shard_of(index))
-        reader, path = self.readers[shard], self._path(shard)
+        reader, path = self.shards[shard], self.path(shard)
         row = index - int(self.ends[shard]) + len(reader)
         for _ in range(10):
             try:
                 sample = reader[row]
                 break
             except FileNotFoundError:  # not there yet, or another process made room
-                self._fetch(shard)
+                self.fetch(shard)
             except Exception as error:
                 again = "; delete it, and it is fetched again" if self.is_cache else ""
-                raise ShardError(f"{path} is damaged: {_one_line(error)}{again}") from error
+                raise DataError(f"{path} is damaged: {_one_line(error)}{again}") from error
         else:
-            raise ShardError(f"{path} is always gone again: is cache_limit too small?")
+            raise DataError(f"{path} is always gone again: is cache_limit too small?")
         if self.cache_limit:
             os.utime(path)
         uid = sample["uid"].decode() if isinstance(sample["uid"], bytes) else str(sample["uid"])
+        uid = uid.removeprefix(f"ADE_{self.stream.split}_")  # As in folders
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], name
 
     def want(self, index: int) -> None:
         """Have a sample's shard fetched in the background."""
         shard = int(self.shard_of(index))
-        if os.path.exists(self._path(shard)):
+        if os.path.exists(self.path(shard)):
             return
         if os.getpid() not in self.wanted:  # A forked process has its parent's queue, not thread
             self.wanted = {os.getpid(): queue.SimpleQueue()}
@@ -166,23 +174,25 @@ class Shards:
         while True:
             shard = self.wanted[os.getpid()].get()
             try:
-                self._fetch(shard, wait=False)
-            except ShardError as error:  # raised where the shard is read
+                self.fetch(shard, wait=False)
+            except DataError as error:  # raised where the shard is read
                 log.debug("%s", error)
 
-    def _path(self, shard: int) -> str:
-        return os.path.join(self.folder, self.readers[shard].raw_data.basename)
+    def path(self, shard: int) -> str:
+        """Where a shard is on this machine, once it is."""
+        return os.path.join(self.folder, self.shards[shard].raw_data.basename)
 
-    def _stream(self) -> Stream:
-        """This thread's own: neither forked processes nor threads can share connections."""
+    @property
+    def stream(self) -> Stream:
+        """What downloads: this thread's own, as connections cannot be shared, nor forked."""
         key = (os.getpid(), threading.get_ident())
         if key not in self.streams:
             self.streams[key] = Stream(**self.settings)
         return self.streams[key]
 
-    def _fetch(self, shard: int, wait: bool = True) -> None:
+    def fetch(self, shard: int, wait: bool = True) -> None:
         """Get a shard, if no process of this machine has or (unless to wait) is about to."""
-        path, reader = self._path(shard), self.readers[shard]
+        path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
             return
         # With a limit, one at a time: what is being fetched takes its part of the room.
@@ -202,7 +212,7 @@ class Shards:
 
     def _prepare(self, reader: Any, name: str) -> None:
         """Download, check and decompress a shard."""
-        stream = self._stream()
+        stream = self.stream
         stream.validate_hash = self.validate_hash
         try:
             stream.prepare_shard(reader)
@@ -211,14 +221,14 @@ class Shards:
                 raise
             if self.is_cache:
                 reader.evict()
-            raise ShardError(f"is damaged: {_one_line(error)}") from error
+            raise DataError(f"is damaged: {_one_line(error)}") from error
 
     def _make_room(self, size: int) -> None:
-        present = [shard for shard in range(len(self.readers)) if os.path.exists(self._path(shard))]
-        present.sort(key=lambda shard: os.path.getmtime(self._path(shard)), reverse=True)
-        used = sum(self.readers[shard].get_raw_size() for shard in present)
+        present = [shard for shard in range(len(self.shards)) if os.path.exists(self.path(shard))]
+        present.sort(key=lambda shard: os.path.getmtime(self.path(shard)), reverse=True)
+        used = sum(self.shards[shard].get_raw_size() for shard in present)
         while present and used + size > self.cache_limit:
-            used -= self.readers[present.pop()].evict()
+            used -= self.shards[present.pop()].evict()
 
     def _retrying(self, name: str, action: Any) -> Any:
         """Do it, again and again where the store may only be away for a while."""
@@ -227,7 +237,7 @@ class Shards:
                 return action()
             except Exception as error:
                 if _is_final(error) or attempt == self.retries:
-                    raise ShardError(f"{name}: {_one_line(error)}") from error
+                    raise DataError(f"{name}: {_one_line(error)}") from error
                 delay = 2**attempt
                 log.warning("%s: %s; trying again in %d s", name, _one_line(error), delay)
                 time.sleep(delay)
