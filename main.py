@@ -96,6 +96,9 @@ def build_trainer(config: Config) -> Trainer:
     compile_model = config.compile is True or (
         config.compile == "auto" and torch.cuda.is_available()
     )
+    if compile_model:
+        model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
+    torch.backends.cudnn.benchmark = not config.deterministic  # sizes do not change
     # What Composer is about to unpickle is looked at first; see weights.py.
     os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "weights.validate_checkpoint"
     trainer = Trainer(
@@ -125,7 +128,7 @@ def build_trainer(config: Config) -> Trainer:
         device_train_microbatch_size=microbatch,
         deterministic_mode=config.deterministic,
         seed=config.seed,
-        compile_config={} if compile_model else None,
+        compile_config={"dynamic": False} if compile_model else None,
         python_log_level=config.python_log_level,
     )
     trainer.logger.log_hyperparameters(asdict(config))

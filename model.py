@@ -33,6 +33,12 @@ with warnings.catch_warnings():  # mmcv announces its 2.0 at every import
     warnings.simplefilter("ignore", UserWarning)
     from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
 
+# mmcv sets a function `_check_balance` in all modules named torch*. torch.ops lists it among its
+# namespaces of operators, and torch.compile fails at the first that is none.
+if "_check_balance" in torch.ops._dir:
+    torch.ops._dir.remove("_check_balance")
+    del torch.ops._check_balance
+
 log = logging.getLogger(__name__)
 
 
@@ -222,6 +228,8 @@ class ComposerDeepLabV3(ComposerModel):
     Attributes:
         cpu_autocast: Where set (to ``torch.bfloat16``), the forward pass on a CPU runs in that
             type; Composer has mixed precision for GPUs only.
+        eval_batch_size: Where set, a smaller batch of an evaluation, its last one, is filled up to
+            this many images; a compiled model has a graph for each size it has met.
     """
 
     def __init__(
@@ -239,6 +247,7 @@ class ComposerDeepLabV3(ComposerModel):
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
         self.cpu_autocast: torch.dtype | None = None
+        self.eval_batch_size: int | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
         image = batch[0]
@@ -257,7 +266,15 @@ class ComposerDeepLabV3(ComposerModel):
         )
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
-        return self.forward(batch) if outputs is None else outputs
+        if outputs is not None:
+            return outputs
+        image, target = batch
+        missing = (self.eval_batch_size or 0) - len(image)
+        if missing <= 0:
+            return self.forward(batch)
+        padded = F.pad(image, (0, 0) * 3 + (0, missing))
+        padded = padded.contiguous(memory_format=torch.channels_last)
+        return self.forward((padded, target))[: len(image)]
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Any]:
         if is_train:  # Composer would score every step; callbacks.TrainMIoU does it now and then
