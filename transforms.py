@@ -8,7 +8,6 @@ larger than needed, and only the crop is resized. On the device, one batch at a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import cv2
@@ -38,79 +37,40 @@ IGNORED = 254  # In a mask: a pixel of the photo that is ignored, though label 0
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 
-def resize_crop(
-    image: np.ndarray,
-    size: tuple[int, int],
-    top: int,
-    left: int,
-    height: int,
-    width: int,
-    full: tuple[float, float] | None = None,
-) -> np.ndarray:
-    """A crop of a resized photo, resizing little more than the crop.
-
-    Bilinear, antialiased where it shrinks, as Pillow's. The edges of the part that is resized are
-    moved outwards, by up to 16 source pixels, to where an edge of a source pixel all but coincides
-    with one of a resized pixel: the crop is shifted by 1/32 pixel at most.
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a photo, bilinearly and antialiased where it shrinks, as Pillow does.
 
     Args:
         image (np.ndarray): (H, W, 3) uint8.
-        size (tuple[int, int]): Height and width that the whole photo is resized to.
-        top, left, height, width (int): The crop, in resized pixels.
-        full (tuple[float, float], optional): Height and width of the photo in pixels of `image`,
-            if the last row or column is not a whole one. Default: None, (H, W).
+        size (tuple[int, int]): Height and width of the result.
 
     Returns:
-        np.ndarray: (height, width, 3) uint8.
+        np.ndarray: (*size, 3) uint8.
     """
-    full = full or image.shape[:2]
-    rows, out_rows = _window(image.shape[0], size[0] / full[0], top, height)
-    columns, out_columns = _window(image.shape[1], size[1] / full[1], left, width)
-    part = image[rows, columns]
-    shape = (out_rows.stop - out_rows.start, out_columns.stop - out_columns.start)
-    if part.shape[:2] != shape:
-        if size[0] < full[0] or size[1] < full[1]:  # OpenCV does not antialias, torch does
-            part = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]
-            part = torch.nn.functional.interpolate(part, shape, mode="bilinear", antialias=True)
-            part = part[0].permute(1, 2, 0).numpy()
-        else:
-            part = cv2.resize(part, shape[::-1], interpolation=cv2.INTER_LINEAR)
-    top, left = top - out_rows.start, left - out_columns.start
-    return part[top : top + height, left : left + width]
+    if image.shape[:2] == size:
+        return image
+    if size[0] >= image.shape[0] and size[1] >= image.shape[1]:
+        return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # OpenCV does not antialias
+    pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return pixels[0].permute(1, 2, 0).numpy()
 
 
-def _window(limit: int, scale: float, start: int, length: int) -> tuple[slice, slice]:
-    """One axis of `resize_crop`: the source pixels to resize, and the pixels they become."""
-    search = 16
-    margin = 1 + math.ceil(1 / scale)  # what interpolation reaches beyond the crop
-    low = max(0, math.floor(start / scale) - margin)
-    high = min(limit, math.ceil((start + length) / scale) + margin)
-    first = _most_aligned(max(0, low - search), low, scale)
-    last = _most_aligned(high, min(limit, high + search), scale)
-    return slice(first, last), slice(round(first * scale), round(last * scale))
-
-
-def _most_aligned(low: int, high: int, scale: float) -> int:
-    """The source position in low..high that is nearest to a whole position when resized."""
-    resized = np.arange(low, high + 1) * scale
-    return low + int(np.abs(resized - np.rint(resized)).argmin())
-
-
-def crop_labels(
-    mask: np.ndarray,
-    size: tuple[int, int],
-    top: int,
-    left: int,
-    height: int,
-    width: int,
-    step: int = 1,
-) -> np.ndarray:
-    """Every `step`-th pixel of a crop of a mask that Pillow's nearest neighbour resizes."""
-    rows = np.arange(top, top + height, step) + 0.5
-    columns = np.arange(left, left + width, step) + 0.5
-    rows = (rows * (mask.shape[0] / size[0])).astype(np.intp)
-    columns = (columns * (mask.shape[1] / size[1])).astype(np.intp)
+def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
+    """Every `step`-th pixel of a mask (H, W) resized with Pillow's nearest neighbour."""
+    rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]
+
+
+def _nearest(length: int, resized: int) -> np.ndarray:
+    """Which of `length` pixels each of `resized` ones is, added up as Pillow does, for ties."""
+    steps = np.full(resized, length / resized)
+    steps[0] /= 2
+    return np.add.accumulate(steps).astype(np.intp)
+
+
+def resize_crop(image, size, top, left, height, width):
+    return resize_image(image, size)[top : top + height, left : left + width]
 
 
 class PairTransform:
@@ -151,15 +111,16 @@ class Resize(PairTransform):
 
     def apply(self, load_image, mask, rng):
         size = (self.final_size, self.final_size)
-        return resize_crop(load_image(1), size, 0, 0, *size), crop_labels(mask, size, 0, 0, *size)
+        return resize_image(load_image(1), size), resize_mask(mask, size)
 
 
 class RandomCrop(PairTransform):
     """Resize to a square of random size, crop, flip half of the time, pad evenly to `final_size`.
 
-    The crop is drawn again, up to `retries` times, while one class has more than `max_class_share`
-    of its labelled pixels (label 0 and ignored ones do not count), as seen on a grid of about
-    128x128 of them.
+    The crop's sides are moved to the next whole pixel of the photo (of the photo as it is decoded,
+    if it shrinks to half or less), and only what is inside is resized. The crop is drawn again, up
+    to `retries` times, while one class has more than `max_class_share` of its labelled pixels
+    (label 0 and ignored ones do not count), as seen on a grid of about 128x128 of them.
     """
 
     def __init__(
@@ -178,29 +139,44 @@ class RandomCrop(PairTransform):
     def apply(self, load_image, mask, rng):
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
-        size, box = (side, side), self._choose_crop(mask, side, rng)
-        reduction = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
-        image = load_image(reduction)
-        full = (mask.shape[0] / reduction, mask.shape[1] / reduction)
-        if image.shape[0] > full[0] + 1:  # not a JPEG: no reduction
-            full = mask.shape
-        crop, labels = resize_crop(image, size, *box, full), crop_labels(mask, size, *box)
+        grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
+        size = (min(side, self.final_size),) * 2
+        rows, columns = self._choose_crop(mask, side, size, grid, rng)
+        image, labels = load_image(grid), resize_mask(mask[rows, columns], size)
+        if image.shape[0] == mask.shape[0]:  # only JPEGs are decoded smaller
+            grid = 1
+        rows, columns = (slice(s.start // grid, -(-s.stop // grid)) for s in (rows, columns))
+        crop = resize_image(image[rows, columns], size)
         if rng.random() < 0.5:
             crop, labels = cv2.flip(crop, 1), cv2.flip(labels, 1)
         return self._pad(crop, PADDING_COLOR), self._pad(labels, PADDING)
 
     def _choose_crop(
-        self, mask: np.ndarray, side: int, rng: np.random.Generator
-    ) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a crop of the mask resized to `side` squared."""
-        length = min(side, self.final_size)
-        step = max(1, length // 128)
+        self,
+        mask: np.ndarray,
+        side: int,
+        size: tuple[int, int],
+        grid: int,
+        rng: np.random.Generator,
+    ) -> list[slice]:
+        """Rows and columns of the photo for a crop of `size` when it is resized to `side` squared.
+
+        They begin and end at multiples of `grid`, or at the photo's end.
+        """
+        step = max(1, size[0] // 128)
         for _ in range(1 + self.retries):
-            top, left = (int(rng.random() * (side - length + 1)) for _ in range(2))
-            box = (top, left, length, length)
-            if side == length or self._is_varied(crop_labels(mask, (side, side), *box, step)):
+            crop = []
+            for length in mask.shape:
+                first = int(rng.random() * (side - size[0] + 1))
+                start = round(first * length / side / grid) * grid
+                stop = round((first + size[0]) * length / side / grid) * grid
+                start = min(start, (length - 1) // grid * grid)
+                is_end = first + size[0] == side or stop > length
+                crop.append(slice(start, length if is_end else max(stop, start + 1)))
+            labels = mask[crop[0], crop[1]]
+            if side == size[0] or self._is_varied(resize_mask(labels, size, step)):
                 break
-        return box
+        return crop
 
     def _is_varied(self, labels: np.ndarray) -> bool:
         count = np.bincount(labels.ravel(), minlength=256)[1:IGNORED]
