@@ -399,7 +399,7 @@ def build_ade20k_dataspec(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
-        worker_init_fn=_use_one_core,
+        worker_init_fn=use_one_core,
     )
     loader = DataLoader(
         dataset,
@@ -415,7 +415,8 @@ def build_ade20k_dataspec(
     return DataSpec(loader, microbatch_transforms=transform)
 
 
-def _use_one_core(worker: int) -> None:
+def use_one_core(worker: int) -> None:
+    """In a loader process: leave the other cores to the other processes."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
