@@ -229,6 +229,11 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_one_line(error)}") from error
+    typed.run_name = typed.run_name or os.environ.get("RUN_NAME") or None
+    if typed.save_folder and "{run_name}" in typed.save_folder:
+        if not typed.run_name:
+            raise ConfigError("save_folder holds {run_name}, but run_name is empty")
+        typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
     if typed.recipe_name in RECIPES:
         typed.max_duration = getattr(typed, typed.recipe_name).max_duration
     _check(typed)
@@ -282,9 +287,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"python_log_level: {log_level} is none of debug, info, warning, error")
     if config.autoresume and not config.save_folder:
         raise ConfigError("autoresume needs save_folder, where it looks for the newest checkpoint")
-    if config.autoresume and not (
-        config.run_name or os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME")
-    ):
+    if config.autoresume and not config.run_name:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
     if config.load_path and "://" not in config.load_path and not os.path.isfile(config.load_path):
         raise ConfigError(f"load_path: no file {config.load_path}")

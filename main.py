@@ -243,6 +243,8 @@ def _build_loggers(config: Config) -> list[LoggerDestination]:
         "comet_ml": loggers.CometMLLogger,
         "neptune": loggers.NeptuneLogger,
     }
+    # Offline, W&B 0.18 otherwise asks its server about every table and waits for the answer.
+    os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
     built = []
     for name, arguments in config.loggers.items():
         if name in classes:

@@ -1,0 +1,286 @@
+"""Runs through main(): every recipe, checkpoints, evaluation, loggers, the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+from omegaconf import OmegaConf
+
+import main as main_module
+from data import DataError
+from main import main, run
+from weights import WeightsError
+
+
+@pytest.fixture
+def history(monkeypatch: pytest.MonkeyPatch) -> InMemoryLogger:
+    """Everything that the runs of a test log."""
+    logger = InMemoryLogger()
+    build = main_module._build_loggers
+    monkeypatch.setattr(main_module, "_build_loggers", lambda config: [*build(config), logger])
+    return logger
+
+
+def values(history: InMemoryLogger, name: str) -> list[float]:
+    return [float(value) for _, value in history.data[name]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("recipe", [None, "mild", "medium", "hot"])
+def test_every_recipe_trains(
+    tiny: dict[str, Any], history: InMemoryLogger, recipe: str | None, precision: str
+) -> None:
+    tiny |= {"recipe_name": recipe, "precision": precision, "train_metrics_interval": 2}
+    if recipe:
+        ema = {"half_life": "2ba", "update_interval": "1ba"}
+        tiny[recipe] = {"max_duration": "4ba", "ema": ema}
+    trainer = main(OmegaConf.create(tiny))
+    assert trainer.state.timestamp.batch == 4
+    losses = values(history, "loss/train/total")
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    parts = values(history, "loss/train/cross_entropy"), values(history, "loss/train/dice")
+    for total, cross_entropy, dice in zip(losses, *parts):
+        assert total == pytest.approx(0.375 * cross_entropy + 1.125 * dice, rel=1e-4)
+    rates = values(history, "lr-DecoupledSGDW/group0")
+    constant = recipe in ("mild", "medium")
+    assert rates[0] == 0.01
+    assert all(rate == 0.01 for rate in rates) if constant else rates == sorted(rates)[::-1]
+    assert rates[-1] == 0.01 if constant else rates[-1] < 0.003
+    assert 0 <= values(history, "metrics/eval/MIoU")[-1] <= 100
+    assert len(values(history, "metrics/train/MIoU")) == 2
+    assert {"time/train", "time/val", "time/total"} <= history.data.keys()
+    weights = trainer.state.model.module.backbone.conv1.weight
+    assert torch.isfinite(weights).all()
+    assert weights.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_auto_microbatch_is_the_whole_batch_on_a_cpu(tiny: dict[str, Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("asks what happens on a CPU")
+    trainer = main({**tiny, "max_duration": "1ba", "eval_interval": "1ep"})
+    assert trainer.state.device_train_microbatch_size == 4
+
+
+def test_fp16_on_a_cpu_is_refused(tiny: dict[str, Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("asks what happens on a CPU")
+    with pytest.raises(ValueError, match="amp_fp16 needs a GPU"):
+        main({**tiny, "precision": "amp_fp16"})
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The checkpoint of a short mild run, and the mIoU that the run had at its end."""
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = {
+        "path": synthetic,
+        "base_size": 32,
+        "final_size": 32,
+        "batch_size": 4,
+        "num_workers": 0,
+    }
+    config = {
+        "run_name": "trained",
+        "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
+        "train_dataset": dataset,
+        "eval_dataset": dataset,
+        "recipe_name": "mild",
+        "mild": {"max_duration": "2ep", "ema": {"half_life": "2ba", "update_interval": "1ba"}},
+        "optimizer": {"lr": 0.01},
+        "precision": "fp32",
+        "pictures": 1,
+        "save_folder": f"{folder}/{{run_name}}",
+    }
+    trainer = main(config)
+    trainer.close()
+    return folder / "trained", float(trainer.state.eval_metric_values["MIoU"])
+
+
+def test_a_run_leaves_its_checkpoint_and_pictures(trained: tuple[Path, float]) -> None:
+    folder, _ = trained
+    assert sorted(file.name for file in folder.glob("*.pt")) == [
+        "ep2-ba8-rank0.pt",
+        "latest-rank0.pt",
+    ]
+    assert (folder / "curves.png").stat().st_size > 0
+    assert len(list((folder / "pictures").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_a_checkpoint_is_evaluated_alike_in_batches_of_any_size(
+    tiny: dict[str, Any], trained: tuple[Path, float], batch_size: int
+) -> None:
+    folder, miou = trained
+    tiny |= {"is_train": False, "load_path": str(folder / "ep2-ba8-rank0.pt")}
+    tiny["eval_dataset"]["batch_size"] = batch_size
+    del tiny["train_dataset"]
+    trainer = main(tiny)
+    assert trainer.state.eval_timestamp.sample == 6
+    assert float(trainer.state.eval_metric_values["MIoU"]) == pytest.approx(miou, abs=0.5)
+    matrix = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
+    assert matrix.sum() <= 6 * 32 * 32
+
+
+def test_a_run_goes_on_from_a_checkpoint(
+    tiny: dict[str, Any], trained: tuple[Path, float], history: InMemoryLogger
+) -> None:
+    folder, _ = trained
+    ema = {"half_life": "2ba", "update_interval": "1ba"}
+    tiny |= {"recipe_name": "mild", "mild": {"max_duration": "10ba", "ema": ema}}
+    tiny["load_path"] = str(folder / "ep2-ba8-rank0.pt")
+    trainer = main(tiny)
+    assert trainer.state.timestamp.batch == 10
+    assert len(values(history, "loss/train/total")) == 2
+
+
+def test_weights_alone_begin_a_new_run(tiny: dict[str, Any], trained: tuple[Path, float]) -> None:
+    folder, _ = trained
+    tiny |= {"load_path": str(folder / "ep2-ba8-rank0.pt"), "load_weights_only": True}
+    tiny |= {"max_duration": "1ba", "optimizer": {"lr": 1e-30, "weight_decay": 0}}
+    trainer = main(tiny)
+    assert trainer.state.timestamp.batch == 1
+    saved = torch.load(folder / "ep2-ba8-rank0.pt", weights_only=False)["state"]["model"]
+    name = "backbone.layer1.0.conv1.weight"
+    weight = trainer.state.model.module.state_dict()[name]
+    assert torch.equal(weight, saved[f"module.{name}"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tiny: dict[str, Any], trained: tuple[Path, float]
+) -> None:
+    folder, _ = trained
+    tiny["load_path"] = str(folder / "ep2-ba8-rank0.pt")
+    for key, value in {"num_classes": 13, "backbone_arch": "resnet101"}.items():
+        config = copy.deepcopy(tiny)
+        config["model"][key] = value
+        with pytest.raises(ValueError, match=f"load_path: .* has {key}=.*, not {value}"):
+            main(config)
+    broken = folder.parent / "broken.pt"
+    broken.write_bytes((folder / "ep2-ba8-rank0.pt").read_bytes()[:5000])
+    with pytest.raises(WeightsError):
+        main({**tiny, "load_path": str(broken)})
+
+
+def test_too_few_classes_for_the_data_are_found_before_training(tiny: dict[str, Any]) -> None:
+    tiny["model"]["num_classes"] = 5
+    with pytest.raises(DataError, match=r"holds label .* set model.num_classes"):
+        main(tiny)
+
+
+def test_fewer_photos_than_a_batch_are_found_before_training(tiny: dict[str, Any]) -> None:
+    tiny["train_dataset"]["batch_size"] = 32
+    with pytest.raises(DataError, match=r"16 .*do not fill one batch"):
+        main(tiny)
+
+
+def test_loggers_write_what_the_run_logs(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny |= {"max_duration": "2ba", "eval_interval": "2ba"}
+    tiny["loggers"] = {
+        "tensorboard": {"log_dir": str(tmp_path / "tensorboard"), "flush_interval": 1},
+        "mlflow": {"tracking_uri": str(tmp_path / "mlruns"), "experiment_name": "tiny"},
+        "wandb": {"project": "tiny"},
+        "file": {"filename": str(tmp_path / "log.txt")},
+    }
+    trainer = main(tiny)
+    loss = trainer.state.total_loss_dict["loss/train/total"]
+    miou = float(trainer.state.eval_metric_values["MIoU"])
+    trainer.close()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "tensorboard").iterdir())))
+    events.Reload()
+    assert events.Scalars("loss/train/total")[-1].value == pytest.approx(loss, rel=1e-5)
+    assert events.Scalars("metrics/eval/MIoU")[-1].value == pytest.approx(miou, rel=1e-5)
+
+    import mlflow
+
+    client = mlflow.MlflowClient(str(tmp_path / "mlruns"))
+    experiments = [e.experiment_id for e in client.search_experiments() if "tiny" in e.name]
+    record = client.search_runs(experiments)[0]
+    assert record.data.metrics["loss/train/total"] == pytest.approx(loss, rel=1e-5)
+    assert record.data.params["seed"] == "17"  # the resolved config
+
+    wandb_log = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
+    assert b"loss/train/total" in wandb_log
+    assert b"metrics/eval/MIoU" in wandb_log
+    assert "loss/train/total" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> None:
+    tiny["loggers"] = {"tensorboard": {"directory": "x"}}
+    with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
+        main(tiny)
+
+
+def test_the_command_line_answers_in_one_line_before_slow_imports(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    code = (
+        "import sys, main\n"
+        f"status = main.run([{str(path)!r}, 'optimiser.lr=1'])\n"
+        "assert not {'torch', 'composer', 'numpy'} & set(sys.modules), 'slow imports'\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(main_module.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: unknown key optimiser; did you mean optimizer?\n"
+    assert done.stdout == ""
+
+
+def test_the_command_line_trains_and_sums_up(
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    overrides = [f"save_folder={tmp_path}/saved", "eval_first=true", "pictures=2"]
+    overrides += ["max_duration=2ba", "eval_interval=2ba", "save_interval=2ba"]
+    assert run([str(path), *overrides]) == 0
+    miou, checkpoint, pictures = capsys.readouterr().out.splitlines()[-3:]
+    assert miou.startswith("mIoU: ")
+    assert " before, " in miou
+    assert checkpoint == f"checkpoint: {tmp_path}/saved/ep0-ba2-rank0.pt"
+    assert Path(checkpoint.removeprefix("checkpoint: ")).is_file()
+    assert Path(pictures.removeprefix("pictures: ")).is_file()
+
+    assert run([str(path), *overrides]) == 2  # what is there is not overwritten
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "saved" in error
+
+
+def test_help_and_nothing_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "train_dataset.batch_size" in capsys.readouterr().out
+    assert run([]) == 2
+
+
+def test_the_resolved_config_is_in_the_checkpoint(trained: tuple[Path, float]) -> None:
+    state = torch.load(trained[0] / "ep2-ba8-rank0.pt", weights_only=False)["state"]
+    record = json.loads(state["callbacks"]["RunRecord"]["config"])
+    assert record["mild"]["ema"] == {"half_life": "2ba", "update_interval": "1ba"}
