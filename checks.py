@@ -6,9 +6,11 @@ validate.py makes the report; convert_ade20k.py reads what it wrote back with th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +26,7 @@ from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 import data
-from data import DataError
+from shards import DataError, Shards
 from transforms import IGNORED, decode_image, decode_mask, decode_photo
 
 CHUNK = 64  # samples a process checks between two reports
@@ -170,44 +172,44 @@ def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
     return tally
 
 
-def open_shards(path: str, local: str | None, split: str) -> data.StreamingADE20k:
-    """A split of MDS shards, opened as training opens it."""
-    return data.StreamingADE20k(path, local, split, download_retry=2)
+def open_shards(path: str, local: str | None, split: str) -> Shards:
+    """A split of MDS shards, as training opens it, but for fewer attempts."""
+    return Shards(path, local, split, download_retry=2)
 
 
-# For worker processes, each with its own: a connection must not be shared by forked ones.
-opened_shards = functools.lru_cache(maxsize=2)(open_shards)
+opened_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
 
 
-def read_shard(samples: data.StreamingADE20k, number: int) -> Iterator[tuple[str, bytes, bytes]]:
+def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
     """The uid, encoded photo and encoded mask of each sample of a shard.
 
     Raises:
         DataError: The shard is missing or damaged. Its hash is checked even if it was in the cache,
             which happens in training when it is downloaded only.
     """
-    samples.fetch(number)
-    shard = samples.shards[number]
-    info = shard.raw_data
-    path = os.path.join(samples.stream.local, samples.stream.split, info.basename)
+    shards.fetch(number)
+    path, shard = shards.path(number), shards.shards[number]
     content = Path(path).read_bytes()
-    if len(content) != info.bytes:
-        raise DataError(f"{path}: holds {len(content):,} bytes, not {info.bytes:,}: delete it")
-    for algorithm, expected in sorted(info.hashes.items())[-1:]:
+    again = "; delete it, and it is fetched again" if shards.is_cache else ""
+    if len(content) != shard.raw_data.bytes:
+        size = f"{len(content):,} bytes, not {shard.raw_data.bytes:,}"
+        raise DataError(f"{path} is damaged: it has {size}{again}")
+    for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
         if get_hash(algorithm, content) != expected:
-            raise DataError(f"{path}: its {algorithm} is not the index's, it is damaged: delete it")
-    first = int(samples.ends[number]) - shard.samples
-    for index in range(first, first + shard.samples):
-        yield samples.read(index)[:3]
+            raise DataError(f"{path} is damaged: its {algorithm} is not the index's{again}")
+    end = int(shards.ends[number])
+    for index in range(end - len(shard), end):
+        yield shards.read(index)[:3]
 
 
 def check_shard(path: str, local: str | None, split: str, number: int, labels: Labels) -> Tally:
     """Checks one shard: its hash and every sample."""
     tally = Tally()
-    samples = opened_shards(path, local, split)
-    name = f"{samples.location}/{samples.shards[number].raw_data.basename}"
+    shards = opened_shards(path, local, split)
+    info = shards.shards[number].zip_data or shards.shards[number].raw_data
+    name = f"{shards.location}/{info.basename}"
     try:
-        for uid, photo, mask in read_shard(samples, number):
+        for uid, photo, mask in read_shard(shards, number):
             tally.photos, tally.masks = tally.photos + 1, tally.masks + 1
             tally.check(photo, mask, (f"{name}: x of {uid}", f"{name}: y of {uid}"), labels)
     except DataError as error:
@@ -226,7 +228,7 @@ def in_processes(function: Callable, tasks: list[tuple], workers: int) -> Iterat
                 "a process died, of want of memory perhaps: try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits for what is being done
 
 
 _captures_stderr = False  # whether this process keeps what libjpeg and libpng print
@@ -235,6 +237,8 @@ _captures_stderr = False  # whether this process keeps what libjpeg and libpng p
 def _init_process() -> None:
     global _captures_stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
+    if sys.platform == "linux":  # not to outlive a parent that is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     # A JPEG with damage inside decodes: all there is to know of it is libjpeg's line on stderr.
@@ -264,14 +268,14 @@ def check(
         tallies[split] = Tally()
         if is_streaming:
             try:
-                samples = open_shards(path, local, split)
+                shards = open_shards(path, local, split)
             except DataError as error:
                 location = os.path.join(path, split)
                 tallies[split].find(location, str(error).removeprefix(f"{location}: "))
                 continue
             tasks += [
-                (split, shard.samples, check_shard, path, local, split, number, labels)
-                for number, shard in enumerate(samples.shards)
+                (split, len(shard), check_shard, path, local, split, number, labels)
+                for number, shard in enumerate(shards.shards)
             ]
         else:
             pairs, tallies[split] = scan(path, split)

@@ -13,6 +13,7 @@ Exit status: 0 written and verified, 1 failed, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import json
@@ -27,7 +28,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from streaming import MDSWriter
 from streaming.base.compression import is_compression
 from streaming.base.hashing import is_hash
@@ -243,7 +243,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     for number, (shard, end) in enumerate(zip(shards.shards, shards.ends)):
         if (shard.compression, shard.hashes) != (target.compression, target.hashes):
             raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
-        part = samples[end - shard.samples : end]
+        part = samples[end - len(shard) : end]
         tasks.append((verify_shard, number, part, number, out, cache, split, target.done))
     with _progress(f"verify {split}", len(samples)) as bar:
         for _, count in in_processes(_numbered, tasks, target.workers):
@@ -308,7 +308,10 @@ def convert(
         key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
         staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
     folder = staging if is_remote else out
-    options = (compression, sorted(hashes), bytes_to_int(size_limit))
+    try:
+        options = (compression, sorted(hashes), bytes_to_int(size_limit))
+    except ValueError:
+        raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
     workers = workers or len(os.sched_getaffinity(0))
     root = Path(path) if Path(path, "images").is_dir() else Path(path, "ADEChallengeData2016")
     splits = [split for split in FOLDERS if (root / "images" / FOLDERS[split]).is_dir()]
@@ -325,14 +328,16 @@ def convert(
 
 @contextmanager
 def _only_one(folder: str) -> Iterator[None]:
+    """Holds a lock on the folder itself, which ends with the process and leaves no file behind."""
     os.makedirs(folder, exist_ok=True)
-    lock = FileLock(os.path.join(folder, ".converting"), timeout=0)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with lock:
-            yield
-            os.unlink(lock.lock_file)
-    except Timeout:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
         raise DataError(f"another conversion to {folder} is running: wait for it") from None
+    finally:
+        os.close(descriptor)
 
 
 def main(arguments: list[str] | None = None) -> int:

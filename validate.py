@@ -11,8 +11,10 @@ on, and what training would fail on. Exit status: 0 fine, 1 training would fail,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -29,6 +31,8 @@ from checks import Labels, Tally, check
 from classes import ClassError, ClassInfo, beside, draw_overlay, load_classes
 from data import DataError
 from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, decode_mask
+
+log = logging.getLogger(__name__)
 
 SPEED_SECONDS, SPEED_BATCH = 5, 16
 
@@ -90,16 +94,17 @@ def measure_loader(
     )
     loader, shapes, seen, began = spec.dataloader, [], 0, None
     warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
-    for number, (image, target) in enumerate(itertools.chain.from_iterable(_epochs(loader))):
-        if number == 0:
-            first = spec.microbatch_transforms((image, target))
-        if number < 3:
-            shapes.append([list(image.shape), list(target.shape)])
-        seen += len(image) if began else 0
-        if number == warm:
-            began = time.perf_counter()
-        if began and seen and time.perf_counter() - began > SPEED_SECONDS:
-            break
+    with contextlib.closing(_batches(loader)) as batches:
+        for number, (image, target) in enumerate(batches):
+            if number == 0:
+                first = spec.microbatch_transforms((image, target))
+            if number < 3:
+                shapes.append([list(image.shape), list(target.shape)])
+            seen += len(image) if began else 0
+            if number == warm:
+                began = time.perf_counter()
+            if began and seen and time.perf_counter() - began > SPEED_SECONDS:
+                break
     rate = seen / (time.perf_counter() - began)
     figures = {
         "images_per_second": round(rate, 1),
@@ -110,10 +115,13 @@ def measure_loader(
     return figures, (photos.round().clip(0, 255).astype(np.uint8), first[1].numpy())
 
 
-def _epochs(loader: torch.utils.data.DataLoader) -> Iterator[Iterable]:
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
-        yield loader
+def _batches(loader: torch.utils.data.DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    try:
+        for epoch in itertools.count():
+            loader.sampler.set_epoch(epoch)
+            yield from loader
+    finally:
+        loader._iterator = None  # ends its workers; left to the garbage collector it takes 5 s each
 
 
 def draw_sheet(photos: np.ndarray, targets: np.ndarray, classes: list[ClassInfo]) -> Image.Image:
@@ -164,55 +172,63 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
 
 def as_text(report: dict[str, Any]) -> str:
     """The report as it is printed."""
-    splits = report["splits"]
     lines = [f"{report['path']}: {report['format']}, {report['num_classes']} classes", ""]
-
-    def row(title: str, cells: Iterable[str]) -> None:
-        lines.append(f"{title:<32}" + "".join(f"{cell:>16}" for cell in cells))
-
-    row("", splits)
-    for key in ("photos", "masks", "good_pairs"):
-        row(key.replace("_", " "), (f"{split[key]:,}" for split in splits.values()))
-    sizes = [split["size"] for split in splits.values()]
-    row("width x height, mean", (f"{s['width_mean']:.0f}x{s['height_mean']:.0f}" for s in sizes))
-    row("shortest, longest side", (f"{s['shortest_side']}, {s['longest_side']}" for s in sizes))
-    row("megapixels, mean", (f"{s['megapixels_mean']:.3f}" for s in sizes))
-    row("  90% are below", (f"{s['megapixels_90_percent_below']:.3f}" for s in sizes))
-    row("  largest", (f"{s['megapixels_largest']:.3f}" for s in sizes))
-    row("pixels without a class", (f"{s['unlabelled']:.1%}" for s in splits.values()))
-    lines += ["", "share of the labelled pixels"]
-    by_split = [split["classes"] for split in splits.values()]
-    order = sorted(range(len(by_split[0])), key=lambda i: -by_split[0][i]["share"])
-    shown = order if len(order) <= 20 else [*order[:10], *order[-5:]]
-    for place, i in enumerate(shown):
-        if len(shown) < len(order) and place == 10:
-            lines.append(f"  … {len(order) - len(shown)} more (--json has all) …")
-        entry = by_split[0][i]
-        title = f"  label {entry['label']} ({entry['name']})"
-        row(title[:32], (f"{classes[i]['share']:.3%}" for classes in by_split))
-    for name, split in splits.items():
-        never = [entry["name"] for entry in split["classes"] if not entry["photos"]]
-        lines.append(f"never in {name}: {', '.join(never) or 'none, every class occurs'}")
-    loader = report["loader"]
-    if "error" in loader:
-        lines += ["", f"loader: not measured ({loader['error']})"]
-    else:
+    if any(split["good_pairs"] for split in report["splits"].values()):
+        lines += [*_size_table(report["splits"]), "", *_class_table(report["splits"]), ""]
+    if loader := report["loader"]:
         image, target = loader["batches"][0]
         lines += [
-            "",
             f"loader: {loader['images_per_second']:.0f} images/s with {loader['workers']} worker "
             f"processes, batches of photos {image} and masks {target}",
+            "",
         ]
     for title, key in (("odd, but training works", "oddities"), ("PROBLEMS", "problems")):
         if found := report[key]:
-            lines += [
-                "",
-                f"{title} ({len(found)})",
-                *(f"  {f['path']}: {f['reason']}" for f in found),
-            ]
-    count = len(report["problems"])
-    lines += ["", "training would fail" if count else "no problem: this can be trained on"]
+            lines += [f"{title} ({len(found)})", *(f"  {f['path']}: {f['reason']}" for f in found)]
+            lines += [""]
+    lines += ["training would fail" if report["problems"] else "no problem: this can be trained on"]
     return "\n".join(lines)
+
+
+def _row(title: str, cells: Iterable[str]) -> str:
+    return f"{title:<32.32}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _size_table(splits: dict[str, Any]) -> list[str]:
+    sizes = [split["size"] for split in splits.values()]
+    return [
+        _row("", splits),
+        _row("photos", (f"{split['photos']:,}" for split in splits.values())),
+        _row("masks", (f"{split['masks']:,}" for split in splits.values())),
+        _row("good pairs", (f"{split['good_pairs']:,}" for split in splits.values())),
+        _row("mean size", (f"{s['width_mean']:.0f}x{s['height_mean']:.0f}" for s in sizes)),
+        _row(
+            "shortest side, longest", (f"{s['shortest_side']}, {s['longest_side']}" for s in sizes)
+        ),
+        _row("megapixels, mean", (f"{s['megapixels_mean']:.3f}" for s in sizes)),
+        _row("  90% are below", (f"{s['megapixels_90_percent_below']:.3f}" for s in sizes)),
+        _row("  largest", (f"{s['megapixels_largest']:.3f}" for s in sizes)),
+        _row("pixels without a class", (f"{split['unlabelled']:.1%}" for split in splits.values())),
+    ]
+
+
+def _class_table(splits: dict[str, Any]) -> list[str]:
+    """Shares of the classes: all of up to 20, otherwise the ten largest and five smallest."""
+    by_split = [split["classes"] for split in splits.values()]
+    rows = [
+        _row(
+            f"  label {entries[0]['label']} ({entries[0]['name']})",
+            (f"{entry['share']:.3%}" for entry in entries),
+        )
+        for entries in sorted(zip(*by_split), key=lambda entries: -entries[0]["share"])
+    ]
+    if len(rows) > 20:
+        rows[10:-5] = [f"  … {len(rows) - 15} more, --json has all …"]
+    lines = [_row("class, share of labelled pixels", splits), *rows]
+    for name, split in splits.items():
+        never = [entry["name"] for entry in split["classes"] if not entry["photos"]]
+        lines.append(f"never in {name}: {', '.join(never) or 'none, every class occurs'}")
+    return lines
 
 
 def validate(
@@ -249,13 +265,16 @@ def validate(
         raise DataError(f"there is no folder {path}")
     tallies = check(path, local, is_streaming, labels, workers)
     findings = [finding for tally in tallies.values() for finding in tally.findings]
-    try:
-        pairs = max(len(tallies["train"].sizes), 1)
+    loader = None
+    if any(finding.fatal for finding in tallies["train"].findings):
+        log.warning(
+            "the loader is not measured%s: see PROBLEMS", " nor a picture drawn" * bool(picture)
+        )
+    else:
+        pairs = len(tallies["train"].sizes)
         loader, batch = measure_loader(path, local, is_streaming, labels, pairs)
         if picture:
             draw_sheet(*batch, classes).save(picture)
-    except DataError as error:
-        loader = {"error": str(error)}
     return {
         "path": path,
         "format": "MDS shards" if is_streaming else "folders in ADE20K's layout",
