@@ -93,9 +93,7 @@ def build_trainer(config: Config) -> Trainer:
     microbatch: int | str = config.device_train_microbatch_size
     if microbatch == "auto" and not torch.cuda.is_available():
         microbatch = config.train_dataset.batch_size // dist.get_world_size()
-    compile_model = config.compile is True or (
-        config.compile == "auto" and torch.cuda.is_available()
-    )
+    compile_model = compiles(config)
     if compile_model:
         model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
     torch.backends.cudnn.benchmark = not config.deterministic  # sizes do not change
@@ -150,6 +148,13 @@ def _precision(name: str) -> tuple[str, Any]:
     if name == "auto":
         name = "amp_bf16" if _cpu_has_bf16() else "fp32"
     return "fp32", torch.bfloat16 if name == "amp_bf16" else None
+
+
+def compiles(config: Config) -> bool:
+    """Whether a run compiles the model here."""
+    import torch
+
+    return config.compile is True or (config.compile == "auto" and torch.cuda.is_available())
 
 
 def _cpu_has_bf16() -> bool:
