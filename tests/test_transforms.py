@@ -339,6 +339,19 @@ def test_crops_are_distributed_as_plain_ones() -> None:
     assert 0.1 < np.mean([each["too large"] for each in found]) < 0.9
 
 
+def test_sizes_are_uniform() -> None:
+    image, mask = photo(30, 40), blobs(30, 40)
+    transform = RandomCrop(64, 0.5, 2.0, 128)  # padding shows the size
+    targets = [
+        transform.apply(lambda _: image, mask, np.random.default_rng(seed))[1]
+        for seed in range(2000)
+    ]
+    sides = np.array([(target != PADDING).any(1).sum() for target in targets])
+    assert sides.min() == 32 and sides.max() == 127
+    count = np.bincount(sides - 32, minlength=96).reshape(8, 12).sum(1)
+    assert np.abs(count - 250).max() < 4 * 250**0.5
+
+
 def test_crops_are_drawn_again_ten_times() -> None:
     drawn = []
 
@@ -487,6 +500,15 @@ def test_colours_are_distributed_as_plain_ones() -> None:
     # Pillow cuts off half a level each step.
     assert (np.abs(expected.mean(0) - found.mean(0)) < 3.5 * error + 1).all()
     assert np.allclose(expected.std(0), found.std(0), rtol=0.1)
+
+
+def test_each_step_is_taken_half_of_the_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    inside = torch.ones(4000, 1, 4, 4, dtype=torch.bool)
+    out = distort_colors(batch.float(), inside, uniform_per_sample(batch, 17, 0, 9))
+    same = (out == batch).flatten(1).all(1).float().mean()
+    assert abs(same - 1 / 16) < 4 * (1 / 16 / 4000) ** 0.5
 
 
 def test_random_numbers_depend_on_seed_epoch_and_pixels_alone() -> None:
