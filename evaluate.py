@@ -79,6 +79,13 @@ def evaluate_paper(
     return matrix
 
 
+def label_index(transform: Callable[[Any], Any]) -> Tensor:
+    """The class index that training's transform of batches makes of each label, (256,)."""
+    labels = torch.arange(256, dtype=torch.uint8)[None, None]
+    photos = torch.zeros(1, 3, 1, 256, dtype=torch.uint8)
+    return transform((photos, labels))[1].flatten()
+
+
 def _as_tensors(pair: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.array(pair[0])), torch.from_numpy(np.array(pair[1]))
 
@@ -166,7 +173,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         matrix = evaluate_square(segmenter, spec)
     else:
         dataset.both_transforms = None
-        index = spec.microbatch_transforms.index
+        index = label_index(spec.microbatch_transforms)
         matrix = evaluate_paper(
             segmenter, dataset, index, options.batch_size, arguments["num_workers"]
         )

@@ -27,10 +27,13 @@ def random_network(num_classes: int = 12) -> DeepLabV3:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of the pass below
+    photo = torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20
     with torch.no_grad():
-        network.train()(torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20)
-        network.classifier.conv_seg.weight.normal_(std=0.1)
-    return network.eval()
+        network.train()(photo)
+        seg = network.classifier.conv_seg
+        seg.weight.normal_()
+        seg.weight *= 3 / network.eval()(photo).std()
+    return network
 
 
 @functools.cache

@@ -1,0 +1,212 @@
+"""The scores are mmsegmentation's of the same predictions, whatever the batches and processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from artifacts import CLASSES, finished_run, random_weights
+from composer.utils import dist
+from mmseg.core.evaluation import eval_metrics
+from PIL import Image
+
+import evaluate
+from classes import load_classes
+from evaluate import alike, evaluate_paper, label_index, main
+from predict import Segmenter
+from transforms import DeviceTransform
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Seven validation photos of five sizes; labels 0 (other) to 11 (12 never occurs), and 255."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for kind in ("images", "annotations"):
+        (root / kind / "validation").mkdir(parents=True)
+    for number, size in enumerate(
+        [(40, 60), (60, 40), (80, 120), (33, 50), (40, 60), (64, 64), (40, 60)]
+    ):
+        photo = cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), size[::-1])
+        mask = cv2.resize(rng.integers(0, 12, (5, 6), dtype=np.uint8), size[::-1], interpolation=0)
+        mask[0, :5] = 255
+        Image.fromarray(photo).save(root / f"images/validation/ADE_val_{number:08}.png")
+        Image.fromarray(mask).save(root / f"annotations/validation/ADE_val_{number:08}.png")
+    return str(root)
+
+
+def test_equals_mmsegmentation(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files = ["--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")]
+    # One photo at a time: in a batch a score may be rounded the other way.
+    assert main([random_weights(), "--path", data, "--batch-size", "1", *files]) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+
+    segmenter = Segmenter(random_weights())
+    photos = sorted(Path(data, "images", "validation").iterdir())
+    masks = [str(p).replace("images", "annotations") for p in photos]
+    predictions = [segmenter(photo) for photo in photos]
+    expected = eval_metrics(
+        predictions,
+        [np.array(Image.open(mask)) for mask in masks],
+        num_classes=12,
+        ignore_index=255,
+        metrics=["mIoU"],
+        reduce_zero_label=True,  # mmsegmentation's name for ignore_background
+    )
+    assert len(np.unique(np.concatenate([p.ravel() for p in predictions]))) > 2
+    assert scores["pixel_accuracy"] == pytest.approx(100 * expected["aAcc"], abs=1e-9)
+    assert scores["mIoU"] == pytest.approx(100 * np.nanmean(expected["IoU"]), abs=1e-9)
+    assert scores["mean_accuracy"] == pytest.approx(100 * np.nanmean(expected["Acc"]), abs=1e-9)
+    for row, iou, accuracy in zip(scores["classes"], expected["IoU"], expected["Acc"]):
+        for found, value in ((row["IoU"], iou), (row["accuracy"], accuracy)):
+            assert (
+                found is None if np.isnan(value) else found == pytest.approx(100 * value, abs=1e-9)
+            )
+
+    assert scores["photos"] == 7 and scores["protocol"] == "paper"
+    table = (tmp_path / "s.csv").read_text().splitlines()
+    assert table[0] == "class,IoU,accuracy,pixels" and len(table) == 13
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in CLASSES)
+    assert f"mIoU {scores['mIoU']:.2f}   mean accuracy {scores['mean_accuracy']:.2f}" in printed
+
+
+class Stripes:
+    """Stands in for a Segmenter: predicts from a photo's own values, whatever the batch."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, num_classes: int):
+        self.classes = load_classes([str(i) for i in range(num_classes)], num_classes)
+        self.batches: list[int] = []
+
+    def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        return ((height, width),)
+
+    def predict(self, photos: list[np.ndarray]) -> list[torch.Tensor]:
+        self.batches.append(len(photos))
+        assert len({photo.shape for photo in photos}) == 1
+        return [torch.from_numpy(p.sum(2, dtype=np.int64) % len(self.classes)) for p in photos]
+
+
+def pairs(data: str, count: int | None = None) -> list[tuple[Image.Image, Image.Image]]:
+    photos = sorted(Path(data, "images", "validation").iterdir())
+    return [
+        (Image.open(photo), Image.open(str(photo).replace("images", "annotations")))
+        for photo in photos[:count]
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_photo_counts_once(
+    data: str, world: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+):
+    index = label_index(DeviceTransform(num_classes=12))
+    whole = evaluate_paper(Stripes(12), pairs(data), index, 3)
+    total = torch.zeros_like(whole)
+    for rank in range(world):
+        monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(dist, "get_global_rank", lambda rank=rank: rank)
+        total += evaluate_paper(Stripes(12), pairs(data), index, batch_size)
+    assert torch.equal(total, whole)
+    masks = [np.array(mask) for _, mask in pairs(data)]
+    assert whole.sum() == sum(((mask > 0) & (mask < 13)).sum() for mask in masks)
+
+
+def test_background_as_a_class(data: str):
+    """Without ignore_background, label 0 is class 0 and label k class k."""
+    stripes = Stripes(13)
+    index = label_index(DeviceTransform(num_classes=13, ignore_background=False))
+    matrix = evaluate_paper(stripes, pairs(data), index, 2)
+    expected = np.zeros((13, 13), int)
+    for photo, mask in pairs(data):
+        labels = np.array(mask).astype(int)
+        prediction = stripes.predict([np.array(photo)])[0].numpy()
+        np.add.at(expected, (labels[labels < 13], prediction[labels < 13]), 1)
+    assert expected[0].sum() > 0 and matrix.tolist() == expected.tolist()
+
+
+def test_groups_of_like_photos(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluate, "PENDING", 10)
+    items = np.random.default_rng(0).integers(0, 50, 500).tolist()
+    taken, most, out = 0, 0, []
+
+    def count() -> Any:
+        nonlocal taken
+        for item in items:
+            taken += 1
+            yield item
+
+    for group in alike(count(), 4, lambda item: item % 7):
+        assert 1 <= len(group) <= 4 and len({item % 7 for item in group}) == 1
+        out += group
+        most = max(most, taken - len(out))
+    assert sorted(out) == sorted(items) and most <= 10
+
+
+def test_square_is_the_evaluation_of_training(tmp_path: Path):
+    trainer, folder = finished_run()
+    path = str(tmp_path / "s.json")
+    checkpoint = f"{folder}/latest-rank0.pt"
+    # The checkpoint says where its validation set is, and that photos become 32 x 32 pixels there.
+    assert main([checkpoint, "--protocol", "square", "--batch-size", "3", "--json", path]) == 0
+    scores = json.loads(Path(path).read_text())
+    assert scores["mIoU"] == pytest.approx(
+        float(trainer.state.eval_metric_values["MIoU"]), abs=1e-4
+    )
+    assert (scores["weights"], scores["photos"]) == ("ema", 5)
+    matrix = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
+    assert [row["pixels"] for row in scores["classes"]] == matrix.sum(1).tolist()
+
+
+def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch):
+    """Of five photos for three processes the sampler hands out six."""
+    trainer, _ = finished_run()
+    spec = trainer.state.evaluators[0].dataloader
+    segmenter = SimpleNamespace(
+        classes=range(12),
+        device=torch.device("cpu"),
+        network=lambda image: (
+            torch.nn.functional.one_hot(image[:, 0].long() % 12, 12).permute(0, 3, 1, 2).float()
+        ),
+    )
+    whole = evaluate.evaluate_square(segmenter, spec)
+    total = torch.zeros_like(whole)
+    for rank in range(3):
+        order = [(rank + 3 * i) % 5 for i in range(2)]
+        loader = [spec.dataloader.collate_fn([spec.dataloader.dataset[i] for i in order])]
+        share = SimpleNamespace(microbatch_transforms=spec.microbatch_transforms)
+        share.dataloader = type("Loader", (list,), {"dataset": spec.dataloader.dataset})(loader)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        monkeypatch.setattr(dist, "get_global_rank", lambda rank=rank: rank)
+        total += evaluate.evaluate_square(segmenter, share)
+    assert torch.equal(total, whole)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["gone.pt"], "gone.pt: no such file"),
+        ([random_weights()], "give --path or --config"),
+        ([random_weights(), "--path", "nowhere"], "nowhere"),
+        ([random_weights(), "--path", "s3://bucket/x"], "give --local"),
+        ([random_weights(), "--config", "gone.yaml"], "gone.yaml"),
+        ([random_weights(), "--classes", "gone.txt"], "gone.txt"),
+    ],
+)
+def test_one_line_errors(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(SystemExit):
+        main(["x.pt", "--protocol", "square", "--tta"])

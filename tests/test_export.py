@@ -1,0 +1,140 @@
+"""Exported files give PyTorch's answer for any batch and size, and need nothing of this project."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from artifacts import CLASSES, random_network, random_weights
+from PIL import Image
+
+import export
+from export import Deployed, compare, main
+from predict import Segmenter
+from weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Path]:
+    """An exported file of each format; `main` has compared it with PyTorch."""
+    folder = tmp_path_factory.mktemp("exported")
+    files = {}
+    for kind in ("onnx", "torchscript", "pt2"):
+        files[kind] = folder / f"model{export.SUFFIXES[kind]}"
+        options = ["--to", kind, "--out", str(files[kind]), "--photo", photo, "--size", "48"]
+        assert main([random_weights(), *options]) == 0
+    return files
+
+
+def expected(image: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return Deployed(random_network().eval())(torch.from_numpy(image)).numpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 41, 77), (1, 3, 200, 33)])
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
+def test_any_batch_and_size(files: dict[str, Path], kind: str, shape: tuple[int, ...]):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    if kind == "onnx":
+        (logits,) = onnxruntime.InferenceSession(files[kind]).run(None, {"image": image})
+    elif kind == "torchscript":
+        logits = torch.jit.load(str(files[kind]))(torch.from_numpy(image)).detach().numpy()
+    else:
+        program = torch.export.load(str(files[kind])).module()
+        logits = program(torch.from_numpy(image)).detach().numpy()
+    reference = expected(image)
+    assert logits.shape == reference.shape
+    assert np.abs(logits - reference).max() < 1e-3 * max(1, np.abs(reference).max())
+    assert (logits.argmax(1) == reference.argmax(1)).mean() >= 0.999
+
+
+def test_metadata(files: dict[str, Path]):
+    found = onnxruntime.InferenceSession(files["onnx"]).get_modelmeta().custom_metadata_map
+    extra = {"classes": ""}
+    torch.jit.load(str(files["torchscript"]), _extra_files=extra)
+    more = {"classes": ""}
+    torch.export.load(str(files["pt2"]), extra_files=more)
+    for text in (found["classes"], extra["classes"], more["classes"]):
+        classes = json.loads(text)
+        assert [c["name"] for c in classes] == CLASSES
+        assert all(len(c["color"]) == 3 for c in classes)
+
+
+def test_onnx_needs_nothing_of_this_project(files: dict[str, Path], tmp_path: Path):
+    program = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+image = numpy.full((1, 3, 40, 30), 128, numpy.uint8)
+print(session.run(["logits"], {"image": image})[0].shape)
+print(*{"torch", "mmseg", "mmcv", "composer", "predict"} & set(sys.modules))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, files["onnx"]],
+        cwd=tmp_path,
+        env={},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "(1, 12, 40, 30)\n\n"
+
+
+def test_predict_takes_onnx(files: dict[str, Path], photo: str):
+    torch_one, onnx_one = Segmenter(random_weights(), size=48), Segmenter(files["onnx"], size=48)
+    assert onnx_one.classes == torch_one.classes
+    assert len(np.unique(torch_one(photo))) > 2
+    assert (onnx_one(photo) == torch_one(photo)).mean() >= 0.999
+
+
+def test_a_file_that_differs_is_refused(
+    photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model, image = Deployed(random_network()), np.array(Image.open(photo))
+    assert compare(model, lambda batch: model(batch), image, 48) == (1.0, 0.0)
+    for wrong in (
+        lambda batch: model(batch) * 1.01,
+        lambda batch: model(batch).roll(1, 1),
+        lambda batch: model(batch)[..., :-1],
+    ):
+        agreement, difference = compare(model, wrong, image, 48)
+        assert agreement < 0.999 or difference > 1e-3
+    monkeypatch.setattr(export, "export", lambda m, kind, path, c: path.touch() or wrong)
+    options = ["--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--photo", photo, "--size", "48"]
+    assert main([random_weights(), *options]) == 1
+    assert "NOT as in PyTorch" in capsys.readouterr().out
+
+
+def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "weights.safetensors"
+    assert main([random_weights(), "--to", "safetensors", "--out", str(path)]) == 0
+    assert f"{path}: 12 classes" in capsys.readouterr().out
+    written, original = load_weights(path), load_weights(random_weights())
+    assert written.config == original.config and written.classes == original.classes
+    assert all(torch.equal(written.state[key], value) for key, value in original.state.items())
+
+
+def test_a_photo_is_always_there():
+    image = np.array(Image.open(export._sample_photo()))
+    assert image.ndim == 3 and image.std() > 10
+
+
+@pytest.mark.parametrize("extra", [[], ["--photo", "gone.jpg"], ["--classes", "gone.txt"]])
+def test_one_line_errors(extra: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([random_weights() if extra else "gone.pt", "--to", "onnx", *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "gone." in error and error.count("\n") == 1
