@@ -21,7 +21,12 @@ import torch
 import torch.nn.functional as F
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import ConsoleLogger, FileLogger, Logger
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils import (
+    dist,
+    format_name_with_dist,
+    maybe_create_object_store_from_uri,
+    parse_uri,
+)
 from torch import Tensor
 
 from classes import ClassInfo, classes_to_json, draw_sheet
@@ -59,8 +64,11 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     return path
 
 
-def _stamp(state: State) -> str:
-    return f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+def _save(data: bytes, folder: str, name: str, state: State) -> str | None:
+    """Write a file; ``{run_name}`` in the folder is filled in, and ``{time}`` in the name."""
+    time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+    folder = format_name_with_dist(folder, state.run_name)
+    return save_file(data, folder, name.format(time=time))
 
 
 class Pictures(Callback):
@@ -114,7 +122,7 @@ class Pictures(Callback):
         if self.folder is not None:
             data = io.BytesIO()
             sheet.save(data, "PNG")
-            self.latest = save_file(data.getvalue(), self.folder, f"pictures/{_stamp(state)}.png")
+            self.latest = _save(data.getvalue(), self.folder, "pictures/{time}.png", state)
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -159,10 +167,10 @@ class Curves(Callback):
         metric = state.eval_metrics.get(state.dataloader_label, {}).get("MIoU")
         if metric is not None:
             self.eval.append((state.timestamp.batch.value, float(metric.compute())))
-        self._save()
+        self._draw(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        self._save()
+        self._draw(state)
 
     def state_dict(self) -> dict[str, Any]:
         return {"train": torch.tensor(self.train), "eval": torch.tensor(self.eval)}
@@ -171,9 +179,9 @@ class Curves(Callback):
         self.train = [(int(batch), loss, rate) for batch, loss, rate in state["train"].tolist()]
         self.eval = [(int(batch), miou) for batch, miou in state["eval"].tolist()]
 
-    def _save(self) -> None:
+    def _draw(self, state: State) -> None:
         if dist.get_global_rank() == 0 and self.train:
-            save_file(draw_curves(self.train, self.eval), self.folder, "curves.png")
+            _save(draw_curves(self.train, self.eval), self.folder, "curves.png", state)
 
 
 def draw_curves(
@@ -247,7 +255,7 @@ class ClassTable(Callback):
                 destination.log_table(columns, rows, name, state.timestamp.batch.value)
         if self.folder is not None:
             text = table_as_csv(columns, rows)
-            save_file(text.encode(), self.folder, f"classes/{_stamp(state)}.csv")
+            _save(text.encode(), self.folder, "classes/{time}.csv", state)
 
 
 def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:

@@ -50,7 +50,7 @@ def finished_run() -> tuple[Any, str]:
     """A trainer after four steps of the mild recipe on generated photos, and its folder."""
     from main import main
 
-    data, folder = Path(_folder.name, "data"), str(Path(_folder.name, "run"))
+    data, folder = Path(_folder.name, "data"), str(Path(_folder.name, "finished"))
     synthetic_ade20k.make(str(data), training=8, validation=5, size=48)
     dataset = {"path": str(data), "base_size": 32, "final_size": 32, "batch_size": 4}
     config = {
@@ -67,7 +67,7 @@ def finished_run() -> tuple[Any, str]:
         "pictures": 2,
         "class_names": str(Path(__file__).parent.parent / "yamls" / "demo_classes.txt"),
         "precision": "fp32",
-        "save_folder": folder,
+        "save_folder": f"{_folder.name}/{{run_name}}",
         "loggers": {"tensorboard": {"log_dir": folder, "flush_interval": 1}},
     }
     return main(config), folder
