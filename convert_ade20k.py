@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -351,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--workers", type=int, help="processes (default: one a core)")
     add("--staging", help="of a URL: folder where shards wait for their upload")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     logging.getLogger("streaming").setLevel(logging.ERROR)  # that the staging folder is in use

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -305,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
         parser.error(f"--picture {options.picture}: a .png or .jpg")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
     labels = Labels(options.num_classes, not options.keep_background, options.ignore_label)
     try:
         report = validate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
     def interrupt(bar, count):
         counts.append(count)
         if sum(counts) >= 8:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(converter.tqdm, "update", interrupt)
     arguments = ["--path", str(path), "--out", str(out), "--size-limit", "10kb", "--workers", "1"]
