@@ -328,9 +328,9 @@ def _check_numbers(config: Config) -> None:
         raise ConfigError(
             "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
         )
-    if not 2 <= config.model.num_classes <= 254:
+    if not 2 <= config.model.num_classes <= 253:
         raise ConfigError(
-            f"model.num_classes: {config.model.num_classes} is not 2 to 254, as 8-bit masks hold"
+            f"model.num_classes: {config.model.num_classes} is not 2 to 253, as 8-bit masks hold"
         )
 
 

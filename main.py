@@ -175,8 +175,6 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
 
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
-    if dataset.num_workers == "auto":
-        del arguments["num_workers"]  # build_ade20k_dataspec then fits it to the machine
     if split == "val":
         arguments["drop_last"] = False  # every sample is scored once
     if not dataset.is_streaming:

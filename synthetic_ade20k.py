@@ -21,8 +21,8 @@ TEXTURES = (
     "plain",
     "rows",
     "columns",
-    "rising",
-    "falling",
+    "diagonals",
+    "speckle",
     "checks",
     "dots",
     "noise",
@@ -43,8 +43,10 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
-        "rising": (x + y) % (1.4 * period) < 0.7 * period,
-        "falling": (x - y) % (1.4 * period) < 0.7 * period,
+        # Up or down: training flips scenes, which must not turn one class into another.
+        "diagonals": (x + y * rng.choice([-1, 1])) % (1.4 * period) < 0.7 * period,
+        "speckle": cv2.resize((rng.random((size // 2, size // 2)) < 0.12) * 1.0, (size, size))
+        > 0.4,
         "checks": u ^ v,
         "dots": np.hypot(x % period - period / 2, y % period - period / 2) < 0.3 * period,
         "noise": rng.random((size // 2 + 1, size // 2 + 1)).repeat(2, 0).repeat(2, 1)[:size, :size],

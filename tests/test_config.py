@@ -89,7 +89,7 @@ WRONG = {
     "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
     "loggers=wandb": "loggers: 'wandb' is not a section",
     "loggers.comet_ml={}": r"loggers.comet_ml: its package is missing; pip install .*mosaicml\[comet_ml\]",
-    "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 254",
+    "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "no loss is left",
     "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
