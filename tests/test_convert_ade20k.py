@@ -6,22 +6,19 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import streaming
 from PIL import Image
+from s3_server import BUCKET, s3_server
 from streaming.base.compression import decompress
 
 import convert_ade20k as converter
 from checks import Labels, check
 from convert_ade20k import convert, main, plan_shards
 from data import DataError, StreamingADE20k, list_samples
-
-sys.path.insert(0, os.path.dirname(__file__))
-from s3_server import BUCKET, s3_server
 
 ROOT = "ADEChallengeData2016"
 
