@@ -84,10 +84,11 @@ def segmentation_loss(
     else:
         targets, weights = (target,), (1.0,)
     for t in targets:
-        if logits.ndim != 4 or t.ndim != 3 or len(t) != len(logits) or t.is_floating_point():
+        shapes = logits.ndim == 4 and logits.shape[1] > 1 and t.ndim == 3 and len(t) == len(logits)
+        if not shapes or t.is_floating_point() or t.shape != targets[0].shape:
             raise ValueError(
-                "segmentation_loss takes logits (N, C, h, w) and integer targets (N, H, W), "
-                f"not {tuple(logits.shape)} and {tuple(t.shape)} {t.dtype}"
+                "segmentation_loss takes logits (N, C, h, w) of two classes or more and integer "
+                f"targets (N, H, W), not {tuple(logits.shape)} and {tuple(t.shape)} {t.dtype}"
             )
     cross_entropy, dice = _SegmentationLoss.apply(logits, weights, ignore_index, *targets)
     parts = {}
@@ -159,14 +160,16 @@ def forward_sums(
 
     Returns:
         The targets' negative log likelihood, 0-d; per class (C,) the softmax within the targets,
-        the targets' size and the softmax within pixels that have a target, all weighted; and per
-        pixel (N, H, W) the log-sum-exp of the logits, inf where there is no target.
+        the targets' size and the softmax within pixels that have a target, all weighted; and of
+        each pixel (2, N, H, W) the largest logit and how far the log-sum-exp of all is above it,
+        inf where there is no target. (In their sum the little that a sure pixel's softmax is below
+        1, and with it its gradient, would be lost to rounding.)
     """
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     tiles = _tiles(logits, height, width, dtype)
-    lse = logits.new_empty((n, height, width), dtype=dtype)
+    lse = logits.new_empty((2, n, height, width), dtype=dtype)
     nll = lse.new_zeros(n)
     # By tile and by row first: one after the other, a million terms are too many for fp32.
     predicted = lse.new_zeros(len(tiles), c)
@@ -179,18 +182,17 @@ def forward_sums(
         for partial, tile in zip(predicted, tiles, strict=True):
             y, x = tile.y, tile.x
             z = tile.upsample(low)
-            picked[y, :, x] = z.gather(1, index[y, :, x])
             peak = z.amax(1)
-            z.sub_(peak[:, None]).exp_()
-            total = z.sum(1)
-            lse[image, y, x] = peak + total.log()
+            picked[y, :, x] = z.sub_(peak[:, None]).gather(1, index[y, :, x])
+            total = z.exp_().sum(1)
+            lse[0, image, y, x], lse[1, image, y, x] = peak, total.log()
             # exp(z) / total summed over the columns and then the rows that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
-        log_likelihood = picked - lse[image][:, None]
+        log_likelihood = picked - lse[1, image, :, None]
         nll[image] = -(share * log_likelihood).sum()
         intersection.scatter_add_(1, index.flatten(1), (share * log_likelihood.exp()).flatten(1))
         truth.scatter_add_(1, index.flatten(1), share.flatten(1))
-        lse[image].masked_fill_(~has_target, math.inf)
+        lse[1, image].masked_fill_(~has_target, math.inf)
     return nll.sum(), intersection.sum(0), truth.sum(0), predicted.sum(0), lse
 
 
@@ -205,7 +207,7 @@ def backward(
     by_predicted: Tensor,
 ) -> Tensor:
     """The gradient by the logits (N, C, h, w), given those by the sums of `forward_sums`."""
-    height, width = lse.shape[1:]
+    height, width = lse.shape[2:]
     tiles = _tiles(logits, height, width, lse.dtype)
     grad = torch.empty_like(logits)
     for image in range(len(logits)):
@@ -216,7 +218,8 @@ def backward(
         for tile in tiles:
             y, x = tile.y, tile.x
             # The softmax p; 0 without a target, where lse is inf.
-            p = tile.upsample(low).sub_(lse[image, y, None, x]).exp_()
+            p = tile.upsample(low)
+            p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
             # Let u = p * (derivative by p): `by_predicted` of all classes and `at_target` of the
             # target's. Through the softmax, the gradient is u - p * sum(u).
             labels = index[y, :, x]

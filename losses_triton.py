@@ -21,6 +21,7 @@ from torch import Tensor
 FORWARD_ROWS, FORWARD_CELLS = 32, 4  # pixel rows and cells a forward program goes through
 BACKWARD_ROWS, BACKWARD_CELLS = 4, 8  # rows and columns of the gradient a backward program owns
 PIXELS = 4  # a program holds at a time, with all their classes
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -36,31 +37,44 @@ def _first_pixel(cell, scale):
 
 
 @triton.jit
-def _sides(logits, y, cell, scale_y, h, w, c, num_classes, stride_c, stride_h, stride_w):
-    """The logits (classes,) left and right of a cell, interpolated to a row of pixels."""
+def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
+    """A row of pixels' logits (classes,) at a cell's left edge, and the step to its right edge.
+
+    They come in units of ln 2: powers of 2 are what the hardware computes.
+    """
     source = _source(y, scale_y, h)
     top = source.to(tl.int32)
     down = source - top
-    above = logits + c * stride_c + top * stride_h
-    below = logits + c * stride_c + tl.minimum(top + 1, h - 1) * stride_h
-    left = tl.maximum(cell - 1, 0) * stride_w
-    right = tl.minimum(cell, w - 1) * stride_w
+    above = logits + top * w * num_classes + c
+    below = logits + tl.minimum(top + 1, h - 1) * w * num_classes + c
+    at_left = tl.maximum(cell - 1, 0) * num_classes
+    at_right = tl.minimum(cell, w - 1) * num_classes
     known = c < num_classes
-    top_left = tl.load(above + left, known, 0.0).to(tl.float32)
-    top_right = tl.load(above + right, known, 0.0).to(tl.float32)
-    left_side = top_left + down * (tl.load(below + left, known, 0.0).to(tl.float32) - top_left)
-    right_side = top_right + down * (tl.load(below + right, known, 0.0).to(tl.float32) - top_right)
-    # Exponentials of the classes there are not, up to the next power of 2, shall be 0.
-    return tl.where(known, left_side, -1e30), tl.where(known, right_side, -1e30)
+    left = tl.load(above + at_left, known, 0.0).to(tl.float32)
+    right = tl.load(above + at_right, known, 0.0).to(tl.float32)
+    left += down * (tl.load(below + at_left, known, 0.0).to(tl.float32) - left)
+    right += down * (tl.load(below + at_right, known, 0.0).to(tl.float32) - right)
+    # The classes there are not, up to a power of 2, shall have the probability 0.
+    left = tl.where(known, left * LOG2_E, -1e30)
+    right = tl.where(known, right * LOG2_E, -1e30)
+    return left[None, :], (right - left)[None, :]
 
 
 @triton.jit
-def _shares(target, pixel, present, weight, c, num_classes, ignore_index):
-    """The weight a target gives to (pixels, classes) and to (pixels,); nan if out of range."""
+def _label(target, pixel, present, weight, num_classes, ignore_index):
+    """Class indices of pixels and their weight: 0 if ignored, nan if out of range."""
     label = tl.load(target + pixel, present, ignore_index).to(tl.int32)
     share = tl.where((label >= 0) & (label < num_classes), weight, float("nan"))
-    share = tl.where(label == ignore_index, 0.0, share)
-    return tl.where(c[None, :] == label[:, None], share[:, None], 0.0), share
+    return label[:, None], tl.where(label == ignore_index, 0.0, share)
+
+
+@triton.jit
+def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
+    """One value per target and pixel, put where the classes are its label: (pixels, classes)."""
+    result = tl.where(c[None, :] == label, value[:, None], 0.0)
+    if MIXED:
+        result += tl.where(c[None, :] == second_label, second_value[:, None], 0.0)
+    return result
 
 
 @triton.jit
@@ -71,8 +85,8 @@ def _forward_kernel(
     lse,
     nll,
     sums,
-    weight_first,
-    weight_second,
+    weight,
+    second_weight,
     ignore_index,
     num_classes,
     h,
@@ -81,65 +95,84 @@ def _forward_kernel(
     width,
     scale_y,
     scale_x,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
     MIXED: tl.constexpr,
-    CLASSES: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     PIXELS: tl.constexpr,
     SUPPORT: tl.constexpr,
     ROWS: tl.constexpr,
     CELLS: tl.constexpr,
 ):
     image = tl.program_id(2).to(tl.int64)
-    logits += image * stride_n
-    c = tl.arange(0, CLASSES)
-    predicted = tl.zeros((CLASSES,), tl.float32)
-    intersection = tl.zeros((CLASSES,), tl.float32)
-    truth = tl.zeros((CLASSES,), tl.float32)
-    pixel_nll = tl.zeros((PIXELS,), tl.float32)
+    logits += image * h * w * num_classes
+    c = tl.arange(0, HEAD)
+    d = HEAD + tl.arange(0, TAIL)
+    predicted_c = tl.zeros((PIXELS, HEAD), tl.float32)
+    predicted_d = tl.zeros((PIXELS, TAIL), tl.float32)
+    intersection_c = tl.zeros((PIXELS, HEAD), tl.float32)
+    intersection_d = tl.zeros((PIXELS, TAIL), tl.float32)
+    truth_c = tl.zeros((PIXELS, HEAD), tl.float32)
+    truth_d = tl.zeros((PIXELS, TAIL), tl.float32)
+    log_likelihood_c = tl.zeros((PIXELS, HEAD), tl.float32)
+    log_likelihood_d = tl.zeros((PIXELS, TAIL), tl.float32)
+    log_totals = tl.zeros((PIXELS,), tl.float32)
+    pixels = tl.num_programs(2).to(tl.int64) * height * width
     y_start = tl.program_id(1) * ROWS
     first_cell = tl.program_id(0) * CELLS
     for cell in range(first_cell, tl.minimum(first_cell + CELLS, w + 1)):
         x_start = _first_pixel(cell, scale_x)
         x_stop = tl.minimum(_first_pixel(cell + 1, scale_x), width)
         for y in range(y_start, tl.minimum(y_start + ROWS, height)):
-            left, right = _sides(
-                logits, y, cell, scale_y, h, w, c, num_classes, stride_c, stride_h, stride_w
-            )
-            for step in range(0, SUPPORT, PIXELS):
-                x = x_start + step + tl.arange(0, PIXELS)
+            left_c, step_c = _sides(logits, y, cell, scale_y, h, w, c, num_classes)
+            left_d, step_d = _sides(logits, y, cell, scale_y, h, w, d, num_classes)
+            for start in range(0, SUPPORT, PIXELS):
+                x = x_start + start + tl.arange(0, PIXELS)
                 present = (x >= 0) & (x < x_stop)
-                across = _source(x, scale_x, w) - (cell - 1)
-                z = left[None, :] + across[:, None] * (right - left)[None, :]
-                peak = tl.max(z, 1)
-                exponential = tl.exp(z - peak[:, None])
-                total = tl.sum(exponential, 1)
-                log_total = peak + tl.log(total)
+                across = (_source(x, scale_x, w) - (cell - 1))[:, None]
+                z_c = left_c + across * step_c
+                z_d = left_d + across * step_d
+                peak = tl.maximum(tl.max(z_c, 1), tl.max(z_d, 1))
+                z_c -= peak[:, None]
+                z_d -= peak[:, None]
+                exp_c = tl.exp2(z_c)
+                exp_d = tl.exp2(z_d)
+                total = tl.sum(exp_c, 1) + tl.sum(exp_d, 1)
+                log_total = tl.log2(total)
                 pixel = (image * height + y) * width + x
-                at_class, share = _shares(
-                    first, pixel, present, weight_first, c, num_classes, ignore_index
-                )
+                label, share = _label(first, pixel, present, weight, num_classes, ignore_index)
+                other, other_share = label, share
+                any_share = share
                 if MIXED:
-                    second_at_class, second_share = _shares(
-                        second, pixel, present, weight_second, c, num_classes, ignore_index
+                    other, other_share = _label(
+                        second, pixel, present, second_weight, num_classes, ignore_index
                     )
-                    at_class += second_at_class
-                    share += second_share
-                p = exponential * tl.where(share != 0, 1 / total, 0.0)[:, None]
-                predicted += tl.sum(p, 0)
-                intersection += tl.sum(p * at_class, 0)
-                truth += tl.sum(at_class, 0)
-                pixel_nll += share * log_total - tl.sum(at_class * z, 1)
-                tl.store(lse + pixel, tl.where(share != 0, log_total, float("inf")), present)
+                    any_share += other_share
+                tl.store(lse + pixel, peak, present)
+                excess = tl.where(any_share != 0, log_total, float("inf"))
+                tl.store(lse + pixels + pixel, excess, present)
+                inverse = tl.where(any_share != 0, 1 / total, 0.0)
+                predicted_c += exp_c * inverse[:, None]
+                predicted_d += exp_d * inverse[:, None]
+                at_c = _at_label(c, label, share, other, other_share, MIXED)
+                at_d = _at_label(d, label, share, other, other_share, MIXED)
+                truth_c += at_c
+                truth_d += at_d
+                intersection_c += exp_c * (at_c * inverse[:, None])
+                intersection_d += exp_d * (at_d * inverse[:, None])
+                log_likelihood_c += at_c * z_c
+                log_likelihood_d += at_d * z_d
+                log_totals += any_share * log_total
     program = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
     program += tl.program_id(0)
-    tl.store(nll + program, tl.sum(pixel_nll, 0))
-    sums += program * 3 * num_classes + c
-    tl.store(sums, intersection, c < num_classes)
-    tl.store(sums + num_classes, truth, c < num_classes)
-    tl.store(sums + 2 * num_classes, predicted, c < num_classes)
+    log_likelihood = tl.sum(tl.sum(log_likelihood_c, 1) + tl.sum(log_likelihood_d, 1), 0)
+    tl.store(nll + program, (tl.sum(log_totals, 0) - log_likelihood) / LOG2_E)
+    sums += program * 3 * num_classes
+    tl.store(sums + c, tl.sum(intersection_c, 0))
+    tl.store(sums + d, tl.sum(intersection_d, 0), d < num_classes)
+    tl.store(sums + num_classes + c, tl.sum(truth_c, 0))
+    tl.store(sums + num_classes + d, tl.sum(truth_d, 0), d < num_classes)
+    tl.store(sums + 2 * num_classes + c, tl.sum(predicted_c, 0))
+    tl.store(sums + 2 * num_classes + d, tl.sum(predicted_d, 0), d < num_classes)
 
 
 @triton.jit
@@ -152,8 +185,8 @@ def _backward_kernel(
     by_nll,
     by_intersection,
     by_predicted,
-    weight_first,
-    weight_second,
+    weight,
+    second_weight,
     ignore_index,
     num_classes,
     h,
@@ -162,85 +195,94 @@ def _backward_kernel(
     width,
     scale_y,
     scale_x,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
     MIXED: tl.constexpr,
-    CLASSES: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     PIXELS: tl.constexpr,
     SUPPORT: tl.constexpr,
     ROWS: tl.constexpr,
     CELLS: tl.constexpr,
 ):
     image = tl.program_id(2).to(tl.int64)
-    logits += image * stride_n
+    logits += image * h * w * num_classes
     top = tl.program_id(1) * ROWS
     low_y = top + tl.arange(0, ROWS)
-    c = tl.arange(0, CLASSES)
-    grad += image * stride_n + low_y[:, None] * stride_h + c[None, :] * stride_c
-    owned = (low_y < h)[:, None] & (c < num_classes)[None, :]
+    c = tl.arange(0, HEAD)
+    d = HEAD + tl.arange(0, TAIL)
+    grad += (image * h + low_y[:, None]) * w * num_classes
     by_nll = tl.load(by_nll)
-    by_intersection = tl.load(by_intersection + c, c < num_classes, 0.0)[None, :]
-    by_predicted = tl.load(by_predicted + c, c < num_classes, 0.0)[None, :]
-    # The pixels less than one row of logits away from those owned.
+    by_intersection_c = tl.load(by_intersection + c)[None, :]
+    by_intersection_d = tl.load(by_intersection + d, d < num_classes, 0.0)[None, :]
+    by_predicted_c = tl.load(by_predicted + c)[None, :]
+    by_predicted_d = tl.load(by_predicted + d, d < num_classes, 0.0)[None, :]
+    pixels = tl.num_programs(2).to(tl.int64) * height * width
+    # The pixels less than one row of logits away from the rows owned.
     y_start = tl.maximum(_first_pixel(top, scale_y), 0)
     y_stop = tl.minimum(_first_pixel(top + ROWS + 1, scale_y), height)
-    # A column's gradient comes from the cell on its left, kept in `of_left_cell`, and on its right.
-    of_left_cell = tl.zeros((ROWS, CLASSES), tl.float32)
+    # A column's gradient is made in the cell on its left, and kept, and in the cell on its right.
+    kept_c = tl.zeros((ROWS, HEAD), tl.float32)
+    kept_d = tl.zeros((ROWS, TAIL), tl.float32)
     first_cell = tl.program_id(0) * CELLS
     for cell in range(first_cell, tl.minimum(first_cell + CELLS, w) + 1):
         x_start = _first_pixel(cell, scale_x)
         x_stop = tl.minimum(_first_pixel(cell + 1, scale_x), width)
-        to_left = tl.zeros((ROWS, CLASSES), tl.float32)
-        to_right = tl.zeros((ROWS, CLASSES), tl.float32)
+        to_left_c = tl.zeros((ROWS, HEAD), tl.float32)
+        to_left_d = tl.zeros((ROWS, TAIL), tl.float32)
+        to_right_c = tl.zeros((ROWS, HEAD), tl.float32)
+        to_right_d = tl.zeros((ROWS, TAIL), tl.float32)
         for y in range(y_start, y_stop):
-            left, right = _sides(
-                logits, y, cell, scale_y, h, w, c, num_classes, stride_c, stride_h, stride_w
-            )
-            row = tl.zeros((CLASSES,), tl.float32)
-            row_to_right = tl.zeros((CLASSES,), tl.float32)
-            for step in range(0, SUPPORT, PIXELS):
-                x = x_start + step + tl.arange(0, PIXELS)
+            left_c, step_c = _sides(logits, y, cell, scale_y, h, w, c, num_classes)
+            left_d, step_d = _sides(logits, y, cell, scale_y, h, w, d, num_classes)
+            vertical = tl.maximum(1 - tl.abs(_source(y, scale_y, h) - low_y), 0.0)[:, None]
+            for start in range(0, SUPPORT, PIXELS):
+                x = x_start + start + tl.arange(0, PIXELS)
                 present = (x >= 0) & (x < x_stop)
                 across = (_source(x, scale_x, w) - (cell - 1))[:, None]
-                z = left[None, :] + across * (right - left)[None, :]
                 pixel = (image * height + y) * width + x
-                log_total = tl.load(lse + pixel, present, float("inf"))
-                p = tl.exp(z - log_total[:, None])
-                at_class, _ = _shares(
-                    first, pixel, present, weight_first, c, num_classes, ignore_index
-                )
+                peak = tl.load(lse + pixel, present, 0.0)[:, None]
+                excess = tl.load(lse + pixels + pixel, present, float("inf"))[:, None]
+                p_c = tl.exp2(left_c + across * step_c - peak - excess)
+                p_d = tl.exp2(left_d + across * step_d - peak - excess)
+                label, share = _label(first, pixel, present, weight, num_classes, ignore_index)
+                other, other_share = label, share
                 if MIXED:
-                    second_at_class, _ = _shares(
-                        second, pixel, present, weight_second, c, num_classes, ignore_index
+                    other, other_share = _label(
+                        second, pixel, present, second_weight, num_classes, ignore_index
                     )
-                    at_class += second_at_class
-                # p * (derivative by p), and from it, through the softmax, the derivative by z.
-                u = p * (by_predicted + by_intersection * at_class) - by_nll * at_class
-                by_z = u - p * tl.sum(u, 1)[:, None]
-                row += tl.sum(by_z, 0)
-                row_to_right += tl.sum(by_z * across, 0)
-            weight = tl.maximum(1 - tl.abs(_source(y, scale_y, h) - low_y), 0.0)[:, None]
-            to_left += weight * (row - row_to_right)[None, :]
-            to_right += weight * row_to_right[None, :]
+                at_c = _at_label(c, label, share, other, other_share, MIXED)
+                at_d = _at_label(d, label, share, other, other_share, MIXED)
+                # u = p * (derivative by p). Through the softmax, that by z is u - p * sum(u).
+                u_c = p_c * (by_predicted_c + by_intersection_c * at_c) - by_nll * at_c
+                u_d = p_d * (by_predicted_d + by_intersection_d * at_d) - by_nll * at_d
+                inner = (tl.sum(u_c, 1) + tl.sum(u_d, 1))[:, None]
+                by_z_c = u_c - p_c * inner
+                by_z_d = u_d - p_d * inner
+                to_left_c += vertical * tl.sum(by_z_c * (1 - across), 0)[None, :]
+                to_left_d += vertical * tl.sum(by_z_d * (1 - across), 0)[None, :]
+                to_right_c += vertical * tl.sum(by_z_c * across, 0)[None, :]
+                to_right_d += vertical * tl.sum(by_z_d * across, 0)[None, :]
         if cell > first_cell:
-            result = (of_left_cell + to_left).to(grad.dtype.element_ty)
-            tl.store(grad + (cell - 1) * stride_w, result, owned)
-        of_left_cell = to_right
+            column = grad + (cell - 1) * num_classes
+            result_c = (kept_c + to_left_c).to(grad.dtype.element_ty)
+            result_d = (kept_d + to_left_d).to(grad.dtype.element_ty)
+            owned = (low_y < h)[:, None]
+            tl.store(column + c[None, :], result_c, owned)
+            tl.store(column + d[None, :], result_d, owned & (d < num_classes)[None, :])
+        kept_c = to_right_c
+        kept_d = to_right_d
 
 
 def forward_sums(
     logits: Tensor, targets: Sequence[Tensor], weights: Sequence[float], ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `losses.forward_sums`, for fp32, bf16 and fp16 logits on a GPU."""
+    """As `losses.forward_sums`, for fp32, bf16 and fp16 logits on a GPU, but the lse in base 2."""
     n, c, _, w = logits.shape
     height, width = targets[0].shape[1:]
     grid = (triton.cdiv(w + 1, FORWARD_CELLS), triton.cdiv(height, FORWARD_ROWS), n)
-    lse = logits.new_empty((n, height, width), dtype=torch.float32)
+    lse = logits.new_empty((2, n, height, width), dtype=torch.float32)
     nll = lse.new_empty(math.prod(grid))
     sums = lse.new_empty(math.prod(grid), 3, c)
-    targets = [t.contiguous() for t in targets]
+    logits, targets = _layout(logits, targets)
     _forward_kernel[grid](
         logits,
         targets[0],
@@ -268,14 +310,11 @@ def backward(
     by_intersection: Tensor,
     by_predicted: Tensor,
 ) -> Tensor:
-    """As `losses.backward`, for fp32, bf16 and fp16 logits on a GPU."""
+    """As `losses.backward`, for what `forward_sums` takes and returns."""
     n, _, h, w = logits.shape
-    height, width = lse.shape[1:]
+    height, width = lse.shape[2:]
+    logits, targets = _layout(logits, targets)
     grad = torch.empty_like(logits)
-    if grad.stride() != logits.stride():  # logits with gaps, such as a slice
-        logits = logits.contiguous()
-        grad = torch.empty_like(logits)
-    targets = [t.contiguous() for t in targets]
     _backward_kernel[(triton.cdiv(w, BACKWARD_CELLS), triton.cdiv(h, BACKWARD_ROWS), n)](
         logits,
         grad,
@@ -294,19 +333,29 @@ def backward(
     return grad
 
 
+def _layout(logits: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Logits with their classes side by side, which a program reads together, and flat targets."""
+    logits = logits.contiguous(memory_format=torch.channels_last)
+    return logits, [target.contiguous() for target in targets]
+
+
 def _geometry(logits: Tensor, height: int, width: int) -> tuple:
-    """How logits (N, C, h, w) scale to pixels and lie in memory, as the kernels take it."""
+    """How logits (N, C, h, w) scale to pixels, as the kernels take it."""
     _, c, h, w = logits.shape
-    return (c, h, w, height, width, h / height, w / width, *logits.stride())
+    return c, h, w, height, width, h / height, w / width
 
 
 def _constants(logits: Tensor, num_targets: int, width: int) -> dict[str, int]:
     """What the kernels are compiled for."""
-    w = logits.shape[3]
+    c, w = logits.shape[1], logits.shape[3]
+    head = triton.next_power_of_2(c) // 2
     support = math.ceil(width / w) + (width % w != 0)  # pixels in a cell at most, rounding included
     return {
         "MIXED": num_targets == 2,
-        "CLASSES": triton.next_power_of_2(logits.shape[1]),
+        # Blocks come in powers of 2. Two, `_c` and `_d` in the kernels, fit 150 classes better.
+        "HEAD": head,
+        "TAIL": triton.next_power_of_2(c - head),
         "PIXELS": min(PIXELS, triton.next_power_of_2(support)),
         "SUPPORT": support,
+        "num_warps": 1,  # no waiting for other warps in the sums over classes
     }

@@ -1,0 +1,209 @@
+"""Time and memory of the training loss, forward and backward: this project's beside Composer's.
+
+    python -m benchmarks.loss                          # (4, 150, 512, 512) from logits of a quarter
+    python -m benchmarks.loss --batch 16 --device cuda --json result.json
+
+Composer's side is `soft_cross_entropy` + `DiceLoss` on logits that `F.interpolate` brought to the
+target's size, in bf16 under autocast. A mixed target, as MixUp makes it, is dense there: one number
+per class and pixel, made before the measurement begins. Ours are two index targets. Memory is the
+most a process of its own held beyond what it held before: resident on a CPU, allocated on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from composer.loss import DiceLoss, soft_cross_entropy
+from composer.loss.utils import ensure_targets_one_hot
+from torch import Tensor
+
+from losses import MixedTarget, segmentation_loss
+
+SIDES = ("Composer", "this project")
+TARGETS = ("index", "mixed")
+MIXING = 0.3
+
+
+class Case:
+    """Random logits and target for one side, and one step of its loss."""
+
+    def __init__(self, side: str, target: str, args: argparse.Namespace, size: int | None = None):
+        generator = torch.Generator().manual_seed(0)
+        size = size or args.size
+        shape = (args.batch, args.classes, size // args.stride, size // args.stride)
+        logits = 3 * torch.randn(shape, generator=generator)
+        logits = logits.to(args.device, args.dtype, memory_format=torch.channels_last)
+        self.logits = logits.requires_grad_()
+        self.size = (size, size)
+        # Patches of one class, some of them ignored (-1).
+        patches = torch.randint(-1, args.classes, (args.batch, 1, 16, 16), generator=generator)
+        first = F.interpolate(patches.double(), self.size)[:, 0].long().to(args.device)
+        mixed = MixedTarget(first, first.roll(1, 0), MIXING)
+        self.target = first if target == "index" else mixed
+        self.loss = self._composer if side == "Composer" else self._ours
+        if side == "Composer" and target == "mixed":
+            self.target = self._dense(mixed)
+
+    def _dense(self, mixed: MixedTarget) -> Tensor:
+        like = self.logits.new_empty(1).expand(len(self.logits), self.logits.shape[1], *self.size)
+        dense = ensure_targets_one_hot(like, mixed.target).mul_(1 - mixed.mixing)
+        return dense.add_(ensure_targets_one_hot(like, mixed.permuted), alpha=mixed.mixing)
+
+    def _composer(self) -> Tensor:
+        z = F.interpolate(self.logits, self.size, mode="bilinear", align_corners=False)
+        dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
+        cross_entropy = soft_cross_entropy(z, self.target, ignore_index=-1)
+        return 0.375 * cross_entropy + 1.125 * dice(z, self.target)
+
+    def _ours(self) -> Tensor:
+        return segmentation_loss(self.logits, self.target)["total"]
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """The loss and its gradient."""
+        device, dtype = self.logits.device.type, self.logits.dtype
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = self.loss()
+        (gradient,) = torch.autograd.grad(loss, self.logits)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return loss.detach(), gradient
+
+
+def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Steps of both sides in turn, after one that warms up and shows that they agree."""
+    cases = {side: Case(side, target, args) for side in SIDES}
+    (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in SIDES)
+    tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(other_loss, loss.to(other_loss), rtol=tolerance, atol=0)
+    assert (other_gradient - gradient).norm() < tolerance * gradient.norm()
+    del gradient, other_gradient
+    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(args.repeats):
+        for side in SIDES:
+            start = time.perf_counter()
+            cases[side].step()
+            taken[side].append(time.perf_counter() - start)
+    return taken
+
+
+def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
+    """The most memory one step took beyond what was there before it."""
+    quiet()
+    torch.set_num_threads(args.threads[-1])
+    Case(side, target, args, size=64).step()  # loads libraries, compiles kernels
+    case = Case(side, target, args)
+    if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case.step()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    before = _resident("VmHWM")
+    case.step()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    """Bytes of one line of this process's /proc status."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Times for each number of threads, and memory, of both sides and both kinds of target."""
+    rows = []
+    for target in TARGETS:
+        memory = {}
+        for side in SIDES:
+            # A process each: memory once freed hides what is taken again.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                memory[side] = process.submit(extra_bytes, side, target, args).result()
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            rows.append({"target": target, "threads": threads, "bytes": memory})
+            rows[-1]["seconds"] = seconds(target, args)
+    return {
+        "logits": [args.batch, args.classes, args.size // args.stride, args.size // args.stride],
+        "size": args.size,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "rows": rows,
+        "machine": machine(args.device),
+    }
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What the figures depend on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif cpuinfo.exists():
+        name = re.search(r"model name\s*: (.*)", cpuinfo.read_text())[1]
+    return {"device": name, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def table(result: dict) -> str:
+    """The result as a Markdown table."""
+    lines = [
+        "| target | CPU threads | loss | time (median) | least | most | extra memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        start = f"| {row['target']} | {row['threads']} |"
+        medians = [statistics.median(row["seconds"][side]) for side in SIDES]
+        memory = [row["bytes"][side] for side in SIDES]
+        for side, median, size in zip(SIDES, medians, memory, strict=True):
+            taken = row["seconds"][side]
+            times = " | ".join(f"{1e3 * t:.4g} ms" for t in (median, min(taken), max(taken)))
+            lines.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
+        smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""  # below one page
+        lines.append(f"{start} ratio | {medians[0] / medians[1]:.1f} | | | {smaller} |")
+    return "\n".join(lines)
+
+
+def quiet() -> None:
+    """Composer warns of ignored pixels, on each step."""
+    warnings.filterwarnings("ignore", module="composer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--size", type=int, default=512, help="side of the target in pixels")
+    parser.add_argument("--stride", type=int, default=4, help="pixels to one of the logits'")
+    parser.add_argument("--repeats", type=int, default=5, help="steps to take the median of")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and PyTorch's choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args()
+    quiet()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.get_num_threads()
+    args.threads = args.threads or ([chosen] if args.device == "cuda" else sorted({1, chosen}))
+    default = "bfloat16" if args.device == "cuda" else "float32"
+    args.dtype = getattr(torch, args.dtype or default)
+    result = measure(args)
+    shape = ", ".join(map(str, result["logits"]))
+    print(
+        f"Logits ({shape}), {result['dtype']}, to {args.size} px; {result['machine']['device']}\n"
+    )
+    print(table(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

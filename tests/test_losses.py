@@ -1,0 +1,320 @@
+"""The loss against Composer's, and the Triton kernels against the PyTorch ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+from losses import MixedTarget, segmentation_loss
+
+# (N, C, h, w), (H, W): strides 4 and 8, more than one tile, equal, uneven and smaller sizes.
+SHAPES = [
+    ((2, 7, 8, 6), (32, 24)),
+    ((1, 150, 16, 20), (64, 80)),
+    ((1, 5, 3, 9), (24, 72)),
+    ((3, 21, 40, 9), (160, 36)),
+    ((2, 4, 6, 6), (6, 6)),
+    ((2, 5, 9, 7), (33, 20)),
+    ((1, 4, 12, 10), (7, 5)),
+    ((2, 5, 1, 1), (5, 7)),
+]
+
+
+def make(shape: tuple, size: tuple, mixed: bool = False, absent: int = 1, seed: int = 0) -> tuple:
+    """Logits and a target with ignored pixels in which the last classes do not occur."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(shape, generator=generator)).requires_grad_()
+    first, second = torch.randint(
+        -1, max(shape[1] - absent, 1), (2, len(logits), *size), generator=generator
+    )
+    first[..., 0] = second[..., :1, 0] = -1  # rows ignored in one, in the other and in both
+    return logits, MixedTarget(first, second, 0.3) if mixed else first
+
+
+def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> dict[str, Tensor]:
+    """Composer's losses, on upsampled logits and, of a mixed target, on its dense mixture."""
+    from composer.loss import DiceLoss, soft_cross_entropy
+    from composer.loss.utils import ensure_targets_one_hot
+
+    z = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    if isinstance(target, MixedTarget):
+        first = ensure_targets_one_hot(z, target.target).to(z.dtype)
+        second = ensure_targets_one_hot(z, target.permuted).to(z.dtype)
+        target = (1 - target.mixing) * first + target.mixing * second
+    cross_entropy = soft_cross_entropy(z, target, ignore_index=-1)
+    dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)(z, target)
+    total = 0.375 * cross_entropy + 1.125 * dice
+    return {"cross_entropy": cross_entropy, "dice": dice, "total": total}
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    (result,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    return result
+
+
+def assert_gradients_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    scale = expected.abs().max()
+    assert scale > 0
+    assert (actual.double() - expected.double()).abs().max() <= tolerance * scale
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:composer")
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("shape", "size"), SHAPES)
+def test_equals_composer(shape: tuple, size: tuple, mixed: bool):
+    logits, target = make(shape, size, mixed)
+    exact = logits.detach().double().requires_grad_()  # Composer's own roundings reach 4e-5
+    expected = composer_loss(exact, target, size)
+    actual = segmentation_loss(logits, target)
+    assert list(actual) == ["cross_entropy", "dice", "total"]
+    for name, value in actual.items():
+        assert value.shape == () and value.dtype == torch.float32
+        torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=0)
+        # Each part has its gradient, scaled by what comes from above.
+        wanted = gradient(1000 * expected[name], exact).float()
+        assert_gradients_close(gradient(1000 * value, logits), wanted)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradcheck(mixed: bool):
+    logits, target = make((2, 3, 3, 4), (9, 10), mixed)
+    logits = logits.detach().double().requires_grad_()
+
+    def parts(logits: Tensor) -> tuple[Tensor, ...]:
+        return tuple(segmentation_loss(logits, target).values())
+
+    assert torch.autograd.gradcheck(parts, logits)
+
+
+def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch):
+    logits, target = make((1, 3, 40, 50), (150, 200))
+    logits = logits.detach().double().requires_grad_()
+    whole = segmentation_loss(logits, target)["total"]
+    expected = gradient(whole, logits)
+    monkeypatch.setattr(losses, "CPU_TILE", 3 * 64 * 7)
+    tiled = segmentation_loss(logits, target)["total"]
+    torch.testing.assert_close(tiled, whole)
+    torch.testing.assert_close(gradient(tiled, logits), expected)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 1.0])
+def test_a_weight_of_0_is_no_target(mixing: float):
+    logits, (first, second, _) = make((2, 5, 4, 4), (16, 16), mixed=True)
+    mixed = segmentation_loss(logits, MixedTarget(first, second, mixing))
+    alone = segmentation_loss(logits, second if mixing else first)
+    assert mixed == alone
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_all_ignored(mixed: bool):
+    logits, target = make((2, 5, 4, 4), (16, 16))
+    target.fill_(-1)
+    target = MixedTarget(target, target, 0.5) if mixed else target
+    loss = segmentation_loss(logits, target)
+    assert [value.item() for value in loss.values()] == [0, 0, 0]
+    assert torch.equal(gradient(loss["total"], logits), torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_target_types_and_ignore_index(dtype: torch.dtype):
+    logits, target = make((2, 5, 4, 4), (16, 16))
+    expected = segmentation_loss(logits, target)
+    other = target.masked_fill(target == -1, 200).to(dtype)
+    assert segmentation_loss(logits, other, ignore_index=200) == expected
+
+
+def test_memory_format_of_logits():
+    logits, target = make((2, 5, 4, 6), (16, 24))
+    last = logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected, actual = segmentation_loss(logits, target), segmentation_loss(last, target)
+    torch.testing.assert_close(actual, expected)
+    result = gradient(actual["total"], last)
+    torch.testing.assert_close(result, gradient(expected["total"], logits))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_accumulate_in_fp32(dtype: torch.dtype):
+    logits, target = make((2, 9, 8, 8), (32, 32))
+    half = logits.detach().to(dtype).requires_grad_()
+    same = half.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = segmentation_loss(half, target)
+        result = gradient(actual["total"], half)
+    expected = segmentation_loss(same, target)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    # Nothing is lost but by rounding the gradient itself.
+    wanted = gradient(expected["total"], same).to(dtype)
+    assert_gradients_close(result, wanted, torch.finfo(dtype).eps)
+
+
+def test_weights_choose_the_parts():
+    logits, target = make((1, 5, 4, 4), (16, 16))
+    both = segmentation_loss(logits, target, cross_entropy_weight=2.0, dice_weight=3.0)
+    torch.testing.assert_close(both["total"], 2 * both["cross_entropy"] + 3 * both["dice"])
+    only = segmentation_loss(logits, target, cross_entropy_weight=0.0, dice_weight=1.0)
+    assert only == {"dice": both["dice"], "total": both["dice"]}
+    only = segmentation_loss(logits, target, cross_entropy_weight=1.0, dice_weight=0.0)
+    assert only == {"cross_entropy": both["cross_entropy"], "total": both["cross_entropy"]}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:composer")
+def test_extreme_logits_stay_finite():
+    logits, target = make((1, 4, 4, 4), (16, 16))
+    logits = (1000 * logits.detach()).requires_grad_()
+    expected = composer_loss(logits, target, (16, 16))["total"]
+    actual = segmentation_loss(logits, target)["total"]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    assert_gradients_close(gradient(actual, logits), gradient(expected, logits))
+
+
+def test_errors():
+    logits, target = make((2, 5, 4, 4), (16, 16))
+    for bad in (target[0], target.float(), target[:1], F.one_hot(target + 1)):
+        with pytest.raises(ValueError, match="segmentation_loss takes logits"):
+            segmentation_loss(logits, bad)
+    with pytest.raises(ValueError, match="segmentation_loss takes logits"):
+        segmentation_loss(logits[:, :1], target)
+    with pytest.raises(RuntimeError, match="index"):
+        segmentation_loss(logits, target + 5)
+
+
+class LargestFloat(TorchDispatchMode):
+    """Records the size of the largest floating-point storage any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                size = value.untyped_storage().nbytes() // value.element_size()
+                self.elements = max(self.elements, size)
+        return result
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_no_full_size_tensor(mixed: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(losses, "CPU_TILE", 2**14)
+    logits, target = make((4, 64, 32, 32), (128, 128), mixed)
+    with LargestFloat() as largest:
+        gradient(segmentation_loss(logits, target)["total"], logits)
+    # The gradient by the logits is the largest: 1/16 of what the upsampled logits would be.
+    assert largest.elements == logits.numel()
+
+
+def test_keeps_two_numbers_per_pixel_for_the_backward_pass():
+    logits, target = make((2, 30, 16, 16), (64, 64))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        segmentation_loss(logits, target)
+    floats = [t for t in kept if t.is_floating_point() and t.data_ptr() != logits.data_ptr()]
+    assert sum(t.numel() for t in floats) <= 2 * target.numel() + 3 * 30
+
+
+# In processes of their own: whether Triton interprets or compiles is settled when it is imported,
+# which other tests may have caused.
+
+
+def run_triton(mode: str, **environment: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, __file__, mode]
+    environment = {**os.environ, "PYTHONPATH": str(Path(losses.__file__).parent), **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_triton_interpreted():
+    run_triton("interpret", TRITON_INTERPRET="1")
+
+
+def test_triton_compiles_without_a_gpu(tmp_path: Path):
+    run_triton("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_on_a_gpu():
+    run_triton("gpu", TRITON_INTERPRET="0")
+
+
+def compare_triton(device: str) -> None:
+    """The kernels' loss and gradient against those of the PyTorch passes, case by case."""
+    import losses_triton
+
+    cases = [
+        ((1, 7, 3, 2), (12, 8), False, torch.float32),
+        ((1, 150, 2, 2), (8, 8), True, torch.float32),
+        ((2, 5, 3, 2), (7, 5), True, torch.float32),
+        ((1, 4, 5, 4), (3, 3), True, torch.float32),
+        ((1, 2, 3, 3), (3, 3), False, torch.float32),
+        ((1, 3, 1, 2), (2, 13), False, torch.float32),
+        ((1, 9, 2, 2), (4, 8), True, torch.bfloat16),
+    ]
+    for shape, size, mixed, dtype in cases:
+        logits, target = make(shape, size, mixed)
+        logits = logits.detach().to(device, dtype, memory_format=torch.channels_last)
+        logits.requires_grad_()
+        target = MixedTarget(*(t.to(device) for t in target[:2]), 0.3) if mixed else target
+        target = target if mixed else target.int().to(device)
+        losses._implementation = lambda _: (losses.forward_sums, losses.backward)
+        expected = segmentation_loss(logits, target)
+        wanted = gradient(expected["total"], logits)
+        losses._implementation = lambda _: (losses_triton.forward_sums, losses_triton.backward)
+        actual = segmentation_loss(logits, target)
+        result = gradient(actual["total"], logits)
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
+        half = torch.finfo(dtype).eps  # the interpreter cuts off what a GPU rounds
+        assert_gradients_close(result, wanted, 2e-6 if dtype == torch.float32 else half)
+        if device == "cuda":  # the same each time
+            assert torch.equal(gradient(actual["total"], logits), result)
+    logits, target = make((1, 3, 2, 2), (8, 8))
+    logits, target = logits.detach().to(device).requires_grad_(), target.to(device)
+    ignored = segmentation_loss(logits, torch.full_like(target, -1))
+    assert [value.item() for value in ignored.values()] == [0, 0, 0]
+    assert not gradient(ignored["total"], logits).any()
+    assert segmentation_loss(logits, target + 2)["cross_entropy"].isnan()
+
+
+def compile_triton() -> None:
+    """Compiles both kernels for ADE20K's 150 classes at stride 4 in bf16 on an H100."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    import losses_triton
+
+    logits = torch.empty(1, 150, 128, 128, device="meta", dtype=torch.bfloat16)
+    pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
+    pointers |= dict.fromkeys(
+        ("lse", "nll", "sums", "by_nll", "by_intersection", "by_predicted"), "*fp32"
+    )
+    floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
+    for kernel in (losses_triton._forward_kernel, losses_triton._backward_kernel):
+        for targets in (1, 2):
+            constants = losses_triton._constants(logits, targets, 512) | {"ROWS": 4, "CELLS": 8}
+            options = {"num_warps": constants.pop("num_warps")}
+            constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+            types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
+            types |= dict.fromkeys(constants, "constexpr")
+            types = {name: types[name] for name in kernel.arg_names}
+            source = ASTSource(kernel, types, constants)
+            binary = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert binary.asm["cubin"]
+
+
+if __name__ == "__main__":
+    mode = sys.argv[1]
+    if mode == "compile":
+        compile_triton()
+    else:
+        compare_triton("cuda" if mode == "gpu" else "cpu")
