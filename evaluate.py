@@ -227,13 +227,16 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
-        dist.initialize_dist(get_device(options.device))
+        dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
+        for path in filter(None, (options.csv, options.json)):
+            Path(path).touch()  # better now than after the last photo
         result = evaluate(options)
-    except (WeightsError, ClassError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (WeightsError, ClassError, ConfigError, DataError, OSError) as error:
+        if dist.get_local_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     if dist.get_global_rank() == 0:
         print(report(result))

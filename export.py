@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from classes import ClassError, ClassInfo, classes_to_json, load_classes
 from predict import read_photo
-from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, resize_crop
+from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, resize_image
 from weights import WeightsError, build_network, load_weights, save_weights
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
@@ -146,7 +146,7 @@ def compare(
     for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
         factor = shorter / min(photo.shape[:2])
         shape = tuple(max(round(side * factor), 1) for side in photo.shape[:2])
-        image = torch.from_numpy(resize_crop(photo, shape, 0, 0, *shape).copy()).permute(2, 0, 1)
+        image = torch.from_numpy(resize_image(photo, shape).copy()).permute(2, 0, 1)
         batch = torch.stack([image, image.flip(2)][:count])
         with torch.no_grad():
             expected, found = model(batch), exported(batch)
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = f"{{}}: {weights.num_classes} classes, {weights.which} weights, {{:.0f}} MB"
     if options.to == "safetensors":
-        save_weights(path, weights.state, weights.config, classes)
+        save_weights(path, weights.state, weights.config, classes, weights.which)
         print(size.format(path, os.path.getsize(path) / 1e6))
         return 0
     model = Deployed(network).eval()

@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from classes import ClassError, ClassInfo, classes_from_json, draw_overlay, load_classes
-from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, decode_image, resize_crop
+from decoding import decode_image
+from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, resize_image
 from weights import WeightsError, build_network, load_weights
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class Segmenter:
         """
         views = []
         for size in self.network_sizes(*photos[0].shape[:2]):
-            resized = [resize_crop(photo, size, 0, 0, *size) for photo in photos]
+            resized = [resize_image(photo, size) for photo in photos]
             batch = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device)
             for flip in self.flips:
                 logits = self._logits(batch.flip(3) if flip else batch)

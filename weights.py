@@ -154,6 +154,7 @@ def save_weights(
     state_dict: Mapping[str, Tensor],
     config: Mapping[str, Any] | None = None,
     classes: Sequence[ClassInfo] | None = None,
+    which: str = "training",
 ) -> None:
     """Write a network's weights, with its configuration and class names, as a safetensors file.
 
@@ -164,8 +165,9 @@ def save_weights(
         state_dict: Tensors by name; the prefixes of wrappers are stripped.
         config: What the run was configured with; anything JSON can hold.
         classes: Names and colours of the classes.
+        which: ``"ema"`` or ``"training"``: what they are.
     """
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", "which": which}
     if config is not None:
         metadata["config"] = json.dumps(config)
     if classes is not None:
@@ -187,7 +189,7 @@ def _read_safetensors(path: Path) -> Weights:
         raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
     config = json.loads(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
-    return Weights(_strip_prefixes(state), "training", config, classes)
+    return Weights(_strip_prefixes(state), metadata.get("which", "training"), config, classes)
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:

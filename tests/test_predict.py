@@ -119,7 +119,7 @@ def test_tta_averages_probabilities(segmenter: Segmenter, photo: np.ndarray):
     for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
         (size,) = variant(segmenter, scales=(scale,)).network_sizes(45, 60)
         for flip in (False, True):
-            image = torch.from_numpy(predict.resize_crop(photo, size, 0, 0, *size).copy())
+            image = torch.from_numpy(predict.resize_image(photo, size).copy())
             image = image.permute(2, 0, 1)[None]
             with torch.no_grad():
                 logits = segmenter.network(image.flip(3) if flip else image)

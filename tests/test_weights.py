@@ -66,9 +66,10 @@ def test_safetensors_round_trip(tmp_path: Path):
     state = copy.deepcopy(random_network()).to(memory_format=torch.channels_last).state_dict()
     classes = load_classes(None, 12)
     save_weights(
-        path, {f"module.{key}": value for key, value in state.items()}, {"a": [1]}, classes
+        path, {f"module.{key}": value for key, value in state.items()}, {"a": [1]}, classes, "ema"
     )
     found = load_weights(path)
+    assert found.which == "ema"
     assert same(found.state, state)
     assert (found.config, found.classes, found.num_classes) == ({"a": [1]}, classes, 12)
     assert os.listdir(tmp_path) == ["weights.safetensors"]
