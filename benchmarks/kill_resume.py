@@ -1,0 +1,282 @@
+"""Kill runs with SIGKILL, start them again with the same config, and compare with one never killed.
+
+    python -m benchmarks.kill_resume                      # the table, as Markdown (10 min, 2 cores)
+    python -m benchmarks.kill_resume --recipes hot --sources folders --seed 3
+
+Each row is one run of ResNet-50 on generated photos of 32 pixels, 2 epochs of 6 batches, in fp32 on
+one core: killed at a random batch, in a random evaluation or at a random point of a save, then
+started again until it ends. Compared are the weights, the averaged weights and the optimizer's
+state at the end, and every loss and mIoU that any of its processes logged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ("baseline", "mild", "medium", "hot")
+SOURCES = ("folders", "shards")
+BATCHES = 12  # in 2 epochs of 6
+# Where a run is killed; of a save: half written, before each of its renames, before an old one goes
+MOMENTS = {
+    "mid-epoch": ("forward", "batch"),
+    "evaluation": ("eval",),
+    "save": ("write", "rename", "pointer", "remove"),
+}
+
+
+def run(config: dict[str, Any], log: str = os.devnull, kill: tuple[str, int] | None = None) -> int:
+    """Run main() in a process of its own, forked from one that has everything imported.
+
+    Args:
+        config: What main() gets.
+        log: File that what is logged is added to, a line of JSON a value.
+        kill: A moment of `MOMENTS` and when: the batch, the evaluation's batch, or which save.
+
+    Returns:
+        The exit status, or the negative signal.
+    """
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload"])
+    process = context.Process(target=_child, args=(config, log, kill))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _child(config: dict[str, Any], log: str, kill: tuple[str, int] | None) -> None:
+    import main
+
+    multiprocessing.set_start_method("fork", force=True)  # a loader's processes, as in any run
+    if kill is not None:
+        _plan_death(main, *kill)
+    build = main._build_loggers
+    main._build_loggers = lambda config: [*build(config), _make_logger(log)]
+    main.main(config)
+
+
+def _make_logger(path: str) -> Any:
+    from composer.loggers import LoggerDestination
+
+    class Lines(LoggerDestination):
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            with open(path, "a") as file:
+                for name, value in metrics.items():
+                    if name.startswith(("loss/", "metrics/eval/")):
+                        file.write(json.dumps([step, name, float(value)]) + "\n")
+
+    return Lines()
+
+
+def _plan_death(main: Any, moment: str, number: int) -> None:
+    """Have this process kill itself at a moment."""
+    import torch
+    from composer.core import Callback
+
+    import stores
+
+    def count(reached: bool = True) -> None:
+        nonlocal number
+        number -= reached
+        if reached and number < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Death(Callback):
+        def after_forward(self, state: Any, logger: Any) -> None:
+            count(moment == "forward")
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            count(moment == "batch")
+
+        def eval_batch_end(self, state: Any, logger: Any) -> None:
+            count(moment == "eval")
+
+    build = main._build_callbacks
+    main._build_callbacks = lambda config: [*build(config), Death()]
+    save, replace, remove = torch.save, os.replace, os.remove
+
+    def half_save(content: Any, file: Any) -> None:
+        if moment != "write" or number > 0:
+            count(moment == "write")
+            return save(content, file)
+        buffer = io.BytesIO()
+        save(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        return count()
+
+    def late_replace(source: str, target: str) -> None:
+        name = os.path.basename(target)
+        count(moment == "rename" and stores.NAME.fullmatch(name) is not None)
+        count(moment == "pointer" and name == stores.LATEST)
+        replace(source, target)
+
+    def late_remove(path: str) -> None:
+        count(moment == "remove" and stores.NAME.fullmatch(os.path.basename(path)) is not None)
+        remove(path)
+
+    torch.save, os.replace, os.remove = half_save, late_replace, late_remove
+
+
+def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
+    """A run of 12 steps of a recipe; `data` is what `make_data` made."""
+    dataset = {"base_size": 32, "final_size": 32, "batch_size": 4, "num_workers": workers}
+    dataset["path"] = f"{data}/{source}"
+    if source == "shards":
+        dataset |= {"is_streaming": True, "local": f"{data}/cache"}
+    ema = {"half_life": "4ba", "update_interval": "1ba"}
+    return {
+        "run_name": "killed",
+        "recipe_name": None if recipe == "baseline" else recipe,
+        "max_duration": "2ep",
+        **{name: {"max_duration": "2ep", "ema": ema} for name in RECIPES[1:]},
+        "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
+        "train_dataset": dict(dataset),
+        "eval_dataset": dict(dataset),
+        "optimizer": {"lr": 0.01},
+        "precision": "fp32",
+        "pictures": 0,
+        "python_log_level": "error",
+    }
+
+
+def make_data(folder: str) -> None:
+    """The photos, as folders and as shards."""
+    from convert_ade20k import main as convert
+    from synthetic_ade20k import make
+
+    make(f"{folder}/folders", training=24, validation=6, size=48)
+    arguments = ["--path", f"{folder}/folders", "--out", f"{folder}/shards"]
+    if convert([*arguments, "--size-limit", "20kb"]):
+        raise RuntimeError("the shards could not be written")
+
+
+def read_log(path: str) -> dict[tuple[int, str], list[float]]:
+    """All values that were logged, by step and name."""
+    values: dict[tuple[int, str], list[float]] = {}
+    for line in Path(path).read_text().splitlines():
+        step, name, value = json.loads(line)
+        values.setdefault((step, name), []).append(value)
+    return values
+
+
+def same_log(path: str, reference: str) -> bool:
+    """Whether two logs have the same values, and no step twice with different ones."""
+    values, expected = read_log(path), read_log(reference)
+    return values.keys() == expected.keys() and all(
+        set(found) == set(expected[key]) and len(set(found)) == 1 for key, found in values.items()
+    )
+
+
+def tensors(folder: str) -> dict[str, Any]:
+    """All tensors of the last checkpoint: weights, averaged weights, the optimizer's state."""
+    import torch
+
+    state = torch.load(f"{folder}/latest-rank0.pt", "cpu", weights_only=False)["state"]
+    found: dict[str, Any] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                collect(f"{name}/{key}", part)
+        elif isinstance(value, list | tuple):
+            for i, part in enumerate(value):
+                collect(f"{name}/{i}", part)
+
+    for name in ("model", "optimizers", "algorithms"):
+        collect(name, state[name])
+    return found
+
+
+def largest_difference(folder: str, reference: str) -> float:
+    """Between numbers of two runs' last checkpoints; infinite if these do not correspond."""
+    found, expected = tensors(folder), tensors(reference)
+    if found.keys() != expected.keys():
+        return float("inf")
+    return max(float((found[k].double() - expected[k].double()).abs().max()) for k in expected)
+
+
+def draw_kill(point: str, save_every: int, rng: random.Random) -> tuple[str, int]:
+    """A random moment of a kind, that a run which saves at an interval comes by."""
+    moment = rng.choice(MOMENTS[point])
+    if point == "mid-epoch":
+        return moment, rng.randrange(1, BATCHES)
+    if point == "evaluation":
+        return moment, rng.randrange(4)  # 2 evaluations of 2 batches
+    saves = BATCHES // save_every
+    return moment, rng.randrange(1, saves) - (moment == "remove")
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the rows are about."""
+    rng = random.Random(arguments.seed)
+    for recipe in arguments.recipes:
+        for source in arguments.sources:
+            for point in MOMENTS:
+                save_every = rng.choice((1, 2, 3, 4))
+                yield {
+                    "recipe": recipe,
+                    "source": source,
+                    "point": point,
+                    "kill": draw_kill(point, save_every, rng),
+                    "save_every": save_every,
+                    "workers": rng.choice((0, 0, 1, 2)),
+                }
+
+
+def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
+    """The largest difference that a kill made, and whether the logs are the same."""
+    name = f"{folder}/{case['recipe']}-{case['source']}"
+    config = make_config(f"{folder}/data", case["recipe"], case["source"], case["workers"])
+    if not os.path.exists(name):
+        finished = run({**config, "save_folder": name}, f"{name}.log")
+        assert finished == 0, f"the run that is not killed ended with {finished}"
+    save = {"save_interval": f"{case['save_every']}ba", "save_num_checkpoints_to_keep": 2}
+    with tempfile.TemporaryDirectory() as killed:
+        config |= {"save_folder": killed, "autoresume": True, **save}
+        status = run(config, f"{killed}/log", case["kill"])
+        assert status == -signal.SIGKILL, f"the run was not killed: it ended with {status}"
+        status = run(config, f"{killed}/log")
+        assert status == 0, f"the run that went on ended with {status}"
+        return largest_difference(killed, name), same_log(f"{killed}/log", f"{name}.log")
+
+
+def main() -> int:
+    """Print the table; 1 if a run differs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
+    parser.add_argument("--seed", type=int, default=0, help="of what is killed when (0)")
+    arguments = parser.parse_args()
+    print("| recipe | data | killed | at | saves every | workers | largest difference | losses |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(f"{folder}/data")
+        for case in cases(arguments):
+            difference, same = measure(case, folder)
+            worst = max(worst, difference, 0 if same else float("inf"))
+            row = [case["recipe"], case["source"], case["point"], "{} {}".format(*case["kill"])]
+            row += [f"{case['save_every']}ba", case["workers"], difference]
+            row.append("match" if same else "DIFFER")
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+    return int(worst > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""Checkpoints that a run goes on from bit for bit: when they are saved, and which is loaded.
+
+Besides the interval, a signal makes one: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run with a
+checkpoint after the batch in progress; the same signal a second time ends it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, get_file, reproducibility
+
+from config import ConfigError
+from stores import LocalFolder, RemoteFolder, RunError, batch_of, one_line, open_folder
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# SIGUSR1 is what the kernel sends when the launcher dies (see `watch.end_with_launcher`).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(RunError):
+    """A run that ended on request; the message says how it goes on."""
+
+
+def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T:
+    """Call a function on the first process; all processes get its result, or its error.
+
+    Args:
+        function: What to call; of its errors only the message is kept.
+        of_each_node: Call it on the first process of each node, for the processes of that node.
+
+    Raises:
+        ConfigError, RunError: What the function raised; any other error becomes a RunError.
+    """
+    rank, local_rank = dist.get_global_rank(), dist.get_local_rank()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if (local_rank if of_each_node else rank) == 0:
+        try:
+            outcome = (function(), None)
+        except (ConfigError, RunError) as error:
+            outcome = (None, error)
+        except Exception as error:  # what a file system or the client of an object store raises
+            outcome = (None, RunError(one_line(error)))
+    outcomes = dist.all_gather_object(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return outcomes[rank - local_rank if of_each_node else 0][0]
+
+
+class Checkpoints(CheckpointSaver):
+    """Saves the state of training at an interval, at the end and when the run is told to stop.
+
+    A checkpoint follows the evaluation that is due after its batch. Only a run that is told to
+    stop does not wait for it: the checkpoint then says that it is due.
+
+    Args:
+        folder: Folder or object-store URI.
+        save_interval, eval_interval: Time strings.
+        keep: How many checkpoints to keep; -1 for all.
+        overwrite: Begin anew in a folder with an earlier run's checkpoints, which go one by one.
+        autoresume: The run goes on from what the folder holds.
+
+    Attributes:
+        saved_checkpoints: Where the checkpoints of this run are, oldest first.
+        last: Where the newest is, or the one that the run goes on from, or None.
+        evaluation_due: Whether the state is that before an evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        save_interval: str,
+        eval_interval: str,
+        keep: int,
+        overwrite: bool = False,
+        autoresume: bool = False,
+    ):
+        periodic = create_interval_scheduler(save_interval)
+
+        def save_due(state: State, event: Event) -> bool:
+            return self.stopping or periodic(state, event)
+
+        super().__init__(
+            ".", remote_file_name=None, latest_remote_file_name=None, save_interval=save_due
+        )
+        self.target = open_folder(folder)
+        self.keep = keep
+        self.overwrite = overwrite
+        self.autoresume = autoresume
+        self.last: str | None = None
+        self.signal: str | None = None  # that this process got
+        self.stopping = False  # which all processes agree on
+        self.evaluation_due = False
+        self._evaluate = create_interval_scheduler(
+            eval_interval, checkpoint_events=False, final_events={Event.FIT_END}
+        )
+
+    def eval_interval(self, state: State, event: Event) -> bool:
+        """Whether to evaluate now, for the Trainer."""
+        if not self._evaluate(state, event):
+            return False
+        self.evaluation_due = True
+        return not self.stopping
+
+    def check(self) -> None:
+        """See to it that checkpoints can be saved; for all processes together.
+
+        Raises:
+            ConfigError: They cannot.
+        """
+
+        def probe() -> None:
+            try:
+                self.target.probe()
+            except Exception as error:  # what a file system or the client of an object store raises
+                problem = f"cannot write to {self.target.path}: {one_line(error)}"
+                raise ConfigError(f"save_folder: {problem}") from None
+
+        on_first_process(probe)
+
+    def init(self, state: State, logger: Logger) -> None:
+        pass  # Composer's makes the folder, which check() has done
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        self._loaded = state.timestamp.batch
+        if not (self.overwrite or self.autoresume):
+            on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._stop_if_told(state, logger)
+
+    def _refuse_later(self, batch: int) -> None:
+        later = [name for name in self.target.names() if batch_of(name) > batch]
+        if later:
+            raise ConfigError(
+                f"save_folder: {self.target.path} holds {later[0]} of an earlier run; "
+                "autoresume=true goes on from it, save_overwrite=true begins anew"
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.stopping = self._told(state)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        super().batch_checkpoint(state, logger)
+        if self.stopping:
+            self._stop(state)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        self._stop_if_told(state, logger)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self.evaluation_due = False
+
+    def _stop_if_told(self, state: State, logger: Logger) -> None:
+        if self._told(state):
+            if state.timestamp.batch != self._loaded:
+                self._save_checkpoint(state, logger)
+            self._stop(state)
+
+    def _told(self, state: State) -> bool:
+        """Whether any process got a signal."""
+        if dist.get_world_size() == 1:
+            return self.signal is not None
+        told = state.device.tensor_to_device(torch.tensor([int(self.signal is not None)]))
+        dist.all_reduce(told, "MAX")
+        return bool(told.item())
+
+    def _stop(self, state: State) -> None:
+        batch, name = state.timestamp.batch.value, state.run_name
+        command = "the same command"
+        if not self.autoresume:
+            command += f" with autoresume=true run_name={name}"
+        where = self.last or "there is no checkpoint yet"
+        raise Stopped(f"stopped after batch {batch} as told; {where}; {command} goes on from there")
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        self.last_checkpoint_batch = state.timestamp.batch
+        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        epoch, batch = state.timestamp.epoch.value, state.timestamp.batch.value
+        name = f"ep{epoch}-ba{batch}-rank0.pt"
+        on_first_process(lambda: self._write(content, name))
+        self.last = f"{self.target.path}/{name}"
+        self.saved_checkpoints = [*self.saved_checkpoints, self.last][-max(self.keep, 0) :]
+
+    def _write(self, content: dict[str, Any], name: str) -> None:
+        """Write a checkpoint beside the others, and have it published when it is on the disk."""
+        kept = f"the last good checkpoint is {self.last or 'none'}"
+        if not _is_finite(content["state"]):
+            raise RunError(f"{name} is not saved: weights are not finite; {kept}")
+        unfinished = os.path.join(self.target.scratch, f"{name}.unfinished")
+        try:
+            with open(unfinished, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self.target.publish(unfinished, name, self.keep)
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                os.remove(unfinished)
+            if isinstance(error, RunError):
+                raise
+            problem = f"cannot save {self.target.path}/{name}: {one_line(error)}"
+            raise RunError(f"{problem}; {kept}") from None
+
+    def finish(self) -> None:
+        """Wait until all checkpoints are where they belong; for all processes together."""
+        # Not in one go: the other processes would give up waiting for the first.
+        while not on_first_process(lambda: self.target.wait(30)):
+            log.warning("waiting for the upload of %s", self.last)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, signals ask for a stop after the batch in progress; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def told(number: int, frame: Any) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            self.signal = signal.Signals(number).name
+            # Not print: the signal may have come within one.
+            os.write(2, f"{self.signal}: saving a checkpoint after this batch\n".encode())
+
+        before = {number: signal.signal(number, told) for number in SIGNALS}
+        try:
+            yield
+        except RunError:  # which all processes raise together
+            self.finish()
+            raise
+        finally:
+            if dist.get_global_rank() == 0:
+                with suppress(RunError):
+                    self.target.wait(20)  # the launcher kills what is left after 30 s
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluation_due": self.evaluation_due}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluation_due = state.get("evaluation_due", False)
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    """Whether weights, averages and the optimizer's state hold only finite numbers."""
+    tensors: list[torch.Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.numel():
+                tensors.append(value)
+        elif isinstance(value, dict):
+            collect(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for part in value:
+                collect(part)
+
+    collect([state["model"], state["optimizers"], state["algorithms"]])
+    return all(math.isfinite(largest) for largest in torch._foreach_norm(tensors, math.inf))
+
+
+def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
+    """The newest whole checkpoint in a folder, for all processes together.
+
+    Args:
+        folder: Folder or object-store URI.
+        scratch: Local folder to download to.
+
+    Returns:
+        Where it is and a local path of it, or None if there is none.
+
+    Raises:
+        ConfigError: The folder cannot be read.
+    """
+    target = open_folder(folder)
+
+    def newest() -> str | None:
+        try:
+            return _newest_whole(target, scratch)
+        except Exception as error:  # what a file system or the client of an object store raises
+            raise ConfigError(
+                f"save_folder: cannot read {target.path}: {one_line(error)}"
+            ) from None
+
+    name = on_first_process(newest)
+    if name is None:
+        return None
+    path = on_first_process(lambda: target.fetch(name, scratch), of_each_node=True)
+    return f"{target.path}/{name}", path
+
+
+def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
+    names, latest = target.names(), target.latest()
+    if latest:  # later ones are of another run, or `latest` would name them
+        names = [latest, *(name for name in names if batch_of(name) < batch_of(latest))]
+    for name in names:
+        try:
+            damage = _damage(target.fetch(name, scratch))
+        except FileNotFoundError:
+            damage = "it is missing"
+        if damage is None:
+            return name
+        log.warning("cannot go on from %s/%s: %s", target.path, name, damage)
+    if names:
+        log.warning("%s holds no whole checkpoint; the run begins anew", target.path)
+    return None
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a checkpoint's file, by its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return one_line(error)
+    return f"{bad} in it is damaged" if bad else None
+
+
+def local_copy(path: str, scratch: str) -> str:
+    """A local path of a checkpoint that may be remote, for all processes together.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    if "://" not in path:
+        return path
+    copy = os.path.join(scratch, os.path.basename(path))
+
+    def download() -> str:
+        try:
+            get_file(path, copy, overwrite=True, progress_bar=False)
+        except Exception as error:  # what the client of an object store raises
+            raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
+        return copy
+
+    return on_first_process(download, of_each_node=True)

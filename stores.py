@@ -1,0 +1,256 @@
+"""Where checkpoints are kept: a folder or an object store, in which each is whole or not there.
+
+A checkpoint gets its name only when all of it is on the disk or in the store, `latest-rank0.pt`
+points at it only then, and only after that an old one goes.
+
+Composer's own saver writes into the file that it replaces, removes `latest-rank0.pt` before it
+makes the new one, forgets old checkpoints when a run resumes, never removes any from an object
+store, and gives up on a store that is away for some seconds.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+from contextlib import suppress
+
+from composer.utils import maybe_create_object_store_from_uri, parse_uri
+from composer.utils.object_store import S3ObjectStore
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest-rank0.pt"
+NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message is one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def batch_of(name: str) -> int:
+    """The number of batches after which a checkpoint was taken, by its name; -1 for other names."""
+    match = NAME.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+class LocalFolder:
+    """Checkpoints in a folder of this machine or of a shared file system.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str):
+        self.path = self.scratch = path
+
+    def probe(self) -> None:
+        """Raise an OSError unless files can be written; remove what a killed run left half done."""
+        os.makedirs(self.path, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
+            file.write(b"probe")
+            file.flush()
+        for left in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
+            os.remove(left)
+
+    def names(self) -> list[str]:
+        """The checkpoints by the number of batches, newest first."""
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        return sorted((name for name in names if batch_of(name) >= 0), key=batch_of, reverse=True)
+
+    def latest(self) -> str | None:
+        """The name of the checkpoint that was published last."""
+        with suppress(OSError):
+            return os.path.basename(os.readlink(os.path.join(self.path, LATEST)))
+        return None
+
+    def fetch(self, name: str, scratch: str) -> str:
+        """The local path of a checkpoint; FileNotFoundError if this machine has it not."""
+        path = os.path.join(self.path, name)
+        os.stat(path)
+        return path
+
+    def publish(self, unfinished: str, name: str, keep: int) -> None:
+        """Give a finished file its name, point `latest` at it, and remove all but `keep` files.
+
+        Each step is one rename, so whenever the machine fails, `latest` is a whole checkpoint.
+        """
+        os.replace(unfinished, os.path.join(self.path, name))
+        self._sync()
+        link = os.path.join(self.path, f"{LATEST}.unfinished")
+        with suppress(FileNotFoundError):
+            os.remove(link)
+        os.symlink(name, link)
+        os.replace(link, os.path.join(self.path, LATEST))
+        self._sync()
+        for old in outdated(self.names(), name, keep):
+            os.remove(os.path.join(self.path, old))
+
+    def _sync(self) -> None:
+        """Have the folder's entries on the disk."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all that was published is there, after waiting for it."""
+        return True
+
+
+class RemoteFolder:
+    """Checkpoints in an object store, uploaded while training goes on.
+
+    An upload that fails is tried again for an hour. One that a newer checkpoint overtakes while
+    the store cannot be reached is dropped, so at most two files wait on the local disk.
+
+    Args:
+        uri: Such as s3://bucket/folder.
+    """
+
+    def __init__(self, uri: str):
+        backend, bucket, folder = parse_uri(uri)
+        self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
+        if backend == "s3":  # botocore's defaults take five minutes to find that nobody answers
+            config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
+            self.store = S3ObjectStore(bucket, client_config=config)
+        else:
+            self.store = maybe_create_object_store_from_uri(uri)
+        self._folder = tempfile.TemporaryDirectory(prefix="checkpoints-")
+        self.scratch = self._folder.name
+        self._lock = threading.Condition()
+        self._next: tuple[str, str, int] | None = None
+        self._busy = False
+        self._failed: RunError | None = None
+
+    def probe(self) -> None:
+        """Raise what the store's client does unless objects can be written."""
+        with tempfile.NamedTemporaryFile() as file:
+            self.store.upload_object(f"{self.prefix}.probe", file.name)
+        self._delete(".probe")
+
+    def names(self) -> list[str]:
+        """The checkpoints by the number of batches, newest first."""
+        names = [key.rpartition("/")[2] for key in self.store.list_objects(self.prefix)]
+        return sorted((name for name in names if batch_of(name) >= 0), key=batch_of, reverse=True)
+
+    def latest(self) -> str | None:
+        """The name of the checkpoint that was published last."""
+        pointer = os.path.join(self.scratch, "latest")
+        try:
+            self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
+        except FileNotFoundError:
+            return None
+        with open(pointer) as file:
+            return file.read().rpartition("/")[2]
+
+    def fetch(self, name: str, scratch: str) -> str:
+        """The local path of a checkpoint, downloaded unless it was."""
+        path = os.path.join(scratch, name)
+        if not os.path.exists(path):
+            self.store.download_object(f"{self.prefix}{name}", path)
+        return path
+
+    def publish(self, unfinished: str, name: str, keep: int) -> None:
+        """Upload a finished file, then point `latest` at it and remove all but `keep`, later.
+
+        Raises:
+            RunError: An earlier upload was given up.
+        """
+        self.wait(0)
+        with self._lock:
+            overtaken, self._next = self._next, (unfinished, name, keep)
+            if not self._busy:
+                self._busy = True
+                threading.Thread(target=self._work, daemon=True).start()
+        if overtaken:
+            os.remove(overtaken[0])
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all that was published is there, after waiting for it.
+
+        Raises:
+            RunError: An upload was given up.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: not self._busy, seconds)
+            if self._failed:
+                raise self._failed
+            return not self._busy
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                item, self._next = self._next, None
+                if item is None:
+                    self._busy = False
+                    self._lock.notify_all()
+                    return
+            try:
+                self._upload(*item)
+            except RunError as error:
+                with self._lock:
+                    self._failed, self._busy = error, False
+                    self._lock.notify_all()
+                return
+
+    def _upload(self, unfinished: str, name: str, keep: int) -> None:
+        pointer = os.path.join(self.scratch, "pointer")
+        with open(pointer, "w") as file:
+            file.write(f"{self.prefix}{name}")
+        start, pause = time.monotonic(), 1.0
+        while True:
+            try:
+                self.store.upload_object(f"{self.prefix}{name}", unfinished)
+                self.store.upload_object(f"{self.prefix}{LATEST}.symlink", pointer)
+                os.remove(unfinished)
+                old = outdated(self.names(), name, keep)
+                break
+            except Exception as error:  # each store's client has its own
+                message = f"cannot upload {self.path}/{name}: {one_line(error)}"
+            if self._next is not None:
+                log.warning("%s; the next checkpoint follows", message)
+                os.remove(unfinished)
+                return
+            if time.monotonic() - start > UPLOAD_FOR:
+                raise RunError(f"{message}; given up; it is still at {unfinished}")
+            log.warning("%s; trying again in %.0f s", message, pause)
+            time.sleep(pause)
+            pause = min(2 * pause, 30)
+        for name in old:
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        """Remove an object; a store that does not let us is left as it is."""
+        if not isinstance(self.store, S3ObjectStore):
+            return  # Composer's other stores cannot
+        try:
+            key = self.store.get_key(f"{self.prefix}{name}")
+            self.store.client.delete_object(Bucket=self.store.bucket, Key=key)
+        except Exception as error:
+            log.warning("cannot remove %s/%s: %s", self.path, name, one_line(error))
+
+
+def outdated(names: list[str], newest: str, keep: int) -> list[str]:
+    """The checkpoints to remove once `newest` is there, so that `keep` are left; -1 keeps all.
+
+    Later ones stay: they are of another run, or damaged and about to be written again.
+    """
+    older = [name for name in names if batch_of(name) <= batch_of(newest)]
+    return older[keep:] if keep >= 0 else []
+
+
+def open_folder(path: str) -> LocalFolder | RemoteFolder:
+    """The folder or the object store that a config's ``save_folder`` names."""
+    return RemoteFolder(path) if "://" in path else LocalFolder(path)

@@ -1,0 +1,79 @@
+"""What ends a run before its time, and what it says then: signals, lost processes, a lost loss."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from checkpoints import SIGNALS, Checkpoints
+from data import use_one_core
+from stores import RunError, one_line
+
+
+class StopAtNonFiniteLoss(Callback):
+    """Ends a run whose loss is NaN or infinite, before it saves or evaluates anything of that."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        # Composer has the mean over all processes on the host by now, to log it.
+        losses = state.total_loss_dict or {}
+        wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        if not wrong:
+            return
+        savers = [callback for callback in state.callbacks if isinstance(callback, Checkpoints)]
+        last = savers[0].last if savers else None
+        raise RunError(
+            f"{wrong[0]} in batch {state.timestamp.batch.value}, at a learning rate of "
+            f"{self._learning_rate:g}; the last good checkpoint is {last or 'none'}; "
+            "a lower optimizer.lr may help"
+        )
+
+
+def explain(error: RuntimeError) -> str | None:
+    """One line about an error that came from another process, or None for other errors."""
+    text = one_line(error)
+    if "DataLoader worker" in text:
+        return (
+            f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
+            "lower num_workers or batch_size"
+        )
+    lost = re.search(r"gloo|NCCL|onnection (closed|reset|refused)|[Tt]imed out", text)
+    if lost and dist.get_world_size() > 1:
+        return f"another process of the run ended or does not answer ({text[:160]})"
+    return None
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send SIGUSR1 when composer's launcher, if one started this process, ends."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # PR_SET_PDEATHSIG
+
+
+def init_worker(worker: int) -> None:
+    """In a loader process: end when the parent says so, not when signals for the run arrive.
+
+    Slurm, for one, sends SIGTERM to every process of a job, and the run needs its loaders until
+    its batch is done.
+    """
+    use_one_core(worker)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process().pid  # not getppid(): a fork server may be between
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
