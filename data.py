@@ -124,8 +124,8 @@ class _Samples(Dataset):
         self.seed, self.max_label, self.ignore_label = seed, max_label, ignore_label
         self.sampler: EpochSampler | None = None
 
-    def read(self, index: int) -> tuple[str, bytes, bytes, str]:
-        """A sample's uid, encoded photo, encoded mask and name for messages."""
+    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
+        """A sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
         raise NotImplementedError
 
     def want(self, index: int) -> None:
@@ -140,15 +140,17 @@ class _Samples(Dataset):
         epoch, index, wanted = item if isinstance(item, tuple) else (0, item, -1)
         if wanted >= 0:
             self.want(wanted)
-        uid, photo, mask, name = self.read(index)
+        uid, photo, mask, names = self.read(index)
         try:
-            return self._transform(uid, photo, mask, epoch)
+            labels = self._check_labels(decode_mask(mask))
         except ValueError as error:
-            raise DataError(f"{name}: {error}") from error
+            raise DataError(f"{names[1]}: {error}") from error
+        try:
+            return self._transform(uid, photo, labels, epoch)
+        except ValueError as error:
+            raise DataError(f"{names[0]}: {error}") from error
 
-    def _transform(self, uid: str, photo: bytes, mask: bytes, epoch: int) -> tuple[Any, Any]:
-        labels = self._check_labels(decode_mask(mask))
-
+    def _transform(self, uid: str, photo: bytes, labels: np.ndarray, epoch: int) -> tuple[Any, Any]:
         def load_image(reduction: int = 1) -> np.ndarray:
             return decode_photo(photo, labels.shape, reduction)
 
@@ -178,9 +180,7 @@ class _Samples(Dataset):
         labels = np.where(ignored, np.uint8(IGNORED), labels)
         wrong = labels[(labels > self.max_label) & ~ignored]
         if len(wrong):
-            raise ValueError(
-                f"the mask has label {wrong.max()}, which is not in 0..{self.max_label}"
-            )
+            raise ValueError(f"has label {wrong.max()}, which is not in 0..{self.max_label}")
         return labels
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:
@@ -230,11 +230,11 @@ class ADE20k(_Samples):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> tuple[str, bytes, bytes, str]:
+    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
         sample = self.samples[index]
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
-                return sample.uid, image.read(), mask.read(), sample.image_path
+                return sample.uid, image.read(), mask.read(), sample[1:]
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from error
 
@@ -412,7 +412,15 @@ def build_ade20k_dataspec(
     transform = DeviceTransform(
         num_classes, ignore_background, color_distortion and is_train, seed, lambda: sampler.epoch
     )
-    return DataSpec(loader, microbatch_transforms=transform)
+    return DataSpec(
+        loader,
+        microbatch_transforms=transform,
+        # Composer's defaults are methods of the DataSpec: a cycle, which is collected with workers
+        # that wait for 5 s each.
+        batch_transforms=lambda batch: batch,
+        get_num_samples_in_batch=lambda batch: len(batch[0]),
+        get_num_tokens_in_batch=lambda batch: 0,
+    )
 
 
 def use_one_core(worker: int) -> None:

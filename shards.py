@@ -137,8 +137,8 @@ class Shards:
             return None
         return self.cache_limit // max(sizes) // 2
 
-    def read(self, index: int) -> tuple[str, bytes, bytes, str]:
-        """A sample's uid, encoded photo, encoded mask and name for messages."""
+    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
+        """A sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
         shard = int(self.shard_of(index))
         reader, path = self.shards[shard], self.path(shard)
         row = index - int(self.ends[shard]) + len(reader)
@@ -158,7 +158,7 @@ class Shards:
         uid = sample["uid"].decode() if isinstance(sample["uid"], bytes) else str(sample["uid"])
         uid = uid.removeprefix(f"ADE_{self.stream.split}_")  # As in folders
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
-        return uid, sample["x"], sample["y"], name
+        return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
 
     def want(self, index: int) -> None:
         """Have a sample's shard fetched in the background."""
