@@ -31,7 +31,8 @@ class S3Server:
         self.folder = folder
         self.ports = dict(zip(("master", "volume", "filer", "s3"), _free_ports(4)))
         self.url = f"http://127.0.0.1:{self.ports['s3']}"
-        self.process: subprocess.Popen | None = None
+        self.store: subprocess.Popen | None = None
+        self.gateway: subprocess.Popen | None = None
 
     @property
     def client(self) -> Any:
@@ -49,23 +50,39 @@ class S3Server:
 
     def start(self, wait: float = 60) -> None:
         """Start it, or start it again with what it held, and wait until objects can be written."""
-        command = [_weed(), "server", f"-dir={self.folder}", "-ip=127.0.0.1", "-s3", "-filer"]
-        command += ["-volume.max=0", "-master.volumeSizeLimitMB=64", "-filer.maxMB=16"]
-        command += [f"-filer.localSocket={self.folder}/filer.sock"]
-        for name, port in self.ports.items():
-            command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + 10000}"]
-        with open(Path(self.folder, "log.txt"), "ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
-            )
+        if self.store is None:
+            command = ["server", f"-dir={self.folder}", "-filer", "-volume.max=0"]
+            command += ["-master.volumeSizeLimitMB=64", *self._options("master", "volume", "filer")]
+            self.store = self._run(command)
+        command = ["s3", f"-filer=127.0.0.1:{self.ports['filer']}", "-port.iceberg=0"]
+        command += ["-port.lance=0", f"-localSocket={self.folder}/s3.sock"]
+        self.gateway = self._run(command + [f"-port={self.ports['s3']}", "-ip.bind=127.0.0.1"])
         self._wait_until_ready(time.monotonic() + wait)
 
+    def _options(self, *names: str) -> list[str]:
+        ports = [(name, self.ports[name]) for name in names]
+        options = ["-ip=127.0.0.1", f"-filer.localSocket={self.folder}/filer.sock"]
+        options += [f"-{name}.port={port}" for name, port in ports]
+        return options + [f"-{name}.port.grpc={port + 10000}" for name, port in ports]
+
+    def _run(self, command: list[str]) -> subprocess.Popen:
+        with open(Path(self.folder, "log.txt"), "ab") as log:
+            return subprocess.Popen(
+                [_weed(), *command], stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+            )
+
     def kill(self) -> None:
-        """End it as a crash would."""
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+        """End what answers requests, as a crash would; `start` begins it again."""
+        if self.gateway:
+            _kill(self.gateway)
+            self.gateway = None
+
+    def close(self) -> None:
+        """End all of it."""
+        self.kill()
+        if self.store:
+            _kill(self.store)
+            self.store = None
 
     def _wait_until_ready(self, deadline: float) -> None:
         client = self.client
@@ -77,12 +94,15 @@ class S3Server:
                 client.get_object(Bucket=BUCKET, Key=".ready")["Body"].read()
                 return
             except Exception as error:  # connection errors of any layer, until the server is up
-                if time.monotonic() > deadline or self.process.poll() is not None:
+                if time.monotonic() > deadline or self._has_ended():
                     log = Path(self.folder, "log.txt").read_text(errors="replace")
                     raise RuntimeError(
                         f"SeaweedFS did not start: {error}\n{log[-4000:]}"
                     ) from error
                 time.sleep(0.2)
+
+    def _has_ended(self) -> bool:
+        return any(process.poll() is not None for process in (self.store, self.gateway))
 
     def upload(self, folder: str, prefix: str) -> str:
         """Copy a folder into the bucket; its s3:// URL."""
@@ -110,13 +130,18 @@ def s3_server() -> Iterator[S3Server]:
         server.start()
         yield server
     finally:
-        server.kill()
+        server.close()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _weed() -> str:
