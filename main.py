@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import sys
+import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+    from checkpoints import Checkpoints
+
 log = logging.getLogger(__name__)
+
+STOPPED = 75  # exit status of a run that was told to stop: EX_TEMPFAIL of sysexits.h, try again
 
 
 def main(config: DictConfig | dict[str, Any]) -> Trainer:
@@ -39,17 +45,34 @@ def main(config: DictConfig | dict[str, Any]) -> Trainer:
         ConfigError: The config is wrong.
         DataError: The data set is.
         ModelError: The model cannot be built, or its weights cannot be had.
+        WeightsError: A checkpoint is damaged, or holds what is no part of one.
+        RunError: Training cannot go on, or was told to stop (``checkpoints.Stopped``).
     """
     config = resolve(config)
     trainer = build_trainer(config)
     if not config.is_train:
         trainer.eval()
         return trainer
-    if config.eval_first and trainer.state.timestamp.batch == 0:
-        trainer.eval()
-        trainer.first_miou = float(trainer.state.eval_metric_values["MIoU"])
-    trainer.fit()
+    saver = trainer._checkpoint_saver
+    with saver.listening() if saver else nullcontext():
+        _train(config, trainer, saver)
     return trainer
+
+
+def _train(config: Config, trainer: Trainer, saver: Checkpoints | None) -> None:
+    """Train to the end, with the evaluations that are due before."""
+    first = config.eval_first and trainer.state.timestamp.batch == 0
+    complete = trainer.state.timestamp >= trainer.state.max_duration
+    if first or complete or (saver and saver.evaluation_due):
+        trainer.eval()
+    if first:
+        trainer.first_miou = float(trainer.state.eval_metric_values["MIoU"])
+    if complete:
+        log.warning("nothing is left to train: max_duration=%s is reached", config.max_duration)
+    else:
+        trainer.fit()
+    if saver:
+        saver.finish()
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -71,6 +94,9 @@ def build_trainer(config: Config) -> Trainer:
     if dist.get_world_size() > 1:
         dist.initialize_dist(device)
     reproducibility.seed_all(config.seed)
+    saver = _build_saver(config)
+    scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
+    checkpoint, weights = _read_checkpoint(config, saver, scratch.name)
 
     train_data = _build_data(config, config.train_dataset, "train") if config.is_train else None
     eval_data = _build_data(config, config.eval_dataset, "val")
@@ -78,9 +104,8 @@ def build_trainer(config: Config) -> Trainer:
         batches_per_epoch = len(train_data.dataloader)
         warn_if_ema_is_slow(config, batches_per_epoch, config.train_dataset.batch_size)
 
-    weights = _read_weights(config)
     model_config = asdict(config.model)
-    if config.load_path:
+    if checkpoint or weights:
         model_config["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
     if weights is not None:
@@ -104,22 +129,17 @@ def build_trainer(config: Config) -> Trainer:
         model=model,
         train_dataloader=train_data,
         eval_dataloader=eval_data,
-        eval_interval=config.eval_interval,
+        eval_interval=saver.eval_interval if saver else config.eval_interval,
         max_duration=config.max_duration,
         optimizers=optimizer,
         schedulers=scheduler,
         algorithms=algorithms,
-        callbacks=_build_callbacks(config),
+        callbacks=[*_build_callbacks(config), *([saver] if saver else [])],
         loggers=_build_loggers(config),
         progress_bar="progress_bar" in config.loggers,
         log_to_console="console" in config.loggers,
         console_log_interval=(config.loggers.get("console") or {}).get("log_interval", "1ba"),
-        save_folder=config.save_folder,
-        save_interval=config.save_interval,
-        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-        save_overwrite=config.save_overwrite,
-        load_path=config.load_path if weights is None else None,
-        autoresume=config.autoresume,
+        load_path=checkpoint,
         spin_dataloaders=False,  # the order of samples does not depend on what was read before
         device=device,
         precision=precision,
@@ -129,6 +149,7 @@ def build_trainer(config: Config) -> Trainer:
         compile_config={"dynamic": False} if compile_model else None,
         python_log_level=config.python_log_level,
     )
+    scratch.cleanup()
     trainer.logger.log_hyperparameters(asdict(config))
     return trainer
 
@@ -172,6 +193,7 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
 
     from data import build_ade20k_dataspec
     from validate import check_labels
+    from watch import init_worker
 
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
@@ -185,6 +207,8 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
             dataset.ignore_background,
             ignore_label=dataset.ignore_label,
         )
+    if arguments.get("num_workers") != 0:
+        arguments["worker_init_fn"] = init_worker
     return build_ade20k_dataspec(
         **arguments,
         split=split,
@@ -194,21 +218,51 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
     )
 
 
-def _read_weights(config: Config) -> dict[str, Tensor] | None:
-    """The network's weights of ``load_path``, where nothing else of it is wanted.
+def _build_saver(config: Config) -> Checkpoints | None:
+    """What saves checkpoints, after a look at whether they can be saved."""
+    from checkpoints import Checkpoints
 
-    A local checkpoint is compared with ``config.model`` in any case, before training begins.
+    if not config.save_folder or not config.is_train:
+        return None
+    saver = Checkpoints(
+        config.save_folder,
+        config.save_interval,
+        config.eval_interval,
+        config.save_num_checkpoints_to_keep,
+        config.save_overwrite,
+        config.autoresume,
+    )
+    saver.check()
+    return saver
+
+
+def _read_checkpoint(
+    config: Config, saver: Checkpoints | None, scratch: str
+) -> tuple[str | None, dict[str, Tensor] | None]:
+    """What to begin from: the newest checkpoint for ``autoresume``, else that of ``load_path``.
+
+    Returns:
+        A local path where the state of training is wanted, or the weights where only these are.
+        Its architecture is that of ``config.model``.
     """
+    from checkpoints import local_copy, newest_checkpoint
     from weights import infer_architecture, load_weights
 
-    if config.load_path is None or "://" in config.load_path:
-        return None
-    state = load_weights(config.load_path).state
-    for name, found in infer_architecture(state).items():
+    found = newest_checkpoint(config.save_folder, scratch) if config.autoresume else None
+    weights_only = not config.is_train or (config.load_weights_only and not found)
+    if found and saver:
+        saver.last = found[0]
+    if not found:
+        if not config.load_path:
+            return None, None
+        found = config.load_path, local_copy(config.load_path, scratch)
+    where, path = found
+    state = load_weights(path).state
+    for name, value in infer_architecture(state).items():
         wanted = getattr(config.model, name)
-        if found != wanted:
-            raise ConfigError(f"load_path: {config.load_path} has {name}={found}, not {wanted}")
-    return state if config.load_weights_only or not config.is_train else None
+        if value != wanted:
+            raise ConfigError(f"load_path: {where} has {name}={value}, not {wanted}")
+    return (None, state) if weights_only else (path, None)
 
 
 def _build_callbacks(config: Config) -> list[Callback]:
@@ -218,11 +272,16 @@ def _build_callbacks(config: Config) -> list[Callback]:
 
     from callbacks import ClassTable, Curves, Pictures, RunRecord, TrainMIoU
     from classes import load_classes
+    from watch import StopAtNonFiniteLoss
 
     num_classes = config.model.num_classes
     classes = load_classes(config.class_names, num_classes)
     folder = config.save_folder
-    callbacks: list[Callback] = [SpeedMonitor(window_size=20), LRMonitor()]
+    callbacks: list[Callback] = [
+        StopAtNonFiniteLoss(),
+        SpeedMonitor(window_size=20),
+        LRMonitor(),
+    ]
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
     if config.pictures:
@@ -285,26 +344,40 @@ def run(arguments: list[str]) -> int:
         resolve(config)
     except ConfigError as error:
         return _refuse(error)
+    from checkpoints import Stopped
     from classes import ClassError
     from data import DataError
     from model import ModelError
+    from stores import RunError
+    from watch import end_with_launcher, explain
     from weights import WeightsError
 
+    end_with_launcher()
     try:
         trainer = main(config)
-    except (ConfigError, DataError, ModelError, WeightsError, ClassError, FileExistsError) as error:
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop)
+        return STOPPED
+    except (ConfigError, DataError, ModelError, WeightsError, ClassError) as error:
         return _refuse(error)
+    except RuntimeError as error:
+        line = str(error) if isinstance(error, RunError) else explain(error)
+        if line is None:
+            raise
+        return _refuse(line, 1)
     if os.environ.get("RANK", "0") == "0":
         print(_summary(trainer))
     trainer.close()
     return 0
 
 
-def _refuse(error: Exception) -> int:
-    """Say once a node what was wrong; the exit status."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _refuse(error: Exception | str, status: int = 2) -> int:
+    """Say what was wrong, once a node if all processes found it together; the exit status."""
+    together = isinstance(error, ConfigError)
+    if not together or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":
