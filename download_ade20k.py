@@ -1,6 +1,6 @@
 """Download ADE20K (SceneParsing benchmark, ADEChallengeData2016, 0.9 GB) and unpack it.
 
-    python download_ade20k.py                                  # into ./ade20k, train with path=./ade20k
+    python download_ade20k.py                    # into ./ade20k; train with path=./ade20k
     python download_ade20k.py --path /data/ade20k
     python download_ade20k.py --url http://mirror/ADEChallengeData2016.zip
 
@@ -254,7 +254,8 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             problem = "is in it twice"
         if problem:
             raise DownloadError(
-                f"{zipped.filename} is not to be trusted: {member.filename!r} {problem}; nothing unpacked"
+                f"{zipped.filename} is not to be trusted: {member.filename!r} {problem}; "
+                "nothing of it was unpacked"
             )
         seen.add(name)
         if name.parts[:1] == (FOLDER,) and not member.is_dir():
@@ -303,7 +304,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DownloadError(
-            f"{path} has {_bytes(free)} free, {what} need {_bytes(needed)}: make room or use another --path"
+            f"{path} has {_bytes(free)} free, {what} need {_bytes(needed)}: "
+            "make room or use another --path"
         )
 
 

@@ -128,7 +128,7 @@ def test_does_nothing_when_all_is_there(server, archive, path):
 
 
 def test_a_folder_unpacked_by_other_means_is_known_by_its_counts(server, path, monkeypatch):
-    counts = {name: 1 for name in downloader.OFFICIAL_COUNTS}
+    counts = dict.fromkeys(downloader.OFFICIAL_COUNTS, 1)
     monkeypatch.setattr(downloader, "OFFICIAL_COUNTS", counts)
     for name, content in FILES.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def test_looks_for_room_before_it_downloads(server, archive, path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     free = int(2.1 * len(archive))  # the archive and its files take 2.2 times its size
     monkeypatch.setattr(downloader.shutil, "disk_usage", lambda path: usage(0, 0, free))
-    with pytest.raises(DownloadError, match="1.2 MB free.*need 1.2 MB: make room"):
+    with pytest.raises(DownloadError, match=r"1.2 MB free.*need 1.2 MB: make room"):
         download_ade20k(path, server.url, sha1(archive))
     assert list(path.iterdir()) == []
 
@@ -246,7 +246,7 @@ def test_looks_for_room_before_it_unpacks(archive, path, monkeypatch):
     (path / f"{FOLDER}.zip").write_bytes(archive)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(downloader.shutil, "disk_usage", lambda path: usage(0, 0, 500_000))
-    with pytest.raises(DownloadError, match="the 5 files in ADEChallengeData2016.zip need 0.6 MB"):
+    with pytest.raises(DownloadError, match=r"the 5 files in ADEChallengeData2016.zip need 0.6 MB"):
         download_ade20k(path, sha1=sha1(archive))
     assert contents(path) == {f"{FOLDER}.zip": archive}
 
@@ -254,7 +254,7 @@ def test_looks_for_room_before_it_unpacks(archive, path, monkeypatch):
 def test_a_disk_that_fills_while_downloading(server, archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip").symlink_to("/dev/full")
-    with pytest.raises(DownloadError, match="No space left on device; .* run again"):
+    with pytest.raises(DownloadError, match=r"No space left on device; .* run again"):
         download_ade20k(path, server.url, sha1(archive))
     assert server.requests == [None]  # not taken for a network failure
 
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_while_unpacking(archive, path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, limits[1]))
     try:
-        with pytest.raises(DownloadError, match="File too large; .* run again"):
+        with pytest.raises(DownloadError, match=r"File too large; .* run again"):
             download_ade20k(path, sha1=sha1(archive))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -340,7 +340,7 @@ def test_an_archive_that_lies_about_its_sizes_is_refused(tmp_path):
         zipped.writestr(f"{FOLDER}/bomb", bytes(1_000_000))
     content = file.read_bytes()
     file.write_bytes(content.replace((1_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little")))
-    with pytest.raises(DownloadError, match="cannot be unpacked .*CRC"):
+    with pytest.raises(DownloadError, match=r"cannot be unpacked .*CRC"):
         extract(file, tmp_path / FOLDER, "")
     assert not (tmp_path / FOLDER).exists()
 
@@ -358,7 +358,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, archive, damage):
         with zipfile.ZipFile(file, "w") as zipped:
             zipped.writestr("readme.txt", "another archive")
     with pytest.raises(
-        DownloadError, match="damaged.zip (cannot be unpacked|holds no folder)"
+        DownloadError, match=r"damaged.zip (cannot be unpacked|holds no folder)"
     ) as raised:
         extract(file, tmp_path / FOLDER, "")
     assert "\n" not in str(raised.value)
