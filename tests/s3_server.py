@@ -140,7 +140,8 @@ def s3_server() -> Iterator[S3Server]:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -154,10 +155,13 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, and 10000 above as well, where SeaweedFS has its RPC."""
+    """Ports that are free, as those 10000 above, where SeaweedFS has its RPC.
+
+    All are below what Linux gives to outgoing connections, one of which could take them meanwhile.
+    """
     ports: list[int] = []
     while len(ports) < count:
-        port = random.randrange(20000, 32000)
+        port = random.randrange(12000, 22000)
         if port not in ports and all(_is_free(number) for number in (port, port + 10000)):
             ports.append(port)
     return ports
@@ -165,4 +169,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
