@@ -159,29 +159,33 @@ def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
 
 def verify_shard(
     samples: list[Sample], number: int, out: str, cache: str, split: str, done: Path
-) -> int:
+) -> str | None:
     """Reads a shard back through Streaming and compares it with the files of its samples.
 
     Returns:
-        How many samples it holds.
+        What is wrong with it, None if nothing is. The note on a shard that is wrong is removed, so
+        that the next run writes it again.
 
     Raises:
-        DataError: The shard is damaged; its note is removed, so that the next run writes it again.
-        Mismatch: It holds something else.
+        Mismatch: It is whole, but holds something else.
     """
     shards = opened_shards(out, cache, split)
     name = shards.shards[number].raw_data.basename
+    note = done / f"{number:05}.json"
     try:
         for sample, found in zip(samples, read_shard(shards, number), strict=True):
             expected = (sample.uid, *(Path(path).read_bytes() for path in sample[1:]))
             if found != expected:
+                note.unlink(missing_ok=True)
                 raise Mismatch(f"sample {found[0]} of {name} is not {sample.image_path}")
-    except DataError:
-        (done / f"{number:05}.json").unlink(missing_ok=True)
+    except Mismatch:
         raise
+    except DataError as error:
+        note.unlink(missing_ok=True)
+        return str(error)
     finally:
         shards.shards[number].evict()
-    return len(samples)
+    return None
 
 
 def convert_split(samples: list[Sample], out: str, split: str, target: Target) -> None:
@@ -246,9 +250,14 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
             raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
         part = samples[end - len(shard) : end]
         tasks.append((verify_shard, number, part, number, out, cache, split, target.done))
+    wrong = []
     with _progress(f"verify {split}", len(samples)) as bar:
-        for _, count in in_processes(_numbered, tasks, target.workers):
-            bar.update(count)
+        for number, reason in in_processes(_numbered, tasks, target.workers):
+            bar.update(len(shards.shards[number]))
+            wrong += [reason] if reason else []
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0]}{more}; run again")
 
 
 def _numbered(function: Any, number: int, *arguments: Any) -> tuple[int, Any]:
