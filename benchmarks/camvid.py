@@ -1,0 +1,178 @@
+"""CamVid from scratch with each recipe for the same number of minutes: mIoU against time.
+
+    python -m benchmarks.camvid --path camvid --minutes 5
+    python -m benchmarks.camvid --path camvid --recipes none mild --minutes 1 --json result.json
+
+A schedule has to know the run's length, so each run's steps are timed first and its length set in
+batches; evaluations are not counted. EMA's half-life is a twentieth of the run, a recipe's other
+numbers are its own. `--path` is in ADE20K's layout, with 11 classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback
+from composer.core import Engine, State
+from composer.loggers import Logger
+
+import main as program
+from benchmarks.train_step import RECIPES, Steps, machine
+from config import Config, resolve
+
+
+class Evaluations(Callback):
+    """Batches, minutes of training and mIoU (percent) at each evaluation."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, float]] = []
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        # In total_wct Composer counts training alone.
+        self.found.append(
+            {
+                "batches": state.timestamp.batch.value,
+                "minutes": state.timestamp.total_wct.total_seconds() / 60,
+                "miou": float(state.eval_metric_values["MIoU"]),
+            }
+        )
+
+
+def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
+    """A run of `recipe` over so many batches, evaluated `args.evaluations` times."""
+    dataset: dict[str, Any] = {
+        "path": args.path,
+        "base_size": args.base_size,
+        "final_size": args.size,
+        "batch_size": args.batch,
+    }
+    if args.workers is not None:
+        dataset["num_workers"] = args.workers
+    raw: dict[str, Any] = {
+        "run_name": f"camvid-{recipe}",
+        "recipe_name": None if recipe == "none" else recipe,
+        "max_duration": f"{batches}ba",
+        "device_train_microbatch_size": args.batch,
+        "precision": args.precision,
+        "compile": args.compile,
+        "model": {
+            "num_classes": 11,
+            "backbone_arch": args.arch,
+            "backbone_weights": None,
+        },
+        "train_dataset": dataset,
+        "eval_dataset": dict(dataset),
+        "eval_interval": f"{max(batches // args.evaluations, 1)}ba",
+        "optimizer": {"lr": args.lr},
+        "pictures": 0,
+    }
+    if recipe != "none":
+        half_life = {"half_life": f"{max(batches // 20, 1)}ba", "update_interval": "1ba"}
+        raw[recipe] = {"max_duration": f"{batches}ba", "ema": half_life}
+    return resolve(raw)
+
+
+def release() -> None:
+    """Give back what earlier trainers held; Composer keeps each until the process ends."""
+    atexit.unregister(Engine._close)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def seconds_per_step(args: argparse.Namespace, recipe: str) -> float:
+    """Of a short run, whose first half compiles and warms up."""
+    trainer = program.build_trainer(config(args, recipe, 10**6))
+    steps = Steps()
+    trainer.state.callbacks.append(steps)
+    trainer.fit(duration=f"{2 * args.probe}ba")
+    trainer.close()
+    return steps.mean(args.probe)
+
+
+def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
+    """One recipe for `args.minutes`."""
+    release()
+    seconds = seconds_per_step(args, recipe)
+    release()
+    batches = max(round(60 * args.minutes / seconds), args.evaluations)
+    trainer = program.build_trainer(config(args, recipe, batches))
+    evaluations = Evaluations()
+    trainer.state.callbacks.append(evaluations)
+    trainer.fit()
+    trainer.close()
+    images = batches * args.batch
+    return {
+        "batches": batches,
+        "epochs": images / len(trainer.state.train_dataloader.dataset),
+        "minutes": evaluations.found[-1]["minutes"],
+        "evaluations": evaluations.found,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown, a column an evaluation."""
+    recipes = result["recipes"]
+    parts = range(1, result["evaluations"] + 1)
+    lines = [
+        f"CamVid from scratch, {result['arch']}, {result['size']} px, batch {result['batch']}, "
+        f"lr {result['lr']}: mIoU in percent after a part of the run",
+        "",
+        f"| recipe | minutes | epochs | {' | '.join(f'{p}/{len(parts)}' for p in parts)} |",
+        "|---|---|---|" + "---|" * len(parts),
+    ]
+    for recipe, found in recipes.items():
+        scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][: len(parts)]
+        scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
+        cells = [recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
+    parser.add_argument("--minutes", type=float, default=5, help="of training, for each recipe")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
+    parser.add_argument("--base-size", type=int, help="before the random resize; default: SIZE")
+    parser.add_argument("--batch", type=int, default=16 if on_gpu else 8, help="images a step")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+    parser.add_argument("--evaluations", type=int, default=4, help="spread over the run")
+    parser.add_argument("--probe", type=int, default=20, help="steps to take a step's time from")
+    parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
+    parser.add_argument("--precision", default="auto", help="main.py's")
+    parser.add_argument("--compile", default="auto", help="main.py's")
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args(argv)
+    args.base_size = args.base_size or args.size
+    args.compile = {"true": True, "false": False}.get(str(args.compile).lower(), args.compile)
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = arguments(argv)
+    warnings.simplefilter("ignore")
+    logging.getLogger("composer").setLevel(logging.ERROR)
+    names = ("arch", "size", "batch", "lr", "minutes", "evaluations")
+    result: dict[str, Any] = {name: getattr(args, name) for name in names}
+    result |= {"recipes": {recipe: train(args, recipe) for recipe in args.recipes}}
+    result["machine"] = machine()
+    print(table(result), end="")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

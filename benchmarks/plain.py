@@ -1,0 +1,114 @@
+"""The same training step as Composer alone makes it, for the benchmarks to compare with.
+
+Composer's `soft_cross_entropy` and `DiceLoss` on logits upsampled to the target's size, its `MIoU`
+of every training batch, its `ChannelsLast`, EMA, SAM and MixUp (with dense targets) and its
+`DecoupledSGDW`; fp16 autocast on a GPU; no `torch.compile`, no cuDNN autotuning. Network, data and
+schedule are this project's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer import Trainer, algorithms
+from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
+from composer.core import Algorithm
+from composer.loss import DiceLoss, soft_cross_entropy
+from composer.metrics import CrossEntropy, MIoU
+from composer.models import ComposerModel
+from composer.optim import DecoupledSGDW
+from composer.utils import get_device, reproducibility
+from torch import Tensor
+
+import main as program
+from config import Config
+from model import deeplabv3, weight_init
+from recipes import build_recipe
+
+
+class PlainDeepLabV3(ComposerModel):
+    """DeepLabV3+ with Composer's losses and metrics on logits of the image's size.
+
+    Args:
+        config: Whose `model` section is built.
+        autocast: The type a CPU computes in, where Composer has no mixed precision; None for fp32.
+    """
+
+    def __init__(self, config: Config, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        model = config.model
+        self.module = deeplabv3(
+            model.num_classes, model.backbone_arch, model.backbone_weights, init_fn=weight_init
+        )
+        self.config = model
+        self.autocast = autocast
+        self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        image = batch[0]
+        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+            return self.module(image)
+
+    def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        cross_entropy = soft_cross_entropy(outputs, batch[1], ignore_index=-1)
+        dice = self.dice(outputs, batch[1])
+        total = self.config.cross_entropy_weight * cross_entropy + self.config.dice_weight * dice
+        return {"total": total, "cross_entropy": cross_entropy, "dice": dice}
+
+    def eval_forward(self, batch: tuple[Tensor, Tensor], outputs: Tensor | None = None) -> Tensor:
+        return self.forward(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Any]:
+        metrics: dict[str, Any] = {"MIoU": MIoU(self.config.num_classes, ignore_index=-1)}
+        return metrics if is_train else metrics | {"CrossEntropy": CrossEntropy(ignore_index=-1)}
+
+    def update_metric(self, batch: tuple[Tensor, Tensor], outputs: Tensor, metric: Any) -> None:
+        metric.update(outputs, batch[1])
+
+
+def build_trainer(config: Config) -> Trainer:
+    """`main.build_trainer` as Composer alone has it. On a CPU it computes in the same type."""
+    on_gpu = torch.cuda.is_available()
+    precision, autocast = program._precision(config.precision)
+    if precision == "amp_bf16":
+        precision = "amp_fp16"
+    reproducibility.seed_all(config.seed)
+    model = PlainDeepLabV3(config, autocast)
+    return Trainer(
+        model=model,
+        train_dataloader=program._build_data(config, config.train_dataset, "train"),
+        eval_dataloader=program._build_data(config, config.eval_dataset, "val"),
+        eval_interval=config.eval_interval,
+        max_duration=config.max_duration,
+        optimizers=DecoupledSGDW(
+            model.parameters(),
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+        ),
+        schedulers=build_recipe(config)[1],
+        algorithms=composers_recipe(config),
+        callbacks=[SpeedMonitor(window_size=20), LRMonitor(), *([MemoryMonitor()] * on_gpu)],
+        progress_bar=False,
+        device=get_device(None),
+        precision=precision,
+        device_train_microbatch_size=config.device_train_microbatch_size,
+        spin_dataloaders=False,
+        seed=config.seed,
+    )
+
+
+def composers_recipe(config: Config) -> list[Algorithm]:
+    """Composer's algorithms for `config.recipe_name`."""
+    if config.recipe_name is None:
+        return []
+    recipe = getattr(config, config.recipe_name)
+    built: list[Algorithm] = [
+        algorithms.ChannelsLast(),
+        algorithms.EMA(half_life=recipe.ema.half_life, update_interval=recipe.ema.update_interval),
+    ]
+    if config.recipe_name in ("medium", "hot"):
+        built.append(algorithms.SAM(rho=recipe.sam.rho, interval=recipe.sam.interval))
+        built.append(algorithms.MixUp(alpha=recipe.mixup.alpha))
+    return built

@@ -1,0 +1,401 @@
+"""The real training step, for each recipe, beside the one that Composer alone makes.
+
+    python -m benchmarks.train_step                               # ResNet-101 at 512 px on a GPU
+    python -m benchmarks.train_step --path ./ade20k --json result.json
+    python -m benchmarks.train_step --arch resnet50 --size 128 --batch 4     # a CPU's default
+
+"ours" is what main.py trains with; "plain" is benchmarks/plain.py. Both go through Composer's
+`Trainer` and wait for the same loader. Times are means over a run's steps, as a recipe's steps
+differ (SAM, EMA), and medians over runs taken in turn. Utilisation is of the rate of one large
+matrix product in the same type, taken in the same process; the step's operations are those of the
+network's forward and backward pass, twice where SAM makes two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, Trainer
+from composer.core import DataSpec, State, get_precision_context
+from composer.loggers import Logger
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import main as program
+from benchmarks import plain
+from benchmarks.dataloader import make_data
+from benchmarks.stopwatch import PARTS, Stopwatch
+from config import Config, DatasetConfig, resolve
+from model import deeplabv3
+
+RECIPES = ("none", "mild", "medium", "hot")
+PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1
+BUILDERS: dict[str, Callable[[Config], Trainer]] = {
+    "plain": plain.build_trainer,
+    "ours": program.build_trainer,
+}
+
+
+class Steps(Callback):
+    """When each step ended. Composer has waited for the device by then, to log the loss."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.ends.append(time.perf_counter())
+
+    def mean(self, count: int) -> float:
+        """Seconds of the last `count` steps, each."""
+        return (self.ends[-1] - self.ends[-1 - count]) / count
+
+
+def config(args: argparse.Namespace, recipe: str) -> Config:
+    """A run of `recipe` without pictures, checkpoints or evaluations."""
+    dataset = {
+        "path": args.path,
+        "base_size": args.size,
+        "final_size": args.size,
+        "batch_size": args.batch,
+    }
+    if args.workers is not None:
+        dataset["num_workers"] = args.workers
+    return resolve(
+        {
+            "run_name": "benchmark",
+            "recipe_name": None if recipe == "none" else recipe,
+            "device_train_microbatch_size": args.batch,
+            "precision": args.precision,
+            "compile": args.compile,
+            "model": {
+                "num_classes": args.classes,
+                "backbone_arch": args.arch,
+                "backbone_weights": None,
+            },
+            "train_dataset": dataset,
+            "eval_dataset": dict(dataset),
+            "eval_interval": "1000000ba",
+            "optimizer": {"lr": 0.001},
+            "pictures": 0,
+        }
+    )
+
+
+class Contender:
+    """One side's trainer for one recipe, which goes on training for as long as it is asked to."""
+
+    def __init__(self, args: argparse.Namespace, side: str, recipe: str) -> None:
+        self.args, self.side, self.recipe = args, side, recipe
+        self.trainer = BUILDERS[side](config(args, recipe))
+        self.steps = Steps()
+        self.trainer.state.callbacks.append(self.steps)
+        self.seconds: list[float] = []
+        self.bytes = 0
+
+    def fit(self, steps: int) -> None:
+        torch.backends.cudnn.benchmark = self.side == "ours"
+        self.trainer.fit(duration=f"{steps}ba")
+
+    def time(self) -> None:
+        """Another run's mean step; on a GPU also the most memory it held."""
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        self.fit(1 + self.args.steps)  # the first waits for the loader to start
+        self.seconds.append(self.steps.mean(self.args.steps))
+        if torch.cuda.is_available():
+            taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
+            self.bytes = max(self.bytes, taken)
+
+    def profile(self) -> float:
+        """How often the host waits in a step, on average; on a CPU also sets `bytes`."""
+        count = 2  # medium climbs every 2nd step
+        on_gpu = torch.cuda.is_available()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=not on_gpu) as profiler:
+            self.fit(count)
+        events = profiler.events()
+        if not on_gpu:
+            self.bytes = standing_bytes(self.trainer) + peak_of(events)
+        return sum(event.name == "aten::_local_scalar_dense" for event in events) / count
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of each part of a step; the last that this trainer is good for."""
+        model = self.trainer.state.model
+        compiled = model.__dict__.pop("forward", None) is not None  # Composer's torch.compile
+        watch = Stopwatch(self.trainer, compile_parts=compiled)
+        self.fit(self.args.warmup)
+        watch.steps = 0
+        self.fit(1 + self.args.steps)
+        return watch.milliseconds()
+
+    def evaluation(self) -> dict[str, float]:
+        """Images a second of an evaluation, and of the network's forward pass by itself."""
+        self.trainer.eval()  # starts the loader, compiles
+        loader = self.trainer.state.evaluators[0].dataloader
+        images = sum(len(target) for _, target in loader.dataloader)
+        start = time.perf_counter()
+        self.trainer.eval()
+        taken = time.perf_counter() - start
+        batch = self.trainer.state.device.batch_to_device(next(iter(loader.dataloader)))
+        forward = forward_seconds(self.trainer, loader.microbatch_transforms(batch))
+        return {"images_per_second": images / taken, "forward": len(batch[1]) / forward}
+
+
+def share_loaders() -> None:
+    """Let all trainers of this process have the same two loaders, and so their workers."""
+    built: dict[str, DataSpec] = {}
+    build = program._build_data
+
+    def build_once(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
+        if split not in built:
+            built[split] = build(config, dataset, split)
+        return copy.copy(built[split])
+
+    program._build_data = build_once
+
+
+def peak_of(events: Any) -> int:
+    """The most bytes of tensors alive at once, beyond those alive at the start."""
+    changes = [
+        (event.time_range.start, event.cpu_memory_usage)
+        for event in events
+        if event.name == "[memory]"
+    ]
+    alive = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def standing_bytes(trainer: Trainer) -> int:
+    """Bytes of weights, their momentum and their average."""
+    state = trainer.state
+    tensors = [*state.model.parameters(), *state.model.buffers()]
+    for optimizer in state.optimizers:
+        tensors += [value for entry in optimizer.state.values() for value in entry.values()]
+    for algorithm in state.algorithms:
+        average = getattr(algorithm, "ema_model", None)
+        if average is not None:
+            tensors += [*average.named_parameters_dict.values()]
+            tensors += [*average.named_buffers_dict.values()]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+@torch.no_grad()
+def forward_seconds(trainer: Trainer, batch: Any) -> float:
+    """Seconds of a forward pass in evaluation, in the run's type; the best of four."""
+    trainer.state.model.eval()
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with get_precision_context(trainer.state.precision):
+            trainer.state.model.eval_forward(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def operations(args: argparse.Namespace) -> int:
+    """Floating-point operations of one image's forward and backward pass."""
+    with torch.device("meta"):
+        network = deeplabv3(args.classes, args.arch)
+        image = torch.empty(2, 3, args.size, args.size)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network(image).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of a second's."""
+    on_gpu = torch.cuda.is_available()
+    n = 8192 if on_gpu else 2048
+    a, b = torch.randn(2, n, n, device="cuda" if on_gpu else "cpu").to(dtype)
+    best, end = float("inf"), time.perf_counter() + 1
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(10 if on_gpu else 1):
+            a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / (10 if on_gpu else 1))
+    return 2 * n**3 / best
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All of it, as what --json writes."""
+    share_loaders()
+    pairs = [(recipe, side) for recipe in args.recipes for side in BUILDERS]
+    contenders = {pair: Contender(args, pair[1], pair[0]) for pair in pairs}
+    for contender in contenders.values():
+        contender.fit(args.warmup)
+    for _ in range(args.rounds):
+        for contender in contenders.values():
+            contender.time()
+    flops = operations(args)
+    types = {side: compute_type(args, side) for side in BUILDERS}
+    rates = {name: matrix_rate(getattr(torch, name)) for name in set(types.values())}
+    recipes: dict[str, dict[str, Any]] = {recipe: {} for recipe in args.recipes}
+    for (recipe, side), contender in contenders.items():
+        seconds = statistics.median(contender.seconds)
+        rate = flops * PASSES.get(recipe, 1) * args.batch / seconds
+        recipes[recipe][side] = {
+            "milliseconds": 1e3 * seconds,
+            "images_per_second": args.batch / seconds,
+            "utilisation": rate / rates[types[side]],
+            "waits": contender.profile(),
+            "bytes": contender.bytes,
+            "runs": contender.seconds,
+        }
+    first = args.recipes[0]  # weights aside, an evaluation is the same for all
+    evaluation = {side: contenders[first, side].evaluation() for side in BUILDERS}
+    for (recipe, side), contender in contenders.items():
+        recipes[recipe][side]["parts"] = contender.parts()
+    for contender in contenders.values():  # only now: the first takes the loader along
+        contender.trainer.close()
+    names = ("arch", "size", "batch", "classes", "steps", "warmup", "rounds")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "compile": program.compiles(config(args, "none")),
+        "types": types,
+        "operations_per_image": flops,
+        "matrix_rates": rates,
+        "recipes": recipes,
+        "evaluation": evaluation,
+        "machine": machine(),
+    }
+
+
+def compute_type(args: argparse.Namespace, side: str) -> str:
+    """The type that a side's convolutions compute in."""
+    precision, autocast = program._precision(args.precision)
+    if side == "plain" and precision == "amp_bf16":
+        precision = "amp_fp16"
+    if autocast is not None:
+        return str(autocast).removeprefix("torch.")
+    return {"amp_bf16": "bfloat16", "amp_fp16": "float16"}.get(precision, "float32")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    from benchmarks.dataloader import machine as host
+
+    found: dict[str, Any] = host() | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found | {"platform": platform.platform()}
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    recipes = result["recipes"]
+    types = ", ".join(f"{side} {dtype}" for side, dtype in result["types"].items())
+    lines = [
+        f"{result['arch']}, {result['size']} px, batch {result['batch']}, {types}; ours "
+        f"{'' if result['compile'] else 'not '}compiled; {result['rounds']} runs of "
+        f"{result['steps']} steps each",
+        "",
+        "| recipe | | images/s | ms/step | ratio | utilisation | peak memory | waits a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe, entry in recipes.items():
+        for side, found in entry.items():
+            ratio = found["images_per_second"] / entry["plain"]["images_per_second"]
+            cells = [
+                recipe,
+                side,
+                f"{found['images_per_second']:.1f}",
+                f"{found['milliseconds']:.0f}",
+                "" if side == "plain" else f"{ratio:.2f}",
+                f"{found['utilisation']:.0%}",
+                f"{found['bytes'] / 2**30:.2f} GiB",
+                f"{found['waits']:g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    names = [(recipe, side) for recipe in recipes for side in BUILDERS]
+    lines += [
+        "",
+        "| ms/step | " + " | ".join(f"{recipe}, {side}" for recipe, side in names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for part in PARTS:
+        cells = [f"{recipes[recipe][side]['parts'][part]:.1f}" for recipe, side in names]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    lines += ["", "| evaluation | images/s | forward pass alone |", "|---|---|---|"]
+    for side, found in result["evaluation"].items():
+        lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
+    parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
+    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
+    parser.add_argument("--batch", type=int, default=32 if on_gpu else 4, help="images a step")
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
+    parser.add_argument("--precision", default="auto", help="main.py's")
+    parser.add_argument("--compile", default="auto", help="main.py's")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    parser.add_argument("--warmup", type=int, default=6, help="steps before a run is timed")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a run that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side and recipe")
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args(argv)
+    args.compile = {"true": True, "false": False}.get(str(args.compile).lower(), args.compile)
+    return args
+
+
+def make_photos(root: Path, count: int, batch: int) -> None:
+    """A data set of `count` photos, 64 of them different; two and a half batches to evaluate."""
+    root = root / "ADEChallengeData2016"
+    different = min(count, 64)
+    make_data(root, different)
+    for kind in ("images", "annotations"):
+        sources = sorted((root / kind / "training").iterdir())
+        for number in range(different, count):
+            source = sources[number % different]
+            os.link(source, source.with_name(f"ADE_train_{number + 1:08d}{source.suffix}"))
+        for number in range(2 * batch + batch // 2):
+            source = sources[number % different]
+            name = f"ADE_val_{number + 1:08d}{source.suffix}"
+            os.link(source, root / kind / "validation" / name)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = arguments(argv)
+    warnings.simplefilter("ignore")
+    logging.getLogger("composer").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.path:
+            args.path = folder
+            make_photos(Path(folder), args.batch * (args.warmup + args.steps + 2), args.batch)
+        result = measure(args)
+    print(tables(result), end="")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
