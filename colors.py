@@ -81,8 +81,9 @@ def _gray(image: Tensor) -> Tensor:
 
 def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
     """Each photo's mean luma, without its padding, (N, 1, 1, 1)."""
-    total = _gray(image).mul_(inside).sum(dim=(1, 2, 3), keepdim=True)
-    return total / inside.sum(dim=(1, 2, 3), keepdim=True).clamp_(min=1)
+    # In float64, the order that threads or blocks add up in is lost when the result is rounded.
+    total = _gray(image).mul_(inside).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+    return (total / inside.sum(dim=(1, 2, 3), keepdim=True).clamp_(min=1)).to(image.dtype)
 
 
 def _blend(image: Tensor, other: Tensor, weight: Tensor) -> Tensor:

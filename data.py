@@ -394,7 +394,8 @@ def build_ade20k_dataspec(
     else:
         sampler = EvalSampler(dataset, ahead)
     if num_workers == "auto":
-        num_workers = min(8, max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(8, max(1, cores // dist.get_local_world_size()))
     defaults = dict(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

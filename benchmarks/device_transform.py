@@ -1,0 +1,86 @@
+"""What the device's half of the data pipeline costs: colours, normalisation, class indices.
+
+    python -m benchmarks.device_transform      # on a GPU if there is one, and the CPU
+    python -m benchmarks.device_transform --batch 32 --json result.json
+
+Milliseconds for a batch as it comes from the loader, already on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+from benchmarks.dataloader import machine
+from transforms import PADDING, DeviceTransform
+
+
+def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Photos with a frame of padding, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, size, size)
+    images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 151, shape, dtype=torch.uint8, generator=generator)
+    labels[:, : size // 16] = PADDING
+    return images.permute(0, 3, 1, 2).to(device), labels.to(device)
+
+
+def measure(device: str, threads: int, batch: int, size: int) -> list[dict]:
+    """Training's and evaluation's transform on one device."""
+    data, rows = make_batch(batch, size, device), []
+    for name, distort in (("training", True), ("evaluation", False)):
+        epoch = iter(range(10**9))
+        transform = DeviceTransform(distort=distort, epoch=lambda epoch=epoch: next(epoch))
+        timer = Timer(
+            "transform(data)",
+            globals={"transform": transform, "data": data},
+            num_threads=threads,
+        )
+        times = timer.blocked_autorange(min_run_time=5)
+        row = {"device": device, "threads": threads, "transform": name}
+        if device == "cuda":
+            row["device"] = torch.cuda.get_device_name()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            transform(data)
+            row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        row |= {"ms": times.median * 1e3, "iqr_ms": times.iqr * 1e3}
+        row["images_per_second"] = batch / times.median
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The result as a Markdown table."""
+    lines = ["| device | threads | transform | ms a batch | images/s |", "|---|---|---|---|---|"]
+    for row in rows:
+        time, spread = f"{row['ms']:.2f}", f"{row['iqr_ms']:.2f}"
+        lines.append(
+            f"| {row['device']} | {row['threads']} | {row['transform']} | {time} (IQR {spread}) "
+            f"| {row['images_per_second']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=16, help="images (default: 16)")
+    parser.add_argument("--size", type=int, default=512, help="their side (default: 512)")
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args()
+    runs = [("cpu", threads) for threads in sorted({1, torch.get_num_threads()})]
+    runs += [("cuda", 1)] if torch.cuda.is_available() else []
+    rows = [row for run in runs for row in measure(*run, args.batch, args.size)]
+    print(f"{args.batch} images of {args.size} px, {machine()['cpu']}\n")
+    print(table(rows))
+    if args.json:
+        result = {"batch": args.batch, "size": args.size, "rows": rows, "machine": machine()}
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
