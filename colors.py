@@ -15,7 +15,9 @@ def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tens
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
-    state = image.sum(dim=(1, 2, 3), dtype=torch.int64)
+    pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)  # no copy if channels-last
+    words = pixels[:, : pixels.shape[1] // 8 * 8].contiguous().view(torch.int64)
+    state = words.sum(dim=1)  # wraps, so that the order does not matter
     for number in (seed, epoch):
         state = _mix(state ^ _mix(torch.full_like(state, number)))
     # SplitMix64 (Steele et al. 2014): equal steps, then mixed.
@@ -41,15 +43,12 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         image (Tensor): (N, 3, H, W) float, 0..255.
-        inside (Tensor): (N, 1, H, W) bool, False where padded.
+        inside (Tensor): (N, 1, H, W) float, 0 where padded and else 1.
         uniform (Tensor): (9, N, 1, 1, 1) in [0, 1).
 
     Returns:
         Tensor: (N, 3, H, W).
     """
-    if image.device.type == "cpu" and len(image) > 1:  # What fits a cache is faster
-        singles = zip(image.split(1), inside.split(1), uniform.split(1, dim=1))
-        return torch.cat([distort_colors(*single) for single in singles])
     is_on, amount = uniform[:4] < 0.5, uniform[4:8] * 2 - 1
     strength = image.new_tensor([32 / 255, 0.5, 0.5, 18 / 255]).view(4, 1, 1, 1, 1)
     change = amount * strength * is_on
@@ -81,9 +80,10 @@ def _gray(image: Tensor) -> Tensor:
 
 def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
     """Each photo's mean luma, without its padding, (N, 1, 1, 1)."""
-    # In float64, the order that threads or blocks add up in is lost when the result is rounded.
-    total = _gray(image).mul_(inside).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
-    return (total / inside.sum(dim=(1, 2, 3), keepdim=True).clamp_(min=1)).to(image.dtype)
+    # Rows first, then in float64: threads may add rows up in any order.
+    rows = torch.stack([_gray(image).mul_(inside), inside]).sum(dim=-1)
+    total, area = rows.sum(dim=-1, dtype=torch.float64)[..., None, None]
+    return (total / area.clamp_(min=1)).to(image.dtype)
 
 
 def _blend(image: Tensor, other: Tensor, weight: Tensor) -> Tensor:

@@ -240,11 +240,10 @@ class DeviceTransform:
         seed: int = 17,
         epoch: Callable[[], int] | None = None,
     ):
+        self.num_classes, self.ignore_background = num_classes, ignore_background
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.mean = torch.tensor(IMAGENET_CHANNEL_MEAN).view(1, 3, 1, 1)
         self.scale = 1 / torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1)
-        self.class_of_label = torch.arange(256) - int(ignore_background)
-        self.class_of_label[num_classes + int(ignore_background) :] = -1
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Transform a batch.
@@ -257,14 +256,20 @@ class DeviceTransform:
                 padded; class indices (N, H, W) int64, -1 where ignored.
         """
         raw, labels = batch
-        if self.mean.device != raw.device:
-            self.mean, self.scale = self.mean.to(raw.device), self.scale.to(raw.device)
-            self.class_of_label = self.class_of_label.to(raw.device)
-        inside = (labels != PADDING)[:, None]
+        self.mean, self.scale = self.mean.to(raw.device), self.scale.to(raw.device)
+        inside = (labels != PADDING)[:, None].float()
+        uniform = uniform_per_sample(raw, self.seed, self.epoch(), 9)
+        image = torch.empty(raw.shape, device=raw.device, memory_format=torch.channels_last)
+        # One by one on a CPU: what fits its cache is faster, and most steps need not be taken.
+        parts = len(raw) if raw.device.type == "cpu" else 1
+        arguments = (raw, inside, uniform.transpose(0, 1), image)
+        for part in zip(*(each.tensor_split(parts) for each in arguments)):
+            part[-1].copy_(self._transform_image(*part[:-1]))
+        classes = labels - int(self.ignore_background)  # Of label 0 it is 255.
+        return image, classes.long().masked_fill_(classes >= self.num_classes, -1)
+
+    def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
         image = raw.to(torch.float32, memory_format=torch.contiguous_format)
         if self.distort:
-            uniform = uniform_per_sample(raw, self.seed, self.epoch(), 9)
-            image = distort_colors(image, inside, uniform)
-        image.sub_(self.mean).mul_(self.scale).mul_(inside)
-        classes = self.class_of_label[labels.int()]
-        return image.contiguous(memory_format=torch.channels_last), classes
+            image = distort_colors(image, inside, uniform.transpose(0, 1))
+        return image.sub_(self.mean).mul_(self.scale).mul_(inside)

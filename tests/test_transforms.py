@@ -413,7 +413,7 @@ def as_batch(image: np.ndarray) -> torch.Tensor:
 
 def distorted(image: np.ndarray, uniform: torch.Tensor) -> np.ndarray:
     batch = as_batch(image).float()
-    out = distort_colors(batch, torch.ones(1, 1, *image.shape[:2], dtype=torch.bool), uniform)
+    out = distort_colors(batch, torch.ones(1, 1, *image.shape[:2]), uniform)
     return out[0].permute(1, 2, 0).numpy()
 
 
@@ -456,7 +456,7 @@ def test_contrast_does_not_see_the_padding() -> None:
     image[inside] = photo(25, 30).reshape(-1, 3)
     out = distort_colors(
         as_batch(image).float(),
-        torch.from_numpy(inside)[None, None],
+        torch.from_numpy(inside)[None, None].float(),
         uniform_for((CONTRAST, -0.8)),
     )
     expected = TF.adjust_contrast(Image.fromarray(photo(25, 30)), 0.6)
@@ -494,7 +494,7 @@ def test_colours_are_distributed_as_plain_ones() -> None:
     )
     uniform = torch.rand(9, count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     batch = as_batch(image).expand(count, -1, -1, -1).float()
-    out = distort_colors(batch, torch.ones(count, 1, 24, 32, dtype=torch.bool), uniform)
+    out = distort_colors(batch, torch.ones(count, 1, 24, 32), uniform)
     found = np.array([color_statistics(each) for each in out.permute(0, 2, 3, 1).numpy()])
     error = np.sqrt(expected.std(0) ** 2 / count + found.std(0) ** 2 / count)
     # Pillow cuts off half a level each step.
@@ -505,8 +505,9 @@ def test_colours_are_distributed_as_plain_ones() -> None:
 def test_each_step_is_taken_half_of_the_time() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    inside = torch.ones(4000, 1, 4, 4, dtype=torch.bool)
-    out = distort_colors(batch.float(), inside, uniform_per_sample(batch, 17, 0, 9))
+    uniform = uniform_per_sample(batch, 17, 0, 9)
+    parts = zip(batch.float().split(1), torch.ones(4000, 1, 4, 4).split(1), uniform.split(1, 1))
+    out = torch.cat([distort_colors(*part) for part in parts])
     same = (out == batch).flatten(1).all(1).float().mean()
     assert abs(same - 1 / 16) < 4 * (1 / 16 / 4000) ** 0.5
 
@@ -526,7 +527,8 @@ def test_random_numbers_depend_on_seed_epoch_and_pixels_alone() -> None:
     # Uniform, and independent of each other: within 4 standard deviations
     assert (values.mean(1) - 0.5).abs().max() < 4 * (1 / 12 / 500) ** 0.5
     assert (torch.corrcoef(values) - torch.eye(9)).abs().max() < 4 / 500**0.5
-    near = uniform_per_sample(torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1), 17, 0, 2)
+    near = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    near = uniform_per_sample(near, 17, 0, 2)
     assert torch.corrcoef(torch.stack([near[0].flatten(), torch.arange(256.0)]))[0, 1].abs() < 0.2
 
 
