@@ -234,6 +234,7 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
         if not typed.run_name:
             raise ConfigError("save_folder holds {run_name}, but run_name is empty")
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
+    typed.loggers = {name: given for name, given in typed.loggers.items() if given is not None}
     if typed.recipe_name in RECIPES:
         typed.max_duration = getattr(typed, typed.recipe_name).max_duration
     _check(typed)
@@ -267,10 +268,12 @@ def _check(config: Config) -> None:
     """Refuse values of the right type that cannot work."""
     if config.recipe_name is not None and config.recipe_name not in RECIPES:
         raise ConfigError(f"recipe_name: {config.recipe_name} is none of {', '.join(RECIPES)}")
-    for name in config.loggers:
+    for name, arguments in config.loggers.items():
         if name not in LOGGERS:
             near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
             raise ConfigError(f"loggers.{name}: no such logger; did you mean {near}?")
+        if not isinstance(arguments, dict):
+            raise ConfigError(f"loggers.{name}: {arguments!r} is not its arguments; {{}} is none")
         if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
             raise ConfigError(
                 f"loggers.{name}: its package is missing; "

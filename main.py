@@ -138,7 +138,7 @@ def build_trainer(config: Config) -> Trainer:
         loggers=_build_loggers(config),
         progress_bar="progress_bar" in config.loggers,
         log_to_console="console" in config.loggers,
-        console_log_interval=(config.loggers.get("console") or {}).get("log_interval", "1ba"),
+        console_log_interval=config.loggers.get("console", {}).get("log_interval", "1ba"),
         load_path=checkpoint,
         spin_dataloaders=False,  # the order of samples does not depend on what was read before
         device=device,
@@ -311,7 +311,7 @@ def _build_loggers(config: Config) -> list[LoggerDestination]:
     for name, arguments in config.loggers.items():
         if name in classes:
             try:
-                built.append(classes[name](**(arguments or {})))
+                built.append(classes[name](**arguments))
             except TypeError as error:
                 raise ConfigError(f"loggers.{name}: {error}") from error
     return built

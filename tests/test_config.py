@@ -87,8 +87,9 @@ WRONG = {
     "precision=bf17": "precision: bf17 is none of",
     "compile=maybe": "compile: maybe is none of",
     "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
+    "loggers.file=log.txt": "loggers.file: 'log.txt' is not its arguments",
     "loggers=wandb": "loggers: 'wandb' is not a section",
-    "loggers.comet_ml={}": r"loggers.comet_ml: its package is missing; pip install .*mosaicml\[comet_ml\]",
+    "loggers.comet_ml={}": r"comet_ml: its package is missing; pip install .*mosaicml\[comet_ml\]",
     "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "no loss is left",
     "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
@@ -113,11 +114,16 @@ def test_a_wrong_config_is_answered_in_one_line(
     assert "\n" not in message
 
 
+def test_a_logger_left_empty_is_none(tiny: dict[str, Any]) -> None:
+    tiny["loggers"] = {"progress_bar": {}, "wandb": None}
+    assert resolve(tiny).loggers == {"progress_bar": {}}
+
+
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="train_dataset.batch_size: 4 images .* use 3"):
+    with pytest.raises(ConfigError, match=r"train_dataset.batch_size: 4 images .* use 3"):
         resolve(tiny)
 
 
@@ -126,7 +132,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None) -
     path = tmp_path / "broken.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match="broken.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"broken.yaml") as caught:
         load(str(path), [])
     assert "\n" not in str(caught.value)
 
