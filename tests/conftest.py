@@ -9,9 +9,9 @@ from typing import Any
 # Waiting threads that spin slow each other down where cores are few; set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pytest  # noqa: E402
+import pytest
 
-import synthetic_ade20k  # noqa: E402
+import synthetic_ade20k
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
