@@ -49,17 +49,17 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Tensor: (N, 3, H, W).
     """
-    is_on, amount = uniform[:4] < 0.5, uniform[4:8] * 2 - 1
-    strength = image.new_tensor([32 / 255, 0.5, 0.5, 18 / 255]).view(4, 1, 1, 1, 1)
-    change = amount * strength * is_on
-    brightness, contrast, saturation = 1 + change[:3]
+    change = (uniform[4:8] * 2 - 1) * (uniform[:4] < 0.5)
+    brightness, contrast, saturation = (
+        1 + strength * step for strength, step in zip((32 / 255, 0.5, 0.5), change)
+    )
     contrast_first = uniform[8] < 0.5
     image = (image * brightness).clamp_(0, 255)
     image = _contrast(image, inside, torch.where(contrast_first, contrast, 1.0))
     if _any(change[2]):
         image = _blend(image, _gray(image), saturation)
     if _any(change[3]):
-        image = _turn_hue(image, change[3])
+        image = _turn_hue(image, change[3] * (18 / 255))
     return _contrast(image, inside, torch.where(contrast_first, 1.0, contrast))
 
 

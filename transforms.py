@@ -27,6 +27,8 @@ __all__ = [
     "decode_image",
     "decode_mask",
     "decode_photo",
+    "resize_image",
+    "resize_mask",
 ]
 
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -35,6 +37,8 @@ IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 PADDING = 255  # In a mask: outside the photo. Ignored, and black after normalisation.
 IGNORED = 254  # In a mask: a pixel of the photo that is ignored, though label 0 may not be.
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
+
+LoadImage = Callable[[int], np.ndarray]
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -69,24 +73,17 @@ def _nearest(length: int, resized: int) -> np.ndarray:
     return np.add.accumulate(steps).astype(np.intp)
 
 
-def resize_crop(image, size, top, left, height, width):
-    return resize_image(image, size)[top : top + height, left : left + width]
-
-
 class PairTransform:
     """What is done to a photo and its mask together, both as arrays."""
 
     def apply(
-        self,
-        load_image: Callable[[int], np.ndarray],
-        mask: np.ndarray,
-        rng: np.random.Generator,
+        self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Transform a sample.
 
         Args:
             load_image (Callable[[int], np.ndarray]): Gives the photo, (H, W, 3) uint8, at 1/1, 1/2,
-                1/4 or 1/8 of its size (see `decode_photo`).
+                1/4 or 1/8 of its size (see `decode_photo`), or at its size in any case.
             mask (np.ndarray): (H, W) uint8.
             rng (np.random.Generator): The only source of randomness.
 
@@ -99,8 +96,7 @@ class PairTransform:
         """Transform a pair of Pillow images or arrays, at random as the system's entropy has it."""
         image, mask = sample
         image = image.convert("RGB") if isinstance(image, Image.Image) else image
-        load_image = lambda reduction: np.asarray(image)[::reduction, ::reduction]  # noqa: E731
-        return self.apply(load_image, np.asarray(mask), np.random.default_rng())
+        return self.apply(lambda _: np.asarray(image), np.asarray(mask), np.random.default_rng())
 
 
 class Resize(PairTransform):
@@ -109,7 +105,9 @@ class Resize(PairTransform):
     def __init__(self, final_size: int = 512):
         self.final_size = final_size
 
-    def apply(self, load_image, mask, rng):
+    def apply(
+        self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         size = (self.final_size, self.final_size)
         return resize_image(load_image(1), size), resize_mask(mask, size)
 
@@ -136,14 +134,16 @@ class RandomCrop(PairTransform):
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
         self.max_class_share, self.retries = max_class_share, retries
 
-    def apply(self, load_image, mask, rng):
+    def apply(
+        self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
         grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
         size = (min(side, self.final_size),) * 2
         rows, columns = self._choose_crop(mask, side, size, grid, rng)
         image, labels = load_image(grid), resize_mask(mask[rows, columns], size)
-        if image.shape[0] == mask.shape[0]:  # only JPEGs are decoded smaller
+        if image.shape[0] == mask.shape[0]:  # Only JPEGs are decoded smaller.
             grid = 1
         rows, columns = (slice(s.start // grid, -(-s.stop // grid)) for s in (rows, columns))
         crop = resize_image(image[rows, columns], size)
