@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import logging
 import os
 import queue
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
@@ -83,6 +86,7 @@ class Shards:
         )
         self.streams: dict[tuple[int, int], Stream] = {}
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
+        self._check_index()
         self.shards = self._retrying(
             f"{self.location}/index.json", lambda: self.stream.get_shards(World.detect(), False)
         )
@@ -97,18 +101,32 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            validate_hash = min(info.hashes, default=None)
+            validate_hash = max(info.hashes, default=None)  # of sha1 and xxh64 the faster
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
+    def _check_index(self) -> None:
+        """Refuse a cache of what the data set was before it was written anew."""
+        path, fresh = (os.path.join(self.folder, name) for name in ("index.json", "index.json.new"))
+        if not self.is_cache or not os.path.exists(path) or not World.detect().is_local_leader:
+            return
+        try:
+            CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
+        except Exception as error:
+            reason = _one_line(error)
+            log.warning("%s: %s; going on with what is in %s", self.location, reason, self.folder)
+            return
+        is_same = filecmp.cmp(path, fresh, shallow=False)
+        os.remove(fresh)
+        if not is_same:
+            raise DataError(f"{self.folder} has an earlier version of {self.location}: delete it")
+
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
         if cache_limit is None:
             return None
-        limit, largest = (
-            bytes_to_int(cache_limit),
-            max(shard.get_max_size() for shard in self.shards),
-        )
+        limit = bytes_to_int(cache_limit)
+        largest = max(shard.get_max_size() for shard in self.shards)
         if limit < 4 * largest:
             raise DataError(
                 f"cache_limit {cache_limit} is less than 4 shards of {self.location}, "
@@ -154,9 +172,10 @@ class Shards:
         else:
             raise DataError(f"{path} is always gone again: is cache_limit too small?")
         if self.cache_limit:
-            os.utime(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
         uid = sample["uid"].decode() if isinstance(sample["uid"], bytes) else str(sample["uid"])
-        uid = uid.removeprefix(f"ADE_{self.stream.split}_")  # As in folders
+        uid = uid.removeprefix(f"ADE_{self.settings['split']}_")  # As in folders
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
 

@@ -191,6 +191,17 @@ def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Pa
         stream(mds, tmp_path, cache_limit="1kb")
 
 
+def test_a_cache_of_other_data_is_refused(folder: str, mds: str, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(mds, tmp_path / "mds"))
+    stream(str(path), tmp_path / "cache")
+    stream(str(path), tmp_path / "cache")
+    shutil.rmtree(path)
+    write(folder, path, size_limit=9_000)
+    with pytest.raises(DataError, match=f"cache/train has an earlier version of {path}/train"):
+        stream(str(path), tmp_path / "cache")
+    assert sorted(os.listdir(tmp_path / "cache/train")) == ["index.json"]
+
+
 def test_processes_share_a_cache(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
     found: dict[int, list[str]] = {}
 
