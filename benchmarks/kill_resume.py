@@ -1,20 +1,19 @@
 """Kill runs with SIGKILL, start them again with the same config, and compare with one never killed.
 
-    python -m benchmarks.kill_resume                      # the table, as Markdown (10 min, 2 cores)
+    python -m benchmarks.kill_resume                      # the table, as Markdown; 5 minutes
     python -m benchmarks.kill_resume --recipes hot --sources folders --seed 3
 
-Each row is one run of ResNet-50 on generated photos of 32 pixels, 2 epochs of 6 batches, in fp32 on
-one core: killed at a random batch, in a random evaluation or at a random point of a save, then
-started again until it ends. Compared are the weights, the averaged weights and the optimizer's
-state at the end, and every loss and mIoU that any of its processes logged.
+Each row is one run of DeepLabV3+ with a ResNet of four blocks on generated photos of 32 pixels, 2
+epochs of 6 batches, in fp32 on one core: killed at a random batch, in a random evaluation or at a
+random point of a save, then started again until it ends. Compared are the weights, the averaged
+weights and the optimizer's state at the end, and every loss and mIoU that any of its processes
+logged.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -24,111 +23,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.forked import Death, run
+
 RECIPES = ("baseline", "mild", "medium", "hot")
 SOURCES = ("folders", "shards")
 BATCHES = 12  # in 2 epochs of 6
-# Where a run is killed; of a save: half written, before each of its renames, before an old one goes
-MOMENTS = {
+KILLS = {
     "mid-epoch": ("forward", "batch"),
     "evaluation": ("eval",),
     "save": ("write", "rename", "pointer", "remove"),
 }
-
-
-def run(config: dict[str, Any], log: str = os.devnull, kill: tuple[str, int] | None = None) -> int:
-    """Run main() in a process of its own, forked from one that has everything imported.
-
-    Args:
-        config: What main() gets.
-        log: File that what is logged is added to, a line of JSON a value.
-        kill: A moment of `MOMENTS` and when: the batch, the evaluation's batch, or which save.
-
-    Returns:
-        The exit status, or the negative signal.
-    """
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload"])
-    process = context.Process(target=_child, args=(config, log, kill))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def _child(config: dict[str, Any], log: str, kill: tuple[str, int] | None) -> None:
-    import main
-
-    multiprocessing.set_start_method("fork", force=True)  # a loader's processes, as in any run
-    if kill is not None:
-        _plan_death(main, *kill)
-    build = main._build_loggers
-    main._build_loggers = lambda config: [*build(config), _make_logger(log)]
-    main.main(config)
-
-
-def _make_logger(path: str) -> Any:
-    from composer.loggers import LoggerDestination
-
-    class Lines(LoggerDestination):
-        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-            with open(path, "a") as file:
-                for name, value in metrics.items():
-                    if name.startswith(("loss/", "metrics/eval/")):
-                        file.write(json.dumps([step, name, float(value)]) + "\n")
-
-    return Lines()
-
-
-def _plan_death(main: Any, moment: str, number: int) -> None:
-    """Have this process kill itself at a moment."""
-    import torch
-    from composer.core import Callback
-
-    import stores
-
-    def count(reached: bool = True) -> None:
-        nonlocal number
-        number -= reached
-        if reached and number < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    class Death(Callback):
-        def after_forward(self, state: Any, logger: Any) -> None:
-            count(moment == "forward")
-
-        def batch_end(self, state: Any, logger: Any) -> None:
-            count(moment == "batch")
-
-        def eval_batch_end(self, state: Any, logger: Any) -> None:
-            count(moment == "eval")
-
-    build = main._build_callbacks
-    main._build_callbacks = lambda config: [*build(config), Death()]
-    save, replace, remove = torch.save, os.replace, os.remove
-
-    def half_save(content: Any, file: Any) -> None:
-        if moment != "write" or number > 0:
-            count(moment == "write")
-            return save(content, file)
-        buffer = io.BytesIO()
-        save(content, buffer)
-        file.write(buffer.getvalue()[: buffer.tell() // 2])
-        file.flush()
-        return count()
-
-    def late_replace(source: str, target: str) -> None:
-        name = os.path.basename(target)
-        count(moment == "rename" and stores.NAME.fullmatch(name) is not None)
-        count(moment == "pointer" and name == stores.LATEST)
-        replace(source, target)
-
-    def late_remove(path: str) -> None:
-        count(moment == "remove" and stores.NAME.fullmatch(os.path.basename(path)) is not None)
-        remove(path)
-
-    torch.save, os.replace, os.remove = half_save, late_replace, late_remove
 
 
 def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
@@ -211,15 +115,15 @@ def largest_difference(folder: str, reference: str) -> float:
     return max(float((found[k].double() - expected[k].double()).abs().max()) for k in expected)
 
 
-def draw_kill(point: str, save_every: int, rng: random.Random) -> tuple[str, int]:
+def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
     """A random moment of a kind, that a run which saves at an interval comes by."""
-    moment = rng.choice(MOMENTS[point])
+    moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
-        return moment, rng.randrange(1, BATCHES)
+        return Death(moment, rng.randrange(1, BATCHES))
     if point == "evaluation":
-        return moment, rng.randrange(4)  # 2 evaluations of 2 batches
+        return Death(moment, rng.randrange(4))  # 2 evaluations of 2 batches
     saves = BATCHES // save_every
-    return moment, rng.randrange(1, saves) - (moment == "remove")
+    return Death(moment, rng.randrange(1, saves) - (moment == "remove"))
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -227,7 +131,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rng = random.Random(arguments.seed)
     for recipe in arguments.recipes:
         for source in arguments.sources:
-            for point in MOMENTS:
+            for point in KILLS:
                 save_every = rng.choice((1, 2, 3, 4))
                 yield {
                     "recipe": recipe,
@@ -271,7 +175,12 @@ def main() -> int:
         for case in cases(arguments):
             difference, same = measure(case, folder)
             worst = max(worst, difference, 0 if same else float("inf"))
-            row = [case["recipe"], case["source"], case["point"], "{} {}".format(*case["kill"])]
+            row = [
+                case["recipe"],
+                case["source"],
+                case["point"],
+                f"{case['kill'].moment} {case['kill'].number}",
+            ]
             row += [f"{case['save_every']}ba", case["workers"], difference]
             row.append("match" if same else "DIFFER")
             print("|", " | ".join(map(str, row)), "|", flush=True)

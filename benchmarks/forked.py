@@ -1,0 +1,173 @@
+"""Runs of main.py in processes of their own that die when told to: for tests and kill_resume.py.
+
+The processes are forked from one that has everything imported, which saves ten seconds each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = ["main", "model", "data", "recipes", "optimizer", "callbacks", "watch", "validate"]
+# Of a save: half written, before each of its renames, before an old one goes.
+MOMENTS = ("forward", "batch", "eval", "write", "rename", "pointer", "remove")
+
+
+class Death(NamedTuple):
+    """When a run gets a signal: at a moment of `MOMENTS`, which comes by for the n-th time."""
+
+    moment: str
+    number: int  # from 0
+    signal: int = signal.SIGKILL
+    times: int = 1  # in a row
+
+
+def start(
+    config: dict[str, Any],
+    log: str,
+    death: Death | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+) -> Any:
+    """Start main.py in a process of its own, forked from one that has everything imported.
+
+    Args:
+        config: What the YAML says.
+        log: File that what is logged is added to, a line of JSON a value; `{log}.{rank}.out` has
+            the output.
+        death: When the process gets which signal.
+        rank: The process's number of `ranks`, on this machine.
+        port: Where the processes find each other.
+
+    Returns:
+        The multiprocessing.Process.
+    """
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = {key: str(value) for key, value in distributed.items()} if ranks > 1 else {}
+    process = context.Process(target=_child, args=(config, log, death, rank, settings))
+    process.start()
+    return process
+
+
+def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
+    """Run main.py as `start` does; the exit status, or the negative signal."""
+    process = start(config, log, death)
+    process.join()
+    return process.exitcode
+
+
+def _child(
+    config: dict[str, Any], log: str, death: Death | None, rank: int, settings: dict[str, str]
+) -> None:
+    import main
+
+    os.environ.update(settings)
+    output = os.open(f"{log}.{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    multiprocessing.set_start_method("fork", force=True)  # a loader's processes, as in any run
+    _shrink()
+    if death is not None:
+        _plan_death(main, death)
+    build = main._build_loggers
+    main._build_loggers = lambda config: [*build(config), _make_logger(log)]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(config, file)  # which is YAML
+        file.flush()
+        status = main.run([file.name])
+    sys.exit(status)
+
+
+def _shrink() -> None:
+    """Make resnet50 a network of 3 million parameters, or runs are about writing them."""
+    import torchvision.models.resnet as resnet
+
+    import model
+    import weights
+
+    head = model.DepthwiseSeparableASPPHead
+    weights.DEPTHS[1, 1, 1, 1] = "50"
+    weights.FAMILIES[16, 16] = "resnet{}"
+    resnet.resnet50 = lambda weights, **arguments: resnet.ResNet(
+        resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments
+    )
+    model.DepthwiseSeparableASPPHead = lambda **arguments: head(**{**arguments, "channels": 32})
+
+
+def _make_logger(path: str) -> Any:
+    from composer.loggers import LoggerDestination
+
+    class Lines(LoggerDestination):
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            with open(path, "a") as file:
+                for name, value in metrics.items():
+                    if name.startswith(("loss/", "metrics/eval/")):
+                        file.write(json.dumps([step, name, float(value)]) + "\n")
+
+    return Lines()
+
+
+def _plan_death(main: Any, death: Death) -> None:
+    """Have this process send itself a signal at a moment."""
+    import torch
+    from composer.core import Callback
+
+    import stores
+
+    moment, number = death.moment, death.number
+
+    def count(reached: bool = True) -> None:
+        nonlocal number
+        number -= reached
+        if reached and -death.times <= number < 0:
+            os.kill(os.getpid(), death.signal)
+
+    class Deadly(Callback):
+        def after_forward(self, state: Any, logger: Any) -> None:
+            count(moment == "forward")
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            count(moment == "batch")
+
+        def eval_batch_end(self, state: Any, logger: Any) -> None:
+            count(moment == "eval")
+
+    build = main._build_callbacks
+    main._build_callbacks = lambda config: [*build(config), Deadly()]
+    save, replace, remove = torch.save, os.replace, os.remove
+
+    def half_save(content: Any, file: Any) -> None:
+        if moment != "write" or number > 0:
+            count(moment == "write")
+            return save(content, file)
+        buffer = io.BytesIO()
+        save(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        return count()
+
+    def late_replace(source: str, target: str) -> None:
+        name = os.path.basename(target)
+        count(moment == "rename" and stores.NAME.fullmatch(name) is not None)
+        count(moment == "pointer" and name == stores.LATEST)
+        replace(source, target)
+
+    def late_remove(path: str) -> None:
+        count(moment == "remove" and stores.NAME.fullmatch(os.path.basename(path)) is not None)
+        remove(path)
+
+    torch.save, os.replace, os.remove = half_save, late_replace, late_remove
