@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -65,9 +66,21 @@ def start(
 
 def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
     """Run main.py as `start` does; the exit status, or the negative signal."""
-    process = start(config, log, death)
-    process.join()
-    return process.exitcode
+    return run_ranks(config, log, 1, death)[0]
+
+
+def run_ranks(
+    config: dict[str, Any], log: str, ranks: int, death: Death | None = None
+) -> list[int]:
+    """Run main.py in several processes, of which the last dies; their statuses as of `run`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deaths = [None] * (ranks - 1) + [death]
+    processes = [start(config, log, deaths[rank], rank, ranks, port) for rank in range(ranks)]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def _child(
@@ -84,7 +97,8 @@ def _child(
     if death is not None:
         _plan_death(main, death)
     build = main._build_loggers
-    main._build_loggers = lambda config: [*build(config), _make_logger(log)]
+    if rank == 0:
+        main._build_loggers = lambda config: [*build(config), _make_logger(log)]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(config, file)  # which is YAML
         file.flush()
@@ -150,15 +164,15 @@ def _plan_death(main: Any, death: Death) -> None:
     main._build_callbacks = lambda config: [*build(config), Deadly()]
     save, replace, remove = torch.save, os.replace, os.remove
 
-    def half_save(content: Any, file: Any) -> None:
-        if moment != "write" or number > 0:
-            count(moment == "write")
-            return save(content, file)
-        buffer = io.BytesIO()
-        save(content, buffer)
-        file.write(buffer.getvalue()[: buffer.tell() // 2])
-        file.flush()
-        return count()
+    def half_save(content: Any, file: Any, **arguments: Any) -> None:
+        ours = str(getattr(file, "name", "")).endswith(".unfinished")
+        if moment == "write" and ours and number == 0:
+            buffer = io.BytesIO()
+            save(content, buffer)
+            file.write(buffer.getvalue()[: buffer.tell() // 2])
+            file.flush()
+        count(moment == "write" and ours)
+        save(content, file, **arguments)
 
     def late_replace(source: str, target: str) -> None:
         name = os.path.basename(target)
