@@ -165,7 +165,9 @@ def table(result: dict) -> str:
         memory = [row["bytes"][side] for side in SIDES]
         for side, median, size in zip(SIDES, medians, memory, strict=True):
             taken = row["seconds"][side]
-            times = " | ".join(f"{1e3 * t:.4g} ms" for t in (median, min(taken), max(taken)))
+            times = [median, min(taken), max(taken)]
+            digits = 0 if median > 0.1 else 2
+            times = " | ".join(f"{1e3 * t:.{digits}f} ms" for t in times)
             lines.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
         smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""  # below one page
         lines.append(f"{start} ratio | {medians[0] / medians[1]:.1f} | | | {smaller} |")
