@@ -23,9 +23,11 @@ import torchvision
 from composer.models import ComposerModel
 from composer.utils import dist
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
 
+from depthwise import DilatedDepthwiseConv2d
 from losses import segmentation_loss
 from metrics import CrossEntropy, MIoU
 
@@ -121,6 +123,12 @@ def deeplabv3(
     )
     if use_plus:
         head = DepthwiseSeparableASPPHead(c1_in_channels=256, c1_channels=48, **head_arguments)
+        for branch in list(head.aspp_modules)[1:]:
+            conv = branch.depthwise_conv.conv
+            # Without a draw of random numbers, which those after it would feel
+            ours = skip_init(DilatedDepthwiseConv2d, conv.in_channels, conv.dilation[0])
+            ours.weight = conv.weight
+            branch.depthwise_conv.conv = ours
     else:
         head = ASPPHead(**head_arguments)
     network = DeepLabV3(features, head)

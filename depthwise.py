@@ -1,0 +1,120 @@
+"""A depthwise 3 x 3 convolution with a large dilation, on a CPU: nine multiply-adds.
+
+The head's three have 2048 channels and dilations 12, 24 and 36, so that much of what a tap reads is
+padding. oneDNN, which PyTorch calls on x86, takes a quarter of a training step at 128 pixels for
+them, for a ten-thousandth of its arithmetic; and its weight gradient in bf16 is wrong where most
+taps do meet the image (torch 2.7.0: 64 x 64 features, dilation 12, off by 140%).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 2**17  # numbers of one image taken at a time: 512 KiB in fp32, a part of a core's L2 cache
+
+
+class DilatedDepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` with a 3 x 3 kernel, stride 1, ``groups=channels`` and ``padding=dilation``.
+
+    On a GPU, and in what is exported, it is PyTorch's own operator.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W), in the input's type; sums are in fp32.
+    """
+
+    def __init__(
+        self, channels: int, dilation: int, device: torch.device | str | None = None
+    ) -> None:
+        same = dict(padding=dilation, dilation=dilation, groups=channels)
+        super().__init__(channels, channels, 3, bias=False, device=device, **same)
+
+    def forward(self, image: Tensor) -> Tensor:
+        exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if image.is_cuda or exported or image.dtype == torch.float64:
+            return super().forward(image)
+        return convolution(image, self.weight, self.dilation[0])
+
+
+@torch.library.custom_op("deeplab::dilated_depthwise", mutates_args=())
+def convolution(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """The convolution of an image (N, C, H, W) with (C, 1, 3, 3), padded by the dilation."""
+    result = torch.empty_like(image)
+    taps = list(_taps(image.shape, dilation))
+    kernel = weight.float()[:, 0, :, :, None, None]
+    for n, c in _chunks(image):
+        part = _copy(image[n, c])
+        total = part * kernel[c, 1, 1]
+        for y, x, to, source in taps:
+            total[to].addcmul_(part[source], kernel[c, y, x])
+        result[n, c] = total
+    return result
+
+
+@torch.library.custom_op("deeplab::dilated_depthwise_backward", mutates_args=())
+def gradients(grad: Tensor, image: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """The gradients by the image and by the weight."""
+    by_image = torch.empty_like(image)
+    taps = list(_taps(image.shape, dilation))
+    kernel = weight.float()[:, 0, :, :, None, None]
+    by_kernel = torch.zeros(weight.shape, device=weight.device)[:, 0]
+    for n, c in _chunks(image):
+        part, grad_part = _copy(image[n, c]), _copy(grad[n, c])
+        total = grad_part * kernel[c, 1, 1]
+        by_kernel[c, 1, 1] += (grad_part * part).sum((1, 2))
+        for y, x, to, source in taps:
+            total[source].addcmul_(grad_part[to], kernel[c, y, x])
+            by_kernel[c, y, x] += (grad_part[to] * part[source]).sum((1, 2))
+        by_image[n, c] = total
+    return by_image, torch.empty_like(weight).copy_(by_kernel[:, None])
+
+
+def _copy(part: Tensor) -> Tensor:
+    """A part of an image in fp32, dense."""
+    return part.to(torch.float32, copy=True)
+
+
+def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
+    """One image, and a range of its channels, after the other."""
+    count, channels, height, width = image.shape
+    step = max(64, CHUNK // (height * width))
+    for n in range(count):
+        for first in range(0, channels, step):
+            yield n, slice(first, first + step)
+
+
+def _taps(
+    shape: torch.Size, dilation: int
+) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
+    """The kernel's positions but its centre, with where in (C, H, W) they write and read."""
+    for y in range(3):
+        for x in range(3):
+            down, right = (y - 1) * dilation, (x - 1) * dilation
+            if (y, x) == (1, 1) or abs(down) >= shape[2] or abs(right) >= shape[3]:
+                continue
+            rows, columns = _overlap(down, shape[2]), _overlap(right, shape[3])
+            yield y, x, (slice(None), rows[0], columns[0]), (slice(None), rows[1], columns[1])
+
+
+def _overlap(offset: int, size: int) -> tuple[slice, slice]:
+    """Positions whose neighbour at an offset is inside as well, and those neighbours."""
+    first, last = max(0, -offset), size - max(0, offset)
+    return slice(first, last), slice(first + offset, last + offset)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    image, weight, ctx.dilation = inputs
+    ctx.save_for_backward(image, weight)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    return *gradients(grad, *ctx.saved_tensors, ctx.dilation), None
+
+
+convolution.register_fake(lambda image, weight, dilation: torch.empty_like(image))
+gradients.register_fake(
+    lambda grad, image, weight, dilation: (torch.empty_like(image), torch.empty_like(weight))
+)
+convolution.register_autograd(_backward, setup_context=_save)
