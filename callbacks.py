@@ -211,6 +211,7 @@ def draw_curves(
         axes[0].set_title(f"training loss, {smooth[-1]:.4g} at the end", loc="left")
         axes[0].legend(frameon=False)
         axes[1].plot(batch, rate, color="#b8860b", **few)
+        axes[1].set_ylim(0, 1.1 * max(rate.max(), 1e-12))
         axes[1].set_title(f"learning rate, {rate[-1]:.3g} at the end", loc="left")
     if len(at):
         best = int(miou.argmax())
