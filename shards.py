@@ -7,8 +7,10 @@ import filecmp
 import logging
 import os
 import queue
+import tempfile
 import threading
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -86,10 +88,12 @@ class Shards:
         )
         self.streams: dict[tuple[int, int], Stream] = {}
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
-        self._check_index()
-        self.shards = self._retrying(
-            f"{self.location}/index.json", lambda: self.stream.get_shards(World.detect(), False)
-        )
+        with self._alone_with_index():
+            self._check_index()
+            self.shards = self._retrying(
+                f"{self.location}/index.json",
+                lambda: self.stream.get_shards(World.detect(), False),
+            )
         if not self.shards:
             raise DataError(f"{self.location}/index.json lists no shards")
         for shard in self.shards:
@@ -106,19 +110,27 @@ class Shards:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
+    def _alone_with_index(self) -> AbstractContextManager:
+        """A lock against other runs that share the cache; the other ranks wait for the first."""
+        if not self.is_cache or not World.detect().is_local_leader:
+            return contextlib.nullcontext()
+        os.makedirs(self.folder, exist_ok=True)
+        return FileLock(os.path.join(self.folder, "index.json.lock"))
+
     def _check_index(self) -> None:
         """Refuse a cache of what the data set was before it was written anew."""
-        path, fresh = (os.path.join(self.folder, name) for name in ("index.json", "index.json.new"))
+        path = os.path.join(self.folder, "index.json")
         if not self.is_cache or not os.path.exists(path) or not World.detect().is_local_leader:
             return
-        try:
-            CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
-        except Exception as error:
-            reason = _one_line(error)
-            log.warning("%s: %s; going on with what is in %s", self.location, reason, self.folder)
-            return
-        is_same = filecmp.cmp(path, fresh, shallow=False)
-        os.remove(fresh)
+        with tempfile.TemporaryDirectory() as folder:  # of this process: others look as well
+            fresh = os.path.join(folder, "index.json")
+            try:
+                CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
+            except Exception as error:
+                reason = _one_line(error)
+                log.warning("%s: %s; going on with %s", self.location, reason, self.folder)
+                return
+            is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
             raise DataError(f"{self.folder} has an earlier version of {self.location}: delete it")
 

@@ -199,7 +199,7 @@ def test_a_cache_of_other_data_is_refused(folder: str, mds: str, tmp_path: Path)
     write(folder, path, size_limit=9_000)
     with pytest.raises(DataError, match=f"cache/train has an earlier version of {path}/train"):
         stream(str(path), tmp_path / "cache")
-    assert sorted(os.listdir(tmp_path / "cache/train")) == ["index.json"]
+    assert sorted(os.listdir(tmp_path / "cache/train")) == ["index.json", "index.json.lock"]
 
 
 def test_processes_share_a_cache(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
