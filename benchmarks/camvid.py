@@ -5,7 +5,7 @@
 
 A schedule has to know the run's length, so each run's steps are timed first and its length set in
 batches; evaluations are not counted. EMA's half-life is a twentieth of the run, a recipe's other
-numbers are its own. `--path` is in ADE20K's layout, with 11 classes.
+numbers are its own. `--path` is in ADE20K's layout.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
         "precision": args.precision,
         "compile": args.compile,
         "model": {
-            "num_classes": 11,
+            "num_classes": args.classes,
             "backbone_arch": args.arch,
             "backbone_weights": None,
         },
@@ -144,6 +144,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5, help="of training, for each recipe")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--classes", type=int, default=11)
     parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
     parser.add_argument("--base-size", type=int, help="before the random resize; default: SIZE")
     parser.add_argument("--batch", type=int, default=16 if on_gpu else 8, help="images a step")

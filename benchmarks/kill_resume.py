@@ -123,7 +123,9 @@ def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
     if point == "evaluation":
         return Death(moment, rng.randrange(4))  # 2 evaluations of 2 batches
     saves = BATCHES // save_every
-    return Death(moment, rng.randrange(1, saves) - (moment == "remove"))
+    if moment == "remove":  # which the third save is the first to do
+        return Death(moment, rng.randrange(saves - 2))
+    return Death(moment, rng.randrange(1, saves))
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
