@@ -172,6 +172,7 @@ class Config:
     eval_first: bool = key(False, "also evaluate before the first step")
     train_metrics_interval: int = key(0, "batches between two scores of a training batch; 0: never")
     pictures: int = key(4, "validation photos to draw at each evaluation; 0: none")
+    class_table_csv: bool = key(False, "write each evaluation's class table below save_folder")
     class_names: str | None = key(None, "file with a class name a line; empty: ADE20K's if 150")
     optimizer: OptimizerConfig = key(OptimizerConfig, "")
     mild: MildConfig = key(MildConfig, "")

@@ -290,7 +290,11 @@ def _build_callbacks(config: Config) -> list[Callback]:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
     if folder:
         callbacks.append(Curves(folder))
-    return [*callbacks, ClassTable(classes, folder), RunRecord(asdict(config), classes)]
+    return [
+        *callbacks,
+        ClassTable(classes, folder if config.class_table_csv else None),
+        RunRecord(asdict(config), classes),
+    ]
 
 
 def _build_loggers(config: Config) -> list[LoggerDestination]:

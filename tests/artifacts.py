@@ -67,6 +67,7 @@ def finished_run() -> tuple[Any, str]:
         "pictures": 2,
         "class_names": str(Path(__file__).parent.parent / "yamls" / "demo_classes.txt"),
         "precision": "fp32",
+        "class_table_csv": True,
         "save_folder": f"{_folder.name}/{{run_name}}",
         "loggers": {"tensorboard": {"log_dir": folder, "flush_interval": 1}},
     }
