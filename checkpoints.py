@@ -23,7 +23,8 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, get_file, reproducibility
 
 from config import ConfigError
-from stores import LocalFolder, RemoteFolder, RunError, batch_of, one_line, open_folder
+from shards import one_line
+from stores import LocalFolder, RemoteFolder, RunError, batch_of, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,9 @@ class Checkpoints(CheckpointSaver):
                 os.remove(unfinished)
             if isinstance(error, RunError):
                 raise
-            problem = f"cannot save {self.target.path}/{name}: {one_line(error)}"
+            # Closing its archive, torch raises another error over that of the disk.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
 
     def finish(self) -> None:

@@ -26,7 +26,7 @@ from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 import data
-from shards import DataError, Shards
+from shards import DataError, Shards, one_line
 from transforms import IGNORED, decode_image, decode_mask, decode_photo
 
 CHUNK = 64  # samples a process checks between two reports
@@ -109,7 +109,7 @@ class Tally:
         try:
             image = decoder(content)
         except (ValueError, MemoryError, cv2.error) as error:
-            self.find(name, " ".join(str(error).split()) or type(error).__name__)
+            self.find(name, one_line(error))
             image = None
         if (complaint := _decoder_complaint()) and image is not None:
             self.find(name, f"damaged inside, though it decodes ({complaint})", fatal=False)

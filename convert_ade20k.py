@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from checks import in_processes, open_shards, opened_shards, read_shard
 from data import FOLDERS, DataError, Sample, list_samples
+from shards import one_line
 from transforms import decode_mask, decode_photo
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def upload(target: Target, name: str) -> None:
     try:
         _uploader(os.getpid(), target.folder, target.remote).upload_file(name)
     except Exception as error:
-        raise DataError(f"{target.remote}/{name}: {_one_line(error)}") from error
+        raise DataError(f"{target.remote}/{name}: {one_line(error)}") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -224,7 +225,7 @@ def _fetch_index(remote: str, index: Path) -> bool:
     except Exception as error:  # each store has its own errors, and its own words for "not found"
         if re.search("not found|no such|does not exist|404", str(error), re.IGNORECASE):
             return False
-        raise DataError(f"{remote}: {_one_line(error)}") from error
+        raise DataError(f"{remote}: {one_line(error)}") from error
     return True
 
 
@@ -273,10 +274,6 @@ def _write(file: Path, content: Any) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, sort_keys=True))
     os.replace(temporary, file)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def convert(

@@ -132,7 +132,7 @@ def build_trainer(config: Config) -> Trainer:
         eval_interval=saver.eval_interval if saver else config.eval_interval,
         max_duration=config.max_duration,
         optimizers=optimizer,
-        schedulers=scheduler,
+        schedulers=scheduler if config.is_train else None,  # which needs the length of an epoch
         algorithms=algorithms,
         callbacks=[*_build_callbacks(config), *([saver] if saver else [])],
         loggers=_build_loggers(config),
@@ -352,7 +352,6 @@ def run(arguments: list[str]) -> int:
     from classes import ClassError
     from data import DataError
     from model import ModelError
-    from stores import RunError
     from watch import end_with_launcher, explain
     from weights import WeightsError
 
@@ -366,7 +365,7 @@ def run(arguments: list[str]) -> int:
     except (ConfigError, DataError, ModelError, WeightsError, ClassError) as error:
         return _refuse(error)
     except RuntimeError as error:
-        line = str(error) if isinstance(error, RunError) else explain(error)
+        line = explain(error)
         if line is None:
             raise
         return _refuse(line, 1)

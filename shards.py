@@ -127,8 +127,8 @@ class Shards:
             try:
                 CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
             except Exception as error:
-                reason = _one_line(error)
-                log.warning("%s: %s; going on with %s", self.location, reason, self.folder)
+                level = logging.INFO if _is_final(error) else logging.WARNING
+                log.log(level, "%s: %s; going on with the cache", self.location, one_line(error))
                 return
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
@@ -180,7 +180,7 @@ class Shards:
                 self.fetch(shard)
             except Exception as error:
                 again = "; delete it, and it is fetched again" if self.is_cache else ""
-                raise DataError(f"{path} is damaged: {_one_line(error)}{again}") from error
+                raise DataError(f"{path} is damaged: {one_line(error)}{again}") from error
         else:
             raise DataError(f"{path} is always gone again: is cache_limit too small?")
         if self.cache_limit:
@@ -252,7 +252,7 @@ class Shards:
                 raise
             if self.is_cache:
                 reader.evict()
-            raise DataError(f"is damaged: {_one_line(error)}") from error
+            raise DataError(f"is damaged: {one_line(error)}") from error
 
     def _make_room(self, size: int) -> None:
         present = [shard for shard in range(len(self.shards)) if os.path.exists(self.path(shard))]
@@ -268,9 +268,9 @@ class Shards:
                 return action()
             except Exception as error:
                 if _is_final(error) or attempt == self.retries:
-                    raise DataError(f"{name}: {_one_line(error)}") from error
+                    raise DataError(f"{name}: {one_line(error)}") from error
                 delay = 2**attempt
-                log.warning("%s: %s; trying again in %d s", name, _one_line(error), delay)
+                log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
                 time.sleep(delay)
 
 
@@ -281,5 +281,6 @@ def _is_final(error: Exception) -> bool:
     return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -22,6 +22,8 @@ from contextlib import suppress
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import S3ObjectStore
 
+from shards import one_line
+
 log = logging.getLogger(__name__)
 
 LATEST = "latest-rank0.pt"
@@ -31,11 +33,6 @@ UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message is one line."""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def batch_of(name: str) -> int:
@@ -112,8 +109,8 @@ class LocalFolder:
 class RemoteFolder:
     """Checkpoints in an object store, uploaded while training goes on.
 
-    An upload that fails is tried again for an hour. One that a newer checkpoint overtakes while
-    the store cannot be reached is dropped, so at most two files wait on the local disk.
+    An upload that fails is tried again for an hour. A checkpoint that a newer one overtakes before
+    its upload has begun, or while it fails, is dropped, so at most two wait on the local disk.
 
     Args:
         uri: Such as s3://bucket/folder.

@@ -17,7 +17,8 @@ from composer.utils import dist
 
 from checkpoints import SIGNALS, Checkpoints
 from data import use_one_core
-from stores import RunError, one_line
+from shards import one_line
+from stores import RunError
 
 
 class StopAtNonFiniteLoss(Callback):
@@ -42,13 +43,15 @@ class StopAtNonFiniteLoss(Callback):
 
 
 def explain(error: RuntimeError) -> str | None:
-    """One line about an error that came from another process, or None for other errors."""
+    """One line about a RunError or what came from another process, or None for other errors."""
     text = one_line(error)
     if "DataLoader worker" in text:
         return (
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
             "lower num_workers or batch_size"
         )
+    if isinstance(error, RunError):
+        return text
     lost = re.search(r"gloo|NCCL|onnection (closed|reset|refused)|[Tt]imed out", text)
     if lost and dist.get_world_size() > 1:
         return f"another process of the run ended or does not answer ({text[:160]})"

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Death(NamedTuple):
     number: int  # from 0
     signal: int = signal.SIGKILL
     times: int = 1  # in a row
+    is_loaders: bool = False  # a process of its loader gets it
 
 
 def start(
@@ -93,7 +95,7 @@ def _child(
     os.dup2(output, 1)
     os.dup2(output, 2)
     multiprocessing.set_start_method("fork", force=True)  # a loader's processes, as in any run
-    _shrink()
+    shrink()
     if death is not None:
         _plan_death(main, death)
     build = main._build_loggers
@@ -106,20 +108,28 @@ def _child(
     sys.exit(status)
 
 
-def _shrink() -> None:
-    """Make resnet50 a network of 3 million parameters, or runs are about writing them."""
+def shrink(
+    set_attribute: Callable[[Any, str, Any], None] = setattr,
+    set_item: Callable[[Any, Any, Any], None] = dict.__setitem__,
+) -> None:
+    """Make resnet50 a network of 4 million parameters, or runs are about writing them."""
     import torchvision.models.resnet as resnet
 
     import model
     import weights
 
     head = model.DepthwiseSeparableASPPHead
-    weights.DEPTHS[1, 1, 1, 1] = "50"
-    weights.FAMILIES[16, 16] = "resnet{}"
-    resnet.resnet50 = lambda weights, **arguments: resnet.ResNet(
-        resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments
-    )
-    model.DepthwiseSeparableASPPHead = lambda **arguments: head(**{**arguments, "channels": 32})
+
+    def small_resnet(weights: None, **arguments: Any) -> resnet.ResNet:
+        return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments)
+
+    def small_head(**arguments: Any) -> Any:
+        return head(**{**arguments, "channels": 32})
+
+    set_attribute(resnet, "resnet50", small_resnet)
+    set_attribute(model, "DepthwiseSeparableASPPHead", small_head)
+    set_item(weights.DEPTHS, (1, 1, 1, 1), "50")
+    set_item(weights.FAMILIES, (16, 16), "resnet{}")
 
 
 def _make_logger(path: str) -> Any:
@@ -148,7 +158,8 @@ def _plan_death(main: Any, death: Death) -> None:
         nonlocal number
         number -= reached
         if reached and -death.times <= number < 0:
-            os.kill(os.getpid(), death.signal)
+            loaders = multiprocessing.active_children()
+            os.kill(loaders[0].pid if death.is_loaders else os.getpid(), death.signal)
 
     class Deadly(Callback):
         def after_forward(self, state: Any, logger: Any) -> None:

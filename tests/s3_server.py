@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -56,8 +57,18 @@ class S3Server:
             self.store = self._run(command)
         command = ["s3", f"-filer=127.0.0.1:{self.ports['filer']}", "-port.iceberg=0"]
         command += ["-port.lance=0", f"-localSocket={self.folder}/s3.sock"]
+        command += [f"-config={self._identities()}", "-autoCreateBucket=false"]
         self.gateway = self._run(command + [f"-port={self.ports['s3']}", "-ip.bind=127.0.0.1"])
         self._wait_until_ready(time.monotonic() + wait)
+
+    def _identities(self) -> str:
+        """A file that lets `test` have one bucket, and nobody else anything."""
+        actions = [f"{action}:{BUCKET}" for action in ("Admin", "Read", "Write", "List")]
+        keys = [{"accessKey": "test", "secretKey": "test"}]
+        identities = [{"name": "test", "credentials": keys, "actions": actions}]
+        path = Path(self.folder, "identities.json")
+        path.write_text(json.dumps({"identities": identities}))
+        return str(path)
 
     def _options(self, *names: str) -> list[str]:
         ports = [(name, self.ports[name]) for name in names]

@@ -122,6 +122,7 @@ def test_a_checkpoint_is_evaluated_alike_in_batches_of_any_size(
 ) -> None:
     folder, miou = trained
     tiny |= {"is_train": False, "load_path": str(folder / "ep2-ba8-rank0.pt")}
+    tiny |= {"max_duration": "2ep"}  # in epochs, of whose length nobody knows
     tiny["eval_dataset"]["batch_size"] = batch_size
     del tiny["train_dataset"]
     trainer = main(tiny)
@@ -187,13 +188,12 @@ def test_loggers_write_what_the_run_logs(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     tiny |= {"max_duration": "2ba", "eval_interval": "2ba"}
     tiny["loggers"] = {
         "tensorboard": {"log_dir": str(tmp_path / "tensorboard"), "flush_interval": 1},
         "mlflow": {"tracking_uri": str(tmp_path / "mlruns"), "experiment_name": "tiny"},
-        "wandb": {"project": "tiny"},
+        "wandb": {"project": "tiny", "init_kwargs": {"dir": str(tmp_path)}},
         "file": {"filename": str(tmp_path / "log.txt")},
     }
     trainer = main(tiny)

@@ -1,0 +1,210 @@
+"""Which checkpoint a run goes on from, what is refused, and what a failing save leaves."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Callback, State
+from run_helpers import add_callback, save_whole
+
+from benchmarks.forked import shrink
+from checkpoints import newest_checkpoint
+from config import ConfigError
+from main import main
+from stores import RunError
+from weights import WeightsError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """Networks that are quick to write."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr, patch.setitem)
+        yield
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "changed", "empty"])
+def test_the_newest_whole_checkpoint_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    _, good, bad = save_whole(tmp_path, 2, 4, 6)
+    assert newest_checkpoint(str(tmp_path), "") == (str(bad), str(bad))
+    content = bad.read_bytes()
+    bad.unlink()
+    if harm != "missing":
+        changed = content.replace(bytes([6, 0, 0, 0]), bytes([7, 0, 0, 0]))
+        harmed = {"truncated": content[:-100], "changed": changed, "empty": b""}[harm]
+        assert harmed != content
+        bad.write_bytes(harmed)
+    assert newest_checkpoint(str(tmp_path), "") == (str(good), str(good))
+    assert f"cannot go on from {bad}" in caplog.text
+
+
+def test_without_a_whole_checkpoint_the_run_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert newest_checkpoint(str(tmp_path / "nowhere"), "") is None
+    assert newest_checkpoint(str(tmp_path), "") is None
+    assert caplog.text == ""
+    (only,) = save_whole(tmp_path, 2)
+    only.write_bytes(b"half")
+    assert newest_checkpoint(str(tmp_path), "") is None
+    assert "no whole checkpoint; the run begins anew" in caplog.text
+
+
+def test_what_latest_names_comes_before_later_batches_of_an_earlier_run(tmp_path: Path) -> None:
+    save_whole(tmp_path, 100, 2, 4)
+    assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba4-rank0.pt")
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("by", ["load_path", "load_weights_only", "autoresume", "evaluation"])
+def test_a_planted_checkpoint_does_not_run(tiny: dict[str, Any], tmp_path: Path, by: str) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    path, mark = folder / "ep0-ba2-rank0.pt", tmp_path / "it ran"
+    network = {"backbone.conv1.weight": torch.zeros(1)}
+    torch.save({"state": {"model": network, "callbacks": Planted(mark)}, "rng": []}, path)
+    os.symlink(path.name, folder / "latest-rank0.pt")
+    tiny |= {"save_folder": str(folder), "autoresume": by == "autoresume"}
+    tiny |= {"load_weights_only": by == "load_weights_only", "is_train": by != "evaluation"}
+    if by != "autoresume":
+        tiny |= {"load_path": str(path), "save_overwrite": True}
+    with pytest.raises(WeightsError, match=r"it holds posix.mkdir, .* could run code") as caught:
+        main(tiny)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+    with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError):
+        torch.load(file)
+    torch.load(path, weights_only=False)
+    assert mark.exists()  # it would have
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of two steps with the config of `tiny`."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    dataset = {"path": synthetic, "base_size": 32, "final_size": 32, "batch_size": 4}
+    main(
+        {
+            "run_name": "tiny",
+            "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
+            "train_dataset": dataset | {"num_workers": 0},
+            "eval_dataset": dataset | {"num_workers": 0},
+            "optimizer": {"lr": 0.01},
+            "max_duration": "2ba",
+            "precision": "fp32",
+            "pictures": 0,
+            "eval_interval": "100ep",
+            "save_folder": str(folder),
+        }
+    ).close()
+    return folder / "ep0-ba2-rank0.pt"
+
+
+def test_a_full_state_with_code_beside_the_weights_does_not_run(
+    tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    mark = tmp_path / "it ran"
+    content = torch.load(tiny_checkpoint, weights_only=False)
+    content["state"]["integrations"]["planted"] = Planted(mark)
+    torch.save(content, tmp_path / "planted.pt")
+    with pytest.raises(WeightsError, match=r"refused"):
+        main({**tiny, "load_path": str(tmp_path / "planted.pt")})
+    assert not mark.exists()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(
+    tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(tiny_checkpoint, tmp_path)
+    damaged = tmp_path / "ep0-ba3-rank0.pt"
+    damaged.write_bytes(tiny_checkpoint.read_bytes()[:1000])
+    os.symlink(damaged.name, tmp_path / "latest-rank0.pt")
+    tiny |= {"save_folder": str(tmp_path), "autoresume": True, "max_duration": "3ba"}
+    trainer = main({**tiny, "save_interval": "1ba", "save_num_checkpoints_to_keep": 2})
+    assert trainer.state.timestamp.batch == 3
+    assert f"cannot go on from {damaged}: File is not a zip file" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("ep*")) == [
+        tiny_checkpoint.name,
+        damaged.name,
+    ]
+    assert newest_checkpoint(str(tmp_path), "")[1] == str(damaged)
+
+
+@pytest.mark.parametrize("room", [0, 1_000_000])
+def test_a_full_disk_while_saving(
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    room: int,
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FullDisk(Callback):
+        def fit_start(self, state: State, logger: Any) -> None:
+            if room:  # not an empty disk's error, but at the same place, within the file
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            else:
+                os.symlink("/dev/full", tmp_path / "ep0-ba3-rank0.pt.unfinished")
+
+    (tmp_path / tiny_checkpoint.name).write_bytes(tiny_checkpoint.read_bytes())
+    add_callback(monkeypatch, FullDisk())
+    tiny |= {"save_folder": str(tmp_path), "autoresume": True, "save_interval": "1ba"}
+    try:
+        with pytest.raises(RunError) as caught:
+            main(tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(caught.value)
+    reason = "[Errno 27] File too large" if room else "[Errno 28] No space left on device"
+    assert message.startswith(f"cannot save {tmp_path}/ep0-ba3-rank0.pt: {reason}; ")
+    assert f"the last good checkpoint is {tmp_path}/{tiny_checkpoint.name}" in message
+    assert "\n" not in message
+    assert newest_checkpoint(str(tmp_path), "")[1] == f"{tmp_path}/{tiny_checkpoint.name}"
+    assert list(tmp_path.glob("ep*")) == [tmp_path / tiny_checkpoint.name]
+
+
+def test_another_runs_checkpoints_are_not_replaced_by_accident(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    save_whole(tmp_path, 100)
+    with pytest.raises(ConfigError, match=r"holds ep0-ba100-rank0.pt of an earlier run"):
+        main({**tiny, "save_folder": str(tmp_path)})
+    tiny |= {"save_overwrite": True, "max_duration": "1ba", "save_interval": "1ba"}
+    main({**tiny, "save_folder": str(tmp_path)})
+    assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba1-rank0.pt")
+
+
+def test_weights_that_are_not_finite_do_not_replace_good_ones(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poison(Callback):
+        def batch_end(self, state: State, logger: Any) -> None:
+            if state.timestamp.batch == 2:
+                with torch.no_grad():
+                    state.model.module.backbone.conv1.weight[0, 0, 0, 0] = float("nan")
+
+    add_callback(monkeypatch, Poison())
+    tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba"}
+    with pytest.raises(RunError, match=r"ep0-ba2-rank0.pt is not saved: weights are not finite"):
+        main(tiny)
+    assert [path.name for path in tmp_path.glob("ep*")] == ["ep0-ba1-rank0.pt"]
