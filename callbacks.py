@@ -118,7 +118,9 @@ class Pictures(Callback):
             predictions.append(prediction)
         sheet = draw_sheet(photos, targets, predictions, self.classes)
         # With this shape and type every one of Composer's loggers takes an image.
-        logger.log_images(np.array(sheet), name=f"pictures/{label}", channels_last=True)
+        logger.log_images(
+            np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
+        )
         if self.folder is not None:
             data = io.BytesIO()
             sheet.save(data, "PNG")

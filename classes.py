@@ -9,7 +9,6 @@ indices. An index below 0 or beyond the last class (255, say) is a pixel without
 
 from __future__ import annotations
 
-import colorsys
 import csv
 import json
 from collections.abc import Sequence
@@ -92,15 +91,30 @@ def _read(path: Path) -> list[ClassInfo]:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """``count`` colours that are far apart: hues by the golden ratio, in three brightnesses."""
-    colors = []
-    for i in range(count):
-        saturation, value = ((0.85, 0.95), (0.6, 0.7), (0.45, 1.0))[i % 3]
-        red, green, blue = colorsys.hsv_to_rgb(
-            (0.55 + i * 0.618033988749895) % 1, saturation, value
-        )
-        colors.append((round(red * 255), round(green * 255), round(blue * 255)))
-    return colors
+    """``count`` colours, each as far as can be from those before it, and from black, white and red.
+
+    Distances are Euclidean in CIELAB, where equal ones look about equally large.
+    """
+    steps = np.arange(0, 256, 17)
+    colors = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
+    lab = _lab(colors)
+    distance = np.min([_squared_distance(lab, c) for c in _lab([PAPER, (0, 0, 0), WRONG])], axis=0)
+    distance[(lab[:, 0] < 40) | (lab[:, 0] > 92)] = 0
+    chosen = []
+    for _ in range(count):
+        chosen.append(distance.argmax())
+        distance = np.minimum(distance, _squared_distance(lab, lab[chosen[-1]]))
+    return [tuple(color) for color in colors[chosen].tolist()]
+
+
+def _lab(colors: np.ndarray | Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """RGB (N, 3) in CIELAB; whole numbers, so that every machine finds the same distances."""
+    rgb = np.array([colors], np.float32) / 255
+    return np.rint(cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0]).astype(np.int64)
+
+
+def _squared_distance(colors: np.ndarray, color: np.ndarray) -> np.ndarray:
+    return ((colors - color) ** 2).sum(1)
 
 
 def classes_to_json(classes: Sequence[ClassInfo]) -> str:

@@ -5,10 +5,11 @@
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
 The protocol ``paper`` is mmsegmentation's on ADE20K, so that the numbers can stand beside its
-tables: photos keep their aspect ratio (shorter side 512, longer at most 2048), and the prediction
-is brought back to the mask's own resolution and scored there. ``square`` is the evaluation of
-training: photo and mask become squares of ``eval_dataset.final_size``. Every pixel with a label
-counts once, in one confusion matrix over all photos and processes.
+tables: photos keep their aspect ratio (shorter side ``eval_dataset.final_size``, there 512, longer
+at most four times that), and the prediction is brought back to the mask's own resolution and scored
+there. ``square`` is the evaluation of training: photo and mask become squares of
+``eval_dataset.final_size``. Every pixel with a label counts once, in one confusion matrix over all
+photos and processes.
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"{row['class']:{width}} {iou}   {accuracy}   {share:13.2f}")
     how = ", ".join(
         [f"protocol {result['protocol']}", f"{result['weights']} weights"]
+        + [f"shorter side {result['size'] or 'as it is'}"] * (result["protocol"] == "paper")
         + [name for name in ("tta", "slide") if result[name]]
     )
     lines += [

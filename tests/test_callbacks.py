@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from artifacts import CLASSES, finished_run
 from composer.core import Timestamp
-from composer.loggers import ConsoleLogger, FileLogger, LoggerDestination
+from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestination, WandBLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -69,6 +70,22 @@ def test_pictures_and_tables_go_to_loggers(run: tuple[Any, str]):
                 if "pictures/eval" in events.Tags()["images"]:
                     found += [event.step for event in events.Images("pictures/eval")]
     assert sorted(found) == [2, 4]
+
+
+def test_pictures_in_wandb(run: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Offline as well, where W&B leaves out the pictures in its tables."""
+    trainer, _ = run
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    destination = WandBLogger(project="tests", init_kwargs={"dir": str(tmp_path)})
+    destination.init(trainer.state, trainer.logger)
+    trainer.state.set_dataloader(trainer.state.evaluators[0].dataloader.dataloader, "eval")
+    trainer.state.model.eval()
+    pictures = Pictures(load_classes(CLASSES, 12), 2, str(tmp_path / "own"))
+    pictures.eval_start(trainer.state, Logger(trainer.state, [destination]))
+    wandb.finish()
+    (found,) = (tmp_path / "wandb").rglob("*.png")
+    assert np.array_equal(np.array(Image.open(found)), np.array(Image.open(pictures.latest)))
 
 
 def test_table_of_classes(run: tuple[Any, str]):

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -77,9 +78,11 @@ def test_json_round_trip():
 
 def test_generated_colors_differ():
     assert len(set(distinct_colors(254))) == 254
-    colors = np.array(distinct_colors(12), float)
-    pairs = itertools.combinations(range(12), 2)
-    assert min(np.linalg.norm(colors[a] - colors[b]) for a, b in pairs) > 60
+    for count, least in ((12, 40), (40, 20), (150, 10)):
+        colors = np.array([[(0, 0, 0), (255, 255, 255), *distinct_colors(count)]], np.float32)
+        lab = cv2.cvtColor(colors / 255, cv2.COLOR_RGB2LAB)[0]  # about 2 is just noticeable
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > least
+    assert distinct_colors(5) == distinct_colors(12)[:5]
 
 
 def test_colors_of_masks():

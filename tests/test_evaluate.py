@@ -74,6 +74,7 @@ def test_equals_mmsegmentation(data: str, tmp_path: Path, capsys: pytest.Capture
     assert table[0] == "class,IoU,accuracy,pixels" and len(table) == 13
     printed = capsys.readouterr().out
     assert all(name in printed for name in CLASSES)
+    assert "protocol paper, training weights, shorter side 32" in printed
     assert f"mIoU {scores['mIoU']:.2f}   mean accuracy {scores['mean_accuracy']:.2f}" in printed
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -41,6 +44,20 @@ def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Pat
     return files
 
 
+@functools.cache
+def loaded(path: Path) -> tuple[Any, str]:
+    """What runs an exported file, and its classes as JSON."""
+    extra = {"classes": ""}
+    if path.suffix == ".onnx":
+        run = onnxruntime.InferenceSession(path)
+        extra = run.get_modelmeta().custom_metadata_map
+    elif path.suffix == ".ts":
+        run = torch.jit.load(str(path), _extra_files=extra)
+    else:
+        run = torch.export.load(str(path), extra_files=extra).module()
+    return run, extra["classes"]
+
+
 def expected(image: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return Deployed(random_network().eval())(torch.from_numpy(image)).numpy()
@@ -50,27 +67,33 @@ def expected(image: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
 def test_any_batch_and_size(files: dict[str, Path], kind: str, shape: tuple[int, ...]):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    run, _ = loaded(files[kind])
     if kind == "onnx":
-        (logits,) = onnxruntime.InferenceSession(files[kind]).run(None, {"image": image})
-    elif kind == "torchscript":
-        logits = torch.jit.load(str(files[kind]))(torch.from_numpy(image)).detach().numpy()
+        (logits,) = run.run(None, {"image": image})
     else:
-        program = torch.export.load(str(files[kind])).module()
-        logits = program(torch.from_numpy(image)).detach().numpy()
+        logits = run(torch.from_numpy(image)).detach().numpy()
     reference = expected(image)
     assert logits.shape == reference.shape
     assert np.abs(logits - reference).max() < 1e-3 * max(1, np.abs(reference).max())
     assert (logits.argmax(1) == reference.argmax(1)).mean() >= 0.999
 
 
+def test_convolutions_stay_convolutions(files: dict[str, Path]):
+    """Also those that this project computes otherwise on a CPU; see depthwise.py."""
+    count = sum(isinstance(module, torch.nn.Conv2d) for module in random_network().modules())
+    graph = onnx.load(files["onnx"], load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("Conv") == count
+    assert all(node.domain == "" for node in graph.node)
+    script = str(loaded(files["torchscript"])[0].inlined_graph)
+    assert script.count("aten::_convolution(") == count and "deeplab::" not in script
+    targets = [str(node.target) for node in loaded(files["pt2"])[0].graph.nodes]
+    assert targets.count("aten.conv2d.default") == count
+    assert not any("deeplab" in target for target in targets)
+
+
 def test_metadata(files: dict[str, Path]):
-    found = onnxruntime.InferenceSession(files["onnx"]).get_modelmeta().custom_metadata_map
-    extra = {"classes": ""}
-    torch.jit.load(str(files["torchscript"]), _extra_files=extra)
-    more = {"classes": ""}
-    torch.export.load(str(files["pt2"]), extra_files=more)
-    for text in (found["classes"], extra["classes"], more["classes"]):
-        classes = json.loads(text)
+    for path in files.values():
+        classes = json.loads(loaded(path)[1])
         assert [c["name"] for c in classes] == CLASSES
         assert all(len(c["color"]) == 3 for c in classes)
 
