@@ -120,6 +120,7 @@ def deeplabv3(
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),  # unused; the default warns
     )
     if use_plus:
         head = DepthwiseSeparableASPPHead(c1_in_channels=256, c1_channels=48, **head_arguments)

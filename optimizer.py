@@ -42,10 +42,11 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
             if weight_decay:
                 decay = weight_decay * (lr / initial_lr if initial_lr else 1.0)
                 torch._foreach_mul_(weights, 1 - decay)
+            flat_buffers = _flat(buffers)
             sgd(
-                weights,
-                gradients,
-                buffers,
+                _flat(weights),
+                _flat(gradients),
+                flat_buffers,
                 fused=True,
                 weight_decay=0.0,
                 momentum=momentum,
@@ -54,8 +55,15 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
                 nesterov=nesterov,
                 maximize=False,
             )
-            for i, buffer in zip(group, buffers, strict=True):
+            for i, buffer, flat in zip(group, buffers, flat_buffers, strict=True):
+                if buffer is None and flat is not None:
+                    buffer = flat.as_strided(params[i].shape, params[i].stride())
                 momentum_buffer_list[i] = buffer
+
+
+def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """On a CPU, the tensors as vectors: its fused step copies, there and back, channels-last."""
+    return [t if t is None or t.is_cuda else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
 def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:

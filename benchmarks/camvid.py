@@ -11,8 +11,6 @@ numbers are its own. `--path` is in ADE20K's layout.
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import json
 import logging
 import warnings
@@ -21,11 +19,11 @@ from typing import Any
 
 import torch
 from composer import Callback
-from composer.core import Engine, State
+from composer.core import State
 from composer.loggers import Logger
 
 import main as program
-from benchmarks.train_step import RECIPES, Steps, machine
+from benchmarks.train_step import RECIPES, Steps, machine, never_evaluate, release
 from config import Config, resolve
 
 
@@ -80,19 +78,12 @@ def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
     return resolve(raw)
 
 
-def release() -> None:
-    """Give back what earlier trainers held; Composer keeps each until the process ends."""
-    atexit.unregister(Engine._close)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def seconds_per_step(args: argparse.Namespace, recipe: str) -> float:
     """Of a short run, whose first half compiles and warms up."""
     trainer = program.build_trainer(config(args, recipe, 10**6))
     steps = Steps()
     trainer.state.callbacks.append(steps)
+    never_evaluate(trainer)
     trainer.fit(duration=f"{2 * args.probe}ba")
     trainer.close()
     return steps.mean(args.probe)
@@ -118,23 +109,22 @@ def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown, a column an evaluation."""
-    recipes = result["recipes"]
-    parts = range(1, result["evaluations"] + 1)
-    lines = [
-        f"CamVid from scratch, {result['arch']}, {result['size']} px, batch {result['batch']}, "
-        f"lr {result['lr']}: mIoU in percent after a part of the run",
-        "",
-        f"| recipe | minutes | epochs | {' | '.join(f'{p}/{len(parts)}' for p in parts)} |",
-        "|---|---|---|" + "---|" * len(parts),
-    ]
-    for recipe, found in recipes.items():
-        scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][: len(parts)]
-        scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
-        cells = [recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def header(args: argparse.Namespace) -> str:
+    """The head of the table in Markdown: a column an evaluation."""
+    parts = [f"{part}/{args.evaluations}" for part in range(1, args.evaluations + 1)]
+    return (
+        f"CamVid from scratch, {args.arch}, {args.size} px, batch {args.batch}, lr {args.lr}: "
+        "mIoU in percent after a part of the run\n\n"
+        f"| recipe | minutes | epochs | {' | '.join(parts)} |\n" + "|---" * (3 + len(parts)) + "|"
+    )
+
+
+def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
+    """A recipe's row."""
+    scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][:evaluations]
+    scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
+    cells = [recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores]
+    return f"| {' | '.join(cells)} |"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -167,9 +157,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     logging.getLogger("composer").setLevel(logging.ERROR)
     names = ("arch", "size", "batch", "lr", "minutes", "evaluations")
     result: dict[str, Any] = {name: getattr(args, name) for name in names}
-    result |= {"recipes": {recipe: train(args, recipe) for recipe in args.recipes}}
-    result["machine"] = machine()
-    print(table(result), end="")
+    result |= {"machine": machine(), "recipes": {}}
+    print(header(args))
+    for recipe in args.recipes:
+        result["recipes"][recipe] = train(args, recipe)
+        print(row(recipe, result["recipes"][recipe], args.evaluations), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -2,8 +2,9 @@
 
 Composer's `soft_cross_entropy` and `DiceLoss` on logits upsampled to the target's size, its `MIoU`
 of every training batch, its `ChannelsLast`, EMA, SAM and MixUp (with dense targets) and its
-`DecoupledSGDW`; fp16 autocast on a GPU; no `torch.compile`, no cuDNN autotuning. Network, data and
-schedule are this project's.
+`DecoupledSGDW`; the head's depthwise convolutions PyTorch's; fp16 autocast on a GPU and fp32 on a
+CPU, where Composer has no mixed precision; no `torch.compile`, no cuDNN autotuning. Architecture,
+data and schedule are this project's.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from composer.metrics import CrossEntropy, MIoU
 from composer.models import ComposerModel
 from composer.optim import DecoupledSGDW
 from composer.utils import get_device, reproducibility
-from torch import Tensor
+from torch import Tensor, nn
 
 import main as program
 from config import Config
+from depthwise import DilatedDepthwiseConv2d
 from model import deeplabv3, weight_init
 from recipes import build_recipe
 
@@ -32,23 +34,22 @@ class PlainDeepLabV3(ComposerModel):
 
     Args:
         config: Whose `model` section is built.
-        autocast: The type a CPU computes in, where Composer has no mixed precision; None for fp32.
     """
 
-    def __init__(self, config: Config, autocast: torch.dtype | None) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         model = config.model
         self.module = deeplabv3(
             model.num_classes, model.backbone_arch, model.backbone_weights, init_fn=weight_init
         )
+        for layer in self.module.modules():
+            if isinstance(layer, DilatedDepthwiseConv2d):
+                layer.__class__ = nn.Conv2d
         self.config = model
-        self.autocast = autocast
         self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        image = batch[0]
-        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
-            return self.module(image)
+        return self.module(batch[0])
 
     def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         cross_entropy = soft_cross_entropy(outputs, batch[1], ignore_index=-1)
@@ -68,13 +69,10 @@ class PlainDeepLabV3(ComposerModel):
 
 
 def build_trainer(config: Config) -> Trainer:
-    """`main.build_trainer` as Composer alone has it. On a CPU it computes in the same type."""
+    """`main.build_trainer` as Composer alone has it."""
     on_gpu = torch.cuda.is_available()
-    precision, autocast = program._precision(config.precision)
-    if precision == "amp_bf16":
-        precision = "amp_fp16"
     reproducibility.seed_all(config.seed)
-    model = PlainDeepLabV3(config, autocast)
+    model = PlainDeepLabV3(config)
     return Trainer(
         model=model,
         train_dataloader=program._build_data(config, config.train_dataset, "train"),
@@ -92,11 +90,16 @@ def build_trainer(config: Config) -> Trainer:
         callbacks=[SpeedMonitor(window_size=20), LRMonitor(), *([MemoryMonitor()] * on_gpu)],
         progress_bar=False,
         device=get_device(None),
-        precision=precision,
+        precision=precision(config),
         device_train_microbatch_size=config.device_train_microbatch_size,
         spin_dataloaders=False,
         seed=config.seed,
     )
+
+
+def precision(config: Config) -> str:
+    """Composer's name of what this side computes in."""
+    return "amp_fp16" if torch.cuda.is_available() and config.precision != "fp32" else "fp32"
 
 
 def composers_recipe(config: Config) -> list[Algorithm]:

@@ -11,7 +11,6 @@ import torch
 from composer import Callback, Trainer
 from composer.core import State
 from composer.loggers import Logger
-from torch.autograd.graph import register_multi_grad_hook
 
 PARTS = (
     "backbone",
@@ -102,7 +101,8 @@ class Stopwatch(Callback):
             logits = forward(features)
             if logits.requires_grad:
                 logits.register_hook(lambda _: self._become("head"))
-                register_multi_grad_hook(features, lambda _: self._become("backbone"))
+                # Its last: the first's gradient is complete only far back in the backbone.
+                features[-1].register_hook(lambda _: self._become("backbone"))
                 self._enter("loss")
             return logits
 

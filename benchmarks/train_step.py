@@ -2,36 +2,43 @@
 
     python -m benchmarks.train_step                               # ResNet-101 at 512 px on a GPU
     python -m benchmarks.train_step --path ./ade20k --json result.json
-    python -m benchmarks.train_step --arch resnet50 --size 128 --batch 4     # a CPU's default
+    python -m benchmarks.train_step --precision fp32  # the same arithmetic on both sides
 
-"ours" is what main.py trains with; "plain" is benchmarks/plain.py. Both go through Composer's
-`Trainer` and wait for the same loader. Times are means over a run's steps, as a recipe's steps
-differ (SAM, EMA), and medians over runs taken in turn. Utilisation is of the rate of one large
-matrix product in the same type, taken in the same process; the step's operations are those of the
-network's forward and backward pass, twice where SAM makes two.
+"ours" is what main.py trains with; "plain" is benchmarks/plain.py, in fp16 on a GPU and in fp32 on
+a CPU. Both go through Composer's `Trainer` and wait for the same loader. Times are means over a
+run's steps, as a recipe's steps differ (SAM, EMA), and medians over runs taken in turn. Utilisation
+is of the rate of one large matrix product in the same type, taken in the same process; the step's
+operations are those of the network's forward and backward pass, twice where SAM makes two. Memory
+is the most that a step needs, weights included: allocated on a GPU, resident on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
+import functools
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, Trainer
-from composer.core import DataSpec, State, get_precision_context
+from composer.core import DataSpec, Engine, State, get_precision_context
 from composer.loggers import Logger
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,6 +51,7 @@ from model import deeplabv3
 
 RECIPES = ("none", "mild", "medium", "hot")
 PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1
+CYCLE = 2  # steps: medium climbs every 2nd
 BUILDERS: dict[str, Callable[[Config], Trainer]] = {
     "plain": plain.build_trainer,
     "ours": program.build_trainer,
@@ -103,11 +111,14 @@ class Contender:
         self.trainer = BUILDERS[side](config(args, recipe))
         self.steps = Steps()
         self.trainer.state.callbacks.append(self.steps)
+        never_evaluate(self.trainer)
         self.seconds: list[float] = []
-        self.bytes = 0
+        self.bytes = 0  # on a GPU
 
     def fit(self, steps: int) -> None:
         torch.backends.cudnn.benchmark = self.side == "ours"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the others' memory
         self.trainer.fit(duration=f"{steps}ba")
 
     def time(self) -> None:
@@ -123,24 +134,20 @@ class Contender:
             self.bytes = max(self.bytes, taken)
 
     def profile(self) -> float:
-        """How often the host waits in a step, on average; on a CPU also sets `bytes`."""
-        count = 2  # medium climbs every 2nd step
-        on_gpu = torch.cuda.is_available()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=not on_gpu) as profiler:
-            self.fit(count)
-        events = profiler.events()
-        if not on_gpu:
-            self.bytes = standing_bytes(self.trainer) + peak_of(events)
-        return sum(event.name == "aten::_local_scalar_dense" for event in events) / count
+        """How often the host waits in a step, on average."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            self.fit(CYCLE)
+        waits = sum(event.name == "aten::_local_scalar_dense" for event in profiler.events())
+        return waits / CYCLE
 
     def parts(self) -> dict[str, float]:
         """Milliseconds of each part of a step; the last that this trainer is good for."""
         model = self.trainer.state.model
         compiled = model.__dict__.pop("forward", None) is not None  # Composer's torch.compile
         watch = Stopwatch(self.trainer, compile_parts=compiled)
-        self.fit(self.args.warmup)
+        self.fit(self.args.warmup if compiled else CYCLE)  # its memory was idle
         watch.steps = 0
-        self.fit(1 + self.args.steps)
+        self.fit(self.args.steps)
         return watch.milliseconds()
 
     def evaluation(self) -> dict[str, float]:
@@ -156,11 +163,18 @@ class Contender:
         return {"images_per_second": images / taken, "forward": len(batch[1]) / forward}
 
 
-def share_loaders() -> None:
-    """Let all trainers of this process have the same two loaders, and so their workers."""
-    built: dict[str, DataSpec] = {}
-    build = program._build_data
+def never_evaluate(trainer: Trainer) -> None:
+    """Composer evaluates at the end of each `fit`, whatever the interval."""
+    for evaluator in trainer.state.evaluators:
+        evaluator.eval_interval = lambda state, event: False
 
+
+def share_loaders() -> None:
+    """Let all trainers from now on have the same two loaders, and so their workers."""
+    built: dict[str, DataSpec] = {}
+    build = getattr(program._build_data, "__wrapped__", program._build_data)
+
+    @functools.wraps(build)
     def build_once(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
         if split not in built:
             built[split] = build(config, dataset, split)
@@ -169,24 +183,26 @@ def share_loaders() -> None:
     program._build_data = build_once
 
 
-def peak_of(events: Any) -> int:
-    """The most bytes of tensors alive at once, beyond those alive at the start."""
-    changes = [
-        (event.time_range.start, event.cpu_memory_usage)
-        for event in events
-        if event.name == "[memory]"
-    ]
-    alive = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        alive += change
-        peak = max(peak, alive)
-    return peak
+def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
+    """The most memory that building a trainer and its first steps take, in a new process."""
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context) as process:
+        return process.submit(_resident_bytes, args, side, recipe).result()
+
+
+def _resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
+    torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    args = argparse.Namespace(**vars(args) | {"workers": 0})
+    Contender(args, side, recipe).fit(CYCLE)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def standing_bytes(trainer: Trainer) -> int:
-    """Bytes of weights, their momentum and their average."""
+    """Bytes of weights, their gradients, momentum and average."""
     state = trainer.state
     tensors = [*state.model.parameters(), *state.model.buffers()]
+    tensors += [weight.grad for weight in state.model.parameters()]
     for optimizer in state.optimizers:
         tensors += [value for entry in optimizer.state.values() for value in entry.values()]
     for algorithm in state.algorithms:
@@ -213,14 +229,17 @@ def forward_seconds(trainer: Trainer, batch: Any) -> float:
 
 
 def operations(args: argparse.Namespace) -> int:
-    """Floating-point operations of one image's forward and backward pass."""
+    """Floating-point operations of one image's forward and backward pass.
+
+    The backward pass takes two products of the size of the forward pass's one. (PyTorch's counter
+    takes a depthwise convolution's for a dense one's.)
+    """
     with torch.device("meta"):
         network = deeplabv3(args.classes, args.arch)
         image = torch.empty(2, 3, args.size, args.size)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        network(image).sum().backward()
-    return counter.get_total_flops() // 2
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    return 3 * counter.get_total_flops() // 2
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
@@ -239,10 +258,14 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All of it, as what --json writes."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All of it, as what --json writes; again after each part, as far as it has come."""
     share_loaders()
+    on_gpu = torch.cuda.is_available()
     pairs = [(recipe, side) for recipe in args.recipes for side in BUILDERS]
+    # First, while this process has taken little that a copy of it could use again.
+    resident = {} if on_gpu else {pair: resident_bytes(args, pair[1], pair[0]) for pair in pairs}
+    counters.clear()
     contenders = {pair: Contender(args, pair[1], pair[0]) for pair in pairs}
     for contender in contenders.values():
         contender.fit(args.warmup)
@@ -261,33 +284,37 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "images_per_second": args.batch / seconds,
             "utilisation": rate / rates[types[side]],
             "waits": contender.profile(),
-            "bytes": contender.bytes,
+            "bytes": contender.bytes if on_gpu else resident[recipe, side],
             "runs": contender.seconds,
         }
-    first = args.recipes[0]  # weights aside, an evaluation is the same for all
-    evaluation = {side: contenders[first, side].evaluation() for side in BUILDERS}
-    for (recipe, side), contender in contenders.items():
-        recipes[recipe][side]["parts"] = contender.parts()
-    for contender in contenders.values():  # only now: the first takes the loader along
-        contender.trainer.close()
     names = ("arch", "size", "batch", "classes", "steps", "warmup", "rounds")
-    return {
+    result = {
         **{name: getattr(args, name) for name in names},
         "compile": program.compiles(config(args, "none")),
         "types": types,
         "operations_per_image": flops,
         "matrix_rates": rates,
         "recipes": recipes,
-        "evaluation": evaluation,
         "machine": machine(),
     }
+    yield result
+    first = args.recipes[0]  # weights aside, an evaluation is the same for all
+    result["evaluation"] = {side: contenders[first, side].evaluation() for side in BUILDERS}
+    result["graphs"] = counters["stats"]["unique_graphs"]
+    result["graph_breaks"] = sum(counters["graph_break"].values())
+    yield result
+    for (recipe, side), contender in contenders.items():
+        recipes[recipe][side]["parts"] = contender.parts()
+    for contender in contenders.values():  # only now: the first takes the loader along
+        contender.trainer.close()
+    yield result
 
 
 def compute_type(args: argparse.Namespace, side: str) -> str:
     """The type that a side's convolutions compute in."""
     precision, autocast = program._precision(args.precision)
-    if side == "plain" and precision == "amp_bf16":
-        precision = "amp_fp16"
+    if side == "plain":
+        precision, autocast = plain.precision(config(args, "none")), None
     if autocast is not None:
         return str(autocast).removeprefix("torch.")
     return {"amp_bf16": "bfloat16", "amp_fp16": "float16"}.get(precision, "float32")
@@ -304,45 +331,61 @@ def machine() -> dict[str, Any]:
     return found | {"platform": platform.platform()}
 
 
-def tables(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
-    recipes = result["recipes"]
-    types = ", ".join(f"{side} {dtype}" for side, dtype in result["types"].items())
+def step_table(result: dict[str, Any]) -> str:
+    """Speed and memory in Markdown."""
+    types = ", ".join(f"{side} in {dtype}" for side, dtype in result["types"].items())
     lines = [
-        f"{result['arch']}, {result['size']} px, batch {result['batch']}, {types}; ours "
-        f"{'' if result['compile'] else 'not '}compiled; {result['rounds']} runs of "
-        f"{result['steps']} steps each",
+        f"{result['arch']}, {result['size']} px, batch {result['batch']}; {types}; "
+        f"{'ours compiled; ' * result['compile']}{result['rounds']} runs of {result['steps']} "
+        f"steps each, {result['machine']['threads']} threads",
         "",
         "| recipe | | images/s | ms/step | ratio | utilisation | peak memory | waits a step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for recipe, entry in recipes.items():
+    for recipe, entry in result["recipes"].items():
         for side, found in entry.items():
-            ratio = found["images_per_second"] / entry["plain"]["images_per_second"]
             cells = [
                 recipe,
                 side,
                 f"{found['images_per_second']:.1f}",
                 f"{found['milliseconds']:.0f}",
-                "" if side == "plain" else f"{ratio:.2f}",
+                f"{ratio(entry):.2f}" if side == "ours" else "",
                 f"{found['utilisation']:.0%}",
                 f"{found['bytes'] / 2**30:.2f} GiB",
                 f"{found['waits']:g}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratio(entry: dict[str, Any]) -> float:
+    """How many times the images a second of the plain side ours has."""
+    return entry["ours"]["images_per_second"] / entry["plain"]["images_per_second"]
+
+
+def evaluation_table(result: dict[str, Any]) -> str:
+    """Evaluation in Markdown, and how it all was compiled."""
+    lines = ["| evaluation | images/s | forward pass alone |", "|---|---|---|"]
+    for side, found in result["evaluation"].items():
+        lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
+    if result["compile"]:
+        breaks = result["graph_breaks"]
+        lines += ["", f"Graphs compiled: {result['graphs']}; graph breaks: {breaks}."]
+    return "\n".join(lines)
+
+
+def parts_table(result: dict[str, Any]) -> str:
+    """The parts of the steps in Markdown."""
+    recipes = result["recipes"]
     names = [(recipe, side) for recipe in recipes for side in BUILDERS]
-    lines += [
-        "",
+    lines = [
         "| ms/step | " + " | ".join(f"{recipe}, {side}" for recipe, side in names) + " |",
         "|---|" + "---|" * len(names),
     ]
     for part in PARTS:
         cells = [f"{recipes[recipe][side]['parts'][part]:.1f}" for recipe, side in names]
         lines.append(f"| {part} | {' | '.join(cells)} |")
-    lines += ["", "| evaluation | images/s | forward pass alone |", "|---|---|---|"]
-    for side, found in result["evaluation"].items():
-        lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -351,7 +394,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
     parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
-    parser.add_argument("--batch", type=int, default=32 if on_gpu else 4, help="images a step")
+    parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images a step")
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
     parser.add_argument("--precision", default="auto", help="main.py's")
@@ -382,6 +425,23 @@ def make_photos(root: Path, count: int, batch: int) -> None:
             os.link(source, root / kind / "validation" / name)
 
 
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and show each table as soon as it is there: who stops this early has the first."""
+    for table, result in zip((step_table, evaluation_table, parts_table), measure(args)):
+        print(f"{table(result)}\n", flush=True)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def release() -> None:
+    """Give back what earlier trainers held; Composer keeps each until the process ends."""
+    atexit.unregister(Engine._close)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     warnings.simplefilter("ignore")
@@ -390,11 +450,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if not args.path:
             args.path = folder
             make_photos(Path(folder), args.batch * (args.warmup + args.steps + 2), args.batch)
-        result = measure(args)
-    print(tables(result), end="")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-    return result
+        while True:
+            try:
+                return report(args)
+            except torch.OutOfMemoryError:
+                args.batch //= 2
+                print(f"Out of memory; now with batch {args.batch}.\n", flush=True)
+            release()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Whether `device_train_microbatch_size: auto` finds a size, at a batch that a GPU cannot hold.
+
+    python -m benchmarks.auto_microbatch --batch 128 --memory 40      # of GiB, on a larger GPU too
+
+Three steps through main.py's trainer, starting with the whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import main as program
+from benchmarks.train_step import Steps, config, machine, make_photos
+from benchmarks.train_step import arguments as step_arguments
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The size found, how long that took, and the step and its memory from then on."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
+    step = step_arguments(["--arch", args.arch, "--size", str(args.size)])
+    step.batch, step.compile = args.batch, args.compile
+    with tempfile.TemporaryDirectory() as folder:
+        step.path = folder
+        make_photos(Path(folder), 4 * args.batch, args.batch)
+        settings = config(step, "none")
+        settings.device_train_microbatch_size = "auto"
+        trainer = program.build_trainer(settings)
+        steps = Steps()
+        trainer.state.callbacks.append(steps)
+        start = time.perf_counter()
+        trainer.fit(duration="3ba")
+    result = {
+        "batch": args.batch,
+        "memory": args.memory,
+        "compile": program.compiles(settings),
+        "microbatch": trainer.state.device_train_microbatch_size,
+        "first_step": steps.ends[0] - start,
+        "step": steps.mean(1),
+        "bytes": torch.cuda.max_memory_allocated(),
+        "machine": machine(),
+    }
+    trainer.close()
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="resnet101")
+    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument("--batch", type=int, default=128, help="images a step")
+    parser.add_argument("--memory", type=float, default=40, help="GiB that may be used")
+    parser.add_argument("--compile", action="store_true", help="anew for every size tried")
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("error: no GPU; on a CPU auto is the whole batch")
+    warnings.simplefilter("ignore")
+    logging.getLogger("composer").setLevel(logging.ERROR)
+    result = measure(args)
+    print(
+        f"batch {args.batch} in {args.memory:g} GiB: {result['microbatch']} images at a time, "
+        f"{result['bytes'] / 2**30:.1f} GiB; first step {result['first_step']:.1f} s, "
+        f"then {result['step']:.2f} s"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

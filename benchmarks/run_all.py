@@ -1,0 +1,178 @@
+"""Everything that is measured on a machine, in a given time; writes a dated file of results.
+
+    python -m benchmarks.run_all --camvid ./camvid        # 9 minutes on a GPU, 12 on a CPU
+    python -m benchmarks.run_all --only train_step loss --minutes 60
+
+Each benchmark is a process of its own: one that fails or takes too long leaves the others alone,
+and what it had printed by then is kept. On a CPU sizes are small. CamVid comes last and takes the
+time that is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.train_step import RECIPES, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Benchmark(NamedTuple):
+    """A module, its arguments, and the most seconds of the usual time it may take (None: all)."""
+
+    module: str
+    arguments: str = ""
+    seconds: float | None = None
+
+
+class Outcome(NamedTuple):
+    """What a benchmark printed, how long it took, and why it did not come to its end."""
+
+    command: str
+    output: str
+    seconds: float
+    failure: str | None
+
+
+GPU = [
+    Benchmark("benchmarks.train_step", "--rounds 2 --warmup 3", 260),
+    Benchmark("benchmarks.loss", "--batch 16", 45),
+    Benchmark("benchmarks.auto_microbatch", seconds=40),
+    Benchmark("benchmarks.device_transform", "--batch 32", 40),
+    Benchmark("pytest", "-q -k gpu tests/test_losses.py tests/test_transforms.py", 30),
+]
+SMALL = "--size 64 --steps 2 --warmup 1"
+CPU = [
+    Benchmark("benchmarks.train_step", SMALL, 300),
+    Benchmark("benchmarks.train_step", f"{SMALL} --precision fp32", 300),
+    Benchmark("benchmarks.loss", "--batch 1 --repeats 3 --threads 1", 100),
+    Benchmark("benchmarks.device_transform", seconds=45),
+    Benchmark("benchmarks.dataloader", "--images 160 --repeats 3", 45),
+]
+# Compiling would take half of the time there is.
+CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
+CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
+# Seconds that CamVid takes to start, and again for each recipe.
+OVERHEAD, OVERHEAD_SMALL = 15, 40
+
+
+def plan(on_gpu: bool) -> list[Benchmark]:
+    """What is run, the most important first, without CamVid."""
+    return GPU if on_gpu else CPU
+
+
+def usual_minutes() -> float:
+    """The time for all of it."""
+    return 8.5 if torch.cuda.is_available() else 12
+
+
+def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
+    """CamVid with all recipes in so many seconds, of which training takes what is left."""
+    overhead = OVERHEAD if on_gpu else OVERHEAD_SMALL
+    minutes = max((seconds - overhead) / len(RECIPES) - overhead, 10) / 60
+    arguments = CAMVID.format(path=shlex.quote(path), minutes=minutes)
+    return Benchmark("benchmarks.camvid", arguments + CAMVID_SMALL * (not on_gpu))
+
+
+def run(benchmark: Benchmark, limit: float) -> Outcome:
+    """Run one for at most `limit` seconds."""
+    shown = ["python", "-m", benchmark.module, *shlex.split(benchmark.arguments)]
+    start = time.perf_counter()
+    # A session of its own: what it has started ends with it.
+    with subprocess.Popen(
+        [sys.executable, *shown[1:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=limit)
+            last = errors.strip().splitlines()[-1:]
+            failure = " ".join([f"failed with status {process.returncode}:", *last])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            failure = f"stopped after {limit:.0f} s"
+    seconds = time.perf_counter() - start
+    return Outcome(shlex.join(shown), output, seconds, failure if process.returncode else None)
+
+
+def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> Iterator[Outcome]:
+    """Run all within so many minutes; CamVid last, if there is a path to it."""
+    deadline = time.perf_counter() + 60 * minutes
+    longer = max(minutes / usual_minutes(), 1)
+    for benchmark in [*benchmarks, *([None] if path else [])]:
+        left = max(deadline - time.perf_counter(), 1)
+        benchmark = benchmark or camvid(path, left, torch.cuda.is_available())
+        print(f"{benchmark.module} {benchmark.arguments}", file=sys.stderr, flush=True)
+        yield run(benchmark, min(left, longer * (benchmark.seconds or left)))
+
+
+def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
+    """The results in Markdown, of the machine that is `about`."""
+    gpu = f"{about['gpu']}, CUDA {about['cuda']}; " if "gpu" in about else ""
+    lines = [
+        f"# {about.get('gpu', about['cpu'])}, {datetime.date.today()}",
+        "",
+        f"{gpu}{about['cpu']}, {about['cores']} cores, {about['threads']} threads; Python "
+        f"{about['python']}, torch {about['torch']}, {about['platform']}; load average {load:.1f} "
+        f"before the first; commit {commit()}.",
+    ]
+    for outcome in outcomes:
+        took = f"{outcome.seconds:.0f} s" + (f"; {outcome.failure}" if outcome.failure else "")
+        lines += ["", f"## `{outcome.command}`", "", f"({took})", "", outcome.output.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """Git's name for this state of the code."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def main(argv: list[str] | None = None) -> int:
+    on_gpu = torch.cuda.is_available()
+    names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=usual_minutes(), help="for all")
+    parser.add_argument("--camvid", help="CamVid in ADE20K's layout; default: leave it out")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="besides CamVid")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="a folder")
+    args = parser.parse_args(argv)
+    load = os.getloadavg()[0]
+    path = args.camvid and str(Path(args.camvid).resolve())
+    chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
+    about = machine()
+    device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{datetime.date.today()}-{device}.md"
+    outcomes = []
+    for outcome in run_all(chosen, args.minutes, path):
+        outcomes.append(outcome)
+        text = report(outcomes, about, load)
+        file.write_text(text.replace(path, "camvid") if path else text)
+    print(f"{file.read_text()}\n{file}")
+    return int(any(outcome.failure for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

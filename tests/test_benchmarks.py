@@ -1,0 +1,253 @@
+"""The benchmarks run, at a size at which their figures mean nothing, and compare like with like."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from torch import nn
+
+import main as program
+from benchmarks import (
+    auto_microbatch,
+    camvid,
+    dataloader,
+    device_transform,
+    loss,
+    plain,
+    run_all,
+    train_step,
+)
+from benchmarks.forked import shrink
+from benchmarks.stopwatch import PARTS
+from depthwise import DilatedDepthwiseConv2d
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A network of a few layers; trainers are given back."""
+    shrink(monkeypatch.setattr, monkeypatch.setitem)
+    monkeypatch.setattr(program, "_build_data", program._build_data)  # restored after the test
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    train_step.release()
+
+
+@pytest.fixture
+def step(synthetic: str) -> list[str]:
+    """Arguments of train_step for two steps a run."""
+    text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
+    return f"{text} --warmup 1 --steps 2 --rounds 2".split()
+
+
+class FirstLoss(Callback):
+    value: float | None = None
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.value is None:
+            self.value = float(state.total_loss_dict["loss/train/total"])
+
+
+@pytest.mark.parametrize("recipe", ["none", "mild"])
+def test_both_sides_of_train_step_train_the_same(step: list[str], recipe: str) -> None:
+    args = train_step.arguments([*step, "--precision", "fp32"])
+    losses = []
+    for build in (program.build_trainer, plain.build_trainer):
+        trainer = build(train_step.config(args, recipe))
+        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded otherwise
+        first = FirstLoss()
+        trainer.state.callbacks.append(first)
+        trainer.fit(duration="1ba")
+        trainer.close()
+        losses.append(first.value)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_plain_side_is_pytorch_in_fp32(step: list[str]) -> None:
+    trainer = plain.build_trainer(train_step.config(train_step.arguments(step), "none"))
+    layers = list(trainer.state.model.modules())
+    assert not any(isinstance(layer, DilatedDepthwiseConv2d) for layer in layers)
+    assert sum(type(layer) is nn.Conv2d and layer.groups > 1 for layer in layers) == 5
+    image = torch.randn(2, 3, 32, 32)
+    assert trainer.state.model((image, None)).dtype == torch.float32
+    trainer.close()
+
+
+def test_train_step(step: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    train_step.main([*step, "--recipes", "none", "hot", "--json", str(path)])
+    result = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    for recipe in ("none", "hot"):
+        entry = result["recipes"][recipe]
+        for side in ("plain", "ours"):
+            found = entry[side]
+            assert len(found["runs"]) == 2
+            assert found["milliseconds"] == pytest.approx(500 * sum(found["runs"]))
+            assert found["images_per_second"] == pytest.approx(2000 / found["milliseconds"])
+            assert 0 < found["utilisation"] < 1
+            assert found["bytes"] > 2**20
+            assert set(found["parts"]) == set(PARTS)
+            assert all(found["parts"][part] > 0 for part in ("backbone", "head", "loss"))
+            assert f"| {recipe} | {side} | {found['images_per_second']:.1f} |" in printed
+        ratio = entry["plain"]["milliseconds"] / entry["ours"]["milliseconds"]
+        assert train_step.ratio(entry) == pytest.approx(ratio)
+        assert f"| {ratio:.2f} |" in printed
+    hot = result["recipes"]["hot"]
+    assert hot["ours"]["waits"] < hot["plain"]["waits"]
+    assert hot["plain"]["parts"]["metrics"] > 0
+    for found in result["evaluation"].values():
+        assert min(found.values()) > 0
+    assert "optimizer" in printed and "| evaluation |" in printed
+
+
+def test_operations_are_three_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the network as it is
+    args = train_step.arguments(["--size", "64", "--arch", "resnet101", "--classes", "150"])
+    # 255 G multiply-adds a forward pass at 512 px, of which 64 px take a 64th.
+    assert train_step.operations(args) == pytest.approx(3 * 2 * 255e9 / 64, rel=0.05)
+
+
+def test_camvid(synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    text = f"--path {synthetic} --classes 12 --size 32 --batch 4 --workers 0 --minutes 0.03"
+    text += f" --evaluations 2 --probe 1 --recipes none medium --json {path}"
+    camvid.main(text.split())
+    recipes = json.loads(path.read_text())["recipes"]
+    printed = capsys.readouterr().out
+    assert list(recipes) == ["none", "medium"]
+    for recipe, found in recipes.items():
+        last = found["evaluations"][-1]
+        assert last["batches"] == found["batches"] and last["minutes"] == found["minutes"]
+        assert len(found["evaluations"]) >= 2 and 0 < last["miou"] < 100
+        assert f"| {recipe} | {found['minutes']:.2f} |" in printed
+        assert f"{last['miou']:.2f} |\n" in printed
+
+
+def test_auto_microbatch_needs_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="no GPU"):
+        auto_microbatch.main([])
+
+
+def test_auto_microbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU, as far as that can: all at once is what fits."""
+    device = types.SimpleNamespace(total_memory=80 * 2**30)
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    arguments = auto_microbatch.step_arguments  # loader processes take seconds to end
+    monkeypatch.setattr(
+        auto_microbatch, "step_arguments", lambda argv: arguments([*argv, "--workers", "0"])
+    )
+    args = argparse.Namespace(arch="resnet50", size=32, batch=2, memory=40, compile=False)
+    result = auto_microbatch.measure(args)
+    assert fractions == [0.5]
+    assert result["microbatch"] == 2
+    assert result["first_step"] > 0 and result["step"] > 0
+
+
+def run_main(
+    main: Callable[[], None], text: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict:
+    """The JSON of a benchmark that reads the command line."""
+    monkeypatch.setattr(sys, "argv", ["benchmark", *text.split(), "--json", str(path)])
+    main()
+    return json.loads(path.read_text())
+
+
+def test_dataloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_main(dataloader.main, "--images 16 --repeats 1", tmp_path / "r", monkeypatch)
+    assert result["images"] == 16
+    rates = result["images_per_second"]
+    assert len(rates) == 3 and all(len(rate) == 1 and rate[0] > 0 for rate in rates.values())
+    for name, rate in rates.items():
+        assert result["ratio"][name] == pytest.approx(rate[0] / rates["Pillow"][0])
+
+
+def test_device_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ShortTimer(device_transform.Timer):
+        def blocked_autorange(self, min_run_time: float) -> object:
+            return super().blocked_autorange(min_run_time=min_run_time / 100)
+
+    monkeypatch.setattr(device_transform, "Timer", ShortTimer)
+    main, text = device_transform.main, "--batch 2 --size 32"
+    rows = run_main(main, text, tmp_path / "r", monkeypatch)["rows"]
+    assert {row["transform"] for row in rows} == {"training", "evaluation"}
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2000 / row["ms"])
+
+
+def test_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: both sides agree, or it says so."""
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    text = "--batch 1 --classes 5 --size 64 --repeats 2 --threads 1 --device cpu"
+    rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
+    assert [row["target"] for row in rows] == ["index", "mixed"]
+    for row in rows:
+        for side in loss.SIDES:
+            assert len(row["seconds"][side]) == 2 and min(row["seconds"][side]) > 0
+            assert row["bytes"][side] >= 0
+
+
+def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that print, fail, and print and then hang."""
+    (root / "benchmarks").mkdir()
+    sources = {
+        "good": "print('| good |')",
+        "bad": "raise SystemExit('error: no luck')",
+        "slow": "import time\nprint('| half |', flush=True)\ntime.sleep(60)",
+    }
+    for name, source in sources.items():
+        (root / "benchmarks" / f"{name}.py").write_text(source)
+    plan = [run_all.Benchmark(f"benchmarks.{name}", "", 2) for name in ("slow", "bad", "good")]
+    monkeypatch.setattr(run_all, "ROOT", root)
+    monkeypatch.setattr(run_all, "plan", lambda on_gpu: plan)
+
+
+def test_run_all_goes_on_after_what_fails_or_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_benchmarks(tmp_path, monkeypatch)
+    assert run_all.main(["--out", str(tmp_path / "results")]) == 1
+    (file,) = (tmp_path / "results").iterdir()
+    slow, bad, good = file.read_text().split("\n## ")[1:]
+    assert slow.startswith("`python -m benchmarks.slow`")
+    assert "s; stopped after 2 s)" in slow and "| half |" in slow
+    assert "s; failed with status 1: error: no luck)" in bad
+    assert "failed" not in good and "| good |" in good
+    assert run_all.main(["--out", str(tmp_path / "results"), "--only", "good"]) == 0
+    assert "slow" not in file.read_text()
+
+
+def test_run_all_gives_camvid_the_time_that_is_left() -> None:
+    minutes = []
+    for seconds in (300, 600):
+        benchmark = run_all.camvid("some where", seconds, on_gpu=True)
+        args = camvid.arguments(shlex.split(benchmark.arguments))
+        assert args.path == "some where" and args.recipes == train_step.RECIPES
+        assert 60 * 4 * args.minutes < seconds
+        minutes.append(args.minutes)
+    assert minutes[1] > minutes[0]
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_run_alls_commands_are_understood(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each benchmark that is planned takes its arguments, and all together have time left."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    planned = run_all.plan(on_gpu)
+    for benchmark in planned:
+        if benchmark.module == "benchmarks.train_step":
+            train_step.arguments(shlex.split(benchmark.arguments))
+    assert sum(benchmark.seconds for benchmark in planned) < 60 * (8.5 if on_gpu else 15)
