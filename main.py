@@ -193,7 +193,7 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
 
     from data import build_ade20k_dataspec
     from validate import check_labels
-    from watch import init_worker
+    from watch import LoaderContext, init_worker
 
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
@@ -207,8 +207,8 @@ def _build_data(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
             dataset.ignore_background,
             ignore_label=dataset.ignore_label,
         )
-    if arguments.get("num_workers") != 0:
-        arguments["worker_init_fn"] = init_worker
+    if arguments["num_workers"] != 0 and sys.platform == "linux":
+        arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(
         **arguments,
         split=split,

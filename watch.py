@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+from multiprocessing.context import ForkContext, ForkProcess
 
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -64,19 +65,32 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # PR_SET_PDEATHSIG
 
 
-def init_worker(worker: int) -> None:
-    """In a loader process: end when the parent says so, not when signals for the run arrive.
+class LoaderContext(ForkContext):
+    """Forks a loader's processes with the run's signals blocked, for them to outlive those.
 
     Slurm, for one, sends SIGTERM to every process of a job, and the run needs its loaders until
-    its batch is done.
+    its batch is done. Blocking them in the new process would be too late: as it forks, libraries
+    start threads there (PyTorch does once `set_num_threads` was called), and a signal takes any
+    thread that lets it through.
     """
+
+    class Process(ForkProcess):
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def init_worker(worker: int) -> None:
+    """In a process of `LoaderContext`: end when the parent says so."""
     use_one_core(worker)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
 def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process().pid  # not getppid(): a fork server may be between
+    parent = multiprocessing.parent_process().pid
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

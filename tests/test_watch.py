@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,9 +93,20 @@ def test_a_loader_process_lost_during_a_save_is_explained_too() -> None:
     assert explain(RuntimeError("of our own making")) is None
 
 
+def start_thread() -> None:
+    """In a new process, as libraries do; such a call cannot be unregistered."""
+    if "thread" in after_fork:
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+
+
+after_fork: dict[str, bool] = {}
+os.register_at_fork(after_in_child=start_thread)
+
+
 def test_a_loader_process_outlives_signals_that_are_not_its_parents(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(after_fork, "thread", True)
     others = set(multiprocessing.active_children())
 
     class Signal(Callback):
