@@ -1,7 +1,7 @@
 """Export a checkpoint for deployment, with everything inside that a program needs to use it.
 
     python export.py runs/first/latest-rank0.pt --to onnx               # writes latest-rank0.onnx
-    python export.py runs/first/latest-rank0.pt --to safetensors --out weights.safetensors
+    python export.py runs/first/latest-rank0.pt --weights-only          # latest-rank0.safetensors
 
 | format        | loaded with                | needs                         |
 |---------------|----------------------------|-------------------------------|
@@ -203,7 +203,15 @@ def _sample_photo() -> str:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a checkpoint for deployment.")
     parser.add_argument("model", help="checkpoint (.pt) or weights (.safetensors)")
-    parser.add_argument("--to", choices=SUFFIXES, required=True, help="format")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--to", choices=SUFFIXES, help="format")
+    kind.add_argument(
+        "--weights-only",
+        dest="to",
+        action="store_const",
+        const="safetensors",
+        help="as --to safetensors: the weights and the run's config",
+    )
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name, here")
     parser.add_argument("--photo", help="photo to compare on; default: one that matplotlib brings")
     parser.add_argument("--size", type=int, default=512, help="its shorter side; default: 512")

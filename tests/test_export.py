@@ -142,9 +142,10 @@ def test_a_file_that_differs_is_refused(
     assert "NOT as in PyTorch" in capsys.readouterr().out
 
 
-def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("kind", [["--to", "safetensors"], ["--weights-only"]])
+def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: list[str]):
     path = tmp_path / "weights.safetensors"
-    assert main([random_weights(), "--to", "safetensors", "--out", str(path)]) == 0
+    assert main([random_weights(), *kind, "--out", str(path)]) == 0
     assert f"{path}: 12 classes" in capsys.readouterr().out
     written, original = load_weights(path), load_weights(random_weights())
     assert written.config == original.config and written.classes == original.classes
