@@ -131,7 +131,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
         "",
         f"{gpu}{about['cpu']}, {about['cores']} cores, {about['threads']} threads; Python "
         f"{about['python']}, torch {about['torch']}, {about['platform']}; load average {load:.1f} "
-        f"before the first; commit {commit()}.",
+        f"before the first; commit {about['commit']}.",
     ]
     for outcome in outcomes:
         took = f"{outcome.seconds:.0f} s" + (f"; {outcome.failure}" if outcome.failure else "")
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())
     chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
-    about = machine()
+    about = machine() | {"commit": commit()}  # now: the results are a change of their own
     device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{datetime.date.today()}-{device}.md"
