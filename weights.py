@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from classes import ClassInfo, classes_from_json, classes_to_json
@@ -175,8 +175,8 @@ def save_weights(
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    unfinished = f"{os.fspath(path)}.unfinished"
-    save_file(tensors, unfinished, metadata)
+    unfinished = Path(f"{os.fspath(path)}.unfinished")
+    unfinished.write_bytes(save(tensors, metadata))  # save_file's is for its owner alone
     os.replace(unfinished, path)
 
 

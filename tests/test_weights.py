@@ -73,6 +73,8 @@ def test_safetensors_round_trip(tmp_path: Path):
     assert same(found.state, state)
     assert (found.config, found.classes, found.num_classes) == ({"a": [1]}, classes, 12)
     assert os.listdir(tmp_path) == ["weights.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("use_plus", [True, False])
