@@ -10,7 +10,7 @@ FITTING := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info
 
 demo: .venv/.train
 	$(PY) synthetic_ade20k.py demo/data
-	.venv/bin/composer main.py yamls/demo.yaml
+	$(PY) main.py yamls/demo.yaml
 
 test: .venv/.test
 	.venv/bin/ruff check .

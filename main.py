@@ -369,9 +369,10 @@ def run(arguments: list[str]) -> int:
         if line is None:
             raise
         return _refuse(line, 1)
+    summary = _summary(trainer)
+    trainer.close()  # and with it the progress bar
     if os.environ.get("RANK", "0") == "0":
-        print(_summary(trainer))
-    trainer.close()
+        print(summary)
     return 0
 
 
