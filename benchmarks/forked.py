@@ -94,7 +94,6 @@ def _child(
     output = os.open(f"{log}.{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    multiprocessing.set_start_method("fork", force=True)  # a loader's processes, as in any run
     shrink()
     if death is not None:
         _plan_death(main, death)

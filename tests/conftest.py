@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 # Waiting threads that spin slow each other down where cores are few; set before torch is imported.
@@ -12,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 
 import synthetic_ade20k
+from benchmarks.forked import shrink
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
@@ -24,9 +27,17 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def tiny(synthetic: str) -> dict[str, Any]:
-    """A run of four steps of ResNet-50 at 32 pixels; a fresh dict that a test may change."""
+@pytest.fixture(scope="module")
+def small_network() -> Iterator[None]:
+    """Makes resnet50 a network that is quick to write, for modules that use this."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr, patch.setitem)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config(synthetic: str) -> dict[str, Any]:
+    """A run of four steps of ResNet-50 at 32 pixels; not to be changed."""
     dataset = {
         "path": synthetic,
         "base_size": 32,
@@ -45,3 +56,9 @@ def tiny(synthetic: str) -> dict[str, Any]:
         "precision": "fp32",
         "pictures": 0,
     }
+
+
+@pytest.fixture
+def tiny(tiny_config: dict[str, Any]) -> dict[str, Any]:
+    """`tiny_config` as a fresh dict that a test may change."""
+    return copy.deepcopy(tiny_config)

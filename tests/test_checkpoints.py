@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,13 @@ import torch
 from composer.core import Callback, State
 from run_helpers import add_callback, save_whole
 
-from benchmarks.forked import shrink
 from checkpoints import newest_checkpoint
 from config import ConfigError
 from main import main
 from stores import RunError
 from weights import WeightsError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Networks that are quick to write."""
-    with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr, patch.setitem)
-        yield
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "changed", "empty"])
@@ -98,24 +90,13 @@ def test_a_planted_checkpoint_does_not_run(tiny: dict[str, Any], tmp_path: Path,
 
 
 @pytest.fixture(scope="module")
-def tiny_checkpoint(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(
+    tiny_config: dict[str, Any], small_network: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The checkpoint of a run of two steps with the config of `tiny`."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    dataset = {"path": synthetic, "base_size": 32, "final_size": 32, "batch_size": 4}
-    main(
-        {
-            "run_name": "tiny",
-            "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
-            "train_dataset": dataset | {"num_workers": 0},
-            "eval_dataset": dataset | {"num_workers": 0},
-            "optimizer": {"lr": 0.01},
-            "max_duration": "2ba",
-            "precision": "fp32",
-            "pictures": 0,
-            "eval_interval": "100ep",
-            "save_folder": str(folder),
-        }
-    ).close()
+    changes = {"max_duration": "2ba", "eval_interval": "100ep", "save_folder": str(folder)}
+    main({**tiny_config, **changes}).close()
     return folder / "ep0-ba2-rank0.pt"
 
 

@@ -17,10 +17,8 @@ from torch._dynamo.utils import counters
 import main as program
 import model
 from benchmarks.forked import shrink
-from benchmarks.train_step import release
+from benchmarks.train_step import RECIPES, release
 from config import resolve
-
-RECIPES = ("none", "mild", "medium", "hot")
 
 
 class Losses(Callback):

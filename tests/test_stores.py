@@ -13,18 +13,11 @@ from run_helpers import save_whole
 from s3_server import S3Server, s3_server
 
 import stores
-from benchmarks.forked import shrink
 from config import ConfigError
 from main import main
 from stores import LocalFolder, RemoteFolder, RunError, outdated
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Networks that are quick to write."""
-    with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr, patch.setitem)
-        yield
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def test_old_checkpoints_go_but_never_later_ones() -> None:

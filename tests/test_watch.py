@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,14 @@ import pytest
 from composer.core import Callback, State
 from run_helpers import add_callback
 
-from benchmarks.forked import Death, run, shrink
+from benchmarks.forked import Death, run
 from checkpoints import newest_checkpoint
 from data import DataError
 from main import main
 from stores import RunError
 from watch import explain
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Networks that are quick to write."""
-    with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr, patch.setitem)
-        yield
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
