@@ -6,19 +6,21 @@ any process but the first.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import ConsoleLogger, FileLogger, Logger
 from composer.utils import (
@@ -29,8 +31,21 @@ from composer.utils import (
 )
 from torch import Tensor
 
-from classes import ClassInfo, classes_to_json, draw_sheet
-from metrics import accuracy_per_class, confusion_matrix, iou_per_class, mean_iou
+from classes import ClassInfo, classes_to_json, load_classes
+from config import Config
+from drawing import prediction_sheet
+from errors import RunError
+from metrics import (
+    class_table,
+    confusion_matrix,
+    mean_iou,
+    table_as_csv,
+)
+
+if TYPE_CHECKING:
+    from composer import Trainer
+
+    from checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +84,33 @@ def _save(data: bytes, folder: str, name: str, state: State) -> str | None:
     time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
     folder = format_name_with_dist(folder, state.run_name)
     return save_file(data, folder, name.format(time=time))
+
+
+class StopAtNonFiniteLoss(Callback):
+    """Ends a run whose loss is NaN or infinite, before it saves or evaluates anything of that.
+
+    Args:
+        saver: What saves the run's checkpoints, if any does.
+    """
+
+    def __init__(self, saver: Checkpoints | None) -> None:
+        self.saver = saver
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        # Composer has the mean over all processes on the host by now, to log it.
+        losses = state.total_loss_dict or {}
+        wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        if not wrong:
+            return
+        last = self.saver.last if self.saver else None
+        raise RunError(
+            f"{wrong[0]} in batch {state.timestamp.batch.value}, at a learning rate of "
+            f"{self._learning_rate:g}; the last good checkpoint is {last or 'none'}; "
+            "a lower optimizer.lr may help"
+        )
 
 
 class Pictures(Callback):
@@ -116,7 +158,7 @@ class Pictures(Callback):
             target, prediction = self._predict(state, spec, batch)
             targets.append(target)
             predictions.append(prediction)
-        sheet = draw_sheet(photos, targets, predictions, self.classes)
+        sheet = prediction_sheet(photos, targets, predictions, self.classes)
         # With this shape and type every one of Composer's loggers takes an image.
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
@@ -148,10 +190,10 @@ class Curves(Callback):
     exactly what it has trained, wherever it goes on.
 
     Args:
-        folder: Folder or object-store URI that ``curves.png`` goes into.
+        folder: Folder or object-store URI that ``curves.png`` goes into, or None.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str | None = None):
         self.folder = folder
         self.train: list[tuple[int, float, float]] = []  # batches done, loss, learning rate
         self.eval: list[tuple[int, float]] = []  # batches done, mIoU in percent
@@ -182,7 +224,7 @@ class Curves(Callback):
         self.eval = [(int(batch), miou) for batch, miou in state["eval"].tolist()]
 
     def _draw(self, state: State) -> None:
-        if dist.get_global_rank() == 0 and self.train:
+        if self.folder is not None and dist.get_global_rank() == 0 and self.train:
             _save(draw_curves(self.train, self.eval), self.folder, "curves.png", state)
 
 
@@ -261,36 +303,6 @@ class ClassTable(Callback):
             _save(text.encode(), self.folder, "classes/{time}.csv", state)
 
 
-def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:
-    """IoU and accuracy in percent and the number of labelled pixels of each class.
-
-    Args:
-        matrix: (C, C) counts, row = class in the target, column = predicted class.
-        classes: C names.
-
-    Returns:
-        The names of the columns, and a row a class; None stands where a class never occurs.
-    """
-    matrix = matrix.cpu()
-    numbers = zip(
-        iou_per_class(matrix).tolist(), accuracy_per_class(matrix).tolist(), matrix.sum(1).tolist()
-    )
-    rows = [
-        [c.name, *(None if value != value else 100 * value for value in (iou, accuracy)), pixels]
-        for c, (iou, accuracy, pixels) in zip(classes, numbers, strict=True)
-    ]
-    return ["class", "IoU", "accuracy", "pixels"], rows
-
-
-def table_as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as CSV; None becomes an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 class TrainMIoU(Callback):
     """Logs the mIoU of every ``interval``-th training batch as ``metrics/train/MIoU``, in percent.
 
@@ -352,3 +364,45 @@ class RunRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._record)
+
+
+def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]:
+    """Build what watches a run: its loss, speed, learning rate and memory, and what is drawn."""
+
+    num_classes = config.model.num_classes
+    classes = load_classes(config.class_names, num_classes)
+    folder = config.save_folder
+    callbacks: list[Callback] = [
+        StopAtNonFiniteLoss(saver),
+        SpeedMonitor(window_size=20),
+        LRMonitor(),
+    ]
+    if torch.cuda.is_available():
+        callbacks.append(MemoryMonitor())
+    if config.pictures:
+        callbacks.append(Pictures(classes, config.pictures, folder))
+    if config.train_metrics_interval:
+        callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
+    return [
+        *callbacks,
+        Curves(folder),
+        ClassTable(classes, folder if config.class_table_csv else None),
+        RunRecord(asdict(config), classes),
+    ]
+
+
+def summary(trainer: Trainer) -> str:
+    """Say what a run reached and left behind, a line each."""
+    lines = []
+    callbacks = {type(callback): callback for callback in trainer.state.callbacks}
+    miou = trainer.state.eval_metric_values.get("MIoU")
+    if miou is not None:
+        evaluations = callbacks[Curves].eval
+        first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
+        before = "" if first is None else f"{first:.2f} before, "
+        lines.append(f"mIoU: {before}{miou:.2f} now")
+    if trainer.saved_checkpoints:
+        lines.append(f"checkpoint: {trainer.saved_checkpoints[-1]}")
+    if Pictures in callbacks and callbacks[Pictures].latest:
+        lines.append(f"pictures: {callbacks[Pictures].latest}")
+    return "\n".join(lines)

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -20,21 +19,16 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist, get_file, reproducibility
+from composer.utils import create_interval_scheduler, dist, reproducibility
 
-from config import ConfigError
-from shards import one_line
-from stores import LocalFolder, RemoteFolder, RunError, batch_of, open_folder
+from errors import ConfigError, RunError, Stopped, one_line
+from stores import batch_of, open_folder
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # SIGUSR1 is what the kernel sends when the launcher dies (see `watch.end_with_launcher`).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Stopped(RunError):
-    """A run that ended on request; the message says how it goes on."""
 
 
 def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T:
@@ -275,80 +269,3 @@ def _is_finite(state: dict[str, Any]) -> bool:
 
     collect([state["model"], state["optimizers"], state["algorithms"]])
     return all(math.isfinite(largest) for largest in torch._foreach_norm(tensors, math.inf))
-
-
-def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
-    """The newest whole checkpoint in a folder, for all processes together.
-
-    Args:
-        folder: Folder or object-store URI.
-        scratch: Local folder to download to.
-
-    Returns:
-        Where it is and a local path of it, or None if there is none.
-
-    Raises:
-        ConfigError: The folder cannot be read.
-    """
-    target = open_folder(folder)
-
-    def newest() -> str | None:
-        try:
-            return _newest_whole(target, scratch)
-        except Exception as error:  # what a file system or the client of an object store raises
-            raise ConfigError(
-                f"save_folder: cannot read {target.path}: {one_line(error)}"
-            ) from None
-
-    name = on_first_process(newest)
-    if name is None:
-        return None
-    path = on_first_process(lambda: target.fetch(name, scratch), of_each_node=True)
-    return f"{target.path}/{name}", path
-
-
-def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
-    names, latest = target.names(), target.latest()
-    if latest:  # later ones are of another run, or `latest` would name them
-        names = [latest, *(name for name in names if batch_of(name) < batch_of(latest))]
-    for name in names:
-        try:
-            damage = _damage(target.fetch(name, scratch))
-        except FileNotFoundError:
-            damage = "it is missing"
-        if damage is None:
-            return name
-        log.warning("cannot go on from %s/%s: %s", target.path, name, damage)
-    if names:
-        log.warning("%s holds no whole checkpoint; the run begins anew", target.path)
-    return None
-
-
-def _damage(path: str) -> str | None:
-    """What is wrong with a checkpoint's file, by its checksums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        return one_line(error)
-    return f"{bad} in it is damaged" if bad else None
-
-
-def local_copy(path: str, scratch: str) -> str:
-    """A local path of a checkpoint that may be remote, for all processes together.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    if "://" not in path:
-        return path
-    copy = os.path.join(scratch, os.path.basename(path))
-
-    def download() -> str:
-        try:
-            get_file(path, copy, overwrite=True, progress_bar=False)
-        except Exception as error:  # what the client of an object store raises
-            raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
-        return copy
-
-    return on_first_process(download, of_each_node=True)

@@ -6,28 +6,22 @@ validate.py makes the report; convert_ade20k.py reads what it wrote back with th
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
-import signal
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import torch
-from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
-import data
-from shards import DataError, Shards, one_line
-from transforms import IGNORED, decode_image, decode_mask, decode_photo
+from decoding import decode_image, decode_mask, decode_photo
+from errors import DataError, one_line
+from folders import FOLDERS, IMAGE_SUFFIXES, MASK_SUFFIXES, find_root, list_samples, visible_files
+from labels import Labels
+from shards import open_shards, opened_shards, read_shard
+from workers import decoder_complaint, in_processes
 
 CHUNK = 64  # samples a process checks between two reports
 
@@ -38,27 +32,6 @@ class Finding(NamedTuple):
     path: str
     reason: str
     fatal: bool  # training would fail; otherwise it is odd, but trained on
-
-
-class Labels(NamedTuple):
-    """What the values in a mask mean; see :func:`data.build_ade20k_dataspec`."""
-
-    num_classes: int = 150
-    ignore_background: bool = True
-    ignore_label: int | None = None
-
-    def classes(self) -> np.ndarray:
-        """(256,) bool: labels that are classes, the first of them being class index 0."""
-        label = np.arange(256)
-        first = int(self.ignore_background)
-        inside = (label >= first) & (label < first + self.num_classes)
-        return inside & (label != self.ignore_label)
-
-    def ignored(self) -> np.ndarray:
-        """(256,) bool: labels that are known and no class."""
-        label = np.arange(256)
-        zero = (label == 0) & self.ignore_background
-        return (label >= IGNORED) | (label == self.ignore_label) | zero
 
 
 @dataclass
@@ -111,7 +84,7 @@ class Tally:
         except (ValueError, MemoryError, cv2.error) as error:
             self.find(name, one_line(error))
             image = None
-        if (complaint := _decoder_complaint()) and image is not None:
+        if (complaint := decoder_complaint()) and image is not None:
             self.find(name, f"damaged inside, though it decodes ({complaint})", fatal=False)
         return image
 
@@ -119,12 +92,10 @@ class Tally:
 def scan(path: str, split: str) -> tuple[list[tuple[str, str]], Tally]:
     """A split's (photo, mask) pairs in local folders, and what their names show to be wrong."""
     tally = Tally()
-    root = Path(path)
-    if not (root / "images").is_dir():
-        root = root / "ADEChallengeData2016"
-    folders = [root / kind / data.FOLDERS[split] for kind in ("images", "annotations")]
-    images = _files(folders[0], data.IMAGE_SUFFIXES, "photo", tally)
-    masks = _files(folders[1], data.MASK_SUFFIXES, "mask", tally)
+    root = find_root(path)
+    folders = [root / kind / FOLDERS[split] for kind in ("images", "annotations")]
+    images = _files(folders[0], IMAGE_SUFFIXES, "photo", tally)
+    masks = _files(folders[1], MASK_SUFFIXES, "mask", tally)
     tally.photos, tally.masks = len(images), len(masks)
     for name in sorted(images.keys() - masks.keys()):
         tally.find(images[name], f"its mask is missing, {folders[1] / name}.png")
@@ -135,7 +106,7 @@ def scan(path: str, split: str) -> tuple[list[tuple[str, str]], Tally]:
     for folder in folders:
         for file in folder.parent.glob("[!.]*") if split == "train" else ():
             if file.is_file():
-                tally.find(file, f"not in {' or '.join(data.FOLDERS.values())}", fatal=False)
+                tally.find(file, f"not in {' or '.join(FOLDERS.values())}", fatal=False)
     return [(images[name], masks[name]) for name in sorted(images.keys() & masks.keys())], tally
 
 
@@ -144,16 +115,13 @@ def _files(folder: Path, suffixes: set[str], kind: str, tally: Tally) -> dict[st
     if not folder.is_dir():
         tally.find(folder, "folder is missing")
     files: dict[str, str] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            name = file.relative_to(folder).with_suffix("").as_posix()
-            if file.suffix.lower() not in suffixes:
-                tally.find(file, f"not the name of a {kind}, training does not use it", fatal=False)
-            elif name in files:
-                tally.find(file, f"same name as {Path(files[name]).name}")
-            else:
-                files[name] = str(file)
+    for name, file in visible_files(folder):
+        if file.suffix.lower() not in suffixes:
+            tally.find(file, f"not the name of a {kind}, training does not use it", fatal=False)
+        elif name in files:
+            tally.find(file, f"same name as {Path(files[name]).name}")
+        else:
+            files[name] = str(file)
     return files
 
 
@@ -172,36 +140,6 @@ def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
     return tally
 
 
-def open_shards(path: str, local: str | None, split: str) -> Shards:
-    """A split of MDS shards, as training opens it, but for fewer attempts."""
-    return Shards(path, local, split, download_retry=2)
-
-
-opened_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
-
-
-def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
-    """The uid, encoded photo and encoded mask of each sample of a shard.
-
-    Raises:
-        DataError: The shard is missing or damaged. Its hash is checked even if it was in the cache,
-            which happens in training when it is downloaded only.
-    """
-    shards.fetch(number)
-    path, shard = shards.path(number), shards.shards[number]
-    content = Path(path).read_bytes()
-    again = "; delete it, and it is fetched again" if shards.is_cache else ""
-    if len(content) != shard.raw_data.bytes:
-        size = f"{len(content):,} bytes, not {shard.raw_data.bytes:,}"
-        raise DataError(f"{path} is damaged: it has {size}{again}")
-    for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
-        if get_hash(algorithm, content) != expected:
-            raise DataError(f"{path} is damaged: its {algorithm} is not the index's{again}")
-    end = int(shards.ends[number])
-    for index in range(end - len(shard), end):
-        yield shards.read(index)[:3]
-
-
 def check_shard(path: str, local: str | None, split: str, number: int, labels: Labels) -> Tally:
     """Checks one shard: its hash and every sample."""
     tally = Tally()
@@ -217,54 +155,13 @@ def check_shard(path: str, local: str | None, split: str, number: int, labels: L
     return tally
 
 
-def in_processes(function: Callable, tasks: list[tuple], workers: int) -> Iterator[Any]:
-    """Yields `function(*task)` of every task as they come; gives up the rest when interrupted."""
-    with ProcessPoolExecutor(workers, initializer=_init_process) as pool:
-        try:
-            for future in as_completed([pool.submit(function, *task) for task in tasks]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process died, of want of memory perhaps: try fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)  # waits for what is being done
-
-
-_captures_stderr = False  # whether this process keeps what libjpeg and libpng print
-
-
-def _init_process() -> None:
-    global _captures_stderr
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
-    if sys.platform == "linux":  # not to outlive a parent that is killed
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    # A JPEG with damage inside decodes: all there is to know of it is libjpeg's line on stderr.
-    descriptor, name = tempfile.mkstemp()
-    os.unlink(name)
-    os.dup2(descriptor, 2)
-    _captures_stderr = True
-
-
-def _decoder_complaint() -> str | None:
-    """The first line that the decoders printed since the last call."""
-    if not _captures_stderr or os.fstat(2).st_size == 0:
-        return None
-    text = os.pread(2, 2000, 0).decode(errors="replace").strip()
-    os.ftruncate(2, 0)
-    os.lseek(2, 0, os.SEEK_SET)
-    return text.splitlines()[0] if text else None
-
-
 def check(
     path: str, local: str | None, is_streaming: bool, labels: Labels, workers: int
 ) -> dict[str, Tally]:
     """Checks every sample of every split, with a progress bar on stderr."""
     tallies: dict[str, Tally] = {}
     tasks: list[tuple] = []
-    for split in data.FOLDERS:
+    for split in FOLDERS:
         tallies[split] = Tally()
         if is_streaming:
             try:
@@ -293,3 +190,40 @@ def check(
 
 def _run(split: str, count: int, function: Callable, *arguments: Any) -> tuple[str, int, Tally]:
     return split, count, function(*arguments)
+
+
+def check_labels(
+    path: str,
+    split: str,
+    num_classes: int,
+    ignore_background: bool,
+    max_masks: int = 64,
+    ignore_label: int | None = None,
+) -> None:
+    """A quick look, before training, at whether `num_classes` fits the masks of a local data set.
+
+    Args:
+        path: See `folders.list_samples`.
+        split: 'train' or 'val'.
+        num_classes, ignore_background, ignore_label: See `labels.Labels`.
+        max_masks: How many masks to look at, spread evenly over the split.
+
+    Raises:
+        DataError: A mask cannot be read, or holds a label that is no class.
+    """
+    samples = list_samples(path, split)
+    labels = Labels(num_classes, ignore_background, ignore_label)
+    unknown = ~labels.classes() & ~labels.ignored()
+    for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
+        mask_path = samples[position].mask_path
+        try:
+            target = decode_mask(Path(mask_path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{mask_path}: {error}") from error
+        wrong = np.flatnonzero(unknown & (np.bincount(target.ravel(), minlength=256) > 0))
+        if wrong.size:
+            first = int(ignore_background)
+            raise DataError(
+                f"{mask_path} holds label {wrong[-1]}, but with {num_classes} classes labels are "
+                f"{first}..{first + num_classes - 1}: set model.num_classes, or ignore_label"
+            )

@@ -116,3 +116,7 @@ def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
     ):
         turned[:, channel : channel + 1] = value - lack.clamp_(0, 1).mul_(chroma)
     return turned
+
+
+IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)

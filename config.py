@@ -22,6 +22,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from errors import ConfigError
+from folders import ADE20K, FOLDERS, find_root
+
 RECIPES = ("mild", "medium", "hot")
 # Composer's loggers, and the package that each needs besides (an extra of Composer's of that name).
 LOGGERS = {
@@ -35,10 +38,6 @@ LOGGERS = {
     "neptune": "neptune",
 }
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message is one line that names the key."""
 
 
 def key(default: Any, meaning: str) -> Any:
@@ -298,9 +297,9 @@ def _check(config: Config) -> None:
     _check_numbers(config)
     _check_times(config)
     _check_batch_sizes(config)
-    _check_dataset(config.eval_dataset, "eval_dataset", "validation")
+    _check_dataset(config.eval_dataset, "eval_dataset", "val")
     if config.is_train:
-        _check_dataset(config.train_dataset, "train_dataset", "training")
+        _check_dataset(config.train_dataset, "train_dataset", "train")
 
 
 def _check_numbers(config: Config) -> None:
@@ -415,11 +414,9 @@ def _check_dataset(dataset: DatasetConfig, name: str, split: str) -> None:
     elif not os.path.isdir(dataset.path):
         raise ConfigError(f"{name}.path: no folder {dataset.path}")
     elif not dataset.is_streaming:
-        images = os.path.join(dataset.path, "ADEChallengeData2016", "images", split)
-        if not os.path.isdir(images):
-            raise ConfigError(
-                f"{name}.path: {dataset.path} holds no ADEChallengeData2016/images/{split}"
-            )
+        images = f"images/{FOLDERS[split]}"
+        if not (find_root(dataset.path) / images).is_dir():
+            raise ConfigError(f"{name}.path: {dataset.path} holds no {ADE20K}/{images}")
 
 
 def help_text() -> str:

@@ -36,10 +36,11 @@ from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
-from checks import in_processes, open_shards, opened_shards, read_shard
-from data import FOLDERS, DataError, Sample, list_samples
-from shards import one_line
-from transforms import decode_mask, decode_photo
+from decoding import decode_mask, decode_photo
+from errors import DataError, UserError, one_line
+from folders import FOLDERS, Sample, find_root, list_samples
+from shards import open_shards, opened_shards, read_shard
+from workers import in_processes
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +321,7 @@ def convert(
     except ValueError:
         raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
     workers = workers or len(os.sched_getaffinity(0))
-    root = Path(path) if Path(path, "images").is_dir() else Path(path, "ADEChallengeData2016")
+    root = find_root(path)
     splits = [split for split in FOLDERS if (root / "images" / FOLDERS[split]).is_dir()]
     splits = {split: list_samples(path, split) for split in splits or FOLDERS}
     with _only_one(folder):
@@ -375,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: run again to go on from here", file=sys.stderr)
         return 130
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

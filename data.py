@@ -13,10 +13,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from composer.core import DataSpec
@@ -25,86 +24,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from checks import check_labels
+from config import Config
+from decoding import decode_mask, decode_photo
+from errors import DataError
+from folders import list_samples
+from labels import IGNORED, PADDING
 from sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
-from shards import DataError, Shards
-from transforms import (
-    IGNORED,
-    PADDING,
-    DeviceTransform,
-    PairTransform,
-    build_ade20k_transformations,
-    decode_mask,
-    decode_photo,
-)
+from shards import Shards
+from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
+from watch import LoaderContext, init_worker
+from workers import use_one_core
 
 log = logging.getLogger(__name__)
-
-FOLDERS = {"train": "training", "val": "validation"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-MASK_SUFFIXES = {".png", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-class Sample(NamedTuple):
-    """A photo and its mask."""
-
-    uid: str
-    image_path: str
-    mask_path: str
-
-
-def list_samples(datadir: str, split: str) -> list[Sample]:
-    """The photos of a split and their masks, sorted by name.
-
-    Args:
-        datadir (str): Folder with `images/{training,validation}` and
-            `annotations/{training,validation}`, or with `ADEChallengeData2016` that has these.
-            There may be folders in them, and files of other kinds, which are left alone.
-        split (str): 'train' or 'val'.
-
-    Returns:
-        list[Sample]: `uid` is the photo's path without extension and ADE20K's `ADE_train_`.
-
-    Raises:
-        DataError: If there are no photos, or photos without a mask.
-    """
-    if split not in FOLDERS:
-        raise DataError(f"split is {split!r}, not one of {', '.join(FOLDERS)}")
-    root = Path(datadir)
-    if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
-        root = root / "ADEChallengeData2016"
-    image_dir, mask_dir = (root / kind / FOLDERS[split] for kind in ("images", "annotations"))
-    images, masks = _find(image_dir, IMAGE_SUFFIXES), _find(mask_dir, MASK_SUFFIXES)
-    if not images:
-        raise DataError(f"{image_dir} has no photos ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    alone = sorted(images.keys() - masks.keys())
-    if alone:
-        others = f" (as {len(alone) - 1} more)" if len(alone) > 1 else ""
-        raise DataError(f"{images[alone[0]]} has no mask in {mask_dir}{others}")
-    extra = sorted(masks.keys() - images.keys())
-    if extra:
-        log.warning("%d masks without photo, as %s", len(extra), masks[extra[0]])
-    prefix = f"ADE_{split}_"
-    return [
-        Sample(name.removeprefix(prefix), str(images[name]), str(masks[name]))
-        for name in sorted(images)
-    ]
-
-
-def _find(folder: Path, suffixes: set[str]) -> dict[str, Path]:
-    """Visible files in `folder` and below that end as one of the suffixes, by path without it."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}")
-    files: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in suffixes and not name.startswith("."):
-                key = path.relative_to(folder).with_suffix("").as_posix()
-                if key in files:
-                    raise DataError(f"{files[key]} and {path} differ in their extension only")
-                files[key] = path
-    return files
 
 
 class _Samples(Dataset):
@@ -424,17 +356,48 @@ def build_ade20k_dataspec(
     )
 
 
-def use_one_core(worker: int) -> None:
-    """In a loader process: leave the other cores to the other processes."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+def build_data(config: Config, split: str) -> DataSpec:
+    """Build a split of a run for this process, after a look at whether its labels fit the model.
+
+    Args:
+        config: The run's.
+        split: 'train' or 'val'.
+
+    Raises:
+        DataError: The data set is not as it should be, or its labels do not fit.
+    """
+    dataset = config.train_dataset if split == "train" else config.eval_dataset
+    arguments = asdict(dataset)
+    arguments["batch_size"] //= dist.get_world_size()
+    if not dataset.is_streaming:
+        check_labels(
+            dataset.path,
+            split,
+            config.model.num_classes,
+            dataset.ignore_background,
+            ignore_label=dataset.ignore_label,
+        )
+    if arguments["num_workers"] != 0 and sys.platform == "linux":
+        arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
+    return build_ade20k_dataspec(
+        **arguments,
+        split=split,
+        shuffle=split == "train",
+        seed=config.seed,
+        num_classes=config.model.num_classes,
+    )
 
 
 def check_dataloader() -> None:
-    """Check the data set that the command line names."""
-    import validate
+    """Check the data set that the command line names, and print the report.
 
-    sys.exit(validate.main(sys.argv[1:]))
+    Raises:
+        SystemExit: Training on it would fail, or the command line is wrong.
+    """
+    from validate import main  # which takes half a second that training need not wait
+
+    if status := main(sys.argv[1:], build_ade20k_dataspec):
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -121,3 +123,22 @@ def _decode(data: bytes) -> Image.Image:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot be decoded: {reason}") from None
     return image
+
+
+Photo = str | os.PathLike | np.ndarray | Image.Image
+
+
+def read_photo(photo: Photo) -> np.ndarray:
+    """A photo as an (H, W, 3) uint8 RGB array, turned upright as its EXIF orientation says.
+
+    Raises:
+        ValueError: It is no photo; the message is one line.
+        OSError: There is no such file.
+    """
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+            raise ValueError(f"expected (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
+        return photo
+    if isinstance(photo, Image.Image):
+        return np.array(photo.convert("RGB"))
+    return decode_image(Path(photo).read_bytes())

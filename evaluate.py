@@ -31,19 +31,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from callbacks import class_table, table_as_csv
-from classes import ClassError
-from config import ConfigError, load, resolve
-from data import DataError, build_ade20k_dataspec
+from config import load, resolve
+from data import build_ade20k_dataspec
+from errors import ConfigError, UserError
 from metrics import (
+    class_table,
     confusion_matrix,
     confusion_matrix_of_predictions,
     mean_accuracy,
     mean_iou,
     pixel_accuracy,
+    table_as_csv,
 )
 from predict import Segmenter, add_model_options, segmenter_from
-from weights import WeightsError
 
 PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
 
@@ -236,7 +236,7 @@ def main(arguments: list[str]) -> int:
         for path in filter(None, (options.csv, options.json)):
             Path(path).touch()  # better now than after the last photo
         result = evaluate(options)
-    except (WeightsError, ClassError, ConfigError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         if dist.get_local_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,10 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classes import ClassError, ClassInfo, classes_to_json, load_classes
-from predict import read_photo
-from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, resize_image
-from weights import WeightsError, build_network, load_weights, save_weights
+from classes import ClassInfo, classes_to_json, load_classes
+from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from decoding import read_photo
+from model import build_network
+from transforms import resize_image
+from weights import load_weights, save_weights
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
 OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
@@ -171,7 +173,7 @@ def main(arguments: list[str]) -> int:
             classes = load_classes(options.classes, weights.num_classes)
         network = build_network(weights, options.model)
         photo = read_photo(options.photo or _sample_photo())
-    except (WeightsError, ClassError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     path.parent.mkdir(parents=True, exist_ok=True)

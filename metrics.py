@@ -9,12 +9,17 @@ the (N, C, H, W) tensor at full size never exists. Half-precision logits are ups
 interpolated in bf16, neighbouring classes tie and the lower index wins.
 """
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
+
+from classes import ClassInfo
 
 # Upsampled fp32 logits held at once. A CPU keeps 16 classes of a 512 x 512 image in its cache; a
 # GPU, where each slab costs some ten launches, takes 128.
@@ -187,3 +192,33 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         logit = slab.gather(0, torch.where(here, target - first, 0)[None])[0]
         chosen = torch.where(here, logit, chosen)
     return normaliser - chosen
+
+
+def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:
+    """IoU and accuracy in percent and the number of labelled pixels of each class.
+
+    Args:
+        matrix: (C, C) counts, row = class in the target, column = predicted class.
+        classes: C names.
+
+    Returns:
+        The names of the columns, and a row a class; None stands where a class never occurs.
+    """
+    matrix = matrix.cpu()
+    numbers = zip(
+        iou_per_class(matrix).tolist(), accuracy_per_class(matrix).tolist(), matrix.sum(1).tolist()
+    )
+    rows = [
+        [c.name, *(None if value != value else 100 * value for value in (iou, accuracy)), pixels]
+        for c, (iou, accuracy, pixels) in zip(classes, numbers, strict=True)
+    ]
+    return ["class", "IoU", "accuracy", "pixels"], rows
+
+
+def table_as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as CSV; None becomes an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -28,8 +28,10 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
 
 from depthwise import DilatedDepthwiseConv2d
+from errors import ModelError, WeightsError
 from losses import segmentation_loss
 from metrics import CrossEntropy, MIoU
+from weights import Weights, infer_architecture
 
 with warnings.catch_warnings():  # mmcv announces its 2.0 at every import
     warnings.simplefilter("ignore", UserWarning)
@@ -42,10 +44,6 @@ if "_check_balance" in torch.ops._dir:
     del torch.ops._check_balance
 
 log = logging.getLogger(__name__)
-
-
-class ModelError(ValueError):
-    """A model that cannot be built: an unknown backbone, or weights that do not fit or exist."""
 
 
 class DeepLabV3(nn.Module):
@@ -319,3 +317,23 @@ def build_composer_deeplabv3(
     network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
     network.upsample = upsample
     return ComposerDeepLabV3(network, num_classes, ignore_index, cross_entropy_weight, dice_weight)
+
+
+def build_network(weights: Weights, where: str = "these weights") -> DeepLabV3:
+    """A network in evaluation mode with these weights; its logits are at the decoder's stride.
+
+    Args:
+        weights: What :func:`load_weights` gave.
+        where: What to call them in an error.
+
+    Raises:
+        WeightsError: They do not fit.
+    """
+    network = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False)
+    try:
+        network.load_state_dict(weights.state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split("\n\t")[1].split())
+        raise WeightsError(f"{where}: {problem}") from error
+    network.upsample = False
+    return network.eval()

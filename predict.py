@@ -29,18 +29,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from classes import ClassError, ClassInfo, classes_from_json, draw_overlay, load_classes
-from decoding import decode_image
-from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, resize_image
-from weights import WeightsError, build_network, load_weights
+from classes import ClassInfo, classes_from_json, load_classes
+from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from decoding import Photo, read_photo
+from drawing import draw_overlay
+from errors import UserError, WeightsError
+from transforms import resize_image
+from weights import load_weights
 
 log = logging.getLogger(__name__)
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
-
-Photo = str | os.PathLike | np.ndarray | Image.Image
 
 
 class Segmenter:
@@ -91,6 +92,8 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found)
         else:
+            from model import build_network  # seconds that an ONNX file does not need
+
             weights = load_weights(path, which)
             self.network = _torch_network(build_network(weights, str(path)), self.device, amp)
             num_classes, found = weights.num_classes, weights.classes
@@ -282,22 +285,6 @@ def _onnx_network(
     return run, classes_from_json(metadata["classes"])
 
 
-def read_photo(photo: Photo) -> np.ndarray:
-    """A photo as an (H, W, 3) uint8 RGB array, turned upright as its EXIF orientation says.
-
-    Raises:
-        ValueError: It is no photo; the message is one line.
-        OSError: There is no such file.
-    """
-    if isinstance(photo, np.ndarray):
-        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-            raise ValueError(f"expected (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
-        return photo
-    if isinstance(photo, Image.Image):
-        return np.array(photo.convert("RGB"))
-    return decode_image(Path(photo).read_bytes())
-
-
 def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
     """Every photo that the arguments name: files, folders with all below them, glob patterns.
 
@@ -335,7 +322,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     try:
         segmenter = segmenter_from(options)
-    except (WeightsError, ClassError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     photos = list(find_photos(options.photos))

@@ -38,7 +38,7 @@ def build_recipe(config: Config) -> tuple[list[Algorithm], ComposerScheduler]:
     return algorithms, CosineAnnealingScheduler() if hot else ConstantScheduler()
 
 
-def warn_if_ema_is_slow(config: Config, batches_per_epoch: int, batch_size: int) -> None:
+def warn_if_ema_is_slow(config: Config, batches_per_epoch: int) -> None:
     """Say so when the run ends before the average that is evaluated has moved."""
     if config.recipe_name is None:
         return
@@ -48,7 +48,7 @@ def warn_if_ema_is_slow(config: Config, batches_per_epoch: int, batch_size: int)
         per_unit = {
             TimeUnit.EPOCH: batches_per_epoch,
             TimeUnit.BATCH: 1,
-            TimeUnit.SAMPLE: 1 / batch_size,
+            TimeUnit.SAMPLE: 1 / config.train_dataset.batch_size,
         }
         return time.value * per_unit[time.unit]
 

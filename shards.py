@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import functools
 import logging
 import os
 import queue
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
+from errors import DataError, one_line
+
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
 _NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
-
-
-class DataError(ValueError):
-    """The data set is not as training needs it. The message is one line and names the file."""
-
-    def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the worker's whole traceback for message.
-        super().__init__(message.strip().rpartition("DataError: ")[2])
 
 
 class Shards:
@@ -281,6 +279,31 @@ def _is_final(error: Exception) -> bool:
     return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+def open_shards(path: str, local: str | None, split: str) -> Shards:
+    """A split of MDS shards, as training opens it, but for fewer attempts."""
+    return Shards(path, local, split, download_retry=2)
+
+
+opened_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
+
+
+def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
+    """The uid, encoded photo and encoded mask of each sample of a shard.
+
+    Raises:
+        DataError: The shard is missing or damaged. Its hash is checked even if it was in the cache,
+            which happens in training when it is downloaded only.
+    """
+    shards.fetch(number)
+    path, shard = shards.path(number), shards.shards[number]
+    content = Path(path).read_bytes()
+    again = "; delete it, and it is fetched again" if shards.is_cache else ""
+    if len(content) != shard.raw_data.bytes:
+        size = f"{len(content):,} bytes, not {shard.raw_data.bytes:,}"
+        raise DataError(f"{path} is damaged: it has {size}{again}")
+    for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
+        if get_hash(algorithm, content) != expected:
+            raise DataError(f"{path} is damaged: its {algorithm} is not the index's{again}")
+    end = int(shards.ends[number])
+    for index in range(end - len(shard), end):
+        yield shards.read(index)[:3]

@@ -22,17 +22,13 @@ from contextlib import suppress
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import S3ObjectStore
 
-from shards import one_line
+from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest-rank0.pt"
 NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message is one line."""
 
 
 def batch_of(name: str) -> int:

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from colors import distort_colors, uniform_per_sample
+from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, distort_colors, uniform_per_sample
 from decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
+from labels import IGNORED, PADDING
 
 __all__ = [
     "DeviceTransform",
@@ -31,11 +32,7 @@ __all__ = [
     "resize_mask",
 ]
 
-IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-PADDING = 255  # In a mask: outside the photo. Ignored, and black after normalisation.
-IGNORED = 254  # In a mask: a pixel of the photo that is ignored, though label 0 may not be.
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 LoadImage = Callable[[int], np.ndarray]

@@ -16,67 +16,40 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from composer.core import DataSpec
 
-import data
-from checks import Labels, Tally, check
-from classes import ClassError, ClassInfo, beside, draw_overlay, load_classes
-from data import DataError
-from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, decode_mask
+from checks import Tally, check
+from classes import ClassInfo, load_classes
+from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from drawing import sample_sheet
+from errors import DataError, UserError
+from labels import Labels
 
 log = logging.getLogger(__name__)
 
 SPEED_SECONDS, SPEED_BATCH = 5, 16
+SHOWN = 20  # findings of one kind
 
-
-def check_labels(
-    path: str,
-    split: str,
-    num_classes: int,
-    ignore_background: bool,
-    max_masks: int = 64,
-    ignore_label: int | None = None,
-) -> None:
-    """A quick look, before training, at whether `num_classes` fits the masks of a local data set.
-
-    Args:
-        path: See :func:`data.list_samples`.
-        split: 'train' or 'val'.
-        num_classes, ignore_background, ignore_label: See :func:`data.build_ade20k_dataspec`.
-        max_masks: How many masks to look at, spread evenly over the split.
-
-    Raises:
-        DataError: A mask cannot be read, or holds a label that is no class.
-    """
-    samples = data.list_samples(path, split)
-    labels = Labels(num_classes, ignore_background, ignore_label)
-    unknown = ~labels.classes() & ~labels.ignored()
-    for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
-        mask_path = samples[position].mask_path
-        try:
-            target = decode_mask(Path(mask_path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{mask_path}: {error}") from error
-        wrong = np.flatnonzero(unknown & (np.bincount(target.ravel(), minlength=256) > 0))
-        if wrong.size:
-            first = int(ignore_background)
-            raise DataError(
-                f"{mask_path} holds label {wrong[-1]}, but with {num_classes} classes labels are "
-                f"{first}..{first + num_classes - 1}: set model.num_classes, or ignore_label"
-            )
+BuildDataspec = Callable[..., DataSpec]  # `data.build_ade20k_dataspec`
 
 
 def measure_loader(
-    path: str, local: str | None, is_streaming: bool, labels: Labels, samples: int
+    build_dataspec: BuildDataspec,
+    path: str,
+    local: str | None,
+    is_streaming: bool,
+    labels: Labels,
+    samples: int,
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """How many training images a second the loader gives here, and a batch of them.
 
@@ -84,7 +57,7 @@ def measure_loader(
         The figures, and the first batch as the model gets it: photos (N, H, W, 3) uint8 with
         colours distorted, and class indices (N, H, W), -1 where ignored.
     """
-    spec = data.build_ade20k_dataspec(
+    spec = build_dataspec(
         path,
         is_streaming,
         local,
@@ -123,19 +96,6 @@ def _batches(loader: torch.utils.data.DataLoader) -> Iterator[tuple[torch.Tensor
             yield from loader
     finally:
         loader._iterator = None  # ends its workers; left to the garbage collector it takes 5 s each
-
-
-def draw_sheet(photos: np.ndarray, targets: np.ndarray, classes: list[ClassInfo]) -> Image.Image:
-    """Up to six samples, two a row: the photo, and again with the mask over it and a legend."""
-    cells = [
-        beside(Image.fromarray(photo), draw_overlay(photo, target, classes))
-        for photo, target in list(zip(photos, targets))[:6]
-    ]
-    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    sheet = Image.new("RGB", (2 * width, (len(cells) + 1) // 2 * height), (255, 255, 255))
-    for number, cell in enumerate(cells):
-        sheet.paste(cell, (number % 2 * width, number // 2 * height))
-    return sheet
 
 
 def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[str, Any]:
@@ -185,10 +145,21 @@ def as_text(report: dict[str, Any]) -> str:
         ]
     for title, key in (("odd, but training works", "oddities"), ("PROBLEMS", "problems")):
         if found := report[key]:
-            lines += [f"{title} ({len(found)})", *(f"  {f['path']}: {f['reason']}" for f in found)]
-            lines += [""]
+            lines += [f"{title} ({len(found)})", *_first_of_each_kind(found), ""]
     lines += ["training would fail" if report["problems"] else "no problem: this can be trained on"]
     return "\n".join(lines)
+
+
+def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
+    """List findings, of those that differ in names and numbers only the first."""
+    kinds: dict[str, list[dict[str, str]]] = {}
+    for finding in findings:
+        kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])
+        kinds.setdefault(kind, []).append(finding)
+    for alike in kinds.values():
+        yield from (f"  {f['path']}: {f['reason']}" for f in alike[:SHOWN])
+        if len(alike) > SHOWN:
+            yield f"  … and {len(alike) - SHOWN:,} more like these; --json has all"
 
 
 def _row(title: str, cells: Iterable[str]) -> str:
@@ -233,6 +204,7 @@ def _class_table(splits: dict[str, Any]) -> list[str]:
 
 
 def validate(
+    build_dataspec: BuildDataspec,
     path: str,
     local: str | None = None,
     labels: Labels | None = None,
@@ -243,6 +215,7 @@ def validate(
     """Checks a data set.
 
     Args:
+        build_dataspec: Builds the data whose loader is measured.
         path: Folder in ADE20K's layout, or folder or URL of MDS shards.
         local: Where shards of a URL are kept.
         labels: What the masks hold. Default: ADE20K's.
@@ -273,9 +246,9 @@ def validate(
         )
     else:
         pairs = len(tallies["train"].sizes)
-        loader, batch = measure_loader(path, local, is_streaming, labels, pairs)
+        loader, batch = measure_loader(build_dataspec, path, local, is_streaming, labels, pairs)
         if picture:
-            draw_sheet(*batch, classes).save(picture)
+            sample_sheet(*batch, classes).save(picture)
     return {
         "path": path,
         "format": "MDS shards" if is_streaming else "folders in ADE20K's layout",
@@ -287,7 +260,8 @@ def validate(
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
+    """Check a data set as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("path", help="folder in ADE20K's layout, or folder or URL of MDS shards")
@@ -310,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     labels = Labels(options.num_classes, not options.keep_background, options.ignore_label)
     try:
         report = validate(
+            build_dataspec,
             options.path,
             options.local,
             labels,
@@ -317,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.workers,
             options.picture,
         )
-    except (DataError, ClassError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

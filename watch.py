@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import multiprocessing
 import os
 import re
@@ -12,35 +11,11 @@ import sys
 import threading
 from multiprocessing.context import ForkContext, ForkProcess
 
-from composer.core import Callback, State
-from composer.loggers import Logger
 from composer.utils import dist
 
-from checkpoints import SIGNALS, Checkpoints
-from data import use_one_core
-from shards import one_line
-from stores import RunError
-
-
-class StopAtNonFiniteLoss(Callback):
-    """Ends a run whose loss is NaN or infinite, before it saves or evaluates anything of that."""
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has the mean over all processes on the host by now, to log it.
-        losses = state.total_loss_dict or {}
-        wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-        if not wrong:
-            return
-        savers = [callback for callback in state.callbacks if isinstance(callback, Checkpoints)]
-        last = savers[0].last if savers else None
-        raise RunError(
-            f"{wrong[0]} in batch {state.timestamp.batch.value}, at a learning rate of "
-            f"{self._learning_rate:g}; the last good checkpoint is {last or 'none'}; "
-            "a lower optimizer.lr may help"
-        )
+from checkpoints import SIGNALS
+from errors import RunError, one_line
+from workers import use_one_core
 
 
 def explain(error: RuntimeError) -> str | None:

@@ -16,7 +16,8 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from classes import ClassInfo, classes_from_json, classes_to_json
+from errors import WeightsError
 
 if TYPE_CHECKING:
-    from model import DeepLabV3
+    pass
 
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
@@ -44,10 +46,6 @@ FAMILIES = {
     (256, 4): "resnext{}_64x4d",
     (128, 128): "wide_resnet{}_2",
 }
-
-
-class WeightsError(ValueError):
-    """A file of weights that is missing, damaged, unsafe, or of no model of this project."""
 
 
 @dataclass(frozen=True)
@@ -222,28 +220,6 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
     }
 
 
-def build_network(weights: Weights, where: str = "these weights") -> DeepLabV3:
-    """A network in evaluation mode with these weights; its logits are at the decoder's stride.
-
-    Args:
-        weights: What :func:`load_weights` gave.
-        where: What to call them in an error.
-
-    Raises:
-        WeightsError: They do not fit.
-    """
-    from model import deeplabv3  # it takes seconds: it imports mmseg and Composer
-
-    network = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False)
-    try:
-        network.load_state_dict(weights.state)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split("\n\t")[1].split())
-        raise WeightsError(f"{where}: {problem}") from error
-    network.upsample = False
-    return network.eval()
-
-
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Refuse a training checkpoint that holds anything but what Composer's state needs.
 
@@ -260,13 +236,27 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """:func:`check_checkpoint` as Composer calls it on every file that it is about to unpickle.
-
-    It does where the environment variable CHECKPOINT_VALIDATION_FUNCTION is
-    ``weights.validate_checkpoint``, which covers what was downloaded from an object store.
-    """
+    """Check a file as Composer asks, see `guarded_unpickling`."""
     check_checkpoint(path)
     return True
+
+
+@contextmanager
+def guarded_unpickling() -> Iterator[None]:
+    """Within, have Composer call `check_checkpoint` on every file that it is about to unpickle.
+
+    That covers what it downloads from an object store as well.
+    """
+    variable = "CHECKPOINT_VALIDATION_FUNCTION"
+    before = os.environ.get(variable)
+    os.environ[variable] = f"{__name__}.{validate_checkpoint.__name__}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _composer_types() -> list[Any]:

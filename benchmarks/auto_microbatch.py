@@ -21,6 +21,7 @@ import torch
 import main as program
 from benchmarks.train_step import Steps, config, machine, make_photos
 from benchmarks.train_step import arguments as step_arguments
+from precision import compiles
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -34,15 +35,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         make_photos(Path(folder), 4 * args.batch, args.batch)
         settings = config(step, "none")
         settings.device_train_microbatch_size = "auto"
-        trainer = program.build_trainer(settings)
         steps = Steps()
-        trainer.state.callbacks.append(steps)
+        trainer = program.build_trainer(settings, callbacks=[steps])
         start = time.perf_counter()
         trainer.fit(duration="3ba")
     result = {
         "batch": args.batch,
         "memory": args.memory,
-        "compile": program.compiles(settings),
+        "compile": compiles(settings),
         "microbatch": trainer.state.device_train_microbatch_size,
         "first_step": steps.ends[0] - start,
         "step": steps.mean(1),

@@ -80,9 +80,8 @@ def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
 
 def seconds_per_step(args: argparse.Namespace, recipe: str) -> float:
     """Of a short run, whose first half compiles and warms up."""
-    trainer = program.build_trainer(config(args, recipe, 10**6))
     steps = Steps()
-    trainer.state.callbacks.append(steps)
+    trainer = program.build_trainer(config(args, recipe, 10**6), callbacks=[steps])
     never_evaluate(trainer)
     trainer.fit(duration=f"{2 * args.probe}ba")
     trainer.close()
@@ -95,9 +94,8 @@ def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
     seconds = seconds_per_step(args, recipe)
     release()
     batches = max(round(60 * args.minutes / seconds), args.evaluations)
-    trainer = program.build_trainer(config(args, recipe, batches))
     evaluations = Evaluations()
-    trainer.state.callbacks.append(evaluations)
+    trainer = program.build_trainer(config(args, recipe, batches), callbacks=[evaluations])
     trainer.fit()
     trainer.close()
     images = batches * args.batch

@@ -28,7 +28,8 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision import transforms
 
-from data import FOLDERS, build_ade20k_dataspec
+from data import build_ade20k_dataspec
+from folders import FOLDERS
 
 SIZE, BATCH = 512, 8
 

@@ -16,7 +16,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from benchmarks.dataloader import machine
-from transforms import PADDING, DeviceTransform
+from labels import PADDING
+from transforms import DeviceTransform
 
 
 def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

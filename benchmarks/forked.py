@@ -5,6 +5,7 @@ The processes are forked from one that has everything imported, which saves ten 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ["main", "model", "data", "recipes", "optimizer", "callbacks", "watch", "validate"]
+IMPORTS = ["main", "model", "data", "recipes", "optimizer", "callbacks", "loggers", "resume"]
 # Of a save: half written, before each of its renames, before an old one goes.
 MOMENTS = ("forward", "batch", "eval", "write", "rename", "pointer", "remove")
 
@@ -57,6 +58,8 @@ def start(
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
+    for name in IMPORTS:  # which the forkserver leaves out without a word where it is missing
+        assert importlib.util.find_spec(name), f"there is no module {name}"
     context.set_forkserver_preload(IMPORTS)
     distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
     distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -95,15 +98,12 @@ def _child(
     os.dup2(output, 1)
     os.dup2(output, 2)
     shrink()
-    if death is not None:
-        _plan_death(main, death)
-    build = main._build_loggers
-    if rank == 0:
-        main._build_loggers = lambda config: [*build(config), _make_logger(log)]
+    callbacks = [_plan_death(death)] if death else []
+    loggers = [_make_logger(log)] if rank == 0 else []
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(config, file)  # which is YAML
         file.flush()
-        status = main.run([file.name])
+        status = main.run([file.name], callbacks=callbacks, loggers=loggers)
     sys.exit(status)
 
 
@@ -144,8 +144,8 @@ def _make_logger(path: str) -> Any:
     return Lines()
 
 
-def _plan_death(main: Any, death: Death) -> None:
-    """Have this process send itself a signal at a moment."""
+def _plan_death(death: Death) -> Any:
+    """Have this process send itself a signal at a moment; return the callback that does."""
     import torch
     from composer.core import Callback
 
@@ -170,8 +170,6 @@ def _plan_death(main: Any, death: Death) -> None:
         def eval_batch_end(self, state: Any, logger: Any) -> None:
             count(moment == "eval")
 
-    build = main._build_callbacks
-    main._build_callbacks = lambda config: [*build(config), Deadly()]
     save, replace, remove = torch.save, os.replace, os.remove
 
     def half_save(content: Any, file: Any, **arguments: Any) -> None:
@@ -195,3 +193,4 @@ def _plan_death(main: Any, death: Death) -> None:
         remove(path)
 
     torch.save, os.replace, os.remove = half_save, late_replace, late_remove
+    return Deadly()

@@ -9,12 +9,13 @@ data and schedule are this project's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from composer import Trainer, algorithms
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
-from composer.core import Algorithm
+from composer.core import Algorithm, Callback, DataSpec
 from composer.loss import DiceLoss, soft_cross_entropy
 from composer.metrics import CrossEntropy, MIoU
 from composer.models import ComposerModel
@@ -22,8 +23,8 @@ from composer.optim import DecoupledSGDW
 from composer.utils import get_device, reproducibility
 from torch import Tensor, nn
 
-import main as program
 from config import Config
+from data import build_data
 from depthwise import DilatedDepthwiseConv2d
 from model import deeplabv3, weight_init
 from recipes import build_recipe
@@ -68,15 +69,21 @@ class PlainDeepLabV3(ComposerModel):
         metric.update(outputs, batch[1])
 
 
-def build_trainer(config: Config) -> Trainer:
-    """`main.build_trainer` as Composer alone has it."""
+def build_trainer(
+    config: Config,
+    *,
+    callbacks: Sequence[Callback] = (),
+    data: tuple[DataSpec, DataSpec] | None = None,
+) -> Trainer:
+    """Build what `main.build_trainer` does, as Composer alone has it."""
     on_gpu = torch.cuda.is_available()
     reproducibility.seed_all(config.seed)
+    train_data, eval_data = data or (build_data(config, "train"), build_data(config, "val"))
     model = PlainDeepLabV3(config)
     return Trainer(
         model=model,
-        train_dataloader=program._build_data(config, config.train_dataset, "train"),
-        eval_dataloader=program._build_data(config, config.eval_dataset, "val"),
+        train_dataloader=train_data,
+        eval_dataloader=eval_data,
         eval_interval=config.eval_interval,
         max_duration=config.max_duration,
         optimizers=DecoupledSGDW(
@@ -87,7 +94,12 @@ def build_trainer(config: Config) -> Trainer:
         ),
         schedulers=build_recipe(config)[1],
         algorithms=composers_recipe(config),
-        callbacks=[SpeedMonitor(window_size=20), LRMonitor(), *([MemoryMonitor()] * on_gpu)],
+        callbacks=[
+            *callbacks,
+            SpeedMonitor(window_size=20),
+            LRMonitor(),
+            *([MemoryMonitor()] * on_gpu),
+        ],
         progress_bar=False,
         device=get_device(None),
         precision=precision(config),

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import copy
-import functools
 import gc
 import json
 import logging
@@ -46,13 +45,15 @@ import main as program
 from benchmarks import plain
 from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
-from config import Config, DatasetConfig, resolve
+from config import Config, resolve
+from data import build_data
 from model import deeplabv3
+from precision import choose_precision, compiles
 
 RECIPES = ("none", "mild", "medium", "hot")
 PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1
 CYCLE = 2  # steps: medium climbs every 2nd
-BUILDERS: dict[str, Callable[[Config], Trainer]] = {
+BUILDERS: dict[str, Callable[..., Trainer]] = {
     "plain": plain.build_trainer,
     "ours": program.build_trainer,
 }
@@ -106,11 +107,18 @@ def config(args: argparse.Namespace, recipe: str) -> Config:
 class Contender:
     """One side's trainer for one recipe, which goes on training for as long as it is asked to."""
 
-    def __init__(self, args: argparse.Namespace, side: str, recipe: str) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        side: str,
+        recipe: str,
+        data: tuple[DataSpec, DataSpec] | None = None,
+    ) -> None:
         self.args, self.side, self.recipe = args, side, recipe
-        self.trainer = BUILDERS[side](config(args, recipe))
+        # The loaders and their workers are shared, what the trainer puts around them is not.
+        data = data and (copy.copy(data[0]), copy.copy(data[1]))
         self.steps = Steps()
-        self.trainer.state.callbacks.append(self.steps)
+        self.trainer = BUILDERS[side](config(args, recipe), callbacks=[self.steps], data=data)
         never_evaluate(self.trainer)
         self.seconds: list[float] = []
         self.bytes = 0  # on a GPU
@@ -167,20 +175,6 @@ def never_evaluate(trainer: Trainer) -> None:
     """Composer evaluates at the end of each `fit`, whatever the interval."""
     for evaluator in trainer.state.evaluators:
         evaluator.eval_interval = lambda state, event: False
-
-
-def share_loaders() -> None:
-    """Let all trainers from now on have the same two loaders, and so their workers."""
-    built: dict[str, DataSpec] = {}
-    build = getattr(program._build_data, "__wrapped__", program._build_data)
-
-    @functools.wraps(build)
-    def build_once(config: Config, dataset: DatasetConfig, split: str) -> DataSpec:
-        if split not in built:
-            built[split] = build(config, dataset, split)
-        return copy.copy(built[split])
-
-    program._build_data = build_once
 
 
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
@@ -260,13 +254,14 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All of it, as what --json writes; again after each part, as far as it has come."""
-    share_loaders()
     on_gpu = torch.cuda.is_available()
     pairs = [(recipe, side) for recipe in args.recipes for side in BUILDERS]
     # First, while this process has taken little that a copy of it could use again.
     resident = {} if on_gpu else {pair: resident_bytes(args, pair[1], pair[0]) for pair in pairs}
     counters.clear()
-    contenders = {pair: Contender(args, pair[1], pair[0]) for pair in pairs}
+    shared = config(args, args.recipes[0])
+    data = build_data(shared, "train"), build_data(shared, "val")
+    contenders = {pair: Contender(args, pair[1], pair[0], data) for pair in pairs}
     for contender in contenders.values():
         contender.fit(args.warmup)
     for _ in range(args.rounds):
@@ -290,7 +285,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     names = ("arch", "size", "batch", "classes", "steps", "warmup", "rounds")
     result = {
         **{name: getattr(args, name) for name in names},
-        "compile": program.compiles(config(args, "none")),
+        "compile": compiles(config(args, "none")),
         "types": types,
         "operations_per_image": flops,
         "matrix_rates": rates,
@@ -312,7 +307,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def compute_type(args: argparse.Namespace, side: str) -> str:
     """The type that a side's convolutions compute in."""
-    precision, autocast = program._precision(args.precision)
+    precision, autocast = choose_precision(args.precision)
     if side == "plain":
         precision, autocast = plain.precision(config(args, "none")), None
     if autocast is not None:

@@ -38,7 +38,6 @@ from depthwise import DilatedDepthwiseConv2d
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A network of a few layers; trainers are given back."""
     shrink(monkeypatch.setattr, monkeypatch.setitem)
-    monkeypatch.setattr(program, "_build_data", program._build_data)  # restored after the test
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -65,10 +64,9 @@ def test_both_sides_of_train_step_train_the_same(step: list[str], recipe: str) -
     args = train_step.arguments([*step, "--precision", "fp32"])
     losses = []
     for build in (program.build_trainer, plain.build_trainer):
-        trainer = build(train_step.config(args, recipe))
-        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded otherwise
         first = FirstLoss()
-        trainer.state.callbacks.append(first)
+        trainer = build(train_step.config(args, recipe), callbacks=[first])
+        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded otherwise
         trainer.fit(duration="1ba")
         trainer.close()
         losses.append(first.value)

@@ -23,10 +23,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import callbacks
 from callbacks import Curves, Pictures, RunRecord, TrainMIoU, draw_curves, main_target, save_file
-from classes import draw_sheet, load_classes
+from classes import load_classes
+from drawing import prediction_sheet
 from losses import MixedTarget
 from metrics import confusion_matrix, mean_iou
-from weights import build_network, load_weights
+from model import build_network
+from weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_pictures_are_of_the_evaluated_weights(run: tuple[Any, str]):
             network.upsample = True
             predictions.append(network(image)[0].argmax(0).numpy())
     classes = load_weights(checkpoint).classes
-    expected = np.array(draw_sheet(photos, targets, predictions, classes))
+    expected = np.array(prediction_sheet(photos, targets, predictions, classes))
     drawn = next(c for c in trainer.state.callbacks if isinstance(c, Pictures))
     assert drawn.latest == os.path.join(pictures, "ep1-ba4.png")
     assert np.array_equal(np.array(Image.open(drawn.latest)), expected)

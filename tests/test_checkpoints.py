@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Callback, State
-from run_helpers import add_callback, save_whole
+from run_helpers import save_whole
 
-from checkpoints import newest_checkpoint
-from config import ConfigError
+from errors import ConfigError, RunError, WeightsError
 from main import main
-from stores import RunError
-from weights import WeightsError
+from resume import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -134,7 +132,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(
 def test_a_full_disk_while_saving(
     tiny: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     tiny_checkpoint: Path,
     room: int,
 ) -> None:
@@ -148,11 +145,10 @@ def test_a_full_disk_while_saving(
                 os.symlink("/dev/full", tmp_path / "ep0-ba3-rank0.pt.unfinished")
 
     (tmp_path / tiny_checkpoint.name).write_bytes(tiny_checkpoint.read_bytes())
-    add_callback(monkeypatch, FullDisk())
     tiny |= {"save_folder": str(tmp_path), "autoresume": True, "save_interval": "1ba"}
     try:
         with pytest.raises(RunError) as caught:
-            main(tiny)
+            main(tiny, callbacks=[FullDisk()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(caught.value)
@@ -176,7 +172,7 @@ def test_another_runs_checkpoints_are_not_replaced_by_accident(
 
 
 def test_weights_that_are_not_finite_do_not_replace_good_ones(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     class Poison(Callback):
         def batch_end(self, state: State, logger: Any) -> None:
@@ -184,8 +180,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(
                 with torch.no_grad():
                     state.model.module.backbone.conv1.weight[0, 0, 0, 0] = float("nan")
 
-    add_callback(monkeypatch, Poison())
     tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba"}
     with pytest.raises(RunError, match=r"ep0-ba2-rank0.pt is not saved: weights are not finite"):
-        main(tiny)
+        main(tiny, callbacks=[Poison()])
     assert [path.name for path in tmp_path.glob("ep*")] == ["ep0-ba1-rank0.pt"]

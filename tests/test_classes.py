@@ -10,18 +10,14 @@ import pytest
 from classes import (
     PAPER,
     WRONG,
-    ClassError,
     ClassInfo,
     classes_from_json,
     classes_to_json,
-    colorize,
     distinct_colors,
-    draw_legend,
-    draw_overlay,
-    draw_sheet,
     load_classes,
-    tint,
 )
+from drawing import colorize, draw_legend, draw_overlay, prediction_sheet, tint
+from errors import ClassError
 
 NAMES = ["sky", "road", "Straßenlaterne", "tree"]
 
@@ -156,12 +152,12 @@ def test_sheet_shows_where_they_differ():
     prediction[:120] = 1
 
     def share_wrong(prediction: np.ndarray) -> float:
-        sheet = np.array(draw_sheet([photo], [target], [prediction], classes))
+        sheet = np.array(prediction_sheet([photo], [target], [prediction], classes))
         panel = sheet[22:262, 3 * 246 : 3 * 246 + 240]
         assert (panel[:, :60] == 0).all()  # not labelled
         return float((panel == WRONG).all(2).mean())
 
     assert share_wrong(prediction) == 0.375
     assert share_wrong(np.zeros((240, 240), int)) == 0
-    two = draw_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
+    two = prediction_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
     assert two.height == 2 * 262

@@ -43,12 +43,9 @@ def small_and_compiled_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(tiny: dict[str, Any], recipe: str, compile: bool) -> tuple[Trainer, Losses]:
     name = None if recipe == "none" else recipe
-    trainer = program.build_trainer(
-        resolve(tiny | {"recipe_name": name, "compile": compile, "eval_interval": "1000ba"})
-    )
     losses = Losses()
-    trainer.state.callbacks.append(losses)
-    return trainer, losses
+    config = resolve(tiny | {"recipe_name": name, "compile": compile, "eval_interval": "1000ba"})
+    return program.build_trainer(config, callbacks=[losses]), losses
 
 
 def test_one_graph_for_training_and_one_for_evaluation(tiny: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from mcli import RunConfig
 from omegaconf import OmegaConf
 
 import config
-from config import ConfigError, load, resolve
+from config import load, resolve
+from errors import ConfigError
 
 YAMLS = Path(config.__file__).parent / "yamls"
 

@@ -16,9 +16,12 @@ from s3_server import BUCKET, s3_server
 from streaming.base.compression import decompress
 
 import convert_ade20k as converter
-from checks import Labels, check
+from checks import check
 from convert_ade20k import convert, main, plan_shards
-from data import DataError, StreamingADE20k, list_samples
+from data import StreamingADE20k
+from errors import DataError
+from folders import list_samples
+from labels import Labels
 
 ROOT = "ADEChallengeData2016"
 

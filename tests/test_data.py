@@ -22,9 +22,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ADE20k, DataError, build_ade20k_dataspec, list_samples
+from data import ADE20k, build_ade20k_dataspec
+from errors import DataError
+from folders import list_samples
+from labels import IGNORED, PADDING
 from sampler import EpochSampler, EvalSampler
-from transforms import IGNORED, PADDING, RandomCrop, build_ade20k_transformations
+from transforms import RandomCrop, build_ade20k_transformations
 
 SIZES = [(40, 56), (33, 64), (64, 48), (20, 90), (51, 51)]
 

@@ -16,18 +16,14 @@ from composer.loggers import InMemoryLogger
 from omegaconf import OmegaConf
 
 import main as main_module
-from data import DataError
+from errors import DataError, WeightsError
 from main import main, run
-from weights import WeightsError
 
 
 @pytest.fixture
-def history(monkeypatch: pytest.MonkeyPatch) -> InMemoryLogger:
-    """Everything that the runs of a test log."""
-    logger = InMemoryLogger()
-    build = main_module._build_loggers
-    monkeypatch.setattr(main_module, "_build_loggers", lambda config: [*build(config), logger])
-    return logger
+def history() -> InMemoryLogger:
+    """Everything that the runs of a test log, if they are given it."""
+    return InMemoryLogger()
 
 
 def values(history: InMemoryLogger, name: str) -> list[float]:
@@ -43,7 +39,7 @@ def test_every_recipe_trains(
     if recipe:
         ema = {"half_life": "2ba", "update_interval": "1ba"}
         tiny[recipe] = {"max_duration": "4ba", "ema": ema}
-    trainer = main(OmegaConf.create(tiny))
+    trainer = main(OmegaConf.create(tiny), loggers=[history])
     assert trainer.state.timestamp.batch == 4
     losses = values(history, "loss/train/total")
     assert len(losses) == 4
@@ -139,7 +135,7 @@ def test_a_run_goes_on_from_a_checkpoint(
     ema = {"half_life": "2ba", "update_interval": "1ba"}
     tiny |= {"recipe_name": "mild", "mild": {"max_duration": "10ba", "ema": ema}}
     tiny["load_path"] = str(folder / "ep2-ba8-rank0.pt")
-    trainer = main(tiny)
+    trainer = main(tiny, loggers=[history])
     assert trainer.state.timestamp.batch == 10
     assert len(values(history, "loss/train/total")) == 2
 

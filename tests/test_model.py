@@ -17,7 +17,8 @@ from composer.utils import dist
 from torch import nn
 
 import model as model_module
-from model import ModelError, build_composer_deeplabv3, deeplabv3, weight_init
+from errors import ModelError
+from model import build_composer_deeplabv3, deeplabv3, weight_init
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -16,9 +16,8 @@ from mmcv.image import rescale_size
 from PIL import Image
 
 import predict
-from classes import ClassError
+from errors import ClassError, WeightsError
 from predict import Segmenter, find_photos, highest_class, main, window_starts
-from weights import WeightsError
 
 
 @pytest.fixture(scope="module")

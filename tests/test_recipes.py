@@ -55,5 +55,5 @@ def test_an_average_that_outlasts_the_run_is_warned_about(
     ema = {"half_life": half_life, "update_interval": f"1{unit}"}
     tiny |= {"recipe_name": "mild", "mild": {"max_duration": duration, "ema": ema}}
     with caplog.at_level(logging.WARNING):
-        warn_if_ema_is_slow(resolve(tiny), batches_per_epoch=10, batch_size=4)
+        warn_if_ema_is_slow(resolve(tiny), batches_per_epoch=10)
     assert ("mild.ema.half_life" in caplog.text) == warned

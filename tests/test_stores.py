@@ -13,9 +13,9 @@ from run_helpers import save_whole
 from s3_server import S3Server, s3_server
 
 import stores
-from config import ConfigError
+from errors import ConfigError, RunError
 from main import main
-from stores import LocalFolder, RemoteFolder, RunError, outdated
+from stores import LocalFolder, RemoteFolder, outdated
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

@@ -21,7 +21,9 @@ from streaming import MDSWriter
 from test_data import batches, build, digests, make_data, on_rank, train
 
 import shards
-from data import DataError, StreamingADE20k, list_samples
+from data import StreamingADE20k
+from errors import DataError
+from folders import list_samples
 
 COLUMNS = {"uid": "str", "x": "jpeg", "y": "png"}
 

@@ -13,20 +13,15 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torchvision.transforms import ColorJitter
 
-from colors import distort_colors, uniform_per_sample
+from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, distort_colors, uniform_per_sample
+from decoding import decode_image, decode_mask, decode_photo
+from labels import IGNORED, PADDING
 from transforms import (
-    IGNORED,
-    IMAGENET_CHANNEL_MEAN,
-    IMAGENET_CHANNEL_STD,
-    PADDING,
     PADDING_COLOR,
     DeviceTransform,
     RandomCrop,
     Resize,
     build_ade20k_transformations,
-    decode_image,
-    decode_mask,
-    decode_photo,
     resize_image,
     resize_mask,
 )

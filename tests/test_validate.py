@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -15,13 +16,16 @@ from PIL import Image
 
 import synthetic_ade20k
 import validate
-from checks import in_processes
+from checks import check_labels
 from classes import load_classes
 from convert_ade20k import convert
-from data import DataError, list_samples
-from validate import check_labels, main
+from data import build_ade20k_dataspec
+from errors import DataError
+from folders import list_samples
+from workers import in_processes
 
 ROOT = "ADEChallengeData2016"
+main = functools.partial(validate.main, build_dataspec=build_ade20k_dataspec)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +54,8 @@ def sample(path: Path, number: int) -> tuple[Path, Path]:
 
 def run(capsys, *arguments: str | Path) -> tuple[int, dict]:
     """Exit status and report of the command."""
-    status = main([*map(str, arguments), "--num-classes", "12", "--json"])
+    arguments = [*map(str, arguments), "--num-classes", "12", "--json"]
+    status = main(arguments)
     return status, json.loads(capsys.readouterr().out)
 
 

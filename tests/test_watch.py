@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 from composer.core import Callback, State
-from run_helpers import add_callback
 
 from benchmarks.forked import Death, run
-from checkpoints import newest_checkpoint
-from data import DataError
+from errors import DataError, RunError
 from main import main
-from stores import RunError
+from resume import newest_checkpoint
 from watch import explain
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -27,17 +25,16 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+    tiny: dict[str, Any], tmp_path: Path, value: float
 ) -> None:
     class Break(Callback):
         def after_loss(self, state: State, logger: Any) -> None:
             if state.timestamp.batch == 2:
                 state.loss["total"] = state.loss["total"] * value
 
-    add_callback(monkeypatch, Break())
     tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba", "recipe_name": "mild"}
     with pytest.raises(RunError) as caught:
-        main(tiny)
+        main(tiny, callbacks=[Break()])
     assert str(caught.value) == (
         f"loss/train/total is {value} in batch 3, at a learning rate of 0.01; the last good "
         f"checkpoint is {tmp_path}/ep0-ba2-rank0.pt; a lower optimizer.lr may help"
@@ -45,9 +42,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert newest_checkpoint(str(tmp_path), "")[0] == f"{tmp_path}/ep0-ba2-rank0.pt"
 
 
-def test_a_photo_that_vanishes_in_mid_run(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_photo_that_vanishes_in_mid_run(tiny: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(tiny["train_dataset"]["path"], tmp_path / "data")
 
     class Vanish(Callback):
@@ -55,13 +50,12 @@ def test_a_photo_that_vanishes_in_mid_run(
             if state.timestamp.batch == 2:
                 shutil.rmtree(tmp_path / "data/ADEChallengeData2016/images/training")
 
-    add_callback(monkeypatch, Vanish())
     tiny["train_dataset"] |= {"path": str(tmp_path / "data"), "num_workers": 1}
     tiny |= {"save_folder": f"{tmp_path}/saved", "save_interval": "1ba", "max_duration": "4ep"}
     with pytest.raises(
         DataError, match=r"images/training/ADE_train_\d+.jpg: No such file"
     ) as error:
-        main({**tiny, "eval_interval": "100ep"})
+        main({**tiny, "eval_interval": "100ep"}, callbacks=[Vanish()])
     assert "\n" not in str(error.value)
     assert newest_checkpoint(f"{tmp_path}/saved", "") is not None
 
@@ -109,9 +103,8 @@ def test_a_loader_process_outlives_signals_that_are_not_its_parents(
                 subprocess.run(["kill", f"-{name}", str(self.worker.pid)], check=True)
 
     sender = Signal()
-    add_callback(monkeypatch, sender)
     tiny["train_dataset"]["num_workers"] = 1
-    trainer = main({**tiny, "eval_interval": "100ep"})
+    trainer = main({**tiny, "eval_interval": "100ep"}, callbacks=[sender])
     assert trainer.state.timestamp.batch == 4
     assert sender.worker.is_alive()
     sender.worker.terminate()

@@ -1,0 +1,47 @@
+"""Every way in which a command refuses: each message is one line that says what, where and why.
+
+Nothing slow is imported here, so that a wrong config is answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something that a command was given cannot be used."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be run; the message names the key."""
+
+
+class DataError(UserError):
+    """A data set that is not as training needs it; the message names the file."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error again with the worker's whole traceback for message.
+        super().__init__(message.strip().rpartition("DataError: ")[2])
+
+
+class ModelError(UserError):
+    """A model that cannot be built: an unknown backbone, or weights that do not fit or exist."""
+
+
+class WeightsError(UserError):
+    """A file of weights that is missing, damaged, unsafe, or of no model of this project."""
+
+
+class ClassError(UserError):
+    """Class names that cannot be read or do not number what the model predicts."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on."""
+
+
+class Stopped(RunError):
+    """A run that ended on request; the message says how it goes on."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,34 @@
+"""Where a run's numbers go: Composer's loggers, by the names that the YAML has for them."""
+
+from __future__ import annotations
+
+import os
+
+from composer import loggers
+from composer.loggers import LoggerDestination
+
+from config import Config
+from errors import ConfigError
+
+
+def build_loggers(config: Config) -> list[LoggerDestination]:
+    """Build the loggers of the YAML, but for the progress bar and the console: the Trainer's."""
+    classes = {
+        "file": loggers.FileLogger,
+        "wandb": loggers.WandBLogger,
+        "tensorboard": loggers.TensorboardLogger,
+        "mlflow": loggers.MLFlowLogger,
+        "comet_ml": loggers.CometMLLogger,
+        "neptune": loggers.NeptuneLogger,
+    }
+    if "wandb" in config.loggers:
+        # Offline, W&B 0.18 otherwise asks its server about every table and waits for the answer.
+        os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
+    built = []
+    for name, arguments in config.loggers.items():
+        if name in classes:
+            try:
+                built.append(classes[name](**arguments))
+            except TypeError as error:
+                raise ConfigError(f"loggers.{name}: {error}") from error
+    return built

@@ -1,0 +1,148 @@
+"""Which checkpoint a run begins from: the newest whole one of a folder, or a file that is named."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from composer.utils import get_file
+
+from checkpoints import on_first_process
+from errors import ConfigError, one_line
+from stores import LocalFolder, RemoteFolder, batch_of, open_folder
+from weights import Weights, infer_architecture, load_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from.
+
+    Attributes:
+        where: The checkpoint's path or URI.
+        weights: Its weights.
+        state_path: A local path of it where the state of training is wanted too, else None.
+        is_resume: Whether it is the run's own, found in its folder.
+    """
+
+    where: str
+    weights: Weights
+    state_path: str | None
+    is_resume: bool
+
+    def check_fits(self, model: Mapping[str, Any]) -> None:
+        """Compare its architecture with the arguments of `model.deeplabv3`.
+
+        Raises:
+            ConfigError: They differ.
+        """
+        for name, value in infer_architecture(self.weights.state).items():
+            if value != model[name]:
+                raise ConfigError(f"load_path: {self.where} has {name}={value}, not {model[name]}")
+
+
+def find_start(
+    folder: str | None, load_path: str | None, weights_only: bool, scratch: str
+) -> Start | None:
+    """Find what to begin from: the newest checkpoint of a folder, else `load_path`.
+
+    Args:
+        folder: Folder or object-store URI to go on from, or None.
+        load_path: Path or URI of a checkpoint or of weights, or None.
+        weights_only: Take only the weights of `load_path`.
+        scratch: Local folder to download to.
+
+    Raises:
+        ConfigError: A folder or file cannot be read.
+        WeightsError: The file is damaged, or holds what is no part of a checkpoint.
+    """
+    found = newest_checkpoint(folder, scratch) if folder else None
+    if found:
+        where, path = found
+        return Start(where, load_weights(path), path, True)
+    if load_path:
+        path = local_copy(load_path, scratch)
+        return Start(load_path, load_weights(path), None if weights_only else path, False)
+    return None
+
+
+def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
+    """The newest whole checkpoint in a folder, for all processes together.
+
+    Args:
+        folder: Folder or object-store URI.
+        scratch: Local folder to download to.
+
+    Returns:
+        Where it is and a local path of it, or None if there is none.
+
+    Raises:
+        ConfigError: The folder cannot be read.
+    """
+    target = open_folder(folder)
+
+    def newest() -> str | None:
+        try:
+            return _newest_whole(target, scratch)
+        except Exception as error:  # what a file system or the client of an object store raises
+            raise ConfigError(
+                f"save_folder: cannot read {target.path}: {one_line(error)}"
+            ) from None
+
+    name = on_first_process(newest)
+    if name is None:
+        return None
+    path = on_first_process(lambda: target.fetch(name, scratch), of_each_node=True)
+    return f"{target.path}/{name}", path
+
+
+def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
+    names, latest = target.names(), target.latest()
+    if latest:  # later ones are of another run, or `latest` would name them
+        names = [latest, *(name for name in names if batch_of(name) < batch_of(latest))]
+    for name in names:
+        try:
+            damage = _damage(target.fetch(name, scratch))
+        except FileNotFoundError:
+            damage = "it is missing"
+        if damage is None:
+            return name
+        log.warning("cannot go on from %s/%s: %s", target.path, name, damage)
+    if names:
+        log.warning("%s holds no whole checkpoint; the run begins anew", target.path)
+    return None
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a checkpoint's file, by its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return one_line(error)
+    return f"{bad} in it is damaged" if bad else None
+
+
+def local_copy(path: str, scratch: str) -> str:
+    """A local path of a checkpoint that may be remote, for all processes together.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    if "://" not in path:
+        return path
+    copy = os.path.join(scratch, os.path.basename(path))
+
+    def download() -> str:
+        try:
+            get_file(path, copy, overwrite=True, progress_bar=False)
+        except Exception as error:  # what the client of an object store raises
+            raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
+        return copy
+
+    return on_first_process(download, of_each_node=True)

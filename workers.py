@@ -1,0 +1,65 @@
+"""Processes that load or check samples: one core each, and ended with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import cv2
+import torch
+
+from errors import DataError
+
+
+def use_one_core(worker: int) -> None:
+    """In a loader process: leave the other cores to the other processes."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def in_processes(function: Callable, tasks: list[tuple], workers: int) -> Iterator[Any]:
+    """Yields `function(*task)` of every task as they come; gives up the rest when interrupted."""
+    with ProcessPoolExecutor(workers, initializer=_init_process) as pool:
+        try:
+            for future in as_completed([pool.submit(function, *task) for task in tasks]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process died, of want of memory perhaps: try fewer --workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # waits for what is being done
+
+
+def _init_process() -> None:
+    global _captures_stderr
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
+    if sys.platform == "linux":  # not to outlive a parent that is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    # A JPEG with damage inside decodes: all there is to know of it is libjpeg's line on stderr.
+    descriptor, name = tempfile.mkstemp()
+    os.unlink(name)
+    os.dup2(descriptor, 2)
+    _captures_stderr = True
+
+
+_captures_stderr = False  # whether this process keeps what libjpeg and libpng print
+
+
+def decoder_complaint() -> str | None:
+    """The first line that the decoders printed since the last call."""
+    if not _captures_stderr or os.fstat(2).st_size == 0:
+        return None
+    text = os.pread(2, 2000, 0).decode(errors="replace").strip()
+    os.ftruncate(2, 0)
+    os.lseek(2, 0, os.SEEK_SET)
+    return text.splitlines()[0] if text else None
