@@ -9,7 +9,7 @@ FITTING := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info
 .PHONY: demo test install
 
 demo: .venv/.train
-	$(PY) synthetic_ade20k.py demo/data
+	$(PY) -m dataset.synthetic demo/data
 	$(PY) main.py yamls/demo.yaml
 
 test: .venv/.test

@@ -36,11 +36,11 @@ from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
-from decoding import decode_mask, decode_photo
+from dataset.decoding import decode_mask, decode_photo
+from dataset.folders import FOLDERS, Sample, find_root, list_samples
+from dataset.shards import open_shards, opened_shards, read_shard
+from dataset.workers import in_processes
 from errors import DataError, UserError, one_line
-from folders import FOLDERS, Sample, find_root, list_samples
-from shards import open_shards, opened_shards, read_shard
-from workers import in_processes
 
 log = logging.getLogger(__name__)
 

@@ -24,17 +24,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from checks import check_labels
-from config import Config
-from decoding import decode_mask, decode_photo
+from dataset.checks import check_labels
+from dataset.decoding import decode_mask, decode_photo
+from dataset.folders import list_samples
+from dataset.labels import IGNORED, PADDING
+from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
+from dataset.shards import Shards
+from dataset.workers import use_one_core
 from errors import DataError
-from folders import list_samples
-from labels import IGNORED, PADDING
-from sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
-from shards import Shards
+from training.config import Config
+from training.processes import LoaderContext, init_worker
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
-from watch import LoaderContext, init_worker
-from workers import use_one_core
 
 log = logging.getLogger(__name__)
 
@@ -394,7 +394,7 @@ def check_dataloader() -> None:
     Raises:
         SystemExit: Training on it would fail, or the command line is wrong.
     """
-    from validate import main  # which takes half a second that training need not wait
+    from dataset.report import main  # which takes half a second that training need not wait
 
     if status := main(sys.argv[1:], build_ade20k_dataspec):
         sys.exit(status)

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from config import load, resolve
 from data import build_ade20k_dataspec
 from errors import ConfigError, UserError
-from metrics import (
+from predict import Segmenter, add_model_options, segmenter_from
+from segmentation.metrics import (
     class_table,
     confusion_matrix,
     confusion_matrix_of_predictions,
@@ -43,7 +43,7 @@ from metrics import (
     pixel_accuracy,
     table_as_csv,
 )
-from predict import Segmenter, add_model_options, segmenter_from
+from training.config import load, resolve
 
 PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
 

@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classes import ClassInfo, classes_to_json, load_classes
-from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from decoding import read_photo
+from checkpointing.weights import load_weights, save_weights
+from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from dataset.decoding import read_photo
 from model import build_network
+from segmentation.classes import ClassInfo, classes_to_json, load_classes
 from transforms import resize_image
-from weights import load_weights, save_weights
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
 OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from config import Config, help_text, load, resolve
 from errors import ConfigError, Stopped, UserError
+from training.config import Config, help_text, load, resolve
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -59,7 +59,7 @@ def main(
         trainer.eval()
         return trainer
 
-    from checkpoints import Checkpoints
+    from checkpointing.saver import Checkpoints
 
     saver = next((c for c in trainer.state.callbacks if isinstance(c, Checkpoints)), None)
     with saver.listening() if saver else nullcontext():
@@ -92,16 +92,16 @@ def build_trainer(
     from composer import Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from callbacks import build_callbacks
-    from checkpoints import Checkpoints
+    from checkpointing.resume import find_start
+    from checkpointing.saver import Checkpoints
+    from checkpointing.weights import guarded_unpickling
     from data import build_data
-    from loggers import build_loggers
     from model import build_composer_deeplabv3, weight_init
-    from optimizer import DecoupledSGDW
-    from precision import choose_precision, compiles
-    from recipes import build_recipe, warn_if_ema_is_slow
-    from resume import find_start
-    from weights import guarded_unpickling
+    from training.callbacks import build_callbacks
+    from training.loggers import build_loggers
+    from training.optimizer import DecoupledSGDW
+    from training.precision import choose_precision, compiles
+    from training.recipes import build_recipe, warn_if_ema_is_slow
 
     precision, cpu_autocast = choose_precision(config.precision)
     device = get_device(None)
@@ -204,8 +204,8 @@ def run(
 
     from composer.utils import dist
 
-    from callbacks import summary
-    from watch import end_with_launcher, explain
+    from training.callbacks import summary
+    from training.processes import end_with_launcher, explain
 
     end_with_launcher()
     try:

@@ -27,11 +27,11 @@ from torch.nn.utils import skip_init
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
 
-from depthwise import DilatedDepthwiseConv2d
+from checkpointing.weights import Weights, infer_architecture
 from errors import ModelError, WeightsError
-from losses import segmentation_loss
-from metrics import CrossEntropy, MIoU
-from weights import Weights, infer_architecture
+from segmentation.depthwise import DilatedDepthwiseConv2d
+from segmentation.losses import segmentation_loss
+from segmentation.metrics import CrossEntropy, MIoU
 
 with warnings.catch_warnings():  # mmcv announces its 2.0 at every import
     warnings.simplefilter("ignore", UserWarning)

@@ -29,13 +29,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from classes import ClassInfo, classes_from_json, load_classes
-from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from decoding import Photo, read_photo
-from drawing import draw_overlay
+from checkpointing.weights import load_weights
+from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from dataset.decoding import Photo, read_photo
 from errors import UserError, WeightsError
+from segmentation.classes import ClassInfo, classes_from_json, load_classes
+from segmentation.drawing import draw_overlay
 from transforms import resize_image
-from weights import load_weights
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, distort_colors, uniform_per_sample
-from decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
-from labels import IGNORED, PADDING
+from dataset.colors import (
+    IMAGENET_CHANNEL_MEAN,
+    IMAGENET_CHANNEL_STD,
+    distort_colors,
+    uniform_per_sample,
+)
+from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
+from dataset.labels import IGNORED, PADDING
 
 __all__ = [
     "DeviceTransform",

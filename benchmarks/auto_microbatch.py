@@ -21,7 +21,7 @@ import torch
 import main as program
 from benchmarks.train_step import Steps, config, machine, make_photos
 from benchmarks.train_step import arguments as step_arguments
-from precision import compiles
+from training.precision import compiles
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from composer.loggers import Logger
 
 import main as program
 from benchmarks.train_step import RECIPES, Steps, machine, never_evaluate, release
-from config import Config, resolve
+from training.config import Config, resolve
 
 
 class Evaluations(Callback):

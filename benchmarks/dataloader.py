@@ -29,7 +29,7 @@ from PIL import Image
 from torchvision import transforms
 
 from data import build_ade20k_dataspec
-from folders import FOLDERS
+from dataset.folders import FOLDERS
 
 SIZE, BATCH = 512, 8
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from benchmarks.dataloader import machine
-from labels import PADDING
+from dataset.labels import PADDING
 from transforms import DeviceTransform
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ["main", "model", "data", "recipes", "optimizer", "callbacks", "loggers", "resume"]
+IMPORTS = ["main", "model", "data"]
+IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
+IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
 # Of a save: half written, before each of its renames, before an old one goes.
 MOMENTS = ("forward", "batch", "eval", "write", "rename", "pointer", "remove")
 
@@ -115,7 +117,7 @@ def shrink(
     import torchvision.models.resnet as resnet
 
     import model
-    import weights
+    from checkpointing import weights
 
     head = model.DepthwiseSeparableASPPHead
 
@@ -149,7 +151,7 @@ def _plan_death(death: Death) -> Any:
     import torch
     from composer.core import Callback
 
-    import stores
+    from checkpointing import stores
 
     moment, number = death.moment, death.number
 

@@ -28,7 +28,7 @@ from composer.loss import DiceLoss, soft_cross_entropy
 from composer.loss.utils import ensure_targets_one_hot
 from torch import Tensor
 
-from losses import MixedTarget, segmentation_loss
+from segmentation.losses import MixedTarget, segmentation_loss
 
 SIDES = ("Composer", "this project")
 TARGETS = ("index", "mixed")

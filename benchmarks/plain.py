@@ -23,11 +23,11 @@ from composer.optim import DecoupledSGDW
 from composer.utils import get_device, reproducibility
 from torch import Tensor, nn
 
-from config import Config
 from data import build_data
-from depthwise import DilatedDepthwiseConv2d
 from model import deeplabv3, weight_init
-from recipes import build_recipe
+from segmentation.depthwise import DilatedDepthwiseConv2d
+from training.config import Config
+from training.recipes import build_recipe
 
 
 class PlainDeepLabV3(ComposerModel):

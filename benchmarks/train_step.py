@@ -45,10 +45,10 @@ import main as program
 from benchmarks import plain
 from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
-from config import Config, resolve
 from data import build_data
 from model import deeplabv3
-from precision import choose_precision, compiles
+from training.config import Config, resolve
+from training.precision import choose_precision, compiles
 
 RECIPES = ("none", "mild", "medium", "hot")
 PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1

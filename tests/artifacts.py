@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import synthetic_ade20k
-from classes import load_classes
+from checkpointing.weights import save_weights
+from dataset.synthetic import TEXTURES, make
 from model import DeepLabV3, deeplabv3
-from weights import save_weights
+from segmentation.classes import load_classes
 
-CLASSES = list(synthetic_ade20k.TEXTURES)
+CLASSES = list(TEXTURES)
 _folder = tempfile.TemporaryDirectory()
 
 
@@ -51,7 +51,7 @@ def finished_run() -> tuple[Any, str]:
     from main import main
 
     data, folder = Path(_folder.name, "data"), str(Path(_folder.name, "finished"))
-    synthetic_ade20k.make(str(data), training=8, validation=5, size=48)
+    make(str(data), training=8, validation=5, size=48)
     dataset = {"path": str(data), "base_size": 32, "final_size": 32, "batch_size": 4}
     config = {
         "run_name": "finished",

@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-import synthetic_ade20k
 from benchmarks.forked import shrink
+from dataset.synthetic import make
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
@@ -23,7 +23,7 @@ logging.getLogger("PIL").setLevel(logging.WARNING)
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set of 16 training and 6 validation scenes of 48 x 48 pixels with 12 classes."""
     path = tmp_path_factory.mktemp("synthetic")
-    synthetic_ade20k.make(str(path), training=16, validation=6, size=48)
+    make(str(path), training=16, validation=6, size=48)
     return str(path)
 
 

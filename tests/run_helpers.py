@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stores import LocalFolder
+from checkpointing.stores import LocalFolder
 
 
 def save_whole(folder: Path, *batches: int) -> list[Path]:

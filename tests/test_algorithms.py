@@ -24,9 +24,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from algorithms import EMA, SAM, MixUp, SeedMicrobatch
-from losses import MixedTarget, segmentation_loss
-from metrics import MIoU
+from segmentation.losses import MixedTarget, segmentation_loss
+from segmentation.metrics import MIoU
+from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
 
 RECIPES = ["none", "mild", "medium", "hot"]
 CLASSES = 5

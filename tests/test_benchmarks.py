@@ -31,7 +31,7 @@ from benchmarks import (
 )
 from benchmarks.forked import shrink
 from benchmarks.stopwatch import PARTS
-from depthwise import DilatedDepthwiseConv2d
+from segmentation.depthwise import DilatedDepthwiseConv2d
 
 
 @pytest.fixture(autouse=True)

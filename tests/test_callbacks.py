@@ -21,14 +21,22 @@ from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestinatio
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import callbacks
-from callbacks import Curves, Pictures, RunRecord, TrainMIoU, draw_curves, main_target, save_file
-from classes import load_classes
-from drawing import prediction_sheet
-from losses import MixedTarget
-from metrics import confusion_matrix, mean_iou
+from checkpointing.weights import load_weights
 from model import build_network
-from weights import load_weights
+from segmentation.classes import load_classes
+from segmentation.drawing import prediction_sheet
+from segmentation.losses import MixedTarget
+from segmentation.metrics import confusion_matrix, mean_iou
+from training import callbacks
+from training.callbacks import (
+    Curves,
+    Pictures,
+    RunRecord,
+    TrainMIoU,
+    draw_curves,
+    main_target,
+    save_file,
+)
 
 
 @pytest.fixture(scope="module")

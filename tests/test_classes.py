@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from classes import (
+from errors import ClassError
+from segmentation.classes import (
     PAPER,
     WRONG,
     ClassInfo,
@@ -16,8 +17,7 @@ from classes import (
     distinct_colors,
     load_classes,
 )
-from drawing import colorize, draw_legend, draw_overlay, prediction_sheet, tint
-from errors import ClassError
+from segmentation.drawing import colorize, draw_legend, draw_overlay, prediction_sheet, tint
 
 NAMES = ["sky", "road", "Straßenlaterne", "tree"]
 

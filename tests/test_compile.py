@@ -18,7 +18,7 @@ import main as program
 import model
 from benchmarks.forked import shrink
 from benchmarks.train_step import RECIPES, release
-from config import resolve
+from training.config import resolve
 
 
 class Losses(Callback):

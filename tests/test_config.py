@@ -10,11 +10,11 @@ import pytest
 from mcli import RunConfig
 from omegaconf import OmegaConf
 
-import config
-from config import load, resolve
 from errors import ConfigError
+from training import config
+from training.config import load, resolve
 
-YAMLS = Path(config.__file__).parent / "yamls"
+YAMLS = Path(__file__).parent.parent / "yamls"
 
 
 def test_deeplabv3_yaml_holds_the_references_numbers(tmp_path: Path) -> None:

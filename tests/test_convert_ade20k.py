@@ -16,12 +16,12 @@ from s3_server import BUCKET, s3_server
 from streaming.base.compression import decompress
 
 import convert_ade20k as converter
-from checks import check
 from convert_ade20k import convert, main, plan_shards
 from data import StreamingADE20k
+from dataset.checks import check
+from dataset.folders import list_samples
+from dataset.labels import Labels
 from errors import DataError
-from folders import list_samples
-from labels import Labels
 
 ROOT = "ADEChallengeData2016"
 
@@ -39,7 +39,7 @@ def path(synthetic, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
 
 
 def write(path: Path | str, out: Path | str, **options) -> dict[str, int]:

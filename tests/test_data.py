@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 import data
 from data import ADE20k, build_ade20k_dataspec
+from dataset.folders import list_samples
+from dataset.labels import IGNORED, PADDING
+from dataset.sampler import EpochSampler, EvalSampler
 from errors import DataError
-from folders import list_samples
-from labels import IGNORED, PADDING
-from sampler import EpochSampler, EvalSampler
 from transforms import RandomCrop, build_ade20k_transformations
 
 SIZES = [(40, 56), (33, 64), (64, 48), (20, 90), (51, 51)]
@@ -371,8 +371,8 @@ def test_evaluation_sees_every_sample_once(
     dataset = build(folder, split="val").dataloader.dataset
     seen: list[list[int]] = []
     for rank in range(ranks):
-        monkeypatch.setattr("sampler.dist.get_world_size", lambda: ranks)
-        monkeypatch.setattr("sampler.dist.get_global_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("dataset.sampler.dist.get_world_size", lambda: ranks)
+        monkeypatch.setattr("dataset.sampler.dist.get_global_rank", lambda rank=rank: rank)
         sampler = EvalSampler(dataset, ahead=2)
         items = list(sampler)
         seen.append([index for _, index, _ in items])

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-import depthwise
-from depthwise import DilatedDepthwiseConv2d
+from segmentation import depthwise
+from segmentation.depthwise import DilatedDepthwiseConv2d
 
 CHANNELS = 80  # a chunk of 64 and a rest
 

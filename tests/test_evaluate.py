@@ -17,9 +17,9 @@ from mmseg.core.evaluation import eval_metrics
 from PIL import Image
 
 import evaluate
-from classes import load_classes
 from evaluate import alike, evaluate_paper, label_index, main
 from predict import Segmenter
+from segmentation.classes import load_classes
 from transforms import DeviceTransform
 
 

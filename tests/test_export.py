@@ -19,9 +19,9 @@ from artifacts import CLASSES, random_network, random_weights
 from PIL import Image
 
 import export
+from checkpointing.weights import load_weights
 from export import Deployed, compare, main
 from predict import Segmenter
-from weights import load_weights
 
 
 @pytest.fixture(scope="module")

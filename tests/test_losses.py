@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import losses
-from losses import MixedTarget, segmentation_loss
+from segmentation import losses
+from segmentation.losses import MixedTarget, segmentation_loss
 
 # (N, C, h, w), (H, W): strides 4 and 8, more than one tile, equal, uneven and smaller sizes.
 SHAPES = [
@@ -223,6 +223,8 @@ def test_keeps_two_numbers_per_pixel_for_the_backward_pass():
     assert sum(t.numel() for t in floats) <= 2 * target.numel() + 3 * 30
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
 # In processes of their own: whether Triton interprets or compiles is settled when it is imported,
 # which other tests may have caused.
 
@@ -230,7 +232,7 @@ def test_keeps_two_numbers_per_pixel_for_the_backward_pass():
 def run_triton(mode: str, **environment: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, __file__, mode]
-    environment = {**os.environ, "PYTHONPATH": str(Path(losses.__file__).parent), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -250,7 +252,7 @@ def test_triton_on_a_gpu():
 
 def compare_triton(device: str) -> None:
     """The kernels' loss and gradient against those of the PyTorch passes, case by case."""
-    import losses_triton
+    from segmentation import losses_triton
 
     cases = [
         ((1, 7, 3, 2), (12, 8), False, torch.float32),
@@ -291,7 +293,7 @@ def compile_triton() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    import losses_triton
+    from segmentation import losses_triton
 
     logits = torch.empty(1, 150, 128, 128, device="meta", dtype=torch.bfloat16)
     pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import metrics
-from metrics import (
+from segmentation import metrics
+from segmentation.metrics import (
     CrossEntropy,
     MIoU,
     accuracy_per_class,

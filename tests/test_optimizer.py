@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import DecoupledSGDW
+from training.optimizer import DecoupledSGDW
 
 ROUNDING = dict(rtol=1e-6, atol=1e-6)
 

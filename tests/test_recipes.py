@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler
 
-from algorithms import EMA, SAM, MixUp, SeedMicrobatch
-from config import resolve
-from recipes import build_recipe, warn_if_ema_is_slow
+from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
+from training.config import resolve
+from training.recipes import build_recipe, warn_if_ema_is_slow
 
 EXPECTED = {
     None: ([SeedMicrobatch], CosineAnnealingScheduler),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import synthetic_ade20k
 from benchmarks.forked import Death, run, run_ranks
 from benchmarks.kill_resume import make_config, read_log
+from dataset.synthetic import make
 
 LOSS = "loss/train/total"
 
@@ -20,7 +20,7 @@ LOSS = "loss/train/total"
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """The config of a run on 16 photos and 7, and the folder of one by one process."""
     folder = str(tmp_path_factory.mktemp("one"))
-    synthetic_ade20k.make(f"{folder}/folders", training=16, validation=7, size=48)
+    make(f"{folder}/folders", training=16, validation=7, size=48)
     config = make_config(folder, "baseline", "folders", workers=0)
     config |= {"max_duration": "6ba", "eval_interval": "100ep", "autoresume": True}
     config["device_train_microbatch_size"] = 2

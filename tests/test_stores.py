@@ -12,10 +12,10 @@ import pytest
 from run_helpers import save_whole
 from s3_server import S3Server, s3_server
 
-import stores
+from checkpointing import stores
+from checkpointing.stores import LocalFolder, RemoteFolder, outdated
 from errors import ConfigError, RunError
 from main import main
-from stores import LocalFolder, RemoteFolder, outdated
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

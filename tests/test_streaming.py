@@ -20,10 +20,10 @@ from s3_server import S3Server, s3_server
 from streaming import MDSWriter
 from test_data import batches, build, digests, make_data, on_rank, train
 
-import shards
 from data import StreamingADE20k
+from dataset import shards
+from dataset.folders import list_samples
 from errors import DataError
-from folders import list_samples
 
 COLUMNS = {"uid": "str", "x": "jpeg", "y": "png"}
 

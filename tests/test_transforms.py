@@ -13,9 +13,14 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torchvision.transforms import ColorJitter
 
-from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, distort_colors, uniform_per_sample
-from decoding import decode_image, decode_mask, decode_photo
-from labels import IGNORED, PADDING
+from dataset.colors import (
+    IMAGENET_CHANNEL_MEAN,
+    IMAGENET_CHANNEL_STD,
+    distort_colors,
+    uniform_per_sample,
+)
+from dataset.decoding import decode_image, decode_mask, decode_photo
+from dataset.labels import IGNORED, PADDING
 from transforms import (
     PADDING_COLOR,
     DeviceTransform,

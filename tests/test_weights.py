@@ -15,17 +15,17 @@ from artifacts import finished_run, random_network
 from composer.metrics import MIoU
 from composer.utils.checkpoint import safe_torch_load
 
-import weights as weights_module
-from classes import load_classes
-from errors import WeightsError
-from model import build_network, deeplabv3
-from weights import (
+from checkpointing import weights as weights_module
+from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,
     infer_architecture,
     load_weights,
     save_weights,
 )
+from errors import WeightsError
+from model import build_network, deeplabv3
+from segmentation.classes import load_classes
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

@@ -16,12 +16,19 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from decoding import decode_image, decode_mask, decode_photo
+from dataset.decoding import decode_image, decode_mask, decode_photo
+from dataset.folders import (
+    FOLDERS,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    find_root,
+    list_samples,
+    visible_files,
+)
+from dataset.labels import Labels
+from dataset.shards import open_shards, opened_shards, read_shard
+from dataset.workers import decoder_complaint, in_processes
 from errors import DataError, one_line
-from folders import FOLDERS, IMAGE_SUFFIXES, MASK_SUFFIXES, find_root, list_samples, visible_files
-from labels import Labels
-from shards import open_shards, opened_shards, read_shard
-from workers import decoder_complaint, in_processes
 
 CHUNK = 64  # samples a process checks between two reports
 

@@ -14,29 +14,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import synthetic_ade20k
-import validate
-from checks import check_labels
-from classes import load_classes
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
+from dataset import report
+from dataset.checks import check_labels
+from dataset.folders import list_samples
+from dataset.synthetic import make
+from dataset.workers import in_processes
 from errors import DataError
-from folders import list_samples
-from workers import in_processes
+from segmentation.classes import load_classes
 
 ROOT = "ADEChallengeData2016"
-main = functools.partial(validate.main, build_dataspec=build_ade20k_dataspec)
+main = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
 
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch):
-    monkeypatch.setattr(validate, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("original")
-    synthetic_ade20k.make(str(path), training=24, validation=4, size=48)
+    make(str(path), training=24, validation=4, size=48)
     return path
 
 
@@ -342,7 +342,7 @@ def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
 
 
 def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
     shards, cache = tmp_path / "shards", tmp_path / "cache"
     convert(str(path), str(shards), size_limit="20kb", workers=1)
     assert run(capsys, shards, cache)[0] == 0

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from classes import PAPER, WRONG, ClassInfo
+from segmentation.classes import PAPER, WRONG, ClassInfo
 
 INK, FAINT = (30, 30, 30), (110, 110, 110)
 UNLABELLED = ClassInfo("not labelled", (0, 0, 0))

@@ -7,8 +7,8 @@ import os
 from composer import loggers
 from composer.loggers import LoggerDestination
 
-from config import Config
 from errors import ConfigError
+from training.config import Config
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:

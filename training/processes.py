@@ -13,9 +13,9 @@ from multiprocessing.context import ForkContext, ForkProcess
 
 from composer.utils import dist
 
-from checkpoints import SIGNALS
+from checkpointing.saver import SIGNALS
+from dataset.workers import use_one_core
 from errors import RunError, one_line
-from workers import use_one_core
 
 
 def explain(error: RuntimeError) -> str | None:

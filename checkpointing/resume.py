@@ -11,10 +11,10 @@ from typing import Any
 
 from composer.utils import get_file
 
-from checkpoints import on_first_process
+from checkpointing.saver import on_first_process
+from checkpointing.stores import LocalFolder, RemoteFolder, batch_of, open_folder
+from checkpointing.weights import Weights, infer_architecture, load_weights
 from errors import ConfigError, one_line
-from stores import LocalFolder, RemoteFolder, batch_of, open_folder
-from weights import Weights, infer_architecture, load_weights
 
 log = logging.getLogger(__name__)
 

@@ -147,7 +147,7 @@ class _SegmentationLoss(torch.autograd.Function):
 def _implementation(logits: Tensor) -> tuple:
     """The two passes: Triton's on a GPU, PyTorch's elsewhere and for fp64."""
     if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton"):
-        import losses_triton
+        from segmentation import losses_triton
 
         return losses_triton.forward_sums, losses_triton.backward
     return forward_sums, backward

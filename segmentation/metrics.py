@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from classes import ClassInfo
+from segmentation.classes import ClassInfo
 
 # Upsampled fp32 logits held at once. A CPU keeps 16 classes of a 512 x 512 image in its cache; a
 # GPU, where each slab costs some ten launches, takes 128.

@@ -15,10 +15,10 @@ import pytest
 from composer.core import Callback, State
 
 from benchmarks.forked import Death, run
+from checkpointing.resume import newest_checkpoint
 from errors import DataError, RunError
 from main import main
-from resume import newest_checkpoint
-from watch import explain
+from training.processes import explain
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

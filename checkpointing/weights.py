@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from classes import ClassInfo, classes_from_json, classes_to_json
 from errors import WeightsError
+from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
 if TYPE_CHECKING:
     pass

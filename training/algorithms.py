@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Optimizer
 
-from losses import MixedTarget
+from segmentation.losses import MixedTarget
 
 
 class SeedMicrobatch(Algorithm):

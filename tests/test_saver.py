@@ -14,9 +14,9 @@ import torch
 from composer.core import Callback, State
 from run_helpers import save_whole
 
+from checkpointing.resume import newest_checkpoint
 from errors import ConfigError, RunError, WeightsError
 from main import main
-from resume import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

@@ -21,8 +21,8 @@ from composer.core import Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
 
+from checkpointing.stores import batch_of, open_folder
 from errors import ConfigError, RunError, Stopped, one_line
-from stores import batch_of, open_folder
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import re
 
 import torch
 
-from config import Config
 from errors import ConfigError
+from training.config import Config
 
 
 def choose_precision(name: str) -> tuple[str, torch.dtype | None]:

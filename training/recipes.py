@@ -18,8 +18,8 @@ import logging
 from composer.core import Algorithm, Time, TimeUnit
 from composer.optim import ComposerScheduler, ConstantScheduler, CosineAnnealingScheduler
 
-from algorithms import EMA, SAM, MixUp, SeedMicrobatch
-from config import Config
+from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
+from training.config import Config
 
 log = logging.getLogger(__name__)
 

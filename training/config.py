@@ -22,8 +22,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dataset.folders import ADE20K, FOLDERS, find_root
 from errors import ConfigError
-from folders import ADE20K, FOLDERS, find_root
 
 RECIPES = ("mild", "medium", "hot")
 # Composer's loggers, and the package that each needs besides (an extra of Composer's of that name).

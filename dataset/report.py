@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 
-from checks import Tally, check
-from classes import ClassInfo, load_classes
-from colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from drawing import sample_sheet
+from dataset.checks import Tally, check
+from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from dataset.labels import Labels
 from errors import DataError, UserError
-from labels import Labels
+from segmentation.classes import ClassInfo, load_classes
+from segmentation.drawing import sample_sheet
 
 log = logging.getLogger(__name__)
 

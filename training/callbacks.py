@@ -31,21 +31,21 @@ from composer.utils import (
 )
 from torch import Tensor
 
-from classes import ClassInfo, classes_to_json, load_classes
-from config import Config
-from drawing import prediction_sheet
 from errors import RunError
-from metrics import (
+from segmentation.classes import ClassInfo, classes_to_json, load_classes
+from segmentation.drawing import prediction_sheet
+from segmentation.metrics import (
     class_table,
     confusion_matrix,
     mean_iou,
     table_as_csv,
 )
+from training.config import Config
 
 if TYPE_CHECKING:
     from composer import Trainer
 
-    from checkpoints import Checkpoints
+    from checkpointing.saver import Checkpoints
 
 log = logging.getLogger(__name__)
 

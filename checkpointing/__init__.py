@@ -1,0 +1,1 @@
+"""What survives a crash: checkpoints, and files of weights."""

@@ -1,0 +1,1 @@
+"""What the files of a data set may look like, and how they become samples."""

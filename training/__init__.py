@@ -1,0 +1,1 @@
+"""How a run differs from what Composer does by itself."""
