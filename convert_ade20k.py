@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from dataset.decoding import decode_mask, decode_photo
 from dataset.folders import FOLDERS, Sample, find_root, list_samples
-from dataset.shards import open_shards, opened_shards, read_shard
+from dataset.shards import cached_shards, open_shards, read_shard
 from dataset.workers import in_processes
 from errors import DataError, UserError, one_line
 
@@ -171,7 +171,7 @@ def verify_shard(
     Raises:
         Mismatch: It is whole, but holds something else.
     """
-    shards = opened_shards(out, cache, split)
+    shards = cached_shards(out, cache, split)
     name = shards.shards[number].raw_data.basename
     note = done / f"{number:05}.json"
     try:
@@ -234,9 +234,9 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
     entries: dict[int, dict[str, Any]] = {}
-    tasks = [(write_shard, number, shard, number, target) for number, shard in enumerate(shards)]
+    tasks = {number: (write_shard, shard, number, target) for number, shard in enumerate(shards)}
     with _progress(f"write {split}", len(samples)) as bar:
-        for number, entry in in_processes(_numbered, tasks, target.workers):
+        for number, entry in in_processes(tasks, target.workers):
             entries[number] = entry
             bar.update(entry["samples"])
     return [entries[number] for number in range(len(shards))]
@@ -246,24 +246,20 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     shards = open_shards(out, cache, split)
     if len(shards) != len(samples):
         raise Mismatch(f"it has {len(shards):,} samples, not {len(samples):,}")
-    tasks: list[tuple] = []
+    tasks: dict[int, tuple] = {}
     for number, (shard, end) in enumerate(zip(shards.shards, shards.ends)):
         if (shard.compression, shard.hashes) != (target.compression, target.hashes):
             raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
         part = samples[end - len(shard) : end]
-        tasks.append((verify_shard, number, part, number, out, cache, split, target.done))
+        tasks[number] = verify_shard, part, number, out, cache, split, target.done
     wrong = []
     with _progress(f"verify {split}", len(samples)) as bar:
-        for number, reason in in_processes(_numbered, tasks, target.workers):
+        for number, reason in in_processes(tasks, target.workers):
             bar.update(len(shards.shards[number]))
             wrong += [reason] if reason else []
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise DataError(f"{wrong[0]}{more}; run again")
-
-
-def _numbered(function: Any, number: int, *arguments: Any) -> tuple[int, Any]:
-    return number, function(*arguments)
 
 
 def _progress(what: str, total: int) -> tqdm:
@@ -336,7 +332,10 @@ def convert(
 
 @contextmanager
 def _only_one(folder: str) -> Iterator[None]:
-    """Holds a lock on the folder itself, which ends with the process and leaves no file behind."""
+    """Hold a lock on the folder itself, which ends with the process and leaves no file behind.
+
+    download_ade20k.py has one too: it runs without anything else of this repository.
+    """
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

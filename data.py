@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dataset.checks import check_labels
 from dataset.decoding import decode_mask, decode_photo
 from dataset.folders import list_samples
-from dataset.labels import IGNORED, PADDING
+from dataset.labels import IGNORED, Labels
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
 from dataset.workers import use_one_core
@@ -38,47 +38,44 @@ from transforms import DeviceTransform, PairTransform, build_ade20k_transformati
 
 log = logging.getLogger(__name__)
 
+Transforms = tuple[Callable | None, Callable | None, Callable | None]  # of pair, photo, mask
+
 
 class _Samples(Dataset):
     """What `ADE20k` and `StreamingADE20k` share: from encoded files to training's samples."""
 
-    def __init__(
-        self,
-        both_transforms: Callable | None,
-        image_transforms: Callable | None,
-        target_transforms: Callable | None,
-        seed: int,
-        max_label: int,
-        ignore_label: int | None,
-    ):
-        self.both_transforms = both_transforms
-        self.image_transforms, self.target_transforms = image_transforms, target_transforms
-        self.seed, self.max_label, self.ignore_label = seed, max_label, ignore_label
+    def __init__(self, transforms: Transforms, seed: int, labels: Labels) -> None:
+        self.both_transforms, self.image_transforms, self.target_transforms = transforms
+        self.seed, self.labels = seed, labels
+        self._unknown, self._loaded = labels.unknown(), labels.loaded()
         self.sampler: EpochSampler | None = None
 
-    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """A sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+    def __len__(self) -> int:
         raise NotImplementedError
 
-    def want(self, index: int) -> None:
-        """Told of a sample that will be read soon."""
+    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
+        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        raise NotImplementedError
+
+    def prefetch(self, index: int) -> None:
+        """Prepare for a sample that will be read soon."""
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of an epoch's samples."""
+        """Return the order of an epoch's samples."""
         return random_order(len(self), seed, epoch)
 
     def __getitem__(self, item: int | Item) -> tuple[Any, Any]:
-        """A sample: of epoch 0 by its index, or by what a sampler gives."""
-        epoch, index, wanted = item if isinstance(item, tuple) else (0, item, -1)
-        if wanted >= 0:
-            self.want(wanted)
-        uid, photo, mask, names = self.read(index)
+        """Return a sample: of epoch 0 by its index, or by what a sampler gives."""
+        item = Item(*item) if isinstance(item, tuple) else Item(0, item)
+        if item.prefetch >= 0:
+            self.prefetch(item.prefetch)
+        uid, photo, mask, names = self.read(item.index)
         try:
             labels = self._check_labels(decode_mask(mask))
         except ValueError as error:
             raise DataError(f"{names[1]}: {error}") from error
         try:
-            return self._transform(uid, photo, labels, epoch)
+            return self._transform(uid, photo, labels, item.epoch)
         except ValueError as error:
             raise DataError(f"{names[0]}: {error}") from error
 
@@ -104,19 +101,22 @@ class _Samples(Dataset):
 
     def _check_labels(self, labels: np.ndarray) -> np.ndarray:
         """Refuse labels that are none, and give ignored pixels a value of their own."""
-        if labels.max() <= self.max_label and self.ignore_label is None:
+        if labels.max() <= self.labels.last and self.labels.ignore_label is None:
             return labels
-        ignored = labels == PADDING
-        if self.ignore_label is not None:
-            ignored |= labels == self.ignore_label
-        labels = np.where(ignored, np.uint8(IGNORED), labels)
-        wrong = labels[(labels > self.max_label) & ~ignored]
+        wrong = labels[self._unknown[labels]]
         if len(wrong):
-            raise ValueError(f"has label {wrong.max()}, which is not in 0..{self.max_label}")
-        return labels
+            raise ValueError(f"has label {wrong.max()}, which is not in 0..{self.labels.last}")
+        return self._loaded[labels]
+
+    def resume_with(self, sampler: EpochSampler) -> None:
+        """Save and restore this sampler's place in the epoch.
+
+        Composer asks the data set for it, not the sampler.
+        """
+        self.sampler = sampler
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:
-        """What Composer saves in a checkpoint, having seen `num_samples` of the epoch."""
+        """Return what Composer saves in a checkpoint, having seen `num_samples` of the epoch."""
         return {"epoch": self.sampler.epoch if self.sampler else 0, "sample_in_epoch": num_samples}
 
     def load_state_dict(self, state: dict[str, int] | None) -> None:
@@ -129,15 +129,14 @@ class ADE20k(_Samples):
     """Photos and masks from folders, as (3, H, W) and (H, W) uint8 tensors.
 
     Args:
-        datadir (str): See `list_samples`.
-        split (str): 'train' or 'val'. Default: 'train'.
-        both_transforms (Callable, optional): Transforms the (photo, mask) pair: what
-            `build_ade20k_transformations` returns, or anything that takes a pair of Pillow images.
-        image_transforms (Callable, optional): Then transforms the photo.
-        target_transforms (Callable, optional): Then transforms the mask.
-        seed (int): Seed of the random transforms. Default: 17.
-        max_label (int): Labels are 0..max_label. Default: 150.
-        ignore_label (int, optional): A label that is ignored, as 255 is. Default: None.
+        datadir: See `dataset.folders.list_samples`.
+        split: 'train' or 'val'.
+        both_transforms: Transforms the (photo, mask) pair: what `build_ade20k_transformations`
+            returns, or anything that takes a pair of Pillow images.
+        image_transforms: Then transforms the photo.
+        target_transforms: Then transforms the mask.
+        seed: Seed of the random transforms.
+        labels: What the masks hold.
 
     Raises:
         DataError: Here, if folders or masks are missing; on access, if a file is not as it should.
@@ -151,18 +150,17 @@ class ADE20k(_Samples):
         image_transforms: Callable | None = None,
         target_transforms: Callable | None = None,
         seed: int = 17,
-        max_label: int = 150,
-        ignore_label: int | None = None,
-    ):
-        super().__init__(
-            both_transforms, image_transforms, target_transforms, seed, max_label, ignore_label
-        )
+        labels: Labels | None = None,
+    ) -> None:
+        transforms = both_transforms, image_transforms, target_transforms
+        super().__init__(transforms, seed, labels or Labels())
         self.samples = list_samples(datadir, split)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
+        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
         sample = self.samples[index]
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
@@ -171,7 +169,7 @@ class ADE20k(_Samples):
             raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
-class StreamingADE20k(Shards, _Samples):
+class StreamingADE20k(_Samples):
     """Photos and masks from MDS shards, transformed as `ADE20k`'s.
 
     Shards have the columns `uid`, `x` (the encoded photo) and `y` (the encoded mask). Samples can
@@ -179,15 +177,19 @@ class StreamingADE20k(Shards, _Samples):
     is less than the data set, the order goes through as many shards at a time as fit.
 
     Args:
-        remote (str, optional): Folder or URL (s3://...) with the folders `train` and `val`.
-        local (str, optional): Folder of the cache; None reads a `remote` folder in place.
-        split (str): 'train' or 'val'.
-        shuffle (bool): Kept for the reference's scripts; the sampler shuffles. Default: True.
-        base_size, min_resize_scale, max_resize_scale, final_size: See
-            `build_ade20k_transformations`.
-        batch_size (int, optional): Kept for the reference's scripts. Default: None.
-        seed, max_label, ignore_label: See `ADE20k`.
-        **cache: See `shards.Shards`.
+        remote: Folder or URL (s3://...) with the folders `train` and `val`.
+        local: Folder of the cache; None reads a `remote` folder in place.
+        split: 'train' or 'val'.
+        shuffle: Kept for the reference's scripts; the sampler shuffles.
+        base_size: See `build_ade20k_transformations`, as for the next three.
+        min_resize_scale: Least random scale.
+        max_resize_scale: Greatest random scale.
+        final_size: Side of what comes out, pixels.
+        batch_size: Kept for the reference's scripts.
+        seed: Seed of the random transforms.
+        labels: What the masks hold.
+        transforms: Of the pair, the photo and the mask, in place of those that the sizes give.
+        **cache: See `dataset.shards.Shards`.
 
     Raises:
         DataError: Here or on access, if shards are missing or damaged.
@@ -205,26 +207,40 @@ class StreamingADE20k(Shards, _Samples):
         final_size: int = 512,
         batch_size: int | None = None,
         seed: int = 17,
-        max_label: int = 150,
-        ignore_label: int | None = None,
+        labels: Labels | None = None,
+        transforms: Transforms | None = None,
         **cache: Any,
-    ):
-        transforms = build_ade20k_transformations(
-            split, base_size, min_resize_scale, max_resize_scale, final_size
-        )
-        _Samples.__init__(self, *transforms, seed, max_label, ignore_label)
-        Shards.__init__(self, remote, local, split, **cache)
+    ) -> None:
+        if transforms is None:
+            transforms = build_ade20k_transformations(
+                split, base_size, min_resize_scale, max_resize_scale, final_size
+            )
+        super().__init__(transforms, seed, labels or Labels())
+        self.shards = Shards(remote, local, split, **cache)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
+        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        return self.shards.read(index)
+
+    def prefetch(self, index: int) -> None:
+        """Have a sample's shard fetched in the background."""
+        self.shards.prefetch(index)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        if self.shards_at_once is None:
+        """Return the order of an epoch's samples."""
+        at_once = self.shards.shards_at_once
+        if at_once is None:
             return super().order(seed, epoch)
-        place = random_order(len(self.shards), seed, epoch).argsort()  # of each shard
-        group = place[self.shard_of(np.arange(len(self)))] // self.shards_at_once
+        place = random_order(len(self.shards.shards), seed, epoch).argsort()  # of each shard
+        group = place[self.shards.shard_of(np.arange(len(self)))] // at_once
         return np.lexsort((random_keys(len(self), seed, epoch), group))
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch: photos (N, 3, H, W), channels-last in memory as they were, and labels (N, H, W)."""
+    """Make a batch: photos (N, 3, H, W), channels-last in memory as they were, labels (N, H, W)."""
     images, targets = zip(*samples)
     images = default_collate([image.permute(1, 2, 0) for image in images])
     return images.permute(0, 3, 1, 2), default_collate(targets)
@@ -232,8 +248,8 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def build_ade20k_dataspec(
     path: str,
-    is_streaming: bool,
-    local: str | None = None,
+    is_streaming: bool = True,
+    local: str | None = "/tmp/mds-cache/mds-ade20k/",
     *,
     batch_size: int,
     split: str = "train",
@@ -263,73 +279,70 @@ def build_ade20k_dataspec(
     them what the model takes. Evaluation sees every sample once and in order.
 
     Args:
-        path (str): Folder of the data set; of shards, folder or URL.
-        is_streaming (bool): Whether it is MDS shards.
-        local (str, optional): Folder that shards are kept in. Default: None.
-        batch_size (int): Samples in a rank's batch.
-        split (str): 'train' or 'val'. Default: 'train'.
-        drop_last (bool): Whether training leaves out the last, smaller batch. Default: True.
-        shuffle (bool): Whether training shuffles. Default: True.
-        base_size, min_resize_scale, max_resize_scale, final_size: See
-            `build_ade20k_transformations`.
-        ignore_background (bool): Whether label 0 is ignored, and label k class k - 1. Otherwise
-            label k is class k. Default: True.
-        seed (int): Seed of order and augmentation. Default: 17.
-        num_classes (int): Number of classes, up to 253. Default: 150.
-        ignore_label (int, optional): A label that is ignored, as 255 is. Default: None.
-        color_distortion (bool): Whether training distorts colours. Default: True.
-        shuffle_seed (int, optional): Seed of the order alone. Default: None, `seed`.
-        predownload (int, optional): How many samples ahead shards are fetched. Default: None, 8
-            batches.
-        cache_limit, download_retry, download_timeout, validate_hash: See `shards.Shards`.
-        num_workers (int | str): Processes that load. Default: 'auto', the cores that a rank has, 8
-            at most.
-        **dataloader_kwargs: For torch's DataLoader. Default: persistent workers, and pinned memory
-            if there is a GPU.
-
-    Returns:
-        DataSpec: For the Trainer.
+        path: Folder of the data set; of shards, folder or URL.
+        is_streaming: Whether it is MDS shards.
+        local: Folder that shards are kept in; None reads those of a folder in place.
+        batch_size: Samples in a rank's batch.
+        split: 'train' or 'val'.
+        drop_last: Whether training leaves out the last, smaller batch.
+        shuffle: Whether training shuffles.
+        base_size: See `build_ade20k_transformations`, as for the next three.
+        min_resize_scale: Least random scale.
+        max_resize_scale: Greatest random scale.
+        final_size: Side of what comes out, pixels.
+        ignore_background: See `dataset.labels.Labels`, as for `num_classes` and `ignore_label`.
+        seed: Seed of order and augmentation.
+        num_classes: Number of classes, 1 to 253.
+        ignore_label: A further label to ignore.
+        color_distortion: Whether training distorts colours.
+        shuffle_seed: Seed of the order alone; None: `seed`.
+        predownload: How many samples ahead shards are fetched; None: eight batches.
+        cache_limit: See `dataset.shards.Shards`, as for the next three.
+        download_retry: How often to try again.
+        download_timeout: Seconds to wait for an answer.
+        validate_hash: Hash to check each downloaded shard with.
+        num_workers: Loader processes; 'auto': one a core that this rank has, eight at most.
+        **dataloader_kwargs: For torch's DataLoader. By default workers persist, and memory is
+            pinned if there is a GPU.
 
     Raises:
-        DataError: If the data set is not as it should be.
+        DataError: The data set is not as it should be.
     """
     if not 1 <= num_classes < IGNORED:
         raise DataError(f"num_classes is {num_classes}, not in 1..{IGNORED - 1}")
     is_train = split == "train"
-    sizes = (base_size, min_resize_scale, max_resize_scale, final_size)
-    labels = dict(
-        seed=seed, max_label=num_classes - (not ignore_background), ignore_label=ignore_label
+    labels = Labels(num_classes, ignore_background, ignore_label)
+    dataset = build_dataset(
+        path,
+        is_streaming,
+        local,
+        split,
+        build_ade20k_transformations(
+            split, base_size, min_resize_scale, max_resize_scale, final_size
+        ),
+        labels,
+        seed,
+        cache_limit=cache_limit,
+        download_retry=download_retry,
+        download_timeout=download_timeout,
+        validate_hash=validate_hash,
     )
+    distance = 0
     if is_streaming:
-        dataset = StreamingADE20k(
-            path,
-            local,
-            split,
-            shuffle,
-            *sizes,
-            **labels,
-            cache_limit=cache_limit,
-            download_retry=download_retry,
-            download_timeout=download_timeout,
-            validate_hash=validate_hash,
-        )
-    else:
-        dataset = ADE20k(path, split, *build_ade20k_transformations(split, *sizes), **labels)
-    ahead = 0 if not is_streaming else 8 * batch_size if predownload is None else predownload
+        distance = 8 * batch_size if predownload is None else predownload
+    sampler: EpochSampler | EvalSampler
     if is_train:
         order_seed = seed if shuffle_seed is None else shuffle_seed
-        sampler = EpochSampler(dataset, batch_size, order_seed, shuffle, drop_last, ahead)
-        dataset.sampler = sampler
+        sampler = EpochSampler(dataset, batch_size, order_seed, shuffle, drop_last, distance)
+        dataset.resume_with(sampler)
         if len(sampler) < (batch_size if drop_last else 1):
             batch = batch_size * sampler.num_replicas
             raise DataError(f"{path}: {len(dataset)} samples do not fill one batch of {batch}")
     else:
-        sampler = EvalSampler(dataset, ahead)
-    if num_workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(8, max(1, cores // dist.get_local_world_size()))
-    defaults = dict(
-        persistent_workers=num_workers > 0,
+        sampler = EvalSampler(dataset, distance)
+    workers = _default_workers() if isinstance(num_workers, str) else num_workers
+    options = dict(
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
         worker_init_fn=use_one_core,
@@ -339,12 +352,10 @@ def build_ade20k_dataspec(
         batch_size=batch_size,
         sampler=sampler,
         drop_last=drop_last and is_train,
-        num_workers=num_workers,
-        **{**defaults, **dataloader_kwargs},
+        num_workers=workers,
+        **{**options, **dataloader_kwargs},
     )
-    transform = DeviceTransform(
-        num_classes, ignore_background, color_distortion and is_train, seed, lambda: sampler.epoch
-    )
+    transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
         microbatch_transforms=transform,
@@ -354,6 +365,44 @@ def build_ade20k_dataspec(
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
     )
+
+
+def build_dataset(
+    path: str,
+    is_streaming: bool,
+    local: str | None,
+    split: str,
+    transforms: Transforms,
+    labels: Labels,
+    seed: int = 17,
+    **cache: Any,
+) -> ADE20k | StreamingADE20k:
+    """Open a split of a data set, folders or MDS shards.
+
+    Args:
+        path: Folder of the data set; of shards, folder or URL.
+        is_streaming: Whether it is MDS shards.
+        local: Folder that shards are kept in.
+        split: 'train' or 'val'.
+        transforms: Of the pair, the photo and the mask; without any, samples are Pillow images.
+        labels: What the masks hold.
+        seed: Seed of the random transforms.
+        **cache: Of shards; see `dataset.shards.Shards`.
+
+    Raises:
+        DataError: The data set is not as it should be.
+    """
+    if is_streaming:
+        return StreamingADE20k(
+            path, local, split, seed=seed, labels=labels, transforms=transforms, **cache
+        )
+    return ADE20k(path, split, *transforms, seed=seed, labels=labels)
+
+
+def _default_workers() -> int:
+    """Return how many loader processes this rank has cores for, eight at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, (cores or 1) // dist.get_local_world_size()))
 
 
 def build_data(config: Config, split: str) -> DataSpec:
@@ -370,13 +419,8 @@ def build_data(config: Config, split: str) -> DataSpec:
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
     if not dataset.is_streaming:
-        check_labels(
-            dataset.path,
-            split,
-            config.model.num_classes,
-            dataset.ignore_background,
-            ignore_label=dataset.ignore_label,
-        )
+        labels = config.model.num_classes, dataset.ignore_background, dataset.ignore_label
+        check_labels(dataset.path, split, Labels(*labels))
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

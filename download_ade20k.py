@@ -44,9 +44,8 @@ OFFICIAL_COUNTS = {
     "annotations/training": 20_210,
     "annotations/validation": 2_000,
 }
-MARKER = (
-    ".complete.json"  # written last by extract(): the archive's SHA-1 and how many files it had
-)
+# Written last by extract(): the archive's SHA-1 and how many files it had.
+MARKER = ".complete.json"
 
 ATTEMPTS = 6  # in a row that bring nothing new; with waits of 1, 2, 4, ... s that is half a minute
 TIMEOUT = 60  # seconds without a byte from the server
@@ -287,7 +286,10 @@ def _what_is_missing(folder: Path, sha1: str) -> str | None:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Holds a lock on the folder, which ends with the process and leaves no file behind."""
+    """Hold a lock on the folder, which ends with the process and leaves no file behind.
+
+    convert_ade20k.py has one too: this file runs without anything else of the repository.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import build_ade20k_dataspec
+from data import build_ade20k_dataspec, build_dataset
+from dataset.labels import Labels
 from errors import ConfigError, UserError
 from predict import Segmenter, add_model_options, segmenter_from
 from segmentation.metrics import (
@@ -45,6 +46,7 @@ from segmentation.metrics import (
 )
 from training.config import load, resolve
 
+CACHE = ("cache_limit", "download_retry", "download_timeout", "validate_hash")
 PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
 
 
@@ -70,7 +72,7 @@ def evaluate_paper(
     share = Subset(dataset, range(rank, len(dataset), dist.get_world_size()))
     loader = DataLoader(share, batch_size=None, collate_fn=_as_tensors, num_workers=num_workers)
     progress = tqdm(total=len(share), unit="photo", disable=rank != 0)
-    for pairs in alike(loader, batch_size, lambda pair: segmenter.network_sizes(*pair[1].shape)):
+    for pairs in group_by(loader, batch_size, lambda pair: segmenter.network_sizes(*pair[1].shape)):
         predictions = segmenter.predict([photo.numpy() for photo, _ in pairs])
         for prediction, (_, labels) in zip(predictions, pairs):
             target = index[labels.to(segmenter.device).long()]
@@ -80,18 +82,13 @@ def evaluate_paper(
     return matrix
 
 
-def label_index(transform: Callable[[Any], Any]) -> Tensor:
-    """The class index that training's transform of batches makes of each label, (256,)."""
-    labels = torch.arange(256, dtype=torch.uint8)[None, None]
-    photos = torch.zeros(1, 3, 1, 256, dtype=torch.uint8)
-    return transform((photos, labels))[1].flatten()
-
-
 def _as_tensors(pair: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.array(pair[0])), torch.from_numpy(np.array(pair[1]))
 
 
-def alike(items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]) -> Iterator[list[Any]]:
+def group_by(
+    items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
+) -> Iterator[list[Any]]:
     """Group items of one kind into lists of up to ``count``, holding ``PENDING`` back at most."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
@@ -168,16 +165,28 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """
     segmenter = segmenter_from(options, amp=options.amp)
     arguments = data_arguments(options, segmenter)
-    spec = build_ade20k_dataspec(**arguments)
-    dataset = spec.dataloader.dataset
     if options.protocol == "square":
+        spec = build_ade20k_dataspec(**arguments)
+        dataset = spec.dataloader.dataset
         matrix = evaluate_square(segmenter, spec)
     else:
-        dataset.both_transforms = None
-        index = label_index(spec.microbatch_transforms)
-        matrix = evaluate_paper(
-            segmenter, dataset, index, options.batch_size, arguments["num_workers"]
+        labels = Labels(
+            arguments["num_classes"],
+            arguments.get("ignore_background", True),
+            arguments.get("ignore_label"),
         )
+        dataset = build_dataset(
+            arguments["path"],
+            arguments.get("is_streaming", False),
+            arguments.get("local"),
+            "val",
+            (None, None, None),
+            labels,
+            **{name: arguments[name] for name in CACHE if name in arguments},
+        )
+        index = torch.from_numpy(labels.index())
+        workers = arguments["num_workers"]
+        matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers)
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
     columns, rows = class_table(matrix, segmenter.classes)

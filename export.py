@@ -3,22 +3,25 @@
     python export.py runs/first/latest-rank0.pt --to onnx               # writes latest-rank0.onnx
     python export.py runs/first/latest-rank0.pt --weights-only          # latest-rank0.safetensors
 
-| format        | loaded with                | needs                         |
-|---------------|----------------------------|-------------------------------|
-| `onnx`        | `onnxruntime`              | neither PyTorch nor this code |
-| `torchscript` | `torch.jit.load`           | PyTorch                       |
-| `pt2`         | `torch.export.load`        | PyTorch                       |
-| `safetensors` | `weights.load_weights`     | this code; to train on        |
+| format        | loaded with                          | needs                         |
+|---------------|--------------------------------------|-------------------------------|
+| `onnx`        | `onnxruntime`                        | neither PyTorch nor this code |
+| `torchscript` | `torch.jit.load`                     | PyTorch                       |
+| `pt2`         | `torch.export.load`                  | PyTorch                       |
+| `safetensors` | `checkpointing.weights.load_weights` | this code; to train on        |
 
 The first three take `image`, (N, 3, H, W) uint8 RGB of any N, H and W, and give `logits`,
-(N, C, H, W) float32; normalisation and upsampling are inside. Their metadata has `classes`, a JSON
-list of names and colours. Each is compared with the PyTorch model on a photo before the export
-counts as done.
+(N, C, H, W) float32; normalisation and upsampling are inside. All have metadata: `classes`, a JSON
+list of names and colours; `config`, the run's; `size`, at which it was validated; `mean` and `std`,
+of the normalisation. Each is compared with the PyTorch model on a photo before the export counts as
+done.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import logging
 import os
 import sys
@@ -31,16 +34,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpointing.weights import load_weights, save_weights
+from checkpointing.weights import load_weights, save_weights, to_metadata
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.decoding import read_photo
 from model import build_network
-from segmentation.classes import ClassInfo, classes_to_json, load_classes
+from segmentation.classes import load_classes
 from transforms import resize_image
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
 OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
 MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
+# In the metadata of every format, of RGB values from 0 to 255.
+NORMALISATION = {
+    "mean": json.dumps(IMAGENET_CHANNEL_MEAN),
+    "std": json.dumps(IMAGENET_CHANNEL_STD),
+}
 
 
 class Deployed(nn.Module):
@@ -62,7 +70,7 @@ class Deployed(nn.Module):
 
 
 def export(
-    model: Deployed, kind: str, path: Path, classes: list[ClassInfo]
+    model: Deployed, kind: str, path: Path, metadata: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
     """Write a model in one of the formats.
 
@@ -70,13 +78,12 @@ def export(
         model: In evaluation mode, on the CPU.
         kind: ``"onnx"``, ``"torchscript"`` or ``"pt2"``.
         path: Where to.
-        classes: Names and colours for its metadata.
+        metadata: What the file says of itself.
 
     Returns:
         The file's own function from image to logits, loaded from it again.
     """
     example = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
-    metadata = {"classes": classes_to_json(classes)}
     exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracers warn of what the comparison then settles
@@ -165,6 +172,10 @@ def main(arguments: list[str]) -> int:
     """The command line; returns 1 if the file is not the model, 2 if the model cannot be used."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
+    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if options.to == "onnx" and missing:
+        print(f"error: --to onnx needs more: pip install {' '.join(missing)}", file=sys.stderr)
+        return 2
     path = Path(options.out or Path(options.model).with_suffix(SUFFIXES[options.to]).name)
     try:
         weights = load_weights(options.model, options.weights)
@@ -179,11 +190,12 @@ def main(arguments: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = f"{{}}: {weights.num_classes} classes, {weights.which} weights, {{:.0f}} MB"
     if options.to == "safetensors":
-        save_weights(path, weights.state, weights.config, classes, weights.which)
+        save_weights(path, weights.state, weights.config, classes, weights.which, NORMALISATION)
         print(size.format(path, os.path.getsize(path) / 1e6))
         return 0
     model = Deployed(network).eval()
-    exported = export(model, options.to, path, classes)
+    metadata = to_metadata(weights.config, classes, weights.which) | NORMALISATION
+    exported = export(model, options.to, path, metadata)
     print(size.format(path, os.path.getsize(path) / 1e6))
     agreement, difference = compare(model, exported, photo, options.size)
     good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE

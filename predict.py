@@ -29,18 +29,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpointing.weights import load_weights
+from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.decoding import Photo, read_photo
+from dataset.folders import IMAGE_SUFFIXES
 from errors import UserError, WeightsError
-from segmentation.classes import ClassInfo, classes_from_json, load_classes
+from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import draw_overlay
 from transforms import resize_image
 
 log = logging.getLogger(__name__)
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
 
 
@@ -86,23 +86,23 @@ class Segmenter:
         amp: bool = False,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.config = None
-        self.which = which
         if str(path).endswith(".onnx"):
-            self.network, found = _onnx_network(path)
-            num_classes = len(found)
+            if amp:
+                raise WeightsError(f"{path}: an ONNX file computes in the type it was exported in")
+            self.network, weights = _onnx_network(path)
+            num_classes = len(weights.classes or ())
         else:
             from model import build_network  # seconds that an ONNX file does not need
 
             weights = load_weights(path, which)
             self.network = _torch_network(build_network(weights, str(path)), self.device, amp)
-            num_classes, found = weights.num_classes, weights.classes
-            self.config, self.which = weights.config, weights.which
-        if classes is not None or found is None:
-            found = load_classes(classes, num_classes)
-        self.classes: list[ClassInfo] = found
-        validated = ((self.config or {}).get("eval_dataset") or {}).get("final_size")
-        self.size = (validated or 512) if size is None else size
+            num_classes = weights.num_classes
+        self.config, self.which = weights.config, weights.which
+        named = weights.classes
+        if classes is not None or named is None:
+            named = load_classes(classes, num_classes)
+        self.classes: list[ClassInfo] = named
+        self.size = (weights.eval_size or 512) if size is None else size
         self.scales = TTA_SCALES if tta else (1.0,)
         self.flips = (False, True) if tta else (False,)
         self.window = max(self.size or 512, 64) // 8 * 8 if slide else 0
@@ -135,9 +135,8 @@ class Segmenter:
             if self.size:  # the rule and rounding of mmcv.rescale_size
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
-            if (
-                self.window
-            ):  # windows that begin on the grid of the logits add up without resampling
+            # Windows that begin on the grid of the logits add up without resampling.
+            if self.window:
                 size = tuple(max(round(side / 8), 1) * 8 for side in size)
             sizes.append(size)
         return tuple(sizes)
@@ -265,9 +264,12 @@ def _torch_network(
 
 def _onnx_network(
     path: str | os.PathLike[str],
-) -> tuple[Callable[[Tensor], Tensor], list[ClassInfo]]:
-    """The same of an ONNX file that ``export.py`` wrote, and its classes."""
-    import onnxruntime
+) -> tuple[Callable[[Tensor], Tensor], Weights]:
+    """The same of an ONNX file that ``export.py`` wrote, and what the file says of itself."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise WeightsError(f"{path}: to read it, pip install onnxruntime") from error
 
     try:
         session = onnxruntime.InferenceSession(
@@ -282,7 +284,7 @@ def _onnx_network(
     def run(photos: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"image": photos.cpu().numpy()})[0])
 
-    return run, classes_from_json(metadata["classes"])
+    return run, from_metadata(metadata, {})
 
 
 def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
@@ -299,7 +301,7 @@ def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
         for place in map(Path, found or [argument]):
             inside = sorted(place.rglob("*")) if place.is_dir() else [place]
             for path in inside:
-                wanted = not place.is_dir() or path.suffix.lower() in PHOTO_SUFFIXES
+                wanted = not place.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
                 if not wanted or path.resolve() in seen:
                     continue
                 seen.add(path.resolve())

@@ -23,7 +23,7 @@ from dataset.colors import (
     uniform_per_sample,
 )
 from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
-from dataset.labels import IGNORED, PADDING
+from dataset.labels import IGNORED, PADDING, Labels
 
 __all__ = [
     "DeviceTransform",
@@ -226,9 +226,7 @@ class DeviceTransform:
     size, number of ranks or resume changes what becomes of a sample.
 
     Args:
-        num_classes (int): Number of classes. Default: 150.
-        ignore_background (bool): Whether label 0 is ignored and label k becomes class k - 1;
-            otherwise label k becomes class k. Default: True.
+        labels: What the masks hold.
         distort (bool): Whether to distort colours. Default: False.
         seed (int): Seed of the distortion. Default: 17.
         epoch (Callable[[], int], optional): Tells the epoch. Default: None, always 0.
@@ -236,13 +234,12 @@ class DeviceTransform:
 
     def __init__(
         self,
-        num_classes: int = 150,
-        ignore_background: bool = True,
+        labels: Labels | None = None,
         distort: bool = False,
         seed: int = 17,
         epoch: Callable[[], int] | None = None,
     ):
-        self.num_classes, self.ignore_background = num_classes, ignore_background
+        self.labels = labels or Labels()
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.mean = torch.tensor(IMAGENET_CHANNEL_MEAN).view(1, 3, 1, 1)
         self.scale = 1 / torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1)
@@ -267,8 +264,8 @@ class DeviceTransform:
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
-        classes = labels - int(self.ignore_background)  # Of label 0 it is 255.
-        return image, classes.long().masked_fill_(classes >= self.num_classes, -1)
+        index = labels - self.labels.first  # Of an ignored label 0 it is 255.
+        return image, index.long().masked_fill_(index >= self.labels.num_classes, -1)
 
     def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
         image = raw.to(torch.float32, memory_format=torch.contiguous_format)

@@ -9,26 +9,23 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import Event, State
+from composer.core import Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
 
+from checkpointing.signals import SignalListener
 from checkpointing.stores import batch_of, open_folder
 from errors import ConfigError, RunError, Stopped, one_line
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# SIGUSR1 is what the kernel sends when the launcher dies (see `watch.end_with_launcher`).
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T:
@@ -60,12 +57,13 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
 class Checkpoints(CheckpointSaver):
     """Saves the state of training at an interval, at the end and when the run is told to stop.
 
-    A checkpoint follows the evaluation that is due after its batch. Only a run that is told to
-    stop does not wait for it: the checkpoint then says that it is due.
+    A checkpoint follows the evaluation that is due after its batch. A stop request saves before it
+    and records `evaluation_due`, so that the resumed run evaluates first.
 
     Args:
         folder: Folder or object-store URI.
-        save_interval, eval_interval: Time strings.
+        save_interval: Time string.
+        eval_interval: Time string.
         keep: How many checkpoints to keep; -1 for all.
         overwrite: Begin anew in a folder with an earlier run's checkpoints, which go one by one.
         autoresume: The run goes on from what the folder holds.
@@ -98,9 +96,10 @@ class Checkpoints(CheckpointSaver):
         self.overwrite = overwrite
         self.autoresume = autoresume
         self.last: str | None = None
-        self.signal: str | None = None  # that this process got
+        self.signals = SignalListener()
         self.stopping = False  # which all processes agree on
         self.evaluation_due = False
+        self._loaded = Timestamp().batch
         self._evaluate = create_interval_scheduler(
             eval_interval, checkpoint_events=False, final_events={Event.FIT_END}
         )
@@ -137,7 +136,7 @@ class Checkpoints(CheckpointSaver):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._stop_if_told(state, logger)
+        self._stop_if_signalled(state, logger)
 
     def _refuse_later(self, batch: int) -> None:
         later = [name for name in self.target.names() if batch_of(name) > batch]
@@ -148,7 +147,7 @@ class Checkpoints(CheckpointSaver):
             )
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.stopping = self._told(state)
+        self.stopping = self.signals.any_process_signalled(state)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
@@ -156,24 +155,16 @@ class Checkpoints(CheckpointSaver):
             self._stop(state)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self._stop_if_told(state, logger)
+        self._stop_if_signalled(state, logger)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluation_due = False
 
-    def _stop_if_told(self, state: State, logger: Logger) -> None:
-        if self._told(state):
+    def _stop_if_signalled(self, state: State, logger: Logger) -> None:
+        if self.signals.any_process_signalled(state):
             if state.timestamp.batch != self._loaded:
                 self._save_checkpoint(state, logger)
             self._stop(state)
-
-    def _told(self, state: State) -> bool:
-        """Whether any process got a signal."""
-        if dist.get_world_size() == 1:
-            return self.signal is not None
-        told = state.device.tensor_to_device(torch.tensor([int(self.signal is not None)]))
-        dist.all_reduce(told, "MAX")
-        return bool(told.item())
 
     def _stop(self, state: State) -> None:
         batch, name = state.timestamp.batch.value, state.run_name
@@ -190,7 +181,9 @@ class Checkpoints(CheckpointSaver):
         name = f"ep{epoch}-ba{batch}-rank0.pt"
         on_first_process(lambda: self._write(content, name))
         self.last = f"{self.target.path}/{name}"
-        self.saved_checkpoints = [*self.saved_checkpoints, self.last][-max(self.keep, 0) :]
+        self.saved_checkpoints = [*self.saved_checkpoints, self.last]
+        if self.keep > 0:
+            self.saved_checkpoints = self.saved_checkpoints[-self.keep :]
 
     def _write(self, content: dict[str, Any], name: str) -> None:
         """Write a checkpoint beside the others, and have it published when it is on the disk."""
@@ -223,28 +216,16 @@ class Checkpoints(CheckpointSaver):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within, signals ask for a stop after the batch in progress; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def told(number: int, frame: Any) -> None:
-            signal.signal(number, signal.SIG_DFL)
-            self.signal = signal.Signals(number).name
-            # Not print: the signal may have come within one.
-            os.write(2, f"{self.signal}: saving a checkpoint after this batch\n".encode())
-
-        before = {number: signal.signal(number, told) for number in SIGNALS}
-        try:
-            yield
-        except RunError:  # which all processes raise together
-            self.finish()
-            raise
-        finally:
-            if dist.get_global_rank() == 0:
-                with suppress(RunError):
-                    self.target.wait(20)  # the launcher kills what is left after 30 s
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with self.signals.listening():
+            try:
+                yield
+            except RunError:  # which all processes raise together
+                self.finish()
+                raise
+            finally:
+                if dist.get_global_rank() == 0:
+                    with suppress(RunError):
+                        self.target.wait(20)  # the launcher kills what is left after 30 s
 
     def state_dict(self) -> dict[str, Any]:
         return {"evaluation_due": self.evaluation_due}

@@ -61,8 +61,13 @@ class Weights:
 
     state: dict[str, Tensor]
     which: str = "training"
-    config: dict[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
     classes: list[ClassInfo] | None = None
+
+    @property
+    def eval_size(self) -> int | None:
+        """The size that the run was validated at, in pixels, if that is known."""
+        return ((self.config or {}).get("eval_dataset") or {}).get("final_size")
 
     @property
     def num_classes(self) -> int:
@@ -153,6 +158,7 @@ def save_weights(
     config: Mapping[str, Any] | None = None,
     classes: Sequence[ClassInfo] | None = None,
     which: str = "training",
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write a network's weights, with its configuration and class names, as a safetensors file.
 
@@ -164,12 +170,9 @@ def save_weights(
         config: What the run was configured with; anything JSON can hold.
         classes: Names and colours of the classes.
         which: ``"ema"`` or ``"training"``: what they are.
+        more: Further metadata.
     """
-    metadata = {"format": "pt", "which": which}
-    if config is not None:
-        metadata["config"] = json.dumps(config)
-    if classes is not None:
-        metadata["classes"] = classes_to_json(classes)
+    metadata = {"format": "pt", **to_metadata(config, classes, which), **(more or {})}
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
@@ -185,9 +188,33 @@ def _read_safetensors(path: Path) -> Weights:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
+    return from_metadata(metadata, _strip_prefixes(state))
+
+
+def to_metadata(
+    config: Mapping[str, Any] | None, classes: Sequence[ClassInfo] | None, which: str
+) -> dict[str, str]:
+    """Return what a file of weights or an exported one says of itself, as `from_metadata` reads it.
+
+    Besides, for those who read the file without this project, `size`: the length of the shorter
+    side at which the run was validated.
+    """
+    metadata = {"which": which}
+    if config is not None:
+        metadata["config"] = json.dumps(config)
+    if classes is not None:
+        metadata["classes"] = classes_to_json(classes)
+    size = Weights({}, config=config).eval_size
+    if size is not None:
+        metadata["size"] = str(size)
+    return metadata
+
+
+def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weights:
+    """Return weights with what `to_metadata` wrote of them."""
     config = json.loads(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
-    return Weights(_strip_prefixes(state), metadata.get("which", "training"), config, classes)
+    return Weights(state, metadata.get("which", "training"), config, classes)
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:

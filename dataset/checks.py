@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ from dataset.folders import (
     visible_files,
 )
 from dataset.labels import Labels
-from dataset.shards import open_shards, opened_shards, read_shard
+from dataset.shards import cached_shards, open_shards, read_shard
 from dataset.workers import decoder_complaint, in_processes
 from errors import DataError, one_line
 
@@ -71,12 +71,11 @@ class Tally:
             return
         image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
         counts = np.bincount(target.ravel(), minlength=256)
-        wrong = np.flatnonzero((counts > 0) & ~labels.classes() & ~labels.ignored())
+        wrong = np.flatnonzero((counts > 0) & labels.unknown())
         if wrong.size:
-            first = int(labels.ignore_background)
             values = ", ".join(map(str, wrong[:5])) + (", …" if wrong.size > 5 else "")
-            share, last = counts[wrong].sum() / target.size, first + labels.num_classes - 1
-            reason = f"label {values} on {share:.2%} of its pixels, but classes are {first}..{last}"
+            share, classes = counts[wrong].sum() / target.size, f"{labels.first}..{labels.last}"
+            reason = f"label {values} on {share:.2%} of its pixels, but classes are {classes}"
             self.find(names[1], reason)
         elif not counts[labels.classes()].any():
             self.find(names[1], "not one pixel has a class, nothing is learnt", fatal=False)
@@ -150,7 +149,7 @@ def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
 def check_shard(path: str, local: str | None, split: str, number: int, labels: Labels) -> Tally:
     """Checks one shard: its hash and every sample."""
     tally = Tally()
-    shards = opened_shards(path, local, split)
+    shards = cached_shards(path, local, split)
     info = shards.shards[number].zip_data or shards.shards[number].raw_data
     name = f"{shards.location}/{info.basename}"
     try:
@@ -167,7 +166,7 @@ def check(
 ) -> dict[str, Tally]:
     """Checks every sample of every split, with a progress bar on stderr."""
     tallies: dict[str, Tally] = {}
-    tasks: list[tuple] = []
+    tasks: dict[tuple[str, int, int], tuple] = {}  # by split, first sample and number of samples
     for split in FOLDERS:
         tallies[split] = Tally()
         if is_streaming:
@@ -177,17 +176,16 @@ def check(
                 location = os.path.join(path, split)
                 tallies[split].find(location, str(error).removeprefix(f"{location}: "))
                 continue
-            tasks += [
-                (split, len(shard), check_shard, path, local, split, number, labels)
-                for number, shard in enumerate(shards.shards)
-            ]
+            for number, shard in enumerate(shards.shards):
+                tasks[split, number, len(shard)] = check_shard, path, local, split, number, labels
         else:
             pairs, tallies[split] = scan(path, split)
-            chunks = [pairs[first : first + CHUNK] for first in range(0, len(pairs), CHUNK)]
-            tasks += [(split, len(chunk), check_files, chunk, labels) for chunk in chunks]
-    total = sum(task[1] for task in tasks)
+            for first in range(0, len(pairs), CHUNK):
+                chunk = pairs[first : first + CHUNK]
+                tasks[split, first, len(chunk)] = check_files, chunk, labels
+    total = sum(count for _, _, count in tasks)
     with tqdm(total=total, unit=" samples", desc="check", disable=None) as bar:
-        for split, count, tally in in_processes(_run, tasks, workers):
+        for (split, _, count), tally in in_processes(tasks, workers):
             tallies[split].add(tally)
             bar.update(count)
     for tally in tallies.values():
@@ -195,32 +193,20 @@ def check(
     return tallies
 
 
-def _run(split: str, count: int, function: Callable, *arguments: Any) -> tuple[str, int, Tally]:
-    return split, count, function(*arguments)
-
-
-def check_labels(
-    path: str,
-    split: str,
-    num_classes: int,
-    ignore_background: bool,
-    max_masks: int = 64,
-    ignore_label: int | None = None,
-) -> None:
-    """A quick look, before training, at whether `num_classes` fits the masks of a local data set.
+def check_labels(path: str, split: str, labels: Labels, max_masks: int = 64) -> None:
+    """Take a quick look, before training, at whether labels fit the masks of a local data set.
 
     Args:
-        path: See `folders.list_samples`.
+        path: See `dataset.folders.list_samples`.
         split: 'train' or 'val'.
-        num_classes, ignore_background, ignore_label: See `labels.Labels`.
+        labels: What the masks should hold.
         max_masks: How many masks to look at, spread evenly over the split.
 
     Raises:
         DataError: A mask cannot be read, or holds a label that is no class.
     """
     samples = list_samples(path, split)
-    labels = Labels(num_classes, ignore_background, ignore_label)
-    unknown = ~labels.classes() & ~labels.ignored()
+    unknown = labels.unknown()
     for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
         mask_path = samples[position].mask_path
         try:
@@ -229,8 +215,7 @@ def check_labels(
             raise DataError(f"{mask_path}: {error}") from error
         wrong = np.flatnonzero(unknown & (np.bincount(target.ravel(), minlength=256) > 0))
         if wrong.size:
-            first = int(ignore_background)
             raise DataError(
-                f"{mask_path} holds label {wrong[-1]}, but with {num_classes} classes labels are "
-                f"{first}..{first + num_classes - 1}: set model.num_classes, or ignore_label"
+                f"{mask_path} holds label {wrong[-1]}, but with {labels.num_classes} classes "
+                f"labels are {labels.first}..{labels.last}: set model.num_classes, or ignore_label"
             )

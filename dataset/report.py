@@ -104,7 +104,6 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
     area = sides.prod(1) / 1e6
     is_class = labels.classes()
     labelled, every = max(tally.pixels[is_class].sum(), 1), max(tally.pixels.sum(), 1)
-    first = int(labels.ignore_background)
     return {
         "photos": tally.photos,
         "masks": tally.masks,
@@ -122,7 +121,7 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
         "classes": [
             {
                 "label": int(label),
-                "name": classes[label - first].name,
+                "name": classes[label - labels.first].name,
                 "share": round(float(tally.pixels[label] / labelled), 8),
                 "photos": int(tally.present[label]),
             }

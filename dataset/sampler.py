@@ -1,18 +1,24 @@
 """Which samples a rank sees, and when: the same whatever the number of ranks, also after a resume.
 
-Items are `(epoch, index, ahead)`: the epoch, so that workers that live for the whole run know it;
-the sample; and a sample that is wanted some time later, or -1.
+Samplers give `Item`s, not indices: workers live for the whole run and learn the epoch from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from composer.utils import dist
 from torch.utils.data import Dataset, DistributedSampler
 
-Item = tuple[int, int, int]
+
+class Item(NamedTuple):
+    """What a loader is asked for: a sample, in an epoch, and one to prefetch for later, or -1."""
+
+    epoch: int
+    index: int
+    prefetch: int = -1
 
 
 def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
@@ -40,7 +46,7 @@ class EpochSampler(DistributedSampler):
         shuffle (bool): Whether to shuffle. Default: True.
         drop_last (bool): Whether to leave out the last, smaller batch. Otherwise its samples are
             repeated until all ranks have equally many. Default: True.
-        ahead (int): How many samples later the third part of an item is wanted. Default: 0, never.
+        prefetch_distance: How many samples ahead to start downloading; 0: never.
         num_replicas (int, optional): Number of ranks. Default: None, Composer's.
         rank (int, optional): This rank. Default: None, Composer's.
     """
@@ -52,14 +58,14 @@ class EpochSampler(DistributedSampler):
         seed: int = 17,
         shuffle: bool = True,
         drop_last: bool = True,
-        ahead: int = 0,
+        prefetch_distance: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
     ):
         num_replicas = dist.get_world_size() if num_replicas is None else num_replicas
         rank = dist.get_global_rank() if rank is None else rank
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
-        self.batch_size, self.ahead = batch_size, ahead
+        self.batch_size, self.prefetch_distance = batch_size, prefetch_distance
         self.resumed_epoch, self.seen = -1, 0
         self.num_samples = len(self._positions(0))
 
@@ -71,7 +77,8 @@ class EpochSampler(DistributedSampler):
         length = len(self.dataset)
         order = self.dataset.order(self.seed, self.epoch) if self.shuffle else np.arange(length)
         seen = self.seen if self.epoch == self.resumed_epoch else 0
-        return _items(self.epoch, order[self._positions(seen)].tolist(), self.ahead)
+        indices = order[self._positions(seen)].tolist()
+        return _items(self.epoch, indices, self.prefetch_distance)
 
     def _positions(self, seen: int) -> np.ndarray:
         """Where in the epoch's order this rank's samples are."""
@@ -92,14 +99,14 @@ class EvalSampler(DistributedSampler):
     Composer takes what torch repeats, for the ranks to have equally many, out again.
     """
 
-    def __init__(self, dataset: Dataset, ahead: int = 0):
+    def __init__(self, dataset: Dataset, prefetch_distance: int = 0):
         super().__init__(dataset, dist.get_world_size(), dist.get_global_rank(), shuffle=False)
-        self.ahead = ahead
+        self.prefetch_distance = prefetch_distance
 
     def __iter__(self) -> Iterator[Item]:
-        return _items(0, list(super().__iter__()), self.ahead)
+        return _items(0, list(super().__iter__()), self.prefetch_distance)
 
 
-def _items(epoch: int, indices: list[int], ahead: int) -> Iterator[Item]:
-    later = (indices[ahead:] if ahead else []) + [-1] * len(indices)
-    return ((epoch, index, wanted) for index, wanted in zip(indices, later))
+def _items(epoch: int, indices: list[int], prefetch_distance: int) -> Iterator[Item]:
+    later = (indices[prefetch_distance:] if prefetch_distance else []) + [-1] * len(indices)
+    return (Item(epoch, index, prefetch) for index, prefetch in zip(indices, later))

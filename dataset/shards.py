@@ -53,7 +53,7 @@ class Shards:
             the index has, if it has any. Default: 'auto'.
 
     Raises:
-        DataError: See there.
+        DataError: The index or a shard is missing or damaged.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Shards:
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
 
-    def want(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Have a sample's shard fetched in the background."""
         shard = int(self.shard_of(index))
         if os.path.exists(self.path(shard)):
@@ -220,7 +220,10 @@ class Shards:
         return self.streams[key]
 
     def fetch(self, shard: int, wait: bool = True) -> None:
-        """Get a shard, if no process of this machine has or (unless to wait) is about to."""
+        """Download a shard unless another process already has it.
+
+        With wait=False, also return if another process is downloading it.
+        """
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
             return
@@ -284,7 +287,7 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
     return Shards(path, local, split, download_retry=2)
 
 
-opened_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
+cached_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:

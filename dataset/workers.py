@@ -7,15 +7,17 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import torch
 
 from errors import DataError
+
+Tag = TypeVar("Tag", bound=Hashable)
 
 
 def use_one_core(worker: int) -> None:
@@ -24,12 +26,24 @@ def use_one_core(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def in_processes(function: Callable, tasks: list[tuple], workers: int) -> Iterator[Any]:
-    """Yields `function(*task)` of every task as they come; gives up the rest when interrupted."""
+def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag, Any]]:
+    """Run tasks in processes; give up the rest when interrupted.
+
+    Args:
+        tasks: A function and its arguments, by whatever tells the tasks apart.
+        workers: How many processes.
+
+    Yields:
+        Each task's tag and what its function returned, as they come.
+
+    Raises:
+        DataError: A process died.
+    """
     with ProcessPoolExecutor(workers, initializer=_init_process) as pool:
         try:
-            for future in as_completed([pool.submit(function, *task) for task in tasks]):
-                yield future.result()
+            futures = {pool.submit(*task): tag for tag, task in tasks.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a process died, of want of memory perhaps: try fewer --workers"
@@ -43,8 +57,7 @@ def _init_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
     if sys.platform == "linux":  # not to outlive a parent that is killed
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+    use_one_core(0)
     # A JPEG with damage inside decodes: all there is to know of it is libjpeg's line on stderr.
     descriptor, name = tempfile.mkstemp()
     os.unlink(name)

@@ -87,6 +87,7 @@ def test_pictures_in_wandb(run: tuple[Any, str], tmp_path: Path, monkeypatch: py
     trainer, _ = run
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # as build_loggers does
     destination = WandBLogger(project="tests", init_kwargs={"dir": str(tmp_path)})
     destination.init(trainer.state, trainer.logger)
     trainer.state.set_dataloader(trainer.state.evaluators[0].dataloader.dataloader, "eval")

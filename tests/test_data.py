@@ -373,7 +373,7 @@ def test_evaluation_sees_every_sample_once(
     for rank in range(ranks):
         monkeypatch.setattr("dataset.sampler.dist.get_world_size", lambda: ranks)
         monkeypatch.setattr("dataset.sampler.dist.get_global_rank", lambda rank=rank: rank)
-        sampler = EvalSampler(dataset, ahead=2)
+        sampler = EvalSampler(dataset, prefetch_distance=2)
         items = list(sampler)
         seen.append([index for _, index, _ in items])
         assert [later for *_, later in items] == [*seen[-1][2:], -1, -1]

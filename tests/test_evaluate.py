@@ -17,10 +17,10 @@ from mmseg.core.evaluation import eval_metrics
 from PIL import Image
 
 import evaluate
-from evaluate import alike, evaluate_paper, label_index, main
+from dataset.labels import Labels
+from evaluate import evaluate_paper, group_by, main
 from predict import Segmenter
 from segmentation.classes import load_classes
-from transforms import DeviceTransform
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def pairs(data: str, count: int | None = None) -> list[tuple[Image.Image, Image.
 def test_every_photo_counts_once(
     data: str, world: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ):
-    index = label_index(DeviceTransform(num_classes=12))
+    index = torch.from_numpy(Labels(12).index())
     whole = evaluate_paper(Stripes(12), pairs(data), index, 3)
     total = torch.zeros_like(whole)
     for rank in range(world):
@@ -124,7 +124,7 @@ def test_every_photo_counts_once(
 def test_background_as_a_class(data: str):
     """Without ignore_background, label 0 is class 0 and label k class k."""
     stripes = Stripes(13)
-    index = label_index(DeviceTransform(num_classes=13, ignore_background=False))
+    index = torch.from_numpy(Labels(13, False).index())
     matrix = evaluate_paper(stripes, pairs(data), index, 2)
     expected = np.zeros((13, 13), int)
     for photo, mask in pairs(data):
@@ -145,7 +145,7 @@ def test_groups_of_like_photos(monkeypatch: pytest.MonkeyPatch):
             taken += 1
             yield item
 
-    for group in alike(count(), 4, lambda item: item % 7):
+    for group in group_by(count(), 4, lambda item: item % 7):
         assert 1 <= len(group) <= 4 and len({item % 7 for item in group}) == 1
         out += group
         most = max(most, taken - len(out))

@@ -19,6 +19,7 @@ from data import build_ade20k_dataspec
 from dataset import report
 from dataset.checks import check_labels
 from dataset.folders import list_samples
+from dataset.labels import Labels
 from dataset.synthetic import make
 from dataset.workers import in_processes
 from errors import DataError
@@ -311,20 +312,20 @@ def test_background_and_ignored_labels(path, capsys):
 
 
 def test_quick_check_before_training(path):
-    check_labels(str(path), "train", 12, True)
-    check_labels(str(path), "train", 13, False)
-    check_labels(str(path), "train", 11, True, ignore_label=12)
+    check_labels(str(path), "train", Labels(12))
+    check_labels(str(path), "train", Labels(13, False))
+    check_labels(str(path), "train", Labels(11, ignore_label=12))
     with pytest.raises(DataError, match=r"\.png holds label 12, but with 11 classes .* 1\.\.11"):
-        check_labels(str(path), "train", 11, True)
+        check_labels(str(path), "train", Labels(11))
     with pytest.raises(DataError, match=r"holds label 12, but with 12 classes .* 0\.\.11"):
-        check_labels(str(path), "train", 12, False)
+        check_labels(str(path), "train", Labels(12, False))
     photo, mask = sample(path, 24)
     wrong_label(photo, mask)
     with pytest.raises(DataError, match=f"{mask} holds label 77"):
-        check_labels(str(path), "train", 12, True, max_masks=4)  # the last is one of any number
+        check_labels(str(path), "train", Labels(12), max_masks=4)  # the last is one of any number
     cut(mask, 0.5)
     with pytest.raises(DataError, match=f"{mask}: cannot be decoded"):
-        check_labels(str(path), "train", 12, True)
+        check_labels(str(path), "train", Labels(12))
 
 
 def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
@@ -370,4 +371,4 @@ def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys,
 
 def test_a_process_that_dies_is_one_line():
     with pytest.raises(DataError, match="a process died"):
-        list(in_processes(os._exit, [(1,)], workers=1))
+        list(in_processes({0: (os._exit, 1)}, workers=1))

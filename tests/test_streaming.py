@@ -120,7 +120,7 @@ def test_resumes_in_mid_epoch_with_any_number_of_ranks(
     state = stream(mds, tmp_path).dataloader.dataset.state_dict(12, True)
     sides = []
     for rank in range(ranks):
-        spec = on_rank(stream(mds, tmp_path), rank, ranks, ahead=3)
+        spec = on_rank(stream(mds, tmp_path), rank, ranks, prefetch_distance=3)
         spec.dataloader.dataset.load_state_dict(state)
         sides.append(batches(spec, 0))
     together = [parts for step in zip(*sides) for parts in step]
@@ -140,7 +140,7 @@ def test_a_resumed_run_sees_the_rest(mds: str, expected: list[list[str]], tmp_pa
 
 def test_a_stream_can_be_sent_to_spawned_workers(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
-    dataset.want(40)
+    dataset.prefetch(40)
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(a, b) for a, b in zip(copy[5], dataset[5]))
 
@@ -150,7 +150,7 @@ def test_a_stream_can_be_sent_to_spawned_workers(mds: str, tmp_path: Path) -> No
 
 def test_fetches_ahead(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
-    last = dataset.path(len(dataset.shards) - 1)
+    last = dataset.shards.path(len(dataset.shards.shards) - 1)
     assert not os.path.exists(last)
     dataset[(0, 0, len(dataset) - 1)]
     deadline = time.monotonic() + 60
@@ -163,12 +163,12 @@ def test_fetches_ahead(mds: str, tmp_path: Path) -> None:
 
 
 def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
-    sizes = [shard.raw_data.bytes for shard in stream(mds, None).dataloader.dataset.shards]
+    sizes = [shard.raw_data.bytes for shard in stream(mds, None).dataloader.dataset.shards.shards]
     limit = 4 * max(sizes)
     assert limit < sum(sizes) / 1.5
     spec = stream(mds, tmp_path, cache_limit=limit, predownload=4)
     dataset, most, fetched = spec.dataloader.dataset, 0, 0
-    prepare = dataset._prepare
+    prepare = dataset.shards._prepare
 
     def count(*arguments: Any) -> None:
         nonlocal most, fetched
@@ -176,7 +176,7 @@ def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Pa
         used = sum(path.stat().st_size for path in tmp_path.glob("train/*.mds"))
         most, fetched = max(most, used), fetched + 1
 
-    dataset._prepare = count
+    dataset.shards._prepare = count
     seen = digests(batches(spec))
     assert 0 < most <= limit
     assert len(seen) == len(set(seen)) == 44
@@ -300,7 +300,7 @@ def test_tries_again_and_says_so(
     waited: list[int] = []
     monkeypatch.setattr(shards.time, "sleep", waited.append)
     spec = stream(mds, tmp_path, download_retry=3, predownload=0)
-    stream_of_thread, failures = spec.dataloader.dataset.stream, 3
+    stream_of_thread, failures = spec.dataloader.dataset.shards.stream, 3
     prepare = stream_of_thread.prepare_shard
 
     def fail(shard: Any) -> None:
@@ -360,7 +360,9 @@ def test_an_outage_costs_a_retry_not_the_run(
             s3.kill()
             threading.Timer(2, s3.start).start()
     assert found == expected[0]
-    assert cached < len(spec.dataloader.dataset.shards)  # some were fetched after it was gone
+    assert cached < len(
+        spec.dataloader.dataset.shards.shards
+    )  # some were fetched after it was gone
 
 
 def test_what_s3_refuses_is_said_at_once(

@@ -20,7 +20,7 @@ from dataset.colors import (
     uniform_per_sample,
 )
 from dataset.decoding import decode_image, decode_mask, decode_photo
-from dataset.labels import IGNORED, PADDING
+from dataset.labels import IGNORED, PADDING, Labels
 from transforms import (
     PADDING_COLOR,
     DeviceTransform,
@@ -545,7 +545,7 @@ def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_normalises_and_makes_class_indices() -> None:
     raw, labels = batch_of(3)
-    image, target = DeviceTransform(num_classes=20)((raw, labels))
+    image, target = DeviceTransform(Labels(20))((raw, labels))
     mean, std = (
         torch.tensor(each).view(1, 3, 1, 1)
         for each in (IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
@@ -559,7 +559,7 @@ def test_normalises_and_makes_class_indices() -> None:
     expected = labels.long() - 1
     expected[:, :4] = expected[:, 5] = -1
     assert torch.equal(target, expected)
-    _, target = DeviceTransform(num_classes=21, ignore_background=False)((raw, labels))
+    _, target = DeviceTransform(Labels(21, False))((raw, labels))
     expected[:, 6:], expected[:, 4] = labels[:, 6:].long(), labels[:, 4].long()
     assert torch.equal(target, expected)
 
@@ -567,13 +567,13 @@ def test_normalises_and_makes_class_indices() -> None:
 def test_a_samples_colours_do_not_depend_on_its_batch() -> None:
     raw, labels = batch_of(6)
     epoch = 0
-    transform = DeviceTransform(20, distort=True, seed=5, epoch=lambda: epoch)
+    transform = DeviceTransform(Labels(20), distort=True, seed=5, epoch=lambda: epoch)
     whole, _ = transform((raw, labels))
     assert whole.is_contiguous(memory_format=torch.channels_last)
     assert (whole[:, :, :4] == 0).all()
     parts = torch.cat([transform((raw[i : i + 2], labels[i : i + 2]))[0] for i in range(0, 6, 2)])
     assert torch.equal(whole, parts)
-    plain, _ = DeviceTransform(20)((raw, labels))
+    plain, _ = DeviceTransform(Labels(20))((raw, labels))
     changed = (whole != plain).flatten(1).any(1)
     epoch = 1
     again, _ = transform((raw, labels))
@@ -584,7 +584,7 @@ def test_a_samples_colours_do_not_depend_on_its_batch() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     raw, labels = batch_of(8)
-    transform = DeviceTransform(20, distort=True)
+    transform = DeviceTransform(Labels(20), distort=True)
     image, target = transform((raw, labels))
     gpu_image, gpu_target = transform((raw.cuda(), labels.cuda()))
     assert torch.equal(

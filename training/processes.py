@@ -13,7 +13,7 @@ from multiprocessing.context import ForkContext, ForkProcess
 
 from composer.utils import dist
 
-from checkpointing.saver import SIGNALS
+from checkpointing.signals import SIGNALS
 from dataset.workers import use_one_core
 from errors import RunError, one_line
 

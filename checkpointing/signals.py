@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop after the batch in progress."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist
+
+# SIGUSR1 is what the kernel sends when the launcher dies (see `processes.end_with_launcher`).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class SignalListener:
+    """Remembers that this process got one of `SIGNALS`; the same one again ends it at once."""
+
+    def __init__(self) -> None:
+        self.received_signal: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, catch the signals; without effect outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def receive(number: int, frame: Any) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            self.received_signal = signal.Signals(number).name
+            # Not print: the signal may have come within one.
+            os.write(2, f"{self.received_signal}: saving a checkpoint after this batch\n".encode())
+
+        before = {number: signal.signal(number, receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def any_process_signalled(self, state: State) -> bool:
+        """Return whether any process got a signal; for all processes together."""
+        if dist.get_world_size() == 1:
+            return self.received_signal is not None
+        received = torch.tensor([int(self.received_signal is not None)])
+        received = state.device.tensor_to_device(received)
+        dist.all_reduce(received, "MAX")
+        return bool(received.item())
