@@ -308,8 +308,8 @@ def build_ade20k_dataspec(
     Raises:
         DataError: The data set is not as it should be.
     """
-    if not 1 <= num_classes < IGNORED:
-        raise DataError(f"num_classes is {num_classes}, not in 1..{IGNORED - 1}")
+    if not 2 <= num_classes < IGNORED:
+        raise DataError(f"num_classes is {num_classes}, not in 2..{IGNORED - 1}")
     is_train = split == "train"
     labels = Labels(num_classes, ignore_background, ignore_label)
     dataset = build_dataset(

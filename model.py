@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 from urllib.error import URLError
@@ -20,10 +21,11 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 import torchvision
-from composer.models import ComposerModel
+from composer.models import ComposerClassifier
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+from torchmetrics import Metric, MetricCollection
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
 
@@ -31,17 +33,26 @@ from checkpointing.weights import Weights, infer_architecture
 from errors import ModelError, WeightsError
 from segmentation.depthwise import DilatedDepthwiseConv2d
 from segmentation.losses import segmentation_loss
-from segmentation.metrics import CrossEntropy, MIoU
+from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 
-with warnings.catch_warnings():  # mmcv announces its 2.0 at every import
-    warnings.simplefilter("ignore", UserWarning)
-    from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
 
-# mmcv sets a function `_check_balance` in all modules named torch*. torch.ops lists it among its
-# namespaces of operators, and torch.compile fails at the first that is none.
-if "_check_balance" in torch.ops._dir:
-    torch.ops._dir.remove("_check_balance")
-    del torch.ops._check_balance
+def _import_mmseg_heads() -> tuple[type[nn.Module], type[nn.Module]]:
+    """Import mmsegmentation's heads, and take back what mmcv does to torch.
+
+    mmcv announces its version 2.0 at every import. It also sets a function `_check_balance` in all
+    modules named torch*: torch.ops lists it among its namespaces of operators, and torch.compile
+    fails at the first that is none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
+    if "_check_balance" in torch.ops._dir:
+        torch.ops._dir.remove("_check_balance")
+        del torch.ops._check_balance
+    return ASPPHead, DepthwiseSeparableASPPHead
+
+
+ASPPHead, DepthwiseSeparableASPPHead = _import_mmseg_heads()
 
 log = logging.getLogger(__name__)
 
@@ -222,8 +233,10 @@ def _convert_sync_bn(network: DeepLabV3) -> DeepLabV3:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network, groups[dist.get_node_rank()])
 
 
-class ComposerDeepLabV3(ComposerModel):
+class ComposerDeepLabV3(ComposerClassifier):
     """What Composer's Trainer asks of a model, on ``(image, target)`` batches.
+
+    Composer would score every training step; `callbacks.TrainMIoU` does it now and then.
 
     Args:
         network: Maps an image (N, 3, H, W) to logits of any resolution; kept as ``module``.
@@ -235,8 +248,8 @@ class ComposerDeepLabV3(ComposerModel):
     Attributes:
         cpu_autocast: Where set (to ``torch.bfloat16``), the forward pass on a CPU runs in that
             type; Composer has mixed precision for GPUs only.
-        eval_batch_size: Where set, a smaller batch of an evaluation, its last one, is filled up to
-            this many images; a compiled model has a graph for each size it has met.
+        eval_batch_size: If set, pad the last evaluation batch to this many images, so that a
+            compiled model sees one shape.
     """
 
     def __init__(
@@ -247,14 +260,18 @@ class ComposerDeepLabV3(ComposerModel):
         cross_entropy_weight: float = 1.0,
         dice_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.module = network
-        self.num_classes = num_classes
+        metrics = {
+            "MIoU": MIoU(num_classes, ignore_index),
+            "CrossEntropy": CrossEntropy(ignore_index),
+        }
+        super().__init__(network, num_classes, MetricCollection([]), MetricCollection(metrics))
+        self.num_classes: int = num_classes
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
         self.cpu_autocast: torch.dtype | None = None
         self.eval_batch_size: int | None = None
+        self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
         image = batch[0]
@@ -283,16 +300,12 @@ class ComposerDeepLabV3(ComposerModel):
         padded = padded.contiguous(memory_format=torch.channels_last)
         return self.forward((padded, target))[: len(image)]
 
-    def get_metrics(self, is_train: bool = False) -> dict[str, Any]:
-        if is_train:  # Composer would score every step; callbacks.TrainMIoU does it now and then
-            return {}
-        return {
-            "MIoU": MIoU(self.num_classes, self.ignore_index),
-            "CrossEntropy": CrossEntropy(self.ignore_index),
-        }
-
-    def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Any) -> None:
-        metric.update(outputs, batch[1])
+    def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
+        """Count a batch of an evaluation in a metric; all metrics share one upsampling."""
+        if self._scored is None or self._scored[0]() is not outputs:
+            score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)
+            self._scored = weakref.ref(outputs), score
+        metric.update(self._scored[1])
 
 
 def build_composer_deeplabv3(

@@ -267,9 +267,16 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     add("local", nargs="?", help="folder to keep shards in")
     add("--num-classes", type=int, default=150, help="as model.num_classes (default: 150)")
     add(
+        "--ignore-background",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="label 0 is ignored and label k is class k - 1, as the key of that name",
+    )
+    add(
         "--keep-background",
-        action="store_true",
-        help="label 0 is a class (ignore_background: false)",
+        dest="ignore_background",
+        action="store_false",
+        help=argparse.SUPPRESS,  # its name in earlier versions
     )
     add("--ignore-label", type=int, help="a further label that is ignored")
     add("--class-names", help="file with a class name a line")
@@ -280,7 +287,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
         parser.error(f"--picture {options.picture}: a .png or .jpg")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
-    labels = Labels(options.num_classes, not options.keep_background, options.ignore_label)
+    labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:
         report = validate(
             build_dataspec,

@@ -11,8 +11,9 @@ interpolated in bf16, neighbouring classes tie and the lower index wins.
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,42 @@ def confusion_matrix(
     Returns:
         (C, C) int64 on the logits' device; row = class in the target, column = predicted class.
     """
-    prediction = torch.stack([_argmax(*pair) for pair in zip(logits, target, strict=True)])
+    pairs = zip(logits, target, strict=True)
+    prediction = torch.stack([_scan(*pair, with_cross_entropy=False)[0] for pair in pairs])
     return confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
+
+
+class BatchScore(NamedTuple):
+    """What an evaluation counts of a batch.
+
+    Attributes:
+        matrix: (C, C) int64, as of `confusion_matrix`.
+        cross_entropy: Its sum over the labelled pixels, float64.
+        pixels: The number of these, int64.
+    """
+
+    matrix: Tensor
+    cross_entropy: Tensor
+    pixels: Tensor
+
+
+@torch.no_grad()
+def score_batch(
+    logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
+) -> BatchScore:
+    """Count a batch for all metrics at once; arguments as of `confusion_matrix`."""
+    predictions = []
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    pixels = torch.zeros((), dtype=torch.int64, device=logits.device)
+    for image_logits, image_target in zip(logits, target.long(), strict=True):
+        labelled = _labelled(image_target, len(image_logits), ignore_index)
+        prediction, cross_entropy = _scan(image_logits, image_target)
+        total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
+        pixels += labelled.sum()
+        predictions.append(prediction)
+    prediction = torch.stack(predictions)
+    matrix = confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
+    return BatchScore(matrix, total, pixels)
 
 
 def confusion_matrix_of_predictions(
@@ -113,9 +148,12 @@ class MIoU(Metric):
         empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("matrix", empty, dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Counts a batch; arguments as of `confusion_matrix`."""
-        self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
+    def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
+        """Count a batch: its logits and target as of `confusion_matrix`, or its score."""
+        if isinstance(logits, BatchScore):
+            self.matrix += logits.matrix
+        else:
+            self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
 
     def compute(self) -> Tensor:
         """The mean over what all ranks have counted, 0..100."""
@@ -140,13 +178,12 @@ class CrossEntropy(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pixels", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Adds a batch; arguments as of `confusion_matrix`."""
-        for image_logits, image_target in zip(logits, target.long(), strict=True):
-            labelled = _labelled(image_target, len(image_logits), self.ignore_index)
-            cross_entropy = _cross_entropy(image_logits, image_target)
-            self.total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
-            self.pixels += labelled.sum()
+    def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
+        """Add a batch: its logits and target as of `confusion_matrix`, or its score."""
+        if not isinstance(logits, BatchScore):
+            logits = score_batch(logits, target, logits.shape[1], self.ignore_index)
+        self.total += logits.cross_entropy
+        self.pixels += logits.pixels
 
     def compute(self) -> Tensor:
         """The mean over the pixels of all ranks; nan if none has a label."""
@@ -170,28 +207,29 @@ def _slabs(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]
         yield first, slab
 
 
-def _argmax(logits: Tensor, target: Tensor) -> Tensor:
-    """(H, W) int64 predicted class at each pixel of the (H, W) target from (C, h, w) logits."""
+def _scan(
+    logits: Tensor, target: Tensor, with_cross_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Upsample one image's (C, h, w) logits once, for all that is read off them.
+
+    Returns:
+        (H, W) int64 predicted class and, if wanted, (H, W) fp32 cross entropy at each pixel of the
+        (H, W) target.
+    """
     highest = logits.new_full(target.shape, -torch.inf, dtype=torch.float32)
     prediction = torch.zeros_like(target, dtype=torch.int64)
+    normaliser, chosen = highest, torch.zeros_like(highest)
     for first, slab in _slabs(logits, target.shape):
         value, index = slab.max(dim=0)
         # Strictly higher: of equals the first wins, as in an argmax over all classes at once.
         prediction = torch.where(value > highest, index + first, prediction)
         highest = torch.maximum(value, highest)
-    return prediction
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """(H, W) fp32 cross entropy at each pixel of the (H, W) target from (C, h, w) logits."""
-    normaliser = logits.new_full(target.shape, -torch.inf, dtype=torch.float32)
-    chosen = torch.zeros_like(normaliser)
-    for first, slab in _slabs(logits, target.shape):
-        normaliser = torch.logaddexp(normaliser, slab.logsumexp(dim=0))
-        here = (target >= first) & (target < first + len(slab))
-        logit = slab.gather(0, torch.where(here, target - first, 0)[None])[0]
-        chosen = torch.where(here, logit, chosen)
-    return normaliser - chosen
+        if with_cross_entropy:
+            normaliser = torch.logaddexp(normaliser, slab.logsumexp(dim=0))
+            here = (target >= first) & (target < first + len(slab))
+            logit = slab.gather(0, torch.where(here, target - first, 0)[None])[0]
+            chosen = torch.where(here, logit, chosen)
+    return prediction, normaliser - chosen if with_cross_entropy else None
 
 
 def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:
@@ -209,7 +247,7 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
         iou_per_class(matrix).tolist(), accuracy_per_class(matrix).tolist(), matrix.sum(1).tolist()
     )
     rows = [
-        [c.name, *(None if value != value else 100 * value for value in (iou, accuracy)), pixels]
+        [c.name, *(None if math.isnan(v) else 100 * v for v in (iou, accuracy)), pixels]
         for c, (iou, accuracy, pixels) in zip(classes, numbers, strict=True)
     ]
     return ["class", "IoU", "accuracy", "pixels"], rows

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -158,8 +160,11 @@ class Config:
     seed: int = key(17, "seed of the weights, the order of the data and the augmentation")
     max_duration: str = key("128ep", "duration without a recipe, as in 128ep or 20000ba")
     recipe_name: str | None = key(None, "mild, medium or hot; empty: the plain baseline")
-    device_train_microbatch_size: int | str = key(
-        "auto", "images a GPU takes at once; auto: as many as fit its memory"
+    device_train_microbatch_size: int | str | None = key(
+        "auto", "images a GPU takes at once; auto: as many as fit its memory; empty: all"
+    )
+    grad_accum: int | str | None = key(
+        None, "older name: parts that a GPU takes its images in, auto or a number"
     )
     precision: str = key("auto", "auto, fp32, amp_bf16 or amp_fp16")
     compile: bool | str = key("auto", "torch.compile the model; auto: on a GPU")
@@ -235,10 +240,38 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
             raise ConfigError("save_folder holds {run_name}, but run_name is empty")
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
     typed.loggers = {name: given for name, given in typed.loggers.items() if given is not None}
+    if typed.load_path:  # the reference's files have one checkpoint a rank, these have one in all
+        typed.load_path = typed.load_path.replace("{rank}", "0")
+    if typed.model.backbone_weights == "none":
+        typed.model.backbone_weights = None
+    if typed.grad_accum is not None:
+        typed.device_train_microbatch_size = _microbatch_size(typed)
     if typed.recipe_name in RECIPES:
         typed.max_duration = getattr(typed, typed.recipe_name).max_duration
+    _normalise_times(typed)
     _check(typed)
     return typed
+
+
+def _microbatch_size(config: Config) -> int | str:
+    """Return the `device_train_microbatch_size` that `grad_accum` stands for."""
+    parts = config.grad_accum
+    if parts == "auto":
+        return "auto"
+    if not isinstance(parts, int) or parts < 1:
+        raise ConfigError(f"grad_accum: {parts!r} is neither 1 or more nor auto")
+    per_process = config.train_dataset.batch_size // _world_size()
+    return max(1, -(-per_process // parts))
+
+
+def _world_size() -> int:
+    """Return the number of processes, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _lookup(config: Config, name: str) -> Any:
+    """Return the value of a key such as optimizer.lr."""
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> dict[str, Any]:
@@ -294,6 +327,11 @@ def _check(config: Config) -> None:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
     if config.load_path and "://" not in config.load_path and not os.path.isfile(config.load_path):
         raise ConfigError(f"load_path: no file {config.load_path}")
+    keep = config.save_num_checkpoints_to_keep
+    if keep == 0 or keep < -1:
+        raise ConfigError(
+            f"save_num_checkpoints_to_keep: {keep} is neither 1 or more nor -1, which keeps all"
+        )
     _check_numbers(config)
     _check_times(config)
     _check_batch_sizes(config)
@@ -318,9 +356,7 @@ def _check_numbers(config: Config) -> None:
         positive += [f"{config.recipe_name}.sam.rho", f"{config.recipe_name}.sam.interval"]
         non_negative.append(f"{config.recipe_name}.mixup.alpha")
     for name in positive + non_negative:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = _lookup(config, name)
         # not (a > b), rather than a <= b, so that NaN is refused as well
         if not (value > 0 or (value == 0 and name in non_negative)) or value == float("inf"):
             bound = "0 or more" if name in non_negative else "more than 0"
@@ -337,28 +373,34 @@ def _check_numbers(config: Config) -> None:
         )
 
 
-def _check_times(config: Config) -> None:
-    durations = ["max_duration"]
-    intervals = ["eval_interval", "save_interval"]
-    if config.recipe_name is not None:
+def _times(config: Config) -> tuple[list[str], list[str]]:
+    """Return the keys that are durations, and those that are intervals."""
+    durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
+    if config.recipe_name in RECIPES:
         durations.append(f"{config.recipe_name}.max_duration")
-        intervals += [
-            f"{config.recipe_name}.ema.half_life",
-            f"{config.recipe_name}.ema.update_interval",
-        ]
+        names = ("half_life", "update_interval")
+        intervals += [f"{config.recipe_name}.ema.{name}" for name in names]
+    return durations, intervals
+
+
+def _normalise_times(config: Config) -> None:
+    """Make a plain number a number of epochs, as in the reference."""
+    for name in itertools.chain(*_times(config)):
+        section, _, leaf = name.rpartition(".")
+        parent = _lookup(config, section) if section else config
+        text = str(getattr(parent, leaf))
+        setattr(parent, leaf, f"{text}ep" if text.isdigit() else text)
+
+
+def _check_times(config: Config) -> None:
+    durations, intervals = _times(config)
     for name in durations + intervals:
-        section: Any = config
-        *parents, leaf = name.split(".")
-        for part in parents:
-            section = getattr(section, part)
-        text = str(getattr(section, leaf))
-        text = f"{text}ep" if text.isdigit() else text
+        text = _lookup(config, name)
         units = "ep|ba|sp" if name in durations else "ep|ba"
         if not re.fullmatch(rf"[1-9]\d*({units})", text):
             raise ConfigError(
                 f"{name}: {text!r} is not a time; write a number and a unit, as in 25ep or 1000ba"
             )
-        setattr(section, leaf, text)
     if config.recipe_name is not None:
         ema = getattr(config, config.recipe_name).ema
         if ema.half_life[-2:] != ema.update_interval[-2:]:
@@ -369,7 +411,7 @@ def _check_times(config: Config) -> None:
 
 
 def _check_batch_sizes(config: Config) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     for name in ("train_dataset", "eval_dataset"):
         batch_size = getattr(config, name).batch_size
         if batch_size % world_size and (config.is_train or name == "eval_dataset"):
@@ -380,12 +422,12 @@ def _check_batch_sizes(config: Config) -> None:
     micro = config.device_train_microbatch_size
     if isinstance(micro, str) and micro != "auto":
         raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
-    if not isinstance(micro, str) and micro < 1:
+    if isinstance(micro, int) and micro < 1:
         raise ConfigError(f"device_train_microbatch_size: {micro} is not 1 or more")
     if not config.is_train or (config.model.sync_bn and world_size > 1):
         return
     per_process = config.train_dataset.batch_size // world_size
-    micro = per_process if isinstance(micro, str) else min(micro, per_process)
+    micro = min(micro, per_process) if isinstance(micro, int) else per_process
     if micro == 1 or per_process % micro == 1:
         raise ConfigError(
             f"train_dataset.batch_size: {per_process} images a process in micro-batches of {micro} "
