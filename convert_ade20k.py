@@ -83,7 +83,7 @@ def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
 
 
 def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str, Any]:
-    """Writes (and uploads) a shard, unless a run before this one did.
+    """Write (and uploads) a shard, unless a run before this one did.
 
     Returns:
         Its entry in `index.json`.
@@ -124,7 +124,7 @@ def _name(number: int, written: str) -> str:
 
 
 def _inputs(samples: list[Sample], target: Target) -> str:
-    """Changes when a file or an option does that the shard depends on."""
+    """Return what changes when a file or an option does that the shard depends on."""
     files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     text = json.dumps([stats, target.compression, target.hashes])
@@ -132,7 +132,7 @@ def _inputs(samples: list[Sample], target: Target) -> str:
 
 
 def _read(sample: Sample) -> tuple[bytes, bytes]:
-    """A sample's two files, which must be what training can use."""
+    """Return a sample's two files, which must be what training can use."""
     try:
         photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
         labels = decode_mask(mask)
@@ -146,7 +146,7 @@ def _read(sample: Sample) -> tuple[bytes, bytes]:
 
 
 def upload(target: Target, name: str) -> None:
-    """Uploads a file of the folder, and removes it there; DataError where the store refuses."""
+    """Upload a file of the folder, and removes it there; DataError where the store refuses."""
     try:
         _uploader(os.getpid(), target.folder, target.remote).upload_file(name)
     except Exception as error:
@@ -162,7 +162,7 @@ def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
 def verify_shard(
     samples: list[Sample], number: int, out: str, cache: str, split: str, done: Path
 ) -> str | None:
-    """Reads a shard back through Streaming and compares it with the files of its samples.
+    """Read a shard back through Streaming and compares it with the files of its samples.
 
     Returns:
         What is wrong with it, None if nothing is. The note on a shard that is wrong is removed, so
@@ -191,7 +191,7 @@ def verify_shard(
 
 
 def convert_split(samples: list[Sample], out: str, split: str, target: Target) -> None:
-    """Writes a split's shards, verifies them, and then writes their index."""
+    """Write a split's shards, verifies them, and then writes their index."""
     with tempfile.TemporaryDirectory() as cache:
         index = Path(cache, split, "index.json")
         index.parent.mkdir()
@@ -220,7 +220,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
-    """Copies a finished split's index to `index`; False if there is none."""
+    """Copy a finished split's index to `index`; False if there is none."""
     try:
         CloudDownloader.direct_download(remote, str(index))
     except Exception as error:  # each store has its own errors, and its own words for "not found"
@@ -267,7 +267,7 @@ def _progress(what: str, total: int) -> tqdm:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Writes JSON so that the file is whole or not there."""
+    """Write JSON so that the file is whole or not there."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, sort_keys=True))
     os.replace(temporary, file)
@@ -282,17 +282,17 @@ def convert(
     workers: int | None = None,
     staging: str | None = None,
 ) -> dict[str, int]:
-    """Writes every split of a data set as shards, and verifies them.
+    """Write every split of a data set as shards, and verifies them.
 
     Args:
-        path: Folder of the data set; see :func:`data.list_samples`.
+        path: Folder of the data set; see `data.list_samples`.
         out: Folder, or URL of any store that Streaming can write to; each split has a folder there.
-        compression: As Streaming names it, 'zstd' or 'zstd:7' say. Default: None.
+        compression: As Streaming names it, 'zstd' or 'zstd:7' say; None: none.
         hashes: Hashes of each shard to write to the index.
         size_limit: Bytes of a shard before compression, '4mb' say.
-        workers: How many processes. Default: one a core.
-        staging: Folder where shards wait to be uploaded and notes are kept of those that were.
-            Default: one in the system's temporary folder that depends on `path` and `out`.
+        workers: How many processes; None: one a core.
+        staging: Folder where shards wait to be uploaded and notes are kept of those that were;
+            None: one in the system's temporary folder that depends on `path` and `out`.
 
     Returns:
         How many samples each split has.
@@ -348,6 +348,7 @@ def _only_one(folder: str) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--path", required=True, help="folder that holds ADEChallengeData2016")

@@ -64,7 +64,7 @@ class _ConnectionLost(Exception):
 
 
 def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
-    """Makes `<path>/ADEChallengeData2016` hold the whole data set.
+    """Make `<path>/ADEChallengeData2016` hold the whole data set.
 
     Args:
         path: The folder that will contain `ADEChallengeData2016`; it is what training calls `path`.
@@ -105,7 +105,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
 
 
 def fetch(url: str, archive: Path, sha1: str) -> None:
-    """Downloads `url` to `archive`, going on after what is there; raises DownloadError."""
+    """Download `url` to `archive`, going on after what is there; raises DownloadError."""
     resumed = archive.exists() and archive.stat().st_size > 0
     if resumed and _sha1(archive) == sha1:
         return
@@ -187,7 +187,7 @@ def _download_once(url: str, archive: Path) -> None:
 
 
 def _copy(response: http.client.HTTPResponse, file, total: int | None) -> None:
-    """Appends the body to `file` with a progress bar; raises _ConnectionLost if it ends early."""
+    """Append the body to `file` with a progress bar; _ConnectionLost if it ends early."""
     bar = tqdm(
         total=total, initial=file.tell(), unit="B", unit_scale=True, desc="download", disable=None
     )
@@ -238,7 +238,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
 
 
 def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The files to unpack: plain ones under `ADEChallengeData2016/`. Refuses a hostile archive."""
+    """Return the files to unpack, plain ones under the folder; refuse a hostile archive."""
     members, seen = [], set()
     for member in zipped.infolist():
         name, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
@@ -324,6 +324,7 @@ def _bytes(count: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

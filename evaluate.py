@@ -4,11 +4,11 @@
     python evaluate.py weights.safetensors --path ade20k --tta --csv classes.csv --json scores.json
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
-The protocol ``paper`` is mmsegmentation's on ADE20K, so that the numbers can stand beside its
-tables: photos keep their aspect ratio (shorter side ``eval_dataset.final_size``, there 512, longer
+The protocol `paper` is mmsegmentation's on ADE20K, so that the numbers can stand beside its
+tables: photos keep their aspect ratio (shorter side `eval_dataset.final_size`, there 512, longer
 at most four times that), and the prediction is brought back to the mask's own resolution and scored
-there. ``square`` is the evaluation of training: photo and mask become squares of
-``eval_dataset.final_size``. Every pixel with a label counts once, in one confusion matrix over all
+there. `square` is the evaluation of training: photo and mask become squares of
+`eval_dataset.final_size`. Every pixel with a label counts once, in one confusion matrix over all
 photos and processes.
 """
 
@@ -53,7 +53,7 @@ PENDING = 128  # photos read but not yet segmented: what it takes to find enough
 def evaluate_paper(
     segmenter: Segmenter, dataset: Any, index: Tensor, batch_size: int, num_workers: int = 0
 ) -> Tensor:
-    """The confusion matrix over this process's share of a set, at the masks' own resolution.
+    """Count this process's share in a confusion matrix, at the masks' own resolution.
 
     Args:
         segmenter: What predicts.
@@ -89,7 +89,7 @@ def _as_tensors(pair: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of one kind into lists of up to ``count``, holding ``PENDING`` back at most."""
+    """Group items of one kind into lists of up to `count`, holding `PENDING` back at most."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -102,14 +102,14 @@ def group_by(
 
 
 def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
-    """The confusion matrix over this process's share, as the evaluation of training counts it.
+    """Count this process's share in a confusion matrix, as the evaluation of training does.
 
     Args:
         segmenter: What predicts.
-        spec: The DataSpec that :func:`data.build_ade20k_dataspec` builds for ``split="val"``.
+        spec: The DataSpec that `data.build_ade20k_dataspec` builds for `split="val"`.
 
     Returns:
-        As :func:`evaluate_paper`.
+        As `evaluate_paper`.
     """
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
@@ -127,7 +127,7 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 
 
 def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[str, Any]:
-    """Which validation set: ``--path``, or what ``--config`` or the checkpoint says.
+    """Which validation set: `--path`, or what `--config` or the checkpoint says.
 
     Raises:
         ConfigError: None of them says.
@@ -158,10 +158,10 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score as the command line says; see :func:`_parse`.
+    """Score as the command line says; see `_parse`.
 
     Returns:
-        What ``--json`` writes; percent throughout.
+        What `--json` writes; percent throughout.
     """
     segmenter = segmenter_from(options, amp=options.amp)
     arguments = data_arguments(options, segmenter)
@@ -207,7 +207,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as text: a table of the classes, then the three numbers."""
+    """Return the result as text: a table of the classes, then the three numbers."""
 
     def percent(value: float | None) -> str:
         return "      -" if value is None else f"{value:7.2f}"
@@ -234,7 +234,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status: 2 if something given to it cannot be used."""
+    """Run the command line; return 2 if something given to it cannot be used, else 0."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:

@@ -65,6 +65,7 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return logits of the image's size."""
         logits = self.network((image.float() - self.mean) / self.std)
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
 
@@ -76,7 +77,7 @@ def export(
 
     Args:
         model: In evaluation mode, on the CPU.
-        kind: ``"onnx"``, ``"torchscript"`` or ``"pt2"``.
+        kind: `"onnx"`, `"torchscript"` or `"pt2"`.
         path: Where to.
         metadata: What the file says of itself.
 
@@ -169,7 +170,7 @@ def compare(
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns 1 if the file is not the model, 2 if the model cannot be used."""
+    """Run the command line; return 1 if the file is not as the model, 2 if that cannot be used."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
@@ -208,7 +209,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _sample_photo() -> str:
-    """A photo to compare on where none is given; mmsegmentation needs matplotlib, which has one."""
+    """Return a photo to compare on where none is given: one that matplotlib brings."""
     import matplotlib
 
     return os.path.join(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")

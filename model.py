@@ -67,7 +67,7 @@ class DeepLabV3(nn.Module):
             that themselves, a part of the batch at a time, so training leaves it out.
 
     Shape:
-        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without ``upsample``
+        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without `upsample`
         (H / 8 and W / 8 for DeepLabV3 without the plus).
     """
 
@@ -78,6 +78,7 @@ class DeepLabV3(nn.Module):
         self.upsample = upsample
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return logits; see the class for their shape."""
         logits = self.classifier(tuple(self.backbone(image).values()))
         if self.upsample:
             logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
@@ -105,8 +106,8 @@ def deeplabv3(
 
     Args:
         num_classes: Number of classes C.
-        backbone_arch: A torchvision ResNet with bottleneck blocks, such as ``"resnet101"``.
-        backbone_weights: ``None``, a torchvision name such as ``"IMAGENET1K_V2"``, or the path or
+        backbone_arch: A torchvision ResNet with bottleneck blocks, such as `"resnet101"`.
+        backbone_weights: `None`, a torchvision name such as `"IMAGENET1K_V2"`, or the path or
             URL of a state dict with torchvision's parameter names.
         sync_bn: Whether BatchNorm statistics are shared by the processes of a node. Without effect
             in a single process.
@@ -148,7 +149,7 @@ def deeplabv3(
 
 
 def _resnet(arch: str) -> torchvision.models.ResNet:
-    """A torchvision ResNet of this name, dilated to output stride 8."""
+    """Return a torchvision ResNet of this name, dilated to output stride 8."""
     builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
     if builder is None or arch not in torchvision.models.list_models(torchvision.models):
         raise ModelError(f"backbone_arch={arch}: torchvision has no such ResNet; try resnet101")
@@ -234,19 +235,19 @@ def _convert_sync_bn(network: DeepLabV3) -> DeepLabV3:
 
 
 class ComposerDeepLabV3(ComposerClassifier):
-    """What Composer's Trainer asks of a model, on ``(image, target)`` batches.
+    """What Composer's Trainer asks of a model, on `(image, target)` batches.
 
     Composer would score every training step; `callbacks.TrainMIoU` does it now and then.
 
     Args:
-        network: Maps an image (N, 3, H, W) to logits of any resolution; kept as ``module``.
+        network: Maps an image (N, 3, H, W) to logits of any resolution; kept as `module`.
         num_classes: Number of classes C.
         ignore_index: The target value of pixels that count in neither loss nor metrics.
         cross_entropy_weight: Weight of the cross entropy in the loss.
         dice_weight: Weight of the Dice loss in the loss.
 
     Attributes:
-        cpu_autocast: Where set (to ``torch.bfloat16``), the forward pass on a CPU runs in that
+        cpu_autocast: Where set (to `torch.bfloat16`), the forward pass on a CPU runs in that
             type; Composer has mixed precision for GPUs only.
         eval_batch_size: If set, pad the last evaluation batch to this many images, so that a
             compiled model sees one shape.
@@ -274,6 +275,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
+        """Return the logits of a batch."""
         image = batch[0]
         if self.cpu_autocast is not None and image.device.type == "cpu":
             with torch.autocast("cpu", dtype=self.cpu_autocast):
@@ -281,6 +283,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         return self.module(image)
 
     def loss(self, outputs: Tensor, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        """Return `total` and its parts; see `segmentation.losses.segmentation_loss`."""
         return segmentation_loss(
             outputs,
             batch[1],
@@ -290,6 +293,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         )
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
+        """Return the logits of a batch, which is padded to `eval_batch_size`."""
         if outputs is not None:
             return outputs
         image, target = batch
@@ -321,11 +325,10 @@ def build_composer_deeplabv3(
     *,
     upsample: bool = True,
 ) -> ComposerDeepLabV3:
-    """Build DeepLabV3(+) as a ComposerModel; see :func:`deeplabv3` and :class:`ComposerDeepLabV3`.
+    """Build DeepLabV3(+) as a ComposerModel; see `deeplabv3` and `ComposerDeepLabV3`.
 
-    Args:
-        upsample: Whether ``forward`` returns logits of the image's size (as the reference does)
-            rather than the decoder's.
+    Its arguments are theirs, but for `upsample`: whether `forward` returns logits of the image's
+    size, as the reference does, rather than the decoder's.
     """
     network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
     network.upsample = upsample
@@ -333,10 +336,10 @@ def build_composer_deeplabv3(
 
 
 def build_network(weights: Weights, where: str = "these weights") -> DeepLabV3:
-    """A network in evaluation mode with these weights; its logits are at the decoder's stride.
+    """Build a network in evaluation mode with these weights; its logits have the decoder's stride.
 
     Args:
-        weights: What :func:`load_weights` gave.
+        weights: What `load_weights` gave.
         where: What to call them in an error.
 
     Raises:

@@ -48,19 +48,19 @@ class Segmenter:
     """Gives every pixel of a photo its class.
 
     A photo is resized with its aspect ratio kept, as mmsegmentation tests on ADE20K: its shorter
-    side becomes ``size`` pixels unless the longer one would exceed four times that. The scores are
+    side becomes `size` pixels unless the longer one would exceed four times that. The scores are
     brought back to the photo's own resolution, and the highest there is the class.
 
     Args:
-        path: Composer checkpoint, state dict, safetensors file, or ONNX file of ``export.py``.
+        path: Composer checkpoint, state dict, safetensors file, or ONNX file of `export.py`.
         classes: A file of class names or a list of them; None: those in the file, or see
-            :func:`classes.load_classes`.
+            `classes.load_classes`.
         size: Length of the shorter side in pixels; 0: photos are not resized; None: what the run
             was validated at, as the file says, or else 512.
         tta: Average the probabilities over six sizes (x 0.5 to 1.75), with and without a flip.
-        slide: Send windows of ``size`` (of 512 if that is 0) pixels squared through the network,
+        slide: Send windows of `size` (of 512 if that is 0) pixels squared through the network,
             a third overlapping, rather than the whole photo.
-        which: ``"ema"`` or ``"training"`` weights, where the file holds both.
+        which: `"ema"` or `"training"` weights, where the file holds both.
         device: As torch names it; None: a GPU if there is one.
         amp: Compute in bf16.
 
@@ -122,7 +122,7 @@ class Segmenter:
         return self.predict([read_photo(photo)])[0].byte().cpu().numpy()
 
     def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
-        """The photo under the colours of its classes, with a legend of those found beside it."""
+        """Draw the photo under the colours of its classes, beside a legend of those found."""
         photo = read_photo(photo)
         prediction = self(photo) if prediction is None else prediction
         return draw_overlay(photo, prediction, self.classes)
@@ -143,7 +143,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def predict(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
-        """Segment photos that have the same :meth:`network_sizes`, together.
+        """Segment photos that have the same `network_sizes`, together.
 
         Args:
             photos: (H, W, 3) uint8 RGB each; H and W may differ.
@@ -188,7 +188,7 @@ class Segmenter:
 def window_starts(length: int, window: int) -> list[int]:
     """Where windows begin along a side: a third overlapping, the last one flush with the end.
 
-    All are multiples of 8 where ``length`` and ``window`` are.
+    All are multiples of 8 where `length` and `window` are.
     """
     step = max(window * 2 // 3 // 8 * 8, 8)
     last = max(length - window, 0)
@@ -196,7 +196,7 @@ def window_starts(length: int, window: int) -> list[int]:
 
 
 def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[int, int]) -> Tensor:
-    """The class with the highest mean probability at every pixel of a photo.
+    """Return the class with the highest mean probability at every pixel of a photo.
 
     Each view's logits are resized to the size that the network saw and from there to the photo's,
     bilinearly, as mmsegmentation does. Both resizes are linear and separable, so rows and columns
@@ -231,7 +231,7 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
 
 
 def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """The matrix of successive bilinear resizes (align_corners=False) of one side.
+    """Return the matrix of successive bilinear resizes (align_corners=False) of one side.
 
     Args:
         lengths: Length of the side before the first resize and after each.
@@ -249,7 +249,7 @@ def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
 def _torch_network(
     network: torch.nn.Module, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
-    """A function from photos (N, 3, H, W) uint8 to logits, with the network on the device."""
+    """Return a function from photos (N, 3, H, W) uint8 to logits; put the network on the device."""
     network = network.to(device, memory_format=torch.channels_last)
     mean = torch.tensor(IMAGENET_CHANNEL_MEAN, device=device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_CHANNEL_STD, device=device).view(1, 3, 1, 1)
@@ -265,7 +265,7 @@ def _torch_network(
 def _onnx_network(
     path: str | os.PathLike[str],
 ) -> tuple[Callable[[Tensor], Tensor], Weights]:
-    """The same of an ONNX file that ``export.py`` wrote, and what the file says of itself."""
+    """Open an ONNX file of `export.py`: the same function, and what the file says of itself."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -319,7 +319,7 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns 1 if a photo was skipped, 2 if the model cannot be used, else 0."""
+    """Run the command line; return 1 if a photo was skipped, 2 if the model cannot be used."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     try:
@@ -349,7 +349,7 @@ def main(arguments: list[str]) -> int:
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
-    """The Segmenter that :func:`add_model_options`' options and ``model`` ask for."""
+    """Build the Segmenter that `add_model_options`' options and `model` ask for."""
     return Segmenter(
         options.model,
         classes=options.classes,
@@ -363,7 +363,7 @@ def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that predict.py and evaluate.py share."""
+    """Add the options that predict.py and evaluate.py share."""
     parser.add_argument(
         "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
     )

@@ -47,8 +47,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a photo, bilinearly and antialiased where it shrinks, as Pillow does.
 
     Args:
-        image (np.ndarray): (H, W, 3) uint8.
-        size (tuple[int, int]): Height and width of the result.
+        image: (H, W, 3) uint8.
+        size: Height and width of the result.
 
     Returns:
         np.ndarray: (*size, 3) uint8.
@@ -84,10 +84,10 @@ class PairTransform:
         """Transform a sample.
 
         Args:
-            load_image (Callable[[int], np.ndarray]): Gives the photo, (H, W, 3) uint8, at 1/1, 1/2,
+            load_image: Gives the photo, (H, W, 3) uint8, at 1/1, 1/2,
                 1/4 or 1/8 of its size (see `decode_photo`), or at its size in any case.
-            mask (np.ndarray): (H, W) uint8.
-            rng (np.random.Generator): The only source of randomness.
+            mask: (H, W) uint8.
+            rng: The only source of randomness.
 
         Returns:
             tuple[np.ndarray, np.ndarray]: (final_size, final_size, 3) and (final_size, final_size).
@@ -110,6 +110,7 @@ class Resize(PairTransform):
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Resize; see `PairTransform.apply`."""
         size = (self.final_size, self.final_size)
         return resize_image(load_image(1), size), resize_mask(mask, size)
 
@@ -139,6 +140,7 @@ class RandomCrop(PairTransform):
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Crop; see `PairTransform.apply`."""
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
         grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
@@ -200,15 +202,14 @@ def build_ade20k_transformations(
     max_resize_scale: float = 2.0,
     final_size: int = 512,
 ) -> tuple[PairTransform, None, None]:
-    """The transforms of a split, for `data.ADE20k`.
+    """Return the transforms of a split, for `data.ADE20k`.
 
     Args:
-        split (str): 'train', or 'val', which only resizes.
-        base_size (int): Side of the square that a photo is resized to, before it is scaled.
-            Default: 512.
-        min_resize_scale (float): Least random scale. Default: 0.5.
-        max_resize_scale (float): Greatest random scale. Default: 2.0.
-        final_size (int): Side of what comes out. Default: 512.
+        split: 'train', or 'val', which only resizes.
+        base_size: Side of the square that a photo is resized to, before it is scaled.
+        min_resize_scale: Least random scale.
+        max_resize_scale: Greatest random scale.
+        final_size: Side of what comes out.
 
     Returns:
         tuple: Transforms of the pair, of the photo and of the mask. The latter two are None: what
@@ -227,9 +228,9 @@ class DeviceTransform:
 
     Args:
         labels: What the masks hold.
-        distort (bool): Whether to distort colours. Default: False.
-        seed (int): Seed of the distortion. Default: 17.
-        epoch (Callable[[], int], optional): Tells the epoch. Default: None, always 0.
+        distort: Whether to distort colours.
+        seed: Seed of the distortion.
+        epoch: Tells the epoch; None: it is always 0.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ class DeviceTransform:
         """Transform a batch.
 
         Args:
-            batch (tuple[Tensor, Tensor]): Photos (N, 3, H, W) and labels (N, H, W), both uint8.
+            batch: Photos (N, 3, H, W) and labels (N, H, W), both uint8.
 
         Returns:
             tuple[Tensor, Tensor]: Photos (N, 3, H, W) float32, channels-last, normalised, 0 where

@@ -25,7 +25,7 @@ from training.precision import compiles
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The size found, how long that took, and the step and its memory from then on."""
+    """Return the size found, how long that took, and the step and its memory from then on."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
     step = step_arguments(["--arch", args.arch, "--size", str(args.size)])
@@ -54,6 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet101")
     parser.add_argument("--size", type=int, default=512, help="pixels")

@@ -45,7 +45,7 @@ class Evaluations(Callback):
 
 
 def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
-    """A run of `recipe` over so many batches, evaluated `args.evaluations` times."""
+    """Return a run of `recipe` over so many batches, evaluated `args.evaluations` times."""
     dataset: dict[str, Any] = {
         "path": args.path,
         "base_size": args.base_size,
@@ -108,7 +108,7 @@ def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
 
 
 def header(args: argparse.Namespace) -> str:
-    """The head of the table in Markdown: a column an evaluation."""
+    """Return the head of the table in Markdown: a column an evaluation."""
     parts = [f"{part}/{args.evaluations}" for part in range(1, args.evaluations + 1)]
     return (
         f"CamVid from scratch, {args.arch}, {args.size} px, batch {args.batch}, lr {args.lr}: "
@@ -118,7 +118,7 @@ def header(args: argparse.Namespace) -> str:
 
 
 def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
-    """A recipe's row."""
+    """Return a recipe's row."""
     scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][:evaluations]
     scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
     cells = [recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores]
@@ -126,6 +126,7 @@ def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
@@ -150,6 +151,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line; return what --json writes."""
     args = arguments(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)

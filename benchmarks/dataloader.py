@@ -105,6 +105,7 @@ class PillowLoader:
             yield torch.stack(images), torch.stack(targets)
 
     def load(self, sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Load one sample as one would."""
         image = Image.open(sample.image_path).convert("RGB")
         target = Image.open(sample.mask_path)
         size = [int(SIZE * random.uniform(0.5, 2.0))] * 2
@@ -152,7 +153,7 @@ def images_per_second(batches: Iterable) -> float:
 
 
 def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict:
-    """Passes over the data, of each side in turn; the median of each and the spread."""
+    """Time passes over the data, of each side in turn; the median of each and the spread."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     spec = build_ade20k_dataspec(
@@ -194,7 +195,7 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict:
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -213,7 +214,7 @@ def machine() -> dict[str, str]:
 
 
 def table(result: dict) -> str:
-    """The result as a Markdown table."""
+    """Return the result as a Markdown table."""
     lines = ["| loader | images/s on one core | of the passes | ratio |", "|---|---|---|---|"]
     for name, rates in result["images_per_second"].items():
         median, ratio = result["median"][name], result["ratio"][name]
@@ -222,6 +223,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")

@@ -56,7 +56,7 @@ def measure(device: str, threads: int, batch: int, size: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The result as a Markdown table."""
+    """Return the result as a Markdown table."""
     lines = ["| device | threads | transform | ms a batch | images/s |", "|---|---|---|---|---|"]
     for row in rows:
         time, spread = f"{row['ms']:.2f}", f"{row['iqr_ms']:.2f}"
@@ -68,6 +68,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--size", type=int, default=512, help="their side (default: 512)")

@@ -51,7 +51,8 @@ def start(
         log: File that what is logged is added to, a line of JSON a value; `{log}.{rank}.out` has
             the output.
         death: When the process gets which signal.
-        rank: The process's number of `ranks`, on this machine.
+        rank: The process's number, from 0.
+        ranks: How many processes there are, all on this machine.
         port: Where the processes find each other.
 
     Returns:

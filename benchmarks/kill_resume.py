@@ -36,7 +36,7 @@ KILLS = {
 
 
 def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
-    """A run of 12 steps of a recipe; `data` is what `make_data` made."""
+    """Return a run of 12 steps of a recipe; `data` is what `make_data` made."""
     dataset = {"base_size": 32, "final_size": 32, "batch_size": 4, "num_workers": workers}
     dataset["path"] = f"{data}/{source}"
     if source == "shards":
@@ -58,7 +58,7 @@ def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, 
 
 
 def make_data(folder: str) -> None:
-    """The photos, as folders and as shards."""
+    """Return the photos, as folders and as shards."""
     from convert_ade20k import main as convert
     from dataset.synthetic import make
 
@@ -116,7 +116,7 @@ def largest_difference(folder: str, reference: str) -> float:
 
 
 def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
-    """A random moment of a kind, that a run which saves at an interval comes by."""
+    """Return a random moment of a kind, that a run which saves at an interval comes by."""
     moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
@@ -129,7 +129,7 @@ def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the rows are about."""
+    """Return what the rows are about."""
     rng = random.Random(arguments.seed)
     for recipe in arguments.recipes:
         for source in arguments.sources:
@@ -146,7 +146,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
-    """The largest difference that a kill made, and whether the logs are the same."""
+    """Return the largest difference that a kill made, and whether the logs are the same."""
     name = f"{folder}/{case['recipe']}-{case['source']}"
     config = make_config(f"{folder}/data", case["recipe"], case["source"], case["workers"])
     if not os.path.exists(name):

@@ -70,7 +70,7 @@ class Case:
         return segmentation_loss(self.logits, self.target)["total"]
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient."""
+        """Return the loss and its gradient."""
         device, dtype = self.logits.device.type, self.logits.dtype
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = self.loss()
@@ -81,7 +81,7 @@ class Case:
 
 
 def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Steps of both sides in turn, after one that warms up and shows that they agree."""
+    """Time steps of both sides in turn, after one that warms up and shows that they agree."""
     cases = {side: Case(side, target, args) for side in SIDES}
     (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in SIDES)
     tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
@@ -98,7 +98,7 @@ def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
-    """The most memory one step took beyond what was there before it."""
+    """Return the most memory one step took beyond what was there before it."""
     quiet()
     torch.set_num_threads(args.threads[-1])
     Case(side, target, args, size=64).step()  # loads libraries, compiles kernels
@@ -121,7 +121,7 @@ def _resident(key: str) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Times for each number of threads, and memory, of both sides and both kinds of target."""
+    """Measure time for each number of threads, and memory, of both sides and kinds of target."""
     rows = []
     for target in TARGETS:
         memory = {}
@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if device == "cuda":
@@ -154,7 +154,7 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def table(result: dict) -> str:
-    """The result as a Markdown table."""
+    """Return the result as a Markdown table."""
     lines = [
         "| target | CPU threads | loss | time (median) | least | most | extra memory |",
         "|---|---|---|---|---|---|---|",
@@ -180,6 +180,7 @@ def quiet() -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=150)

@@ -38,7 +38,7 @@ class Numbers(NamedTuple):
 
 
 def make_config(data: str, folder: str, recipe: str) -> dict[str, Any]:
-    """A run of ten steps."""
+    """Return a run of ten steps."""
     dataset = {"path": data, "base_size": 64, "final_size": 64, "batch_size": 4, "num_workers": 0}
     ema = {"half_life": "4ba", "update_interval": "1ba"}
     return {

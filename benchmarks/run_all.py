@@ -70,12 +70,12 @@ OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 
 def plan(on_gpu: bool) -> list[Benchmark]:
-    """What is run, the most important first, without CamVid."""
+    """Return what is run, the most important first, without CamVid."""
     return GPU if on_gpu else CPU
 
 
 def usual_minutes() -> float:
-    """The time for all of it."""
+    """Return the time for all of it."""
     return 8.5 if torch.cuda.is_available() else 12
 
 
@@ -124,7 +124,7 @@ def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> It
 
 
 def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
-    """The results in Markdown, of the machine that is `about`."""
+    """Return the results in Markdown, of the machine that is `about`."""
     gpu = f"{about['gpu']}, CUDA {about['cuda']}; " if "gpu" in about else ""
     lines = [
         f"# {about.get('gpu', about['cpu'])}, {datetime.date.today()}",
@@ -150,6 +150,7 @@ def commit() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 1 if a benchmark did not come to its end."""
     on_gpu = torch.cuda.is_available()
     names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -61,7 +61,7 @@ class Stopwatch(Callback):
             algorithm.apply = self._timed(algorithm.apply, "algorithms")
 
     def milliseconds(self) -> dict[str, float]:
-        """The mean step's."""
+        """Return the mean step's."""
         return {part: 1e3 * self.seconds[part] / max(self.steps, 1) for part in PARTS}
 
     def _count(self) -> None:
@@ -94,7 +94,7 @@ class Stopwatch(Callback):
         return timed
 
     def _head(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The head's forward pass; from its logits and its features the parts of the backward."""
+        """Time the head's forward pass and, by hooks, the parts of the backward pass."""
         forward = self._timed(forward, "head")
 
         def timed(features: Any) -> Any:

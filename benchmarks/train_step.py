@@ -74,7 +74,7 @@ class Steps(Callback):
 
 
 def config(args: argparse.Namespace, recipe: str) -> Config:
-    """A run of `recipe` without pictures, checkpoints or evaluations."""
+    """Return a run of `recipe` without pictures, checkpoints or evaluations."""
     dataset = {
         "path": args.path,
         "base_size": args.size,
@@ -124,6 +124,7 @@ class Contender:
         self.bytes = 0  # on a GPU
 
     def fit(self, steps: int) -> None:
+        """Train for so many steps more."""
         torch.backends.cudnn.benchmark = self.side == "ours"
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # of the others' memory
@@ -178,7 +179,7 @@ def never_evaluate(trainer: Trainer) -> None:
 
 
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
-    """The most memory that building a trainer and its first steps take, in a new process."""
+    """Return the most memory that building a trainer and its first steps take, in a new process."""
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, context) as process:
         return process.submit(_resident_bytes, args, side, recipe).result()
@@ -306,7 +307,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compute_type(args: argparse.Namespace, side: str) -> str:
-    """The type that a side's convolutions compute in."""
+    """Return the type that a side's convolutions compute in."""
     precision, autocast = choose_precision(args.precision)
     if side == "plain":
         precision, autocast = plain.precision(config(args, "none")), None
@@ -316,7 +317,7 @@ def compute_type(args: argparse.Namespace, side: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     from benchmarks.dataloader import machine as host
 
     found: dict[str, Any] = host() | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
@@ -359,7 +360,7 @@ def ratio(entry: dict[str, Any]) -> float:
 
 
 def evaluation_table(result: dict[str, Any]) -> str:
-    """Evaluation in Markdown, and how it all was compiled."""
+    """Return the evaluation in Markdown, and how it all was compiled."""
     lines = ["| evaluation | images/s | forward pass alone |", "|---|---|---|"]
     for side, found in result["evaluation"].items():
         lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
@@ -370,7 +371,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
 
 
 def parts_table(result: dict[str, Any]) -> str:
-    """The parts of the steps in Markdown."""
+    """Return the parts of the steps in Markdown."""
     recipes = result["recipes"]
     names = [(recipe, side) for recipe in recipes for side in BUILDERS]
     lines = [
@@ -384,6 +385,7 @@ def parts_table(result: dict[str, Any]) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
@@ -405,7 +407,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_photos(root: Path, count: int, batch: int) -> None:
-    """A data set of `count` photos, 64 of them different; two and a half batches to evaluate."""
+    """Make `count` photos, 64 of them different, and two and a half batches to evaluate."""
     root = root / "ADEChallengeData2016"
     different = min(count, 64)
     make_data(root, different)
@@ -438,6 +440,7 @@ def release() -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line; return what --json writes."""
     args = arguments(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)

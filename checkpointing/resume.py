@@ -72,7 +72,7 @@ def find_start(
 
 
 def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
-    """The newest whole checkpoint in a folder, for all processes together.
+    """Find the newest whole checkpoint in a folder, for all processes together.
 
     Args:
         folder: Folder or object-store URI.
@@ -119,7 +119,7 @@ def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | Non
 
 
 def _damage(path: str) -> str | None:
-    """What is wrong with a checkpoint's file, by its checksums."""
+    """Return what is wrong with a checkpoint's file by its checksums, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -129,7 +129,7 @@ def _damage(path: str) -> str | None:
 
 
 def local_copy(path: str, scratch: str) -> str:
-    """A local path of a checkpoint that may be remote, for all processes together.
+    """Fetch a checkpoint that may be remote; return its local path. For all processes together.
 
     Raises:
         ConfigError: It cannot be read.

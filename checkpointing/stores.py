@@ -32,7 +32,7 @@ UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
 
 
 def batch_of(name: str) -> int:
-    """The number of batches after which a checkpoint was taken, by its name; -1 for other names."""
+    """Return the number of batches that a checkpoint's name says; -1 for other names."""
     match = NAME.fullmatch(name)
     return int(match[1]) if match else -1
 
@@ -57,18 +57,22 @@ class LocalFolder:
             os.remove(left)
 
     def names(self) -> list[str]:
-        """The checkpoints by the number of batches, newest first."""
+        """Return the checkpoints by the number of batches, newest first."""
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
         return sorted((name for name in names if batch_of(name) >= 0), key=batch_of, reverse=True)
 
     def latest(self) -> str | None:
-        """The name of the checkpoint that was published last."""
+        """Return the name of the checkpoint that was published last."""
         with suppress(OSError):
             return os.path.basename(os.readlink(os.path.join(self.path, LATEST)))
         return None
 
     def fetch(self, name: str, scratch: str) -> str:
-        """The local path of a checkpoint; FileNotFoundError if this machine has it not."""
+        """Return the local path of a checkpoint.
+
+        Raises:
+            FileNotFoundError: The file is not on this machine.
+        """
         path = os.path.join(self.path, name)
         os.stat(path)
         return path
@@ -134,12 +138,12 @@ class RemoteFolder:
         self._delete(".probe")
 
     def names(self) -> list[str]:
-        """The checkpoints by the number of batches, newest first."""
+        """Return the checkpoints by the number of batches, newest first."""
         names = [key.rpartition("/")[2] for key in self.store.list_objects(self.prefix)]
         return sorted((name for name in names if batch_of(name) >= 0), key=batch_of, reverse=True)
 
     def latest(self) -> str | None:
-        """The name of the checkpoint that was published last."""
+        """Return the name of the checkpoint that was published last."""
         pointer = os.path.join(self.scratch, "latest")
         try:
             self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
@@ -149,7 +153,7 @@ class RemoteFolder:
             return file.read().rpartition("/")[2]
 
     def fetch(self, name: str, scratch: str) -> str:
-        """The local path of a checkpoint, downloaded unless it was."""
+        """Download a checkpoint unless that was done; return its local path."""
         path = os.path.join(scratch, name)
         if not os.path.exists(path):
             self.store.download_object(f"{self.prefix}{name}", path)
@@ -225,9 +229,10 @@ class RemoteFolder:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Remove an object; a store that does not let us is left as it is."""
+        """Delete an object. Failure, or a store without delete support, is only logged."""
         if not isinstance(self.store, S3ObjectStore):
-            return  # Composer's other stores cannot
+            log.info("%s/%s stays: Composer cannot delete there", self.path, name)
+            return
         try:
             key = self.store.get_key(f"{self.prefix}{name}")
             self.store.client.delete_object(Bucket=self.store.bucket, Key=key)
@@ -236,7 +241,7 @@ class RemoteFolder:
 
 
 def outdated(names: list[str], newest: str, keep: int) -> list[str]:
-    """The checkpoints to remove once `newest` is there, so that `keep` are left; -1 keeps all.
+    """Return the checkpoints to remove so that `keep` are left, `newest` included; -1 keeps all.
 
     Later ones stay: they are of another run, or damaged and about to be written again.
     """
@@ -245,5 +250,5 @@ def outdated(names: list[str], newest: str, keep: int) -> list[str]:
 
 
 def open_folder(path: str) -> LocalFolder | RemoteFolder:
-    """The folder or the object store that a config's ``save_folder`` names."""
+    """Open the folder or the object store that a config's `save_folder` names."""
     return RemoteFolder(path) if "://" in path else LocalFolder(path)

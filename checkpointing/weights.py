@@ -4,9 +4,9 @@
     network = build_network(weights)             # the DeepLabV3 that they are of
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
-A ``.pt`` file is a pickle: loading it can run code. Everything here unpickles with torch's
-``weights_only=True``, which knows tensors, containers and the handful of types in
-:func:`_composer_types` and refuses the rest.
+A `.pt` file is a pickle: loading it can run code. Everything here unpickles with torch's
+`weights_only=True`, which knows tensors, containers and the handful of types in
+`_composer_types` and refuses the rest.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Weights:
     """The weights of one network and what is known about it.
 
     Attributes:
-        state: Tensors by name, ``backbone.*`` and ``classifier.*``, on the CPU.
-        which: ``"ema"`` for the moving average of the training weights, else ``"training"``.
+        state: Tensors by name, `backbone.*` and `classifier.*`, on the CPU.
+        which: `"ema"` for the moving average of the training weights, else `"training"`.
         config: The configuration of the run that made them, where the file holds it.
         classes: Its class names and colours, where the file holds them.
     """
@@ -89,11 +89,11 @@ def load_weights(path: str | os.PathLike[str], which: str = "ema") -> Weights:
     """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
 
     A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
-    then what any ``which`` gives.
+    then what any `which` gives.
 
     Args:
         path: The file.
-        which: ``"ema"`` or ``"training"``.
+        which: `"ema"` or `"training"`.
 
     Raises:
         WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
@@ -117,7 +117,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 def _from_checkpoint(content: Any, which: str) -> Weights:
-    """The weights in the unpickled content of a file."""
+    """Return the weights in the unpickled content of a file."""
     if not isinstance(content, Mapping):
         return Weights({})
     trainer = content.get("state", content)
@@ -141,7 +141,7 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
-    """The tensors of a network by their own names; whatever is no part of one is left out."""
+    """Return the tensors of a network by their own names, and nothing else."""
     if not isinstance(state, Mapping):
         return {}
     plain = {str(key).replace("._orig_mod.", "."): value for key, value in state.items()}
@@ -169,7 +169,7 @@ def save_weights(
         state_dict: Tensors by name; the prefixes of wrappers are stripped.
         config: What the run was configured with; anything JSON can hold.
         classes: Names and colours of the classes.
-        which: ``"ema"`` or ``"training"``: what they are.
+        which: `"ema"` or `"training"`: what they are.
         more: Further metadata.
     """
     metadata = {"format": "pt", **to_metadata(config, classes, which), **(more or {})}
@@ -218,14 +218,14 @@ def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weig
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """The arguments of :func:`model.deeplabv3` that give a network for these weights.
+    """Return the arguments of `model.deeplabv3` that give a network for these weights.
 
     Args:
-        state: Tensors by name, as :attr:`Weights.state`.
+        state: Tensors by name, as `Weights.state`.
         where: What to call them in an error.
 
     Returns:
-        ``num_classes``, ``backbone_arch`` and ``use_plus``.
+        `num_classes`, `backbone_arch` and `use_plus`.
 
     Raises:
         WeightsError: They are not of a DeepLabV3 of this project.
@@ -287,7 +287,7 @@ def guarded_unpickling() -> Iterator[None]:
 
 
 def _composer_types() -> list[Any]:
-    """What Composer 0.32's state is made of beyond tensors, numbers, strings and containers.
+    """Return what Composer 0.32's state is made of beyond tensors, numbers, strings and containers.
 
     NumPy's random state is an array, the elapsed time a timedelta, torch's version a class of its
     own. Building any of them runs no code of the file's choosing. NumPy 1 and 2 keep the function

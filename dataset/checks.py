@@ -1,6 +1,6 @@
 """What can be wrong with a data set: names, decoding, sizes and labels of files, hashes of shards.
 
-`check()` looks at every file in parallel and returns a :class:`Tally` for each split, of which
+`check()` looks at every file in parallel and returns a `Tally` for each split, of which
 validate.py makes the report; convert_ade20k.py reads what it wrote back with the same functions.
 """
 
@@ -53,6 +53,7 @@ class Tally:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
+        """Add what was seen of another part."""
         self.photos += other.photos
         self.masks += other.masks
         self.sizes += other.sizes
@@ -61,6 +62,7 @@ class Tally:
         self.findings += other.findings
 
     def find(self, path: str | Path, reason: str, fatal: bool = True) -> None:
+        """Note something wrong with a file."""
         self.findings.append(Finding(str(path), reason, fatal))
 
     def check(self, photo: bytes, mask: bytes, names: tuple[str, str], labels: Labels) -> None:
@@ -96,7 +98,7 @@ class Tally:
 
 
 def scan(path: str, split: str) -> tuple[list[tuple[str, str]], Tally]:
-    """A split's (photo, mask) pairs in local folders, and what their names show to be wrong."""
+    """Pair a split's photos and masks in local folders, and find what is wrong with their names."""
     tally = Tally()
     root = find_root(path)
     folders = [root / kind / FOLDERS[split] for kind in ("images", "annotations")]
@@ -132,7 +134,7 @@ def _files(folder: Path, suffixes: set[str], kind: str, tally: Tally) -> dict[st
 
 
 def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
-    """Checks pairs of files."""
+    """Check pairs of files."""
     tally = Tally()
     for names in pairs:
         content = []
@@ -147,7 +149,7 @@ def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
 
 
 def check_shard(path: str, local: str | None, split: str, number: int, labels: Labels) -> Tally:
-    """Checks one shard: its hash and every sample."""
+    """Check one shard: its hash and every sample."""
     tally = Tally()
     shards = cached_shards(path, local, split)
     info = shards.shards[number].zip_data or shards.shards[number].raw_data
@@ -164,7 +166,7 @@ def check_shard(path: str, local: str | None, split: str, number: int, labels: L
 def check(
     path: str, local: str | None, is_streaming: bool, labels: Labels, workers: int
 ) -> dict[str, Tally]:
-    """Checks every sample of every split, with a progress bar on stderr."""
+    """Check every sample of every split, with a progress bar on stderr."""
     tallies: dict[str, Tally] = {}
     tasks: dict[tuple[str, int, int], tuple] = {}  # by split, first sample and number of samples
     for split in FOLDERS:

@@ -10,7 +10,10 @@ def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tens
     """Random numbers that depend on the seed, the epoch and a sample's pixels alone.
 
     Args:
-        image (Tensor): (N, 3, H, W) uint8, on any device: the numbers are the same bits.
+        image: (N, 3, H, W) uint8, on any device: the numbers are the same bits.
+        seed: The seed.
+        epoch: The epoch.
+        count: How many numbers a sample.
 
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
@@ -42,9 +45,9 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     ±18/255 of the circle.
 
     Args:
-        image (Tensor): (N, 3, H, W) float, 0..255.
-        inside (Tensor): (N, 1, H, W) float, 0 where padded and else 1.
-        uniform (Tensor): (9, N, 1, 1, 1) in [0, 1).
+        image: (N, 3, H, W) float, 0..255.
+        inside: (N, 1, H, W) float, 0 where padded and else 1.
+        uniform: (9, N, 1, 1, 1) in [0, 1).
 
     Returns:
         Tensor: (N, 3, H, W).

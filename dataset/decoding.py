@@ -24,10 +24,10 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
     """Decode a photo of any common format and mode.
 
     Args:
-        data (bytes): The encoded file.
-        reduction (int): Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up, which
-            libjpeg does in less time. Default: 1.
-        upright (bool): Whether to turn the photo as its EXIF orientation says. Default: True.
+        data: The encoded file.
+        reduction: Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up, which
+            libjpeg does in less time.
+        upright: Whether to turn the photo as its EXIF orientation says.
 
     Returns:
         np.ndarray: (H, W, 3) uint8 RGB.
@@ -81,7 +81,7 @@ def decode_mask(data: bytes) -> np.ndarray:
     """Decode a mask of class labels.
 
     Args:
-        data (bytes): The encoded file: lossless, and grey, with a palette (whose indices are the
+        data: The encoded file: lossless, and grey, with a palette (whose indices are the
             labels) or with three equal channels.
 
     Returns:
@@ -129,7 +129,7 @@ Photo = str | os.PathLike | np.ndarray | Image.Image
 
 
 def read_photo(photo: Photo) -> np.ndarray:
-    """A photo as an (H, W, 3) uint8 RGB array, turned upright as its EXIF orientation says.
+    """Read a photo as an (H, W, 3) uint8 RGB array, turned upright as its EXIF orientation says.
 
     Raises:
         ValueError: It is no photo; the message is one line.

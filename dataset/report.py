@@ -99,7 +99,7 @@ def _batches(loader: torch.utils.data.DataLoader) -> Iterator[tuple[torch.Tensor
 
 
 def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[str, Any]:
-    """A split's counts, sizes and class shares, ready for JSON."""
+    """Return a split's counts, sizes and class shares, ready for JSON."""
     sides = np.array(tally.sizes or [(0, 0)])
     area = sides.prod(1) / 1e6
     is_class = labels.classes()
@@ -131,7 +131,7 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report as it is printed."""
+    """Return the report as it is printed."""
     lines = [f"{report['path']}: {report['format']}, {report['num_classes']} classes", ""]
     if any(split["good_pairs"] for split in report["splits"].values()):
         lines += [*_size_table(report["splits"]), "", *_class_table(report["splits"]), ""]
@@ -211,15 +211,15 @@ def validate(
     workers: int | None = None,
     picture: str | None = None,
 ) -> dict[str, Any]:
-    """Checks a data set.
+    """Check a data set.
 
     Args:
         build_dataspec: Builds the data whose loader is measured.
         path: Folder in ADE20K's layout, or folder or URL of MDS shards.
         local: Where shards of a URL are kept.
-        labels: What the masks hold. Default: ADE20K's.
-        class_names: See :func:`classes.load_classes`.
-        workers: How many processes check. Default: one a core.
+        labels: What the masks hold; None: ADE20K's.
+        class_names: See `classes.load_classes`.
+        workers: How many processes check; None: one a core.
         picture: File to draw a sheet of samples in.
 
     Returns:

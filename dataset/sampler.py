@@ -22,7 +22,7 @@ class Item(NamedTuple):
 
 
 def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(length)."""
+    """Return a permutation of range(length)."""
     return random_keys(length, seed, epoch).argsort(kind="stable")
 
 
@@ -40,15 +40,15 @@ class EpochSampler(DistributedSampler):
     Composer compares it with the batches since the epoch's start.
 
     Args:
-        dataset (Dataset): With a length, and `order(seed, epoch)` for the order of an epoch.
-        batch_size (int): A rank's samples in a batch.
-        seed (int): Seed of the order. Default: 17.
-        shuffle (bool): Whether to shuffle. Default: True.
-        drop_last (bool): Whether to leave out the last, smaller batch. Otherwise its samples are
-            repeated until all ranks have equally many. Default: True.
+        dataset: With a length, and `order(seed, epoch)` for the order of an epoch.
+        batch_size: A rank's samples in a batch.
+        seed: Seed of the order.
+        shuffle: Whether to shuffle.
+        drop_last: Whether to leave out the last, smaller batch. Otherwise its samples are
+            repeated until all ranks have equally many.
         prefetch_distance: How many samples ahead to start downloading; 0: never.
-        num_replicas (int, optional): Number of ranks. Default: None, Composer's.
-        rank (int, optional): This rank. Default: None, Composer's.
+        num_replicas: Number of ranks; None: Composer's.
+        rank: This rank; None: Composer's.
     """
 
     def __init__(

@@ -41,16 +41,16 @@ class Shards:
     one is killed.
 
     Args:
-        remote (str, optional): Folder or URL, of any store that Streaming knows, that the split's
+        remote: Folder or URL, of any store that Streaming knows, that the split's
             folder is in. None if the shards are in `local`, which is then left as it is.
-        local (str, optional): Folder of the cache. None if `remote` is a folder to read in place.
-        split (str): Name of the split's folder.
-        cache_limit (int | str, optional): Bytes, as in '10gb', that the cache may take; the shards
-            that were not used for longest go first. Default: None, any number.
-        download_retry (int): How often to try again, after 1, 2, 4, ... seconds. Default: 6.
-        download_timeout (float): Seconds to wait for an answer. Default: 60.
-        validate_hash (str, optional): Hash to check each downloaded shard with. 'auto' is one that
-            the index has, if it has any. Default: 'auto'.
+        local: Folder of the cache. None if `remote` is a folder to read in place.
+        split: Name of the split's folder.
+        cache_limit: Bytes, as in '10gb', that the cache may take; the shards
+            that were not used for longest go first; None: any number.
+        download_retry: How often to try again, after 1, 2, 4, ... seconds.
+        download_timeout: Seconds to wait for an answer.
+        validate_hash: Hash to check each downloaded shard with. 'auto' is one that
+            the index has, if it has any.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -109,7 +109,7 @@ class Shards:
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
     def _alone_with_index(self) -> AbstractContextManager:
-        """A lock against other runs that share the cache; the other ranks wait for the first."""
+        """Return a lock against other runs of this cache; the other ranks wait for the first."""
         if not self.is_cache or not World.detect().is_local_leader:
             return contextlib.nullcontext()
         os.makedirs(self.folder, exist_ok=True)
@@ -151,7 +151,7 @@ class Shards:
         return {**self.__dict__, "streams": {}, "wanted": {}}
 
     def shard_of(self, index: int | np.ndarray) -> int | np.ndarray:
-        """The number of the shard that a sample is in."""
+        """Return the number of the shard that a sample is in."""
         return np.searchsorted(self.ends, index, side="right")
 
     @property
@@ -166,7 +166,7 @@ class Shards:
         return self.cache_limit // max(sizes) // 2
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """A sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
         shard = int(self.shard_of(index))
         reader, path = self.shards[shard], self.path(shard)
         row = index - int(self.ends[shard]) + len(reader)
@@ -283,7 +283,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def open_shards(path: str, local: str | None, split: str) -> Shards:
-    """A split of MDS shards, as training opens it, but for fewer attempts."""
+    """Open a split of MDS shards as training does, but for fewer attempts."""
     return Shards(path, local, split, download_retry=2)
 
 
@@ -291,7 +291,7 @@ cached_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes tha
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
-    """The uid, encoded photo and encoded mask of each sample of a shard.
+    """Yield the uid, encoded photo and encoded mask of each sample of a shard.
 
     Raises:
         DataError: The shard is missing or damaged. Its hash is checked even if it was in the cache,

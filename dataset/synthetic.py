@@ -34,7 +34,7 @@ TEXTURES = (
 
 
 def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A pattern with values 0 and 1; (size, size) float32. Period and phase are random."""
+    """Draw a pattern with values 0 and 1; (size, size) float32. Period and phase are random."""
     y, x = np.mgrid[:size, :size].astype(np.float32) + rng.uniform(0, 16, (2, 1, 1))
     period = rng.uniform(5, 8)
     u, v = x % period < period / 2, y % period < period / 2
@@ -59,7 +59,7 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def shape(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random half-plane, ellipse or polygon; (size, size) bool."""
+    """Draw a random half-plane, ellipse or polygon; (size, size) bool."""
     mask = np.zeros((size, size), np.uint8)
     center = rng.uniform(0.1, 0.9, 2) * size
     kind = rng.integers(3)
@@ -81,7 +81,7 @@ def shape(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A photo (size, size, 3) uint8 and its mask (size, size) uint8: 0 = other, 1..12 = texture."""
+    """Draw a photo (size, size, 3) and its mask (size, size), uint8: 0 = other, 1..12 = texture."""
     photo = np.zeros((size, size, 3), np.float32)
     mask = np.zeros((size, size), np.uint8)
     for layer in range(5):
@@ -103,11 +103,12 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def make(
     path: str, training: int = 256, validation: int = 48, size: int = 96, seed: int = 0
 ) -> None:
-    """Write the data set below ``path``; a complete one of the same kind is left as it is.
+    """Write the data set below `path`; a complete one of the same kind is left as it is.
 
     Args:
         path: The folder that will hold ADEChallengeData2016.
-        training, validation: Number of scenes in each split.
+        training: Number of scenes to train on.
+        validation: Number of scenes to evaluate on.
         size: Side of a scene, pixels.
         seed: Seed of the scenes.
     """

@@ -69,7 +69,7 @@ _captures_stderr = False  # whether this process keeps what libjpeg and libpng p
 
 
 def decoder_complaint() -> str | None:
-    """The first line that the decoders printed since the last call."""
+    """Return the first line that the decoders printed since the last call."""
     if not _captures_stderr or os.fstat(2).st_size == 0:
         return None
     text = os.pread(2, 2000, 0).decode(errors="replace").strip()

@@ -28,12 +28,12 @@ class ClassInfo(NamedTuple):
 
 
 def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[ClassInfo]:
-    """The names and colours of the classes a model predicts.
+    """Return the names and colours of the classes a model predicts.
 
     Args:
-        source: A text file with a name a line; a CSV with the columns ``name`` or
-            ``name,red,green,blue`` (with that header line or none); a list of names; or ``None``:
-            ADE20K's 150 classes, the same after an ``other`` where there are 151, and plain numbers
+        source: A text file with a name a line; a CSV with the columns `name` or
+            `name,red,green,blue` (with that header line or none); a list of names; or `None`:
+            ADE20K's 150 classes, the same after an `other` where there are 151, and plain numbers
             for any other count.
         num_classes: How many classes the model predicts; entry i is class index i.
 
@@ -80,7 +80,7 @@ def _read(path: Path) -> list[ClassInfo]:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """``count`` colours, each as far as can be from those before it, and from black, white and red.
+    """`count` colours, each as far as can be from those before it, and from black, white and red.
 
     Distances are Euclidean in CIELAB, where equal ones look about equally large.
     """
@@ -107,12 +107,12 @@ def _squared_distance(colors: np.ndarray, color: np.ndarray) -> np.ndarray:
 
 
 def classes_to_json(classes: Sequence[ClassInfo]) -> str:
-    """The classes as exported files carry them: ``[{"name": ..., "color": [r, g, b]}, ...]``."""
+    """Return the classes as files carry them: `[{"name": ..., "color": [r, g, b]}, ...]`."""
     return json.dumps([{"name": c.name, "color": list(c.color)} for c in classes])
 
 
 def classes_from_json(text: str) -> list[ClassInfo]:
-    """What :func:`classes_to_json` wrote.
+    """Return what `classes_to_json` wrote.
 
     Raises:
         ClassError: The text is not of that form.

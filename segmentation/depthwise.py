@@ -17,7 +17,7 @@ CHUNK = 2**17  # numbers of one image taken at a time: 512 KiB in fp32, a part o
 
 
 class DilatedDepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a 3 x 3 kernel, stride 1, ``groups=channels`` and ``padding=dilation``.
+    """`nn.Conv2d` with a 3 x 3 kernel, stride 1, `groups=channels` and `padding=dilation`.
 
     On a GPU, and in what is exported, it is PyTorch's own operator.
 
@@ -32,6 +32,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, 3, bias=False, device=device, **same)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Convolve; shapes are those of `torch.nn.Conv2d`."""
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if image.is_cuda or exported or image.dtype == torch.float64:
             return super().forward(image)
@@ -40,7 +41,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 
 @torch.library.custom_op("deeplab::dilated_depthwise", mutates_args=())
 def convolution(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """The convolution of an image (N, C, H, W) with (C, 1, 3, 3), padded by the dilation."""
+    """Convolve an image (N, C, H, W) with (C, 1, 3, 3), padded by the dilation."""
     result = torch.empty_like(image)
     taps = list(_taps(image.shape, dilation))
     kernel = weight.float()[:, 0, :, :, None, None]
@@ -55,7 +56,7 @@ def convolution(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
 
 @torch.library.custom_op("deeplab::dilated_depthwise_backward", mutates_args=())
 def gradients(grad: Tensor, image: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """The gradients by the image and by the weight."""
+    """Return the gradients by the image and by the weight."""
     by_image = torch.empty_like(image)
     taps = list(_taps(image.shape, dilation))
     kernel = weight.float()[:, 0, :, :, None, None]
@@ -72,7 +73,7 @@ def gradients(grad: Tensor, image: Tensor, weight: Tensor, dilation: int) -> tup
 
 
 def _copy(part: Tensor) -> Tensor:
-    """A part of an image in fp32, dense."""
+    """Return a part of an image in fp32, dense."""
     return part.to(torch.float32, copy=True)
 
 
@@ -88,7 +89,7 @@ def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
 def _taps(
     shape: torch.Size, dilation: int
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
-    """The kernel's positions but its centre, with where in (C, H, W) they write and read."""
+    """Return the kernel's positions but its centre, with where in (C, H, W) they write and read."""
     for y in range(3):
         for x in range(3):
             down, right = (y - 1) * dilation, (x - 1) * dilation

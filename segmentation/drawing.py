@@ -27,7 +27,7 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class indices with ``num_classes`` for every pixel without a label."""
+    """Class indices with `num_classes` for every pixel without a label."""
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
 
@@ -35,7 +35,7 @@ def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
 def tint(
     photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo], alpha: float = 0.6
 ) -> np.ndarray:
-    """The photo under the colours of its classes, with an outline where one class meets another."""
+    """Draw the photo under the colours of its classes, with outlines where one meets another."""
     labelled = (_indices(mask, len(classes)) < len(classes))[..., None]
     blend = np.where(labelled, photo * (1 - alpha) + colorize(mask, classes) * alpha, photo)
     edge = np.zeros(mask.shape, np.uint8)
@@ -49,7 +49,7 @@ def tint(
 def draw_overlay(
     photo: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
-    """The photo under the colours of its classes, large regions named, with a legend beside it.
+    """Draw the photo under the colours of its classes, large regions named, beside a legend.
 
     A photo whose longer side is under 320 pixels is enlarged by a whole factor, so that there is
     something to see beside a legend that can be read.
@@ -82,7 +82,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
-    """A picture with a legend to its right, on a page as high as the higher of the two."""
+    """Put a legend to the right of a picture, on a page as high as the higher of the two."""
     size = (picture.width + legend.width, max(picture.height, legend.height))
     page = Image.new("RGB", size, PAPER)
     page.paste(picture, (0, 0))
@@ -106,9 +106,9 @@ def draw_legend(
     height: int,
     notes: Sequence[tuple[str, str, tuple[int, int, int] | None]] = (),
 ) -> Image.Image:
-    """Name and share of every class in ``masks``, largest first, in a panel made to measure.
+    """Name and share of every class in `masks`, largest first, in a panel made to measure.
 
-    Classes under 0.1% of the pixels share one line. The panel is ``height`` pixels high; where
+    Classes under 0.1% of the pixels share one line. The panel is `height` pixels high; where
     three columns of that height do not hold all classes it is higher, and no text is ever cut.
 
     Args:
@@ -133,7 +133,7 @@ def draw_legend(
 def _draw_entries(
     entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
 ) -> Image.Image:
-    """A panel of (text, grey text, colour) lines in up to three columns, as wide as its text."""
+    """Draw (text, grey text, colour) lines in up to three columns, as wide as their text."""
     font = _font(_font_size(height))
     line = round(font.size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))
@@ -164,7 +164,7 @@ def prediction_sheet(
     classes: Sequence[ClassInfo],
     height: int = 240,
 ) -> Image.Image:
-    """A row a photo: the photo, its mask, the prediction, and where the two differ; with a legend.
+    """Draw a row a photo: the photo, its mask, the prediction, where the two differ; and a legend.
 
     Args:
         photos: (H, W, 3) uint8 each.

@@ -31,7 +31,7 @@ GPU_TILE = 2**25
 class MixedTarget(NamedTuple):
     """The target of photos blended in pairs.
 
-    It stands for ``(1 - mixing) * onehot(target) + mixing * onehot(permuted)``.
+    It stands for `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
 
     Args:
         target: class indices of the first photo of each pair, (N, H, W).
@@ -54,23 +54,23 @@ def segmentation_loss(
 ) -> dict[str, Tensor]:
     """Weighted sum of cross entropy and Dice loss on bilinearly upsampled logits.
 
-    Equal, in value and gradient, to Composer's ``soft_cross_entropy(ignore_index)`` and
-    ``DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)`` on ``F.interpolate(logits,
-    size, mode='bilinear', align_corners=False)``; of a mixed target, to theirs of its dense one-hot
+    Equal, in value and gradient, to Composer's `soft_cross_entropy(ignore_index)` and
+    `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits,
+    size, mode='bilinear', align_corners=False)`; of a mixed target, to theirs of its dense one-hot
     mixture. Where every pixel is ignored, the loss and its gradient are 0 (Composer's are nan). On
     a GPU it runs as two Triton kernels.
 
     Args:
         logits: (N, C, h, w) of at least two classes, floating point, any memory format. Everything
             is computed and accumulated in fp32 (fp64 for fp64 logits), under autocast as well.
-        target: class indices (N, H, W) of an integer type, each in [0, C) or ``ignore_index``, or
+        target: class indices (N, H, W) of an integer type, each in [0, C) or `ignore_index`, or
             a `MixedTarget`.
         ignore_index: the index of pixels without a class.
         cross_entropy_weight: weight of the cross entropy, a mean over pixels.
         dice_weight: weight of the Dice loss, a mean over the classes in the batch's target.
 
     Returns:
-        ``cross_entropy``, ``dice`` and their weighted sum ``total``, each 0-d. A part of weight 0
+        `cross_entropy`, `dice` and their weighted sum `total`, each 0-d. A part of weight 0
         is left out.
 
     Raises:
@@ -145,7 +145,7 @@ class _SegmentationLoss(torch.autograd.Function):
 
 
 def _implementation(logits: Tensor) -> tuple:
-    """The two passes: Triton's on a GPU, PyTorch's elsewhere and for fp64."""
+    """Return the two passes: Triton's on a GPU, PyTorch's elsewhere and for fp64."""
     if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton"):
         from segmentation import losses_triton
 
@@ -156,7 +156,7 @@ def _implementation(logits: Tensor) -> tuple:
 def forward_sums(
     logits: Tensor, targets: Sequence[Tensor], weights: Sequence[float], ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sums over pixels both losses consist of, and what the backward pass needs of the softmax.
+    """Return the sums over pixels that both losses are made of, and the softmax's normalisers.
 
     Returns:
         The targets' negative log likelihood, 0-d; per class (C,) the softmax within the targets,
@@ -206,7 +206,7 @@ def backward(
     by_intersection: Tensor,
     by_predicted: Tensor,
 ) -> Tensor:
-    """The gradient by the logits (N, C, h, w), given those by the sums of `forward_sums`."""
+    """Return the gradient by the logits (N, C, h, w), given those by the sums of `forward_sums`."""
     height, width = lse.shape[2:]
     tiles = _tiles(logits, height, width, lse.dtype)
     grad = torch.empty_like(logits)
@@ -255,12 +255,12 @@ class _Tile(NamedTuple):
     columns: Tensor
 
     def upsample(self, low: Tensor) -> Tensor:
-        """This tile (rows, C, columns) of one image's logits (h, C, w)."""
+        """Upsample this tile (rows, C, columns) of one image's logits (h, C, w)."""
         z = self.rows @ (low[self.low_y, :, self.low_x] @ self.columns).flatten(1)
         return z.view(len(z), low.shape[1], -1)
 
     def add_adjoint(self, grad_low: Tensor, grad: Tensor) -> None:
-        """Adds to ``grad_low`` (h, C, w) the gradient by this tile (rows, C, columns)."""
+        """Add to `grad_low` (h, C, w) the gradient by this tile (rows, C, columns)."""
         across = (self.rows.T @ grad.flatten(1)).view(-1, *grad.shape[1:])
         grad_low[self.low_y, :, self.low_x] += across @ self.columns.T
 
@@ -285,7 +285,7 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
 def _interpolation(
     size: int, new_size: int, step: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[slice, slice, Tensor]]:
-    """Linear interpolation of ``size`` positions to ``new_size``, in pieces of ``step``.
+    """Linear interpolation of `size` positions to `new_size`, in pieces of `step`.
 
     Each piece is where to, where from, and the matrix that leads there. The matrices are what
     `F.interpolate` makes of the identity, so that its roundings are ours.

@@ -32,13 +32,13 @@ def _source(pixel, scale, size):
 
 @triton.jit
 def _first_pixel(cell, scale):
-    """The first of the pixels whose source is at ``cell - 1`` or beyond."""
+    """Return the first of the pixels whose source is at `cell - 1` or beyond."""
     return tl.ceil((cell - 0.5) / scale - 0.5).to(tl.int32)
 
 
 @triton.jit
 def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
-    """A row of pixels' logits (classes,) at a cell's left edge, and the step to its right edge.
+    """Return a row's logits (classes,) at a cell's left edge, and the step to its right edge.
 
     They come in units of ln 2: powers of 2 are what the hardware computes.
     """
@@ -346,7 +346,7 @@ def _geometry(logits: Tensor, height: int, width: int) -> tuple:
 
 
 def _constants(logits: Tensor, num_targets: int, width: int) -> dict[str, int]:
-    """What the kernels are compiled for."""
+    """Return what the kernels are compiled for."""
     c, w = logits.shape[1], logits.shape[3]
     head = triton.next_power_of_2(c) // 2
     support = math.ceil(width / w) + (width % w != 0)  # pixels in a cell at most, rounding included

@@ -31,7 +31,7 @@ _SLAB_BYTES = {"cpu": 2**24, "cuda": 2**27}
 def confusion_matrix(
     logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:
-    """Counts which class each labelled pixel was given.
+    """Count which class each labelled pixel was given.
 
     Args:
         logits: (N, C, h, w), any float type, at any resolution.
@@ -156,7 +156,7 @@ class MIoU(Metric):
             self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
 
     def compute(self) -> Tensor:
-        """The mean over what all ranks have counted, 0..100."""
+        """Return the mean over what all ranks have counted, 0..100."""
         # A copy: torchmetrics sums over the ranks only for as long as this function runs.
         self.total_matrix = self.matrix.clone()
         return 100 * mean_iou(self.total_matrix)
@@ -186,7 +186,7 @@ class CrossEntropy(Metric):
         self.pixels += logits.pixels
 
     def compute(self) -> Tensor:
-        """The mean over the pixels of all ranks; nan if none has a label."""
+        """Return the mean over the pixels of all ranks; nan if none has a label."""
         return self.total / self.pixels
 
 
@@ -254,7 +254,7 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
 
 
 def table_as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as CSV; None becomes an empty cell."""
+    """Return a table as CSV; None becomes an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -24,8 +24,8 @@ class S3Server:
     """A SeaweedFS server on this machine, with its files in `folder`.
 
     Attributes:
-        url (str): What `S3_ENDPOINT_URL` has to be.
-        client (Any): A boto3 client for it.
+        url: What `S3_ENDPOINT_URL` has to be.
+        client: A boto3 client for it.
     """
 
     def __init__(self, folder: str):

@@ -42,11 +42,11 @@ class SeedMicrobatch(Algorithm):
         self.microbatch_size: float | None = None
 
     def match(self, event: Event, state: State) -> bool:
-        """Runs when a batch, a pass over it and the forward pass of a micro-batch begin."""
+        """Run when a batch, a pass over it and the forward pass of a micro-batch begin."""
         return event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Counts, and seeds before a forward pass."""
+        """Count, and seeds before a forward pass."""
         if event == Event.BATCH_START:
             self.samples = len(state.batch[0])
             self.passes = 0
@@ -86,11 +86,11 @@ class MixUp(Algorithm):
         self.alpha = alpha
 
     def match(self, event: Event, state: State) -> bool:
-        """Runs before each training forward pass."""
+        """Run before each training forward pass."""
         return event == Event.BEFORE_FORWARD
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replaces the micro-batch by the mixed one."""
+        """Replace the micro-batch by the mixed one."""
         image, target = state.batch
         z = np.random.beta(self.alpha, self.alpha) if self.alpha else 0.0
         mixing = float(min(z, 1 - z))
@@ -129,11 +129,11 @@ class SAM(Algorithm):
         self.interval = interval
 
     def match(self, event: Event, state: State) -> bool:
-        """Runs once, before the trainer makes the schedule and the gradient scaler."""
+        """Run once, before the trainer makes the schedule and the gradient scaler."""
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replaces the optimizer's step."""
+        """Replace the optimizer's step."""
         (optimizer,) = state.optimizers
         plain_step = optimizer.step
 
@@ -157,7 +157,7 @@ class SAM(Algorithm):
 
 @contextmanager
 def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
-    """Adds `rho` times the normalised gradient to the weights, and takes it back at the end."""
+    """Add `rho` times the normalised gradient to the weights, and takes it back at the end."""
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     with torch.no_grad():
         start = [torch.empty_like(p) for p in weights]
@@ -195,14 +195,14 @@ class EMA(composer.algorithms.EMA):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Runs at updates and wherever the weights may have to be exchanged."""
+        """Run at updates and wherever the weights may have to be exchanged."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(_network(state))
             self.ema_started = True
         return super().match(event, state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Updates the average, or exchanges it with the training weights."""
+        """Update the average, or exchanges it with the training weights."""
         network = _network(state)
         if event == Event.INIT:
             self.ema_model = EMAParameters(network)  # for a checkpoint to be loaded into
@@ -234,7 +234,7 @@ class EMA(composer.algorithms.EMA):
             stored[name].copy_(mean)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        """Loads a checkpoint's state; one of Composer's EMA, written under DDP, too."""
+        """Load a checkpoint's state; one of Composer's EMA, written under DDP, too."""
         names = self.ema_model.named_parameters_dict.keys()
         super().load_state_dict(state, strict)
         if names.isdisjoint(self.ema_model.named_parameters_dict):
@@ -243,5 +243,5 @@ class EMA(composer.algorithms.EMA):
 
 
 def _network(state: State) -> nn.Module:
-    """The model without DDP around it."""
+    """Return the model without DDP around it."""
     return state.model.module if state.is_model_ddp else state.model

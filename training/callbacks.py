@@ -80,7 +80,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
 
 
 def _save(data: bytes, folder: str, name: str, state: State) -> str | None:
-    """Write a file; ``{run_name}`` in the folder is filled in, and ``{time}`` in the name."""
+    """Write a file; `{run_name}` in the folder is filled in, and `{time}` in the name."""
     time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
     folder = format_name_with_dist(folder, state.run_name)
     return save_file(data, folder, name.format(time=time))
@@ -118,12 +118,12 @@ class Pictures(Callback):
 
     The photos are spread evenly over the validation set and the same at every evaluation. They pass
     through the network once more, on the first process, with the weights that are evaluated: at
-    ``EVAL_START`` EMA has put its own in place.
+    `EVAL_START` EMA has put its own in place.
 
     Args:
         classes: Names and colours of the classes.
         count: How many photos.
-        folder: Folder or object-store URI that ``pictures/ep{epoch}-ba{batch}.png`` goes below; the
+        folder: Folder or object-store URI that `pictures/ep{epoch}-ba{batch}.png` goes below; the
             picture goes to the loggers in any case.
 
     Attributes:
@@ -170,7 +170,7 @@ class Pictures(Callback):
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The target and the predicted classes of a batch of one, (H, W) each."""
+        """Return the target and the predicted classes of a batch of one, (H, W) each."""
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
@@ -184,13 +184,13 @@ class Pictures(Callback):
 
 
 class Curves(Callback):
-    """Keeps ``curves.png``: loss, learning rate and mIoU of the whole run, across resumes.
+    """Keeps `curves.png`: loss, learning rate and mIoU of the whole run, across resumes.
 
     The numbers are part of the checkpoint (12 bytes a batch), so a run that goes on from one draws
     exactly what it has trained, wherever it goes on.
 
     Args:
-        folder: Folder or object-store URI that ``curves.png`` goes into, or None.
+        folder: Folder or object-store URI that `curves.png` goes into, or None.
     """
 
     def __init__(self, folder: str | None = None):
@@ -277,7 +277,7 @@ class ClassTable(Callback):
 
     Args:
         classes: Names of the classes.
-        folder: Where ``classes/ep{epoch}-ba{batch}.csv`` goes below as well, or None.
+        folder: Where `classes/ep{epoch}-ba{batch}.csv` goes below as well, or None.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], folder: str | None = None):
@@ -304,7 +304,7 @@ class ClassTable(Callback):
 
 
 class TrainMIoU(Callback):
-    """Logs the mIoU of every ``interval``-th training batch as ``metrics/train/MIoU``, in percent.
+    """Logs the mIoU of every `interval`-th training batch as `metrics/train/MIoU`, in percent.
 
     It is read off the outputs that the loss is computed from, so it costs no forward pass, and is
     of augmented crops with dropout: for the trend. Photos that MixUp mixed are scored against the
@@ -347,7 +347,7 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """The class indices (N, H, W) to score against: of a mixed target, those that weigh more."""
+    """Return class indices (N, H, W) to score against: of a mixed target, those that weigh more."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted
@@ -356,7 +356,7 @@ def main_target(target: Any) -> Tensor:
 class RunRecord(Callback):
     """Puts the configuration and the class names into every checkpoint, as JSON.
 
-    ``evaluate.py``, ``predict.py`` and ``export.py`` read them there and need no YAML.
+    `evaluate.py`, `predict.py` and `export.py` read them there and need no YAML.
     """
 
     def __init__(self, config: Mapping[str, Any], classes: Sequence[ClassInfo]):
@@ -368,7 +368,6 @@ class RunRecord(Callback):
 
 def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]:
     """Build what watches a run: its loss, speed, learning rate and memory, and what is drawn."""
-
     num_classes = config.model.num_classes
     classes = load_classes(config.class_names, num_classes)
     folder = config.save_folder

@@ -43,7 +43,7 @@ PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 
 
 def key(default: Any, meaning: str) -> Any:
-    """A config key: its default and the line that ``main.py --help`` prints for it."""
+    """Return a config key: its default and the line that `main.py --help` prints for it."""
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata={"meaning": meaning})
     return dataclasses.field(default=default, metadata={"meaning": meaning})
@@ -51,6 +51,8 @@ def key(default: Any, meaning: str) -> Any:
 
 @dataclass
 class ModelConfig:
+    """The network and its loss."""
+
     num_classes: int = key(150, "number of classes")
     backbone_arch: str = key("resnet101", "torchvision ResNet with bottleneck blocks")
     backbone_weights: str | None = key(
@@ -64,6 +66,8 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
+    """A data set, and how its samples are made."""
+
     is_streaming: bool = key(False, "MDS shards (Streaming) rather than folders")
     path: str | None = key(
         None, "folder that holds ADEChallengeData2016, or where the shards are (folder, s3://...)"
@@ -88,11 +92,15 @@ class DatasetConfig:
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
+    """The data set of evaluation."""
+
     drop_last: bool = key(False, "kept for the reference's files; every sample is scored once")
 
 
 @dataclass
 class OptimizerConfig:
+    """SGD with decoupled weight decay."""
+
     lr: float = key(0.08, "learning rate (DecoupledSGDW)")
     momentum: float = key(0.9, "momentum")
     weight_decay: float = key(5.0e-5, "decoupled weight decay, a fraction per step")
@@ -100,45 +108,61 @@ class OptimizerConfig:
 
 @dataclass
 class EMAConfig:
+    """The moving average of the weights."""
+
     half_life: str = key("1000ba", "half-life of the averaged weights")
     update_interval: str = key("10ba", "time between updates of the average")
 
 
 @dataclass
 class SAMConfig:
+    """Sharpness-aware minimisation."""
+
     rho: float = key(0.3, "radius of the neighbourhood (sharpness-aware minimisation)")
     interval: int = key(2, "steps between two sharpness-aware ones")
 
 
 @dataclass
 class MixUpConfig:
+    """Blending photos in pairs."""
+
     alpha: float = key(0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)")
 
 
 @dataclass
 class HotEMAConfig(EMAConfig):
+    """The hot recipe's."""
+
     half_life: str = key("2000ba", "half-life of the averaged weights")
     update_interval: str = key("1ba", "time between updates of the average")
 
 
 @dataclass
 class HotSAMConfig(SAMConfig):
+    """The hot recipe's."""
+
     interval: int = key(1, "steps between two sharpness-aware ones")
 
 
 @dataclass
 class HotMixUpConfig(MixUpConfig):
+    """The hot recipe's."""
+
     alpha: float = key(0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)")
 
 
 @dataclass
 class MildConfig:
+    """The recipe for short runs."""
+
     max_duration: str = key("25ep", "duration of the mild recipe")
     ema: EMAConfig = key(EMAConfig, "")
 
 
 @dataclass
 class MediumConfig:
+    """The recipe for longer runs."""
+
     max_duration: str = key("90ep", "duration of the medium recipe")
     ema: EMAConfig = key(EMAConfig, "")
     sam: SAMConfig = key(SAMConfig, "")
@@ -147,6 +171,8 @@ class MediumConfig:
 
 @dataclass
 class HotConfig:
+    """The recipe for the longest runs."""
+
     max_duration: str = key("240ep", "duration of the hot recipe")
     ema: HotEMAConfig = key(HotEMAConfig, "")
     sam: HotSAMConfig = key(HotSAMConfig, "")
@@ -155,6 +181,8 @@ class HotConfig:
 
 @dataclass
 class Config:
+    """The whole YAML."""
+
     run_name: str | None = key(None, "name of the run; empty: $RUN_NAME, else made up")
     is_train: bool = key(True, "train; false: evaluate once")
     seed: int = key(17, "seed of the weights, the order of the data and the augmentation")
@@ -194,10 +222,10 @@ class Config:
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
-    """Read a YAML and apply ``key=value`` overrides; a duration given there beats the recipe's.
+    """Read a YAML and apply `key=value` overrides; a duration given there beats the recipe's.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or an override is not ``key=value``.
+        ConfigError: The file is missing or not YAML, or an override is not `key=value`.
     """
     try:
         config = OmegaConf.load(path)
@@ -220,7 +248,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
 
 
 def resolve(config: DictConfig | dict[str, Any]) -> Config:
-    """Check a config against the schema and make it a :class:`Config`, with the recipe's duration.
+    """Check a config against the schema and make it a `Config`, with the recipe's duration.
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
@@ -462,7 +490,7 @@ def _check_dataset(dataset: DatasetConfig, name: str, split: str) -> None:
 
 
 def help_text() -> str:
-    """The keys of the YAML with their defaults and meanings, a line each."""
+    """Return the keys of the YAML with their defaults and meanings, a line each."""
 
     def lines(schema: type, prefix: str) -> list[str]:
         result = []

@@ -67,7 +67,7 @@ def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or where it lies otherwise in memory than the weight, a copy that lies so.
+    """Return the tensor, or where it lies otherwise in memory than the weight, a copy that lies so.
 
     The fused step walks through memory. A checkpoint of a run without channels_last has momentum
     that lies otherwise.

@@ -50,7 +50,10 @@ class LoaderContext(ForkContext):
     """
 
     class Process(ForkProcess):
+        """A process of a loader."""
+
         def start(self) -> None:
+            """Fork with the signals blocked."""
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 super().start()

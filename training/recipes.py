@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def build_recipe(config: Config) -> tuple[list[Algorithm], ComposerScheduler]:
-    """The algorithms of ``config.recipe_name``, in the order they run, and its schedule."""
+    """Build the algorithms of `config.recipe_name`, in the order they run, and its schedule."""
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.recipe_name is None:
         return algorithms, CosineAnnealingScheduler()
