@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import ADE20k, build_ade20k_dataspec
-from dataset.folders import list_samples
+from dataset.folders import FOLDERS, list_samples
 from dataset.labels import IGNORED, PADDING
 from dataset.sampler import EpochSampler, EvalSampler
 from errors import DataError
@@ -48,7 +48,7 @@ def make_data(root: Path, training: int = 22, validation: int = 7, classes: int 
 
 def save(root: Path, split: str, name: str, image: np.ndarray, mask: np.ndarray) -> None:
     for kind, suffix, array in (("images", "jpg", image), ("annotations", "png", mask)):
-        path = root / kind / data.FOLDERS[split] / f"{name}.{suffix}"
+        path = root / kind / FOLDERS[split] / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(path)
 
@@ -185,7 +185,7 @@ def test_options_reach_the_dataloader(folder: str) -> None:
     assert (loader.num_workers, loader.prefetch_factor) == (1, 3)
     assert loader.persistent_workers
     assert build(folder, num_workers="auto").dataloader.num_workers >= 1
-    with pytest.raises(DataError, match=r"num_classes is 254, not in 1..253"):
+    with pytest.raises(DataError, match=r"num_classes is 254, not in 2..253"):
         build(folder, num_classes=254)
 
 

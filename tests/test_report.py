@@ -278,6 +278,47 @@ def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     assert reasons == {"folder is missing", "its mask is missing"}
 
 
+def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
+    assert run(capsys, path)[0] == 0
+    assert run(capsys, path / ROOT)[0] == 0
+
+
+def test_a_link_to_itself_is_not_followed(path, capsys):
+    folder = path / ROOT / "images/training"
+    before = list_samples(str(path), "train")
+    (folder / "again").symlink_to(folder)
+    (folder / "up").symlink_to(path)
+    status, report = run(capsys, path)
+    assert (status, report["splits"]["train"]["photos"]) == (0, 24)
+    assert list_samples(str(path), "train") == before
+
+
+def test_folders_that_links_lead_to_are_read_once(path, tmp_path):
+    expected = [sample.uid for sample in list_samples(str(path), "train")]
+    for kind in ("images", "annotations"):
+        folder, elsewhere = path / ROOT / kind / "training", tmp_path / "elsewhere" / kind
+        elsewhere.parent.mkdir(exist_ok=True)
+        folder.rename(elsewhere)
+        folder.mkdir()
+        (folder / "one").symlink_to(elsewhere)
+        (folder / "two").symlink_to(elsewhere)
+        (elsewhere / "back").symlink_to(folder)
+    found = [sample.uid for sample in list_samples(str(path), "train")]
+    assert found == [f"one/ADE_train_{uid}" for uid in expected]
+
+
+def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN", 3)
+    for number in range(1, 9):
+        sample(path, number)[1].unlink()
+    write(sample(path, 9)[0], b"")
+    assert main([str(path), "--num-classes", "12"]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEMS (9)" in text and text.count("its mask is missing") == 3
+    assert "… and 5 more like these; --json has all" in text and "the file is empty" in text
+    assert len(run(capsys, path)[1]["problems"]) == 9
+
+
 def test_draws_the_samples(path, tmp_path):
     picture = tmp_path / "sheet.png"
     assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 0
