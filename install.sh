@@ -107,11 +107,43 @@ if [ -n "${TORCH:-}" ]; then groups+=(--no-default-groups --group "torch-$TORCH"
 asked=$(printf '%s\n' "$@" $(cat "$venv/.groups" 2>/dev/null || true) | sort -u)
 for group in $asked; do groups+=(--group "$group"); done
 
-sync() { UV_PROJECT_ENVIRONMENT=$venv "$uv" sync --frozen --python "$python" "${groups[@]}" "$@"; }
-# An environment that pip made may hold an mmcv-full that was built against another torch.
-usable() { "$venv/bin/python" -c 'import mmcv.ops' || sync --reinstall-package mmcv-full --no-cache; }
+sync() {
+  UV_PROJECT_ENVIRONMENT=$venv "$uv" sync --frozen --python "$python" "${groups[@]}" "$@"
+}
+would() { sync --dry-run "${@:2}" 2>&1 | grep -q "Would $1"; }
 
-step "Packages, into $venv (3 GB to download, 2 minutes, the first time)" sync --no-install-package mmcv-full
-step 'mmcv-full, built from source (4 minutes on 2 cores, the first time)' sync
-step 'A look whether it works (10 s)' usable
+# Reading torch's headers is most of what mmcv-full's 73 files cost. GCC is given them read, which halves the build;
+# where it finds that the two do not fit, it reads the headers.
+build_mmcv() {
+  local headers=$PWD/$venv/.headers include built=1
+  if "${CXX:-c++}" --version | grep -q 'Free Software'; then
+    include=$("$venv/bin/python" -c '
+import os, sysconfig
+torch = os.path.join(sysconfig.get_path("platlib"), "torch/include")
+print("-I", torch, "-I", os.path.join(torch, "torch/csrc/api/include"), "-I", sysconfig.get_path("include"))')
+    mkdir -p "$headers"
+    echo '#include <torch/types.h>' >"$headers/torch.h"
+    # shellcheck disable=SC2086 # several words
+    "${CXX:-c++}" -O0 -g0 -fPIC -std=c++17 $include -x c++-header "$headers/torch.h" -o "$headers/torch.h.gch" &&
+      CPPFLAGS="-include $headers/torch.h" sync && built=0
+    rm -rf "$headers"
+  fi
+  [ $built = 0 ] || sync
+}
+# Under PYTHONDONTWRITEBYTECODE every start would compile all its imports. An environment that pip made may hold an
+# mmcv-full that was built against another torch.
+usable() {
+  sync ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode} && "$venv/bin/python" -c 'import mmcv.ops' ||
+    sync --reinstall-package mmcv-full --no-cache
+}
+
+if would download --no-install-package mmcv-full; then
+  step "Packages, into $venv (3 GB to download; then 1 minute)" sync --no-install-package mmcv-full
+elif would install --no-install-package mmcv-full; then
+  step "Packages, into $venv (1 minute)" sync --no-install-package mmcv-full
+fi
+if would download; then
+  step 'mmcv-full, built from source, once for each torch and Python (2 minutes on 2 cores)' build_mmcv
+fi
+step 'All in place, and tried (20 s)' usable
 echo "$asked" >"$venv/.groups"
