@@ -33,6 +33,8 @@ from benchmarks.forked import shrink
 from benchmarks.stopwatch import PARTS
 from segmentation.depthwise import DilatedDepthwiseConv2d
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

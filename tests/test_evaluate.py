@@ -23,6 +23,8 @@ from evaluate import evaluate_paper, group_by, main
 from predict import Segmenter
 from segmentation.classes import load_classes
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -19,6 +19,8 @@ import main as main_module
 from errors import DataError, WeightsError
 from main import main, run
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture
 def history() -> InMemoryLogger:

@@ -104,6 +104,7 @@ def test_the_model_is_a_composer_classifier(dice_weight: float) -> None:
     assert set(built.get_metrics(is_train=False)) == {"MIoU", "CrossEntropy"}
 
 
+@pytest.mark.processes
 def test_check_dataloader_returns_when_all_is_well(
     synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_other_spellings_of_the_references_yamls(synthetic: str, tmp_path: Path)
         resolve(OmegaConf.merge(reference, {"grad_accum": 0}))
 
 
+@pytest.mark.trains
 @pytest.mark.usefixtures("small_network")
 def test_a_run_without_micro_batches_takes_the_whole_batch(tiny: dict[str, Any]) -> None:
     trainer = main.main({**tiny, "device_train_microbatch_size": None, "max_duration": "1ba"})

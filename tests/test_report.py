@@ -25,6 +25,8 @@ from dataset.workers import in_processes
 from errors import DataError
 from segmentation.classes import load_classes
 
+pytestmark = pytest.mark.processes
+
 ROOT = "ADEChallengeData2016"
 main = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
 
