@@ -195,7 +195,9 @@ def test_training_works_with_what_is_only_odd(path, capsys):
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
     check_findings(report["oddities"], expected)
-    assert report["loader"]["images_per_second"] > 0
+    workers = len(os.sched_getaffinity(0))
+    assert report["loader"]["workers"] == min(8, workers)
+    assert report["loader"]["batches"] == 3 * [[[16, 3, 512, 512], [16, 512, 512]]]
 
 
 def test_odd_files_that_are_handled_are_not_reported(path, capsys):
