@@ -14,16 +14,17 @@ FROM nvidia/cuda:13.0.0-base-ubuntu24.04
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ git make python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
-    && install -d -o ubuntu -g ubuntu /opt/deeplab
+    && install -d -o 1000 -g 1000 /opt/deeplab
 
-USER ubuntu
+# Ubuntu's own "ubuntu".
+USER 1000
 WORKDIR /opt/deeplab
 
 # Before the code, so that a change of that does not install again.
-COPY --chown=ubuntu:ubuntu Makefile install.sh pyproject.toml uv.lock ./
+COPY --chown=1000:1000 Makefile install.sh pyproject.toml uv.lock ./
 ARG WITH=""
 RUN make install WITH="$WITH" && rm -rf ~/.cache
-COPY --chown=ubuntu:ubuntu . .
+COPY --chown=1000:1000 . .
 
 ENV PATH=/opt/deeplab/.venv/bin:$PATH
 CMD ["python", "main.py", "--help"]

@@ -19,12 +19,11 @@ fail() {
 step() {
   local began=$SECONDS
   printf '%s ... ' "$1"
-  if "${@:2}" >"$log" 2>&1; then
-    echo "$((SECONDS - began)) s"
-  else
+  "${@:2}" >"$log" 2>&1 || {
     echo failed
     explain
-  fi
+  }
+  echo "$((SECONDS - began)) s"
 }
 
 explain() {
@@ -32,11 +31,13 @@ explain() {
     fail "the disk is full: $venv and uv's cache ($("$uv" cache dir)) take 8 GB together, twice that on two disks"
   elif grep -q 'Python\.h' "$log"; then
     fail "$python has no headers; install them (Debian: apt-get install python3-dev) and call again"
-  elif grep -qE "(c\+\+|g\+\+|gcc|cc)'?:? .*([Nn]ot found|No such file)" "$log"; then
+  elif ! { command -v c++ && command -v cc; } >/dev/null && grep -qE 'c\+\+|g\+\+|cc' "$log"; then
     fail 'no C++ compiler; install one (Debian: apt-get install g++) and call again'
   elif grep -qiE 'dns error|connection|timed out|failed to (fetch|download)|temporary failure' "$log"; then
     grep -iE -m 1 'dns error|connection|timed out|failed to (fetch|download)|temporary failure' "$log" >&2
     fail 'a download failed; call again, what has come is kept'
+  elif [ ! -x "$uv" ]; then
+    fail 'no Python here can install uv; install uv, or venv (Debian: apt-get install python3-venv), and call again'
   fi
   tail -n 20 "$log" >&2
   fail 'the lines above say why'
@@ -104,7 +105,7 @@ fi
 # What was asked for in an earlier call stays.
 groups=()
 if [ -n "${TORCH:-}" ]; then groups+=(--no-default-groups --group "torch-$TORCH"); fi
-asked=$(printf '%s\n' "$@" $(cat "$venv/.groups" 2>/dev/null || true) | sort -u)
+asked=$({ printf '%s\n' "$@" && cat "$venv/.groups" 2>/dev/null; } | sort -u || true)
 for group in $asked; do groups+=(--group "$group"); done
 
 sync() {
@@ -133,8 +134,8 @@ print("-I", torch, "-I", os.path.join(torch, "torch/csrc/api/include"), "-I", sy
 # Under PYTHONDONTWRITEBYTECODE every start would compile all its imports. An environment that pip made may hold an
 # mmcv-full that was built against another torch.
 usable() {
-  sync ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode} && "$venv/bin/python" -c 'import mmcv.ops' ||
-    sync --reinstall-package mmcv-full --no-cache
+  sync ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode} || return
+  "$venv/bin/python" -c 'import mmcv.ops' || sync --reinstall-package mmcv-full --no-cache
 }
 
 if would download --no-install-package mmcv-full; then

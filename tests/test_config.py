@@ -90,7 +90,7 @@ WRONG = {
     "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' is not its arguments",
     "loggers=wandb": "loggers: 'wandb' is not a section",
-    "loggers.comet_ml={}": r"comet_ml: its package is missing; pip install .*mosaicml\[comet_ml\]",
+    "loggers.comet_ml={}": "comet_ml: its package is missing; make install WITH=comet_ml",
     "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "no loss is left",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: 0 is neither 1 or more nor -1",
