@@ -1,5 +1,6 @@
 # make demo     set up, then train on generated data (about 3 minutes once installed)
-# make test     set up, then run the linter and the tests
+# make test     set up, then run the linters and all tests (10 minutes)
+# make check    the linters, and the tests that need no training, process or server (a minute)
 # make install  set up alone; WITH="wandb onnx" adds groups of pyproject.toml
 # make image    build the image of Dockerfile: IMAGE=registry/name is written to the files that run it
 #
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
 export VENV TORCH PYTHON
 
-.PHONY: demo test install image
+.PHONY: demo test check lint quick install image
 
 demo: $(VENV)/.train
 	@$(PY) -m dataset.synthetic demo/data
@@ -18,10 +19,17 @@ demo: $(VENV)/.train
 	@echo 'Next, on a photo of yours: $(PY) predict.py demo/checkpoints/latest-rank0.pt PHOTO'
 	@echo 'Next, on data of yours: yamls/camvid.yaml, as README.md tells under "Data of your own"'
 
-test: $(VENV)/.test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+test: lint
 	$(PY) -m pytest
+
+check: $(VENV)/.test
+	@$(MAKE) --no-print-directory -j2 --output-sync lint quick
+
+lint: $(VENV)/.test
+	@PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files
+
+quick: $(VENV)/.test
+	@$(PY) -m pytest -q -m 'not (trains or processes or s3 or gpu or slow)'
 
 install: $(LOCK)
 	@./install.sh $(WITH)
