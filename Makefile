@@ -1,50 +1,49 @@
-# make demo   set up, then train on generated data (about 4 minutes once installed)
-# make test   set up, then run the linter and the tests
-# Both create .venv on their first call and again only when a requirements file has changed.
+# make demo     set up, then train on generated data (about 3 minutes once installed)
+# make test     set up, then run the linters and all tests (10 minutes)
+# make check    the linters, and the tests that need no training, process or server (a minute)
+# make install  set up alone; WITH="wandb onnx" adds groups of pyproject.toml
+# make image    build the image of Dockerfile: IMAGE=registry/name is written to the files that run it
+#
+# TORCH=2.7.0 takes that torch, for GPUs older than Turing, into .venv-2.7.0; PYTHON=PATH names the Python.
 
-PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
-FITTING := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+VENV := .venv$(if $(TORCH),-$(TORCH))
+PY := $(VENV)/bin/python
+LOCK := pyproject.toml uv.lock install.sh
+export VENV TORCH PYTHON
 
-.PHONY: demo test install
+.PHONY: demo test check lint quick install image
 
-demo: .venv/.train
-	$(PY) -m dataset.synthetic demo/data
-	$(PY) main.py yamls/demo.yaml
+demo: $(VENV)/.train
+	@$(PY) -m dataset.synthetic demo/data
+	@$(PY) main.py yamls/demo.yaml
+	@echo 'Next, on a photo of yours: $(PY) predict.py demo/checkpoints/latest-rank0.pt PHOTO'
+	@echo 'Next, on data of yours: yamls/camvid.yaml, as README.md tells under "Data of your own"'
 
-test: .venv/.test
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+test: lint
 	$(PY) -m pytest
 
-install: .venv/.train
+check: $(VENV)/.test
+	@$(MAKE) --no-print-directory -j2 --output-sync lint quick
 
-.venv/.python:
-	@for python in $(PYTHON) python3.11 python3.12 python3.10 python3; do \
-	  if $$python -c '$(FITTING)' 2>/dev/null; then $$python -m venv .venv && touch $@; exit; fi; \
-	done; \
-	echo 'error: found no Python 3.10, 3.11 or 3.12 with venv; install one or name it: make PYTHON=PATH' >&2; exit 1
+lint: $(VENV)/.test
+	@PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files
 
-# mmcv-full has no wheel. Its build must see the torch it will run with (no build isolation), must not
-# see a GPU (it would want a CUDA toolkit that matches torch's, for operators DeepLabV3+ never calls), and
-# comes after OpenCV, else it asks for a second copy of that. pip keeps the wheel it builds.
-.venv/.train: requirements.txt constraints.txt | .venv/.python
-	@echo 'Installing requirements.txt (6 GB) into .venv'
-	@grep -v '^mmcv-full' requirements.txt > .venv/requirements.txt
-	@$(PIP) pip 'setuptools<80' wheel ninja psutil
-	@$(PIP) -r .venv/requirements.txt
-	@$(PY) -c 'import mmcv.ops' 2>/dev/null || { \
-	  command -v c++ >/dev/null || { echo 'error: no C++ compiler; install one (Debian: apt-get install g++) and call make again' >&2; exit 1; }; \
-	  $(PY) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
-	    { echo 'error: no Python headers; install them (Debian: apt-get install python3-dev) and call make again' >&2; exit 1; }; \
-	  echo 'Building mmcv-full (about 10 minutes on 2 cores, the first time)'; \
-	  export CUDA_VISIBLE_DEVICES= FORCE_CUDA=0 MMCV_WITH_OPS=1; \
-	  $(PIP) --no-build-isolation $$(grep -o '^mmcv-full==[^ ]*' requirements.txt) && \
-	  { $(PY) -c 'import mmcv.ops' 2>/dev/null || $(PIP) --no-build-isolation --no-deps --force-reinstall --no-cache-dir \
-	      $$(grep -o '^mmcv-full==[^ ]*' requirements.txt); }; }
-	@$(PY) -c 'import mmcv.ops' && $(PY) -m pip check
+quick: $(VENV)/.test
+	@$(PY) -m pytest -q -m 'not (trains or processes or s3 or gpu or slow)'
+
+install: $(LOCK)
+	@./install.sh $(WITH)
+
+$(VENV)/.train: $(LOCK)
+	@./install.sh
 	@touch $@
 
-.venv/.test: requirements-test.txt .venv/.train
-	@$(PIP) -r requirements-test.txt && $(PY) -m pip check
-	@touch $@
+$(VENV)/.test: $(LOCK)
+	@./install.sh dev
+	@touch $(VENV)/.train $@
+
+# One name for the image, here and wherever it is run.
+IMAGE := my-registry/deeplabv3
+image:
+	docker build --tag $(IMAGE) .
+	sed -i 's|^\( *image:\) [^ ]*|\1 $(IMAGE)|' launch/kubernetes.yaml yamls/mcloud_run.yaml

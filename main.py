@@ -101,9 +101,10 @@ def build_trainer(
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
     from training.optimizer import DecoupledSGDW
-    from training.precision import choose_precision, compiles
+    from training.precision import check_kernels, choose_precision, compiles
     from training.recipes import build_recipe, warn_if_ema_is_slow
 
+    check_kernels()
     precision, cpu_autocast = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:

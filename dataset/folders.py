@@ -83,9 +83,8 @@ def _by_name(folder: Path, suffixes: set[str]) -> dict[str, Path]:
 def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Find all files in a folder and below, but for hidden ones.
 
-    A link to a folder is followed unless what it leads to is found without it: a folder that is
-    below `folder` itself, or that another link led to. So a link to itself, or two to each other,
-    do not go round in circles.
+    A link to a folder is followed unless that is below `folder`, where it is found without the
+    link, holds `folder`, or was followed to before. So no link leads round in circles.
 
     Yields:
         A file's path below `folder` without its extension, and its path, in order.
@@ -97,8 +96,8 @@ def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
         for name in sorted(folders):
             path = os.path.join(parent, name)
             real = os.path.realpath(path)
-            inside = os.path.islink(path) and os.path.commonpath([top, real]) == top
-            if not name.startswith(".") and not inside and real not in seen:
+            known = os.path.islink(path) and os.path.commonpath([top, real]) in (top, real)
+            if not name.startswith(".") and not known and real not in seen:
                 below.append(name)
                 seen.add(real)
         folders[:] = below

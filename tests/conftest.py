@@ -19,6 +19,13 @@ from dataset.synthetic import make
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use an S3 server."""
+    for item in items:
+        if {"s3", "server"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.s3)
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set of 16 training and 6 validation scenes of 48 x 48 pixels with 12 classes."""

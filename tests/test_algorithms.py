@@ -33,7 +33,7 @@ CLASSES = 5
 STEPS = 10
 BATCHES_PER_EPOCH = 4
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.trains, pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 
 class Segmenter(ComposerModel):

@@ -33,6 +33,8 @@ from benchmarks.forked import shrink
 from benchmarks.stopwatch import PARTS
 from segmentation.depthwise import DilatedDepthwiseConv2d
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -194,9 +196,9 @@ def test_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
     assert [row["target"] for row in rows] == ["index", "mixed"]
     for row in rows:
+        assert set(row["bytes"]) == set(loss.SIDES)  # too little to tell apart at this size
         for side in loss.SIDES:
             assert len(row["seconds"][side]) == 2 and min(row["seconds"][side]) > 0
-            assert row["bytes"][side] >= 0
 
 
 def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ from training.callbacks import (
     save_file,
 )
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def run() -> tuple[Any, str]:

@@ -20,6 +20,8 @@ from benchmarks.forked import shrink
 from benchmarks.train_step import RECIPES, release
 from training.config import resolve
 
+pytestmark = pytest.mark.trains
+
 
 class Losses(Callback):
     def __init__(self) -> None:

@@ -90,9 +90,12 @@ WRONG = {
     "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' is not its arguments",
     "loggers=wandb": "loggers: 'wandb' is not a section",
-    "loggers.comet_ml={}": r"comet_ml: its package is missing; pip install .*mosaicml\[comet_ml\]",
+    "loggers.comet_ml={}": "comet_ml: its package is missing; make install WITH=comet_ml",
     "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "no loss is left",
+    "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: 0 is neither 1 or more nor -1",
+    "save_num_checkpoints_to_keep=-7": "save_num_checkpoints_to_keep: -7 is neither 1 or more nor",
+    "grad_accum=many": "grad_accum: 'many' is neither 1 or more nor auto",
     "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
     "autoresume=true": "autoresume needs save_folder",
@@ -113,6 +116,18 @@ def test_a_wrong_config_is_answered_in_one_line(
     message = str(caught.value)
     assert re.search(WRONG[overrides], message), message
     assert "\n" not in message
+
+
+def test_a_data_set_may_be_the_folder_in_ade20ks_folder(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    root = Path(tiny["train_dataset"]["path"], "ADEChallengeData2016")
+    for section in ("train_dataset", "eval_dataset"):
+        tiny[section]["path"] = str(root)
+    assert resolve(tiny).train_dataset.path == str(root)
+    tiny["train_dataset"]["path"] = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no ADEChallengeData2016/images/training"):
+        resolve(tiny)
 
 
 def test_a_logger_left_empty_is_none(tiny: dict[str, Any]) -> None:

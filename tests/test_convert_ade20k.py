@@ -23,6 +23,8 @@ from dataset.folders import list_samples
 from dataset.labels import Labels
 from errors import DataError
 
+pytestmark = pytest.mark.processes
+
 ROOT = "ADEChallengeData2016"
 
 

@@ -17,10 +17,13 @@ from mmseg.core.evaluation import eval_metrics
 from PIL import Image
 
 import evaluate
+import export
 from dataset.labels import Labels
 from evaluate import evaluate_paper, group_by, main
 from predict import Segmenter
 from segmentation.classes import load_classes
+
+pytestmark = pytest.mark.trains
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,24 @@ def test_square_is_the_evaluation_of_training(tmp_path: Path):
     assert (scores["weights"], scores["photos"]) == ("ema", 5)
     matrix = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
     assert [row["pixels"] for row in scores["classes"]] == matrix.sum(1).tolist()
+
+
+@pytest.mark.parametrize("protocol", ["paper", "square"])
+def test_an_onnx_file_scores_as_its_checkpoint(tmp_path: Path, protocol: str):
+    """It too says where the validation set is, and the size that photos have there."""
+    _, folder = finished_run()
+    checkpoint, exported = f"{folder}/latest-rank0.pt", str(tmp_path / "model.onnx")
+    assert export.main([checkpoint, "--to", "onnx", "--out", exported, "--size", "48"]) == 0
+    scores = []
+    for path in (checkpoint, exported):
+        result = tmp_path / "scores.json"
+        assert main([path, "--protocol", protocol, "--json", str(result)]) == 0
+        scores.append(json.loads(result.read_text()))
+    ours, theirs = scores
+    for name in ("photos", "size", "weights", "data", "protocol"):
+        assert ours[name] == theirs[name]
+    assert theirs["pixel_accuracy"] == pytest.approx(ours["pixel_accuracy"], abs=0.1)
+    assert [c["pixels"] for c in theirs["classes"]] == [c["pixels"] for c in ours["classes"]]
 
 
 def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch):

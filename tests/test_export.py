@@ -20,8 +20,11 @@ from PIL import Image
 
 import export
 from checkpointing.weights import load_weights
+from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from export import Deployed, compare, main
 from predict import Segmenter
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Pat
 
 
 @functools.cache
-def loaded(path: Path) -> tuple[Any, str]:
-    """What runs an exported file, and its classes as JSON."""
-    extra = {"classes": ""}
+def loaded(path: Path) -> tuple[Any, dict[str, str]]:
+    """What runs an exported file, and its metadata."""
+    extra = dict.fromkeys(("classes", "config", "which", "size", "mean", "std"), "")
     if path.suffix == ".onnx":
         run = onnxruntime.InferenceSession(path)
         extra = run.get_modelmeta().custom_metadata_map
@@ -55,7 +58,8 @@ def loaded(path: Path) -> tuple[Any, str]:
         run = torch.jit.load(str(path), _extra_files=extra)
     else:
         run = torch.export.load(str(path), extra_files=extra).module()
-    return run, extra["classes"]
+    text = {key: v.decode() if isinstance(v, bytes) else v for key, v in extra.items()}
+    return run, text
 
 
 def expected(image: np.ndarray) -> np.ndarray:
@@ -93,9 +97,14 @@ def test_convolutions_stay_convolutions(files: dict[str, Path]):
 
 def test_metadata(files: dict[str, Path]):
     for path in files.values():
-        classes = json.loads(loaded(path)[1])
+        _, metadata = loaded(path)
+        classes = json.loads(metadata["classes"])
         assert [c["name"] for c in classes] == CLASSES
         assert all(len(c["color"]) == 3 for c in classes)
+        assert json.loads(metadata["config"])["eval_dataset"] == {"final_size": 32}
+        assert metadata["size"] == "32"
+        assert json.loads(metadata["mean"]) == list(IMAGENET_CHANNEL_MEAN)
+        assert json.loads(metadata["std"]) == list(IMAGENET_CHANNEL_STD)
 
 
 def test_onnx_needs_nothing_of_this_project(files: dict[str, Path], tmp_path: Path):
@@ -122,6 +131,35 @@ def test_predict_takes_onnx(files: dict[str, Path], photo: str):
     assert onnx_one.classes == torch_one.classes
     assert len(np.unique(torch_one(photo))) > 2
     assert (onnx_one(photo) == torch_one(photo)).mean() >= 0.999
+
+
+def test_all_formats_of_a_network_have_the_same_defaults(
+    files: dict[str, Path], photo: str, tmp_path: Path
+):
+    """The size that the run was validated at, class names, colours and configuration."""
+    safetensors = tmp_path / "weights.safetensors"
+    assert main([random_weights(), "--weights-only", "--out", str(safetensors)]) == 0
+    one, *others = (Segmenter(path) for path in (random_weights(), safetensors, files["onnx"]))
+    for other in others:
+        assert (other.size, other.which, other.config) == (32, one.which, one.config)
+        assert other.classes == one.classes
+        assert (other(photo) == one(photo)).mean() >= 0.999
+    # A file that does not say is looked at in 512 pixels, whatever its format.
+    plain = tmp_path / "plain.pt"
+    torch.save(random_network().state_dict(), plain)
+    assert (
+        main([str(plain), "--to", "onnx", "--out", str(tmp_path / "p.onnx"), "--size", "48"]) == 0
+    )
+    assert Segmenter(plain).size == Segmenter(tmp_path / "p.onnx").size == 512
+
+
+def test_without_onnx_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert main([random_weights(), "--to", "onnx"]) == 2
+    error = "error: --to onnx needs more: pip install onnx onnxruntime\n"
+    assert capsys.readouterr().err == error
 
 
 def test_a_file_that_differs_is_refused(

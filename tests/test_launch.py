@@ -57,7 +57,7 @@ def call(command: list[str], stubs: dict[str, str], **environment: str) -> tuple
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_sound(name: str) -> None:
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
-    assert shellcheck, "pip install -r requirements-test.txt"
+    assert shellcheck, "make install WITH=dev"
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
     done = subprocess.run([shellcheck, LAUNCH / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -237,14 +237,17 @@ def run_triton(mode: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.processes
 def test_triton_interpreted():
     run_triton("interpret", TRITON_INTERPRET="1")
 
 
+@pytest.mark.processes
 def test_triton_compiles_without_a_gpu(tmp_path: Path):
     run_triton("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_triton_on_a_gpu():
     run_triton("gpu", TRITON_INTERPRET="0")

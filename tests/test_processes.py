@@ -20,7 +20,7 @@ from errors import DataError, RunError
 from main import main
 from training.processes import explain
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = [pytest.mark.trains, pytest.mark.processes, pytest.mark.usefixtures("small_network")]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

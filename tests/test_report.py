@@ -25,6 +25,8 @@ from dataset.workers import in_processes
 from errors import DataError
 from segmentation.classes import load_classes
 
+pytestmark = pytest.mark.processes
+
 ROOT = "ADEChallengeData2016"
 main = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
 
@@ -193,7 +195,9 @@ def test_training_works_with_what_is_only_odd(path, capsys):
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
     check_findings(report["oddities"], expected)
-    assert report["loader"]["images_per_second"] > 0
+    workers = len(os.sched_getaffinity(0))
+    assert report["loader"]["workers"] == min(8, workers)
+    assert report["loader"]["batches"] == 3 * [[[16, 3, 512, 512], [16, 512, 512]]]
 
 
 def test_odd_files_that_are_handled_are_not_reported(path, capsys):
@@ -276,6 +280,47 @@ def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     assert status == 1
     reasons = {finding["reason"].split(",")[0] for finding in report["problems"]}
     assert reasons == {"folder is missing", "its mask is missing"}
+
+
+def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
+    assert run(capsys, path)[0] == 0
+    assert run(capsys, path / ROOT)[0] == 0
+
+
+def test_a_link_to_itself_is_not_followed(path, capsys):
+    folder = path / ROOT / "images/training"
+    before = list_samples(str(path), "train")
+    (folder / "again").symlink_to(folder)
+    (folder / "up").symlink_to(path)
+    status, report = run(capsys, path)
+    assert (status, report["splits"]["train"]["photos"]) == (0, 24)
+    assert list_samples(str(path), "train") == before
+
+
+def test_folders_that_links_lead_to_are_read_once(path, tmp_path):
+    expected = [sample.uid for sample in list_samples(str(path), "train")]
+    for kind in ("images", "annotations"):
+        folder, elsewhere = path / ROOT / kind / "training", tmp_path / "elsewhere" / kind
+        elsewhere.parent.mkdir(exist_ok=True)
+        folder.rename(elsewhere)
+        folder.mkdir()
+        (folder / "one").symlink_to(elsewhere)
+        (folder / "two").symlink_to(elsewhere)
+        (elsewhere / "back").symlink_to(folder)
+    found = [sample.uid for sample in list_samples(str(path), "train")]
+    assert found == [f"one/ADE_train_{uid}" for uid in expected]
+
+
+def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN", 3)
+    for number in range(1, 9):
+        sample(path, number)[1].unlink()
+    write(sample(path, 9)[0], b"")
+    assert main([str(path), "--num-classes", "12"]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEMS (9)" in text and text.count("its mask is missing") == 3
+    assert "… and 5 more like these; --json has all" in text and "the file is empty" in text
+    assert len(run(capsys, path)[1]["problems"]) == 9
 
 
 def test_draws_the_samples(path, tmp_path):

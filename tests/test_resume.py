@@ -17,6 +17,8 @@ from benchmarks.kill_resume import (
     same_log,
 )
 
+pytestmark = [pytest.mark.trains, pytest.mark.processes]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -18,7 +18,7 @@ from checkpointing.resume import newest_checkpoint
 from errors import ConfigError, RunError, WeightsError
 from main import main
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = [pytest.mark.trains, pytest.mark.usefixtures("small_network")]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "changed", "empty"])

@@ -13,6 +13,8 @@ from benchmarks.forked import Death, run, run_ranks
 from benchmarks.kill_resume import make_config, read_log
 from dataset.synthetic import make
 
+pytestmark = [pytest.mark.trains, pytest.mark.processes]
+
 LOSS = "loss/train/total"
 
 

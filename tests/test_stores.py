@@ -17,7 +17,7 @@ from checkpointing.stores import LocalFolder, RemoteFolder, outdated
 from errors import ConfigError, RunError
 from main import main
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = [pytest.mark.trains, pytest.mark.usefixtures("small_network")]
 
 
 def test_old_checkpoints_go_but_never_later_ones() -> None:

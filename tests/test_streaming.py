@@ -83,6 +83,7 @@ def test_shards_give_what_folders_give(
     assert [digests(batches(spec, epoch)) for epoch in range(2)] == expected
 
 
+@pytest.mark.processes
 def test_evaluation_gives_what_folders_give(mds: str, folder: str, tmp_path: Path) -> None:
     spec = stream(mds, tmp_path, split="val", num_workers=1)
     assert digests(batches(spec)) == digests(batches(build(folder, split="val")))
@@ -127,6 +128,7 @@ def test_resumes_in_mid_epoch_with_any_number_of_ranks(
     assert digests(together) == expected[0][12:]
 
 
+@pytest.mark.processes
 def test_a_resumed_run_sees_the_rest(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
     train(stream(mds, tmp_path / "a"), tmp_path, max_duration="7ba")
     model, _ = train(
@@ -138,6 +140,7 @@ def test_a_resumed_run_sees_the_rest(mds: str, expected: list[list[str]], tmp_pa
     assert model.seen == [*expected[0][28:], *expected[1]]
 
 
+@pytest.mark.processes
 def test_a_stream_can_be_sent_to_spawned_workers(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
     dataset.prefetch(40)
@@ -162,6 +165,7 @@ def test_fetches_ahead(mds: str, tmp_path: Path) -> None:
     assert [later for *_, later in items] == [index for _, index, _ in items[6:]] + [-1] * 6
 
 
+@pytest.mark.processes
 def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
     sizes = [shard.raw_data.bytes for shard in stream(mds, None).dataloader.dataset.shards.shards]
     limit = 4 * max(sizes)
@@ -348,6 +352,7 @@ def test_trains_from_s3_with_an_empty_cache_and_a_full_one(
     s3.start()
 
 
+@pytest.mark.processes
 def test_an_outage_costs_a_retry_not_the_run(
     s3: S3Server, url: str, expected: list[list[str]], tmp_path: Path
 ) -> None:

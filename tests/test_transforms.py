@@ -581,6 +581,7 @@ def test_a_samples_colours_do_not_depend_on_its_batch() -> None:
     assert torch.equal(raw, batch_of(6)[0])  # the batch itself is left alone
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     raw, labels = batch_of(8)

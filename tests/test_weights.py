@@ -27,6 +27,8 @@ from errors import WeightsError
 from model import build_network, deeplabv3
 from segmentation.classes import load_classes
 
+pytestmark = pytest.mark.trains
+
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(

@@ -337,10 +337,7 @@ def _check(config: Config) -> None:
         if not isinstance(arguments, dict):
             raise ConfigError(f"loggers.{name}: {arguments!r} is not its arguments; {{}} is none")
         if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise ConfigError(
-                f"loggers.{name}: its package is missing; "
-                f"pip install -c constraints.txt 'mosaicml[{name}]'"
-            )
+            raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
     if config.compile not in ("auto", True, False):

@@ -5,9 +5,61 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.version
 
 from errors import ConfigError
 from training.config import Config
+
+
+def check_kernels() -> None:
+    """Refuse a GPU for which torch's wheel has no kernels, which else ends deep in the first step.
+
+    Raises:
+        ConfigError: Says so, and what to install.
+    """
+    if not torch.cuda.is_available() or torch.version.hip:
+        return
+    built = torch.cuda.get_arch_list()
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if _runs(capability, built):
+            continue
+        older = all(capability < _capability(name) for name in built)
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, for which torch {torch.__version__} has no kernels "
+            f"(it has {', '.join(built)}); install "
+            + (
+                "torch 2.7.0, which has them from 5.0 on: make install TORCH=2.7.0"
+                if older
+                else "torch 2.13.0 or newer, built for CUDA 13: make install"
+            )
+        )
+
+
+def _runs(capability: tuple[int, int], built: list[str]) -> bool:
+    """Return whether a GPU runs any of these kernels.
+
+    `sm_80` runs on 8.0 and later 8.x; `compute_80` is compiled by the driver for all that is
+    later; `sm_90a` runs on 9.0 alone.
+    """
+    for name in built:
+        major, minor = made_for = _capability(name)
+        if name.startswith("compute_"):
+            fits = made_for <= capability
+        elif name.endswith("a"):
+            fits = made_for == capability
+        else:
+            fits = major == capability[0] and minor <= capability[1]
+        if fits:
+            return True
+    return False
+
+
+def _capability(name: str) -> tuple[int, int]:
+    """Return the compute capability of `sm_103` or `compute_80`: (10, 3), (8, 0)."""
+    digits = re.sub(r"\D", "", name)
+    return int(digits[:-1]), int(digits[-1])
 
 
 def choose_precision(name: str) -> tuple[str, torch.dtype | None]:
