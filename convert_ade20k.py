@@ -308,10 +308,12 @@ def convert(
         raise DataError(f"hash {unknown[0]!r} is none of Streaming's, such as sha1 or xxh64")
     out = out.rstrip("/")
     is_remote = "://" in out
-    if is_remote and staging is None:
-        key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
-        staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
-    folder = staging if is_remote else out
+    folder = out
+    if is_remote:
+        if staging is None:
+            key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
+            staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
+        folder = staging
     try:
         options = (compression, sorted(hashes), bytes_to_int(size_limit))
     except ValueError:
@@ -349,7 +351,7 @@ def _only_one(folder: str) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--path", required=True, help="folder that holds ADEChallengeData2016")
     add("--out", required=True, help="folder or URL (s3://…) for the shards")

@@ -243,7 +243,7 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Make a batch: photos (N, 3, H, W), channels-last in memory as they were, labels (N, H, W)."""
     images, targets = zip(*samples)
     images = default_collate([image.permute(1, 2, 0) for image in images])
-    return images.permute(0, 3, 1, 2), default_collate(targets)
+    return images.permute(0, 3, 1, 2), default_collate(list(targets))
 
 
 def build_ade20k_dataspec(
@@ -419,6 +419,7 @@ def build_data(config: Config, split: str) -> DataSpec:
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
     if not dataset.is_streaming:
+        assert dataset.path is not None  # resolve() has seen to it
         labels = config.model.num_classes, dataset.ignore_background, dataset.ignore_label
         check_labels(dataset.path, split, Labels(*labels))
     if arguments["num_workers"] != 0 and sys.platform == "linux":

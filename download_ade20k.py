@@ -326,7 +326,8 @@ def _bytes(count: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--path", default="./ade20k", help="folder to hold ADEChallengeData2016")
     parser.add_argument("--url", default=URL, help="where the archive is, for a mirror")

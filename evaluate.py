@@ -19,10 +19,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def evaluate_paper(
     return matrix
 
 
-def _as_tensors(pair: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.array(pair[0])), torch.from_numpy(np.array(pair[1]))
 
 
@@ -167,7 +167,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     arguments = data_arguments(options, segmenter)
     if options.protocol == "square":
         spec = build_ade20k_dataspec(**arguments)
-        dataset = spec.dataloader.dataset
+        assert isinstance(spec.dataloader, DataLoader)
+        dataset = cast(Sized, spec.dataloader.dataset)
         matrix = evaluate_square(segmenter, spec)
     else:
         labels = Labels(

@@ -28,6 +28,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -57,6 +58,9 @@ class Deployed(nn.Module):
     Shape:
         image (N, 3, H, W) uint8 RGB -> logits (N, C, H, W) float32
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ def _export_onnx(
 def _export_torchscript(
     model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
-    traced = torch.jit.trace(model, example, check_trace=False)
+    traced = cast(torch.jit.ScriptModule, torch.jit.trace(model, example, check_trace=False))
     traced.save(str(path), _extra_files=metadata)
     return torch.jit.load(str(path))
 
@@ -155,8 +159,8 @@ def compare(
     same, pixels, difference, largest = 0, 0, 0.0, 1.0
     for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
         factor = shorter / min(photo.shape[:2])
-        shape = tuple(max(round(side * factor), 1) for side in photo.shape[:2])
-        image = torch.from_numpy(resize_image(photo, shape).copy()).permute(2, 0, 1)
+        height, width = (max(round(side * factor), 1) for side in photo.shape[:2])
+        image = torch.from_numpy(resize_image(photo, (height, width)).copy()).permute(2, 0, 1)
         batch = torch.stack([image, image.flip(2)][:count])
         with torch.no_grad():
             expected, found = model(batch), exported(batch)

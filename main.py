@@ -11,10 +11,10 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from errors import ConfigError, Stopped, UserError
 from training.config import Config, help_text, load, resolve
@@ -64,7 +64,8 @@ def main(
     saver = next((c for c in trainer.state.callbacks if isinstance(c, Checkpoints)), None)
     with saver.listening() if saver else nullcontext():
         first = config.eval_first and trainer.state.timestamp.batch == 0
-        complete = trainer.state.timestamp >= trainer.state.max_duration
+        end = trainer.state.max_duration
+        complete = end is not None and trainer.state.timestamp >= end
         if first or complete or (saver and saver.evaluation_due):
             trainer.eval()
         if complete:
@@ -137,7 +138,7 @@ def build_trainer(
         data = build_data(config, "train") if config.is_train else None, build_data(config, "val")
     train_data, eval_data = data
     if train_data is not None:
-        warn_if_ema_is_slow(config, len(train_data.dataloader))
+        warn_if_ema_is_slow(config, len(cast(Sized, train_data.dataloader)))
 
     model_config = asdict(config.model)
     if start:
@@ -145,7 +146,8 @@ def build_trainer(
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
     if start and state_path is None:
         model.module.load_state_dict(start.weights.state)
-    model.to(memory_format=torch.channels_last)
+    # torch's overloads of `to` leave out the memory format.
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.cpu_autocast = cpu_autocast
     optimizer = DecoupledSGDW(model.parameters(), **asdict(config.optimizer))
     algorithms, scheduler = build_recipe(config)

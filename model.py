@@ -14,8 +14,8 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 from urllib.error import URLError
 
 import torch
@@ -48,7 +48,7 @@ def _import_mmseg_heads() -> tuple[type[nn.Module], type[nn.Module]]:
         from mmseg.models import ASPPHead, DepthwiseSeparableASPPHead
     if "_check_balance" in torch.ops._dir:
         torch.ops._dir.remove("_check_balance")
-        del torch.ops._check_balance
+        delattr(torch.ops, "_check_balance")
     return ASPPHead, DepthwiseSeparableASPPHead
 
 
@@ -134,7 +134,7 @@ def deeplabv3(
     )
     if use_plus:
         head = DepthwiseSeparableASPPHead(c1_in_channels=256, c1_channels=48, **head_arguments)
-        for branch in list(head.aspp_modules)[1:]:
+        for branch in list(cast(Iterable[Any], head.aspp_modules))[1:]:
             conv = branch.depthwise_conv.conv
             # Without a draw of random numbers, which those after it would feel
             ours = skip_init(DilatedDepthwiseConv2d, conv.in_channels, conv.dilation[0])
@@ -231,7 +231,8 @@ def _convert_sync_bn(network: DeepLabV3) -> DeepLabV3:
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network, groups[dist.get_node_rank()])
+    group = groups[dist.get_node_rank()]
+    return cast(DeepLabV3, nn.SyncBatchNorm.convert_sync_batchnorm(network, group))
 
 
 class ComposerDeepLabV3(ComposerClassifier):

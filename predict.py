@@ -175,13 +175,14 @@ class Segmenter:
                 part = batch[:, :, top : top + window, left : left + window]
                 logits = self.network(part)
                 stride = part.shape[2] // logits.shape[2]
-                if total is None:
+                if total is None or count is None:
                     total = logits.new_zeros(*logits.shape[:2], height // stride, width // stride)
                     count = torch.zeros_like(total[:1, :1])
                 rows = slice(top // stride, top // stride + logits.shape[2])
                 columns = slice(left // stride, left // stride + logits.shape[3])
                 total[:, :, rows, columns] += logits
                 count[:, :, rows, columns] += 1
+        assert total is not None and count is not None
         return total / count
 
 
@@ -226,6 +227,7 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
             if len(views) > 1:
                 scores = scores.softmax(0)
             total = scores if total is None else total + scores
+        assert total is not None
         bands.append(total.argmax(0))
     return torch.cat(bands)
 
@@ -250,7 +252,8 @@ def _torch_network(
     network: torch.nn.Module, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from photos (N, 3, H, W) uint8 to logits; put the network on the device."""
-    network = network.to(device, memory_format=torch.channels_last)
+    # torch's overloads of `to` leave out the memory format.
+    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     mean = torch.tensor(IMAGENET_CHANNEL_MEAN, device=device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_CHANNEL_STD, device=device).view(1, 3, 1, 1)
 

@@ -144,7 +144,7 @@ class RandomCrop(PairTransform):
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
         grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
-        size = (min(side, self.final_size),) * 2
+        size = (min(side, self.final_size), min(side, self.final_size))
         rows, columns = self._choose_crop(mask, side, size, grid, rng)
         image, labels = load_image(grid), resize_mask(mask[rows, columns], size)
         if image.shape[0] == mask.shape[0]:  # Only JPEGs are decoded smaller.
@@ -153,7 +153,7 @@ class RandomCrop(PairTransform):
         crop = resize_image(image[rows, columns], size)
         if rng.random() < 0.5:
             crop, labels = cv2.flip(crop, 1), cv2.flip(labels, 1)
-        return self._pad(crop, PADDING_COLOR), self._pad(labels, PADDING)
+        return self._pad(crop, PADDING_COLOR), self._pad(labels, (PADDING,))
 
     def _choose_crop(
         self,
@@ -186,7 +186,7 @@ class RandomCrop(PairTransform):
         count = np.bincount(labels.ravel(), minlength=256)[1:IGNORED]
         return 0 < count.max() <= self.max_class_share * count.sum()
 
-    def _pad(self, crop: np.ndarray, value: int | tuple[int, ...]) -> np.ndarray:
+    def _pad(self, crop: np.ndarray, value: tuple[int, ...]) -> np.ndarray:
         missing = self.final_size - len(crop)
         if missing == 0:
             return crop

@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", default="resnet101")
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--batch", type=int, default=128, help="images a step")

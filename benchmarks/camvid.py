@@ -14,13 +14,15 @@ import argparse
 import json
 import logging
 import warnings
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
+from torch.utils.data import DataLoader
 
 import main as program
 from benchmarks.train_step import RECIPES, Steps, machine, never_evaluate, release
@@ -99,9 +101,10 @@ def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
     trainer.fit()
     trainer.close()
     images = batches * args.batch
+    loader = cast(DataLoader, trainer.state.train_dataloader)
     return {
         "batches": batches,
-        "epochs": images / len(trainer.state.train_dataloader.dataset),
+        "epochs": images / len(cast(Sized, loader.dataset)),
         "minutes": evaluations.found[-1]["minutes"],
         "evaluations": evaluations.found,
     }
@@ -128,7 +131,7 @@ def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--minutes", type=float, default=5, help="of training, for each recipe")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)

@@ -20,18 +20,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.transforms import functional
 
-from data import build_ade20k_dataspec
+from data import ADE20k, build_ade20k_dataspec
 from dataset.folders import FOLDERS
+from dataset.sampler import EpochSampler
 
 SIZE, BATCH = 512, 8
+# torchvision's annotations leave out the Pillow images that these take.
+TF: Any = functional
+RandomCrop: Any = transforms.RandomCrop
 
 
 def make_data(root: Path, count: int) -> None:
@@ -124,13 +130,13 @@ class PillowLoader:
         return pixels, torch.from_numpy(np.array(target, np.int64)) - 1
 
     def _crop(self, image: Image.Image, target: Image.Image) -> tuple[Image.Image, Image.Image]:
-        box = transforms.RandomCrop.get_params(image, (SIZE, SIZE))
+        box = RandomCrop.get_params(image, (SIZE, SIZE))
         for _ in range(10):
             labels, counts = np.unique(np.array(TF.crop(target, *box)), return_counts=True)
             counts = counts[labels != 0]
             if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
                 break
-            box = transforms.RandomCrop.get_params(image, (SIZE, SIZE))
+            box = RandomCrop.get_params(image, (SIZE, SIZE))
         return TF.crop(image, *box), TF.crop(target, *box)
 
     def _distort(self, image: Image.Image) -> Image.Image:
@@ -165,10 +171,11 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict:
         num_workers=0,
         pin_memory=False,
     )
-    loader, transform = spec.dataloader, spec.microbatch_transforms
-    samples = loader.dataset.samples
+    loader, transform = cast(DataLoader, spec.dataloader), spec.microbatch_transforms
+    dataset, sampler = cast(ADE20k, loader.dataset), cast(EpochSampler, loader.sampler)
+    samples = dataset.samples
     del samples[limit:], samples[len(samples) // BATCH * BATCH :]
-    loader.sampler.__init__(loader.dataset, BATCH)
+    sampler.__init__(dataset, BATCH)
     sides: dict[str, Callable[[], Iterable]] = {
         "Pillow": lambda: PillowLoader(samples),
         "this project": lambda: loader,
@@ -176,7 +183,7 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict:
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
-        loader.sampler.set_epoch(repeat)
+        sampler.set_epoch(repeat)
         for name, side in sides.items():
             rate = images_per_second(side())
             if repeat:  # the first pass fills the file cache
@@ -224,7 +231,7 @@ def table(result: dict) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
     parser.add_argument("--images", type=int, default=400, help="images a pass (default: 400)")

@@ -69,7 +69,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--size", type=int, default=512, help="their side (default: 512)")
     parser.add_argument("--json", help="write the result there as well")

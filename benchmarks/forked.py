@@ -161,7 +161,9 @@ def _plan_death(death: Death) -> Any:
         number -= reached
         if reached and -death.times <= number < 0:
             loaders = multiprocessing.active_children()
-            os.kill(loaders[0].pid if death.is_loaders else os.getpid(), death.signal)
+            process = loaders[0].pid if death.is_loaders else os.getpid()
+            assert process is not None
+            os.kill(process, death.signal)
 
     class Deadly(Callback):
         def after_forward(self, state: Any, logger: Any) -> None:

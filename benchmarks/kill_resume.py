@@ -37,8 +37,8 @@ KILLS = {
 
 def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
     """Return a run of 12 steps of a recipe; `data` is what `make_data` made."""
-    dataset = {"base_size": 32, "final_size": 32, "batch_size": 4, "num_workers": workers}
-    dataset["path"] = f"{data}/{source}"
+    dataset: dict[str, Any] = {"base_size": 32, "final_size": 32, "batch_size": 4}
+    dataset |= {"num_workers": workers, "path": f"{data}/{source}"}
     if source == "shards":
         dataset |= {"is_streaming": True, "local": f"{data}/cache"}
     ema = {"half_life": "4ba", "update_interval": "1ba"}
@@ -164,7 +164,7 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
 
 def main() -> int:
     """Print the table; 1 if a run differs."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when (0)")

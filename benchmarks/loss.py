@@ -40,7 +40,7 @@ class Case:
 
     def __init__(self, side: str, target: str, args: argparse.Namespace, size: int | None = None):
         generator = torch.Generator().manual_seed(0)
-        size = size or args.size
+        size = int(size or args.size)
         shape = (args.batch, args.classes, size // args.stride, size // args.stride)
         logits = 3 * torch.randn(shape, generator=generator)
         logits = logits.to(args.device, args.dtype, memory_format=torch.channels_last)
@@ -63,6 +63,7 @@ class Case:
     def _composer(self) -> Tensor:
         z = F.interpolate(self.logits, self.size, mode="bilinear", align_corners=False)
         dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
+        assert isinstance(self.target, Tensor)
         cross_entropy = soft_cross_entropy(z, self.target, ignore_index=-1)
         return 0.375 * cross_entropy + 1.125 * dice(z, self.target)
 
@@ -117,7 +118,9 @@ def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
 def _resident(key: str) -> int:
     """Bytes of one line of this process's /proc status."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])
+    found = re.search(rf"{key}:\s+(\d+) kB", status)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -148,8 +151,8 @@ def machine(device: str) -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     if device == "cuda":
         name = torch.cuda.get_device_name()
-    elif cpuinfo.exists():
-        name = re.search(r"model name\s*: (.*)", cpuinfo.read_text())[1]
+    elif cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        name = found[1]
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -181,7 +184,7 @@ def quiet() -> None:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--size", type=int, default=512, help="side of the target in pixels")

@@ -89,7 +89,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a table; return 1 if a number differs."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("commit", help="what to compare with, as git names it")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     options = parser.parse_args(arguments)

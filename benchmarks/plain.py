@@ -45,7 +45,8 @@ class PlainDeepLabV3(ComposerModel):
         )
         for layer in self.module.modules():
             if isinstance(layer, DilatedDepthwiseConv2d):
-                layer.__class__ = nn.Conv2d
+                # It adds a method to nn.Conv2d, and no state.
+                layer.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
         self.config = model
         self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
 

@@ -118,7 +118,9 @@ def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> It
     longer = max(minutes / usual_minutes(), 1)
     for benchmark in [*benchmarks, *([None] if path else [])]:
         left = max(deadline - time.perf_counter(), 1)
-        benchmark = benchmark or camvid(path, left, torch.cuda.is_available())
+        if benchmark is None:
+            assert path is not None
+            benchmark = camvid(path, left, torch.cuda.is_available())
         print(f"{benchmark.module} {benchmark.arguments}", file=sys.stderr, flush=True)
         yield run(benchmark, min(left, longer * (benchmark.seconds or left)))
 
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 1 if a benchmark did not come to its end."""
     on_gpu = torch.cuda.is_available()
     names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=usual_minutes(), help="for all")
     parser.add_argument("--camvid", help="CamVid in ADE20K's layout; default: leave it out")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="besides CamVid")

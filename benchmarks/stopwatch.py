@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer import Callback, Trainer
 from composer.core import State
 from composer.loggers import Logger
+
+from model import DeepLabV3
 
 PARTS = (
     "backbone",
@@ -39,18 +41,19 @@ class Stopwatch(Callback):
     """
 
     def __init__(self, trainer: Trainer, compile_parts: bool = False) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
         self._parts = ["rest"]
         self._since = time.perf_counter()
         trainer.state.callbacks.append(self)
-        network = trainer.state.model.module
+        network = cast(DeepLabV3, trainer.state.model.module)
         for part in (network.backbone, network.classifier):
             if compile_parts:
                 part.forward = torch.compile(part.forward, dynamic=False)
         network.backbone.forward = self._timed(network.backbone.forward, "backbone")
         network.classifier.forward = self._head(network.classifier.forward)
         spec = trainer._train_data_spec
+        assert spec is not None
         spec.microbatch_transforms = self._timed(spec.microbatch_transforms, "data transform")
         trainer._train_microbatches = self._timed(trainer._train_microbatches, "rest")
         trainer._eval_train_metrics = self._timed(trainer._eval_train_metrics, "metrics")

@@ -31,12 +31,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.version
 from composer import Callback, Trainer
 from composer.core import DataSpec, Engine, State, get_precision_context
 from composer.loggers import Logger
+from composer.models import ComposerModel
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,7 +148,7 @@ class Contender:
         """How often the host waits in a step, on average."""
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.fit(CYCLE)
-        waits = sum(event.name == "aten::_local_scalar_dense" for event in profiler.events())
+        waits = sum(event.name == "aten::_local_scalar_dense" for event in profiler.events() or ())
         return waits / CYCLE
 
     def parts(self) -> dict[str, float]:
@@ -211,12 +213,13 @@ def standing_bytes(trainer: Trainer) -> int:
 @torch.no_grad()
 def forward_seconds(trainer: Trainer, batch: Any) -> float:
     """Seconds of a forward pass in evaluation, in the run's type; the best of four."""
-    trainer.state.model.eval()
+    model = cast(ComposerModel, trainer.state.model)
+    model.eval()
     taken = []
     for _ in range(4):
         start = time.perf_counter()
         with get_precision_context(trainer.state.precision):
-            trainer.state.model.eval_forward(batch)
+            model.eval_forward(batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
@@ -246,7 +249,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
     while time.perf_counter() < end:
         start = time.perf_counter()
         for _ in range(10 if on_gpu else 1):
-            a @ b
+            torch.matmul(a, b)
         if on_gpu:
             torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - start) / (10 if on_gpu else 1))
@@ -387,7 +390,7 @@ def parts_table(result: dict[str, Any]) -> str:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
     parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")

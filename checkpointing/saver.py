@@ -47,7 +47,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
             outcome = (None, error)
         except Exception as error:  # what a file system or the client of an object store raises
             outcome = (None, RunError(one_line(error)))
-    outcomes = dist.all_gather_object(outcome)
+    outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
     for _, error in outcomes:
         if error is not None:
             raise error

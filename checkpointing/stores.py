@@ -18,9 +18,10 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from typing import cast
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
-from composer.utils.object_store import S3ObjectStore
+from composer.utils.object_store import ObjectStore, S3ObjectStore
 
 from errors import RunError, one_line
 
@@ -121,9 +122,9 @@ class RemoteFolder:
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
         if backend == "s3":  # botocore's defaults take five minutes to find that nobody answers
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
-            self.store = S3ObjectStore(bucket, client_config=config)
+            self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
         else:
-            self.store = maybe_create_object_store_from_uri(uri)
+            self.store = cast(ObjectStore, maybe_create_object_store_from_uri(uri))
         self._folder = tempfile.TemporaryDirectory(prefix="checkpoints-")
         self.scratch = self._folder.name
         self._lock = threading.Condition()

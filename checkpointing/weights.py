@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from errors import WeightsError
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
@@ -38,8 +39,12 @@ if TYPE_CHECKING:
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
 # the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
-DEPTHS = {(3, 4, 6, 3): "50", (3, 4, 23, 3): "101", (3, 8, 36, 3): "152"}
-FAMILIES = {
+DEPTHS: dict[tuple[int, ...], str] = {
+    (3, 4, 6, 3): "50",
+    (3, 4, 23, 3): "101",
+    (3, 8, 36, 3): "152",
+}
+FAMILIES: dict[tuple[int, ...], str] = {
     (64, 64): "resnet{}",
     (128, 4): "resnext{}_32x4d",
     (256, 8): "resnext{}_32x8d",
@@ -302,7 +307,7 @@ def _composer_types() -> list[Any]:
         (make_array, "numpy._core.multiarray._reconstruct"),
         (make_array, "numpy.core.multiarray._reconstruct"),
         datetime.timedelta,
-        torch.torch_version.TorchVersion,
+        TorchVersion,
     ]
 
 

@@ -144,7 +144,7 @@ def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
             except OSError as error:
                 tally.find(name, f"cannot be read: {error.strerror}")
         if len(content) == 2:
-            tally.check(*content, names, labels)
+            tally.check(content[0], content[1], names, labels)
     return tally
 
 

@@ -20,17 +20,19 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch
 from composer.core import DataSpec
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dataset.checks import Tally, check
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.labels import Labels
+from dataset.sampler import EpochSampler
 from errors import DataError, UserError
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import sample_sheet
@@ -66,7 +68,8 @@ def measure_loader(
         ignore_background=labels.ignore_background,
         ignore_label=labels.ignore_label,
     )
-    loader, shapes, seen, began = spec.dataloader, [], 0, None
+    loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
+    assert isinstance(loader, DataLoader)
     warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
     with contextlib.closing(_batches(loader)) as batches:
         for number, (image, target) in enumerate(batches):
@@ -89,10 +92,11 @@ def measure_loader(
     return figures, (photos.round().clip(0, 255).astype(np.uint8), first[1].numpy())
 
 
-def _batches(loader: torch.utils.data.DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
+    sampler = cast(EpochSampler, loader.sampler)
     try:
         for epoch in itertools.count():
-            loader.sampler.set_epoch(epoch)
+            sampler.set_epoch(epoch)
             yield from loader
     finally:
         loader._iterator = None  # ends its workers; left to the garbage collector it takes 5 s each
@@ -261,7 +265,7 @@ def validate(
 
 def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     """Check a data set as the command line says; return the exit status."""
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="data.py", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("path", help="folder in ADE20K's layout, or folder or URL of MDS shards")
     add("local", nargs="?", help="folder to keep shards in")

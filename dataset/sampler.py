@@ -6,7 +6,7 @@ Samplers give `Item`s, not indices: workers live for the whole run and learn the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from composer.utils import dist
@@ -19,6 +19,16 @@ class Item(NamedTuple):
     epoch: int
     index: int
     prefetch: int = -1
+
+
+class Ordered(Protocol):
+    """A data set that says in which order an epoch takes its samples."""
+
+    def __len__(self) -> int: ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the order of an epoch's samples."""
+        ...
 
 
 def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
@@ -51,9 +61,11 @@ class EpochSampler(DistributedSampler):
         rank: This rank; None: Composer's.
     """
 
+    dataset: Ordered
+
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Ordered,
         batch_size: int,
         seed: int = 17,
         shuffle: bool = True,
@@ -64,7 +76,7 @@ class EpochSampler(DistributedSampler):
     ):
         num_replicas = dist.get_world_size() if num_replicas is None else num_replicas
         rank = dist.get_global_rank() if rank is None else rank
-        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
+        super().__init__(cast(Dataset, dataset), num_replicas, rank, shuffle, seed, drop_last)
         self.batch_size, self.prefetch_distance = batch_size, prefetch_distance
         self.resumed_epoch, self.seen = -1, 0
         self.num_samples = len(self._positions(0))

@@ -76,7 +76,7 @@ class Shards:
         self.location = os.path.join(remote or local, split)
         self.folder = os.path.join(local, split)
         self.retries = download_retry
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             remote=remote,
             local=local,
             split=split,
@@ -256,6 +256,7 @@ class Shards:
             raise DataError(f"is damaged: {one_line(error)}") from error
 
     def _make_room(self, size: int) -> None:
+        assert self.cache_limit is not None
         present = [shard for shard in range(len(self.shards)) if os.path.exists(self.path(shard))]
         present.sort(key=lambda shard: os.path.getmtime(self.path(shard)), reverse=True)
         used = sum(self.shards[shard].get_raw_size() for shard in present)

@@ -71,12 +71,12 @@ def shape(size: int, rng: np.random.Generator) -> np.ndarray:
     if kind == 1:
         axes = tuple(radius.astype(int).tolist())
         cv2.ellipse(
-            mask, tuple(center.astype(int).tolist()), axes, rng.uniform(0, 180), 0, 360, 1, -1
+            mask, tuple(center.astype(int).tolist()), axes, rng.uniform(0, 180), 0, 360, (1,), -1
         )
     else:
         angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 7)))
         corners = center + radius.max() * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
+        cv2.fillPoly(mask, [corners.astype(np.int32)], (1,))
     return mask.astype(bool)
 
 

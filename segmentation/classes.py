@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -118,6 +118,9 @@ def classes_from_json(text: str) -> list[ClassInfo]:
         ClassError: The text is not of that form.
     """
     try:
-        return [ClassInfo(str(c["name"]), tuple(map(int, c["color"]))) for c in json.loads(text)]
+        return [
+            ClassInfo(str(c["name"]), cast("tuple[int, int, int]", tuple(map(int, c["color"]))))
+            for c in json.loads(text)
+        ]
     except (ValueError, TypeError, KeyError) as error:
         raise ClassError(f"class names in the file's metadata are malformed: {error}") from error

@@ -9,6 +9,7 @@ taps do meet the image (torch 2.7.0: 64 x 64 features, dilation 12, off by 140%)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,16 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
     def __init__(
         self, channels: int, dilation: int, device: torch.device | str | None = None
     ) -> None:
-        same = dict(padding=dilation, dilation=dilation, groups=channels)
-        super().__init__(channels, channels, 3, bias=False, device=device, **same)
+        super().__init__(
+            channels,
+            channels,
+            3,
+            padding=dilation,
+            dilation=dilation,
+            groups=channels,
+            bias=False,
+            device=device,
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Convolve; shapes are those of `torch.nn.Conv2d`."""
@@ -105,12 +114,12 @@ def _overlap(offset: int, size: int) -> tuple[slice, slice]:
     return slice(first, last), slice(first + offset, last + offset)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     image, weight, ctx.dilation = inputs
     ctx.save_for_backward(image, weight)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     return *gradients(grad, *ctx.saved_tensors, ctx.dilation), None
 
 

@@ -9,6 +9,7 @@ indices. An index below 0 or beyond the last class (255, say) is a pixel without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import cv2
 import numpy as np
@@ -77,7 +78,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         left, top, right, bottom = font.getbbox(name)
         if (right - left) ** 2 + (bottom - top) ** 2 < room**2:
             stroke = max(1, font.size // 12)
-            at = (x * scale, y * scale)
+            at = (int(x) * scale, int(y) * scale)
             draw.text(at, name, PAPER, font, "mm", stroke_width=stroke, stroke_fill=INK)
 
 
@@ -92,7 +93,7 @@ def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
 
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """Pillow's own font: it is the same, and there, on every machine."""
-    return ImageFont.load_default(max(size, 11))
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(size, 11)))
 
 
 def _font_size(height: int) -> float:
@@ -117,14 +118,16 @@ def draw_legend(
         height: Pixels the panel is high, at least.
         notes: More entries at the end: text, text to its right, and colour.
     """
-    counts = sum(
-        np.bincount(_indices(m, len(classes)).ravel(), minlength=len(classes) + 1) for m in masks
-    )
+    counts = np.zeros(len(classes) + 1, np.int64)
+    for mask in masks:
+        counts += np.bincount(_indices(mask, len(classes)).ravel(), minlength=len(counts))
     share = counts / counts.sum()
     order = [int(i) for i in np.argsort(-share, kind="stable") if share[i] > 0]
     large = [i for i in order if share[i] >= 0.001]
     named = [*classes, UNLABELLED]
-    entries = [(named[i].name, f"{share[i]:.1%}", named[i].color) for i in large]
+    entries: list[tuple[str, str, tuple[int, int, int] | None]] = [
+        (named[i].name, f"{share[i]:.1%}", named[i].color) for i in large
+    ]
     if len(order) > len(large):
         entries.append((f"{len(order) - len(large)} more", "< 0.1% each", None))
     return _draw_entries([*entries, *notes], height)
@@ -139,7 +142,9 @@ def _draw_entries(
     rows = max(height // line - 1, -(-len(entries) // 3))
     columns = [entries[i : i + rows] for i in range(0, len(entries), rows)]
     widths = [
-        line * 2.5 + sum(max(font.getlength(entry[i]) for entry in column) for i in (0, 1))
+        line * 2.5
+        + max(font.getlength(text) for text, _, _ in column)
+        + max(font.getlength(note) for _, note, _ in column)
         for column in columns
     ]
     size = (round(sum(widths)), max(height, (len(columns[0]) + 1) * line))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,8 @@ def segmentation_loss(
                 "segmentation_loss takes logits (N, C, h, w) of two classes or more and integer "
                 f"targets (N, H, W), not {tuple(logits.shape)} and {tuple(t.shape)} {t.dtype}"
             )
-    cross_entropy, dice = _SegmentationLoss.apply(logits, weights, ignore_index, *targets)
+    losses = _SegmentationLoss.apply(logits, weights, ignore_index, *targets)
+    cross_entropy, dice = cast("tuple[Tensor, Tensor]", losses)
     parts = {}
     total = torch.zeros_like(dice)
     if cross_entropy_weight:

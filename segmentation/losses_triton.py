@@ -292,9 +292,7 @@ def forward_sums(
         sums,
         *(weights[0], weights[-1], ignore_index),
         *_geometry(logits, height, width),
-        **_constants(logits, len(targets), width),
-        ROWS=FORWARD_ROWS,
-        CELLS=FORWARD_CELLS,
+        **_constants(logits, len(targets), width) | {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS},
     )
     intersection, truth, predicted = sums.sum(0)
     return nll.sum(), intersection, truth, predicted, lse
@@ -326,9 +324,8 @@ def backward(
         by_predicted,
         *(weights[0], weights[-1], ignore_index),
         *_geometry(logits, height, width),
-        **_constants(logits, len(targets), width),
-        ROWS=BACKWARD_ROWS,
-        CELLS=BACKWARD_CELLS,
+        **_constants(logits, len(targets), width)
+        | {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS},
     )
     return grad
 

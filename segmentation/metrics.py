@@ -73,6 +73,7 @@ def score_batch(
     for image_logits, image_target in zip(logits, target.long(), strict=True):
         labelled = _labelled(image_target, len(image_logits), ignore_index)
         prediction, cross_entropy = _scan(image_logits, image_target)
+        assert cross_entropy is not None
         total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
         pixels += labelled.sum()
         predictions.append(prediction)
@@ -153,6 +154,7 @@ class MIoU(Metric):
         if isinstance(logits, BatchScore):
             self.matrix += logits.matrix
         else:
+            assert target is not None
             self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
 
     def compute(self) -> Tensor:
@@ -181,6 +183,7 @@ class CrossEntropy(Metric):
     def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
         """Add a batch: its logits and target as of `confusion_matrix`, or its score."""
         if not isinstance(logits, BatchScore):
+            assert target is not None
             logits = score_batch(logits, target, logits.shape[1], self.ignore_index)
         self.total += logits.cross_entropy
         self.pixels += logits.pixels
@@ -194,7 +197,7 @@ def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return (target >= 0) & (target < num_classes) & (target != ignore_index)
 
 
-def _slabs(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+def _slabs(logits: Tensor, size: torch.Size) -> Iterator[tuple[int, Tensor]]:
     """Upsamples one image's (C, h, w) logits, K classes at a time: (first class, (K, H, W) fp32).
 
     Classes rather than rows: each is then interpolated exactly as in one call over the whole image.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import composer.algorithms
 import numpy as np
@@ -52,6 +52,7 @@ class SeedMicrobatch(Algorithm):
             self.passes = 0
         elif event == Event.BEFORE_TRAIN_BATCH:
             size = state.device_train_microbatch_size
+            assert size is not None
             if size != self.microbatch_size:  # `auto` ran out of memory and starts the batch anew
                 self.passes = 0
             self.microbatch_size = size
@@ -152,7 +153,8 @@ class SAM(Algorithm):
             return loss
 
         optimizer.step = MethodType(step, optimizer)
-        optimizer._step_supports_amp_closure = True  # for the trainer: closures in fp16 as well
+        # For the trainer, which looks for it on any optimizer: closures in fp16 as well.
+        optimizer._step_supports_amp_closure = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
@@ -190,6 +192,8 @@ class EMA(composer.algorithms.EMA):
         half_life: Time string in batches or epochs after which a weight counts half.
         update_interval: Time string between updates, in the same unit; None for 1.
     """
+
+    smoothing: float  # never None: there always is a half-life
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
@@ -244,4 +248,4 @@ class EMA(composer.algorithms.EMA):
 
 def _network(state: State) -> nn.Module:
     """Return the model without DDP around it."""
-    return state.model.module if state.is_model_ddp else state.model
+    return cast(nn.Module, state.model.module) if state.is_model_ddp else state.model

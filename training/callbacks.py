@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ from composer.utils import (
     maybe_create_object_store_from_uri,
     parse_uri,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from errors import RunError
 from segmentation.classes import ClassInfo, classes_to_json, load_classes
 from segmentation.drawing import prediction_sheet
 from segmentation.metrics import (
+    MIoU,
     class_table,
     confusion_matrix,
     mean_iou,
@@ -146,11 +148,11 @@ class Pictures(Callback):
             return
         spec = evaluator.dataloader
         if label not in self._batches:
-            dataset = spec.dataloader.dataset
+            loader = cast(DataLoader, spec.dataloader)
+            dataset = cast(Sequence[Any], loader.dataset)
             places = (np.arange(self.count) + 0.5) * len(dataset) / self.count
             self._batches[label] = [
-                spec.dataloader.collate_fn([dataset[i]])
-                for i in np.unique(places.astype(int)).tolist()
+                loader.collate_fn([dataset[i]]) for i in np.unique(places.astype(int)).tolist()
             ]
         photos, targets, predictions = [], [], []
         for batch in self._batches[label]:
@@ -176,8 +178,8 @@ class Pictures(Callback):
         with get_precision_context(state.precision, state.precision_config):
             # The network itself: DistributedDataParallel's forward waits for the other processes,
             # and the compiled model would be compiled again for a batch of one.
-            model = state.model.module if state.is_model_ddp else state.model
-            logits = model.module(batch[0])
+            model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
+            logits = cast(nn.Module, model.module)(batch[0])
         size = batch[1].shape[1:]
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
         return batch[1][0].cpu().numpy(), logits.argmax(1)[0].cpu().numpy()
@@ -208,7 +210,7 @@ class Curves(Callback):
         self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        metric = state.eval_metrics.get(state.dataloader_label, {}).get("MIoU")
+        metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
         if metric is not None:
             self.eval.append((state.timestamp.batch.value, float(metric.compute())))
         self._draw(state)
@@ -285,10 +287,11 @@ class ClassTable(Callback):
         self.folder = folder
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        metric = state.eval_metrics.get(state.dataloader_label, {}).get("MIoU")
-        if dist.get_global_rank() != 0 or metric is None or metric.total_matrix is None:
+        metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
+        matrix = metric.total_matrix if isinstance(metric, MIoU) else None
+        if dist.get_global_rank() != 0 or matrix is None:
             return
-        columns, rows = class_table(metric.total_matrix, self.classes)
+        columns, rows = class_table(matrix, self.classes)
         # Composer's file logger makes tables with pandas; on the console 150 rows would hide the
         # rest.
         pandas = importlib.util.find_spec("pandas") is not None
@@ -335,7 +338,7 @@ class TrainMIoU(Callback):
         target = main_target(state.batch[1])
         with torch.no_grad():
             counts = confusion_matrix(
-                state.outputs.detach(), target, self.num_classes, self.ignore_index
+                cast(Tensor, state.outputs).detach(), target, self.num_classes, self.ignore_index
             )
         self._matrix = counts if self._matrix is None else self._matrix + counts
 
@@ -393,15 +396,14 @@ def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]
 def summary(trainer: Trainer) -> str:
     """Say what a run reached and left behind, a line each."""
     lines = []
-    callbacks = {type(callback): callback for callback in trainer.state.callbacks}
+    callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
-        evaluations = callbacks[Curves].eval
+        (evaluations,) = (c.eval for c in callbacks if isinstance(c, Curves))
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None else f"{first:.2f} before, "
         lines.append(f"mIoU: {before}{miou:.2f} now")
     if trainer.saved_checkpoints:
         lines.append(f"checkpoint: {trainer.saved_checkpoints[-1]}")
-    if Pictures in callbacks and callbacks[Pictures].latest:
-        lines.append(f"pictures: {callbacks[Pictures].latest}")
+    lines += [f"pictures: {c.latest}" for c in callbacks if isinstance(c, Pictures) and c.latest]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -238,7 +238,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
             raise ConfigError(f"{override!r} is not an override; write key=value, as in seed=1")
     try:
         given = OmegaConf.from_dotlist(overrides)
-        config = OmegaConf.merge(config, given)
+        config = cast(DictConfig, OmegaConf.merge(config, given))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
     recipe = config.get("recipe_name")
@@ -257,9 +257,10 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
         raw = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
-    raw = _without_empty_sections(raw, Config, "")
+    raw = _without_empty_sections(cast("dict[str, Any]", raw), Config, "")
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        typed = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_one_line(error)}") from error
     typed.run_name = typed.run_name or os.environ.get("RUN_NAME") or None
@@ -318,7 +319,7 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
             if dataclasses.is_dataclass(section):
-                value = _without_empty_sections(value, section, f"{prefix}{name}.")
+                value = _without_empty_sections(value, cast(type, section), f"{prefix}{name}.")
         elif value is None and type(None) not in getattr(section, "__args__", ()):
             raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
         result[name] = value

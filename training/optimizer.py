@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import composer.optim
 import torch
 from torch import Tensor
@@ -61,9 +64,25 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
                 momentum_buffer_list[i] = buffer
 
 
-def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]:
+@overload
+def _flat(tensors: list[Tensor]) -> list[Tensor]: ...
+
+
+@overload
+def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]: ...
+
+
+def _flat(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """On a CPU, the tensors as vectors: its fused step copies, there and back, channels-last."""
     return [t if t is None or t.is_cuda else t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+@overload
+def _laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
 
 
 def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:

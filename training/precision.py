@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.version
 
 from errors import ConfigError
 from training.config import Config
