@@ -26,7 +26,7 @@ check: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 --output-sync lint quick
 
 lint: $(VENV)/.test
-	@PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files
 
 quick: $(VENV)/.test
 	@$(PY) -m pytest -q -m 'not (trains or processes or s3 or gpu or slow)'

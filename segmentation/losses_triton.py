@@ -278,7 +278,7 @@ def forward_sums(
     """As `losses.forward_sums`, for fp32, bf16 and fp16 logits on a GPU, but the lse in base 2."""
     n, c, _, w = logits.shape
     height, width = targets[0].shape[1:]
-    grid = (triton.cdiv(w + 1, FORWARD_CELLS), triton.cdiv(height, FORWARD_ROWS), n)
+    grid = (_ceil_div(w + 1, FORWARD_CELLS), _ceil_div(height, FORWARD_ROWS), n)
     lse = logits.new_empty((2, n, height, width), dtype=torch.float32)
     nll = lse.new_empty(math.prod(grid))
     sums = lse.new_empty(math.prod(grid), 3, c)
@@ -313,7 +313,7 @@ def backward(
     height, width = lse.shape[2:]
     logits, targets = _layout(logits, targets)
     grad = torch.empty_like(logits)
-    _backward_kernel[(triton.cdiv(w, BACKWARD_CELLS), triton.cdiv(h, BACKWARD_ROWS), n)](
+    _backward_kernel[(_ceil_div(w, BACKWARD_CELLS), _ceil_div(h, BACKWARD_ROWS), n)](
         logits,
         grad,
         targets[0],
@@ -328,6 +328,15 @@ def backward(
         | {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS},
     )
     return grad
+
+
+# As Triton's, whose types are those of its kernels.
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _layout(logits: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -345,14 +354,14 @@ def _geometry(logits: Tensor, height: int, width: int) -> tuple:
 def _constants(logits: Tensor, num_targets: int, width: int) -> dict[str, int]:
     """Return what the kernels are compiled for."""
     c, w = logits.shape[1], logits.shape[3]
-    head = triton.next_power_of_2(c) // 2
+    head = _next_power_of_2(c) // 2
     support = math.ceil(width / w) + (width % w != 0)  # pixels in a cell at most, rounding included
     return {
         "MIXED": num_targets == 2,
         # Blocks come in powers of 2. Two, `_c` and `_d` in the kernels, fit 150 classes better.
         "HEAD": head,
-        "TAIL": triton.next_power_of_2(c - head),
-        "PIXELS": min(PIXELS, triton.next_power_of_2(support)),
+        "TAIL": _next_power_of_2(c - head),
+        "PIXELS": min(PIXELS, _next_power_of_2(support)),
         "SUPPORT": support,
         "num_warps": 1,  # no waiting for other warps in the sums over classes
     }

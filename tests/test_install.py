@@ -388,7 +388,9 @@ def test_make_installs_once(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "uv.lock"):
         shutil.copy(ROOT / name, tmp_path)
     programs = [
-        f"{venv}/bin/{name}" for venv in (".venv", ".venv-2.7.0") for name in ("python", "ruff")
+        f"{venv}/bin/{name}"
+        for venv in (".venv", ".venv-2.7.0")
+        for name in ("python", "pre-commit")
     ]
     for name in ("install.sh", *programs):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
