@@ -1,7 +1,7 @@
 """What can be wrong with a data set: names, decoding, sizes and labels of files, hashes of shards.
 
 `check()` looks at every file in parallel and returns a `Tally` for each split, of which
-validate.py makes the report; convert_ade20k.py reads what it wrote back with the same functions.
+report.py makes the report; convert_ade20k.py reads what it wrote back with the same functions.
 """
 
 from __future__ import annotations

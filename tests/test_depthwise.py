@@ -1,4 +1,4 @@
-"""depthwise.py against PyTorch's convolution in fp64."""
+"""segmentation/depthwise.py against PyTorch's convolution in fp64."""
 
 import pytest
 import torch
