@@ -116,16 +116,19 @@ would() { sync --dry-run "${@:2}" 2>&1 | grep -q "Would $1"; }
 # Reading torch's headers is most of what mmcv-full's 73 files cost. GCC is given them read, which halves the build;
 # where it finds that the two do not fit, it reads the headers.
 build_mmcv() {
-  local headers=$PWD/$venv/.headers include built=1
+  local headers=$PWD/$venv/.headers flags built=1
   if "${CXX:-c++}" --version | grep -q 'Free Software'; then
-    include=$("$venv/bin/python" -c '
-import os, sysconfig
-torch = os.path.join(sysconfig.get_path("platlib"), "torch/include")
-print("-I", torch, "-I", os.path.join(torch, "torch/csrc/api/include"), "-I", sysconfig.get_path("include"))')
+    flags=$("$venv/bin/python" -c '
+import pathlib, sysconfig
+torch = pathlib.Path(sysconfig.get_path("platlib"), "torch")
+include = torch / "include"
+print("-I", include, "-I", include / "torch/csrc/api/include", "-I", sysconfig.get_path("include"))
+if "GLIBCXX_USE_CXX11_ABI" in (torch / "utils/cpp_extension.py").read_text():  # torch 2.7 defines it
+    print("-D_GLIBCXX_USE_CXX11_ABI=1")')
     mkdir -p "$headers"
     echo '#include <torch/types.h>' >"$headers/torch.h"
     # shellcheck disable=SC2086 # several words
-    "${CXX:-c++}" -O0 -g0 -fPIC -std=c++17 $include -x c++-header "$headers/torch.h" -o "$headers/torch.h.gch" &&
+    "${CXX:-c++}" -O0 -g0 -fPIC -std=c++17 $flags -x c++-header "$headers/torch.h" -o "$headers/torch.h.gch" &&
       CPPFLAGS="-include $headers/torch.h" sync && built=0
     rm -rf "$headers"
   fi
