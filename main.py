@@ -155,8 +155,9 @@ def build_trainer(
     microbatch = config.device_train_microbatch_size
     if microbatch is None or (microbatch == "auto" and not torch.cuda.is_available()):
         microbatch = config.train_dataset.batch_size // dist.get_world_size()
-    compile_model = compiles(config)
-    if compile_model:
+    if compiles(config):
+        # Not Composer's way, which compiles DDP's forward pass and leaves evaluation out.
+        model.module.compile(dynamic=False)
         model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
     torch.backends.cudnn.benchmark = not config.deterministic  # sizes do not change
     with guarded_unpickling():
@@ -182,7 +183,6 @@ def build_trainer(
             device_train_microbatch_size=microbatch,
             deterministic_mode=config.deterministic,
             seed=config.seed,
-            compile_config={"dynamic": False} if compile_model else None,
             python_log_level=config.python_log_level,
         )
     scratch.cleanup()

@@ -31,6 +31,7 @@ from torchvision.models.resnet import Bottleneck
 
 from checkpointing.weights import Weights, infer_architecture
 from errors import ModelError, WeightsError
+from segmentation.batch_norm import share_statistics
 from segmentation.depthwise import DilatedDepthwiseConv2d
 from segmentation.losses import segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
@@ -109,8 +110,7 @@ def deeplabv3(
         backbone_arch: A torchvision ResNet with bottleneck blocks, such as `"resnet101"`.
         backbone_weights: `None`, a torchvision name such as `"IMAGENET1K_V2"`, or the path or
             URL of a state dict with torchvision's parameter names.
-        sync_bn: Whether BatchNorm statistics are shared by the processes of a node. Without effect
-            in a single process.
+        sync_bn: Whether BatchNorm statistics are shared by the processes of a node.
         use_plus: DeepLabV3+ (with the stride-4 decoder) rather than DeepLabV3.
         init_fn: Applied to every module; to those of the head alone where the backbone has weights.
 
@@ -145,7 +145,9 @@ def deeplabv3(
     network = DeepLabV3(features, head)
     if init_fn is not None:
         (network.classifier if backbone_weights else network).apply(init_fn)
-    return _convert_sync_bn(network) if sync_bn else network
+    if sync_bn:
+        _share_statistics(network)
+    return network
 
 
 def _resnet(arch: str) -> torchvision.models.ResNet:
@@ -219,20 +221,16 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
 
-def _convert_sync_bn(network: DeepLabV3) -> DeepLabV3:
+def _share_statistics(network: DeepLabV3) -> None:
     """Share BatchNorm statistics within each node (across nodes costs more than it gives)."""
-    if dist.get_world_size() == 1:
-        return network
-    if not torch.cuda.is_available():
-        log.warning("model.sync_bn is ignored: torch's SyncBatchNorm needs a GPU")
-        return network
     per_node = dist.get_local_world_size()
+    if per_node == 1:
+        return
     groups = [
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    group = groups[dist.get_node_rank()]
-    return cast(DeepLabV3, nn.SyncBatchNorm.convert_sync_batchnorm(network, group))
+    share_statistics(network, groups[dist.get_node_rank()])
 
 
 class ComposerDeepLabV3(ComposerClassifier):

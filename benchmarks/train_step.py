@@ -153,8 +153,9 @@ class Contender:
 
     def parts(self) -> dict[str, float]:
         """Milliseconds of each part of a step; the last that this trainer is good for."""
-        model = self.trainer.state.model
-        compiled = model.__dict__.pop("forward", None) is not None  # Composer's torch.compile
+        network = self.trainer.state.model.module
+        compiled = network._compiled_call_impl is not None
+        network._compiled_call_impl = None
         watch = Stopwatch(self.trainer, compile_parts=compiled)
         self.fit(self.args.warmup if compiled else CYCLE)  # its memory was idle
         watch.steps = 0

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +230,12 @@ def test_loggers_write_what_the_run_logs(
     assert record.data.metrics["loss/train/total"] == pytest.approx(loss, rel=1e-5)
     assert record.data.params["seed"] == "17"  # the resolved config
 
-    wandb_log = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
-    assert b"loss/train/total" in wandb_log
-    assert b"metrics/eval/MIoU" in wandb_log
+    wandb_log = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 30  # a process of W&B's writes it, on a busy machine later
+    while b"metrics/eval/MIoU" not in wandb_log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"loss/train/total" in wandb_log.read_bytes()
+    assert b"metrics/eval/MIoU" in wandb_log.read_bytes()
     assert "loss/train/total" in (tmp_path / "log.txt").read_text()
 
 

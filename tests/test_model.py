@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import http.server
-import logging
 import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -19,6 +19,7 @@ from torch import nn
 import model as model_module
 from errors import ModelError
 from model import build_composer_deeplabv3, deeplabv3, weight_init
+from segmentation.batch_norm import SyncBatchNorm2d
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -162,20 +163,10 @@ def test_weights_that_do_not_fit_are_refused(backbone_file: Path, tmp_path: Path
         deeplabv3(5, "wide_resnet50_2", str(backbone_file))
 
 
-def test_sync_bn_is_left_out_where_it_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def has_sync_bn() -> bool:
-        network = deeplabv3(5, "resnet50", sync_bn=True)
-        return any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
-
-    assert not has_sync_bn()
-    assert not caplog.records
+def test_a_process_alone_on_its_node_shares_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with caplog.at_level(logging.WARNING):
-        assert not has_sync_bn()
-    assert "SyncBatchNorm needs a GPU" in caplog.text
+    network = deeplabv3(5, "resnet50", sync_bn=True)
+    assert not any(isinstance(module, SyncBatchNorm2d) for module in network.modules())
 
 
 def test_sync_bn_has_one_process_group_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,17 +174,20 @@ def test_sync_bn_has_one_process_group_a_node(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_node_rank", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         model_module.torch.distributed,
         "new_group",
-        lambda ranks: groups.append(ranks) or str(ranks),
+        lambda ranks: groups.append(ranks) or SimpleNamespace(group_name=str(ranks)),
     )
     network = deeplabv3(5, "resnet50", sync_bn=True)
     assert groups == [[0, 1], [2, 3]]
-    layers = [module for module in network.modules() if isinstance(module, nn.SyncBatchNorm)]
+    layers = [module for module in network.modules() if isinstance(module, SyncBatchNorm2d)]
     assert len(layers) > 50
-    assert {layer.process_group for layer in layers} == {"[2, 3]"}
+    assert {layer.group_name for layer in layers} == {"[2, 3]"}
+    plain = deeplabv3(5, "resnet50", sync_bn=False).state_dict()
+    assert {k: v.shape for k, v in network.state_dict().items()} == {
+        k: v.shape for k, v in plain.items()
+    }
     assert not any(type(module) is nn.BatchNorm2d for module in network.modules())
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.forked import Death, run, run_ranks
-from benchmarks.kill_resume import make_config, read_log
+from benchmarks.kill_resume import make_config, read_log, tensors
 from dataset.synthetic import make
 
 pytestmark = [pytest.mark.trains, pytest.mark.processes]
@@ -27,6 +28,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     config |= {"max_duration": "6ba", "eval_interval": "100ep", "autoresume": True}
     config["device_train_microbatch_size"] = 2
     config["eval_dataset"]["batch_size"] = 6
+    config["model"]["sync_bn"] = False  # statistics are of micro-batches, whoever has them
     assert run({**config, "save_folder": f"{folder}/saved"}, f"{folder}/log") == 0
     return config, folder
 
@@ -48,6 +50,23 @@ def test_two_processes_have_the_losses_of_one(
     expected = losses(f"{folder}/log")
     assert len(set(expected)) == 6
     assert losses(f"{tmp_path}/log") == pytest.approx(expected, abs=1e-5)
+
+
+def test_shared_statistics_are_those_of_the_whole_batch(
+    one: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    config = {**one[0], "max_duration": "1ba", "device_train_microbatch_size": 4}
+    config["model"] = {**config["model"], "sync_bn": True}
+    found = []
+    for ranks in (1, 2):
+        config["save_folder"] = f"{tmp_path}/{ranks}"
+        assert run_ranks(config, f"{tmp_path}/log{ranks}", ranks) == [0] * ranks
+        found.append(tensors(f"{tmp_path}/{ranks}"))
+    # The backbone's, since the head's dropout is another for each rank.
+    names = [name for name in found[0] if "backbone" in name and "running" in name]
+    assert len(names) > 20
+    for name in names:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_goes_on_with_fewer_and_with_more_processes(

@@ -176,10 +176,10 @@ class Pictures(Callback):
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # The network itself: DistributedDataParallel's forward waits for the other processes,
-            # and the compiled model would be compiled again for a batch of one.
+            # The network itself: DistributedDataParallel's forward waits for the other processes.
+            # Its forward: the compiled call would be compiled again for a batch of one.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
-            logits = cast(nn.Module, model.module)(batch[0])
+            logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
         return batch[1][0].cpu().numpy(), logits.argmax(1)[0].cpu().numpy()

@@ -58,7 +58,7 @@ class ModelConfig:
     backbone_weights: str | None = key(
         "IMAGENET1K_V2", "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty)"
     )
-    sync_bn: bool = key(True, "share BatchNorm statistics between the GPUs of a node")
+    sync_bn: bool = key(True, "share BatchNorm statistics between the processes of a node")
     use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
     cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss")
     dice_weight: float = key(1.125, "weight of the Dice loss in the loss")
@@ -450,7 +450,8 @@ def _check_batch_sizes(config: Config) -> None:
         raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
     if isinstance(micro, int) and micro < 1:
         raise ConfigError(f"device_train_microbatch_size: {micro} is not 1 or more")
-    if not config.is_train or (config.model.sync_bn and world_size > 1):
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not config.is_train or (config.model.sync_bn and per_node > 1):
         return
     per_process = config.train_dataset.batch_size // world_size
     micro = min(micro, per_process) if isinstance(micro, int) else per_process

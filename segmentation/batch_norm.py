@@ -1,0 +1,95 @@
+"""BatchNorm that shares its statistics between processes, within one graph.
+
+torch's SyncBatchNorm refuses CPUs, breaks a compiled graph at every layer, and makes the host wait
+for the device three times a layer and pass. Here a layer is ordinary operations and one all-reduce.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """As `torch.nn.SyncBatchNorm`: statistics are over the batches of a process group.
+
+    Processes may have batches of different sizes, but all have to make the same passes.
+
+    Args:
+        batch_norm: Whose parameters and buffers it takes over.
+        group: The process group.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W), of the same type; computed in fp32.
+    """
+
+    def __init__(self, batch_norm: nn.BatchNorm2d, group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(
+            batch_norm.num_features, batch_norm.eps, batch_norm.momentum, device="meta"
+        )
+        self._parameters.update(batch_norm._parameters)
+        self._buffers.update(batch_norm._buffers)
+        self.train(batch_norm.training)
+        self.group_name = group.group_name
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalise, and update the running statistics."""
+        if not self.training:
+            return super().forward(image)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        size = image.numel() // image.shape[1]
+        variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
+        # In fp64, where the difference of squares below loses nothing; they are few numbers.
+        mean, variance = mean.double(), variance.double()
+        own = torch.cat([mean.new_ones(1), mean, variance + mean.square()]) * size
+        count, total, squares = all_reduce(own, self.group_name).split([1, *[len(mean)] * 2])
+        mean = total / count
+        variance = squares / count - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        scale = self.weight * torch.rsqrt(variance.float() + self.eps)
+        mean, scale, bias = (each.view(1, -1, 1, 1) for each in (mean.float(), scale, self.bias))
+        return ((image.float() - mean) * scale + bias).to(image.dtype)
+
+
+# An operator of its own, with its gradient: DDPOptimizer refuses the higher-order operator that
+# an autograd.Function becomes in a graph.
+@torch.library.custom_op("deeplab::all_reduce", mutates_args=())
+def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
+    """Sum a tensor over the processes of a group."""
+    result = tensor.clone()
+    group = torch.distributed.distributed_c10d._resolve_process_group(group_name)
+    torch.distributed.all_reduce(result, group=group)
+    return result
+
+
+@all_reduce.register_fake
+def _(tensor: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return all_reduce(grad.contiguous(), ctx.group_name), None
+
+
+all_reduce.register_autograd(_backward, setup_context=_save)
+
+
+def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
+    """Make every BatchNorm2d below a module a `SyncBatchNorm2d`."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            setattr(module, name, SyncBatchNorm2d(child, group))
+        else:
+            share_statistics(child, group)
