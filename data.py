@@ -32,8 +32,8 @@ from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random
 from dataset.shards import Shards
 from dataset.workers import use_one_core
 from errors import DataError
-from training.config import Config
 from training.processes import LoaderContext, init_worker
+from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
 
 log = logging.getLogger(__name__)

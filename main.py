@@ -17,7 +17,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from errors import ConfigError, Stopped, UserError
-from training.config import Config, help_text, load, resolve
+from training.config import help_text, load, resolve
+from training.schema import Config
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -40,7 +41,7 @@ def main(
     """Train (or, with `is_train: false`, evaluate) as the config says.
 
     Args:
-        config: The YAML as OmegaConf loads it; see training/config.py for the keys.
+        config: The YAML as OmegaConf loads it; see training/schema.py for the keys.
         callbacks: Besides the run's own, and before them.
         loggers: Besides those of the config.
         data: For training and evaluation, in place of the config's.

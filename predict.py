@@ -60,7 +60,7 @@ class Segmenter:
         tta: Average the probabilities over six sizes (x 0.5 to 1.75), with and without a flip.
         slide: Send windows of `size` (of 512 if that is 0) pixels squared through the network,
             a third overlapping, rather than the whole photo.
-        which: `"ema"` or `"training"` weights, where the file holds both.
+        weights: `"ema"` or `"training"`, where the file holds both.
         device: As torch names it; None: a GPU if there is one.
         amp: Compute in bf16.
 
@@ -81,7 +81,7 @@ class Segmenter:
         size: int | None = None,
         tta: bool = False,
         slide: bool = False,
-        which: str = "ema",
+        weights: str = "ema",
         device: str | None = None,
         amp: bool = False,
     ) -> None:
@@ -89,20 +89,20 @@ class Segmenter:
         if str(path).endswith(".onnx"):
             if amp:
                 raise WeightsError(f"{path}: an ONNX file computes in the type it was exported in")
-            self.network, weights = _onnx_network(path)
-            num_classes = len(weights.classes or ())
+            self.network, found = _onnx_network(path)
+            num_classes = len(found.classes or ())
         else:
             from model import build_network  # seconds that an ONNX file does not need
 
-            weights = load_weights(path, which)
-            self.network = _torch_network(build_network(weights, str(path)), self.device, amp)
-            num_classes = weights.num_classes
-        self.config, self.which = weights.config, weights.which
-        named = weights.classes
+            found = load_weights(path, weights)
+            self.network = _torch_network(build_network(found, str(path)), self.device, amp)
+            num_classes = found.num_classes
+        self.config, self.which = found.config, found.which
+        named = found.classes
         if classes is not None or named is None:
             named = load_classes(classes, num_classes)
         self.classes: list[ClassInfo] = named
-        self.size = (weights.eval_size or 512) if size is None else size
+        self.size = (found.eval_size or 512) if size is None else size
         self.scales = TTA_SCALES if tta else (1.0,)
         self.flips = (False, True) if tta else (False,)
         self.window = max(self.size or 512, 64) // 8 * 8 if slide else 0
@@ -359,7 +359,7 @@ def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
         size=options.size,
         tta=options.tta,
         slide=options.slide,
-        which=options.weights,
+        weights=options.weights,
         device=options.device,
         amp=amp,
     )

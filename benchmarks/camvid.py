@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 
 import main as program
 from benchmarks.train_step import RECIPES, Steps, machine, never_evaluate, release
-from training.config import Config, resolve
+from training.config import resolve
+from training.schema import Config
 
 
 class Evaluations(Callback):

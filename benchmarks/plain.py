@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from data import build_data
 from model import deeplabv3, weight_init
 from segmentation.depthwise import DilatedDepthwiseConv2d
-from training.config import Config
 from training.recipes import build_recipe
+from training.schema import Config
 
 
 class PlainDeepLabV3(ComposerModel):

@@ -49,8 +49,9 @@ from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
 from data import build_data
 from model import deeplabv3
-from training.config import Config, resolve
+from training.config import resolve
 from training.precision import choose_precision, compiles
+from training.schema import Config
 
 RECIPES = ("none", "mild", "medium", "hot")
 PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1

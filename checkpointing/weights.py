@@ -90,15 +90,15 @@ class _Inert:
         pass
 
 
-def load_weights(path: str | os.PathLike[str], which: str = "ema") -> Weights:
+def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
 
     A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
-    then what any `which` gives.
+    then what is given in any case.
 
     Args:
         path: The file.
-        which: `"ema"` or `"training"`.
+        weights: `"ema"` or `"training"`.
 
     Raises:
         WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
@@ -106,13 +106,13 @@ def load_weights(path: str | os.PathLike[str], which: str = "ema") -> Weights:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        weights = _read_safetensors(path)
+        found = _read_safetensors(path)
     else:
-        weights = _from_checkpoint(_load_pickle(path, inert=True), which)
-    if not weights.state:
+        found = _from_checkpoint(_load_pickle(path, inert=True), weights)
+    if not found.state:
         raise WeightsError(f"{path}: no backbone.* and classifier.* weights in this file")
-    infer_architecture(weights.state, str(path))
-    return weights
+    infer_architecture(found.state, str(path))
+    return found
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from training.config import LOGGERS
+from training.schema import LOGGERS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -16,7 +16,8 @@ import data
 import main
 import model
 import transforms
-from training.config import ConfigError, resolve
+from errors import ConfigError
+from training.config import resolve
 
 EMPTY = inspect.Parameter.empty
 SIZES = {"base_size": 512, "min_resize_scale": 0.5, "max_resize_scale": 2.0, "final_size": 512}

@@ -42,7 +42,7 @@ from segmentation.metrics import (
     mean_iou,
     table_as_csv,
 )
-from training.config import Config
+from training.schema import Config
 
 if TYPE_CHECKING:
     from composer import Trainer

@@ -8,7 +8,7 @@ from composer import loggers
 from composer.loggers import LoggerDestination
 
 from errors import ConfigError
-from training.config import Config
+from training.schema import Config
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:

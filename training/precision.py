@@ -8,7 +8,7 @@ import torch
 import torch.version
 
 from errors import ConfigError
-from training.config import Config
+from training.schema import Config
 
 
 def check_kernels() -> None:

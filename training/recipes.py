@@ -19,7 +19,7 @@ from composer.core import Algorithm, Time, TimeUnit
 from composer.optim import ComposerScheduler, ConstantScheduler, CosineAnnealingScheduler
 
 from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
-from training.config import Config
+from training.schema import Config
 
 log = logging.getLogger(__name__)
 

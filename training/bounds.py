@@ -1,0 +1,181 @@
+"""What values of the YAML's keys can work, beyond their types."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import os
+import re
+from typing import Any
+
+from dataset.folders import ADE20K, FOLDERS, find_root
+from errors import ConfigError
+from training.schema import LOGGERS, PRECISIONS, RECIPES, Config, DatasetConfig
+
+
+def check(config: Config) -> None:
+    """Refuse values of the right type that cannot work.
+
+    Raises:
+        ConfigError: Names the key, and what it may be.
+    """
+    if config.recipe_name is not None and config.recipe_name not in RECIPES:
+        raise ConfigError(f"recipe_name: {config.recipe_name} is none of {', '.join(RECIPES)}")
+    for name, arguments in config.loggers.items():
+        if name not in LOGGERS:
+            near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"loggers.{name}: no such logger; did you mean {near}?")
+        if not isinstance(arguments, dict):
+            raise ConfigError(f"loggers.{name}: {arguments!r} is not its arguments; {{}} is none")
+        if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
+            raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
+    if config.precision not in PRECISIONS:
+        raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
+    if config.compile not in ("auto", True, False):
+        raise ConfigError(f"compile: {config.compile} is none of auto, true, false")
+    if config.class_names is not None and not os.path.isfile(config.class_names):
+        raise ConfigError(f"class_names: no file {config.class_names}")
+    log_level = (config.python_log_level or "warning").lower()
+    if log_level not in ("debug", "info", "warning", "error", "critical"):
+        raise ConfigError(f"python_log_level: {log_level} is none of debug, info, warning, error")
+    if config.autoresume and not config.save_folder:
+        raise ConfigError("autoresume needs save_folder, where it looks for the newest checkpoint")
+    if config.autoresume and not config.run_name:
+        raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
+    if config.load_path and "://" not in config.load_path and not os.path.isfile(config.load_path):
+        raise ConfigError(f"load_path: no file {config.load_path}")
+    keep = config.save_num_checkpoints_to_keep
+    if keep == 0 or keep < -1:
+        raise ConfigError(
+            f"save_num_checkpoints_to_keep: {keep} is neither 1 or more nor -1, which keeps all"
+        )
+    _check_numbers(config)
+    _check_times(config)
+    _check_batch_sizes(config)
+    _check_dataset(config.eval_dataset, "eval_dataset", "val")
+    if config.is_train:
+        _check_dataset(config.train_dataset, "train_dataset", "train")
+
+
+def _check_numbers(config: Config) -> None:
+    positive = ["optimizer.lr"]
+    non_negative = ["optimizer.weight_decay", "train_metrics_interval", "pictures"]
+    non_negative += [
+        "seed",
+        "optimizer.momentum",
+        "model.cross_entropy_weight",
+        "model.dice_weight",
+    ]
+    for section in ("train_dataset", "eval_dataset"):
+        names = ("base_size", "final_size", "min_resize_scale", "max_resize_scale", "batch_size")
+        positive += [f"{section}.{name}" for name in names]
+    if config.recipe_name in ("medium", "hot"):
+        positive += [f"{config.recipe_name}.sam.rho", f"{config.recipe_name}.sam.interval"]
+        non_negative.append(f"{config.recipe_name}.mixup.alpha")
+    for name in positive + non_negative:
+        value = lookup(config, name)
+        # not (a > b), rather than a <= b, so that NaN is refused as well
+        if not (value > 0 or (value == 0 and name in non_negative)) or value == float("inf"):
+            bound = "0 or more" if name in non_negative else "more than 0"
+            raise ConfigError(f"{name}: {value} is not a finite number of {bound}")
+    if config.optimizer.momentum >= 1:
+        raise ConfigError(f"optimizer.momentum: {config.optimizer.momentum} is not below 1")
+    if config.model.cross_entropy_weight + config.model.dice_weight == 0:
+        raise ConfigError(
+            "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
+        )
+    if not 2 <= config.model.num_classes <= 253:
+        raise ConfigError(
+            f"model.num_classes: {config.model.num_classes} is not 2 to 253, as 8-bit masks hold"
+        )
+
+
+def times(config: Config) -> tuple[list[str], list[str]]:
+    """Return the keys that are durations, and those that are intervals."""
+    durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
+    if config.recipe_name in RECIPES:
+        durations.append(f"{config.recipe_name}.max_duration")
+        names = ("half_life", "update_interval")
+        intervals += [f"{config.recipe_name}.ema.{name}" for name in names]
+    return durations, intervals
+
+
+def _check_times(config: Config) -> None:
+    durations, intervals = times(config)
+    for name in durations + intervals:
+        text = lookup(config, name)
+        units = "ep|ba|sp" if name in durations else "ep|ba"
+        if not re.fullmatch(rf"[1-9]\d*({units})", text):
+            raise ConfigError(
+                f"{name}: {text!r} is not a time; write a number and a unit, as in 25ep or 1000ba"
+            )
+    if config.recipe_name is not None:
+        ema = getattr(config, config.recipe_name).ema
+        if ema.half_life[-2:] != ema.update_interval[-2:]:
+            raise ConfigError(
+                f"{config.recipe_name}.ema: half_life ({ema.half_life}) and update_interval "
+                f"({ema.update_interval}) must have the same unit"
+            )
+
+
+def _check_batch_sizes(config: Config) -> None:
+    processes = world_size()
+    for name in ("train_dataset", "eval_dataset"):
+        batch_size = getattr(config, name).batch_size
+        if batch_size % processes and (config.is_train or name == "eval_dataset"):
+            raise ConfigError(
+                f"{name}.batch_size: {batch_size} images do not divide among "
+                f"{processes} processes; use {max(batch_size // processes, 1) * processes}"
+            )
+    micro = config.device_train_microbatch_size
+    if isinstance(micro, str) and micro != "auto":
+        raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
+    if isinstance(micro, int) and micro < 1:
+        raise ConfigError(f"device_train_microbatch_size: {micro} is not 1 or more")
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not config.is_train or (config.model.sync_bn and per_node > 1):
+        return
+    per_process = config.train_dataset.batch_size // processes
+    micro = min(micro, per_process) if isinstance(micro, int) else per_process
+    if micro == 1 or per_process % micro == 1:
+        raise ConfigError(
+            f"train_dataset.batch_size: {per_process} images a process in micro-batches of {micro} "
+            "leave one image alone, which BatchNorm after global pooling cannot normalise"
+        )
+
+
+def _check_dataset(dataset: DatasetConfig, name: str, split: str) -> None:
+    if dataset.min_resize_scale > dataset.max_resize_scale:
+        raise ConfigError(
+            f"{name}.min_resize_scale: {dataset.min_resize_scale} is above max_resize_scale "
+            f"({dataset.max_resize_scale})"
+        )
+    if dataset.final_size < 16:
+        raise ConfigError(f"{name}.final_size: {dataset.final_size} is below 16 pixels")
+    workers = dataset.num_workers
+    if workers != "auto" and (isinstance(workers, str) or workers < 0):
+        raise ConfigError(f"{name}.num_workers: {workers!r} is neither a number nor auto")
+    if not dataset.path:
+        raise ConfigError(f"{name}.path is empty; give the folder or bucket that holds the data")
+    if "://" in dataset.path:
+        if not dataset.is_streaming:
+            raise ConfigError(f"{name}.path is remote; set {name}.is_streaming=true for MDS shards")
+        if not dataset.local:
+            raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
+    elif not os.path.isdir(dataset.path):
+        raise ConfigError(f"{name}.path: no folder {dataset.path}")
+    elif not dataset.is_streaming:
+        images = f"images/{FOLDERS[split]}"
+        if not (find_root(dataset.path) / images).is_dir():
+            raise ConfigError(f"{name}.path: {dataset.path} holds no {ADE20K}/{images}")
+
+
+def world_size() -> int:
+    """Return the number of processes, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def lookup(config: Config, name: str) -> Any:
+    """Return the value of a key such as optimizer.lr."""
+    return functools.reduce(getattr, name.split("."), config)

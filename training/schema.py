@@ -1,0 +1,202 @@
+"""The typed schema of the YAML: every key, its default and what it means."""
+
+# ruff: noqa: RUF009 (key() makes a dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+RECIPES = ("mild", "medium", "hot")
+# Composer's loggers, and the package that each needs besides (an extra of Composer's of that name).
+LOGGERS = {
+    "progress_bar": None,
+    "console": None,
+    "file": None,
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "comet_ml": "comet_ml",
+    "neptune": "neptune",
+}
+PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
+
+
+def key(default: Any, meaning: str) -> Any:
+    """Return a config key: its default and the line that `main.py --help` prints for it."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"meaning": meaning})
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass
+class ModelConfig:
+    """The network and its loss."""
+
+    num_classes: int = key(150, "number of classes")
+    backbone_arch: str = key("resnet101", "torchvision ResNet with bottleneck blocks")
+    backbone_weights: str | None = key(
+        "IMAGENET1K_V2", "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty)"
+    )
+    sync_bn: bool = key(True, "share BatchNorm statistics between the processes of a node")
+    use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
+    cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss")
+    dice_weight: float = key(1.125, "weight of the Dice loss in the loss")
+
+
+@dataclass
+class DatasetConfig:
+    """A data set, and how its samples are made."""
+
+    is_streaming: bool = key(False, "MDS shards (Streaming) rather than folders")
+    path: str | None = key(
+        None, "folder that holds ADEChallengeData2016, or where the shards are (folder, s3://...)"
+    )
+    local: str | None = key(None, "streaming: local folder that caches the shards")
+    base_size: int = key(512, "length of the shorter side before the random resize, pixels")
+    min_resize_scale: float = key(0.5, "smallest random resize factor")
+    max_resize_scale: float = key(2.0, "largest random resize factor")
+    final_size: int = key(512, "side of the square that the network gets, pixels")
+    ignore_background: bool = key(True, "label 0 is ignored and label k is class k - 1")
+    ignore_label: int | None = key(None, "a further label value to ignore")
+    batch_size: int = key(128, "images a step, over all GPUs")
+    drop_last: bool = key(True, "leave out an epoch's last incomplete batch")
+    num_workers: int | str = key("auto", "loader processes per GPU; auto fits the machine")
+    cache_limit: str | None = key(None, "streaming: most the cache may take, as in 100gb")
+    shuffle_seed: int | None = key(None, "seed of the order of samples; empty: the run's seed")
+    predownload: int | None = key(None, "streaming: samples to download ahead")
+    download_retry: int = key(6, "streaming: times to retry a failed download")
+    download_timeout: float = key(60.0, "streaming: seconds to wait for a shard")
+    validate_hash: str | None = key("auto", "streaming: verify shards: auto, or a hash as sha1")
+
+
+@dataclass
+class EvalDatasetConfig(DatasetConfig):
+    """The data set of evaluation."""
+
+    drop_last: bool = key(False, "kept for the reference's files; every sample is scored once")
+
+
+@dataclass
+class OptimizerConfig:
+    """SGD with decoupled weight decay."""
+
+    lr: float = key(0.08, "learning rate (DecoupledSGDW)")
+    momentum: float = key(0.9, "momentum")
+    weight_decay: float = key(5.0e-5, "decoupled weight decay, a fraction per step")
+
+
+@dataclass
+class EMAConfig:
+    """The moving average of the weights."""
+
+    half_life: str = key("1000ba", "half-life of the averaged weights")
+    update_interval: str = key("10ba", "time between updates of the average")
+
+
+@dataclass
+class SAMConfig:
+    """Sharpness-aware minimisation."""
+
+    rho: float = key(0.3, "radius of the neighbourhood (sharpness-aware minimisation)")
+    interval: int = key(2, "steps between two sharpness-aware ones")
+
+
+@dataclass
+class MixUpConfig:
+    """Blending photos in pairs."""
+
+    alpha: float = key(0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)")
+
+
+@dataclass
+class HotEMAConfig(EMAConfig):
+    """The hot recipe's."""
+
+    half_life: str = key("2000ba", "half-life of the averaged weights")
+    update_interval: str = key("1ba", "time between updates of the average")
+
+
+@dataclass
+class HotSAMConfig(SAMConfig):
+    """The hot recipe's."""
+
+    interval: int = key(1, "steps between two sharpness-aware ones")
+
+
+@dataclass
+class HotMixUpConfig(MixUpConfig):
+    """The hot recipe's."""
+
+    alpha: float = key(0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)")
+
+
+@dataclass
+class MildConfig:
+    """The recipe for short runs."""
+
+    max_duration: str = key("25ep", "duration of the mild recipe")
+    ema: EMAConfig = key(EMAConfig, "")
+
+
+@dataclass
+class MediumConfig:
+    """The recipe for longer runs."""
+
+    max_duration: str = key("90ep", "duration of the medium recipe")
+    ema: EMAConfig = key(EMAConfig, "")
+    sam: SAMConfig = key(SAMConfig, "")
+    mixup: MixUpConfig = key(MixUpConfig, "")
+
+
+@dataclass
+class HotConfig:
+    """The recipe for the longest runs."""
+
+    max_duration: str = key("240ep", "duration of the hot recipe")
+    ema: HotEMAConfig = key(HotEMAConfig, "")
+    sam: HotSAMConfig = key(HotSAMConfig, "")
+    mixup: HotMixUpConfig = key(HotMixUpConfig, "")
+
+
+@dataclass
+class Config:
+    """The whole YAML."""
+
+    run_name: str | None = key(None, "name of the run; empty: $RUN_NAME, else made up")
+    is_train: bool = key(True, "train; false: evaluate once")
+    seed: int = key(17, "seed of the weights, the order of the data and the augmentation")
+    max_duration: str = key("128ep", "duration without a recipe, as in 128ep or 20000ba")
+    recipe_name: str | None = key(None, "mild, medium or hot; empty: the plain baseline")
+    device_train_microbatch_size: int | str | None = key(
+        "auto", "images a GPU takes at once; auto: as many as fit its memory; empty: all"
+    )
+    grad_accum: int | str | None = key(
+        None, "older name: parts that a GPU takes its images in, auto or a number"
+    )
+    precision: str = key("auto", "auto, fp32, amp_bf16 or amp_fp16")
+    compile: bool | str = key("auto", "torch.compile the model; auto: on a GPU")
+    deterministic: bool = key(False, "the same bits in every run on a GPU too, but slower")
+    model: ModelConfig = key(ModelConfig, "")
+    train_dataset: DatasetConfig = key(DatasetConfig, "")
+    eval_dataset: EvalDatasetConfig = key(EvalDatasetConfig, "")
+    eval_interval: str = key("1ep", "time between evaluations")
+    eval_first: bool = key(False, "also evaluate before the first step")
+    train_metrics_interval: int = key(0, "batches between two scores of a training batch; 0: never")
+    pictures: int = key(4, "validation photos to draw at each evaluation; 0: none")
+    class_table_csv: bool = key(False, "write each evaluation's class table below save_folder")
+    class_names: str | None = key(None, "file with a class name a line; empty: ADE20K's if 150")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "")
+    mild: MildConfig = key(MildConfig, "")
+    medium: MediumConfig = key(MediumConfig, "")
+    hot: HotConfig = key(HotConfig, "")
+    loggers: dict[str, Any] = key(dict, f"any of {', '.join(LOGGERS)}, each with its arguments")
+    save_folder: str | None = key(None, "where checkpoints go: a folder or s3://...")
+    save_interval: str = key("1ep", "time between checkpoints")
+    save_num_checkpoints_to_keep: int = key(1, "newest checkpoints to keep; -1: all")
+    save_overwrite: bool = key(False, "replace what an earlier run left in save_folder")
+    load_path: str | None = key(None, "checkpoint to begin from, or to evaluate")
+    load_weights_only: bool = key(False, "take only the weights from load_path, and start anew")
+    autoresume: bool = key(False, "go on from the newest whole checkpoint in save_folder, if any")
+    python_log_level: str | None = key("warning", "debug, info, warning or error")
