@@ -96,9 +96,10 @@ def build_trainer(
 
     from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
-    from checkpointing.weights import guarded_unpickling
+    from checkpointing.weights import guarded_unpickling, load_fitting
     from data import build_data
     from model import build_composer_deeplabv3, weight_init
+    from segmentation.classes import load_classes
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
     from training.optimizer import DecoupledSGDW
@@ -131,7 +132,8 @@ def build_trainer(
     )
     state_path = start.state_path if start and config.is_train else None
     if start:
-        start.check_fits(asdict(config.model))
+        if state_path or not config.is_train:
+            start.check_fits(asdict(config.model))
         if saver and start.is_resume:
             saver.last = start.where
 
@@ -146,7 +148,12 @@ def build_trainer(
         model_config["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
     if start and state_path is None:
-        model.module.load_state_dict(start.weights.state)
+        classes = load_classes(config.class_names, config.model.num_classes)
+        by_name = classes if config.load_classes_by_name else None
+        least = config.load_least if config.is_train else 1.0
+        left = load_fitting(model.module, start.weights, start.where, least, by_name)
+        if left:
+            log.warning("load_path: %s", left)
     # torch's overloads of `to` leave out the memory format.
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.cpu_autocast = cpu_autocast

@@ -43,7 +43,10 @@ class Start:
         """
         for name, value in infer_architecture(self.weights.state).items():
             if value != model[name]:
-                raise ConfigError(f"load_path: {self.where} has {name}={value}, not {model[name]}")
+                raise ConfigError(
+                    f"load_path: {self.where} has {name}={value}, not {model[name]}; "
+                    "load_weights_only=true begins anew with what fits"
+                )
 
 
 def find_start(

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from errors import WeightsError
@@ -35,6 +35,7 @@ from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 if TYPE_CHECKING:
     pass
 
+SCORES = "classifier.conv_seg."  # the layer that has a row a class
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
@@ -77,7 +78,7 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """How many classes the network predicts."""
-        return self.state["classifier.conv_seg.weight"].shape[0]
+        return self.state[f"{SCORES}weight"].shape[0]
 
 
 class _Inert:
@@ -220,6 +221,63 @@ def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weig
     config = json.loads(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
     return Weights(state, metadata.get("which", "training"), config, classes)
+
+
+def load_fitting(
+    network: nn.Module,
+    weights: Weights,
+    where: str,
+    least: float = 0.5,
+    classes: Sequence[ClassInfo] | None = None,
+) -> str | None:
+    """Load what fits of a file's weights into a network; the rest of that stays as it is.
+
+    Args:
+        network: Whose tensors are replaced.
+        weights: What the file holds.
+        where: What to call the file.
+        least: The share of the network's tensors that has to fit.
+        classes: The network's. Given these, the scores of classes that the file has by the same
+            name are taken over too.
+
+    Returns:
+        A line about what is left new, or None if nothing is.
+
+    Raises:
+        WeightsError: Too little fits.
+    """
+    own = network.state_dict()
+    fitting = {k: v for k, v in weights.state.items() if k in own and v.shape == own[k].shape}
+    if len(fitting) < least * len(own):
+        raise WeightsError(
+            f"{where}: {len(fitting)} of the network's {len(own)} tensors fit, less than "
+            f"load_least={least:g} of them; it is of another network"
+        )
+    left = [name for name in own if name not in fitting]
+    network.load_state_dict(fitting, strict=False)
+    notes = []
+    if any(name.startswith(SCORES) for name in left):
+        before, after = weights.num_classes, own[f"{SCORES}weight"].shape[0]
+        shared = _share_scores(own, weights, classes) if classes else 0
+        notes.append(
+            f"{SCORES[:-1]}: {before} -> {after} classes, "
+            + (f"{shared} taken over by name, the others left new" if shared else "left new")
+        )
+        left = [name for name in left if not name.startswith(SCORES)]
+    if left:
+        notes.append(f"{len(left)} tensors left new, first {left[0]}")
+    return f"{where}: {'; '.join(notes)}" if notes else None
+
+
+def _share_scores(own: Mapping[str, Tensor], weights: Weights, classes: Sequence[ClassInfo]) -> int:
+    """Copy the scores of classes of the same name, in place; return how many there are."""
+    places = {info.name: place for place, info in enumerate(weights.classes or ())}
+    pairs = [(new, places[c.name]) for new, c in enumerate(classes) if c.name in places]
+    with torch.no_grad():
+        for new, old in pairs:
+            for name in (f"{SCORES}weight", f"{SCORES}bias"):
+                own[name][new] = weights.state[name][old]
+    return len(pairs)
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:

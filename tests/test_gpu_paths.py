@@ -163,6 +163,7 @@ def one_process(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 
 def test_ddp(one_process: list[str]) -> None:
     assert one_process == ["nccl"] and dist.is_initialized()
+    torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     wrapped = prepare_ddp_module(plain, find_unused_parameters=False)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
@@ -176,7 +177,7 @@ def test_ddp(one_process: list[str]) -> None:
                 model_.eval()
                 model_(half).sum().backward()
         gradients.append([p.grad.clone() for p in plain.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 # A GPU that torch's wheel has no kernels for.

@@ -164,6 +164,25 @@ def test_weights_alone_begin_a_new_run(tiny: dict[str, Any], trained: tuple[Path
     assert torch.equal(weight, saved[f"module.{name}"])
 
 
+def test_weights_of_other_classes_begin_a_new_run(
+    tiny: dict[str, Any], trained: tuple[Path, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(trained[0] / "ep2-ba8-rank0.pt")
+    tiny |= {"load_path": path, "load_weights_only": True, "max_duration": "1ba"}
+    tiny["optimizer"] = {"lr": 1e-30, "weight_decay": 0}
+    tiny["model"]["num_classes"] = 13
+    trainer = main(tiny)
+    line = f"load_path: {path}: classifier.conv_seg: 12 -> 13 classes, left new"
+    assert line in [record.getMessage() for record in caplog.records]
+    saved = torch.load(path, weights_only=False)["state"]["model"]
+    state = trainer.state.model.module.state_dict()
+    for name in ("backbone.layer4.0.conv1.weight", "classifier.bottleneck.conv.weight"):
+        assert torch.equal(state[name], saved[f"module.{name}"])
+    # An evaluation scores what it is given, or nothing.
+    with pytest.raises(ValueError, match=r"has num_classes=12, not 13"):
+        main({**tiny, "is_train": False})
+
+
 def test_a_checkpoint_of_another_model_is_refused(
     tiny: dict[str, Any], trained: tuple[Path, float]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import finished_run, random_network
+from artifacts import finished_run, random_network, random_weights
 from composer.metrics import MIoU
 from composer.utils.checkpoint import safe_torch_load
 
@@ -20,6 +20,7 @@ from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,
     infer_architecture,
+    load_fitting,
     load_weights,
     save_weights,
 )
@@ -228,3 +229,40 @@ def test_unusable_files(tmp_path: Path, checkpoint: str):
     }
     with pytest.raises(WeightsError, match="not a DeepLabV3 of this project"):
         infer_architecture(resnet)
+
+
+def test_what_fits_is_loaded_and_the_rest_named():
+    weights = load_weights(random_weights())
+    torch.manual_seed(1)
+    network = deeplabv3(7, "resnet101", sync_bn=False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    line = load_fitting(network, weights, "file.pt")
+    left = [
+        n for n, t in before.items() if n not in weights.state or t.shape != weights.state[n].shape
+    ]
+    assert line == (
+        "file.pt: classifier.conv_seg: 12 -> 7 classes, left new; "
+        f"{len(left) - 2} tensors left new, first {left[0]}"
+    )
+    assert 100 < len(left) < len(before) / 2
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name] if name in left else weights.state[name])
+    with pytest.raises(WeightsError, match=r"^file.pt: \d+ of the network's \d+ .*load_least=0.9"):
+        load_fitting(network, weights, "file.pt", least=0.9)
+
+
+def test_classes_of_the_same_name_keep_their_scores():
+    weights = load_weights(random_weights())
+    network = deeplabv3(3, "resnet50", sync_bn=False)
+    before = network.classifier.conv_seg.weight[1].clone()
+    classes = load_classes(["waves", "new", "plain"], 3)
+    line = load_fitting(network, weights, "f", classes=classes)
+    assert (
+        line == "f: classifier.conv_seg: 12 -> 3 classes, 2 taken over by name, the others left new"
+    )
+    rows, names = network.classifier.conv_seg.weight, [c.name for c in weights.classes]
+    for new, name in ((0, "waves"), (2, "plain")):
+        expected = weights.state["classifier.conv_seg.weight"][names.index(name)]
+        assert torch.equal(rows[new], expected)
+    assert torch.equal(rows[1], before)
+    assert load_fitting(random_network(), weights, "f") is None

@@ -50,6 +50,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"save_num_checkpoints_to_keep: {keep} is neither 1 or more nor -1, which keeps all"
         )
+    if not 0 <= config.load_least <= 1:
+        raise ConfigError(f"load_least: {config.load_least} is not 0 to 1")
+    if config.load_classes_by_name and not config.load_weights_only:
+        raise ConfigError("load_classes_by_name needs load_weights_only=true")
+    if config.load_classes_by_name and not config.class_names and config.model.num_classes < 150:
+        raise ConfigError("load_classes_by_name needs class_names")
     _check_numbers(config)
     _check_times(config)
     _check_batch_sizes(config)

@@ -198,5 +198,9 @@ class Config:
     save_overwrite: bool = key(False, "replace what an earlier run left in save_folder")
     load_path: str | None = key(None, "checkpoint to begin from, or to evaluate")
     load_weights_only: bool = key(False, "take only the weights from load_path, and start anew")
+    load_least: float = key(0.5, "share of the tensors that have to fit, of weights alone")
+    load_classes_by_name: bool = key(
+        False, "of weights alone: also take over classes that have the same name"
+    )
     autoresume: bool = key(False, "go on from the newest whole checkpoint in save_folder, if any")
     python_log_level: str | None = key("warning", "debug, info, warning or error")
