@@ -142,7 +142,7 @@ usable() {
 }
 
 if would download --no-install-package mmcv-full; then
-  step "Packages, into $venv (3 GB to download; then 1 minute)" sync --no-install-package mmcv-full
+  step "Packages, into $venv (up to 3 GB to download, then 1 minute)" sync --no-install-package mmcv-full
 elif would install --no-install-package mmcv-full; then
   step "Packages, into $venv (1 minute)" sync --no-install-package mmcv-full
 fi
