@@ -3,7 +3,7 @@
 The head's three have 2048 channels and dilations 12, 24 and 36, so that much of what a tap reads is
 padding. oneDNN, which PyTorch calls on x86, takes a quarter of a training step at 128 pixels for
 them, for a ten-thousandth of its arithmetic; and its weight gradient in bf16 is wrong where most
-taps do meet the image (torch 2.7.0: 64 x 64 features, dilation 12, off by 140%).
+taps do meet the image (torch 2.7.0 and 2.13.0: 64 x 64 features, dilation 12, off by 140%).
 """
 
 from __future__ import annotations
