@@ -141,10 +141,10 @@ usable() {
   "$venv/bin/python" -c 'import mmcv.ops' || sync --reinstall-package mmcv-full --no-cache
 }
 
-if would download --no-install-package mmcv-full; then
-  step "Packages, into $venv (up to 3 GB to download, then 1 minute)" sync --no-install-package mmcv-full
-elif would install --no-install-package mmcv-full; then
-  step "Packages, into $venv (1 minute)" sync --no-install-package mmcv-full
+if would download --inexact --no-install-package mmcv-full; then
+  step "Packages, into $venv (up to 3 GB to download, then 1 minute)" sync --inexact --no-install-package mmcv-full
+elif would install --inexact --no-install-package mmcv-full; then
+  step "Packages, into $venv (1 minute)" sync --inexact --no-install-package mmcv-full
 fi
 if would download; then
   step 'mmcv-full, built from source, once for each torch and Python (2 minutes on 2 cores)' build_mmcv
