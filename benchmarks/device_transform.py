@@ -1,6 +1,6 @@
 """What the device's half of the data pipeline costs: colours, normalisation, class indices.
 
-    python -m benchmarks.device_transform      # on a GPU if there is one, and the CPU
+    python -m benchmarks.device_transform      # on a GPU if there is one, else on the CPU
     python -m benchmarks.device_transform --batch 32 --json result.json
 
 Milliseconds for a batch as it comes from the loader, already on the device.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,9 +31,9 @@ def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.
     return images.permute(0, 3, 1, 2).to(device), labels.to(device)
 
 
-def measure(device: str, threads: int, batch: int, size: int) -> list[dict]:
+def measure(device: str, threads: int, batch: int, size: int) -> Iterator[dict]:
     """Training's and evaluation's transform on one device."""
-    data, rows = make_batch(batch, size, device), []
+    data = make_batch(batch, size, device)
     for name, distort in (("training", True), ("evaluation", False)):
         epoch = iter(range(10**9))
         transform = DeviceTransform(distort=distort, epoch=lambda epoch=epoch: next(epoch))
@@ -51,20 +52,18 @@ def measure(device: str, threads: int, batch: int, size: int) -> list[dict]:
             row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         row |= {"ms": times.median * 1e3, "iqr_ms": times.iqr * 1e3}
         row["images_per_second"] = batch / times.median
-        rows.append(row)
-    return rows
+        yield row
 
 
-def table(rows: list[dict]) -> str:
-    """Return the result as a Markdown table."""
-    lines = ["| device | threads | transform | ms a batch | images/s |", "|---|---|---|---|---|"]
-    for row in rows:
-        time, spread = f"{row['ms']:.2f}", f"{row['iqr_ms']:.2f}"
-        lines.append(
-            f"| {row['device']} | {row['threads']} | {row['transform']} | {time} (IQR {spread}) "
-            f"| {row['images_per_second']:.0f} |"
-        )
-    return "\n".join(lines)
+HEAD = "| device | threads | transform | ms a batch | images/s |\n|---|---|---|---|---|"
+
+
+def line(row: dict) -> str:
+    """Return a row of the Markdown table."""
+    return (
+        f"| {row['device']} | {row['threads']} | {row['transform']} | {row['ms']:.2f} "
+        f"(IQR {row['iqr_ms']:.2f}) | {row['images_per_second']:.0f} |"
+    )
 
 
 def main() -> None:
@@ -75,10 +74,14 @@ def main() -> None:
     parser.add_argument("--json", help="write the result there as well")
     args = parser.parse_args()
     runs = [("cpu", threads) for threads in sorted({1, torch.get_num_threads()})]
-    runs += [("cuda", 1)] if torch.cuda.is_available() else []
-    rows = [row for run in runs for row in measure(*run, args.batch, args.size)]
-    print(f"{args.batch} images of {args.size} px, {machine()['cpu']}\n")
-    print(table(rows))
+    if torch.cuda.is_available():
+        runs = [("cuda", 1)]
+    print(f"{args.batch} images of {args.size} px, {machine()['cpu']}\n\n{HEAD}", flush=True)
+    rows = []
+    for run in runs:
+        for row in measure(*run, args.batch, args.size):
+            print(line(row), flush=True)  # now: who stops this early has the first
+            rows.append(row)
     if args.json:
         result = {"batch": args.batch, "size": args.size, "rows": rows, "machine": machine()}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

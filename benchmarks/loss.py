@@ -19,6 +19,7 @@ import re
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -123,9 +124,8 @@ def _resident(key: str) -> int:
     return 1024 * int(found[1])
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
     """Measure time for each number of threads, and memory, of both sides and kinds of target."""
-    rows = []
     for target in TARGETS:
         memory = {}
         for side in SIDES:
@@ -134,15 +134,8 @@ def measure(args: argparse.Namespace) -> dict:
                 memory[side] = process.submit(extra_bytes, side, target, args).result()
         for threads in args.threads:
             torch.set_num_threads(threads)
-            rows.append({"target": target, "threads": threads, "bytes": memory})
-            rows[-1]["seconds"] = seconds(target, args)
-    return {
-        "logits": [args.batch, args.classes, args.size // args.stride, args.size // args.stride],
-        "size": args.size,
-        "dtype": str(args.dtype).removeprefix("torch."),
-        "rows": rows,
-        "machine": machine(args.device),
-    }
+            row = {"target": target, "threads": threads, "bytes": memory}
+            yield row | {"seconds": seconds(target, args)}
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -156,25 +149,24 @@ def machine(device: str) -> dict[str, str | int]:
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__}
 
 
-def table(result: dict) -> str:
-    """Return the result as a Markdown table."""
-    lines = [
-        "| target | CPU threads | loss | time (median) | least | most | extra memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        start = f"| {row['target']} | {row['threads']} |"
-        medians = [statistics.median(row["seconds"][side]) for side in SIDES]
-        memory = [row["bytes"][side] for side in SIDES]
-        for side, median, size in zip(SIDES, medians, memory, strict=True):
-            taken = row["seconds"][side]
-            times = [median, min(taken), max(taken)]
-            digits = 0 if median > 0.1 else 2
-            times = " | ".join(f"{1e3 * t:.{digits}f} ms" for t in times)
-            lines.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
-        smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""  # below one page
-        lines.append(f"{start} ratio | {medians[0] / medians[1]:.1f} | | | {smaller} |")
-    return "\n".join(lines)
+HEAD = (
+    "| target | CPU threads | loss | time (median) | least | most | extra memory |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def lines(row: dict) -> str:
+    """Return the lines of the Markdown table about one kind of target."""
+    start = f"| {row['target']} | {row['threads']} |"
+    medians = [statistics.median(row["seconds"][side]) for side in SIDES]
+    memory, found = [row["bytes"][side] for side in SIDES], []
+    for side, median, size in zip(SIDES, medians, memory, strict=True):
+        taken = row["seconds"][side]
+        digits = 0 if median > 0.1 else 2
+        times = " | ".join(f"{1e3 * t:.{digits}f} ms" for t in (median, min(taken), max(taken)))
+        found.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
+    smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""  # below one page
+    return "\n".join([*found, f"{start} ratio | {medians[0] / medians[1]:.1f} | | | {smaller} |"])
 
 
 def quiet() -> None:
@@ -201,12 +193,20 @@ def main() -> None:
     args.threads = args.threads or ([chosen] if args.device == "cuda" else sorted({1, chosen}))
     default = "bfloat16" if args.device == "cuda" else "float32"
     args.dtype = getattr(torch, args.dtype or default)
-    result = measure(args)
+    side = args.size // args.stride
+    result = {
+        "logits": [args.batch, args.classes, side, side],
+        "size": args.size,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "rows": [],
+        "machine": machine(args.device),
+    }
     shape = ", ".join(map(str, result["logits"]))
-    print(
-        f"Logits ({shape}), {result['dtype']}, to {args.size} px; {result['machine']['device']}\n"
-    )
-    print(table(result))
+    print(f"Logits ({shape}), {result['dtype']}, to {args.size} px; {result['machine']['device']}")
+    print(f"\n{HEAD}", flush=True)
+    for row in measure(args):
+        print(lines(row), flush=True)  # now: who stops this early has the first
+        result["rows"].append(row)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
