@@ -36,7 +36,7 @@ KILLS = {
 
 
 def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
-    """Return a run of 12 steps of a recipe; `data` is what `make_data` made."""
+    """Describe a run of 12 steps of a recipe; `data` is what `make_data` made."""
     dataset: dict[str, Any] = {"base_size": 32, "final_size": 32, "batch_size": 4}
     dataset |= {"num_workers": workers, "path": f"{data}/{source}"}
     if source == "shards":
@@ -58,7 +58,7 @@ def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, 
 
 
 def make_data(folder: str) -> None:
-    """Return the photos, as folders and as shards."""
+    """Make the photos, as folders and as shards."""
     from convert_ade20k import main as convert
     from dataset.synthetic import make
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import kill_resume
 from benchmarks.kill_resume import RECIPES, tensors
 from dataset.synthetic import make
 
@@ -38,23 +39,13 @@ class Numbers(NamedTuple):
 
 
 def make_config(data: str, folder: str, recipe: str) -> dict[str, Any]:
-    """Return a run of ten steps."""
-    dataset = {"path": data, "base_size": 64, "final_size": 64, "batch_size": 4, "num_workers": 0}
-    ema = {"half_life": "4ba", "update_interval": "1ba"}
-    return {
-        "run_name": recipe,
-        "recipe_name": None if recipe == "baseline" else recipe,
-        "max_duration": "10ba",
-        **{name: {"max_duration": "10ba", "ema": ema} for name in RECIPES[1:]},
-        "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
-        "train_dataset": dict(dataset),
-        "eval_dataset": dict(dataset),
-        "optimizer": {"lr": 0.01},
-        "precision": "fp32",
-        "pictures": 0,
-        "save_folder": folder,
-        "save_interval": "10ba",
-    }
+    """Describe a run of ten steps."""
+    config = kill_resume.make_config(data, recipe, "folders", workers=0)
+    for section in ("train_dataset", "eval_dataset"):
+        config[section] |= {"base_size": 64, "final_size": 64}
+    for parent in (config, *(config[name] for name in RECIPES[1:])):
+        parent["max_duration"] = "10ba"
+    return config | {"save_folder": folder, "save_interval": "10ba"}
 
 
 def run(root: Path, data: str, recipe: str) -> Numbers:
@@ -103,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             ["git", "archive", options.commit], cwd=ROOT, stdout=subprocess.PIPE, check=True
         )
         subprocess.run(["tar", "-x", "-C", str(before)], input=archive.stdout, check=True)
-        make(data, training=24, validation=6, size=64)
+        make(f"{data}/folders", training=24, validation=6, size=64)
         for recipe in options.recipes:
             ours, theirs = (run(root, data, recipe) for root in (ROOT, before))
             parts = [
