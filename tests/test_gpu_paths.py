@@ -100,6 +100,7 @@ def train(tiny: dict[str, Any], watch: Watch, duration: str, **changes: Any) -> 
     return trainer
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("recipe", "scaler"),
     [(None, GradScaler), ("hot", ClosureGradScaler)],
@@ -123,12 +124,14 @@ def test_fp16_scales_its_gradients_and_learns_the_same(
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.trains
 def test_bf16_is_autocast(gpu: None, tiny: dict[str, Any]) -> None:
     assert choose_precision("auto") == ("amp_bf16", None)
     train(tiny, found := Watch(), "1ba", precision="auto")
     assert found.autocast == {(True, torch.bfloat16)}
 
 
+@pytest.mark.trains
 def test_auto_microbatch_halves_until_it_fits(gpu: None, tiny: dict[str, Any]) -> None:
     found = Watch(fails_above=2)
     changes = {"device_train_microbatch_size": "auto", "precision": "amp_bf16"}
