@@ -230,7 +230,8 @@ def _share_statistics(network: DeepLabV3) -> None:
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    share_statistics(network, groups[dist.get_node_rank()])
+    # Each process is a member of its own node's group; torch's type is that of all others too.
+    share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))
 
 
 class ComposerDeepLabV3(ComposerClassifier):

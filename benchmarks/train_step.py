@@ -154,7 +154,7 @@ class Contender:
 
     def parts(self) -> dict[str, float]:
         """Milliseconds of each part of a step; the last that this trainer is good for."""
-        network = self.trainer.state.model.module
+        network: Any = self.trainer.state.model.module
         compiled = network._compiled_call_impl is not None
         network._compiled_call_impl = None
         watch = Stopwatch(self.trainer, compile_parts=compiled)

@@ -6,7 +6,7 @@ for the device three times a layer and pass. Here a layer is ordinary operations
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -65,7 +65,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     """Sum a tensor over the processes of a group."""
     result = tensor.clone()
-    group = torch.distributed.distributed_c10d._resolve_process_group(group_name)
+    # torch 2.13 has a type of its own for what is a string.
+    group = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group_name))
     torch.distributed.all_reduce(result, group=group)
     return result
 
