@@ -148,10 +148,11 @@ def build_trainer(
         model_config["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
     if start and state_path is None:
-        classes = load_classes(config.class_names, config.model.num_classes)
-        by_name = classes if config.load_classes_by_name else None
+        classes = None
+        if config.load_classes_by_name:
+            classes = load_classes(config.class_names, config.model.num_classes)
         least = config.load_least if config.is_train else 1.0
-        left = load_fitting(model.module, start.weights, start.where, least, by_name)
+        left = load_fitting(model.module, start.weights, start.where, least, classes)
         if left:
             log.warning("load_path: %s", left)
     # torch's overloads of `to` leave out the memory format.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +31,6 @@ from torch.torch_version import TorchVersion
 
 from errors import WeightsError
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
-
-if TYPE_CHECKING:
-    pass
 
 SCORES = "classifier.conv_seg."  # the layer that has a row a class
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
