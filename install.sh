@@ -113,6 +113,10 @@ sync() {
 }
 would() { sync --dry-run "${@:2}" 2>&1 | grep -q "Would $1"; }
 
+# From uv's cache where it can: of an index that says nothing of how long a file may be kept, uv takes the source for new
+# each time, and forgets what it has built from it for other versions.
+build() { sync --offline || sync; }
+
 # Reading torch's headers is most of what mmcv-full's 73 files cost. GCC is given them read, which halves the build;
 # where it finds that the two do not fit, it reads the headers.
 build_mmcv() {
@@ -129,10 +133,10 @@ if "GLIBCXX_USE_CXX11_ABI" in (torch / "utils/cpp_extension.py").read_text():  #
     echo '#include <torch/types.h>' >"$headers/torch.h"
     # shellcheck disable=SC2086 # several words
     "${CXX:-c++}" -O0 -g0 -fPIC -std=c++17 $flags -x c++-header "$headers/torch.h" -o "$headers/torch.h.gch" &&
-      CPPFLAGS="-include $headers/torch.h" sync && built=0
+      CPPFLAGS="-include $headers/torch.h" build && built=0
     rm -rf "$headers"
   fi
-  [ $built = 0 ] || sync
+  [ $built = 0 ] || build
 }
 # Under PYTHONDONTWRITEBYTECODE every start would compile all its imports. An environment that pip made may hold an
 # mmcv-full that was built against another torch.

@@ -92,6 +92,7 @@ def build_trainer(
     # Only now what takes seconds to import: a wrong config has been answered by here.
     import torch
     from composer import Trainer
+    from composer.loggers import ProgressBarLogger
     from composer.utils import dist, get_device, reproducibility
 
     from checkpointing.resume import find_start
@@ -196,6 +197,9 @@ def build_trainer(
         )
     scratch.cleanup()
     trainer.logger.log_hyperparameters(asdict(config))
+    for destination in trainer.logger.destinations:
+        if isinstance(destination, ProgressBarLogger):
+            destination.hparams_already_logged_to_console = True  # a hundred lines before the bar
     return trainer
 
 

@@ -22,6 +22,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Optimizer
 
 from segmentation.losses import MixedTarget
+from training.optimizer import laid_out_like
 
 
 class SeedMicrobatch(Algorithm):
@@ -159,20 +160,26 @@ class SAM(Algorithm):
 
 @contextmanager
 def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
-    """Add `rho` times the normalised gradient to the weights, and takes it back at the end."""
+    """Add `rho` times the normalised gradient to the weights, and bring them back at the end.
+
+    The sum takes the gradient's memory, and the weights' own stays untouched meanwhile: nothing is
+    copied, there or back.
+    """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    start = [p.data for p in weights]
     with torch.no_grad():
-        start = [torch.empty_like(p) for p in weights]
-        torch._foreach_copy_(start, weights)
-        gradient = [p.grad for p in weights]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradient)))
-        torch._foreach_mul_(gradient, rho / (norm + 1e-12))  # the next pass clears it anyway
-        torch._foreach_add_(weights, gradient)
+        climbed = [laid_out_like(p, p.grad) for p in weights]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(climbed)))
+        torch._foreach_mul_(climbed, rho / (norm + 1e-12))
+        torch._foreach_add_(climbed, start)
+    for weight, sum_ in zip(weights, climbed, strict=True):
+        weight.grad = None
+        weight.data = sum_.as_strided(weight.shape, weight.stride())  # a compiled graph's guard
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(weights, start)
+        for weight, data in zip(weights, start, strict=True):
+            weight.data = data
 
 
 class EMA(composer.algorithms.EMA):

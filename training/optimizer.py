@@ -40,8 +40,8 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         )
         for group in filter(None, groups):
             weights = [params[i] for i in group]
-            gradients = [_laid_out_like(params[i], d_p_list[i]) for i in group]
-            buffers = [_laid_out_like(params[i], momentum_buffer_list[i]) for i in group]
+            gradients = [laid_out_like(params[i], d_p_list[i]) for i in group]
+            buffers = [laid_out_like(params[i], momentum_buffer_list[i]) for i in group]
             if weight_decay:
                 decay = weight_decay * (lr / initial_lr if initial_lr else 1.0)
                 torch._foreach_mul_(weights, 1 - decay)
@@ -78,14 +78,14 @@ def _flat(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
 
 
 @overload
-def _laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor: ...
+def laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor: ...
 
 
 @overload
-def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
+def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
 
 
-def _laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
+def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
     """Return the tensor, or where it lies otherwise in memory than the weight, a copy that lies so.
 
     The fused step walks through memory. A checkpoint of a run without channels_last has momentum
