@@ -115,7 +115,7 @@ would() { sync --dry-run "${@:2}" 2>&1 | grep -q "Would $1"; }
 
 # From uv's cache where it can: of an index that says nothing of how long a file may be kept, uv takes the source for new
 # each time, and forgets what it has built from it for other versions.
-build() { sync --offline || sync; }
+build() { sync --offline 2>/dev/null || sync; }
 
 # Reading torch's headers is most of what mmcv-full's 73 files cost. GCC is given them read, which halves the build;
 # where it finds that the two do not fit, it reads the headers.
