@@ -1,6 +1,6 @@
 """Score a checkpoint on a validation set.
 
-    python evaluate.py runs/first/latest-rank0.pt           # on the run's own validation set
+    python evaluate.py runs/first                           # its best, on its own validation set
     python evaluate.py weights.safetensors --path ade20k --tta --csv classes.csv --json scores.json
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on a validation set.")
-    parser.add_argument("model", help="checkpoint (.pt), weights (.safetensors) or ONNX file")
+    parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
     parser.add_argument("--path", help="the data set; default: what the run was validated on")
     parser.add_argument("--local", help="folder to cache the shards of a remote data set in")
     parser.add_argument("--config", metavar="YAML", help="the run's config, for its eval_dataset")

@@ -1,7 +1,7 @@
 """Export a checkpoint for deployment, with everything inside that a program needs to use it.
 
-    python export.py runs/first/latest-rank0.pt --to onnx               # writes latest-rank0.onnx
-    python export.py runs/first/latest-rank0.pt --weights-only          # latest-rank0.safetensors
+    python export.py runs/first --to onnx                           # its best, as first.onnx
+    python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
 
 | format        | loaded with                          | needs                         |
 |---------------|--------------------------------------|-------------------------------|
@@ -181,7 +181,9 @@ def main(arguments: list[str]) -> int:
     if options.to == "onnx" and missing:
         print(f"error: --to onnx needs more: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
-    path = Path(options.out or Path(options.model).with_suffix(SUFFIXES[options.to]).name)
+    model = Path(options.model)
+    name = model.resolve().name if model.is_dir() else model.stem
+    path = Path(options.out or f"{name}{SUFFIXES[options.to]}")
     try:
         weights = load_weights(options.model, options.weights)
         classes = weights.classes
@@ -221,7 +223,7 @@ def _sample_photo() -> str:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a checkpoint for deployment.")
-    parser.add_argument("model", help="checkpoint (.pt) or weights (.safetensors)")
+    parser.add_argument("model", help="run's folder, checkpoint (.pt) or weights (.safetensors)")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--to", choices=SUFFIXES, help="format")
     kind.add_argument(

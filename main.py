@@ -67,10 +67,13 @@ def main(
         first = config.eval_first and trainer.state.timestamp.batch == 0
         end = trainer.state.max_duration
         complete = end is not None and trainer.state.timestamp >= end
-        if first or complete or (saver and saver.evaluation_due):
+        ended = saver is not None and saver.ended is not None
+        if first or complete or ended or (saver and saver.evaluation_due):
             trainer.eval()
         if complete:
             log.warning("nothing is left to train: max_duration=%s is reached", config.max_duration)
+        elif saver and saver.ended:
+            log.warning("nothing is left to train: stop_after=%s is reached", saver.ended)
         else:
             trainer.fit()
         if saver:
@@ -95,6 +98,7 @@ def build_trainer(
     from composer.loggers import ProgressBarLogger
     from composer.utils import dist, get_device, reproducibility
 
+    from checkpointing.best import Best
     from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling, load_fitting
@@ -103,9 +107,9 @@ def build_trainer(
     from segmentation.classes import load_classes
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
-    from training.optimizer import DecoupledSGDW
+    from training.optimizer import build_optimizer
     from training.precision import check_kernels, choose_precision, compiles
-    from training.recipes import build_recipe, warn_if_ema_is_slow
+    from training.recipes import build_recipe, check_lengths
 
     check_kernels()
     precision, cpu_autocast = choose_precision(config.precision)
@@ -114,6 +118,7 @@ def build_trainer(
         dist.initialize_dist(device)
     reproducibility.seed_all(config.seed)
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
+    named = config.class_names, config.model.num_classes
     saver = None
     if config.save_folder and config.is_train:
         saver = Checkpoints(
@@ -123,6 +128,8 @@ def build_trainer(
             config.save_num_checkpoints_to_keep,
             config.save_overwrite,
             config.autoresume,
+            Best(config.best_metric, load_classes(*named), config.stop_after),
+            config.save_best,
         )
         saver.check()
     start = find_start(
@@ -135,6 +142,8 @@ def build_trainer(
     if start:
         if state_path or not config.is_train:
             start.check_fits(asdict(config.model))
+        if state_path:
+            start.check_optimizer(asdict(config.optimizer))
         if saver and start.is_resume:
             saver.last = start.where
 
@@ -142,24 +151,22 @@ def build_trainer(
         data = build_data(config, "train") if config.is_train else None, build_data(config, "val")
     train_data, eval_data = data
     if train_data is not None:
-        warn_if_ema_is_slow(config, len(cast(Sized, train_data.dataloader)))
+        check_lengths(config, len(cast(Sized, train_data.dataloader)))
 
     model_config = asdict(config.model)
     if start:
         model_config["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
     if start and state_path is None:
-        classes = None
-        if config.load_classes_by_name:
-            classes = load_classes(config.class_names, config.model.num_classes)
         least = config.load_least if config.is_train else 1.0
-        left = load_fitting(model.module, start.weights, start.where, least, classes)
+        by_name = load_classes(*named) if config.load_classes_by_name else None
+        left = load_fitting(model.module, start.weights, start.where, least, by_name)
         if left:
             log.warning("load_path: %s", left)
     # torch's overloads of `to` leave out the memory format.
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.cpu_autocast = cpu_autocast
-    optimizer = DecoupledSGDW(model.parameters(), **asdict(config.optimizer))
+    optimizer = build_optimizer(config.optimizer, model.module)
     algorithms, scheduler = build_recipe(config)
 
     microbatch = config.device_train_microbatch_size

@@ -383,7 +383,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Segment photos.")
-    parser.add_argument("model", help="checkpoint (.pt), weights (.safetensors) or ONNX file")
+    parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
     parser.add_argument("photos", nargs="+", help="photos, folders of photos, or glob patterns")
     parser.add_argument(
         "--out", default="predictions", help="folder to write to; default: predictions"

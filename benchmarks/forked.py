@@ -23,7 +23,7 @@ IMPORTS = ["main", "model", "data"]
 IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
 IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
 # Of a save: half written, before each of its renames, before an old one goes.
-MOMENTS = ("forward", "batch", "eval", "write", "rename", "pointer", "remove")
+MOMENTS = ("forward", "batch", "eval", "write", "rename", "best", "pointer", "remove")
 
 
 class Death(NamedTuple):
@@ -190,6 +190,7 @@ def _plan_death(death: Death) -> Any:
     def late_replace(source: str, target: str) -> None:
         name = os.path.basename(target)
         count(moment == "rename" and stores.NAME.fullmatch(name) is not None)
+        count(moment == "best" and name == stores.BEST)
         count(moment == "pointer" and name == stores.LATEST)
         replace(source, target)
 

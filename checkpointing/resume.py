@@ -41,11 +41,26 @@ class Start:
         Raises:
             ConfigError: They differ.
         """
+        anew = "; load_weights_only=true begins anew with what fits" if self.state_path else ""
         for name, value in infer_architecture(self.weights.state).items():
             if value != model[name]:
                 raise ConfigError(
-                    f"load_path: {self.where} has {name}={value}, not {model[name]}; "
-                    "load_weights_only=true begins anew with what fits"
+                    f"load_path: {self.where} has {name}={value}, not {model[name]}{anew}"
+                )
+
+    def check_optimizer(self, optimizer: Mapping[str, Any]) -> None:
+        """Compare which optimizer it has the state of, in which groups, with the config's.
+
+        Raises:
+            ConfigError: They differ.
+        """
+        recorded = (self.weights.config or {}).get("optimizer") or {}
+        for name, default in {"name": "sgdw", "head_lr_scale": 1.0, "no_decay": []}.items():
+            theirs, ours = recorded.get(name, default), optimizer[name]
+            if theirs != ours:
+                raise ConfigError(
+                    f"load_path: {self.where} was trained with optimizer.{name}={theirs}, not "
+                    f"{ours}; load_weights_only=true begins anew with its weights"
                 )
 
 

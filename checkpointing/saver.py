@@ -19,6 +19,7 @@ from composer.core import Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
 
+from checkpointing.best import Best
 from checkpointing.signals import SignalListener
 from checkpointing.stores import batch_of, open_folder
 from errors import ConfigError, RunError, Stopped, one_line
@@ -58,7 +59,8 @@ class Checkpoints(CheckpointSaver):
     """Saves the state of training at an interval, at the end and when the run is told to stop.
 
     A checkpoint follows the evaluation that is due after its batch. A stop request saves before it
-    and records `evaluation_due`, so that the resumed run evaluates first.
+    and records `evaluation_due`, so that the resumed run evaluates first. With `save_best` the best
+    evaluation makes a checkpoint too, which stays until there is a better one.
 
     Args:
         folder: Folder or object-store URI.
@@ -67,11 +69,15 @@ class Checkpoints(CheckpointSaver):
         keep: How many checkpoints to keep; -1 for all.
         overwrite: Begin anew in a folder with an earlier run's checkpoints, which go one by one.
         autoresume: The run goes on from what the folder holds.
+        best: Which evaluation is the best, and when to end for want of a better one.
+        save_best: Keep the checkpoint of the best evaluation.
 
     Attributes:
         saved_checkpoints: Where the checkpoints of this run are, oldest first.
         last: Where the newest is, or the one that the run goes on from, or None.
         evaluation_due: Whether the state is that before an evaluation.
+        best_name: The name of the checkpoint that is kept as the best, or None.
+        ended: The patience that was exhausted, if the run has ended for that.
     """
 
     def __init__(
@@ -82,11 +88,13 @@ class Checkpoints(CheckpointSaver):
         keep: int,
         overwrite: bool = False,
         autoresume: bool = False,
+        best: Best | None = None,
+        save_best: bool = False,
     ):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            return self.stopping or periodic(state, event)
+            return self.stopping or self._save_now or periodic(state, event)
 
         super().__init__(
             ".", remote_file_name=None, latest_remote_file_name=None, save_interval=save_due
@@ -95,7 +103,13 @@ class Checkpoints(CheckpointSaver):
         self.keep = keep
         self.overwrite = overwrite
         self.autoresume = autoresume
+        self.best = best or Best("MIoU", [])
+        self.save_best = save_best
         self.last: str | None = None
+        self.best_name: str | None = None
+        self.ended: str | None = None
+        self._save_now = False
+        self._is_fitting = self._fit_ended = False
         self.signals = SignalListener()
         self.stopping = False  # which all processes agree on
         self.evaluation_due = False
@@ -132,10 +146,22 @@ class Checkpoints(CheckpointSaver):
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
+        if state.dataloader_len is not None:
+            self.best.batches_per_epoch = int(state.dataloader_len)
         if not (self.overwrite or self.autoresume):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
+        def point_best() -> str | None:
+            """Have the folder's best be that of the state that the run goes on from, or none."""
+            if self.best_name not in self.target.names():
+                self.best_name = None
+            self.target.point_best(self.best_name)
+            return self.best_name
+
+        self.best_name = on_first_process(point_best)
+
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._is_fitting = True
         self._stop_if_signalled(state, logger)
 
     def _refuse_later(self, batch: int) -> None:
@@ -159,6 +185,25 @@ class Checkpoints(CheckpointSaver):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluation_due = False
+        if state.timestamp.batch == 0:  # of which there is no checkpoint
+            return
+        if self.best.improved(state) and self.save_best:
+            self.best_name = _name(state)
+            self._save_now = True
+        if self.best.is_long_ago(state):
+            self.ended = self.best.patience
+            self._save_now = True
+            state.stop_training()
+        if self._save_now:
+            self.last_checkpoint_batch = None  # one of before the evaluation does not know of it
+            if not self._is_fitting:
+                self._save_now = False  # the checkpoint is there that the run goes on from
+                on_first_process(lambda: self.target.point_best(self.best_name))
+            elif self._fit_ended:
+                self._save_checkpoint(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._fit_ended = True
 
     def _stop_if_signalled(self, state: State, logger: Logger) -> None:
         if self.signals.any_process_signalled(state):
@@ -176,12 +221,13 @@ class Checkpoints(CheckpointSaver):
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
+        self._save_now = False
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
-        epoch, batch = state.timestamp.epoch.value, state.timestamp.batch.value
-        name = f"ep{epoch}-ba{batch}-rank0.pt"
+        name = _name(state)
         on_first_process(lambda: self._write(content, name))
         self.last = f"{self.target.path}/{name}"
-        self.saved_checkpoints = [*self.saved_checkpoints, self.last]
+        before = [path for path in self.saved_checkpoints if path != self.last]
+        self.saved_checkpoints = [*before, self.last]
         if self.keep > 0:
             self.saved_checkpoints = self.saved_checkpoints[-self.keep :]
 
@@ -196,7 +242,7 @@ class Checkpoints(CheckpointSaver):
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            self.target.publish(unfinished, name, self.keep)
+            self.target.publish(unfinished, name, self.keep, self.best_name)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 os.remove(unfinished)
@@ -228,10 +274,23 @@ class Checkpoints(CheckpointSaver):
                         self.target.wait(20)  # the launcher kills what is left after 30 s
 
     def state_dict(self) -> dict[str, Any]:
-        return {"evaluation_due": self.evaluation_due}
+        return {
+            "evaluation_due": self.evaluation_due,
+            "best": self.best.state_dict(),
+            "best_name": self.best_name,
+            "ended": self.ended,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluation_due = state.get("evaluation_due", False)
+        self.best.load_state_dict(state.get("best", {}))
+        self.best_name = state.get("best_name")
+        if self.best.patience is not None and state.get("ended") == self.best.patience:
+            self.ended = self.best.patience
+
+
+def _name(state: State) -> str:
+    return f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}-rank0.pt"
 
 
 def _is_finite(state: dict[str, Any]) -> bool:

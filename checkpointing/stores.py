@@ -1,7 +1,7 @@
 """Where checkpoints are kept: a folder or an object store, in which each is whole or not there.
 
-A checkpoint gets its name only when all of it is on the disk or in the store, `latest-rank0.pt`
-points at it only then, and only after that an old one goes.
+A checkpoint gets its name only when all of it is on the disk or in the store, `best-rank0.pt` and
+`latest-rank0.pt` point at it only then, and only after that an old one goes.
 
 Composer's own saver writes into the file that it replaces, removes `latest-rank0.pt` before it
 makes the new one, forgets old checkpoints when a run resumes, never removes any from an object
@@ -18,16 +18,17 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore, S3ObjectStore
 
-from errors import RunError, one_line
+from errors import RunError, WeightsError, one_line
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest-rank0.pt"
+LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
 
@@ -36,6 +37,21 @@ def batch_of(name: str) -> int:
     """Return the number of batches that a checkpoint's name says; -1 for other names."""
     match = NAME.fullmatch(name)
     return int(match[1]) if match else -1
+
+
+def checkpoint_in(path: str | os.PathLike[str]) -> str:
+    """Return the best checkpoint of a run's folder, else its newest; a file as it is.
+
+    Raises:
+        WeightsError: The folder holds none.
+    """
+    if not os.path.isdir(path):
+        return os.fspath(path)
+    newest = LocalFolder(os.fspath(path)).names()[:1]
+    for name in (BEST, LATEST, *newest):
+        if os.path.exists(found := os.path.join(path, name)):
+            return found
+    raise WeightsError(f"{path}: a folder without checkpoints; name a file, or a run's save_folder")
 
 
 class LocalFolder:
@@ -78,21 +94,33 @@ class LocalFolder:
         os.stat(path)
         return path
 
-    def publish(self, unfinished: str, name: str, keep: int) -> None:
-        """Give a finished file its name, point `latest` at it, and remove all but `keep` files.
+    def publish(self, unfinished: str, name: str, keep: int, best: str | None = None) -> None:
+        """Give a finished file its name, point `latest` at it; remove all but `keep` and `best`.
 
         Each step is one rename, so whenever the machine fails, `latest` is a whole checkpoint.
         """
         os.replace(unfinished, os.path.join(self.path, name))
         self._sync()
-        link = os.path.join(self.path, f"{LATEST}.unfinished")
+        if best:
+            self.point_best(best)
+        self._point(LATEST, name)
+        self._sync()
+        for old in outdated(self.names(), name, keep, best):
+            os.remove(os.path.join(self.path, old))
+
+    def point_best(self, name: str | None) -> None:
+        """Point `best-rank0.pt` at a checkpoint, or remove it."""
+        if name:
+            self._point(BEST, name)
+        else:
+            Path(self.path, BEST).unlink(missing_ok=True)
+
+    def _point(self, pointer: str, name: str) -> None:
+        link = os.path.join(self.path, f"{pointer}.unfinished")
         with suppress(FileNotFoundError):
             os.remove(link)
         os.symlink(name, link)
-        os.replace(link, os.path.join(self.path, LATEST))
-        self._sync()
-        for old in outdated(self.names(), name, keep):
-            os.remove(os.path.join(self.path, old))
+        os.replace(link, os.path.join(self.path, pointer))
 
     def _sync(self) -> None:
         """Have the folder's entries on the disk."""
@@ -107,11 +135,21 @@ class LocalFolder:
         return True
 
 
+class Upload(NamedTuple):
+    """A checkpoint on its way to an object store."""
+
+    file: str
+    name: str
+    keep: int
+    best: str | None
+
+
 class RemoteFolder:
     """Checkpoints in an object store, uploaded while training goes on.
 
     An upload that fails is tried again for an hour. A checkpoint that a newer one overtakes before
-    its upload has begun, or while it fails, is dropped, so at most two wait on the local disk.
+    its upload has begun, or while it fails, is dropped unless it is the best, so at most three wait
+    on the local disk.
 
     Args:
         uri: Such as s3://bucket/folder.
@@ -128,7 +166,8 @@ class RemoteFolder:
         self._folder = tempfile.TemporaryDirectory(prefix="checkpoints-")
         self.scratch = self._folder.name
         self._lock = threading.Condition()
-        self._next: tuple[str, str, int] | None = None
+        self._waiting: list[Upload] = []
+        self._count = 0
         self._busy = False
         self._failed: RunError | None = None
 
@@ -160,20 +199,39 @@ class RemoteFolder:
             self.store.download_object(f"{self.prefix}{name}", path)
         return path
 
-    def publish(self, unfinished: str, name: str, keep: int) -> None:
-        """Upload a finished file, then point `latest` at it and remove all but `keep`, later.
+    def publish(self, unfinished: str, name: str, keep: int, best: str | None = None) -> None:
+        """Upload a finished file, then point at it and remove all but `keep` and `best`, later.
 
         Raises:
             RunError: An earlier upload was given up.
         """
         self.wait(0)
+        self._count += 1  # one of the same batch may be on its way
+        file = os.path.join(self.scratch, f"{self._count}-{name}")
+        os.replace(unfinished, file)
         with self._lock:
-            overtaken, self._next = self._next, (unfinished, name, keep)
+            overtaken = [item for item in self._waiting if item.name != best or item.name == name]
+            kept = [item for item in self._waiting if item not in overtaken]
+            self._waiting = [*kept, Upload(file, name, keep, best)]
             if not self._busy:
                 self._busy = True
                 threading.Thread(target=self._work, daemon=True).start()
-        if overtaken:
-            os.remove(overtaken[0])
+        for item in overtaken:
+            os.remove(item.file)
+
+    def point_best(self, name: str | None) -> None:
+        """Point `best-rank0.pt` at a checkpoint, or remove it."""
+        key = f"{self.prefix}{BEST}.symlink"
+        if name:
+            self._point(BEST, name)
+        elif key in self.store.list_objects(key):
+            self._delete(f"{BEST}.symlink")
+
+    def _point(self, pointer: str, name: str) -> None:
+        path = os.path.join(self.scratch, pointer)
+        with open(path, "w") as file:
+            file.write(f"{self.prefix}{name}")
+        self.store.upload_object(f"{self.prefix}{pointer}.symlink", path)
 
     def wait(self, seconds: float) -> bool:
         """Whether all that was published is there, after waiting for it.
@@ -190,39 +248,41 @@ class RemoteFolder:
     def _work(self) -> None:
         while True:
             with self._lock:
-                item, self._next = self._next, None
-                if item is None:
+                if not self._waiting:
                     self._busy = False
                     self._lock.notify_all()
                     return
+                item = self._waiting.pop(0)
             try:
-                self._upload(*item)
+                self._upload(item)
             except RunError as error:
                 with self._lock:
                     self._failed, self._busy = error, False
                     self._lock.notify_all()
                 return
 
-    def _upload(self, unfinished: str, name: str, keep: int) -> None:
-        pointer = os.path.join(self.scratch, "pointer")
-        with open(pointer, "w") as file:
-            file.write(f"{self.prefix}{name}")
+    def _upload(self, item: Upload) -> None:
+        name = item.name
         start, pause = time.monotonic(), 1.0
         while True:
             try:
-                self.store.upload_object(f"{self.prefix}{name}", unfinished)
-                self.store.upload_object(f"{self.prefix}{LATEST}.symlink", pointer)
-                os.remove(unfinished)
-                old = outdated(self.names(), name, keep)
+                self.store.upload_object(f"{self.prefix}{name}", item.file)
+                if item.best:
+                    self._point(BEST, item.best)
+                self._point(LATEST, name)
+                os.remove(item.file)
+                old = outdated(self.names(), name, item.keep, item.best)
                 break
             except Exception as error:  # each store's client has its own
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
-            if self._next is not None:
+            if self._waiting and self._waiting[-1].best != name:
                 log.warning("%s; the next checkpoint follows", message)
-                os.remove(unfinished)
+                os.remove(item.file)
                 return
             if time.monotonic() - start > UPLOAD_FOR:
-                raise RunError(f"{message}; given up; it is still at {unfinished}")
+                kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
+                os.replace(item.file, kept)  # the scratch folder goes with this process
+                raise RunError(f"{message}; given up; it is still at {kept}")
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)
             pause = min(2 * pause, 30)
@@ -241,13 +301,14 @@ class RemoteFolder:
             log.warning("cannot remove %s/%s: %s", self.path, name, one_line(error))
 
 
-def outdated(names: list[str], newest: str, keep: int) -> list[str]:
-    """Return the checkpoints to remove so that `keep` are left, `newest` included; -1 keeps all.
+def outdated(names: list[str], newest: str, keep: int, best: str | None = None) -> list[str]:
+    """Return the checkpoints to remove so that `keep` and `best` are left; -1 keeps all.
 
-    Later ones stay: they are of another run, or damaged and about to be written again.
+    `newest` is one of those that are kept. Later ones stay: they are of another run, or damaged and
+    about to be written again.
     """
     older = [name for name in names if batch_of(name) <= batch_of(newest)]
-    return older[keep:] if keep >= 0 else []
+    return [name for name in older[keep:] if name != best] if keep >= 0 else []
 
 
 def open_folder(path: str) -> LocalFolder | RemoteFolder:

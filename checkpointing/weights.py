@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from checkpointing.stores import checkpoint_in
 from errors import WeightsError
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
@@ -95,14 +96,14 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     then what is given in any case.
 
     Args:
-        path: The file.
+        path: The file, or a run's folder: its best checkpoint, else its newest.
         weights: `"ema"` or `"training"`.
 
     Raises:
         WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
             a training state, or holds no DeepLabV3 of this project.
     """
-    path = _existing(path)
+    path = _existing(checkpoint_in(path))
     if path.suffix == ".safetensors":
         found = _read_safetensors(path)
     else:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import math
+from typing import Any, cast
 
 import pytest
+from composer.algorithms import GradientClipping
+from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler
 
+from errors import ConfigError
 from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
 from training.config import resolve
-from training.recipes import build_recipe, warn_if_ema_is_slow
+from training.recipes import build_recipe, build_schedule, check_lengths
 
 EXPECTED = {
     None: ([SeedMicrobatch], CosineAnnealingScheduler),
@@ -40,6 +44,58 @@ def test_the_numbers_of_a_recipe_are_keys_of_the_yaml(tiny: dict[str, Any]) -> N
     assert (sam.rho, sam.interval, mixup.alpha) == (0.5, 3, 0.9)
 
 
+class Progress:
+    """As much of a State as a schedule reads: ten batches an epoch, ten epochs."""
+
+    def __init__(self, batch: int):
+        self.timestamp = Timestamp(batch=batch, epoch=batch // 10)
+        self.max_duration = Time(10, TimeUnit.EPOCH)
+        self.dataloader_len = Time(10, TimeUnit.BATCH)
+
+    def get_elapsed_duration(self) -> Time[float]:
+        return Time(self.timestamp.batch.value / 100, TimeUnit.DURATION)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "recipe", "factors"),  # at batches 0, 10, 50 and 100 of 100
+    [
+        ({}, None, [1, (1 + math.cos(0.1 * math.pi)) / 2, 0.5, 0]),
+        ({}, "mild", [1, 1, 1, 1]),
+        ({"name": "linear"}, "mild", [1, 0.9, 0.5, 0]),
+        ({"name": "linear", "final": 0.2}, None, [1, 0.92, 0.6, 0.2]),
+        ({"name": "poly"}, "hot", [1, 0.9**0.9, 0.5**0.9, 0]),
+        ({"name": "poly", "power": 2, "final": 0.1}, None, [1, 0.829, 0.325, 0.1]),
+        ({"name": "constant", "warmup": "20ba"}, None, [0, 0.5, 1, 1]),
+        ({"warmup": "2ep"}, "medium", [0, 0.5, 1, 1]),
+        ({"name": "linear", "warmup": 2}, "hot", [0, 0.5, 1 - 30 / 80, 0]),
+        ({"name": "poly", "warmup": "20ba"}, None, [0, 0.5, (1 - 30 / 80) ** 0.9, 0]),
+        ({"name": "cosine", "warmup": "20ba", "final": 0.5}, "mild", [0, 0.5, 0.84567086, 0.5]),
+    ],
+)
+def test_the_schedule_is_the_recipes_or_what_the_config_says(
+    tiny: dict[str, Any], schedule: dict[str, Any], recipe: str | None, factors: list[float]
+) -> None:
+    tiny |= {"schedule": schedule, "recipe_name": recipe, "max_duration": "10ep"}
+    scheduler = build_schedule(resolve(tiny))
+    found = [scheduler(cast(State, Progress(batch))) for batch in (0, 10, 50, 100)]
+    assert found == pytest.approx(factors)
+
+
+def test_clipping_is_part_of_any_recipe(tiny: dict[str, Any]) -> None:
+    tiny |= {"optimizer": {"lr": 0.1, "clip_norm": 2.5}, "recipe_name": "mild"}
+    algorithms, _ = build_recipe(resolve(tiny))
+    assert [type(a) for a in algorithms] == [SeedMicrobatch, GradientClipping, EMA]
+    clipping = cast(GradientClipping, algorithms[1])
+    assert (clipping.clipping_type, clipping.clipping_threshold) == ("norm", 2.5)
+
+
+@pytest.mark.parametrize("warmup", ["3ep", "30ba"])
+def test_a_warm_up_ends_before_the_run(tiny: dict[str, Any], warmup: str) -> None:
+    tiny |= {"max_duration": "30ba", "schedule": {"warmup": warmup}}
+    with pytest.raises(ConfigError, match=f"schedule.warmup: {warmup} is not less than .* 30ba"):
+        check_lengths(resolve(tiny), batches_per_epoch=10)
+
+
 @pytest.mark.parametrize(
     ("duration", "half_life", "warned"),
     [("2ep", "21ba", True), ("2ep", "20ba", False), ("30ba", "4ep", True), ("80sp", "10ba", False)],
@@ -55,5 +111,5 @@ def test_an_average_that_outlasts_the_run_is_warned_about(
     ema = {"half_life": half_life, "update_interval": f"1{unit}"}
     tiny |= {"recipe_name": "mild", "mild": {"max_duration": duration, "ema": ema}}
     with caplog.at_level(logging.WARNING):
-        warn_if_ema_is_slow(resolve(tiny), batches_per_epoch=10)
+        check_lengths(resolve(tiny), batches_per_epoch=10)
     assert ("mild.ema.half_life" in caplog.text) == warned

@@ -61,6 +61,34 @@ def test_a_run_killed_four_times_ends_as_one_that_was_not(
     assert same_log(log, f"{reference}/log")
 
 
+def test_adamw_in_groups_clipped_and_with_a_warm_up_goes_on(data: str, tmp_path: Path) -> None:
+    config = make_config(data, "hot", "folders", workers=0) | {
+        "optimizer": {
+            "name": "adamw",
+            "lr": 1e-3,
+            "head_lr_scale": 10,
+            "no_decay": ["norm", "bias"],
+            "clip_norm": 1.0,
+        },
+        "schedule": {"name": "poly", "warmup": "5ba", "final": 0.1},
+        "save_interval": "1ba",
+    }
+    whole, killed = f"{tmp_path}/whole", f"{tmp_path}/killed"
+    assert run({**config, "save_folder": whole}, f"{tmp_path}/log") == 0
+    config |= {"save_folder": killed, "autoresume": True}
+    for batch in (2, 5):  # during the warm-up, and after it in the next epoch
+        assert run(config, f"{tmp_path}/killed.log", Death("batch", batch)) == -signal.SIGKILL
+    assert run(config, f"{tmp_path}/killed.log") == 0
+    assert largest_difference(killed, whole) == 0
+    assert same_log(f"{tmp_path}/killed.log", f"{tmp_path}/log")
+    config |= {"max_duration": "3ep", "hot": config["hot"] | {"max_duration": "3ep"}}
+    for changed in ({"name": "sgdw"}, {"head_lr_scale": 2.0}, {"no_decay": []}):
+        other = config | {"optimizer": config["optimizer"] | changed}
+        assert run(other, f"{tmp_path}/other") == 2
+        line = Path(f"{tmp_path}/other.0.out").read_text().splitlines()[-1]
+        assert f"was trained with optimizer.{next(iter(changed))}=" in line
+
+
 @pytest.mark.parametrize("moment", ["pointer", "remove"])
 def test_shards_and_a_kill_between_the_steps_of_a_save(
     data: str, tmp_path: Path, moment: str

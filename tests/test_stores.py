@@ -13,8 +13,8 @@ from run_helpers import save_whole
 from s3_server import S3Server, s3_server
 
 from checkpointing import stores
-from checkpointing.stores import LocalFolder, RemoteFolder, outdated
-from errors import ConfigError, RunError
+from checkpointing.stores import LocalFolder, RemoteFolder, checkpoint_in, outdated
+from errors import ConfigError, RunError, WeightsError
 from main import main
 
 pytestmark = [pytest.mark.trains, pytest.mark.usefixtures("small_network")]
@@ -58,6 +58,34 @@ def test_a_new_checkpoint_is_whole_before_an_old_one_goes(
     ]
     assert sorted(os.listdir(tmp_path)) == ["ep0-ba4-rank0.pt", "latest-rank0.pt"]
     assert link.read_bytes() == b"new"
+
+
+def test_the_best_stays_while_old_ones_go(tmp_path: Path) -> None:
+    target, link = LocalFolder(str(tmp_path)), tmp_path / "best-rank0.pt"
+
+    def publish(batch: int, best: int | None) -> list[str]:
+        (tmp_path / "new").write_bytes(str(batch).encode())
+        names = [f"ep0-ba{number}-rank0.pt" if number else None for number in (batch, best)]
+        target.publish(str(tmp_path / "new"), str(names[0]), 1, names[1])
+        return [path.name for path in sorted(tmp_path.glob("ep*.pt"))]
+
+    assert publish(2, None) == ["ep0-ba2-rank0.pt"]
+    assert not link.exists()
+    assert publish(4, 4) == ["ep0-ba4-rank0.pt"]
+    assert publish(6, 4) == ["ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"]
+    assert publish(8, 4) == ["ep0-ba4-rank0.pt", "ep0-ba8-rank0.pt"]
+    assert link.read_bytes() == b"4"
+    assert checkpoint_in(tmp_path) == str(link)
+    assert publish(9, 9) == ["ep0-ba9-rank0.pt"]
+    assert link.read_bytes() == b"9"
+    target.point_best(None)
+    assert not link.is_symlink()
+    assert checkpoint_in(tmp_path) == str(tmp_path / "latest-rank0.pt")
+    (tmp_path / "latest-rank0.pt").unlink()
+    assert checkpoint_in(tmp_path) == str(tmp_path / "ep0-ba9-rank0.pt")
+    (tmp_path / "ep0-ba9-rank0.pt").unlink()
+    with pytest.raises(WeightsError, match=r"a folder without checkpoints"):
+        checkpoint_in(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +150,44 @@ def test_a_store_that_is_away_while_a_checkpoint_is_uploaded(
     assert not any(path.exists() for path in paths)
 
 
+def test_the_best_is_uploaded_although_newer_ones_wait(
+    server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = RemoteFolder("s3://data/best")
+
+    def publish(batch: int, best: int) -> None:
+        (tmp_path / "new").write_bytes(str(batch).encode())
+        names = [f"ep0-ba{number}-rank0.pt" for number in (batch, best)]
+        target.publish(str(tmp_path / "new"), names[0], 1, names[1])
+
+    server.kill()
+    publish(2, 2)
+    deadline = time.monotonic() + 60
+    while "cannot upload" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.1)
+    publish(2, 2)  # once more, with what its evaluation says
+    for batch, best in ((4, 2), (5, 5), (6, 5), (7, 5)):
+        publish(batch, best)
+    assert [item.name for item in target._waiting] == ["ep0-ba5-rank0.pt", "ep0-ba7-rank0.pt"]
+    server.start()
+    assert target.wait(60)
+    assert target.names() == ["ep0-ba7-rank0.pt", "ep0-ba5-rank0.pt"]
+
+    def pointer() -> str | None:
+        keys = target.store.list_objects("best/best-rank0.pt.symlink")
+        if not keys:
+            return None
+        body = target.store.client.get_object(Bucket="data", Key=keys[0])["Body"]
+        return body.read().decode()
+
+    assert pointer() == "best/ep0-ba5-rank0.pt"
+    target.point_best("ep0-ba7-rank0.pt")
+    assert pointer() == "best/ep0-ba7-rank0.pt"
+    target.point_best(None)
+    assert pointer() is None
+    assert os.listdir(target.scratch).count("new") == 0
+
+
 def test_an_upload_that_is_given_up_ends_the_run(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,9 +195,11 @@ def test_an_upload_that_is_given_up_ends_the_run(
     target = RemoteFolder("s3://no-such-bucket/runs")
     (tmp_path / "file").write_bytes(b"checkpoint")
     target.publish(str(tmp_path / "file"), "ep0-ba2-rank0.pt", keep=1)
-    with pytest.raises(RunError, match=f"NoSuchBucket.* it is still at {tmp_path}/file"):
+    with pytest.raises(RunError, match=r"NoSuchBucket.* it is still at ") as caught:
         target.wait(60)
-    assert (tmp_path / "file").read_bytes() == b"checkpoint"
+    kept = Path(str(caught.value).rpartition(" ")[2])
+    del target  # and its scratch folder
+    assert kept.read_bytes() == b"checkpoint"
 
 
 def test_a_store_that_cannot_be_written_is_found_first(

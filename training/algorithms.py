@@ -17,7 +17,7 @@ from composer.algorithms.ema.ema import EMAParameters
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Optimizer
 
@@ -168,7 +168,7 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     start = [p.data for p in weights]
     with torch.no_grad():
-        climbed = [laid_out_like(p, p.grad) for p in weights]
+        climbed = [laid_out_like(p, cast(Tensor, p.grad)) for p in weights]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(climbed)))
         torch._foreach_mul_(climbed, rho / (norm + 1e-12))
         torch._foreach_add_(climbed, start)

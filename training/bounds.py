@@ -11,7 +11,7 @@ from typing import Any
 
 from dataset.folders import ADE20K, FOLDERS, find_root
 from errors import ConfigError
-from training.schema import LOGGERS, PRECISIONS, RECIPES, Config, DatasetConfig
+from training.schema import LOGGERS, PRECISIONS, RECIPES, SCHEDULES, Config, DatasetConfig
 
 
 def check(config: Config) -> None:
@@ -50,6 +50,9 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"save_num_checkpoints_to_keep: {keep} is neither 1 or more nor -1, which keeps all"
         )
+    for name in ("save_best", "stop_after"):
+        if getattr(config, name) and not config.save_folder:
+            raise ConfigError(f"{name} needs save_folder, where it leaves what it found")
     if not 0 <= config.load_least <= 1:
         raise ConfigError(f"load_least: {config.load_least} is not 0 to 1")
     if config.load_classes_by_name and not config.load_weights_only:
@@ -58,6 +61,7 @@ def check(config: Config) -> None:
         raise ConfigError("load_classes_by_name needs class_names")
     _check_numbers(config)
     _check_times(config)
+    _check_optimizer(config)
     _check_batch_sizes(config)
     _check_dataset(config.eval_dataset, "eval_dataset", "val")
     if config.is_train:
@@ -65,11 +69,14 @@ def check(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    positive = ["optimizer.lr"]
+    positive = ["optimizer.lr", "optimizer.head_lr_scale", "schedule.power"]
+    if config.optimizer.clip_norm is not None:
+        positive.append("optimizer.clip_norm")
     non_negative = ["optimizer.weight_decay", "train_metrics_interval", "pictures"]
     non_negative += [
         "seed",
         "optimizer.momentum",
+        "schedule.final",
         "model.cross_entropy_weight",
         "model.dice_weight",
     ]
@@ -85,8 +92,6 @@ def _check_numbers(config: Config) -> None:
         if not (value > 0 or (value == 0 and name in non_negative)) or value == float("inf"):
             bound = "0 or more" if name in non_negative else "more than 0"
             raise ConfigError(f"{name}: {value} is not a finite number of {bound}")
-    if config.optimizer.momentum >= 1:
-        raise ConfigError(f"optimizer.momentum: {config.optimizer.momentum} is not below 1")
     if config.model.cross_entropy_weight + config.model.dice_weight == 0:
         raise ConfigError(
             "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
@@ -97,9 +102,35 @@ def _check_numbers(config: Config) -> None:
         )
 
 
+def _check_optimizer(config: Config) -> None:
+    optimizer, schedule = config.optimizer, config.schedule
+    if optimizer.name not in ("sgdw", "adamw"):
+        raise ConfigError(f"optimizer.name: {optimizer.name} is neither sgdw nor adamw")
+    if optimizer.momentum >= 1:
+        raise ConfigError(f"optimizer.momentum: {optimizer.momentum} is not below 1")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(f"optimizer.betas: {optimizer.betas} are not two numbers of 0 to below 1")
+    if optimizer.name == "adamw" and optimizer.lr > 0.01:
+        raise ConfigError(f"optimizer.lr: {optimizer.lr} is too much for adamw; 1e-4 is usual")
+    if unknown := set(optimizer.no_decay) - {"norm", "bias"}:
+        raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is neither norm nor bias")
+    if schedule.name not in (None, *SCHEDULES):
+        raise ConfigError(f"schedule.name: {schedule.name} is none of {', '.join(SCHEDULES)}")
+    if schedule.final and schedule.name == "constant":
+        raise ConfigError("schedule.final: a constant schedule ends where it begins")
+    if not re.fullmatch(r"\d+(ep|ba)", schedule.warmup):
+        raise ConfigError(
+            f"schedule.warmup: {schedule.warmup!r} is not a time, as in 1500ba or 2ep"
+        )
+    if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
+        raise ConfigError("schedule.warmup needs max_duration in epochs or batches")
+
+
 def times(config: Config) -> tuple[list[str], list[str]]:
     """Return the keys that are durations, and those that are intervals."""
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
+    if config.stop_after is not None:
+        intervals.append("stop_after")
     if config.recipe_name in RECIPES:
         durations.append(f"{config.recipe_name}.max_duration")
         names = ("half_life", "update_interval")

@@ -32,6 +32,7 @@ from composer.utils import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from checkpointing.saver import Checkpoints
 from errors import RunError
 from segmentation.classes import ClassInfo, classes_to_json, load_classes
 from segmentation.drawing import prediction_sheet
@@ -47,7 +48,6 @@ from training.schema import Config
 if TYPE_CHECKING:
     from composer import Trainer
 
-    from checkpointing.saver import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -403,6 +403,12 @@ def summary(trainer: Trainer) -> str:
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None else f"{first:.2f} before, "
         lines.append(f"mIoU: {before}{miou:.2f} now")
+    saver = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
+    if saver and saver.ended:
+        lines.append(f"ended early: {saver.best.metric} was no better for {saver.ended}")
+    if saver and saver.best_name:
+        best, path = saver.best, f"{saver.target.path}/{saver.best_name}"
+        lines.append(f"best {best.metric}: {best.value:.2f} after batch {best.batch}, {path}")
     if trainer.saved_checkpoints:
         lines.append(f"checkpoint: {trainer.saved_checkpoints[-1]}")
     lines += [f"pictures: {c.latest}" for c in callbacks if isinstance(c, Pictures) and c.latest]

@@ -97,7 +97,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 def _normalise_times(config: Config) -> None:
     """Make a plain number a number of epochs, as in the reference."""
-    for name in itertools.chain(*times(config)):
+    for name in itertools.chain(*times(config), ["schedule.warmup"]):
         section, _, leaf = name.rpartition(".")
         parent = lookup(config, section) if section else config
         text = str(getattr(parent, leaf))
@@ -137,7 +137,10 @@ def help_text() -> str:
             if dataclasses.is_dataclass(hints[field.name]):
                 result += lines(hints[field.name], f"{prefix}{field.name}.")
                 continue
-            default = None if field.name == "loggers" else field.default
+            default = field.default
+            if default is dataclasses.MISSING:
+                assert field.default_factory is not dataclasses.MISSING
+                default = field.default_factory() or None
             shown = {None: "(empty)", True: "true", False: "false"}.get(
                 default if default is None or isinstance(default, bool) else "", str(default)
             )

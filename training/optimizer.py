@@ -1,14 +1,18 @@
-"""Composer's DecoupledSGDW in two passes over the weights instead of three operations a tensor."""
+"""The optimizer, by config, and Composer's DecoupledSGDW in two passes over the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import composer.optim
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
+
+from errors import ConfigError
+from training.schema import OptimizerConfig
 
 
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
@@ -62,6 +66,36 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
                 if buffer is None and flat is not None:
                     buffer = flat.as_strided(params[i].shape, params[i].stride())
                 momentum_buffer_list[i] = buffer
+
+
+def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
+    """Build the optimizer of a network's weights, in as few groups as the config asks for.
+
+    Raises:
+        ConfigError: There is no backbone to tell the head from.
+    """
+    backbone = getattr(network, "backbone", None)
+    if config.head_lr_scale != 1 and not isinstance(backbone, nn.Module):
+        raise ConfigError("optimizer.head_lr_scale: the network has no part called backbone")
+    in_backbone = {*backbone.parameters()} if isinstance(backbone, nn.Module) else set()
+    norms = [module for module in network.modules() if "norm" in type(module).__name__.lower()]
+    in_norms = {weight for module in norms for weight in module.parameters(recurse=False)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, weight in network.named_parameters():
+        is_head = config.head_lr_scale != 1 and weight not in in_backbone
+        kind = "norm" if weight in in_norms else "bias" if name.endswith("bias") else ""
+        groups.setdefault((is_head, kind in config.no_decay), []).append(weight)
+    parameters: list[dict[str, Any]] = [
+        {"params": weights}
+        | ({"lr": config.lr * config.head_lr_scale} if is_head else {})
+        | ({"weight_decay": 0.0} if is_spared else {})
+        for (is_head, is_spared), weights in sorted(groups.items())
+    ]
+    lr, decay = config.lr, config.weight_decay
+    if config.name == "adamw":
+        beta1, beta2 = config.betas
+        return composer.optim.DecoupledAdamW(parameters, lr, (beta1, beta2), weight_decay=decay)
+    return DecoupledSGDW(parameters, lr, config.momentum, weight_decay=decay)
 
 
 @overload

@@ -14,34 +14,63 @@ https://www.mosaicml.com/blog/mosaic-image-segmentation.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+from composer import optim
+from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Time, TimeUnit
-from composer.optim import ComposerScheduler, ConstantScheduler, CosineAnnealingScheduler
 
+from errors import ConfigError
 from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
 from training.schema import Config
 
 log = logging.getLogger(__name__)
 
 
-def build_recipe(config: Config) -> tuple[list[Algorithm], ComposerScheduler]:
-    """Build the algorithms of `config.recipe_name`, in the order they run, and its schedule."""
+def build_recipe(config: Config) -> tuple[list[Algorithm], optim.ComposerScheduler]:
+    """Build the algorithms of `config.recipe_name`, in the order they run, and the schedule."""
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
+    if config.optimizer.clip_norm is not None:
+        algorithms.append(GradientClipping("norm", config.optimizer.clip_norm))
     if config.recipe_name is None:
-        return algorithms, CosineAnnealingScheduler()
+        return algorithms, build_schedule(config)
     recipe = getattr(config, config.recipe_name)
     algorithms.append(EMA(recipe.ema.half_life, recipe.ema.update_interval))
     if config.recipe_name in ("medium", "hot"):
         algorithms.append(SAM(recipe.sam.rho, recipe.sam.interval))
         algorithms.append(MixUp(recipe.mixup.alpha))
-    hot = config.recipe_name == "hot"
-    return algorithms, CosineAnnealingScheduler() if hot else ConstantScheduler()
+    return algorithms, build_schedule(config)
 
 
-def warn_if_ema_is_slow(config: Config, batches_per_epoch: int) -> None:
-    """Say so when the run ends before the average that is evaluated has moved."""
-    if config.recipe_name is None:
-        return
+def build_schedule(config: Config) -> optim.ComposerScheduler:
+    """Build Composer's scheduler: what `config.schedule` says, else the recipe's."""
+    schedule = config.schedule
+    recipes_own = "constant" if config.recipe_name in ("mild", "medium") else "cosine"
+    arguments: dict[str, Any] = {
+        "cosine": {"alpha_f": schedule.final},
+        "poly": {"alpha_f": schedule.final, "power": schedule.power},
+        "linear": {"alpha_f": schedule.final},
+        "constant": {},
+    }[name := schedule.name or recipes_own]
+    plain, with_warmup = {
+        "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
+        "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),
+        "linear": (optim.LinearScheduler, optim.LinearWithWarmupScheduler),
+        "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
+    }[name]
+    if schedule.warmup.startswith("0"):
+        return plain(**arguments)
+    return with_warmup(schedule.warmup, **arguments)
+
+
+def check_lengths(config: Config, batches_per_epoch: int) -> None:
+    """Compare times that only the length of an epoch makes comparable.
+
+    An average that is evaluated although it will hardly have moved is warned about.
+
+    Raises:
+        ConfigError: The warm-up does not end before the run.
+    """
 
     def batches(text: str) -> float:
         time = Time.from_timestring(text)
@@ -52,8 +81,14 @@ def warn_if_ema_is_slow(config: Config, batches_per_epoch: int) -> None:
         }
         return time.value * per_unit[time.unit]
 
-    half_life = getattr(config, config.recipe_name).ema.half_life
     length = batches(config.max_duration)
+    if batches(config.schedule.warmup) >= length:
+        raise ConfigError(
+            f"schedule.warmup: {config.schedule.warmup} is not less than the run's {length:.0f}ba"
+        )
+    if config.recipe_name is None:
+        return
+    half_life = getattr(config, config.recipe_name).ema.half_life
     if batches(half_life) > length:
         log.warning(
             "%s.ema.half_life=%s is longer than the run (%dba): evaluation scores the averaged "

@@ -20,11 +20,14 @@ LOGGERS = {
     "comet_ml": "comet_ml",
     "neptune": "neptune",
 }
+SCHEDULES = ("cosine", "poly", "constant", "linear")
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 
 
 def key(default: Any, meaning: str) -> Any:
     """Return a config key: its default and the line that `main.py --help` prints for it."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"meaning": meaning})
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata={"meaning": meaning})
     return dataclasses.field(default=default, metadata={"meaning": meaning})
@@ -80,11 +83,26 @@ class EvalDatasetConfig(DatasetConfig):
 
 @dataclass
 class OptimizerConfig:
-    """SGD with decoupled weight decay."""
+    """Which optimizer, and of which weights."""
 
-    lr: float = key(0.08, "learning rate (DecoupledSGDW)")
-    momentum: float = key(0.9, "momentum")
+    name: str = key("sgdw", "sgdw or adamw, with weight decay apart from the gradient")
+    lr: float = key(0.08, "learning rate")
+    momentum: float = key(0.9, "sgdw: momentum")
+    betas: list[float] = key([0.9, 0.999], "adamw: decay of the two moving averages")
     weight_decay: float = key(5.0e-5, "decoupled weight decay, a fraction per step")
+    no_decay: list[str] = key([], "what does not decay: any of norm, bias")
+    head_lr_scale: float = key(1.0, "learning rate outside the backbone, relative to lr")
+    clip_norm: float | None = key(None, "longest gradient, in the 2-norm over all weights")
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate goes on from `optimizer.lr`."""
+
+    name: str | None = key(None, "cosine, poly, constant or linear; empty: the recipe's")
+    warmup: str = key("0ba", "time in which it rises from 0 to optimizer.lr")
+    final: float = key(0.0, "where it ends, relative to optimizer.lr")
+    power: float = key(0.9, "poly: the power of what is left of the run")
 
 
 @dataclass
@@ -188,6 +206,7 @@ class Config:
     class_table_csv: bool = key(False, "write each evaluation's class table below save_folder")
     class_names: str | None = key(None, "file with a class name a line; empty: ADE20K's if 150")
     optimizer: OptimizerConfig = key(OptimizerConfig, "")
+    schedule: ScheduleConfig = key(ScheduleConfig, "")
     mild: MildConfig = key(MildConfig, "")
     medium: MediumConfig = key(MediumConfig, "")
     hot: HotConfig = key(HotConfig, "")
@@ -195,6 +214,9 @@ class Config:
     save_folder: str | None = key(None, "where checkpoints go: a folder or s3://...")
     save_interval: str = key("1ep", "time between checkpoints")
     save_num_checkpoints_to_keep: int = key(1, "newest checkpoints to keep; -1: all")
+    save_best: bool = key(False, "also keep the checkpoint of the best evaluation")
+    best_metric: str = key("MIoU", "what the best has the most of: MIoU, or IoU/NAME of a class")
+    stop_after: str | None = key(None, "time without a better evaluation after which a run ends")
     save_overwrite: bool = key(False, "replace what an earlier run left in save_folder")
     load_path: str | None = key(None, "checkpoint to begin from, or to evaluate")
     load_weights_only: bool = key(False, "take only the weights from load_path, and start anew")

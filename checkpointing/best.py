@@ -1,0 +1,79 @@
+"""Which evaluation of a run was the best so far, and whether none has been better for too long."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from composer.core import State, Time, TimeUnit
+
+from errors import ConfigError
+from segmentation.classes import ClassInfo
+from segmentation.metrics import MIoU, iou_per_class
+
+
+class Best:
+    """Compares the evaluations of a run; what it knows is part of the checkpoints.
+
+    Args:
+        metric: `MIoU`, or `IoU/NAME` of a class.
+        classes: The classes.
+        patience: Time string, in `ep` or `ba`, after which a run that got no better ends, or None.
+
+    Attributes:
+        value: The best so far, in percent, or None.
+        batch: When that was, in batches.
+        batches_per_epoch: How long an epoch is.
+
+    Raises:
+        ConfigError: There is no such metric.
+    """
+
+    def __init__(self, metric: str, classes: Sequence[ClassInfo], patience: str | None = None):
+        self.metric = metric
+        self.patience = patience
+        self.value: float | None = None
+        self.batch = 0
+        self.batches_per_epoch = 1
+        self._class: int | None = None
+        if metric != "MIoU":
+            names = {f"IoU/{info.name}": index for index, info in enumerate(classes)}
+            if metric not in names:
+                near = difflib.get_close_matches(metric, ["MIoU", *names], n=1, cutoff=0.0)[0]
+                raise ConfigError(f"best_metric: there is no {metric}; did you mean {near}?")
+            self._class = names[metric]
+
+    def improved(self, state: State) -> bool:
+        """Take the evaluation that has just ended into account; return whether it is the best."""
+        metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
+        if not isinstance(metric, MIoU):
+            return False
+        value = float(metric.compute())
+        if self._class is not None:
+            assert metric.total_matrix is not None
+            value = 100 * float(iou_per_class(metric.total_matrix)[self._class])
+        # One of a class that is neither in the masks nor predicted is not a number.
+        if math.isnan(value) or (self.value is not None and value <= self.value):
+            return False
+        self.value = value
+        self.batch = state.timestamp.batch.value
+        return True
+
+    def is_long_ago(self, state: State) -> bool:
+        """Whether the run has been no better for as long as `patience`."""
+        if self.patience is None:
+            return False
+        patience = Time.from_timestring(self.patience)
+        unit = self.batches_per_epoch if patience.unit == TimeUnit.EPOCH else 1
+        return state.timestamp.batch.value - self.batch >= patience.value * unit
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {name: getattr(self, name) for name in ("metric", "value", "batch")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds, unless that is of another metric."""
+        if state.get("metric") == self.metric:
+            self.value, self.batch = state["value"], state["batch"]
