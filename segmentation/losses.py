@@ -51,6 +51,7 @@ def segmentation_loss(
     ignore_index: int = -1,
     cross_entropy_weight: float = 0.375,
     dice_weight: float = 1.125,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted sum of cross entropy and Dice loss on bilinearly upsampled logits.
 
@@ -68,6 +69,8 @@ def segmentation_loss(
         ignore_index: the index of pixels without a class.
         cross_entropy_weight: weight of the cross entropy, a mean over pixels.
         dice_weight: weight of the Dice loss, a mean over the classes in the batch's target.
+        class_weights: (C,) weights of both means: of pixels by their class, as in PyTorch's
+            `F.cross_entropy(weight=...)`, and of classes. None: all the same.
 
     Returns:
         `cross_entropy`, `dice` and their weighted sum `total`, each 0-d. A part of weight 0
@@ -90,7 +93,9 @@ def segmentation_loss(
                 "segmentation_loss takes logits (N, C, h, w) of two classes or more and integer "
                 f"targets (N, H, W), not {tuple(logits.shape)} and {tuple(t.shape)} {t.dtype}"
             )
-    losses = _SegmentationLoss.apply(logits, weights, ignore_index, *targets)
+    if class_weights is not None and class_weights.shape != logits.shape[1:2]:
+        raise ValueError(f"{class_weights.numel()} class_weights for {logits.shape[1]} classes")
+    losses = _SegmentationLoss.apply(logits, weights, class_weights, ignore_index, *targets)
     cross_entropy, dice = cast("tuple[Tensor, Tensor]", losses)
     parts = {}
     total = torch.zeros_like(dice)
@@ -107,42 +112,54 @@ class _SegmentationLoss(torch.autograd.Function):
     """Cross entropy and Dice of logits (N, C, h, w) and one or two weighted targets (N, H, W)."""
 
     @staticmethod
-    def forward(ctx, logits, weights, ignore_index, *targets):
+    def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
         forward_sums, _ = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
+            if class_weights is not None:
+                dtype = torch.promote_types(logits.dtype, torch.float32)
+                class_weights = class_weights.to(logits.device, dtype)
             nll, intersection, truth, predicted, lse = forward_sums(
-                logits, targets, weights, ignore_index
+                logits, targets, weights, class_weights, ignore_index
             )
-            pixels = truth.sum().clamp(min=torch.finfo(truth.dtype).tiny)
+            tiny = torch.finfo(truth.dtype).tiny
             present = truth > 0
-            classes = present.sum().clamp(min=1)
+            if class_weights is None:
+                pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
+            else:  # from here on `present` weighs the classes that are
+                pixels, present = truth @ class_weights, present * class_weights
+                pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
             # Derivatives of Dice by two of the sums over pixels, per class.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
-        ctx.save_for_backward(logits, lse, pixels, by_intersection, by_predicted, *targets)
+        ctx.save_for_backward(
+            logits, lse, pixels, by_intersection, by_predicted, class_weights, *targets
+        )
         ctx.weights, ctx.ignore_index = weights, ignore_index
         return nll / pixels, dice
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_cross_entropy, grad_dice):
-        logits, lse, pixels, by_intersection, by_predicted, *targets = ctx.saved_tensors
+        logits, lse, pixels, by_intersection, by_predicted, class_weights, *targets = (
+            ctx.saved_tensors
+        )
         _, backward = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             grad = backward(
                 logits,
                 targets,
                 ctx.weights,
+                class_weights,
                 ctx.ignore_index,
                 lse,
                 grad_cross_entropy / pixels,
                 grad_dice * by_intersection,
                 grad_dice * by_predicted,
             )
-        return grad, None, None, *[None] * len(targets)
+        return grad, None, None, None, *[None] * len(targets)
 
 
 def _implementation(logits: Tensor) -> tuple:
@@ -155,13 +172,18 @@ def _implementation(logits: Tensor) -> tuple:
 
 
 def forward_sums(
-    logits: Tensor, targets: Sequence[Tensor], weights: Sequence[float], ignore_index: int
+    logits: Tensor,
+    targets: Sequence[Tensor],
+    weights: Sequence[float],
+    class_weights: Tensor | None,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the sums over pixels that both losses are made of, and the softmax's normalisers.
 
     Returns:
-        The targets' negative log likelihood, 0-d; per class (C,) the softmax within the targets,
-        the targets' size and the softmax within pixels that have a target, all weighted; and of
+        The targets' negative log likelihood, 0-d, by `class_weights` too; per class (C,) the
+        softmax within the targets, the targets' size and the softmax within pixels that have a
+        target, all weighted by `weights`; and of
         each pixel (2, N, H, W) the largest logit and how far the log-sum-exp of all is above it,
         inf where there is no target. (In their sum the little that a sure pixel's softmax is below
         1, and with it its gradient, would be lost to rounding.)
@@ -190,7 +212,7 @@ def forward_sums(
             # exp(z) / total summed over the columns and then the rows that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
-        nll[image] = -(share * log_likelihood).sum()
+        nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
         intersection.scatter_add_(1, index.flatten(1), (share * log_likelihood.exp()).flatten(1))
         truth.scatter_add_(1, index.flatten(1), share.flatten(1))
         lse[1, image].masked_fill_(~has_target, math.inf)
@@ -201,6 +223,7 @@ def backward(
     logits: Tensor,
     targets: Sequence[Tensor],
     weights: Sequence[float],
+    class_weights: Tensor | None,
     ignore_index: int,
     lse: Tensor,
     by_nll: Tensor,
@@ -215,7 +238,8 @@ def backward(
         low = logits[image].transpose(0, 1).to(lse.dtype)
         grad_low = torch.zeros_like(low)
         index, share = _labels([t[image] for t in targets], weights, ignore_index, lse.dtype)
-        slope, constant = share * by_intersection[index], share * by_nll
+        slope = share * by_intersection[index]
+        constant = _by_class(share, index, class_weights) * by_nll
         for tile in tiles:
             y, x = tile.y, tile.x
             # The softmax p; 0 without a target, where lse is inf.
@@ -240,6 +264,11 @@ def _labels(
     index = [t.masked_fill(t == ignore_index, 0) for t in targets]
     share = [(t != ignore_index).to(dtype) * w for t, w in zip(targets, weights, strict=True)]
     return torch.stack(index, 1), torch.stack(share, 1)
+
+
+def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Pixels' weights times those of their classes."""
+    return share if class_weights is None else share * class_weights[index]
 
 
 class _Tile(NamedTuple):

@@ -69,6 +69,13 @@ def _label(target, pixel, present, weight, num_classes, ignore_index):
 
 
 @triton.jit
+def _weighted(class_weights, label, share, num_classes):
+    """Pixels' weights times those of their classes."""
+    label = tl.minimum(tl.maximum(tl.sum(label, 1), 0), num_classes - 1)
+    return share * tl.load(class_weights + label)
+
+
+@triton.jit
 def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
     """One value per target and pixel, put where the classes are its label: (pixels, classes)."""
     result = tl.where(c[None, :] == label, value[:, None], 0.0)
@@ -82,6 +89,7 @@ def _forward_kernel(
     logits,
     first,
     second,
+    class_weights,
     lse,
     nll,
     sums,
@@ -96,6 +104,7 @@ def _forward_kernel(
     scale_y,
     scale_x,
     MIXED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -161,9 +170,16 @@ def _forward_kernel(
                 intersection_d += exp_d * (at_d * inverse[:, None])
                 log_likelihood_c += at_c * z_c
                 log_likelihood_d += at_d * z_d
+                if WEIGHTED:  # the shares of the cross entropy alone
+                    any_share = _weighted(class_weights, label, share, num_classes)
+                    if MIXED:
+                        any_share += _weighted(class_weights, other, other_share, num_classes)
                 log_totals += any_share * log_total
     program = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
     program += tl.program_id(0)
+    if WEIGHTED:
+        log_likelihood_c *= tl.load(class_weights + c)[None, :]
+        log_likelihood_d *= tl.load(class_weights + d, d < num_classes, 0.0)[None, :]
     log_likelihood = tl.sum(tl.sum(log_likelihood_c, 1) + tl.sum(log_likelihood_d, 1), 0)
     tl.store(nll + program, (tl.sum(log_totals, 0) - log_likelihood) / LOG2_E)
     sums += program * 3 * num_classes
@@ -181,6 +197,7 @@ def _backward_kernel(
     grad,
     first,
     second,
+    class_weights,
     lse,
     by_nll,
     by_intersection,
@@ -196,6 +213,7 @@ def _backward_kernel(
     scale_y,
     scale_x,
     MIXED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -210,7 +228,11 @@ def _backward_kernel(
     c = tl.arange(0, HEAD)
     d = HEAD + tl.arange(0, TAIL)
     grad += (image * h + low_y[:, None]) * w * num_classes
-    by_nll = tl.load(by_nll)
+    by_nll_c = tl.load(by_nll)
+    by_nll_d = by_nll_c
+    if WEIGHTED:
+        by_nll_c = by_nll_c * tl.load(class_weights + c)[None, :]
+        by_nll_d = by_nll_d * tl.load(class_weights + d, d < num_classes, 0.0)[None, :]
     by_intersection_c = tl.load(by_intersection + c)[None, :]
     by_intersection_d = tl.load(by_intersection + d, d < num_classes, 0.0)[None, :]
     by_predicted_c = tl.load(by_predicted + c)[None, :]
@@ -252,8 +274,8 @@ def _backward_kernel(
                 at_c = _at_label(c, label, share, other, other_share, MIXED)
                 at_d = _at_label(d, label, share, other, other_share, MIXED)
                 # u = p * (derivative by p). Through the softmax, that by z is u - p * sum(u).
-                u_c = p_c * (by_predicted_c + by_intersection_c * at_c) - by_nll * at_c
-                u_d = p_d * (by_predicted_d + by_intersection_d * at_d) - by_nll * at_d
+                u_c = p_c * (by_predicted_c + by_intersection_c * at_c) - by_nll_c * at_c
+                u_d = p_d * (by_predicted_d + by_intersection_d * at_d) - by_nll_d * at_d
                 inner = (tl.sum(u_c, 1) + tl.sum(u_d, 1))[:, None]
                 by_z_c = u_c - p_c * inner
                 by_z_d = u_d - p_d * inner
@@ -273,7 +295,11 @@ def _backward_kernel(
 
 
 def forward_sums(
-    logits: Tensor, targets: Sequence[Tensor], weights: Sequence[float], ignore_index: int
+    logits: Tensor,
+    targets: Sequence[Tensor],
+    weights: Sequence[float],
+    class_weights: Tensor | None,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `losses.forward_sums`, for fp32, bf16 and fp16 logits on a GPU, but the lse in base 2."""
     n, c, _, w = logits.shape
@@ -287,12 +313,14 @@ def forward_sums(
         logits,
         targets[0],
         targets[-1],
+        lse if class_weights is None else class_weights,
         lse,
         nll,
         sums,
         *(weights[0], weights[-1], ignore_index),
         *_geometry(logits, height, width),
-        **_constants(logits, len(targets), width) | {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS},
+        **_constants(logits, len(targets), class_weights, width)
+        | {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS},
     )
     intersection, truth, predicted = sums.sum(0)
     return nll.sum(), intersection, truth, predicted, lse
@@ -302,6 +330,7 @@ def backward(
     logits: Tensor,
     targets: Sequence[Tensor],
     weights: Sequence[float],
+    class_weights: Tensor | None,
     ignore_index: int,
     lse: Tensor,
     by_nll: Tensor,
@@ -318,13 +347,14 @@ def backward(
         grad,
         targets[0],
         targets[-1],
+        lse if class_weights is None else class_weights,
         lse,
         by_nll,
         by_intersection,
         by_predicted,
         *(weights[0], weights[-1], ignore_index),
         *_geometry(logits, height, width),
-        **_constants(logits, len(targets), width)
+        **_constants(logits, len(targets), class_weights, width)
         | {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS},
     )
     return grad
@@ -351,13 +381,16 @@ def _geometry(logits: Tensor, height: int, width: int) -> tuple:
     return c, h, w, height, width, h / height, w / width
 
 
-def _constants(logits: Tensor, num_targets: int, width: int) -> dict[str, int]:
+def _constants(
+    logits: Tensor, num_targets: int, class_weights: Tensor | None, width: int
+) -> dict[str, int]:
     """Return what the kernels are compiled for."""
     c, w = logits.shape[1], logits.shape[3]
     head = _next_power_of_2(c) // 2
     support = math.ceil(width / w) + (width % w != 0)  # pixels in a cell at most, rounding included
     return {
         "MIXED": num_targets == 2,
+        "WEIGHTED": class_weights is not None,
         # Blocks come in powers of 2. Two, `_c` and `_d` in the kernels, fit 150 classes better.
         "HEAD": head,
         "TAIL": _next_power_of_2(c - head),

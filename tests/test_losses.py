@@ -86,13 +86,72 @@ def test_equals_composer(shape: tuple, size: tuple, mixed: bool):
         assert_gradients_close(gradient(1000 * value, logits), wanted)
 
 
+def make_weights(classes: int, seed: int = 3) -> Tensor:
+    """Class weights from 0.1 to 5."""
+    return 0.1 + 4.9 * torch.rand(classes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("shape", "size"), SHAPES)
+def test_class_weights_equal_pytorch(shape: tuple, size: tuple):
+    logits, target = make(shape, size)
+    weights = make_weights(shape[1])
+    exact = logits.detach().double().requires_grad_()
+    z = F.interpolate(exact, size, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(z, target, weights.double(), ignore_index=-1)
+    actual = segmentation_loss(logits, target, class_weights=weights)
+    torch.testing.assert_close(actual["cross_entropy"], expected.float(), rtol=1e-5, atol=0)
+    wanted = gradient(expected, exact).float()
+    assert_gradients_close(gradient(actual["cross_entropy"], logits), wanted)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
-def test_gradcheck(mixed: bool):
+@pytest.mark.parametrize(("shape", "size"), SHAPES[:3])
+def test_class_weights_of_dense_targets(shape: tuple, size: tuple, mixed: bool):
+    """Dice is the weighted mean of the classes' own; a mixture weighs as its parts do."""
+    logits, target = make(shape, size, mixed)
+    weights = make_weights(shape[1]).double()
+    exact = logits.detach().double().requires_grad_()
+    parts = [(target, 1.0)]
+    if isinstance(target, MixedTarget):
+        parts = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
+    dense = torch.zeros(len(logits), shape[1] + 1, *size, dtype=torch.float64)
+    for part, share in parts:
+        part = part.masked_fill(part == -1, shape[1])[:, None]
+        dense.scatter_add_(1, part, torch.full_like(part, share, dtype=torch.float64))
+    dense = dense[:, :-1]
+    z = F.interpolate(exact, size, mode="bilinear", align_corners=False)
+    weighted = dense * weights[:, None, None]
+    cross_entropy = -(weighted * z.log_softmax(1)).sum() / weighted.sum()
+    p = z.softmax(1) * (dense.sum(1, keepdim=True) > 0)
+    sums = [(a.sum((0, 2, 3))) for a in (dense * p, dense, p)]
+    dice = 1 - (2 * sums[0] + losses.EPSILON) / (sums[1] + sums[2] + losses.EPSILON)
+    present = weights * (sums[1] > 0)
+    expected = {"cross_entropy": cross_entropy, "dice": (present * dice).sum() / present.sum()}
+    actual = segmentation_loss(logits, target, class_weights=weights)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value.float(), rtol=1e-5, atol=0)
+        wanted = gradient(value, exact).float()
+        assert_gradients_close(gradient(actual[name], logits), wanted)
+
+
+def test_equal_class_weights_are_none():
+    logits, target = make((2, 5, 4, 4), (16, 16))
+    plain = segmentation_loss(logits, target)
+    weighted = segmentation_loss(logits, target, class_weights=torch.full((5,), 7.0))
+    torch.testing.assert_close(weighted, plain)
+    wanted = gradient(plain["total"], logits)
+    assert_gradients_close(gradient(weighted["total"], logits), wanted)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradcheck(mixed: bool, weighted: bool):
     logits, target = make((2, 3, 3, 4), (9, 10), mixed)
     logits = logits.detach().double().requires_grad_()
+    weights = make_weights(3).double() if weighted else None
 
     def parts(logits: Tensor) -> tuple[Tensor, ...]:
-        return tuple(segmentation_loss(logits, target).values())
+        return tuple(segmentation_loss(logits, target, class_weights=weights).values())
 
     assert torch.autograd.gradcheck(parts, logits)
 
@@ -188,6 +247,8 @@ def test_errors():
         segmentation_loss(logits[:, :1], target)
     with pytest.raises(RuntimeError, match="index"):
         segmentation_loss(logits, target + 5)
+    with pytest.raises(ValueError, match="4 class_weights for 5 classes"):
+        segmentation_loss(logits, target, class_weights=torch.ones(4))
 
 
 class LargestFloat(TorchDispatchMode):
@@ -266,17 +327,24 @@ def compare_triton(device: str) -> None:
         ((1, 3, 1, 2), (2, 13), False, torch.float32),
         ((1, 9, 2, 2), (4, 8), True, torch.bfloat16),
     ]
-    for shape, size, mixed, dtype in cases:
+    weighted = [
+        ((1, 7, 3, 2), (12, 8), False, torch.float32),
+        ((2, 5, 3, 2), (7, 5), True, torch.float32),
+        ((1, 9, 2, 2), (4, 8), True, torch.bfloat16),
+    ]
+    every = [(*case, False) for case in cases] + [(*case, True) for case in weighted]
+    for shape, size, mixed, dtype, is_weighted in every:
         logits, target = make(shape, size, mixed)
+        weights = make_weights(shape[1]).to(device) if is_weighted else None
         logits = logits.detach().to(device, dtype, memory_format=torch.channels_last)
         logits.requires_grad_()
         target = MixedTarget(*(t.to(device) for t in target[:2]), 0.3) if mixed else target
         target = target if mixed else target.int().to(device)
         losses._implementation = lambda _: (losses.forward_sums, losses.backward)
-        expected = segmentation_loss(logits, target)
+        expected = segmentation_loss(logits, target, class_weights=weights)
         wanted = gradient(expected["total"], logits)
         losses._implementation = lambda _: (losses_triton.forward_sums, losses_triton.backward)
-        actual = segmentation_loss(logits, target)
+        actual = segmentation_loss(logits, target, class_weights=weights)
         result = gradient(actual["total"], logits)
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
         half = torch.finfo(dtype).eps  # the interpreter cuts off what a GPU rounds
@@ -288,7 +356,9 @@ def compare_triton(device: str) -> None:
     ignored = segmentation_loss(logits, torch.full_like(target, -1))
     assert [value.item() for value in ignored.values()] == [0, 0, 0]
     assert not gradient(ignored["total"], logits).any()
-    assert segmentation_loss(logits, target + 2)["cross_entropy"].isnan()
+    for weights in (None, torch.ones(3, device=device)):
+        wrong = segmentation_loss(logits, target + 2, class_weights=weights)
+        assert wrong["cross_entropy"].isnan()
 
 
 def compile_triton() -> None:
@@ -301,12 +371,14 @@ def compile_triton() -> None:
     logits = torch.empty(1, 150, 128, 128, device="meta", dtype=torch.bfloat16)
     pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
     pointers |= dict.fromkeys(
-        ("lse", "nll", "sums", "by_nll", "by_intersection", "by_predicted"), "*fp32"
+        ("class_weights", "lse", "nll", "sums", "by_nll", "by_intersection", "by_predicted"),
+        "*fp32",
     )
     floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
     for kernel in (losses_triton._forward_kernel, losses_triton._backward_kernel):
-        for targets in (1, 2):
-            constants = losses_triton._constants(logits, targets, 512) | {"ROWS": 4, "CELLS": 8}
+        for targets, weights in ((1, None), (2, None), (2, logits)):
+            constants = losses_triton._constants(logits, targets, weights, 512)
+            constants |= {"ROWS": 4, "CELLS": 8}
             options = {"num_warps": constants.pop("num_warps")}
             constants = {name: constants[name] for name in kernel.arg_names if name in constants}
             types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
