@@ -2,11 +2,14 @@
 
     python convert_ade20k.py --path ./ade20k --out ./ade20k-mds
     python convert_ade20k.py --path ./ade20k --out s3://bucket/ade20k --compression zstd
+    python convert_ade20k.py --path my.yaml --out ./my-mds    # a data set that this describes
 
 Train on them with `is_streaming: true` and `path` as given to --out. Shards have the columns of
 Streaming's public ADE20K converter: `uid`, `x` (the photo's file, byte for byte) and `y` (the
-mask's). Interrupted, it goes on with the next shard when run again. Every shard is read back
-through Streaming and compared with the files; `index.json`, without which they are none, is last.
+mask's). Those of a described data set hold its labels merged, 0 ignored and k class k - 1, and
+`description.yaml` beside the splits names them. Interrupted, it goes on with the next shard when
+run again. Every shard is read back through Streaming and compared with the files; `index.json`,
+without which they are none, is last.
 Exit status: 0 written and verified, 1 failed, 130 interrupted.
 """
 
@@ -29,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 from streaming import MDSWriter
 from streaming.base.compression import is_compression
 from streaming.base.hashing import is_hash
@@ -37,8 +41,11 @@ from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
 from dataset.decoding import decode_mask, decode_photo
+from dataset.description import as_yaml, describe_labels, open_description
 from dataset.folders import FOLDERS, Sample, find_root, list_samples
-from dataset.shards import cached_shards, open_shards, read_shard
+from dataset.masks import Masks
+from dataset.matching import list_described
+from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
 from dataset.workers import in_processes
 from errors import DataError, UserError, one_line
 
@@ -61,6 +68,7 @@ class Target(NamedTuple):
     hashes: list[str]
     size_limit: int
     workers: int
+    masks: Masks | None = None  # of a described data set, whose labels are merged in the shards
 
     @property
     def done(self) -> Path:
@@ -105,7 +113,7 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
             size_limit=None,
         )
         for sample in samples:
-            photo, mask = _read(sample)
+            photo, mask = _read(sample, target.masks)
             writer.write({"uid": sample.uid.encode(), "x": photo, "y": mask})
         writer.flush_shard()
         writer.executor.shutdown()
@@ -127,15 +135,23 @@ def _inputs(samples: list[Sample], target: Target) -> str:
     """Return what changes when a file or an option does that the shard depends on."""
     files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-    text = json.dumps([stats, target.compression, target.hashes])
+    rule = [] if target.masks is None else sorted(target.masks.values.items())
+    text = json.dumps([stats, target.compression, target.hashes, *([rule] if rule else [])])
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-def _read(sample: Sample) -> tuple[bytes, bytes]:
-    """Return a sample's two files, which must be what training can use."""
+def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
+    """Return a sample's two files, which must be what training can use.
+
+    A mask of a described data set becomes one of labels: 0 is ignored, k is class k - 1.
+    """
     try:
         photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
-        labels = decode_mask(mask)
+        if masks is None:
+            labels = decode_mask(mask)
+        else:
+            labels = masks.decode(mask, sample.mask_path)
+            mask = cv2.imencode(".png", labels)[1].tobytes()
     except (OSError, ValueError) as error:
         raise DataError(f"{sample.mask_path}: {error}") from error
     try:
@@ -160,7 +176,7 @@ def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
 
 
 def verify_shard(
-    samples: list[Sample], number: int, out: str, cache: str, split: str, done: Path
+    samples: list[Sample], number: int, out: str, cache: str, split: str, target: Target
 ) -> str | None:
     """Read a shard back through Streaming and compares it with the files of its samples.
 
@@ -173,10 +189,10 @@ def verify_shard(
     """
     shards = cached_shards(out, cache, split)
     name = shards.shards[number].raw_data.basename
-    note = done / f"{number:05}.json"
+    note = target.done / f"{number:05}.json"
     try:
         for sample, found in zip(samples, read_shard(shards, number), strict=True):
-            expected = (sample.uid, *(Path(path).read_bytes() for path in sample[1:]))
+            expected = (sample.uid, *_read(sample, target.masks))
             if found != expected:
                 note.unlink(missing_ok=True)
                 raise Mismatch(f"sample {found[0]} of {name} is not {sample.image_path}")
@@ -234,7 +250,10 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
     entries: dict[int, dict[str, Any]] = {}
-    tasks = {number: (write_shard, shard, number, target) for number, shard in enumerate(shards)}
+    tasks = {
+        number: (write_shard, shard, number, _few(target, shard))
+        for number, shard in enumerate(shards)
+    }
     with _progress(f"write {split}", len(samples)) as bar:
         for number, entry in in_processes(tasks, target.workers):
             entries[number] = entry
@@ -251,7 +270,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
         if (shard.compression, shard.hashes) != (target.compression, target.hashes):
             raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
         part = samples[end - len(shard) : end]
-        tasks[number] = verify_shard, part, number, out, cache, split, target.done
+        tasks[number] = verify_shard, part, number, out, cache, split, _few(target, part)
     wrong = []
     with _progress(f"verify {split}", len(samples)) as bar:
         for number, reason in in_processes(tasks, target.workers):
@@ -260,6 +279,13 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise DataError(f"{wrong[0]}{more}; run again")
+
+
+def _few(target: Target, samples: list[Sample]) -> Target:
+    """Return the target with no more than these samples need."""
+    if target.masks is None:
+        return target
+    return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))
 
 
 def _progress(what: str, total: int) -> tqdm:
@@ -281,11 +307,12 @@ def convert(
     size_limit: str = "4mb",
     workers: int | None = None,
     staging: str | None = None,
+    root: str | None = None,
 ) -> dict[str, int]:
     """Write every split of a data set as shards, and verifies them.
 
     Args:
-        path: Folder of the data set; see `data.list_samples`.
+        path: Folder of the data set, see `dataset.folders.list_samples`, or its description's file.
         out: Folder, or URL of any store that Streaming can write to; each split has a folder there.
         compression: As Streaming names it, 'zstd' or 'zstd:7' say; None: none.
         hashes: Hashes of each shard to write to the index.
@@ -293,6 +320,7 @@ def convert(
         workers: How many processes; None: one a core.
         staging: Folder where shards wait to be uploaded and notes are kept of those that were;
             None: one in the system's temporary folder that depends on `path` and `out`.
+        root: Where a described data set is, if not where its description says.
 
     Returns:
         How many samples each split has.
@@ -319,17 +347,29 @@ def convert(
     except ValueError:
         raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
     workers = workers or len(os.sched_getaffinity(0))
-    root = find_root(path)
-    splits = [split for split in FOLDERS if (root / "images" / FOLDERS[split]).is_dir()]
-    splits = {split: list_samples(path, split) for split in splits or FOLDERS}
+    path, description = open_description(path, root)
+    splits: dict[str, tuple[list[Sample], Masks | None]] = {}
+    for split in FOLDERS:
+        if description is not None:
+            samples = list_described(description, split, path)
+            splits[split] = samples, Masks.of(description, split, path)
+        elif (find_root(path) / "images" / FOLDERS[split]).is_dir():
+            splits[split] = list_samples(path, split), None
+    if not splits:
+        list_samples(path, "train")  # which says what is missing
     with _only_one(folder):
-        for split, samples in splits.items():
+        for split, (samples, masks) in splits.items():
             remote = f"{out}/{split}" if is_remote else None
-            target = Target(os.path.join(folder, split), remote, *options, workers)
+            target = Target(os.path.join(folder, split), remote, *options, workers, masks)
             convert_split(samples, out, split, target)
+        if description is not None:
+            text = as_yaml(describe_labels(description.classes))
+            Path(folder, DESCRIPTION).write_text(text, encoding="utf-8")
+            if is_remote:
+                upload(Target(folder, out, *options, workers), DESCRIPTION)
     if is_remote:
         shutil.rmtree(folder)
-    return {split: len(samples) for split, samples in splits.items()}
+    return {split: len(samples) for split, (samples, _) in splits.items()}
 
 
 @contextmanager
@@ -353,7 +393,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("--path", required=True, help="folder that holds ADEChallengeData2016")
+    add("--path", required=True, help="folder that holds ADEChallengeData2016, or a description")
+    add("--root", help="of a description, in place of its root")
     add("--out", required=True, help="folder or URL (s3://…) for the shards")
     add("--compression", help="zstd, zstd:7, gz, br, …; little to gain, photos are compressed")
     add("--hashes", default="sha1,xxh64", help="hashes to check shards with (default: sha1,xxh64)")
@@ -374,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.size_limit,
             options.workers,
             options.staging,
+            options.root,
         )
     except KeyboardInterrupt:
         print("interrupted: run again to go on from here", file=sys.stderr)

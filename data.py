@@ -25,9 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.checks import check_labels
-from dataset.decoding import decode_mask, decode_photo
+from dataset.decoding import decode_photo
+from dataset.description import Description, parse_description
 from dataset.folders import list_samples
 from dataset.labels import IGNORED, Labels
+from dataset.masks import Masks
+from dataset.matching import list_described
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
 from dataset.workers import use_one_core
@@ -44,10 +47,9 @@ Transforms = tuple[Callable | None, Callable | None, Callable | None]  # of pair
 class _Samples(Dataset):
     """What `ADE20k` and `StreamingADE20k` share: from encoded files to training's samples."""
 
-    def __init__(self, transforms: Transforms, seed: int, labels: Labels) -> None:
+    def __init__(self, transforms: Transforms, seed: int, masks: Masks) -> None:
         self.both_transforms, self.image_transforms, self.target_transforms = transforms
-        self.seed, self.labels = seed, labels
-        self._unknown, self._loaded = labels.unknown(), labels.loaded()
+        self.seed, self.masks = seed, masks
         self.sampler: EpochSampler | None = None
 
     def __len__(self) -> int:
@@ -71,7 +73,7 @@ class _Samples(Dataset):
             self.prefetch(item.prefetch)
         uid, photo, mask, names = self.read(item.index)
         try:
-            labels = self._check_labels(decode_mask(mask))
+            labels = self.masks.decode(mask, names[1])
         except ValueError as error:
             raise DataError(f"{names[1]}: {error}") from error
         try:
@@ -99,15 +101,6 @@ class _Samples(Dataset):
             target = self.target_transforms(target)
         return image, target
 
-    def _check_labels(self, labels: np.ndarray) -> np.ndarray:
-        """Refuse labels that are none, and give ignored pixels a value of their own."""
-        if labels.max() <= self.labels.last and self.labels.ignore_label is None:
-            return labels
-        wrong = labels[self._unknown[labels]]
-        if len(wrong):
-            raise ValueError(f"has label {wrong.max()}, which is not in 0..{self.labels.last}")
-        return self._loaded[labels]
-
     def resume_with(self, sampler: EpochSampler) -> None:
         """Save and restore this sampler's place in the epoch.
 
@@ -129,7 +122,7 @@ class ADE20k(_Samples):
     """Photos and masks from folders, as (3, H, W) and (H, W) uint8 tensors.
 
     Args:
-        datadir: See `dataset.folders.list_samples`.
+        datadir: See `dataset.folders.list_samples`; of a described data set, its root.
         split: 'train' or 'val'.
         both_transforms: Transforms the (photo, mask) pair: what `build_ade20k_transformations`
             returns, or anything that takes a pair of Pillow images.
@@ -137,6 +130,8 @@ class ADE20k(_Samples):
         target_transforms: Then transforms the mask.
         seed: Seed of the random transforms.
         labels: What the masks hold.
+        description: What the masks hold, and where they and the photos are, in place of ADE20K's
+            layout.
 
     Raises:
         DataError: Here, if folders or masks are missing; on access, if a file is not as it should.
@@ -151,10 +146,15 @@ class ADE20k(_Samples):
         target_transforms: Callable | None = None,
         seed: int = 17,
         labels: Labels | None = None,
+        description: Description | None = None,
     ) -> None:
         transforms = both_transforms, image_transforms, target_transforms
-        super().__init__(transforms, seed, labels or Labels())
-        self.samples = list_samples(datadir, split)
+        if description is None:
+            super().__init__(transforms, seed, Masks(labels or Labels()))
+            self.samples = list_samples(datadir, split)
+        else:
+            super().__init__(transforms, seed, Masks.of(description, split, datadir))
+            self.samples = list_described(description, split, datadir)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -215,7 +215,7 @@ class StreamingADE20k(_Samples):
             transforms = build_ade20k_transformations(
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
-        super().__init__(transforms, seed, labels or Labels())
+        super().__init__(transforms, seed, Masks(labels or Labels()))
         self.shards = Shards(remote, local, split, **cache)
 
     def __len__(self) -> int:
@@ -271,6 +271,7 @@ def build_ade20k_dataspec(
     download_timeout: float = 60,
     validate_hash: str | None = "auto",
     num_workers: int | str = "auto",
+    description: Description | None = None,
     **dataloader_kwargs: Any,
 ) -> DataSpec:
     """Build a split's data for Composer's Trainer.
@@ -279,7 +280,7 @@ def build_ade20k_dataspec(
     them what the model takes. Evaluation sees every sample once and in order.
 
     Args:
-        path: Folder of the data set; of shards, folder or URL.
+        path: Folder of the data set, or root of a described one; of shards, folder or URL.
         is_streaming: Whether it is MDS shards.
         local: Folder that shards are kept in; None reads those of a folder in place.
         batch_size: Samples in a rank's batch.
@@ -302,6 +303,8 @@ def build_ade20k_dataspec(
         download_timeout: Seconds to wait for an answer.
         validate_hash: Hash to check each downloaded shard with.
         num_workers: Loader processes; 'auto': one a core that this rank has, eight at most.
+        description: Of a data set that is not in ADE20K's layout; it says what its masks hold, in
+            place of `num_classes`, `ignore_background` and `ignore_label`.
         **dataloader_kwargs: For torch's DataLoader. By default workers persist, and memory is
             pinned if there is a GPU.
 
@@ -312,6 +315,8 @@ def build_ade20k_dataspec(
         raise DataError(f"num_classes is {num_classes}, not in 2..{IGNORED - 1}")
     is_train = split == "train"
     labels = Labels(num_classes, ignore_background, ignore_label)
+    if description is not None:
+        labels = description.labels
     dataset = build_dataset(
         path,
         is_streaming,
@@ -322,6 +327,7 @@ def build_ade20k_dataspec(
         ),
         labels,
         seed,
+        description,
         cache_limit=cache_limit,
         download_retry=download_retry,
         download_timeout=download_timeout,
@@ -375,6 +381,7 @@ def build_dataset(
     transforms: Transforms,
     labels: Labels,
     seed: int = 17,
+    description: Description | None = None,
     **cache: Any,
 ) -> ADE20k | StreamingADE20k:
     """Open a split of a data set, folders or MDS shards.
@@ -387,6 +394,8 @@ def build_dataset(
         transforms: Of the pair, the photo and the mask; without any, samples are Pillow images.
         labels: What the masks hold.
         seed: Seed of the random transforms.
+        description: Of a data set in another layout than ADE20K's. Shards that were written from
+            it hold `labels`.
         **cache: Of shards; see `dataset.shards.Shards`.
 
     Raises:
@@ -396,7 +405,7 @@ def build_dataset(
         return StreamingADE20k(
             path, local, split, seed=seed, labels=labels, transforms=transforms, **cache
         )
-    return ADE20k(path, split, *transforms, seed=seed, labels=labels)
+    return ADE20k(path, split, *transforms, seed=seed, labels=labels, description=description)
 
 
 def _default_workers() -> int:
@@ -418,10 +427,11 @@ def build_data(config: Config, split: str) -> DataSpec:
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
+    description = parse_description(config.data) if config.data is not None else None
     if not dataset.is_streaming:
         assert dataset.path is not None  # resolve() has seen to it
         labels = config.model.num_classes, dataset.ignore_background, dataset.ignore_label
-        check_labels(dataset.path, split, Labels(*labels))
+        check_labels(dataset.path, split, Labels(*labels), description)
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(
@@ -430,6 +440,7 @@ def build_data(config: Config, split: str) -> DataSpec:
         shuffle=split == "train",
         seed=config.seed,
         num_classes=config.model.num_classes,
+        description=description,
     )
 
 

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec, build_dataset
+from dataset.description import parse_description, read_description
 from dataset.labels import Labels
 from errors import ConfigError, UserError
 from predict import Segmenter, add_model_options, segmenter_from
@@ -127,15 +128,21 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 
 
 def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[str, Any]:
-    """Which validation set: `--path`, or what `--config` or the checkpoint says.
+    """Which validation set: `--data` and `--path`, or what `--config` or the checkpoint says.
 
     Raises:
-        ConfigError: None of them says.
+        ConfigError: None of them says, or it has other classes than the model.
     """
     config = segmenter.config or {}
     if options.config:
         config = asdict(resolve(load(options.config, [])))
     arguments = dict(config.get("eval_dataset") or {})
+    raw = config.get("data")
+    if options.data is not None:
+        raw = read_description(options.data) if options.data else None
+        arguments.update(path=(raw or {}).get("root"), is_streaming=False)
+    if raw is not None:
+        arguments["description"] = parse_description(raw, options.data or "data")
     if options.path:
         streaming = "://" in options.path or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
@@ -143,6 +150,10 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
         raise ConfigError("no validation set: the checkpoint does not say; give --path or --config")
     if "://" in arguments["path"] and not arguments.get("local"):
         raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
+    described = arguments.get("description")
+    if described is not None and len(described.classes) != len(segmenter.classes):
+        counts = f"{len(described.classes)} classes, and the model {len(segmenter.classes)}"
+        raise ConfigError(f"{options.data or 'data'} has {counts}")
     if options.ignore_background is not None:
         arguments["ignore_background"] = options.ignore_background
     cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
@@ -171,11 +182,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         dataset = cast(Sized, spec.dataloader.dataset)
         matrix = evaluate_square(segmenter, spec)
     else:
+        description = arguments.get("description")
         labels = Labels(
             arguments["num_classes"],
             arguments.get("ignore_background", True),
             arguments.get("ignore_label"),
         )
+        if description is not None:
+            labels = description.labels
         dataset = build_dataset(
             arguments["path"],
             arguments.get("is_streaming", False),
@@ -183,6 +197,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "val",
             (None, None, None),
             labels,
+            description=description,
             **{name: arguments[name] for name in CACHE if name in arguments},
         )
         index = torch.from_numpy(labels.index())
@@ -264,6 +279,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on a validation set.")
     parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
     parser.add_argument("--path", help="the data set; default: what the run was validated on")
+    parser.add_argument(
+        "--data",
+        metavar="YAML",
+        help="its description; default: the run's; an empty one: ADE20K's layout",
+    )
     parser.add_argument("--local", help="folder to cache the shards of a remote data set in")
     parser.add_argument("--config", metavar="YAML", help="the run's config, for its eval_dataset")
     parser.add_argument("--protocol", choices=("paper", "square"), default="paper")

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from errors import ConfigError, Stopped, UserError
-from training.config import help_text, load, resolve
+from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
 if TYPE_CHECKING:
@@ -104,7 +104,6 @@ def build_trainer(
     from checkpointing.weights import guarded_unpickling, load_fitting
     from data import build_data
     from model import build_composer_deeplabv3, weight_init
-    from segmentation.classes import load_classes
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
     from training.optimizer import build_optimizer
@@ -118,7 +117,6 @@ def build_trainer(
         dist.initialize_dist(device)
     reproducibility.seed_all(config.seed)
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
-    named = config.class_names, config.model.num_classes
     saver = None
     if config.save_folder and config.is_train:
         saver = Checkpoints(
@@ -128,7 +126,7 @@ def build_trainer(
             config.save_num_checkpoints_to_keep,
             config.save_overwrite,
             config.autoresume,
-            Best(config.best_metric, load_classes(*named), config.stop_after),
+            Best(config.best_metric, class_infos(config), config.stop_after),
             config.save_best,
         )
         saver.check()
@@ -159,7 +157,7 @@ def build_trainer(
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
     if start and state_path is None:
         least = config.load_least if config.is_train else 1.0
-        by_name = load_classes(*named) if config.load_classes_by_name else None
+        by_name = class_infos(config) if config.load_classes_by_name else None
         left = load_fitting(model.module, start.weights, start.where, least, by_name)
         if left:
             log.warning("load_path: %s", left)

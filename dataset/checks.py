@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset.decoding import decode_image, decode_mask, decode_photo
+from dataset.decoding import decode_image, decode_photo
+from dataset.description import Description
 from dataset.folders import (
     FOLDERS,
     IMAGE_SUFFIXES,
@@ -26,6 +27,8 @@ from dataset.folders import (
     visible_files,
 )
 from dataset.labels import Labels
+from dataset.masks import Masks, UnknownValues
+from dataset.matching import find_samples, list_described
 from dataset.shards import cached_shards, open_shards, read_shard
 from dataset.workers import decoder_complaint, in_processes
 from errors import DataError, one_line
@@ -65,23 +68,17 @@ class Tally:
         """Note something wrong with a file."""
         self.findings.append(Finding(str(path), reason, fatal))
 
-    def check(self, photo: bytes, mask: bytes, names: tuple[str, str], labels: Labels) -> None:
+    def check(self, photo: bytes, mask: bytes, names: tuple[str, str], masks: Masks) -> None:
         """Decode a pair as training does, and count its labels. `names` are the files' names."""
-        target = self._decode(decode_mask, mask, names[1])
+        target = self._decode(lambda mask: masks.decode(mask, names[1]), mask, names[1])
         if target is None:
             self._decode(decode_image, photo, names[0])
             return
         image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
         counts = np.bincount(target.ravel(), minlength=256)
-        wrong = np.flatnonzero((counts > 0) & labels.unknown())
-        if wrong.size:
-            values = ", ".join(map(str, wrong[:5])) + (", …" if wrong.size > 5 else "")
-            share, classes = counts[wrong].sum() / target.size, f"{labels.first}..{labels.last}"
-            reason = f"label {values} on {share:.2%} of its pixels, but classes are {classes}"
-            self.find(names[1], reason)
-        elif not counts[labels.classes()].any():
+        if not counts[masks.labels.classes()].any():
             self.find(names[1], "not one pixel has a class, nothing is learnt", fatal=False)
-        if image is not None and not wrong.size:
+        if image is not None:
             self.sizes.append((image.shape[1], image.shape[0]))
             self.pixels += counts
             self.present += counts > 0
@@ -97,9 +94,17 @@ class Tally:
         return image
 
 
-def scan(path: str, split: str) -> tuple[list[tuple[str, str]], Tally]:
+def scan(
+    path: str, split: str, description: Description | None = None
+) -> tuple[list[tuple[str, str]], Tally]:
     """Pair a split's photos and masks in local folders, and find what is wrong with their names."""
     tally = Tally()
+    if description is not None:
+        samples, problems = find_samples(description, split, path)
+        tally.photos = tally.masks = len(samples)
+        for problem in problems:
+            tally.find(*problem)
+        return [sample[1:] for sample in samples], tally
     root = find_root(path)
     folders = [root / kind / FOLDERS[split] for kind in ("images", "annotations")]
     images = _files(folders[0], IMAGE_SUFFIXES, "photo", tally)
@@ -133,7 +138,7 @@ def _files(folder: Path, suffixes: set[str], kind: str, tally: Tally) -> dict[st
     return files
 
 
-def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
+def check_files(pairs: list[tuple[str, str]], masks: Masks) -> Tally:
     """Check pairs of files."""
     tally = Tally()
     for names in pairs:
@@ -144,11 +149,11 @@ def check_files(pairs: list[tuple[str, str]], labels: Labels) -> Tally:
             except OSError as error:
                 tally.find(name, f"cannot be read: {error.strerror}")
         if len(content) == 2:
-            tally.check(content[0], content[1], names, labels)
+            tally.check(content[0], content[1], names, masks)
     return tally
 
 
-def check_shard(path: str, local: str | None, split: str, number: int, labels: Labels) -> Tally:
+def check_shard(path: str, local: str | None, split: str, number: int, masks: Masks) -> Tally:
     """Check one shard: its hash and every sample."""
     tally = Tally()
     shards = cached_shards(path, local, split)
@@ -157,20 +162,25 @@ def check_shard(path: str, local: str | None, split: str, number: int, labels: L
     try:
         for uid, photo, mask in read_shard(shards, number):
             tally.photos, tally.masks = tally.photos + 1, tally.masks + 1
-            tally.check(photo, mask, (f"{name}: x of {uid}", f"{name}: y of {uid}"), labels)
+            tally.check(photo, mask, (f"{name}: x of {uid}", f"{name}: y of {uid}"), masks)
     except DataError as error:
         tally.find(name, str(error).removeprefix(f"{name}: "))
     return tally
 
 
 def check(
-    path: str, local: str | None, is_streaming: bool, labels: Labels, workers: int
+    path: str,
+    local: str | None,
+    is_streaming: bool,
+    labels: Labels,
+    workers: int,
+    description: Description | None = None,
 ) -> dict[str, Tally]:
     """Check every sample of every split, with a progress bar on stderr."""
     tallies: dict[str, Tally] = {}
     tasks: dict[tuple[str, int, int], tuple] = {}  # by split, first sample and number of samples
     for split in FOLDERS:
-        tallies[split] = Tally()
+        tallies[split], masks = Tally(), Masks(labels)
         if is_streaming:
             try:
                 shards = open_shards(path, local, split)
@@ -179,12 +189,15 @@ def check(
                 tallies[split].find(location, str(error).removeprefix(f"{location}: "))
                 continue
             for number, shard in enumerate(shards.shards):
-                tasks[split, number, len(shard)] = check_shard, path, local, split, number, labels
+                tasks[split, number, len(shard)] = check_shard, path, local, split, number, masks
         else:
-            pairs, tallies[split] = scan(path, split)
+            pairs, tallies[split] = scan(path, split, description)
+            if description is not None and pairs:
+                masks = Masks.of(description, split, path)
             for first in range(0, len(pairs), CHUNK):
                 chunk = pairs[first : first + CHUNK]
-                tasks[split, first, len(chunk)] = check_files, chunk, labels
+                few = masks.only(mask for _, mask in chunk)
+                tasks[split, first, len(chunk)] = check_files, chunk, few
     total = sum(count for _, _, count in tasks)
     with tqdm(total=total, unit=" samples", desc="check", disable=None) as bar:
         for (split, _, count), tally in in_processes(tasks, workers):
@@ -195,29 +208,36 @@ def check(
     return tallies
 
 
-def check_labels(path: str, split: str, labels: Labels, max_masks: int = 64) -> None:
+def check_labels(
+    path: str,
+    split: str,
+    labels: Labels,
+    description: Description | None = None,
+    max_masks: int = 64,
+) -> None:
     """Take a quick look, before training, at whether labels fit the masks of a local data set.
 
     Args:
-        path: See `dataset.folders.list_samples`.
+        path: See `dataset.folders.list_samples`; of a described data set, its root.
         split: 'train' or 'val'.
         labels: What the masks should hold.
+        description: Of a data set in another layout.
         max_masks: How many masks to look at, spread evenly over the split.
 
     Raises:
         DataError: A mask cannot be read, or holds a label that is no class.
     """
-    samples = list_samples(path, split)
-    unknown = labels.unknown()
+    if description is None:
+        samples, masks = list_samples(path, split), Masks(labels)
+        mend = "set model.num_classes, or ignore_label"
+    else:
+        samples = list_described(description, split, path)
+        masks, mend = Masks.of(description, split, path), "name it under classes, or ignore"
     for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
         mask_path = samples[position].mask_path
         try:
-            target = decode_mask(Path(mask_path).read_bytes())
+            masks.decode(Path(mask_path).read_bytes(), mask_path)
+        except UnknownValues as error:
+            raise DataError(f"{mask_path}: {error}: {mend}") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{mask_path}: {error}") from error
-        wrong = np.flatnonzero(unknown & (np.bincount(target.ravel(), minlength=256) > 0))
-        if wrong.size:
-            raise DataError(
-                f"{mask_path} holds label {wrong[-1]}, but with {labels.num_classes} classes "
-                f"labels are {labels.first}..{labels.last}: set model.num_classes, or ignore_label"
-            )

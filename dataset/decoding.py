@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -77,15 +79,16 @@ def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.
     return stored
 
 
-def decode_mask(data: bytes) -> np.ndarray:
+def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     """Decode a mask of class labels.
 
     Args:
         data: The encoded file: lossless, and grey, with a palette (whose indices are the
             labels) or with three equal channels.
+        max_value: Largest label, of 8 or 16 bits.
 
     Returns:
-        np.ndarray: (H, W) uint8, the labels as stored.
+        np.ndarray: (H, W) uint8, the labels as stored; uint16 where some are above 255.
 
     Raises:
         ValueError: With a one-line reason, if it is no image, is cut short or holds no labels.
@@ -105,9 +108,38 @@ def decode_mask(data: bytes) -> np.ndarray:
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
         mask = mask // (255 // (2 ** depth[0] - 1))  # Pillow spreads grey levels over 0..255
-    if mask.min() < 0 or mask.max() > 255:
-        raise ValueError(f"holds label {mask.max()}, and labels end at 255")
-    return np.ascontiguousarray(mask, dtype=np.uint8)
+    if mask.min() < 0 or mask.max() > max_value:
+        raise ValueError(f"holds label {mask.max()}, and labels end at {max_value}")
+    return np.ascontiguousarray(mask, dtype=np.uint8 if mask.max() <= 255 else np.uint16)
+
+
+def decode_colors(data: bytes) -> np.ndarray:
+    """Decode a mask whose colours are its values.
+
+    Args:
+        data: The encoded file: lossless; grey, palette or RGB of 8 bits, any alpha left aside.
+
+    Returns:
+        np.ndarray: (H, W) int32, red + 256 * green + 65536 * blue.
+
+    Raises:
+        ValueError: With a one-line reason, if it is no such image or is cut short.
+    """
+    from torchvision.io import ImageReadMode, decode_png  # not what predict.py need wait for
+
+    is_whole = data.startswith(_PNG_START) and data.endswith(_PNG_END)
+    if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):  # 8 bits, RGB or RGBA
+        with contextlib.suppress(RuntimeError):  # for Pillow to say what is wrong with it
+            encoded = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
+            pixels = decode_png(encoded, ImageReadMode.RGB_ALPHA).permute(1, 2, 0)
+            return (pixels.contiguous().view(torch.int32)[..., 0] & 0xFFFFFF).numpy()
+    image = _decode(data)
+    if image.format in ("JPEG", "MPO"):
+        raise ValueError("a JPEG mask, and JPEG changes colours: masks have to be PNG")
+    if data[24:25] == b"\x10" and image.format == "PNG":
+        raise ValueError("a mask in colours of 16 bits, where 8 are expected")
+    pixels = np.asarray(image.convert("RGB")).astype(np.int32)
+    return pixels[..., 0] | pixels[..., 1] << 8 | pixels[..., 2] << 16
 
 
 def _decode(data: bytes) -> Image.Image:

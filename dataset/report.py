@@ -1,6 +1,7 @@
 """Check a whole data set before training on it: every file decoded, every label counted.
 
     python data.py PATH                          # folders in ADE20K's layout, or MDS shards
+    python data.py my.yaml                       # folders as that describes them
     python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
     python data.py PATH --num-classes 11 --picture sheet.png
 
@@ -19,6 +20,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -31,8 +33,16 @@ from torch.utils.data import DataLoader
 
 from dataset.checks import Tally, check
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from dataset.description import (
+    Description,
+    is_description,
+    open_description,
+    parse_description,
+    read_description,
+)
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
+from dataset.shards import DESCRIPTION, fetch_beside
 from errors import DataError, UserError
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import sample_sheet
@@ -52,6 +62,7 @@ def measure_loader(
     is_streaming: bool,
     labels: Labels,
     samples: int,
+    description: Description | None = None,
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """How many training images a second the loader gives here, and a batch of them.
 
@@ -67,6 +78,7 @@ def measure_loader(
         num_classes=labels.num_classes,
         ignore_background=labels.ignore_background,
         ignore_label=labels.ignore_label,
+        description=description,
     )
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
@@ -214,17 +226,20 @@ def validate(
     class_names: str | None = None,
     workers: int | None = None,
     picture: str | None = None,
+    description: Description | None = None,
 ) -> dict[str, Any]:
     """Check a data set.
 
     Args:
         build_dataspec: Builds the data whose loader is measured.
-        path: Folder in ADE20K's layout, or folder or URL of MDS shards.
+        path: Folder in ADE20K's layout, root of a described one, or folder or URL of MDS shards.
         local: Where shards of a URL are kept.
         labels: What the masks hold; None: ADE20K's.
         class_names: See `classes.load_classes`.
         workers: How many processes check; None: one a core.
         picture: File to draw a sheet of samples in.
+        description: Of a data set in another layout, or of what shards were written from. It has
+            the names of the classes as well.
 
     Returns:
         The report, as `--json` prints it. `problems` is empty where training would work.
@@ -233,14 +248,19 @@ def validate(
         DataError: There is no data set at `path` at all.
     """
     labels = labels or Labels()
-    classes = load_classes(class_names, labels.num_classes)
+    if description is not None:
+        labels = description.labels
+    if description is not None and class_names is None:
+        classes = list(description.classes)
+    else:
+        classes = load_classes(class_names, labels.num_classes)
     workers = workers or len(os.sched_getaffinity(0))
     is_streaming = "://" in path or local is not None or bool(list(Path(path).glob("*/index.json")))
     if "://" in path and local is None:
         raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
     if "://" not in path and not Path(path).is_dir():
         raise DataError(f"there is no folder {path}")
-    tallies = check(path, local, is_streaming, labels, workers)
+    tallies = check(path, local, is_streaming, labels, workers, description)
     findings = [finding for tally in tallies.values() for finding in tally.findings]
     loader = None
     if any(finding.fatal for finding in tallies["train"].findings):
@@ -249,12 +269,15 @@ def validate(
         )
     else:
         pairs = len(tallies["train"].sizes)
-        loader, batch = measure_loader(build_dataspec, path, local, is_streaming, labels, pairs)
+        loader, batch = measure_loader(
+            build_dataspec, path, local, is_streaming, labels, pairs, description
+        )
         if picture:
             sample_sheet(*batch, classes).save(picture)
+    layout = "folders in ADE20K's layout" if description is None else "folders as described"
     return {
         "path": path,
-        "format": "MDS shards" if is_streaming else "folders in ADE20K's layout",
+        "format": "MDS shards" if is_streaming else layout,
         "num_classes": labels.num_classes,
         "splits": {name: summarise(tally, labels, classes) for name, tally in tallies.items()},
         "loader": loader,
@@ -263,12 +286,22 @@ def validate(
     }
 
 
-def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
-    """Check a data set as the command line says; return the exit status."""
+def find_description(path: str, root: str | None) -> tuple[str, Description | None]:
+    """As `open_description`; shards have their description beside them."""
+    if not is_description(path):
+        with tempfile.TemporaryDirectory() as folder:
+            beside = fetch_beside(path, DESCRIPTION, folder)
+            if beside is not None:
+                raw = read_description(beside)
+                return path, parse_description(raw, f"{path}/{DESCRIPTION}")
+    return open_description(path, root)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("path", help="folder in ADE20K's layout, or folder or URL of MDS shards")
-    add("local", nargs="?", help="folder to keep shards in")
+    add("path", help="folder in ADE20K's layout, a description (YAML), or MDS shards")
+    add("local", nargs="?", help="folder to keep shards in; of a description, in place of its root")
     add("--num-classes", type=int, default=150, help="as model.num_classes (default: 150)")
     add(
         "--ignore-background",
@@ -290,17 +323,25 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     options = parser.parse_args(arguments)
     if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
         parser.error(f"--picture {options.picture}: a .png or .jpg")
+    return options
+
+
+def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
+    """Check a data set as the command line says; return the exit status."""
+    options = _parse(arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:
+        path, description = find_description(options.path, options.local)
         report = validate(
             build_dataspec,
-            options.path,
-            options.local,
+            path,
+            options.local if path == options.path else None,
             labels,
             options.class_names,
             options.workers,
             options.picture,
+            description,
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

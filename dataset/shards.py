@@ -29,6 +29,7 @@ from errors import DataError, one_line
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
+DESCRIPTION = "description.yaml"  # beside the splits, of a data set that was described
 _NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
 
 
@@ -289,6 +290,23 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 
 
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
+
+
+def fetch_beside(path: str, name: str, folder: str) -> str | None:
+    """Find a file that lies beside the shards' splits; a remote one is copied to `folder`.
+
+    Returns:
+        Its path here, or None if there is none or the store does not give it.
+    """
+    if "://" not in path:
+        return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
+    copy = os.path.join(folder, name)
+    try:
+        CloudDownloader.direct_download(f"{path}/{name}", copy)
+    except Exception as error:  # each store has its own
+        log.debug("%s/%s: %s", path, name, one_line(error))
+        return None
+    return copy
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:

@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 def test_too_few_classes_for_the_data_are_found_before_training(tiny: dict[str, Any]) -> None:
     tiny["model"]["num_classes"] = 5
-    with pytest.raises(DataError, match=r"holds label .* set model.num_classes"):
+    with pytest.raises(DataError, match=r"label .* set model.num_classes"):
         main(tiny)
 
 

@@ -360,13 +360,13 @@ def test_quick_check_before_training(path):
     check_labels(str(path), "train", Labels(12))
     check_labels(str(path), "train", Labels(13, False))
     check_labels(str(path), "train", Labels(11, ignore_label=12))
-    with pytest.raises(DataError, match=r"\.png holds label 12, but with 11 classes .* 1\.\.11"):
+    with pytest.raises(DataError, match=r"\.png: label 12 on .* classes are 1\.\.11: set"):
         check_labels(str(path), "train", Labels(11))
-    with pytest.raises(DataError, match=r"holds label 12, but with 12 classes .* 0\.\.11"):
+    with pytest.raises(DataError, match=r"label 12 on .* classes are 0\.\.11: set"):
         check_labels(str(path), "train", Labels(12, False))
     photo, mask = sample(path, 24)
     wrong_label(photo, mask)
-    with pytest.raises(DataError, match=f"{mask} holds label 77"):
+    with pytest.raises(DataError, match=f"{mask}: label 77 on"):
         check_labels(str(path), "train", Labels(12), max_masks=4)  # the last is one of any number
     cut(mask, 0.5)
     with pytest.raises(DataError, match=f"{mask}: cannot be decoded"):

@@ -57,15 +57,17 @@ def check(config: Config) -> None:
         raise ConfigError(f"load_least: {config.load_least} is not 0 to 1")
     if config.load_classes_by_name and not config.load_weights_only:
         raise ConfigError("load_classes_by_name needs load_weights_only=true")
-    if config.load_classes_by_name and not config.class_names and config.model.num_classes < 150:
+    named = config.class_names or config.data or config.model.num_classes >= 150
+    if config.load_classes_by_name and not named:
         raise ConfigError("load_classes_by_name needs class_names")
     _check_numbers(config)
     _check_times(config)
     _check_optimizer(config)
     _check_batch_sizes(config)
-    _check_dataset(config.eval_dataset, "eval_dataset", "val")
+    described = config.data is not None
+    _check_dataset(config.eval_dataset, "eval_dataset", "val", described)
     if config.is_train:
-        _check_dataset(config.train_dataset, "train_dataset", "train")
+        _check_dataset(config.train_dataset, "train_dataset", "train", described)
 
 
 def _check_numbers(config: Config) -> None:
@@ -182,7 +184,7 @@ def _check_batch_sizes(config: Config) -> None:
         )
 
 
-def _check_dataset(dataset: DatasetConfig, name: str, split: str) -> None:
+def _check_dataset(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:
     if dataset.min_resize_scale > dataset.max_resize_scale:
         raise ConfigError(
             f"{name}.min_resize_scale: {dataset.min_resize_scale} is above max_resize_scale "
@@ -202,7 +204,7 @@ def _check_dataset(dataset: DatasetConfig, name: str, split: str) -> None:
             raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
     elif not os.path.isdir(dataset.path):
         raise ConfigError(f"{name}.path: no folder {dataset.path}")
-    elif not dataset.is_streaming:
+    elif not dataset.is_streaming and not described:
         images = f"images/{FOLDERS[split]}"
         if not (find_root(dataset.path) / images).is_dir():
             raise ConfigError(f"{name}.path: {dataset.path} holds no {ADE20K}/{images}")

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from checkpointing.saver import Checkpoints
 from errors import RunError
-from segmentation.classes import ClassInfo, classes_to_json, load_classes
+from segmentation.classes import ClassInfo, classes_to_json
 from segmentation.drawing import prediction_sheet
 from segmentation.metrics import (
     MIoU,
@@ -43,6 +43,7 @@ from segmentation.metrics import (
     mean_iou,
     table_as_csv,
 )
+from training.config import class_infos
 from training.schema import Config
 
 if TYPE_CHECKING:
@@ -372,7 +373,7 @@ class RunRecord(Callback):
 def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]:
     """Build what watches a run: its loss, speed, learning rate and memory, and what is drawn."""
     num_classes = config.model.num_classes
-    classes = load_classes(config.class_names, num_classes)
+    classes = class_infos(config)
     folder = config.save_folder
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),

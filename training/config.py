@@ -18,7 +18,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dataset.description import parse_description, read_description
 from errors import ConfigError
+from segmentation.classes import ClassInfo, load_classes
 from training.bounds import check, lookup, times, world_size
 from training.schema import RECIPES, Config
 
@@ -75,6 +77,8 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
         typed.model.backbone_weights = None
+    if typed.data is not None:
+        _describe(typed, raw)
     if typed.grad_accum is not None:
         typed.device_train_microbatch_size = _microbatch_size(typed)
     if typed.recipe_name in RECIPES:
@@ -82,6 +86,39 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
     _normalise_times(typed)
     check(typed)
     return typed
+
+
+def _describe(config: Config, raw: dict[str, Any]) -> None:
+    """Put a description into the config, and what follows from it where the config says nothing."""
+    where = "data"
+    if isinstance(config.data, str):
+        where, config.data = config.data, read_description(config.data)
+    if not isinstance(config.data, dict):
+        raise ConfigError(f"data: {config.data!r} is neither a description nor the file of one")
+    description = parse_description(config.data, where)
+    count, given = len(description.classes), (raw.get("model") or {}).get("num_classes")
+    if given not in (None, count):
+        raise ConfigError(f"model.num_classes: {given}, but {where} has {count} classes")
+    config.model.num_classes = count
+    for name in ("train_dataset", "eval_dataset"):
+        section = getattr(config, name)
+        section.path = section.path or description.root
+        if not section.ignore_background or section.ignore_label is not None:
+            raise ConfigError(
+                f"{name}: ignore_background and ignore_label are of ADE20K's layout; {where} says "
+                "under ignore what is ignored"
+            )
+
+
+def class_infos(config: Config) -> list[ClassInfo]:
+    """Return the names and colours of a run's classes.
+
+    Raises:
+        ClassError: `class_names` cannot be read, or names another number.
+    """
+    if config.data is not None and config.class_names is None:
+        return list(parse_description(config.data).classes)
+    return load_classes(config.class_names, config.model.num_classes)
 
 
 def _microbatch_size(config: Config) -> int | str:
@@ -121,10 +158,14 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
             if dataclasses.is_dataclass(section):
                 value = _without_empty_sections(value, cast(type, section), f"{prefix}{name}.")
-        elif value is None and type(None) not in getattr(section, "__args__", ()):
+        elif value is None and section is not Any and not _may_be_empty(section):
             raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
         result[name] = value
     return result
+
+
+def _may_be_empty(hint: Any) -> bool:
+    return type(None) in getattr(hint, "__args__", ())
 
 
 def help_text() -> str:

@@ -54,7 +54,8 @@ class DatasetConfig:
 
     is_streaming: bool = key(False, "MDS shards (Streaming) rather than folders")
     path: str | None = key(
-        None, "folder that holds ADEChallengeData2016, or where the shards are (folder, s3://...)"
+        None,
+        "folder that holds ADEChallengeData2016, or the shards (also s3://...), or data's root",
     )
     local: str | None = key(None, "streaming: local folder that caches the shards")
     base_size: int = key(512, "length of the shorter side before the random resize, pixels")
@@ -197,6 +198,9 @@ class Config:
     compile: bool | str = key("auto", "torch.compile the model; auto: on a GPU")
     deterministic: bool = key(False, "the same bits in every run on a GPU too, but slower")
     model: ModelConfig = key(ModelConfig, "")
+    data: Any = key(
+        None, "description of the data set (a YAML, or its keys here); empty: ADE20K's layout"
+    )
     train_dataset: DatasetConfig = key(DatasetConfig, "")
     eval_dataset: EvalDatasetConfig = key(EvalDatasetConfig, "")
     eval_interval: str = key("1ep", "time between evaluations")
