@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from checkpointing.saver import on_first_process
 from dataset.checks import check_labels
+from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
 from dataset.description import Description, parse_description
 from dataset.folders import list_samples
@@ -35,6 +37,7 @@ from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random
 from dataset.shards import Shards
 from dataset.workers import use_one_core
 from errors import DataError
+from training.balance import repeat_factors
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
@@ -62,16 +65,19 @@ class _Samples(Dataset):
     def prefetch(self, index: int) -> None:
         """Prepare for a sample that will be read soon."""
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the order of an epoch's samples."""
-        return random_order(len(self), seed, epoch)
+    def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Return an epoch's samples in its order."""
+        return items[random_order(len(items), seed, epoch)]
 
     def __getitem__(self, item: int | Item) -> tuple[Any, Any]:
         """Return a sample: of epoch 0 by its index, or by what a sampler gives."""
         item = Item(*item) if isinstance(item, tuple) else Item(0, item)
         if item.prefetch >= 0:
-            self.prefetch(item.prefetch)
-        uid, photo, mask, names = self.read(item.index)
+            self.prefetch(item.prefetch % len(self))
+        repetition, index = divmod(item.index, len(self))
+        uid, photo, mask, names = self.read(index)
+        if repetition > 0:  # which is cropped and coloured in its own way
+            uid = f"{uid}#{repetition}"
         try:
             labels = self.masks.decode(mask, names[1])
         except ValueError as error:
@@ -229,14 +235,14 @@ class StreamingADE20k(_Samples):
         """Have a sample's shard fetched in the background."""
         self.shards.prefetch(index)
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the order of an epoch's samples."""
+    def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Return an epoch's samples in its order."""
         at_once = self.shards.shards_at_once
         if at_once is None:
-            return super().order(seed, epoch)
+            return super().order(items, seed, epoch)
         place = random_order(len(self.shards.shards), seed, epoch).argsort()  # of each shard
-        group = place[self.shards.shard_of(np.arange(len(self)))] // at_once
-        return np.lexsort((random_keys(len(self), seed, epoch), group))
+        group = place[self.shards.shard_of(items % len(self))] // at_once
+        return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -272,6 +278,9 @@ def build_ade20k_dataspec(
     validate_hash: str | None = "auto",
     num_workers: int | str = "auto",
     description: Description | None = None,
+    max_class_share: float = 0.75,
+    rare_class_sampling: float | None = None,
+    counts: Counts | None = None,
     **dataloader_kwargs: Any,
 ) -> DataSpec:
     """Build a split's data for Composer's Trainer.
@@ -305,6 +314,10 @@ def build_ade20k_dataspec(
         num_workers: Loader processes; 'auto': one a core that this rank has, eight at most.
         description: Of a data set that is not in ADE20K's layout; it says what its masks hold, in
             place of `num_classes`, `ignore_background` and `ignore_label`.
+        max_class_share: See `transforms.RandomCrop`.
+        rare_class_sampling: Share of the photos below which a class is rare, and training takes
+            those that show it more often; see `training.balance.repeat_factors`.
+        counts: Of the training masks, where they are known; else they are counted for that.
         **dataloader_kwargs: For torch's DataLoader. By default workers persist, and memory is
             pinned if there is a GPU.
 
@@ -323,7 +336,7 @@ def build_ade20k_dataspec(
         local,
         split,
         build_ade20k_transformations(
-            split, base_size, min_resize_scale, max_resize_scale, final_size
+            split, base_size, min_resize_scale, max_resize_scale, final_size, max_class_share
         ),
         labels,
         seed,
@@ -339,7 +352,20 @@ def build_ade20k_dataspec(
     sampler: EpochSampler | EvalSampler
     if is_train:
         order_seed = seed if shuffle_seed is None else shuffle_seed
-        sampler = EpochSampler(dataset, batch_size, order_seed, shuffle, drop_last, distance)
+        factors = None
+        if rare_class_sampling:
+            if counts is None:
+                counts = count_classes(path, local, is_streaming, split, labels, description)
+            factors = repeat_factors(counts.present, rare_class_sampling)
+        sampler = EpochSampler(
+            dataset,
+            batch_size,
+            order_seed,
+            shuffle,
+            drop_last,
+            distance,
+            repeat_factors=factors,
+        )
         dataset.resume_with(sampler)
         if len(sampler) < (batch_size if drop_last else 1):
             batch = batch_size * sampler.num_replicas
@@ -414,12 +440,32 @@ def _default_workers() -> int:
     return min(8, max(1, (cores or 1) // dist.get_local_world_size()))
 
 
-def build_data(config: Config, split: str) -> DataSpec:
+def count_training(config: Config) -> Counts:
+    """Count the training masks of a run, on the first process for all of them.
+
+    Raises:
+        DataError: A mask is not as it should be.
+    """
+    dataset = config.train_dataset
+    description = parse_description(config.data) if config.data is not None else None
+    labels = Labels(config.model.num_classes, dataset.ignore_background, dataset.ignore_label)
+
+    def count() -> Counts:
+        path = str(dataset.path)
+        return count_classes(
+            path, dataset.local, dataset.is_streaming, "train", labels, description
+        )
+
+    return on_first_process(count)
+
+
+def build_data(config: Config, split: str, counts: Counts | None = None) -> DataSpec:
     """Build a split of a run for this process, after a look at whether its labels fit the model.
 
     Args:
         config: The run's.
         split: 'train' or 'val'.
+        counts: What `count_training` found, where rare classes need it.
 
     Raises:
         DataError: The data set is not as it should be, or its labels do not fit.
@@ -441,6 +487,7 @@ def build_data(config: Config, split: str) -> DataSpec:
         seed=config.seed,
         num_classes=config.model.num_classes,
         description=description,
+        counts=counts,
     )
 
 

@@ -102,8 +102,9 @@ def build_trainer(
     from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling, load_fitting
-    from data import build_data
+    from data import build_data, count_training
     from model import build_composer_deeplabv3, weight_init
+    from training.balance import class_weights, named, needs_counts
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
     from training.optimizer import build_optimizer
@@ -145,13 +146,17 @@ def build_trainer(
         if saver and start.is_resume:
             saver.last = start.where
 
+    counts = None
     if data is None:
-        data = build_data(config, "train") if config.is_train else None, build_data(config, "val")
+        counts = count_training(config) if needs_counts(config) else None
+        train = build_data(config, "train", counts) if config.is_train else None
+        data = train, build_data(config, "val")
     train_data, eval_data = data
     if train_data is not None:
         check_lengths(config, len(cast(Sized, train_data.dataloader)))
 
     model_config = asdict(config.model)
+    model_config["class_weights"] = weights = class_weights(config, counts)
     if start:
         model_config["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
@@ -202,6 +207,9 @@ def build_trainer(
         )
     scratch.cleanup()
     trainer.logger.log_hyperparameters(asdict(config))
+    if weights is not None:
+        line = named(weights, class_infos(config))
+        trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
         if isinstance(destination, ProgressBarLogger):
             destination.hparams_already_logged_to_console = True  # a hundred lines before the bar

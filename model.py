@@ -14,7 +14,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -245,6 +245,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         ignore_index: The target value of pixels that count in neither loss nor metrics.
         cross_entropy_weight: Weight of the cross entropy in the loss.
         dice_weight: Weight of the Dice loss in the loss.
+        class_weights: Weights of the classes in both; None: all the same.
 
     Attributes:
         cpu_autocast: Where set (to `torch.bfloat16`), the forward pass on a CPU runs in that
@@ -260,6 +261,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         ignore_index: int = -1,
         cross_entropy_weight: float = 1.0,
         dice_weight: float = 0.0,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         metrics = {
             "MIoU": MIoU(num_classes, ignore_index),
@@ -270,6 +272,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
+        # No buffer: it is no part of what a checkpoint or an average holds.
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.cpu_autocast: torch.dtype | None = None
         self.eval_batch_size: int | None = None
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
@@ -284,12 +288,15 @@ class ComposerDeepLabV3(ComposerClassifier):
 
     def loss(self, outputs: Tensor, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
         """Return `total` and its parts; see `segmentation.losses.segmentation_loss`."""
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(outputs.device)  # once
         return segmentation_loss(
             outputs,
             batch[1],
             ignore_index=self.ignore_index,
             cross_entropy_weight=self.cross_entropy_weight,
             dice_weight=self.dice_weight,
+            class_weights=self.class_weights,
         )
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
@@ -324,6 +331,7 @@ def build_composer_deeplabv3(
     init_fn: Callable[[nn.Module], None] | None = None,
     *,
     upsample: bool = True,
+    class_weights: Sequence[float] | None = None,
 ) -> ComposerDeepLabV3:
     """Build DeepLabV3(+) as a ComposerModel; see `deeplabv3` and `ComposerDeepLabV3`.
 
@@ -332,7 +340,9 @@ def build_composer_deeplabv3(
     """
     network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
     network.upsample = upsample
-    return ComposerDeepLabV3(network, num_classes, ignore_index, cross_entropy_weight, dice_weight)
+    return ComposerDeepLabV3(
+        network, num_classes, ignore_index, cross_entropy_weight, dice_weight, class_weights
+    )
 
 
 def build_network(weights: Weights, where: str = "these weights") -> DeepLabV3:

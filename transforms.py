@@ -201,6 +201,7 @@ def build_ade20k_transformations(
     min_resize_scale: float = 0.5,
     max_resize_scale: float = 2.0,
     final_size: int = 512,
+    max_class_share: float = 0.75,
 ) -> tuple[PairTransform, None, None]:
     """Return the transforms of a split, for `data.ADE20k`.
 
@@ -210,13 +211,15 @@ def build_ade20k_transformations(
         min_resize_scale: Least random scale.
         max_resize_scale: Greatest random scale.
         final_size: Side of what comes out.
+        max_class_share: See `RandomCrop`.
 
     Returns:
         tuple: Transforms of the pair, of the photo and of the mask. The latter two are None: what
             the reference does there, `DeviceTransform` does.
     """
     if split == "train":
-        return RandomCrop(base_size, min_resize_scale, max_resize_scale, final_size), None, None
+        sizes = base_size, min_resize_scale, max_resize_scale, final_size
+        return RandomCrop(*sizes, max_class_share), None, None
     return Resize(final_size), None, None
 
 

@@ -22,7 +22,7 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 from checkpointing.best import Best
 from checkpointing.signals import SignalListener
 from checkpointing.stores import batch_of, open_folder
-from errors import ConfigError, RunError, Stopped, one_line
+from errors import ConfigError, RunError, Stopped, UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
         of_each_node: Call it on the first process of each node, for the processes of that node.
 
     Raises:
-        ConfigError, RunError: What the function raised; any other error becomes a RunError.
+        UserError, RunError: What the function raised; any other error becomes a RunError.
     """
     rank, local_rank = dist.get_global_rank(), dist.get_local_rank()
     outcome: tuple[Any, Exception | None] = (None, None)
     if (local_rank if of_each_node else rank) == 0:
         try:
             outcome = (function(), None)
-        except (ConfigError, RunError) as error:
+        except (UserError, RunError) as error:
             outcome = (None, error)
         except Exception as error:  # what a file system or the client of an object store raises
             outcome = (None, RunError(one_line(error)))

@@ -98,6 +98,7 @@ def _check_numbers(config: Config) -> None:
         raise ConfigError(
             "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
         )
+    _check_class_weights(config.model.class_weights, config.model.num_classes)
     if not 2 <= config.model.num_classes <= 253:
         raise ConfigError(
             f"model.num_classes: {config.model.num_classes} is not 2 to 253, as 8-bit masks hold"
@@ -126,6 +127,26 @@ def _check_optimizer(config: Config) -> None:
         )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
         raise ConfigError("schedule.warmup needs max_duration in epochs or batches")
+
+
+def _check_class_weights(given: Any, num_classes: int) -> None:
+    if given is None or given == "auto":
+        return
+    weights = list(given.values()) if isinstance(given, dict) else given
+    if not isinstance(weights, list):
+        raise ConfigError(
+            f"model.class_weights: {given!r} is none of auto, a list and {{name: weight}}"
+        )
+    for weight in weights:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"model.class_weights: {weight!r} is not a finite number of 0 or more"
+            )
+    if isinstance(given, list) and len(weights) != num_classes:
+        raise ConfigError(f"model.class_weights: {len(weights)} weights for {num_classes} classes")
+    if isinstance(given, list) and not sum(weights):
+        raise ConfigError("model.class_weights: all are 0: no loss is left")
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
@@ -190,6 +211,11 @@ def _check_dataset(dataset: DatasetConfig, name: str, split: str, described: boo
             f"{name}.min_resize_scale: {dataset.min_resize_scale} is above max_resize_scale "
             f"({dataset.max_resize_scale})"
         )
+    if not 0 < dataset.max_class_share <= 1:
+        raise ConfigError(f"{name}.max_class_share: {dataset.max_class_share} is not in 0..1")
+    rare = dataset.rare_class_sampling
+    if rare is not None and not 0 < rare <= 1:
+        raise ConfigError(f"{name}.rare_class_sampling: {rare} is not a share above 0, up to 1")
     if dataset.final_size < 16:
         raise ConfigError(f"{name}.final_size: {dataset.final_size} is below 16 pixels")
     workers = dataset.num_workers

@@ -46,6 +46,9 @@ class ModelConfig:
     use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
     cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss")
     dice_weight: float = key(1.125, "weight of the Dice loss in the loss")
+    class_weights: Any = key(
+        None, "of the loss: auto (by share of pixels), a list, or {name: weight}; empty: all 1"
+    )
 
 
 @dataclass
@@ -62,6 +65,12 @@ class DatasetConfig:
     min_resize_scale: float = key(0.5, "smallest random resize factor")
     max_resize_scale: float = key(2.0, "largest random resize factor")
     final_size: int = key(512, "side of the square that the network gets, pixels")
+    max_class_share: float = key(
+        0.75, "share of a crop above which one class has it drawn again, up to ten times; 1: never"
+    )
+    rare_class_sampling: float | None = key(
+        None, "photos of a class in a smaller share than this come up more often, as 0.01"
+    )
     ignore_background: bool = key(True, "label 0 is ignored and label k is class k - 1")
     ignore_label: int | None = key(None, "a further label value to ignore")
     batch_size: int = key(128, "images a step, over all GPUs")

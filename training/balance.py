@@ -1,0 +1,88 @@
+"""Rare classes: their weight in the loss, and how often their photos are taken."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from dataset.counts import Counts
+from errors import ConfigError
+from segmentation.classes import ClassInfo
+from training.config import class_infos
+from training.schema import Config
+
+log = logging.getLogger(__name__)
+
+FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.02147)"
+
+
+def needs_counts(config: Config) -> bool:
+    """Whether a run has to count its training masks before it begins."""
+    counted = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
+    return config.is_train and bool(counted)
+
+
+def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
+    """Return the weight of each class in a run's loss, or None where all are the same.
+
+    Raises:
+        ConfigError: They name a class that there is not, or are to be counted from other data than
+            the config's.
+    """
+    given = config.model.class_weights
+    if given is None or not config.is_train:
+        return None
+    classes = class_infos(config)
+    if given == "auto":
+        if counts is None:
+            raise ConfigError(
+                "model.class_weights: auto counts the masks of train_dataset; give numbers"
+            )
+        weights = auto_weights(counts.pixels)
+        log.info("class_weights: auto, %s: %s", FORMULA, named(weights, classes))
+        return weights
+    if isinstance(given, dict):
+        names = [info.name for info in classes]
+        for name in given:
+            if str(name) not in names:
+                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"model.class_weights: no class {name}; did you mean {near}?")
+        by_name = {str(name): float(weight) for name, weight in given.items()}
+        return [by_name.get(name, 1.0) for name in names]
+    return [float(weight) for weight in given]
+
+
+def named(weights: Sequence[float], classes: Sequence[ClassInfo]) -> str:
+    """Return the weights as a line."""
+    pairs = zip(classes, weights, strict=True)
+    return ", ".join(f"{info.name} {weight:.4g}" for info, weight in pairs)
+
+
+def auto_weights(pixels: np.ndarray) -> list[float]:
+    """Weigh classes by their share of the labelled pixels: see `FORMULA`.
+
+    From 1.42, of a class that has all pixels, to 50.5, of one that has none.
+    """
+    share = pixels / max(pixels.sum(), 1)
+    return (1 / np.log(1.02 + share)).tolist()
+
+
+def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:
+    """How often an epoch is to take each photo, on average: Gupta, Dollár and Girshick 2019.
+
+    A class in a share f of the photos has the factor max(1, sqrt(threshold / f)), and a photo the
+    largest of its classes' (LVIS, section 4.2, https://arxiv.org/abs/1908.03195).
+
+    Args:
+        present: (samples, C) bool, whether a photo shows a class.
+        threshold: Share of the photos below which a class is rare.
+
+    Returns:
+        (samples,) float64, each 1 or more.
+    """
+    share = present.mean(0)
+    by_class = np.sqrt(threshold / np.where(share > 0, share, threshold)).clip(min=1)
+    return np.where(present, by_class, 1.0).max(1)
