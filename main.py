@@ -3,6 +3,7 @@
 composer main.py yamls/deeplabv3.yaml                             # every GPU of this machine
 composer main.py yamls/deeplabv3.yaml recipe_name=mild seed=1     # keys of the YAML, overridden
 python main.py --help                                             # the keys
+python main.py yamls/deeplabv3.yaml --plan                        # what the run would take
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,6 +23,7 @@ from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
 if TYPE_CHECKING:
+    import torch
     from composer import Trainer
     from composer.core import Callback, DataSpec
     from composer.loggers import LoggerDestination
@@ -97,6 +100,7 @@ def build_trainer(
     from composer import Trainer
     from composer.loggers import ProgressBarLogger
     from composer.utils import dist, get_device, reproducibility
+    from torch._functorch import config as functorch
 
     from checkpointing.best import Best
     from checkpointing.resume import find_start
@@ -107,6 +111,7 @@ def build_trainer(
     from training.balance import class_weights, named, needs_counts
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
+    from training.memory import first_microbatch
     from training.optimizer import build_optimizer
     from training.precision import check_kernels, choose_precision, compiles
     from training.recipes import build_recipe, check_lengths
@@ -175,7 +180,12 @@ def build_trainer(
     microbatch = config.device_train_microbatch_size
     if microbatch is None or (microbatch == "auto" and not torch.cuda.is_available()):
         microbatch = config.train_dataset.batch_size // dist.get_world_size()
+    begin = None
+    if microbatch == "auto" and train_data is not None:
+        share = config.train_dataset.batch_size // dist.get_world_size()
+        begin = first_microbatch(model.module, config, precision, share, device)
     if compiles(config):
+        functorch.activation_memory_budget = config.activation_memory_budget
         # Not Composer's way, which compiles DDP's forward pass and leaves evaluation out.
         model.module.compile(dynamic=False)
         model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
@@ -205,6 +215,8 @@ def build_trainer(
             seed=config.seed,
             python_log_level=config.python_log_level,
         )
+    if begin is not None:
+        trainer.state.device_train_microbatch_size = begin
     scratch.cleanup()
     trainer.logger.log_hyperparameters(asdict(config))
     if weights is not None:
@@ -226,6 +238,11 @@ def run(
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
         return 0 if arguments else 2
+    if "--plan" in arguments:
+        began = time.perf_counter()
+        from training.plan import main as plan
+
+        return plan(arguments, build_trainer, build_network, began)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
     except ConfigError as error:
@@ -255,6 +272,19 @@ def run(
     if dist.get_global_rank() == 0:
         print(text)
     return 0
+
+
+def build_network(config: Config) -> torch.nn.Module:
+    """Build a run's network for planning: without weights, on "meta"."""
+    import torch
+
+    from model import build_composer_deeplabv3
+
+    settings = asdict(config.model) | {"backbone_weights": None, "sync_bn": False}
+    with torch.device("meta"):
+        network = build_composer_deeplabv3(**settings, upsample=False).module
+    # torch's overloads of `to` leave out the memory format.
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _refuse(error: Exception | str, status: int = 2) -> int:

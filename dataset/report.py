@@ -83,8 +83,8 @@ def measure_loader(
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
     warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
-    with contextlib.closing(_batches(loader)) as batches:
-        for number, (image, target) in enumerate(batches):
+    with contextlib.closing(batches(loader)) as given:
+        for number, (image, target) in enumerate(given):
             if number == 0:
                 first = spec.microbatch_transforms((image, target))
             if number < 3:
@@ -104,7 +104,8 @@ def measure_loader(
     return figures, (photos.round().clip(0, 255).astype(np.uint8), first[1].numpy())
 
 
-def _batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
+def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Give a training loader's batches, epoch after epoch; closed, it ends the workers."""
     sampler = cast(EpochSampler, loader.sampler)
     try:
         for epoch in itertools.count():

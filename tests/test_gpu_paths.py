@@ -28,6 +28,7 @@ import main as program
 import model
 from errors import ConfigError
 from training.config import resolve
+from training.memory import CONTEXT, count
 from training.precision import check_kernels, choose_precision
 
 pytestmark = [
@@ -63,6 +64,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda *a: statistics)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *a: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *a: self)
     monkeypatch.setattr("composer.utils.get_device", lambda _: PretendedGPU())
@@ -137,6 +140,22 @@ def test_auto_microbatch_halves_until_it_fits(gpu: None, tiny: dict[str, Any]) -
     changes = {"device_train_microbatch_size": "auto", "precision": "amp_bf16"}
     trainer = train(tiny, found, "2ba", **changes)
     assert found.sizes == [4, 2, 2, 2, 2]
+    assert trainer.state.device_train_microbatch_size == 2
+
+
+@pytest.mark.trains
+def test_auto_microbatch_begins_where_it_fits(
+    gpu: None, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the count, before anything was tried: nothing is compiled in vain."""
+    network = program.build_network(resolve(tiny))
+    footprint = count(network, 32, torch.bfloat16)
+    room = footprint.step(2, resolve(tiny)) + CONTEXT + 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (room, 80 * 2**30))
+    found = Watch()
+    changes = {"device_train_microbatch_size": "auto", "precision": "amp_bf16"}
+    trainer = train(tiny, found, "2ba", **changes)
+    assert found.sizes == [2, 2, 2, 2]
     assert trainer.state.device_train_microbatch_size == 2
 
 
@@ -224,6 +243,8 @@ def test_a_gpu_without_kernels_is_refused(
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *a: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
     monkeypatch.setattr(model, "build_composer_deeplabv3", lambda *a, **k: pytest.fail("was built"))
     if advice is None:

@@ -14,8 +14,12 @@ from errors import ConfigError
 from training.schema import LOGGERS, PRECISIONS, RECIPES, SCHEDULES, Config, DatasetConfig
 
 
-def check(config: Config) -> None:
+def check(config: Config, with_data: bool = True) -> None:
     """Refuse values of the right type that cannot work.
+
+    Args:
+        config: What to check.
+        with_data: Also whether the data are where it says.
 
     Raises:
         ConfigError: Names the key, and what it may be.
@@ -34,6 +38,11 @@ def check(config: Config) -> None:
         raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
     if config.compile not in ("auto", True, False):
         raise ConfigError(f"compile: {config.compile} is none of auto, true, false")
+    budget = config.activation_memory_budget
+    if not 0 <= budget <= 1:
+        raise ConfigError(f"activation_memory_budget: {budget} is not 0 to 1")
+    if budget < 1 and config.compile is False:
+        raise ConfigError("activation_memory_budget: less than 1 needs compile: auto or true")
     if config.class_names is not None and not os.path.isfile(config.class_names):
         raise ConfigError(f"class_names: no file {config.class_names}")
     log_level = (config.python_log_level or "warning").lower()
@@ -64,10 +73,11 @@ def check(config: Config) -> None:
     _check_times(config)
     _check_optimizer(config)
     _check_batch_sizes(config)
-    described = config.data is not None
-    _check_dataset(config.eval_dataset, "eval_dataset", "val", described)
-    if config.is_train:
-        _check_dataset(config.train_dataset, "train_dataset", "train", described)
+    used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
+    for name, split in used:
+        _check_dataset(getattr(config, name), name)
+        if with_data:
+            _check_path(getattr(config, name), name, split, config.data is not None)
 
 
 def _check_numbers(config: Config) -> None:
@@ -205,7 +215,7 @@ def _check_batch_sizes(config: Config) -> None:
         )
 
 
-def _check_dataset(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:
+def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     if dataset.min_resize_scale > dataset.max_resize_scale:
         raise ConfigError(
             f"{name}.min_resize_scale: {dataset.min_resize_scale} is above max_resize_scale "
@@ -221,6 +231,9 @@ def _check_dataset(dataset: DatasetConfig, name: str, split: str, described: boo
     workers = dataset.num_workers
     if workers != "auto" and (isinstance(workers, str) or workers < 0):
         raise ConfigError(f"{name}.num_workers: {workers!r} is neither a number nor auto")
+
+
+def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:
     if not dataset.path:
         raise ConfigError(f"{name}.path is empty; give the folder or bucket that holds the data")
     if "://" in dataset.path:

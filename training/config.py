@@ -51,8 +51,12 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def resolve(config: DictConfig | dict[str, Any]) -> Config:
+def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
     """Check a config against the schema and make it a `Config`, with the recipe's duration.
+
+    Args:
+        config: The YAML as OmegaConf loads it.
+        with_data: Also check that the data are where it says.
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
@@ -84,7 +88,7 @@ def resolve(config: DictConfig | dict[str, Any]) -> Config:
     if typed.recipe_name in RECIPES:
         typed.max_duration = getattr(typed, typed.recipe_name).max_duration
     _normalise_times(typed)
-    check(typed)
+    check(typed, with_data)
     return typed
 
 
@@ -188,7 +192,8 @@ def help_text() -> str:
             result.append(f"  {prefix + field.name:<39} {shown:<14} {field.metadata['meaning']}")
         return result
 
-    head = "usage: composer main.py CONFIG [key=value ...]\n\nkeys of CONFIG, defaults, meanings:\n"
+    head = "usage: composer main.py CONFIG [key=value ...] [--plan]\n\n"
+    head += "keys of CONFIG, defaults, meanings:\n"
     return head + "\n".join(lines(Config, ""))
 
 

@@ -205,6 +205,9 @@ class Config:
     )
     precision: str = key("auto", "auto, fp32, amp_bf16 or amp_fp16")
     compile: bool | str = key("auto", "torch.compile the model; auto: on a GPU")
+    activation_memory_budget: float = key(
+        1.0, "compiled: share of the activations to keep; less makes room for more images"
+    )
     deterministic: bool = key(False, "the same bits in every run on a GPU too, but slower")
     model: ModelConfig = key(ModelConfig, "")
     data: Any = key(

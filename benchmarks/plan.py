@@ -1,0 +1,80 @@
+"""How well `main.py --plan` tells what a run takes: the plan of a run, and then the run itself.
+
+    python -m benchmarks.plan                               # the demo's, a few minutes on a CPU
+    python -m benchmarks.plan yamls/camvid.yaml max_duration=2ep save_folder=/tmp/run
+
+Each is a process of its own; memory is the most that it held: resident, or of its GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "yamls/demo.yaml"
+# What main.py is started through, to tell how much memory it held.
+PROGRAM = """
+import resource
+import sys
+import torch
+import main
+status = main.run(sys.argv[2:])
+if torch.cuda.is_available():
+    from training.measure import peak_memory
+    most = peak_memory()
+else:
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open(sys.argv[1], "w").write(str(most))
+sys.exit(status)
+"""
+
+
+def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
+    """Return what was planned and what was taken: seconds, and bytes of memory."""
+    command = [sys.executable, "main.py", config, *overrides]
+    done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    plan = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "memory")
+        began = time.perf_counter()
+        arguments = [sys.executable, "-c", PROGRAM, str(told), config, *overrides]
+        subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        taken = time.perf_counter() - began
+        memory = float(told.read_text())
+    found = {"seconds": (3600 * plan["hours"], taken)}
+    found["GiB"] = (plan["memory"]["step"] / 2**30, memory / 2**30)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("config", nargs="?", default=str(DEMO), help="default: the demo's")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = list(args.overrides)
+        if args.config == str(DEMO):
+            from dataset.synthetic import make
+
+            make(f"{folder}/data")
+            overrides += [f"{section}.path={folder}/data" for section in SECTIONS]
+            overrides.append(f"save_folder={folder}/checkpoints")
+        found = measure(args.config, overrides)
+    print("| | planned | taken | planned / taken |\n|---|---|---|---|")
+    for name, (planned, taken) in found.items():
+        print(f"| {name} | {planned:.2f} | {taken:.2f} | {planned / taken:.2f} |")
+
+
+SECTIONS = ("train_dataset", "eval_dataset")
+
+if __name__ == "__main__":
+    main()

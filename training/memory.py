@@ -1,0 +1,248 @@
+"""What a training step takes, counted on tensors without data: memory, operations, bytes moved.
+
+Nothing is computed and no GPU is asked: a pass over 32 and one over 64 images, a second each, say
+what the weights take and what an image takes. `auto` begins with as many images as fit by that, and
+`main.py --plan` tells a run's memory and speed from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from composer.devices import Device
+from composer.utils import dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from segmentation.batch_norm import SyncBatchNorm2d
+from training.precision import compiles
+from training.schema import Config
+
+GIB = 2**30
+CONTEXT = 1.2 * GIB  # CUDA's context, cuDNN's and cuBLAS's workspaces: an assumption
+AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+# Images of the two passes; so many that the peak is where all that is kept for the way back is.
+FEW_AND_MORE = 32, 64
+MARGIN = 0.05  # of what a step takes: fragments, and what a count leaves out
+# A pixel of an image: fp32 and int64 on the way in, and the copy that Composer keeps of both; the
+# photo that the pass counts itself is taken off.
+INPUT = 2 * (3 * 4 + 8) - 3 * 4
+
+
+class Footprint(NamedTuple):
+    """What a step takes; memory and traffic in bytes.
+
+    Args:
+        weights: The parameters.
+        buffers: BatchNorm's statistics.
+        fixed: What a pass takes besides, however many images: weights in its type.
+        image: What each image of a pass takes.
+        saved: Of that, what a pass keeps for the way back.
+        operations: Floating-point operations of an image's convolutions, there and back.
+        traffic: An image's numbers that go to memory and back between convolutions, there and back.
+        normalised: An image's numbers that BatchNorms read.
+        norms: How many BatchNorms there are.
+    """
+
+    weights: int
+    buffers: int
+    fixed: int
+    image: float
+    saved: float
+    operations: float
+    traffic: float
+    normalised: float
+    norms: int
+
+    def step(self, images: int, config: Config, ranks: int = 1) -> float:
+        """Memory of a step that takes so many images at once, of a GPU's context aside."""
+        recipe = config.recipe_name
+        average, climb = recipe is not None, recipe in ("medium", "hot")
+        # Weights, gradients, momentum, the average, SAM's way back, DDP's buckets.
+        copies = 3 + average + climb + (ranks > 1)
+        standing = self.weights * copies + self.buffers * (1 + average)
+        image = self.image - (1 - config.activation_memory_budget) * self.saved
+        return (self.fixed + standing + images * image) * (1 + MARGIN)
+
+    def checkpoint(self, config: Config) -> int:
+        """Bytes of a checkpoint: weights, momentum and the average."""
+        average = config.recipe_name is not None
+        return self.weights * (2 + average) + self.buffers * (1 + average)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and still there, and what operations do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = self.traffic = self.normalised = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_iter(result) if isinstance(t, Tensor)]
+        known = {t.untyped_storage()._cdata for t in given}
+        for tensor in made:
+            self._keep(tensor.untyped_storage())
+        if func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        elif func._schema.is_mutable or not known >= {t.untyped_storage()._cdata for t in made}:
+            self.traffic += sum(t.numel() * t.element_size() for t in given + made)
+        if "batch_norm" in func.__name__ and "backward" not in func.__name__:
+            self.normalised += given[0].numel() * given[0].element_size()
+        return result
+
+    def _keep(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._live.pop(key)
+
+
+def count(
+    network: nn.Module, size: int, dtype: torch.dtype | None, compiled: bool = False
+) -> Footprint:
+    """Count what passes of a network over images of `size` pixels take.
+
+    Args:
+        network: Not compiled yet; on any device, "meta" too.
+        size: The images' side.
+        dtype: What it computes in under autocast; None for fp32.
+        compiled: Whether it will be compiled; a synchronised BatchNorm then takes no more than
+            another, since its parts are one kernel.
+    """
+    with FakeTensorMode():
+        empty = _without_data(network).train()
+        if compiled:
+            for module in empty.modules():
+                if isinstance(module, SyncBatchNorm2d):
+                    module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
+        for weight in empty.parameters():  # gradients are counted with the weights
+            weight.register_post_accumulate_grad_hook(_forget)
+        few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
+    # What grows with the images, an image's; and of the peak what does not.
+    each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
+    tensors = list(network.parameters()), list(network.buffers())
+    weights, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
+    return Footprint(
+        weights,
+        buffers,
+        fixed=round(few["peak"] - FEW_AND_MORE[0] * each["peak"]),
+        image=each["peak"] + INPUT * size**2,
+        saved=each["saved"],
+        operations=3 * each["operations"],  # each product has two of its size on the way back
+        traffic=each["traffic"],
+        normalised=each["normalised"],
+        norms=sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()),
+    )
+
+
+def _without_data(network: nn.Module) -> nn.Module:
+    """Copy a network, but for the contents of its tensors; they are a CPU's, which all have."""
+    empty: dict[int, Any] = {}
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        is_weight = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(shell, tensor.requires_grad) if is_weight else shell
+    return copy.deepcopy(network, empty)
+
+
+def _forget(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def _pass(
+    network: nn.Module, size: int, images: int, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Count a forward and backward pass over so many images."""
+    with _Counter() as counter:
+        photo = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            logits = network(photo)
+        saved, operations = counter.now, counter.operations
+        logits.float().sum().backward()
+    return {
+        "peak": counter.peak,
+        "saved": saved,
+        "operations": operations,
+        "traffic": counter.traffic,
+        "normalised": counter.normalised,
+    }
+
+
+def fitting(
+    footprint: Footprint,
+    config: Config,
+    images: int,
+    free: float,
+    ranks: int = 1,
+    adapts: bool = True,
+) -> tuple[int, bool]:
+    """Return how many of its images a process takes at once, and whether they fit.
+
+    With `auto` they are all, half, a quarter, ..., whichever fits first.
+
+    Args:
+        footprint: Of the network.
+        config: The run's.
+        images: A process's share of a batch.
+        free: Bytes that it has for a step.
+        ranks: How many processes there are.
+        adapts: Whether `auto` does so; on a CPU it is the whole batch.
+    """
+    chosen = config.device_train_microbatch_size
+    adapts &= chosen == "auto"
+    # BatchNorm after global pooling cannot normalise one image alone.
+    least = 1 if ranks > 1 and config.model.sync_bn else 2
+    at_once = min(chosen, images) if isinstance(chosen, int) else images
+    while footprint.step(at_once, config, ranks) > free:
+        if not adapts or at_once // 2 < least:
+            return at_once, False
+        at_once //= 2
+    return at_once, True
+
+
+def free_memory(device: Device) -> float:
+    """Bytes of its GPU that a process can have; the fewest of all processes'.
+
+    Out of memory on one GPU alone, while the others wait for it in a collective, ends the run.
+    """
+    free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
+    if dist.get_world_size() > 1:
+        free = device.tensor_to_device(free)
+        dist.all_reduce(free, "MIN")
+    return float(free.item())
+
+
+def first_microbatch(
+    network: nn.Module, config: Config, precision: str, images: int, device: Device
+) -> int:
+    """Return how many images `auto` should begin with, so as not to compile sizes in vain.
+
+    Args:
+        network: Not compiled yet.
+        config: The run's.
+        precision: Composer's name of it.
+        images: A GPU's share of a batch.
+        device: The GPU.
+    """
+    size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
+    footprint = count(network, size, dtype, compiles(config))
+    free, ranks = free_memory(device) - CONTEXT, dist.get_world_size()
+    return fitting(footprint, config, images, free, ranks)[0]

@@ -1,0 +1,286 @@
+"""What a run will take, before it is paid for.
+
+    python main.py CONFIG [key=value ...] --plan                # measured on this machine
+    composer main.py CONFIG --plan                              # on all of its GPUs
+    python main.py CONFIG --plan --gpu H100 --gpus 8 --price 24 # estimated for another machine
+
+Exit status: 0, or 2 where the run cannot be or does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from composer.core import Time, TimeUnit
+from composer.utils import dist, get_device
+from torch import nn
+
+from dataset.folders import list_samples
+from dataset.shards import Shards
+from errors import ConfigError, UserError
+from training.config import load, resolve
+from training.estimate import GPUS, NO_BF16, assumed, estimate
+from training.measure import BuildTrainer, measure
+from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
+from training.plan_text import text
+from training.precision import choose_precision, compiles
+from training.schema import Config, DatasetConfig
+
+DISK_BYTES = 2**27  # written to see how fast a disk is
+BuildNetwork = Callable[[Config], nn.Module]  # without pretrained weights, on "meta"
+
+
+class Length(NamedTuple):
+    """How much there is to do."""
+
+    epoch: int  # steps
+    steps: int
+    evaluations: int
+    checkpoints: int
+
+
+def lengths(config: Config, epoch: int) -> Length:
+    """Return a run's steps, evaluations and checkpoints, given the steps of an epoch."""
+
+    def steps(text: str) -> int:
+        given = Time.from_timestring(text)
+        batch = config.train_dataset.batch_size
+        per_unit = {TimeUnit.EPOCH: epoch, TimeUnit.BATCH: 1, TimeUnit.SAMPLE: 1 / batch}
+        return max(1, math.ceil(given.value * per_unit[given.unit]))
+
+    total = steps(config.max_duration)
+    # One is due at the end, too.
+    evaluations = math.ceil(total / steps(config.eval_interval)) + config.eval_first
+    checkpoints = math.ceil(total / steps(config.save_interval)) if config.save_folder else 0
+    return Length(epoch, total, evaluations, checkpoints)
+
+
+def passes(config: Config) -> float:
+    """Return the forward and backward passes of a step, mean over the recipe."""
+    sam = getattr(getattr(config, str(config.recipe_name), None), "sam", None)
+    return 1 + 1 / sam.interval if sam else 1.0
+
+
+def main(
+    arguments: list[str], build_trainer: BuildTrainer, build_network: BuildNetwork, began: float
+) -> int:
+    """Run the command line; return the exit status.
+
+    Args:
+        arguments: Those of main.py.
+        build_trainer: `main.build_trainer`.
+        build_network: Builds a config's network.
+        began: When the command did, by `time.perf_counter`.
+    """
+    options, overrides = parser().parse_known_args(arguments)
+    logging.getLogger("composer").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    try:
+        for given in overrides:
+            if given.startswith("-"):
+                raise ConfigError(f"{given}: no such option; see python main.py CONFIG --plan -h")
+        if options.gpu is None and (options.gpus != 1 or options.images):
+            raise ConfigError("--gpus and --images are for estimates: they need --gpu")
+        config = resolve(load(options.config, overrides), with_data=not options.images)
+        if options.gpu:
+            plan = estimated(config, options, build_network)
+        else:
+            plan = measured(config, build_trainer, build_network, began)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plan = {"config": options.config, "recipe": config.recipe_name or "none"} | plan
+    if options.price is not None and "hours" in plan:
+        plan["cost"] = plan["hours"] * options.price
+    if dist.get_global_rank() == 0:
+        print(json.dumps(plan, indent=2) if options.json else text(plan))
+    return 2 if plan["does_not_fit"] else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of main.py's arguments where --plan is among them."""
+    result = argparse.ArgumentParser(
+        prog="python main.py", usage="%(prog)s CONFIG [key=value ...] --plan [options]"
+    )
+    result.add_argument("config", help="the run's YAML")
+    result.add_argument("--plan", action="store_true", help="say what the run takes; do not run")
+    result.add_argument("--gpu", choices=GPUS, help="estimate for such; default: measure here")
+    result.add_argument("--gpus", type=int, default=1, help="how many of them (default: 1)")
+    result.add_argument("--price", type=float, help="of the whole machine, an hour")
+    names = ("TRAINING", "VALIDATION")
+    result.add_argument("--images", type=int, nargs=2, metavar=names, help="where no data is here")
+    result.add_argument("--json", action="store_true", help="for scripts")
+    return result
+
+
+def estimated(
+    config: Config, options: argparse.Namespace, build_network: BuildNetwork
+) -> dict[str, Any]:
+    """Plan for GPUs that are not here."""
+    gpus, batch = options.gpus, config.train_dataset.batch_size
+    if gpus < 1 or batch % gpus:
+        raise ConfigError(f"train_dataset.batch_size: {batch} does not divide among {gpus} GPUs")
+    training, validation = options.images or (
+        _samples(config.train_dataset, "train"),
+        _samples(config.eval_dataset, "val"),
+    )
+    epoch = (math.floor if config.train_dataset.drop_last else math.ceil)(training / batch)
+    if epoch == 0:
+        raise ConfigError(f"train_dataset: {training} images do not fill one batch of {batch}")
+    auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
+    precision = auto if config.precision == "auto" else config.precision
+    compiled = config.compile is not False
+    footprint = _count(config, build_network, precision, compiled)
+    found = estimate(footprint, config, options.gpu, gpus, passes(config), precision, compiled)
+    plan = {
+        "device": f"{gpus} x {options.gpu}, estimated",
+        "precision": precision,
+        "compiled": compiled,
+        "batch": {"images": batch, "a_process": batch // gpus, "at_once": found.at_once},
+        "memory": {"step": found.memory + CONTEXT, "device": found.free + CONTEXT},
+        "assumed": assumed(options.gpu, compiled),
+        "does_not_fit": None if found.fits else _too_large(found.at_once),
+    }
+    if not found.fits:
+        return plan
+    length = lengths(config, epoch)
+    seconds = {
+        "training": length.steps * found.step,
+        "evaluation": length.evaluations * validation / gpus / found.evaluation,
+    }
+    speed = {
+        "step": found.step,
+        "images_per_second": batch / found.step,
+        "at_most": batch / found.fastest,
+        "limit": "network",
+    }
+    return plan | {"speed": speed} | _whole(config, footprint, length, seconds)
+
+
+def measured(
+    config: Config, build_trainer: BuildTrainer, build_network: BuildNetwork, began: float
+) -> dict[str, Any]:
+    """Plan for this machine, by some steps of the run."""
+    ranks, on_gpu, device = dist.get_world_size(), torch.cuda.is_available(), get_device(None)
+    if ranks > 1:
+        dist.initialize_dist(device)
+    precision, cpu_autocast = choose_precision(config.precision)
+    precision = precision if cpu_autocast is None else "amp_bf16"
+    footprint = _count(config, build_network, precision, compiles(config))
+    batch = config.train_dataset.batch_size
+    images = batch // ranks
+    free = free_memory(device) - CONTEXT if on_gpu else float(psutil.virtual_memory().available)
+    at_once, fits = fitting(footprint, config, images, free, ranks, adapts=on_gpu)
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    plan: dict[str, Any] = {
+        "device": f"{ranks} x {name}" if ranks > 1 else name,
+        "precision": precision,
+        "compiled": compiles(config),
+        "batch": {"images": batch, "a_process": images, "at_once": at_once},
+        "memory": {"step": footprint.step(at_once, config, ranks), "device": free},
+        "does_not_fit": None if fits else _too_large(at_once),
+    }
+    if not fits:
+        return plan
+    with contextlib.redirect_stdout(sys.stderr):
+        found = measure(config, build_trainer, began)
+    plan["batch"]["at_once"] = found.at_once
+    counted = footprint.step(found.at_once, config, ranks)
+    plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
+    length = lengths(config, found.epoch)
+    # Without loader processes, a step loads first.
+    load = images / found.loader
+    step = found.step + load if found.workers == 0 else max(found.step, load)
+    seconds = {
+        "start": found.start,
+        "training": length.steps * step,
+        "evaluation": length.evaluations * found.evaluation,
+    }
+    speed = {
+        "step": step,
+        "images_per_second": batch / step,
+        "network": batch / found.step,
+        "loader": found.loader * ranks,
+        "loader_processes": found.workers * ranks,
+        "limit": "network" if found.step >= load else "loader",
+    }
+    if found.store:
+        size, rate = found.store
+        speed |= {"store": rate, "data_set": size}
+        seconds["download"] = max(0.0, size / rate - length.epoch * step)
+        if seconds["download"]:
+            speed["limit"] = "store, in the first epoch"
+    return plan | {"speed": speed} | _whole(config, footprint, length, seconds)
+
+
+def _count(config: Config, build: BuildNetwork, precision: str, compiled: bool) -> Footprint:
+    size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
+    return count(build(config), size, dtype, compiled)
+
+
+def _too_large(at_once: int) -> str:
+    return f"not even {at_once} images at once; a smaller final_size or backbone_arch would help"
+
+
+def _samples(dataset: DatasetConfig, split: str) -> int:
+    """Return how many samples a split has."""
+    assert dataset.path is not None  # resolve() has seen to it
+    if not dataset.is_streaming:
+        return len(list_samples(dataset.path, split))
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
+        return len(Shards(dataset.path, folder if dataset.local else None, split))
+
+
+def _whole(
+    config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Say what a run takes from start to end, and whether the disk holds what it leaves."""
+    size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
+    # An old one goes when the next is whole.
+    kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
+    saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
+    problem = None
+    if kept and config.save_folder:
+        rate, saved["free"] = _disk(config.save_folder)
+        seconds = seconds | {"checkpoints": length.checkpoints * size / rate}
+        if saved["free"] is not None and saved["free"] < kept * size:
+            problem = "save_folder has no room for the checkpoints; keep fewer"
+    return {
+        "length": length._asdict(),
+        "checkpoint": saved,
+        "hours": sum(seconds.values()) / 3600,
+        "hours_of": {name: value / 3600 for name, value in seconds.items()},
+        "does_not_fit": problem,
+    }
+
+
+def _disk(folder: str) -> tuple[float, int | None]:
+    """Bytes a second that checkpoints are written with, and how many there is room for."""
+    remote = "://" in folder  # where they go from a local file, while training goes on
+    here = Path(tempfile.gettempdir() if remote else folder).absolute()
+    here = next(path for path in (here, *here.parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=here) as file:
+            began = time.perf_counter()
+            file.write(bytes(DISK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            rate = DISK_BYTES / (time.perf_counter() - began)
+    except OSError as error:
+        raise ConfigError(f"save_folder: cannot write to {folder}: {error.strerror}") from None
+    return rate, None if remote else shutil.disk_usage(here).free
