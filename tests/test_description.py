@@ -322,7 +322,7 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (changed("klasses", value={}), "unknown key clases; known: root, train, val, classes"),
+        (changed("kinds", value={}), "unknown key kinds; known: root, train, val, classes"),
         (changed("train", "folder", value="a"), "train: unknown key folder; known: images, masks"),
         (changed("train", value="photos"), "train is missing; as in train: {images"),
         (changed("train", value={"images": "a"}), "train.masks is missing"),
