@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shlex
 import sys
 import types
@@ -25,6 +26,7 @@ from benchmarks import (
     dataloader,
     device_transform,
     loss,
+    peers,
     plain,
     run_all,
     train_step,
@@ -259,3 +261,19 @@ def test_run_alls_commands_are_understood(on_gpu: bool, monkeypatch: pytest.Monk
         if benchmark.module == "benchmarks.train_step":
             train_step.arguments(shlex.split(benchmark.arguments))
     assert sum(benchmark.seconds for benchmark in planned) < 60 * (9.5 if on_gpu else 15)
+
+
+def test_the_peers_are_trained_and_scored(synthetic: str, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="make install WITH=smp")
+    names = ["mmsegmentation 0.30", "plain loop, smp"]
+    small = ["--size", "32", "--minutes", "0.01", "--rounds", "1", "--classes", "12"]
+    small += ["--workers", "1", "--json", str(tmp_path / "peers.json")]
+    try:
+        result = peers.main(["--path", synthetic, *small, "--only", *names])
+    finally:
+        logging.disable(logging.NOTSET)
+    assert list(result["contenders"]) == names
+    for row in result["contenders"].values():
+        assert 0 < row["images_per_second"][0] < 1000
+        assert 0 <= row["miou"][0] < 100
+    assert json.loads((tmp_path / "peers.json").read_text())["contenders"] == result["contenders"]

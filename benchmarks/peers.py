@@ -1,0 +1,361 @@
+"""DeepLabV3+ with a ResNet-50 on CamVid, trained for the same time here and by its peers.
+
+    python -m benchmarks.peers --path camvid --minutes 2      # make install WITH=smp, first
+
+The peers are mmsegmentation 0.30's own runner, pipeline and configuration, and a plain PyTorch loop
+on segmentation_models.pytorch's network. Size, batch, threads, loader processes, SGD, weight decay
+and schedule (polynomial, by time) are the same; all begin from scratch. What differs is each one's
+own: mmsegmentation's network has an auxiliary head and a stem of three convolutions, smp's a head
+of 256 channels for 512; this project's loss has Dice, and its type is what the machine multiplies
+fastest (the row `fp32` has theirs). Images/s have loading included, and leave the first steps out.
+All are scored by one evaluation, on the same squares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import main as program
+from benchmarks.train_step import machine, never_evaluate, release
+from data import build_data
+from dataset.folders import find_root, list_samples
+from segmentation.metrics import confusion_matrix, mean_iou
+from training.config import resolve
+from training.schema import Config
+from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+
+MOMENTUM, DECAY = 0.9, 5e-4  # of mmsegmentation's schedules
+WARM = 3  # steps that the rate leaves out
+
+
+class Trained(NamedTuple):
+    """What a contender came to."""
+
+    forward: Callable[[Tensor], Tensor]  # (N, 3, H, W) normalised to logits
+    images_per_second: float
+
+
+class Clock:
+    """Tells each contender's loop how far it is, and notes when its steps end."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.start = time.perf_counter()
+        self.ends: list[float] = []
+
+    def factor(self) -> float:
+        """Return the learning rate, relative to the first."""
+        passed = (time.perf_counter() - self.start) / self.seconds
+        return max(1 - passed, 1e-3) ** 0.9
+
+    def tick(self) -> bool:
+        """Note the end of a step; return whether time is up."""
+        self.ends.append(time.perf_counter())
+        return self.ends[-1] - self.start > self.seconds and len(self.ends) > WARM + 1
+
+    def rate(self, batch: int) -> float:
+        """Images a second."""
+        steps = self.ends[WARM:]
+        return batch * (len(steps) - 1) / (steps[-1] - steps[0])
+
+
+def config(args: argparse.Namespace, precision: str = "auto") -> Config:
+    """Return this project's run."""
+    dataset = {"path": args.path, "base_size": args.size, "final_size": args.size}
+    dataset |= {"batch_size": args.batch, "num_workers": args.workers}
+    return resolve(
+        {
+            "run_name": "peers",
+            "max_duration": "1000000ba",
+            "precision": precision,
+            "seed": args.seed,
+            "model": {
+                "num_classes": args.classes,
+                "backbone_arch": "resnet50",
+                "backbone_weights": None,
+            },
+            "train_dataset": dataset,
+            "eval_dataset": dict(dataset),
+            # Decoupled, the decay is a fraction a step.
+            "optimizer": {"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
+            "schedule": {"name": "constant"},
+            "pictures": 0,
+        }
+    )
+
+
+class Timed(Callback):
+    """Has a run of Composer's go by the clock."""
+
+    def __init__(self, clock: Clock, lr: float) -> None:
+        self.clock, self.lr = clock, lr
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        for group in state.optimizers[0].param_groups:
+            group["lr"] = self.lr * self.clock.factor()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.clock.tick():
+            state.stop_training()
+
+
+def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
+    """Train as main.py does."""
+    clock = Clock(args.minutes)
+    run = config(args, precision)
+    trainer = program.build_trainer(run, callbacks=[Timed(clock, args.lr)])
+    never_evaluate(trainer)
+    clock.start = time.perf_counter()
+    trainer.fit()
+    trainer.close()
+    network = cast(nn.Module, trainer.state.model.module).eval()
+    return Trained(network, clock.rate(args.batch))
+
+
+def mmsegmentation(args: argparse.Namespace) -> Trained:
+    """Train by `mmseg.apis.train_segmentor`, with the configuration that mmsegmentation ships."""
+    import mmcv
+    import mmseg
+    from mmcv.runner import HOOKS, Hook
+    from mmseg.apis import train_segmentor
+    from mmseg.datasets import build_dataset
+    from mmseg.models import build_segmentor
+
+    clock = Clock(args.minutes)
+
+    class ByTheClock(Hook):
+        def before_train_iter(self, runner: Any) -> None:
+            for group in runner.optimizer.param_groups:
+                group["lr"] = args.lr * clock.factor()
+
+        def after_train_iter(self, runner: Any) -> None:
+            if clock.tick():
+                runner._max_iters = runner.iter + 1
+
+    HOOKS.register_module(name="ByTheClock", module=ByTheClock, force=True)
+    configs = Path(mmseg.__file__).parent / ".mim/configs/_base_"
+    found = mmcv.Config.fromfile(str(configs / "models/deeplabv3plus_r50-d8.py"))
+    data = mmcv.Config.fromfile(str(configs / "datasets/ade20k.py"))
+    found.model.pretrained = None
+    for part in (found.model.backbone, found.model.decode_head, found.model.auxiliary_head):
+        part.norm_cfg = {"type": "BN", "requires_grad": True}
+    found.model.decode_head.num_classes = found.model.auxiliary_head.num_classes = args.classes
+    train = data.data.train
+    train.update(type="CustomDataset", reduce_zero_label=True, seg_map_suffix=".png")
+    train.classes = [str(k) for k in range(args.classes)]
+    train.palette = [[k] * 3 for k in range(args.classes)]
+    train.data_root = str(find_root(args.path))
+    for step in train.pipeline:
+        if step.type == "Resize":
+            step.img_scale = (4 * args.size, args.size)
+        elif step.type in ("RandomCrop", "Pad"):
+            step["crop_size" if step.type == "RandomCrop" else "size"] = (args.size, args.size)
+    on_gpu = torch.cuda.is_available()
+    found.merge_from_dict(
+        {
+            "seed": args.seed,
+            "device": "cuda" if on_gpu else "cpu",
+            "gpu_ids": range(1),
+            "log_level": "ERROR",
+            "data": {"samples_per_gpu": args.batch, "workers_per_gpu": args.workers},
+            "optimizer": {
+                "type": "SGD",
+                "lr": args.lr,
+                "momentum": MOMENTUM,
+                "weight_decay": DECAY,
+            },
+            "optimizer_config": {},
+            "lr_config": None,
+            "checkpoint_config": None,
+            "log_config": {"interval": 1000, "hooks": []},
+            "runner": {"type": "IterBasedRunner", "max_iters": 10**6},
+            "custom_hooks": [{"type": "ByTheClock"}],
+            "workflow": [("train", 1)],
+            "resume_from": None,
+            "load_from": None,
+            "work_dir": args.scratch,
+        }
+    )
+    model = build_segmentor(found.model)
+    model.init_weights()
+    samples = build_dataset(train)
+    clock.start = time.perf_counter()
+    train_segmentor(model, samples, found)
+    model.eval()
+    return Trained(lambda image: model.encode_decode(image, None), clock.rate(args.batch))
+
+
+class Photos(Dataset):
+    """Photos and masks by Pillow, augmented by torchvision."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from torchvision.transforms import v2
+        from torchvision.tv_tensors import Image as Photo
+        from torchvision.tv_tensors import Mask
+
+        self.samples = list_samples(args.path, "train")
+        mean, std = ([part / 255 for part in p] for p in NORMALISATION)
+        self.types = Photo, Mask
+        self.transforms = v2.Compose(
+            [
+                v2.RandomResize(args.size // 2, 2 * args.size),
+                v2.RandomCrop(args.size, pad_if_needed=True),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(0.125, 0.5, 0.5, 0.05),
+                v2.ToDtype({Photo: torch.float32, "others": None}, scale=True),
+                v2.Normalize(mean, std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        photo, mask = self.types
+        _, image_path, mask_path = self.samples[index]
+        image = np.array(Image.open(image_path).convert("RGB"))
+        labels = np.array(Image.open(mask_path))
+        pair = photo(torch.from_numpy(image).permute(2, 0, 1)), mask(torch.from_numpy(labels))
+        image, labels = self.transforms(*pair)
+        return image, labels.long() - 1
+
+
+NORMALISATION = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+
+
+def plain_loop(args: argparse.Namespace) -> Trained:
+    """Train smp's network by a loop as one writes it."""
+    import segmentation_models_pytorch as smp
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = smp.DeepLabV3Plus(
+        "resnet50", encoder_weights=None, encoder_output_stride=8, classes=args.classes
+    ).to(device)
+    loader = DataLoader(
+        Photos(args),
+        args.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+    )
+    optimizer = torch.optim.SGD(
+        network.parameters(), args.lr, momentum=MOMENTUM, weight_decay=DECAY
+    )
+    clock, finished = Clock(args.minutes), False
+    network.train()
+    while not finished:
+        for image, target in loader:
+            optimizer.param_groups[0]["lr"] = args.lr * clock.factor()
+            loss = F.cross_entropy(network(image.to(device)), target.to(device), ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()  # as all the others log it
+            finished = clock.tick()
+            if finished:
+                break
+    return Trained(network.eval(), clock.rate(args.batch))
+
+
+@torch.inference_mode()
+def score(args: argparse.Namespace, trained: Trained) -> float:
+    """Return the mIoU in percent, of any contender alike."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = build_data(config(args), "val")
+    loader = cast(DataLoader, spec.dataloader)
+    matrix = torch.zeros(args.classes, args.classes, dtype=torch.int64, device=device)
+    for image, labels in loader:
+        image, target = spec.microbatch_transforms((image.to(device), labels.to(device)))
+        logits = trained.forward(image).float()
+        matrix += confusion_matrix(logits, target, args.classes)
+    return 100 * float(mean_iou(matrix))
+
+
+CONTENDERS: dict[str, Callable[[argparse.Namespace], Trained]] = {
+    "this project": ours,
+    "this project, fp32": lambda args: ours(args, "fp32"),
+    "mmsegmentation 0.30": mmsegmentation,
+    "plain loop, smp": plain_loop,
+}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    on_gpu = torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
+    parser.add_argument("--classes", type=int, default=11)
+    parser.add_argument("--minutes", type=float, default=2, help="of training, each time")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each trains, in turn")
+    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
+    parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images a step")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate at the start")
+    parser.add_argument("--threads", type=int, default=max(cores // 2, 1), help="of torch's")
+    parser.add_argument("--workers", type=int, default=4 if on_gpu else 1, help="of the loader")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    parser.add_argument("--json", help="write the result there as well")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line; return what --json writes."""
+    args = arguments(argv)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # mmsegmentation's sets its loggers' levels itself
+    torch.set_num_threads(args.threads)
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"images_per_second": [], "miou": []} for name in args.only
+    }
+    with tempfile.TemporaryDirectory() as args.scratch:
+        for seed in range(args.rounds):
+            args.seed = seed
+            for name in found:
+                random.seed(args.seed)
+                np.random.seed(args.seed)
+                torch.manual_seed(args.seed)
+                trained = CONTENDERS[name](args)
+                found[name]["images_per_second"].append(trained.images_per_second)
+                found[name]["miou"].append(score(args, trained))
+                release()
+    print(
+        f"CamVid from scratch, ResNet-50, {args.size} px, batch {args.batch}, {args.threads} "
+        f"threads and {args.workers} loader processes, {args.minutes:g} minutes, {args.rounds} "
+        "times in turn\n\n| | images/s, median | mIoU, mean | each |\n|---|---|---|---|"
+    )
+    for name, row in found.items():
+        each = ", ".join(f"{miou:.1f}" for miou in row["miou"])
+        rate, miou = statistics.median(row["images_per_second"]), statistics.mean(row["miou"])
+        print(f"| {name} | {rate:.2f} | {miou:.2f} | {each} |")
+    names = ("size", "batch", "lr", "threads", "workers", "minutes", "rounds")
+    result: dict[str, Any] = {name: getattr(args, name) for name in names}
+    result |= {"machine": machine(), "contenders": found}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
