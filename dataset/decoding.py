@@ -104,7 +104,10 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     mask = np.asarray(image)
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
-            raise ValueError(f"a colour picture ({image.mode}), where labels are expected")
+            raise ValueError(
+                f"a colour picture ({image.mode}), where labels are expected; a description's "
+                "labels may be colours, as in labels: [[128, 64, 128]]"
+            )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
         mask = mask // (255 // (2 ** depth[0] - 1))  # Pillow spreads grey levels over 0..255
