@@ -2,6 +2,7 @@
 
     python data.py PATH                          # folders in ADE20K's layout, or MDS shards
     python data.py my.yaml                       # folders as that describes them
+    python data.py FOLDER --suggest              # write the description of what is there
     python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
     python data.py PATH --num-classes 11 --picture sheet.png
 
@@ -43,6 +44,7 @@ from dataset.description import (
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.shards import DESCRIPTION, fetch_beside
+from dataset.suggest import draw, suggest
 from errors import DataError, UserError
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import sample_sheet
@@ -298,11 +300,25 @@ def find_description(path: str, root: str | None) -> tuple[str, Description | No
     return open_description(path, root)
 
 
+def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
+    """Write a folder's description, by default in the working folder, and a picture beside it."""
+    path = Path(file or f"{Path(folder).resolve().name}.yaml")
+    if path.exists():
+        raise DataError(f"{path} exists: name another file as second argument")
+    text = suggest(folder, workers or len(os.sched_getaffinity(0)))
+    path.write_text(text, encoding="utf-8")
+    root, description = open_description(str(path))
+    assert description is not None
+    draw(description, root, str(path.with_suffix(".png")))
+    print(f"{text}\nwritten to {path}, and samples drawn in {path.with_suffix('.png')}")
+    return 0
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("path", help="folder in ADE20K's layout, a description (YAML), or MDS shards")
-    add("local", nargs="?", help="folder to keep shards in; of a description, in place of its root")
+    add("local", nargs="?", help="folder for shards; a description's root; what --suggest writes")
     add("--num-classes", type=int, default=150, help="as model.num_classes (default: 150)")
     add(
         "--ignore-background",
@@ -319,6 +335,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--ignore-label", type=int, help="a further label that is ignored")
     add("--class-names", help="file with a class name a line")
     add("--workers", type=int, help="processes (default: one a core)")
+    add("--suggest", action="store_true", help="write the folder's description, and a picture")
     add("--picture", metavar="FILE", help="draw samples as training sees them, a .png or .jpg")
     add("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
@@ -333,6 +350,8 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:
+        if options.suggest:
+            return write_suggestion(options.path, options.local, options.workers)
         path, description = find_description(options.path, options.local)
         report = validate(
             build_dataspec,

@@ -34,6 +34,7 @@ from dataset.description import (
 )
 from dataset.masks import Masks, UnknownValues
 from dataset.matching import find_samples
+from dataset.suggest import suggest
 from dataset.synthetic import TEXTURES, make
 from errors import ConfigError, DataError, UserError
 from training.config import class_infos, load, resolve
@@ -44,7 +45,7 @@ check = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source")
-    make(str(path), training=9, validation=4, size=48)
+    make(str(path), training=9, validation=4, size=48, seed=1)  # every class is there
     return path
 
 
@@ -564,3 +565,69 @@ def test_a_fault_is_named(
     assert reason in str(error.value) and path in str(error.value)
     with pytest.raises(DataError):
         convert(str(file), str(tmp_path / "shards"), workers=1)
+
+
+# Suggestions
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_suggestion_needs_no_edit(
+    layout: str,
+    source: Path,
+    laid_out: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    file = tmp_path / "found.yaml"
+    folder = laid_out[layout].parent
+    assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0
+    assert file.read_text() in capsys.readouterr().out
+    with Image.open(tmp_path / "found.png") as picture:
+        assert picture.width > 1000
+    assert check([str(file), "--workers", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["train"]["good_pairs"] == 9
+    assert found["splits"]["val"]["good_pairs"] == 4
+    root, description = open_description(str(file))
+    assert description is not None
+    if layout == "merged":  # nothing tells what is to be merged
+        assert len(description.classes) == 25
+        return
+    theirs = open_description(str(laid_out[layout]))[1]
+    assert theirs is not None and description.values.keys() == theirs.values.keys()
+    assert [v for v, label in description.values.items() if label == 0] == [0]
+    if layout not in ("colors", "lists"):  # whose classes, or names, are in another order
+        assert batches(root, "train", description=description) == batches(
+            source, "train", num_classes=12
+        )
+    assert check([str(folder), str(file), "--suggest"]) == 1
+    assert "exists: name another file" in capsys.readouterr().err
+
+
+def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
+    colors = np.array([[128, 0, 0], [0, 128, 0], [0, 0, 0]], np.uint8)
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        photo = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        index = rng.integers(0, 2, (3, 3)).repeat(8, 0).repeat(8, 1)
+        index[0, :4] = 2
+        cv2.imwrite(str(tmp_path / f"img_{number:03}.png"), photo)
+        cv2.imwrite(str(tmp_path / f"img_{number:03}_L.png"), colors[index][..., ::-1])
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nwood shed,128,0,0\npond,0,128,0\n")
+    raw = yaml.safe_load(suggest(str(tmp_path), 1))
+    assert raw["train"] == {"images": "img_{stem}.png", "masks": "img_{stem}_L.png"}
+    assert raw["val"] == {"fraction": 0.15}
+    assert set(raw["classes"]) == {"wood shed", "pond"} and raw["ignore"] == [[0, 0, 0]]
+    text = suggest(str(tmp_path), 1)
+    assert text.count("# A guess") == 2 and "0.694% of the pixels" in text
+
+
+def test_what_cannot_be_suggested(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        suggest(str(tmp_path / "none"), 1)
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(DataError, match=": 1 photos and 0 masks, but no mask has a name"):
+        suggest(str(tmp_path), 1)
