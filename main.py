@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-from errors import ConfigError, Stopped, UserError
+from errors import ConfigError, Stopped, UserError, one_line
 from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
@@ -262,6 +262,8 @@ def run(
         return STOPPED
     except UserError as error:
         return _refuse(error)
+    except OSError as error:  # of a logger's file, a full disk
+        return _refuse(one_line(error), 1)
     except RuntimeError as error:
         line = explain(error)
         if line is None:

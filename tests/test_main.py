@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main as main_module
-from errors import DataError, WeightsError
+from errors import ConfigError, DataError, WeightsError
 from main import main, run
 from segmentation.metrics import mean_iou
 from transforms import resize_mask
@@ -261,6 +261,9 @@ def test_loggers_write_what_the_run_logs(
 def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> None:
     tiny["loggers"] = {"tensorboard": {"directory": "x"}}
     with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
+        main(tiny)
+    tiny["loggers"] = {"file": {"filename": __file__ + "/logs/log.txt"}}
+    with pytest.raises(ConfigError, match=r"loggers.file.filename: .*Not a directory"):
         main(tiny)
 
 

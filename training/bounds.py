@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
+import math
 import os
 import re
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from dataset.folders import ADE20K, FOLDERS, find_root
 from errors import ConfigError
 from training.schema import LOGGERS, PRECISIONS, RECIPES, SCHEDULES, Config, DatasetConfig
+
+MAX_RESIZED = 32767  # pixels of a side, in OpenCV
 
 
 def check(config: Config, with_data: bool = True) -> None:
@@ -38,10 +42,7 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
     if config.compile not in ("auto", True, False):
         raise ConfigError(f"compile: {config.compile} is none of auto, true, false")
-    budget = config.activation_memory_budget
-    if not 0 <= budget <= 1:
-        raise ConfigError(f"activation_memory_budget: {budget} is not 0 to 1")
-    if budget < 1 and config.compile is False:
+    if config.activation_memory_budget < 1 and config.compile is False:
         raise ConfigError("activation_memory_budget: less than 1 needs compile: auto or true")
     if config.class_names is not None and not os.path.isfile(config.class_names):
         raise ConfigError(f"class_names: no file {config.class_names}")
@@ -54,6 +55,10 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
     if config.load_path and "://" not in config.load_path and not os.path.isfile(config.load_path):
         raise ConfigError(f"load_path: no file {config.load_path}")
+    if config.run_name and (
+        config.run_name in (".", "..") or re.search(r"[/\0\n]", config.run_name)
+    ):
+        raise ConfigError(f"run_name: {config.run_name!r} is no name of a folder")
     keep = config.save_num_checkpoints_to_keep
     if keep == 0 or keep < -1:
         raise ConfigError(
@@ -62,14 +67,17 @@ def check(config: Config, with_data: bool = True) -> None:
     for name in ("save_best", "stop_after"):
         if getattr(config, name) and not config.save_folder:
             raise ConfigError(f"{name} needs save_folder, where it leaves what it found")
-    if not 0 <= config.load_least <= 1:
-        raise ConfigError(f"load_least: {config.load_least} is not 0 to 1")
     if config.load_classes_by_name and not config.load_weights_only:
         raise ConfigError("load_classes_by_name needs load_weights_only=true")
     named = config.class_names or config.data or config.model.num_classes >= 150
     if config.load_classes_by_name and not named:
         raise ConfigError("load_classes_by_name needs class_names")
     _check_numbers(config)
+    if config.model.cross_entropy_weight + config.model.dice_weight == 0:
+        raise ConfigError(
+            "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
+        )
+    _check_class_weights(config.model.class_weights, config.model.num_classes)
     _check_times(config)
     _check_optimizer(config)
     _check_batch_sizes(config)
@@ -80,49 +88,40 @@ def check(config: Config, with_data: bool = True) -> None:
             _check_path(getattr(config, name), name, split, config.data is not None)
 
 
-def _check_numbers(config: Config) -> None:
-    positive = ["optimizer.lr", "optimizer.head_lr_scale", "schedule.power"]
-    if config.optimizer.clip_norm is not None:
-        positive.append("optimizer.clip_norm")
-    non_negative = ["optimizer.weight_decay", "train_metrics_interval", "pictures"]
-    non_negative += [
-        "seed",
-        "optimizer.momentum",
-        "schedule.final",
-        "model.cross_entropy_weight",
-        "model.dice_weight",
-    ]
-    for section in ("train_dataset", "eval_dataset"):
-        names = ("base_size", "final_size", "min_resize_scale", "max_resize_scale", "batch_size")
-        positive += [f"{section}.{name}" for name in names]
-    if config.recipe_name in ("medium", "hot"):
-        positive += [f"{config.recipe_name}.sam.rho", f"{config.recipe_name}.sam.interval"]
-        non_negative.append(f"{config.recipe_name}.mixup.alpha")
-    for name in positive + non_negative:
-        value = lookup(config, name)
-        # not (a > b), rather than a <= b, so that NaN is refused as well
-        if not (value > 0 or (value == 0 and name in non_negative)) or value == float("inf"):
-            bound = "0 or more" if name in non_negative else "more than 0"
-            raise ConfigError(f"{name}: {value} is not a finite number of {bound}")
-    if config.model.cross_entropy_weight + config.model.dice_weight == 0:
-        raise ConfigError(
-            "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
-        )
-    _check_class_weights(config.model.class_weights, config.model.num_classes)
-    if not 2 <= config.model.num_classes <= 253:
-        raise ConfigError(
-            f"model.num_classes: {config.model.num_classes} is not 2 to 253, as 8-bit masks hold"
-        )
+def _check_numbers(section: Any, prefix: str = "") -> None:
+    """Hold all numbers against the bounds that stand with their keys in the schema."""
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_number(number, name, field.metadata["bounds"])
+
+
+def _check_number(number: float, name: str, bounds: str) -> None:
+    first, last = bounds[1:-1].split(", ")
+    low, high = float(first), float(last)
+    from_low = number > low if bounds[0] == "(" else number >= low  # and NaN is neither
+    to_high = number < high if bounds[-1] == ")" else number <= high
+    if from_low and to_high and math.isfinite(number):
+        return
+    lowest = f"more than {first}" if bounds[0] == "(" else first
+    if low == -math.inf:
+        wanted = "a finite number"
+    elif high == math.inf:
+        wanted = f"a finite number of {lowest}{' or more' if bounds[0] == '[' else ''}"
+    else:
+        wanted = f"{lowest} to {'below ' if bounds[-1] == ')' else ''}{last}"
+    raise ConfigError(f"{name}: {number} is not {wanted}")
 
 
 def _check_optimizer(config: Config) -> None:
     optimizer, schedule = config.optimizer, config.schedule
     if optimizer.name not in ("sgdw", "adamw"):
         raise ConfigError(f"optimizer.name: {optimizer.name} is neither sgdw nor adamw")
-    if optimizer.momentum >= 1:
-        raise ConfigError(f"optimizer.momentum: {optimizer.momentum} is not below 1")
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError(f"optimizer.betas: {optimizer.betas} are not two numbers of 0 to below 1")
+    if len(optimizer.betas) != 2:
+        raise ConfigError(f"optimizer.betas: {optimizer.betas} are not two numbers")
     if optimizer.name == "adamw" and optimizer.lr > 0.01:
         raise ConfigError(f"optimizer.lr: {optimizer.lr} is too much for adamw; 1e-4 is usual")
     if unknown := set(optimizer.no_decay) - {"norm", "bias"}:
@@ -201,8 +200,6 @@ def _check_batch_sizes(config: Config) -> None:
     micro = config.device_train_microbatch_size
     if isinstance(micro, str) and micro != "auto":
         raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
-    if isinstance(micro, int) and micro < 1:
-        raise ConfigError(f"device_train_microbatch_size: {micro} is not 1 or more")
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not config.is_train or (config.model.sync_bn and per_node > 1):
         return
@@ -221,16 +218,26 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
             f"{name}.min_resize_scale: {dataset.min_resize_scale} is above max_resize_scale "
             f"({dataset.max_resize_scale})"
         )
-    if not 0 < dataset.max_class_share <= 1:
-        raise ConfigError(f"{name}.max_class_share: {dataset.max_class_share} is not in 0..1")
-    rare = dataset.rare_class_sampling
-    if rare is not None and not 0 < rare <= 1:
-        raise ConfigError(f"{name}.rare_class_sampling: {rare} is not a share above 0, up to 1")
-    if dataset.final_size < 16:
-        raise ConfigError(f"{name}.final_size: {dataset.final_size} is below 16 pixels")
+    largest = dataset.base_size * dataset.max_resize_scale
+    if largest > MAX_RESIZED:
+        raise ConfigError(
+            f"{name}: base_size times max_resize_scale is {largest:.0f} pixels, above {MAX_RESIZED}"
+        )
     workers = dataset.num_workers
-    if workers != "auto" and (isinstance(workers, str) or workers < 0):
+    if isinstance(workers, str) and workers != "auto":
         raise ConfigError(f"{name}.num_workers: {workers!r} is neither a number nor auto")
+    if isinstance(workers, int) and workers > (most := 16 * (os.cpu_count() or 1)):
+        raise ConfigError(f"{name}.num_workers: {workers} is more than 16 a core, {most} here")
+    limit = dataset.cache_limit
+    if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
+        raise ConfigError(f"{name}.cache_limit: {limit!r} is not bytes, as in 100gb")
+    batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4  # RGB and mask, 8 bits
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:
+        raise ConfigError(
+            f"{name}: a process's share of a batch of {dataset.batch_size} images of "
+            f"{dataset.final_size} pixels is {batch / 2**30:.1f} GB; lower batch_size or final_size"
+        )
 
 
 def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:

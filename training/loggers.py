@@ -7,7 +7,7 @@ import os
 from composer import loggers
 from composer.loggers import LoggerDestination
 
-from errors import ConfigError
+from errors import ConfigError, one_line
 from training.schema import Config
 
 
@@ -24,6 +24,7 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
     if "wandb" in config.loggers:
         # Offline, W&B 0.18 otherwise asks its server about every table and waits for the answer.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
+    _make_folder(str(config.loggers.get("file", {}).get("filename", "")))
     built = []
     for name, arguments in config.loggers.items():
         if name in classes:
@@ -32,3 +33,13 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
             except TypeError as error:
                 raise ConfigError(f"loggers.{name}: {error}") from error
     return built
+
+
+def _make_folder(filename: str) -> None:
+    """Make the folder of the file logger's file, which it does not do itself."""
+    folder = os.path.dirname(filename)
+    if folder and "{" not in folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"loggers.file.filename: {one_line(error)}") from error

@@ -21,31 +21,40 @@ LOGGERS = {
     "neptune": "neptune",
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
+MAX_SIDE = 16384  # pixels
+MAX_SEED = 2**32 - 2**16  # numpy takes 32 bits, and each process one of its own
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 
 
-def key(default: Any, meaning: str) -> Any:
-    """Return a config key: its default and the line that `main.py --help` prints for it."""
+def key(default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
+    """Return a config key.
+
+    Args:
+        default: Its default.
+        meaning: The line that `main.py --help` prints for it.
+        bounds: Where a number, or each in a list, has to be, as an interval: `[0, 1)` has 0, not 1.
+    """
+    metadata = {"meaning": meaning, "bounds": bounds}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"meaning": meaning})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata={"meaning": meaning})
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelConfig:
     """The network and its loss."""
 
-    num_classes: int = key(150, "number of classes")
+    num_classes: int = key(150, "number of classes", "[2, 253]")
     backbone_arch: str = key("resnet101", "torchvision ResNet with bottleneck blocks")
     backbone_weights: str | None = key(
         "IMAGENET1K_V2", "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty)"
     )
     sync_bn: bool = key(True, "share BatchNorm statistics between the processes of a node")
     use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
-    cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss")
-    dice_weight: float = key(1.125, "weight of the Dice loss in the loss")
+    cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss", "[0, inf)")
+    dice_weight: float = key(1.125, "weight of the Dice loss in the loss", "[0, inf)")
     class_weights: Any = key(
         None, "of the loss: auto (by share of pixels), a list, or {name: weight}; empty: all 1"
     )
@@ -61,26 +70,36 @@ class DatasetConfig:
         "folder that holds ADEChallengeData2016, or the shards (also s3://...), or data's root",
     )
     local: str | None = key(None, "streaming: local folder that caches the shards")
-    base_size: int = key(512, "length of the shorter side before the random resize, pixels")
-    min_resize_scale: float = key(0.5, "smallest random resize factor")
-    max_resize_scale: float = key(2.0, "largest random resize factor")
-    final_size: int = key(512, "side of the square that the network gets, pixels")
+    base_size: int = key(
+        512, "length of the shorter side before the random resize, pixels", f"[1, {MAX_SIDE}]"
+    )
+    min_resize_scale: float = key(0.5, "smallest random resize factor", "(0, 100]")
+    max_resize_scale: float = key(2.0, "largest random resize factor", "(0, 100]")
+    final_size: int = key(
+        512, "side of the square that the network gets, pixels", f"[16, {MAX_SIDE}]"
+    )
     max_class_share: float = key(
-        0.75, "share of a crop above which one class has it drawn again, up to ten times; 1: never"
+        0.75,
+        "share of a crop above which one class has it drawn again, up to ten times; 1: never",
+        "(0, 1]",
     )
     rare_class_sampling: float | None = key(
-        None, "photos of a class in a smaller share than this come up more often, as 0.01"
+        None, "photos of a class in a smaller share than this come up more often, as 0.01", "(0, 1]"
     )
     ignore_background: bool = key(True, "label 0 is ignored and label k is class k - 1")
-    ignore_label: int | None = key(None, "a further label value to ignore")
-    batch_size: int = key(128, "images a step, over all GPUs")
+    ignore_label: int | None = key(None, "a further label value to ignore", "[0, 255]")
+    batch_size: int = key(128, "images a step, over all GPUs", f"[1, {2**20}]")
     drop_last: bool = key(True, "leave out an epoch's last incomplete batch")
-    num_workers: int | str = key("auto", "loader processes per GPU; auto fits the machine")
+    num_workers: int | str = key(
+        "auto", "loader processes per GPU; auto fits the machine", "[0, 256]"
+    )
     cache_limit: str | None = key(None, "streaming: most the cache may take, as in 100gb")
-    shuffle_seed: int | None = key(None, "seed of the order of samples; empty: the run's seed")
-    predownload: int | None = key(None, "streaming: samples to download ahead")
-    download_retry: int = key(6, "streaming: times to retry a failed download")
-    download_timeout: float = key(60.0, "streaming: seconds to wait for a shard")
+    shuffle_seed: int | None = key(
+        None, "seed of the order of samples; empty: the run's seed", f"[0, {MAX_SEED}]"
+    )
+    predownload: int | None = key(None, "streaming: samples to download ahead", "[1, inf)")
+    download_retry: int = key(6, "streaming: times to retry a failed download", "[0, 1000]")
+    download_timeout: float = key(60.0, "streaming: seconds to wait for a shard", "(0, inf)")
     validate_hash: str | None = key("auto", "streaming: verify shards: auto, or a hash as sha1")
 
 
@@ -96,13 +115,17 @@ class OptimizerConfig:
     """Which optimizer, and of which weights."""
 
     name: str = key("sgdw", "sgdw or adamw, with weight decay apart from the gradient")
-    lr: float = key(0.08, "learning rate")
-    momentum: float = key(0.9, "sgdw: momentum")
-    betas: list[float] = key([0.9, 0.999], "adamw: decay of the two moving averages")
-    weight_decay: float = key(5.0e-5, "decoupled weight decay, a fraction per step")
+    lr: float = key(0.08, "learning rate", "(0, inf)")
+    momentum: float = key(0.9, "sgdw: momentum", "[0, 1)")
+    betas: list[float] = key([0.9, 0.999], "adamw: decay of the two moving averages", "[0, 1)")
+    weight_decay: float = key(5.0e-5, "decoupled weight decay, a fraction per step", "[0, 1)")
     no_decay: list[str] = key([], "what does not decay: any of norm, bias")
-    head_lr_scale: float = key(1.0, "learning rate outside the backbone, relative to lr")
-    clip_norm: float | None = key(None, "longest gradient, in the 2-norm over all weights")
+    head_lr_scale: float = key(
+        1.0, "learning rate outside the backbone, relative to lr", "(0, inf)"
+    )
+    clip_norm: float | None = key(
+        None, "longest gradient, in the 2-norm over all weights", "(0, inf)"
+    )
 
 
 @dataclass
@@ -111,8 +134,8 @@ class ScheduleConfig:
 
     name: str | None = key(None, "cosine, poly, constant or linear; empty: the recipe's")
     warmup: str = key("0ba", "time in which it rises from 0 to optimizer.lr")
-    final: float = key(0.0, "where it ends, relative to optimizer.lr")
-    power: float = key(0.9, "poly: the power of what is left of the run")
+    final: float = key(0.0, "where it ends, relative to optimizer.lr", "[0, inf)")
+    power: float = key(0.9, "poly: the power of what is left of the run", "(0, inf)")
 
 
 @dataclass
@@ -127,15 +150,15 @@ class EMAConfig:
 class SAMConfig:
     """Sharpness-aware minimisation."""
 
-    rho: float = key(0.3, "radius of the neighbourhood (sharpness-aware minimisation)")
-    interval: int = key(2, "steps between two sharpness-aware ones")
+    rho: float = key(0.3, "radius of the neighbourhood (sharpness-aware minimisation)", "(0, inf)")
+    interval: int = key(2, "steps between two sharpness-aware ones", "[1, inf)")
 
 
 @dataclass
 class MixUpConfig:
     """Blending photos in pairs."""
 
-    alpha: float = key(0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)")
+    alpha: float = key(0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]")
 
 
 @dataclass
@@ -150,14 +173,14 @@ class HotEMAConfig(EMAConfig):
 class HotSAMConfig(SAMConfig):
     """The hot recipe's."""
 
-    interval: int = key(1, "steps between two sharpness-aware ones")
+    interval: int = key(1, "steps between two sharpness-aware ones", "[1, inf)")
 
 
 @dataclass
 class HotMixUpConfig(MixUpConfig):
     """The hot recipe's."""
 
-    alpha: float = key(0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)")
+    alpha: float = key(0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]")
 
 
 @dataclass
@@ -194,11 +217,15 @@ class Config:
 
     run_name: str | None = key(None, "name of the run; empty: $RUN_NAME, else made up")
     is_train: bool = key(True, "train; false: evaluate once")
-    seed: int = key(17, "seed of the weights, the order of the data and the augmentation")
+    seed: int = key(
+        17, "seed of the weights, the order of the data and the augmentation", f"[0, {MAX_SEED}]"
+    )
     max_duration: str = key("128ep", "duration without a recipe, as in 128ep or 20000ba")
     recipe_name: str | None = key(None, "mild, medium or hot; empty: the plain baseline")
     device_train_microbatch_size: int | str | None = key(
-        "auto", "images a GPU takes at once; auto: as many as fit its memory; empty: all"
+        "auto",
+        "images a GPU takes at once; auto: as many as fit its memory; empty: all",
+        "[1, inf)",
     )
     grad_accum: int | str | None = key(
         None, "older name: parts that a GPU takes its images in, auto or a number"
@@ -206,7 +233,7 @@ class Config:
     precision: str = key("auto", "auto, fp32, amp_bf16 or amp_fp16")
     compile: bool | str = key("auto", "torch.compile the model; auto: on a GPU")
     activation_memory_budget: float = key(
-        1.0, "compiled: share of the activations to keep; less makes room for more images"
+        1.0, "compiled: share of the activations to keep; less makes room for more images", "[0, 1]"
     )
     deterministic: bool = key(False, "the same bits in every run on a GPU too, but slower")
     model: ModelConfig = key(ModelConfig, "")
@@ -217,8 +244,10 @@ class Config:
     eval_dataset: EvalDatasetConfig = key(EvalDatasetConfig, "")
     eval_interval: str = key("1ep", "time between evaluations")
     eval_first: bool = key(False, "also evaluate before the first step")
-    train_metrics_interval: int = key(0, "batches between two scores of a training batch; 0: never")
-    pictures: int = key(4, "validation photos to draw at each evaluation; 0: none")
+    train_metrics_interval: int = key(
+        0, "batches between two scores of a training batch; 0: never", "[0, inf)"
+    )
+    pictures: int = key(4, "validation photos to draw at each evaluation; 0: none", "[0, 100]")
     class_table_csv: bool = key(False, "write each evaluation's class table below save_folder")
     class_names: str | None = key(None, "file with a class name a line; empty: ADE20K's if 150")
     optimizer: OptimizerConfig = key(OptimizerConfig, "")
@@ -236,7 +265,9 @@ class Config:
     save_overwrite: bool = key(False, "replace what an earlier run left in save_folder")
     load_path: str | None = key(None, "checkpoint to begin from, or to evaluate")
     load_weights_only: bool = key(False, "take only the weights from load_path, and start anew")
-    load_least: float = key(0.5, "share of the tensors that have to fit, of weights alone")
+    load_least: float = key(
+        0.5, "share of the tensors that have to fit, of weights alone", "[0, 1]"
+    )
     load_classes_by_name: bool = key(
         False, "of weights alone: also take over classes that have the same name"
     )
