@@ -12,17 +12,18 @@ import dataclasses
 import difflib
 import itertools
 import os
-from typing import Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dataset.description import parse_description, read_description
 from errors import ConfigError
-from segmentation.classes import ClassInfo, load_classes
 from training.bounds import check, lookup, times, world_size
 from training.schema import RECIPES, Config
+
+if TYPE_CHECKING:
+    from segmentation.classes import ClassInfo
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
@@ -94,6 +95,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
     """Put a description into the config, and what follows from it where the config says nothing."""
+    from dataset.description import parse_description, read_description  # and numpy, and OpenCV
+
     where = "data"
     if isinstance(config.data, str):
         where, config.data = config.data, read_description(config.data)
@@ -120,6 +123,9 @@ def class_infos(config: Config) -> list[ClassInfo]:
     Raises:
         ClassError: `class_names` cannot be read, or names another number.
     """
+    from dataset.description import parse_description
+    from segmentation.classes import load_classes
+
     if config.data is not None and config.class_names is None:
         return list(parse_description(config.data).classes)
     return load_classes(config.class_names, config.model.num_classes)
