@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
+PATIENCE = 1800.0
 STOPPED = 75  # exit status of a run that was told to stop: EX_TEMPFAIL of sysexits.h, try again
 
 
@@ -115,12 +117,13 @@ def build_trainer(
     from training.optimizer import build_optimizer
     from training.precision import check_kernels, choose_precision, compiles
     from training.recipes import build_recipe, check_lengths
+    from transforms import DeviceTransform
 
     check_kernels()
     precision, cpu_autocast = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
-        dist.initialize_dist(device)
+        dist.initialize_dist(device, timeout=PATIENCE)
     reproducibility.seed_all(config.seed)
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
     saver = None
@@ -188,6 +191,9 @@ def build_trainer(
         functorch.activation_memory_budget = config.activation_memory_budget
         # Not Composer's way, which compiles DDP's forward pass and leaves evaluation out.
         model.module.compile(dynamic=False)
+        for spec in filter(None, data):
+            if isinstance(spec.microbatch_transforms, DeviceTransform):
+                spec.microbatch_transforms.compile()
         model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
     torch.backends.cudnn.benchmark = not config.deterministic  # sizes do not change
     with guarded_unpickling():
@@ -215,6 +221,10 @@ def build_trainer(
             seed=config.seed,
             python_log_level=config.python_log_level,
         )
+    ranks = dist.get_world_size()
+    if config.model.sync_bn and ranks == dist.get_local_world_size() > 1:
+        # Of one node, all have the same statistics: none need be sent around before each pass.
+        cast(Any, trainer.state.model).broadcast_buffers = False
     if begin is not None:
         trainer.state.device_train_microbatch_size = begin
     scratch.cleanup()

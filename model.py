@@ -31,10 +31,11 @@ from torchvision.models.resnet import Bottleneck
 
 from checkpointing.weights import Weights, infer_architecture
 from errors import ModelError, WeightsError
-from segmentation.batch_norm import share_statistics
+from segmentation.batch_norm import count_batches, share_statistics, stop_counting
 from segmentation.depthwise import DilatedDepthwiseConv2d
 from segmentation.losses import segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
+from segmentation.pooling import ImagePool
 
 
 def _import_mmseg_heads() -> tuple[type[nn.Module], type[nn.Module]]:
@@ -142,6 +143,7 @@ def deeplabv3(
             branch.depthwise_conv.conv = ours
     else:
         head = ASPPHead(**head_arguments)
+    head.image_pool = ImagePool(*cast(nn.Sequential, head.image_pool))
     network = DeepLabV3(features, head)
     if init_fn is not None:
         (network.classifier if backbone_weights else network).apply(init_fn)
@@ -276,11 +278,13 @@ class ComposerDeepLabV3(ComposerClassifier):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.cpu_autocast: torch.dtype | None = None
         self.eval_batch_size: int | None = None
+        self._layers = stop_counting(network)  # that `forward` counts the batches of
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
         """Return the logits of a batch."""
         image = batch[0]
+        count_batches(self._layers)
         if self.cpu_autocast is not None and image.device.type == "cpu":
             with torch.autocast("cpu", dtype=self.cpu_autocast):
                 return self.module(image)

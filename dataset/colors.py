@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 
-def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tensor:
+def uniform_per_sample(
+    image: Tensor, seed: int | Tensor, epoch: int | Tensor, steps: int | Tensor
+) -> Tensor:
     """Random numbers that depend on the seed, the epoch and a sample's pixels alone.
 
     Args:
         image: (N, 3, H, W) uint8, on any device: the numbers are the same bits.
-        seed: The seed.
-        epoch: The epoch.
-        count: How many numbers a sample.
+        seed: The seed, or a tensor of it.
+        epoch: The epoch, or a tensor of it.
+        steps: How many numbers a sample, or what `equal_steps` returns for that.
 
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
@@ -22,11 +24,19 @@ def uniform_per_sample(image: Tensor, seed: int, epoch: int, count: int) -> Tens
     words = pixels[:, : pixels.shape[1] // 8 * 8].contiguous().view(torch.int64)
     state = words.sum(dim=1)  # wraps, so that the order does not matter
     for number in (seed, epoch):
-        state = _mix(state ^ _mix(torch.full_like(state, number)))
+        if isinstance(number, int):
+            number = torch.full_like(state, number)
+        state = _mix(state ^ _mix(number))
+    if isinstance(steps, int):
+        steps = equal_steps(steps).to(image.device)
     # SplitMix64 (Steele et al. 2014): equal steps, then mixed.
-    steps = torch.arange(1, count + 1, device=image.device)[:, None] * -0x61C8864680B583EB
     bits = _mix(state + steps)
     return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
+
+
+def equal_steps(count: int) -> Tensor:
+    """SplitMix64's steps, (count, 1) int64; Inductor could not make them, as they wrap."""
+    return torch.arange(1, count + 1)[:, None] * -0x61C8864680B583EB
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""BatchNorm that shares its statistics between processes, within one graph.
+"""BatchNorm that shares its statistics between processes, within one graph, and counts in one go.
 
 torch's SyncBatchNorm refuses CPUs, breaks a compiled graph at every layer, and makes the host wait
 for the device three times a layer and pass. Here a layer is ordinary operations and one all-reduce.
@@ -10,11 +10,34 @@ from typing import Any, cast
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """As torch's with a momentum, but does not count the batches: `count_batches` does."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalise, and update the running statistics."""
+        if not self.training:
+            return super().forward(image)
+        assert self.momentum is not None
+        return F.batch_norm(
+            image,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            True,
+            self.momentum,
+            self.eps,
+        )
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """As `torch.nn.SyncBatchNorm`: statistics are over the batches of a process group.
+
+    It does not count the batches; `count_batches` does.
 
     Processes may have batches of different sizes, but all have to make the same passes.
 
@@ -40,7 +63,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(image)
         assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.momentum is not None
         size = image.numel() // image.shape[1]
         variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
         # In fp64, where the difference of squares below loses nothing; they are few numbers.
@@ -50,7 +73,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean = total / count
         variance = squares / count - mean.square()
         with torch.no_grad():
-            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             unbiased = variance * (count / (count - 1))
             self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
@@ -90,7 +112,26 @@ all_reduce.register_autograd(_backward, setup_context=_save)
 def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
     """Make every BatchNorm2d below a module a `SyncBatchNorm2d`."""
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            setattr(module, name, SyncBatchNorm2d(child, group))
+        if type(child) in (nn.BatchNorm2d, BatchNorm2d):
+            setattr(module, name, SyncBatchNorm2d(cast(nn.BatchNorm2d, child), group))
         else:
             share_statistics(child, group)
+
+
+def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
+    """Have the BatchNorms below a module leave counting to `count_batches`, and return them."""
+    layers = []
+    for layer in module.modules():
+        if type(layer) is nn.BatchNorm2d and layer.track_running_stats and layer.momentum:
+            layer.__class__ = BatchNorm2d
+        if isinstance(layer, BatchNorm2d | SyncBatchNorm2d):
+            layers.append(layer)
+    return layers
+
+
+@torch.no_grad()
+def count_batches(layers: list[nn.BatchNorm2d]) -> None:
+    """Count a batch in each of these layers, in one operation rather than a hundred."""
+    counters = [layer.num_batches_tracked for layer in layers if layer.training]
+    if counters:
+        torch._foreach_add_(cast("list[Tensor]", counters), 1)

@@ -15,7 +15,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from segmentation.batch_norm import SyncBatchNorm2d, share_statistics
+from segmentation.batch_norm import (
+    SyncBatchNorm2d,
+    count_batches,
+    share_statistics,
+    stop_counting,
+)
 
 pytestmark = pytest.mark.processes
 
@@ -47,8 +52,11 @@ def make_batch() -> tuple[Tensor, Tensor]:
 def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[str, Tensor]:
     """Gradients and buffers after two passes, with the loss of the whole batch."""
     images, weights = batch
+    layers = stop_counting(network)
+    assert len(layers) == 2
     for _ in range(2):
         network.zero_grad()
+        count_batches(layers)
         # DistributedDataParallel takes the mean over the ranks.
         (network(images) * weights * ranks).sum().backward()
     found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -70,9 +78,10 @@ def on_rank(rank: int, port: int, folder: str) -> None:
                 network.compile(backend="aot_eager", dynamic=False, fullgraph=True)
             images, weights = (part.split(list(shares))[rank] for part in make_batch())
             ddp = nn.parallel.DistributedDataParallel(network)
+            ddp.broadcast_buffers = False
+            assert not ddp.will_sync_module_buffers()
             found = train(ddp, (images, weights), ranks=2)
-            if rank == 0:
-                torch.save(found, f"{folder}/{name}-{compiled}.pt")
+            torch.save(found, f"{folder}/{name}-{compiled}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -91,8 +100,12 @@ def results() -> Any:
 @pytest.mark.parametrize("shares", SHARES)
 def test_two_processes_have_the_numbers_of_one(results: Path, shares: str, compiled: bool) -> None:
     expected = train(make_network(), make_batch(), ranks=1)
-    found = torch.load(results / f"{shares}-{compiled}.pt")
+    found, other = (torch.load(results / f"{shares}-{compiled}-{rank}.pt") for rank in range(2))
     assert found.keys() == expected.keys()
+    assert all(found[f"{layer}.num_batches_tracked"] == 2 for layer in (1, 4))
+    # To the bit, so that nothing need be sent around.
+    buffers = dict(make_network().named_buffers())
+    assert all(torch.equal(found[name], other[name]) for name in buffers)
     # That of the bias before a BatchNorm is 0 but for rounding.
     assert found.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
     for name, value in found.items():
@@ -107,6 +120,21 @@ def test_evaluation_and_names_are_batch_norms() -> None:
     assert isinstance(network[1], SyncBatchNorm2d) and not network[1].training
     assert list(network.state_dict()) == names
     assert torch.equal(network(images), expected)
+
+
+def test_batches_are_counted_as_torch_does() -> None:
+    network, theirs, (images, _) = make_network(), make_network(), make_batch()
+    layers = stop_counting(network)
+    for frozen in (False, True):
+        if frozen:
+            for each in (network, theirs):
+                each[1].eval()
+        count_batches(layers)
+        assert torch.equal(network(images), theirs(images))
+    state = theirs.state_dict()
+    assert network.state_dict().keys() == state.keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 def count_graphs(rank: int, path: str) -> None:

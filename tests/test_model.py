@@ -20,6 +20,7 @@ import model as model_module
 from errors import ModelError
 from model import build_composer_deeplabv3, deeplabv3, weight_init
 from segmentation.batch_norm import SyncBatchNorm2d
+from segmentation.pooling import ImagePool
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -189,6 +190,26 @@ def test_sync_bn_has_one_process_group_a_node(monkeypatch: pytest.MonkeyPatch) -
         k: v.shape for k, v in plain.items()
     }
     assert not any(type(module) is nn.BatchNorm2d for module in network.modules())
+
+
+def test_pooling_to_one_pixel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of an interpolation, and a gradient that bf16 does not lose in a long sum."""
+    pool = ImagePool(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 5, 1))
+    image, weight = torch.randn(2, 3, 40, 48), torch.rand(2, 5, 40, 48)
+    found = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
+        pooled = pool(image)
+        assert pooled.shape[2:] == ((40, 48) if on_gpu else (1, 1))
+        spread = nn.functional.interpolate(pooled, (40, 48), mode="bilinear")
+        found.append((spread, *torch.autograd.grad((spread * weight).sum(), [*pool.parameters()])))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    pixel = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.rand(1, 1, 64, 64).to(torch.bfloat16)
+    (pixel.expand(1, 1, 64, 64) * grad).sum().backward()
+    assert pixel.grad is not None
+    assert float(pixel.grad) == pytest.approx(float(grad.double().sum()), rel=2**-8)
 
 
 def test_the_composer_model_loses_and_scores() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -11,8 +13,11 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
+from torch._dynamo.utils import counters
+from torch._inductor import metrics
 from torchvision.transforms import ColorJitter
 
+from dataset import colors
 from dataset.colors import (
     IMAGENET_CHANNEL_MEAN,
     IMAGENET_CHANNEL_STD,
@@ -541,6 +546,45 @@ def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     labels[:, :4], images[:, :4] = PADDING, PADDING_COLOR
     labels[:, 5] = IGNORED
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing depends on values that the host would have to wait for."""
+    monkeypatch.setattr(colors, "_any", lambda change: True)
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_one_graph_for_all_seeds_and_epochs(
+    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    epochs = iter([0, 1, 2])
+    compiled = DeviceTransform(Labels(20), distort=True, epoch=lambda: next(epochs))
+    compiled.compile()
+    # The compiled one is for GPUs.
+    monkeypatch.setattr(compiled, "_transform", compiled._on_gpu)
+    for epoch in range(3):
+        expected = DeviceTransform(Labels(20), distort=True, epoch=[epoch].pop)(batch_of(2))
+        for ours, theirs in zip(compiled(batch_of(2)), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distort", [False, True])
+def test_inductor_makes_the_same_of_it(as_on_a_gpu: None, distort: bool) -> None:
+    raw, labels = batch_of(1, 16)
+    transform = DeviceTransform(Labels(20), distort=distort)
+    expected = transform((raw, labels))
+    arguments = [torch.full((), number) for number in (17, 0)]
+    metrics.reset()
+    found = torch.compile(transform._transform, fullgraph=True)(raw, labels, *arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert 0 < metrics.generated_kernel_count < 20
 
 
 def test_normalises_and_makes_class_indices() -> None:

@@ -240,9 +240,12 @@ class EMA(composer.algorithms.EMA):
         floats = [name for name in names if stored[name].is_floating_point()]
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
-        for name in names.difference(floats):  # BatchNorm's counters, rounded down as Composer's
-            mean = stored[name] * self.smoothing + values[name] * (1 - self.smoothing)
-            stored[name].copy_(mean)
+        # BatchNorm's counters, rounded down as Composer's; together, for they are 100 and more.
+        counters = [stored[name] for name in names.difference(floats)]
+        if counters:
+            now = torch.stack([values[name] for name in names.difference(floats)])
+            mean = torch.stack(counters) * self.smoothing + now * (1 - self.smoothing)
+            torch._foreach_copy_(counters, list(mean.to(now.dtype).unbind()))
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
         """Load a checkpoint's state; one of Composer's EMA, written under DDP, too."""
