@@ -126,6 +126,7 @@ def _leaving_nothing(config: Config, folder: str) -> Config:
     settings = copy.deepcopy(config)
     settings.is_train = True
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
+    settings.save_best, settings.stop_after = False, None
     settings.load_path, settings.load_weights_only, settings.load_classes_by_name = (
         None,
         False,

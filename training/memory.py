@@ -65,16 +65,20 @@ class Footprint(NamedTuple):
         """Memory of a step that takes so many images at once, of a GPU's context aside."""
         recipe = config.recipe_name
         average, climb = recipe is not None, recipe in ("medium", "hot")
-        # Weights, gradients, momentum, the average, SAM's way back, DDP's buckets.
-        copies = 3 + average + climb + (ranks > 1)
+        # Weights, gradients, moments, the average, SAM's way back, DDP's buckets.
+        copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
         image = self.image - (1 - config.activation_memory_budget) * self.saved
         return (self.fixed + standing + images * image) * (1 + MARGIN)
 
     def checkpoint(self, config: Config) -> int:
-        """Bytes of a checkpoint: weights, momentum and the average."""
+        """Bytes of a checkpoint: weights, moments and the average."""
         average = config.recipe_name is not None
-        return self.weights * (2 + average) + self.buffers * (1 + average)
+        return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
+
+
+def _moments(config: Config) -> int:
+    return 2 if config.optimizer.name == "adamw" else 1
 
 
 class _Counter(TorchDispatchMode):

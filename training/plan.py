@@ -253,6 +253,7 @@ def _whole(
     size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
     # An old one goes when the next is whole.
     kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
+    kept += bool(kept) and config.save_best
     saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
     problem = None
     if kept and config.save_folder:
