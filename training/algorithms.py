@@ -241,9 +241,10 @@ class EMA(composer.algorithms.EMA):
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
         # BatchNorm's counters, rounded down as Composer's; together, for they are 100 and more.
-        counters = [stored[name] for name in names.difference(floats)]
-        if counters:
-            now = torch.stack([values[name] for name in names.difference(floats)])
+        others = [name for name in names if not stored[name].is_floating_point()]
+        if others:
+            counters = [stored[name] for name in others]
+            now = torch.stack([values[name] for name in others])
             mean = torch.stack(counters) * self.smoothing + now * (1 - self.smoothing)
             torch._foreach_copy_(counters, list(mean.to(now.dtype).unbind()))
 
