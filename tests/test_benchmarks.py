@@ -25,6 +25,7 @@ from benchmarks import (
     camvid,
     dataloader,
     device_transform,
+    kernels,
     loss,
     peers,
     plain,
@@ -277,3 +278,14 @@ def test_the_peers_are_trained_and_scored(synthetic: str, tmp_path: Path) -> Non
         assert 0 < row["images_per_second"][0] < 1000
         assert 0 <= row["miou"][0] < 100
     assert json.loads((tmp_path / "peers.json").read_text())["contenders"] == result["contenders"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_kernels_are_read(backward: bool) -> None:
+    found = kernels.read(kernels.compile_for(80, backward, 1), backward)
+    assert found.stack == 0 and 32 < found.registers <= 255
+    # 4 pixels of 160 classes on 32 threads, besides what each pixel takes.
+    assert 20 <= found.loop["MUFU"] <= 32 and found.loop.total() > 200
+    cells, rows = kernels.LOW + 1, kernels.SIZE
+    fewest = kernels.IMAGES * cells * rows
+    assert fewest <= found.rounds < 1.5 * fewest
