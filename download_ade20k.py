@@ -12,6 +12,7 @@ means, whole or in part, is taken up too. Exit status: 0 all there, 1 failed, 13
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -26,7 +27,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -229,7 +229,11 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
         marker = {"sha1": sha1, "files": len(members)}
         (temporary / FOLDER / MARKER).write_text(json.dumps(marker) + "\n")
         os.rename(temporary / FOLDER, folder)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
+    except DownloadError:
+        raise
+    except Exception as error:  # zipfile has many, also for what it takes for a place in the file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk
         raise DownloadError(
             f"{archive} cannot be unpacked ({error}): delete it and run again"
         ) from error

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something that a command was given cannot be used."""
+    """Something that a command was given cannot be used; what it says is one line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_printable(message))
 
 
 class ConfigError(UserError):
@@ -40,6 +43,11 @@ class RunError(RuntimeError):
 
 class Stopped(RunError):
     """A run that ended on request; the message says how it goes on."""
+
+
+def _printable(text: str) -> str:
+    """Return a text with what a name or a value may hold, line breaks for one, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:

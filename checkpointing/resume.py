@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import zipfile
@@ -141,7 +142,9 @@ def _damage(path: str) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except Exception as error:  # zipfile has many, also for what it takes for a place in the file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         return one_line(error)
     return f"{bad} in it is damaged" if bad else None
 

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import queue
+import re
 import tempfile
 import threading
 import time
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
 DESCRIPTION = "description.yaml"  # beside the splits, of a data set that was described
+MAX_SAMPLES = 10**9  # of a shard
+FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 _NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
 
 
@@ -95,6 +98,9 @@ class Shards:
             )
         if not self.shards:
             raise DataError(f"{self.location}/index.json lists no shards")
+        for shard in self.shards:
+            if wrong := _implausible(shard):
+                raise DataError(f"{self.location}/index.json: {wrong}")
         for shard in self.shards:
             if not set(COLUMNS) <= set(shard.column_names):
                 raise DataError(f"{self.location}: columns {shard.column_names}, not {COLUMNS}")
@@ -185,7 +191,8 @@ class Shards:
         if self.cache_limit:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
-        uid = sample["uid"].decode() if isinstance(sample["uid"], bytes) else str(sample["uid"])
+        uid = sample["uid"]
+        uid = uid.decode("utf-8", "replace") if isinstance(uid, bytes) else str(uid)
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")  # As in folders
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
@@ -275,6 +282,24 @@ class Shards:
                 delay = 2**attempt
                 log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
                 time.sleep(delay)
+
+
+def _implausible(shard: Any) -> str | None:
+    """Return what an index says of a shard that cannot be: names outside the folder, or counts."""
+    if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
+        return f"samples: {shard.samples!r} is not 0 to {MAX_SAMPLES}"
+    columns = shard.column_names, shard.column_encodings, shard.column_sizes
+    if not all(isinstance(part, list) and len(part) == len(columns[0]) for part in columns):
+        return "column_names, column_encodings and column_sizes are not lists of one length"
+    if not shard.raw_data:
+        return "raw_data is missing"
+    for info in filter(None, (shard.raw_data, shard.zip_data)):
+        name, size = info.basename, info.bytes
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+            return f"basename: {name!r} is no name of a file"
+        if type(size) is not int or size < 0:
+            return f"bytes: {size!r} is no size of {name}"
+    return None
 
 
 def _is_final(error: Exception) -> bool:

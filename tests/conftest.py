@@ -12,11 +12,27 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from benchmarks.forked import shrink
 from dataset.synthetic import make
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
+
+# Of test_fuzz.py; pytest's --hypothesis-profile=long takes the other.
+settings.register_profile(
+    "short",
+    derandomize=True,
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
+settings.register_profile("long", settings.get_profile("short"), max_examples=1000)
+settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
