@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -25,6 +25,9 @@ REDUCTIONS = {
 def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.ndarray:
     """Decode a photo of any common format and mode.
 
+    Grey becomes three equal channels, and alpha is left aside. Of 16 bits the higher eight are
+    kept, or the lower, where no pixel has more.
+
     Args:
         data: The encoded file.
         reduction: Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up, which
@@ -35,23 +38,53 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
         np.ndarray: (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: With a one-line reason, if it is no image or is cut short.
+        ValueError: With a one-line reason, if it is no image, is cut short or has more channels.
     """
     is_jpeg = data.startswith(_JPEG_START)
+    _refuse_more_channels(data)
     # OpenCV fills up what is missing of a file; Pillow refuses it.
     if data.endswith(_JPEG_END) if is_jpeg else data.endswith(_PNG_END):
         flags = REDUCTIONS[reduction if is_jpeg else 1]
+        flags |= 0 if is_jpeg else cv2.IMREAD_ANYDEPTH
         flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None:
-            return image
+            return image if image.dtype == np.uint8 else _eight_bits(image)
     image = _decode(data)
     image = ImageOps.exif_transpose(image) if upright else image
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, where 8 or 16 bits are read")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-        array = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((array >> 8 if array.max() > 255 else array).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     array = np.array(image.convert("RGB"))
     return cv2.resize(array, None, fx=1 / reduction, fy=1 / reduction) if is_jpeg else array
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Return (…) uint8 of pixels of 16 bits: the higher eight, unless all have the lower alone."""
+    largest = pixels.max()
+    if largest > 65535 or pixels.min() < 0:
+        raise ValueError("pixels of 32 bits, where 8 or 16 are read")
+    return (pixels.astype(np.int64) >> 8 if largest > 255 else pixels).astype(np.uint8)
+
+
+def _refuse_more_channels(data: bytes) -> None:
+    """Raise ValueError for a TIFF whose pixels are more than grey, RGB or CMYK and an alpha."""
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return
+    tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(tags.next)
+    try:
+        tags.load(file)
+        channels, kind = tags.get(277, 1), tags.get(262, 1)
+        extra = tags.get(338, ())
+    except Exception:  # for the decoder to say what is wrong
+        return
+    colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
+    alpha = sum(value in (1, 2) for value in (extra if isinstance(extra, tuple) else (extra,)))
+    if channels > colors + alpha:
+        raise ValueError(f"{channels} channels, where grey or RGB is read: write those three alone")
 
 
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torchvision.transforms import ColorJitter
@@ -24,7 +24,7 @@ from dataset.colors import (
     distort_colors,
     uniform_per_sample,
 )
-from dataset.decoding import decode_image, decode_mask, decode_photo
+from dataset.decoding import decode_image, decode_mask, decode_photo, read_photo
 from dataset.labels import IGNORED, PADDING, Labels
 from transforms import (
     PADDING_COLOR,
@@ -93,6 +93,11 @@ GRAY_16 = np.asarray(GRAY).astype(np.uint16) * 257
         (encode_16_bit(np.asarray(PHOTO)[..., ::-1].astype(int) * 257, ".png"), PHOTO),
         (encode_16_bit(GRAY_16, ".png"), GRAY),
         (encode_16_bit(GRAY_16, ".tif"), GRAY),
+        (encode_16_bit(np.asarray(GRAY), ".png"), GRAY),  # in 16 bits, but of eight
+        (encode_16_bit(np.asarray(GRAY), ".tif"), GRAY),
+        (encode(PHOTO.convert("RGBA"), "TIFF"), PHOTO),
+        (encode(PHOTO.convert("LA"), "TIFF"), GRAY),
+        (encode(PHOTO.convert("CMYK"), "TIFF"), PHOTO),
     ],
 )
 def test_decodes_photos_of_every_kind(data: bytes, expected: Image.Image) -> None:
@@ -100,6 +105,48 @@ def test_decodes_photos_of_every_kind(data: bytes, expected: Image.Image) -> Non
     assert image.dtype == np.uint8
     error = difference(image, np.asarray(expected.convert("RGB")))
     assert error.mean() < 3  # what JPEG loses, mostly of the colours
+
+
+def tiff(pixels: np.ndarray, photometric: int, *extra: int) -> bytes:
+    """A TIFF of any number of channels, which neither Pillow nor OpenCV writes."""
+    height, width, channels = pixels.shape
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    tags = {256: width, 257: height, 258: (8,) * channels, 259: 1, 262: photometric, 277: channels}
+    for tag, value in {**tags, 278: height, 279: pixels.nbytes, 273: 0}.items():
+        directory[tag] = value
+    if extra:
+        directory[338] = extra
+    # Pillow moves the pixels' place (273) to behind the tags.
+    return b"II*\0" + (8).to_bytes(4, "little") + directory.tobytes(8) + pixels.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("channels", "photometric", "extra"), [(4, 2, (0,)), (5, 2, (0, 0)), (5, 2, (2, 0)), (8, 1, ())]
+)
+def test_more_channels_are_refused(channels: int, photometric: int, extra: tuple) -> None:
+    data = tiff(np.full((6, 5, channels), 9, np.uint8), photometric, *extra)
+    with pytest.raises(ValueError, match=f"^{channels} channels, where grey or RGB is read"):
+        decode_image(data)
+    with pytest.raises(ValueError, match=r"expected \(H, W, 3\) uint8"):
+        read_photo(np.zeros((6, 5, channels), np.uint8))
+
+
+def test_an_alpha_channel_is_left_aside() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+    assert (decode_image(tiff(pixels, 2, 2)) == pixels[..., :3]).all()
+    grey = decode_image(tiff(pixels[..., :1], 1))
+    assert grey.shape == (6, 5, 3) and (grey == pixels[..., :1]).all()
+
+
+def test_sixteen_bits_keep_the_higher_eight() -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
+    assert (decode_image(encode_16_bit(pixels[..., ::-1], ".png")) == pixels >> 8).all()
+    for suffix in (".png", ".tif"):
+        grey = decode_image(encode_16_bit(pixels[..., 0], suffix))
+        assert (grey == pixels[..., :1] >> 8).all()
+    floats = encode(Image.fromarray(np.random.default_rng(0).random((4, 4), np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="floating-point"):
+        decode_image(floats)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
