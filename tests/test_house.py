@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("training", "checkpointing", "dataset", "segmentation")
 COMMANDS = {"main", "model", "data", "transforms", "download_ade20k"}
-COMMANDS |= {"convert_ade20k", "evaluate", "predict", "export"}
+COMMANDS |= {"convert_ade20k", "convert_dataset", "evaluate", "predict", "export"}
 # What each may import besides errors; the root may import everything.
 BELOW = {
     "training": {"checkpointing", "dataset", "segmentation"},

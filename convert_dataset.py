@@ -1,0 +1,352 @@
+"""Make a data set that trains from what a labelling tool, COCO or Hugging Face has.
+
+    python convert_dataset.py annotations.json --images photos --out my-data    # COCO, instances
+    python convert_dataset.py panoptic.json --images photos --out my-data       # COCO, panoptic
+    python convert_dataset.py annotations.xml --images photos --out my-data     # CVAT for images
+    python convert_dataset.py labelled --images photos --out my-data            # LabelMe, YOLO
+    python convert_dataset.py hf://owner/name --out my-data                     # Hugging Face
+
+`my-data` gets photos (links to the files, where the file system has them), masks, and `data.yaml`,
+which describes them; then all is checked as by `data.py`. Where shapes overlap, the smaller lies on
+the larger, or, with `--overlap order`, the later on the earlier (CVAT: the higher on the lower).
+Pixels without a shape are of the class `background`, or ignored with `--background ignore`, as
+those of panoptic masks are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from data import build_ade20k_dataspec
+from dataset import report
+from dataset.annotations import Annotated, draw, find_photos, photo_size, read_annotations
+from dataset.decoding import decode_mask
+from dataset.description import as_yaml
+from dataset.labels import IGNORED, Labels
+from dataset.masks import Masks, Segments
+from dataset.workers import in_processes
+from errors import DataError, UserError
+
+CHUNK = 64
+BACKGROUND = "background"
+SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
+MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
+
+
+class Converted(NamedTuple):
+    """What was written.
+
+    Attributes:
+        values: The value of each class in the masks, by its name, but for the background's.
+        notes: What else there is to say of it.
+    """
+
+    values: dict[str, int]
+    notes: list[str]
+
+
+def link(photo: Path, target: Path) -> None:
+    """Put a photo into the data set, without a copy where that can be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(photo.resolve(), target)
+    except OSError:
+        shutil.copy2(photo, target)
+
+
+def write_mask(mask: np.ndarray, target: Path) -> None:
+    """Write a mask as a PNG."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+
+
+def draw_masks(
+    jobs: list[tuple[Path, Annotated, Path]], values: dict[str, int], by_area: bool
+) -> None:
+    """Draw the masks of some photos; each job is a photo, its shapes, and the mask's path."""
+    for photo, annotated, target in jobs:
+        try:
+            size = photo_size(photo)
+            if annotated.size not in (None, size):
+                raise ValueError(
+                    f"is {size[1]}x{size[0]}, its annotation of {annotated.size[::-1]}"
+                )
+            shapes = annotated.shapes
+            if annotated.size is None:  # YOLO's are shares of the sides
+                scale = np.array(size[::-1], float)
+                shapes = [
+                    shape._replace(
+                        outline=[
+                            (np.reshape(part, (-1, 2)) * scale).ravel().tolist()
+                            for part in shape.outline
+                        ]
+                    )
+                    for shape in shapes
+                ]
+            write_mask(draw(shapes, size, values, by_area), target)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{photo}: {error}") from error
+
+
+def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
+    """Turn panoptic masks into those of classes; each job is a mask and where it goes."""
+    for mask, target in jobs:
+        try:
+            write_mask(masks.decode(mask.read_bytes(), str(mask)), target)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{mask}: {error}") from error
+
+
+def run(tasks: Iterable[tuple], total: int, workers: int) -> None:
+    """Run tasks that each take a chunk of photos."""
+    with tqdm(total=total, unit=" photos", desc="convert", disable=None) as bar:
+        for size, _ in in_processes({(i, len(t[1])): t for i, t in enumerate(tasks)}, workers):
+            bar.update(size[1])
+
+
+def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
+    """Cut a list into parts."""
+    return (jobs[first : first + CHUNK] for first in range(0, len(jobs), CHUNK))
+
+
+def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert a tool's files: of training, and of validation where there are any."""
+    names = Path(options.names).read_text(encoding="utf-8").split("\n") if options.names else None
+    names = [name.strip() for name in names if name.strip()] if names else None
+    found = {"train": read_annotations(options.source, names)}
+    if options.val_source:
+        found["val"] = read_annotations(options.val_source, names)
+    classes = list(dict.fromkeys(name for split in found.values() for name in split.classes))
+    first = int(options.background in classes)
+    classes.sort(key=lambda name: name != options.background)
+    values = {name: place + 1 - first for place, name in enumerate(classes)}
+    tasks = []
+    if len(classes) >= IGNORED:
+        raise DataError(f"{options.source}: {len(classes)} classes are more than {IGNORED - 1}")
+    for split, read in found.items():
+        images = Path(options.images if split == "train" else options.val_images or options.images)
+        photos = dict(find_photos(images))
+        jobs, seen = [], set()
+        for annotated in read.photos:
+            photo = photos.get(os.path.normpath(annotated.photo)) or photos.get(
+                Path(annotated.photo).name
+            )
+            if photo is None:
+                raise DataError(f"{options.source} names {annotated.photo}, not in {images}")
+            if photo in seen:
+                raise DataError(f"{options.source} names {annotated.photo} twice")
+            seen.add(photo)
+            name = photo.relative_to(images)
+            link(photo, out / "photos" / split / name)
+            jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
+        tasks += [(draw_masks, part, values, options.overlap == "area") for part in chunks(jobs)]
+    run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
+    skipped = sum(read.skipped for read in found.values())
+    notes = [f"{skipped} points, lines and boxes have no area and were left out"] * bool(skipped)
+    order = "the smaller on the larger" if options.overlap == "area" else "in the file's order"
+    return Converted(values, [f"where shapes overlap, they lie {order}", *notes])
+
+
+def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert COCO's panoptic JSON and PNGs."""
+    tasks, values, categories = [], {}, {}
+    for split in ("train", "val") if options.val_source else ("train",):
+        source = Path(options.source if split == "train" else options.val_source)
+        images = Path(options.images if split == "train" else options.val_images or options.images)
+        found = json.loads(source.read_text(encoding="utf-8"))
+        for category in found["categories"]:
+            values.setdefault(category["name"], len(values) + 1)
+            categories[category["id"]] = values[category["name"]]
+        folder = Path(options.masks or source.with_suffix(""))
+        photos, jobs = dict(find_photos(images)), []
+        for annotation in found["annotations"]:
+            name = Path(annotation["file_name"]).with_suffix("")
+            if str(name) not in photos:
+                raise DataError(f"{source} names {name}, not in {images}")
+            photo = photos[str(name)]
+            link(photo, out / "photos" / split / f"{name}{photo.suffix}")
+            jobs.append((folder / annotation["file_name"], out / "masks" / split / f"{name}.png"))
+        masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
+        tasks += [
+            (read_panoptic, part, masks.only(str(mask) for mask, _ in part))
+            for part in chunks(jobs)
+        ]
+    run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
+    return Converted(values, [])
+
+
+def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert a data set of Hugging Face's, or one of that form in a folder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hf:// needs the package datasets: make install WITH=datasets") from error
+    name = options.source.removeprefix("hf://")
+    try:
+        is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
+    except Exception as error:  # the library raises what its many parts do
+        raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
+    found = found if isinstance(found, dict) else {"train": found}
+    pixels: dict[int, int] = {}
+    for split, rows in found.items():
+        if split not in SPLITS or (split == "test" and len(found) > 2):
+            continue
+        photo_column, mask_column = _columns(rows, datasets.Image, options)
+        for column in (photo_column, mask_column):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        for number, row in enumerate(tqdm(rows, unit=" photos", desc=split, disable=None)):
+            content = [_content(row[column]) for column in (photo_column, mask_column)]
+            where = f"{options.source}: {split}, row {number}"
+            try:
+                mask = decode_mask(content[1], 2**16 - 1)
+            except ValueError as error:
+                raise DataError(f"{where}: {error}") from error
+            suffix = ".png" if content[0].startswith(b"\x89PNG") else ".jpg"
+            photo = out / "photos" / SPLITS[split] / f"{number:08}{suffix}"
+            photo.parent.mkdir(parents=True, exist_ok=True)
+            photo.write_bytes(content[0])
+            write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
+            for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
+                pixels[int(value)] = pixels.get(int(value), 0) + int(count)
+    names = _names(name, options.names)
+    known = [
+        value for value in sorted(pixels.keys() | names.keys()) if value != 255 or 255 in names
+    ]
+    return Converted({names.get(value, f"class_{value}"): value for value in known}, [])
+
+
+def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
+    """Return the names of the columns of photos and masks."""
+    if options.columns:
+        photo, _, mask = options.columns.partition(",")
+        return photo, mask
+    images = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    masks = [name for name in images if any(word in name.lower() for word in MASK_COLUMNS)]
+    photos = [name for name in images if name not in masks]
+    if len(photos) != 1 or len(masks) != 1:
+        listed = ", ".join(images) or "none"
+        raise DataError(f"{options.source}: columns of images: {listed}; give --columns PHOTO,MASK")
+    return photos[0], masks[0]
+
+
+def _content(cell: dict[str, Any]) -> bytes:
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+
+def _names(name: str, file: str | None) -> dict[int, str]:
+    """Return the name of each value: a name a line, or id2label.json as Hugging Face has it."""
+    if file and not file.endswith(".json"):
+        return dict(enumerate(Path(file).read_text(encoding="utf-8").split("\n")[:-1]))
+    path = Path(file or Path(name, "id2label.json"))
+    if not path.is_file() and not Path(name).exists():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
+        except Exception:  # it has none, and numbers have to do
+            return {}
+    if not path.is_file():
+        return {}
+    return {int(value): str(label) for value, label in json.loads(path.read_text()).items()}
+
+
+def describe(out: Path, converted: Converted, options: argparse.Namespace) -> Path:
+    """Write the description of what was converted."""
+    values, is_hub = dict(converted.values), options.source.startswith("hf://")
+    ignored = [255] if is_hub and 255 not in values.values() else []
+    if not is_hub and 0 not in values.values():
+        if options.background == "ignore":
+            ignored = [0]
+        else:
+            values = {options.background: 0, **values}
+    if not 2 <= len(values) < IGNORED:
+        raise DataError(f"{options.source}: {len(values)} classes are not 2 to {IGNORED - 1}")
+    split = {
+        name: {"images": f"photos/{name}", "masks": f"masks/{name}"} for name in ("train", "val")
+    }
+    if not (out / "photos" / "val").is_dir():
+        split["val"] = {"fraction": options.val}
+    classes = {name: {"labels": [value]} for name, value in values.items()}
+    file = out / "data.yaml"
+    raw = {"root": ".", **split, "classes": classes, "ignore": ignored}
+    file.write_text(as_yaml(raw), encoding="utf-8")
+    return file
+
+
+def convert(options: argparse.Namespace) -> Path:
+    """Convert as the command line says; return the description's file.
+
+    Raises:
+        DataError: Something is not as it should be; the message names it.
+    """
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is there already: delete it, or use another --out")
+    is_hub = options.source.startswith("hf://")
+    if not is_hub and not (options.images and Path(options.images).is_dir()):
+        raise DataError(f"--images: there is no folder {options.images}")
+    is_panoptic = False
+    if options.source.endswith(".json") and Path(options.source).is_file():
+        with open(options.source, encoding="utf-8") as file:
+            is_panoptic = "segments_info" in file.read()
+    if options.background is None:
+        options.background = "ignore" if is_panoptic else BACKGROUND
+    if is_hub:
+        converted = convert_hugging_face(options, out)
+    elif is_panoptic:
+        converted = convert_panoptic(options, out)
+    else:
+        converted = convert_annotations(options, out)
+    file = describe(out, converted, options)
+    background = "ignored" if options.background == "ignore" else f"of class {options.background}"
+    for note in [f"pixels without a shape are {background}"] * (not is_hub) + converted.notes:
+        print(note, file=sys.stderr)
+    return file
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status, which is that of the check at the end."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("source", help="JSON, XML, a folder of LabelMe's or YOLO's files, or hf://owner/name")
+    add("--images", help="folder of the photos")
+    add("--out", required=True, help="folder to write to")
+    add("--val", default="0.15", help="share for validation, or its annotations (default: 0.15)")
+    add("--val-images", help="folder of the validation photos (default: that of --images)")
+    add("--masks", help="folder of panoptic PNGs (default: the JSON's path without extension)")
+    add("--background", help="class of pixels without a shape, or ignore (default: background)")
+    add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
+    add("--names", help="names of the classes, a line each, where the source has none")
+    add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
+    options = parser.parse_args(arguments)
+    options.val_source = None
+    try:
+        options.val = float(options.val)
+    except ValueError:
+        options.val_source, options.val = options.val, 0.15
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        file = convert(options)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {file}; checking it", file=sys.stderr)
+    return report.main([str(file)], build_ade20k_dataspec)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""What labelling tools write: which shapes are on which photo, whatever the file they come in.
+
+Shapes are drawn by pycocotools, COCO's own library: one rule for polygons of every tool, and the
+only reader of COCO's compressed run lengths. It has no dependencies but NumPy. (datumaro reads as
+many formats, but installs a second OpenCV over the one that is here; supervision leaves LabelMe and
+CVAT out.) Reading LabelMe, CVAT and YOLO takes a few lines each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from dataset.folders import IMAGE_SUFFIXES, visible_files
+from errors import DataError
+
+CORNERS = 128  # of the polygon that stands for a circle
+
+
+class Shape(NamedTuple):
+    """An area of a class.
+
+    Attributes:
+        name: The class.
+        outline: Polygons, [x1, y1, x2, y2, ...] each in pixels, or COCO's run lengths.
+        level: Shapes of a higher one lie on those of a lower one.
+    """
+
+    name: str
+    outline: list[list[float]] | dict[str, Any]
+    level: int = 0
+
+
+class Annotated(NamedTuple):
+    """A photo, by its path below the folder of photos, and the shapes on it."""
+
+    photo: str
+    size: tuple[int, int] | None  # height and width, where the file says
+    shapes: list[Shape]
+
+
+class Annotations(NamedTuple):
+    """What a file or folder of a tool holds.
+
+    Attributes:
+        photos: All of them.
+        classes: Their names, in the tool's order.
+        skipped: How many points and lines there were, which have no area.
+    """
+
+    photos: list[Annotated]
+    classes: list[str]
+    skipped: int = 0
+
+
+def read_annotations(source: str, names: list[str] | None = None) -> Annotations:
+    """Read COCO's instances, CVAT's XML for images, or a folder of LabelMe's or YOLO's files.
+
+    Args:
+        source: The file or folder.
+        names: Of YOLO's classes, where no data.yaml has them.
+
+    Raises:
+        DataError: It is missing, or of another kind.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir():
+            files = [file for _, file in visible_files(path)]
+            if any(file.suffix == ".json" for file in files):
+                return _labelme([file for file in files if file.suffix == ".json"], path)
+            return _yolo(path, files, names)
+        if path.suffix.lower() == ".xml":
+            return _cvat(ElementTree.fromstring(path.read_bytes()))
+        return _coco(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror}") from error
+    except KeyError as error:
+        raise DataError(f"{path}: {error} is missing: not of a format that is known") from error
+    except (ValueError, TypeError, ElementTree.ParseError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not of a format that is known ({reason})") from error
+
+
+def _coco(found: dict[str, Any]) -> Annotations:
+    """COCO's instances: https://cocodataset.org/#format-data."""
+    names = {category["id"]: category["name"] for category in found["categories"]}
+    shapes: dict[int, list[Shape]] = {image["id"]: [] for image in found["images"]}
+    skipped = 0
+    for annotation in found["annotations"]:
+        outline = annotation["segmentation"]
+        if not outline:
+            skipped += 1
+            continue
+        shapes[annotation["image_id"]].append(Shape(names[annotation["category_id"]], outline))
+    photos = [
+        Annotated(image["file_name"], (image["height"], image["width"]), shapes[image["id"]])
+        for image in found["images"]
+    ]
+    return Annotations(photos, list(names.values()), skipped)
+
+
+def _labelme(files: list[Path], root: Path) -> Annotations:
+    """LabelMe's JSON, a file a photo: https://github.com/wkentaro/labelme."""
+    photos, skipped = [], 0
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        shapes = []
+        for shape in found["shapes"]:
+            kind, points = shape.get("shape_type", "polygon"), shape["points"]
+            outline = _outline(kind, points)
+            skipped += outline is None
+            if outline:
+                shapes.append(Shape(shape["label"], [outline]))
+        # Its path is as seen from the JSON's folder, with the separators of any system.
+        name = found["imagePath"].replace("\\", "/")
+        photo = (file.parent.relative_to(root) / Path(name).name).as_posix()
+        photos.append(Annotated(photo, (found["imageHeight"], found["imageWidth"]), shapes))
+    return Annotations(photos, sorted({s.name for p in photos for s in p.shapes}), skipped)
+
+
+def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
+    """Return a shape of LabelMe's as a polygon; None if it has no area."""
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points
+        return [left, top, right, top, right, bottom, left, bottom]
+    if kind == "circle":
+        (x, y), edge = points
+        radius = math.dist((x, y), edge)
+        return _ellipse(x, y, radius, radius)
+    if kind == "polygon" and len(points) > 2:
+        return [float(value) for point in points for value in point]
+    return None
+
+
+def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
+    angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+    return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], 1).ravel().tolist()
+
+
+def _cvat(root: ElementTree.Element) -> Annotations:
+    """CVAT's XML for images: https://docs.cvat.ai/docs/manual/advanced/xml_format/."""
+    photos, skipped = [], 0
+    for image in root.iter("image"):
+        size = int(image.attrib["height"]), int(image.attrib["width"])
+        shapes = []
+        for element in image:
+            values = element.attrib
+            outline = _cvat_outline(element.tag, values, size)
+            skipped += outline is None
+            if outline is not None:
+                level = int(values.get("z_order", 0))
+                shapes.append(Shape(values["label"], outline, level))
+        photos.append(Annotated(image.attrib["name"], size, shapes))
+    if not photos:
+        raise ValueError("it holds no <image>")
+    labels = [label.findtext("name") for label in root.iter("label")]
+    names = [name for name in labels if name]
+    return Annotations(photos, names or sorted({s.name for p in photos for s in p.shapes}), skipped)
+
+
+def _cvat_outline(
+    kind: str, values: dict[str, str], size: tuple[int, int]
+) -> list[list[float]] | dict[str, Any] | None:
+    """Return a shape of CVAT's as a polygon or run lengths; None if it has no area."""
+    if kind == "polygon":
+        return [[float(v) for v in values["points"].replace(";", ",").split(",")]]
+    if kind == "box":
+        left, top, right, bottom = (float(values[name]) for name in ("xtl", "ytl", "xbr", "ybr"))
+        return [[left, top, right, top, right, bottom, left, bottom]]
+    if kind == "ellipse":
+        return [_ellipse(*(float(values[name]) for name in ("cx", "cy", "rx", "ry")))]
+    if kind != "mask":
+        return None
+    # Its run lengths are by rows within a box; COCO's go by columns over the whole.
+    runs = [int(run) for run in values["rle"].split(",")]
+    width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
+    inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
+    whole = np.zeros(size, np.uint8)
+    whole[top : top + height, left : left + width] = inside
+    flat = whole.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()
+    return {"size": list(size), "counts": counts if not flat[0] else [0, *counts]}
+
+
+def _yolo(root: Path, files: list[Path], names: list[str] | None) -> Annotations:
+    """YOLO's polygons, a text a photo: https://docs.ultralytics.com/datasets/segment/."""
+    if names is None:
+        config = next((file for file in files if file.suffix in (".yaml", ".yml")), None)
+        if config is None:
+            raise DataError(f"{root} has no data.yaml with names: give --names")
+        given = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
+        names = [str(n) for n in (given.values() if isinstance(given, dict) else given)]
+    photos, skipped = [], 0
+    for file in files:
+        if file.suffix != ".txt" or file.name == "classes.txt":
+            continue
+        shapes = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            number, *values = line.split()
+            if len(values) < 6:  # a box has four, which is no outline
+                skipped += 1
+                continue
+            if int(number) >= len(names):
+                raise DataError(f"{file}: class {number}, but there are {len(names)} names")
+            shapes.append(Shape(names[int(number)], [[float(value) for value in values]]))
+        photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
+    if not photos:
+        raise DataError(f"{root} has neither LabelMe's JSON nor YOLO's text files")
+    return Annotations(photos, names, skipped)
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Return height and width of a photo as a viewer shows it."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+
+def _pycocotools() -> Any:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise DataError(
+            "convert_dataset.py needs pycocotools: make install WITH=convert"
+        ) from error
+    return mask
+
+
+def draw(
+    shapes: list[Shape], size: tuple[int, int], labels: dict[str, int], by_area: bool
+) -> np.ndarray:
+    """Draw shapes over each other.
+
+    Args:
+        shapes: In the file's order.
+        size: Height and width.
+        labels: The value of each class.
+        by_area: Whether smaller ones lie on larger ones; otherwise higher levels on lower ones, and
+            later ones on earlier ones.
+
+    Returns:
+        np.ndarray: (H, W) uint8, 0 where there is none.
+
+    Raises:
+        DataError: pycocotools is missing.
+        ValueError: An outline is not of this size.
+    """
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise DataError(
+            "convert_dataset.py needs pycocotools: make install WITH=convert"
+        ) from error
+    drawn = []
+    for shape in shapes:
+        runs = shape.outline
+        if isinstance(runs, dict):
+            if tuple(runs["size"]) != size:
+                raise ValueError(f"run lengths of {runs['size']} on a photo of {list(size)}")
+            if isinstance(runs["counts"], list):
+                runs = coco.frPyObjects(runs, *size)
+        else:
+            runs = coco.merge(coco.frPyObjects(runs, *size))
+        drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))
+    drawn.sort(key=(lambda one: -int(one[0])) if by_area else (lambda one: one[1]))
+    mask = np.zeros(size, np.uint8)
+    for _, _, runs, label in drawn:
+        mask[coco.decode(runs) > 0] = label
+    return mask
+
+
+def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield photos by their path below a folder, with and without extension."""
+    for name, path in visible_files(folder):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield name, path
+            yield f"{name}{path.suffix}", path

@@ -1,0 +1,332 @@
+"""What labelling tools write becomes masks that are those drawn independently."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from matplotlib.path import Path as Outline
+from PIL import Image
+
+import convert_dataset
+from dataset import report
+from dataset.annotations import Shape, draw
+from dataset.description import open_description
+from dataset.masks import Masks
+from dataset.matching import list_described
+
+pytest.importorskip("pycocotools")
+pytestmark = pytest.mark.processes
+
+SIZE = (48, 64)  # height and width
+NAMES = ["road", "car", "pole"]
+COUNT = 8
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        small = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{number}.jpg"), cv2.resize(small, SIZE[::-1]))
+    return folder
+
+
+def scene(number: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Boxes (left, top, right, bottom) of classes: a large one, and two on it and each other."""
+    rng = np.random.default_rng(number)
+    found = []
+    for name, size in (("road", 30), ("car", 14), ("pole", 6)):
+        left, top = rng.integers(0, (SIZE[1] - size, SIZE[0] - size)).tolist()
+        found.append((name, (left, top, left + size, top + size)))
+    # In the file the smallest is first, and would be covered.
+    return found[::-1]
+
+
+def expected(number: int, by_area: bool = True) -> np.ndarray:
+    """Each pixel's class: 0 is the background."""
+    mask = np.zeros(SIZE, np.uint8)
+    boxes = scene(number)
+    for name, (left, top, right, bottom) in boxes[::-1] if by_area else boxes:
+        mask[top:bottom, left:right] = 1 + NAMES.index(name)
+    return mask
+
+
+def corners(box: tuple[int, int, int, int]) -> list[float]:
+    left, top, right, bottom = box
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
+def columns(mask: np.ndarray) -> list[int]:
+    """COCO's run lengths, by columns and from 0."""
+    runs, last = [0], 0
+    for value in mask.T.ravel().tolist():
+        if value != last:
+            runs.append(0)
+            last = value
+        runs[-1] += 1
+    return runs
+
+
+def box_mask(box: tuple[int, int, int, int]) -> np.ndarray:
+    left, top, right, bottom = box
+    mask = np.zeros(SIZE, np.uint8)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def write_coco(file: Path, run_lengths: bool = False, numbers: range = range(COUNT)) -> Path:
+    height, width = SIZE
+    annotations = []
+    for number in numbers:
+        for name, box in scene(number):
+            outline: Any = [corners(box)]
+            if run_lengths:
+                outline = {"size": list(SIZE), "counts": columns(box_mask(box))}
+            entry = {"image_id": number, "category_id": 10 + NAMES.index(name)}
+            annotations.append(entry | {"segmentation": outline, "iscrowd": int(run_lengths)})
+    images = [{"id": n, "file_name": f"{n}.jpg", "height": height, "width": width} for n in numbers]
+    categories = [{"id": 10 + k, "name": name} for k, name in enumerate(NAMES)]
+    found = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(found))
+    return file
+
+
+def write_labelme(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(COUNT):
+        shapes = [
+            {"label": name, "shape_type": "rectangle", "points": [box[:2], box[2:]]}
+            if name == "car"
+            else {"label": name, "points": np.reshape(corners(box), (-1, 2)).tolist()}
+            for name, box in scene(number)
+        ] + [{"label": "road", "shape_type": "point", "points": [[1, 1]]}]
+        found = {"imagePath": f"..\\photos\\{number}.jpg", "imageData": None, "shapes": shapes}
+        found |= {"imageHeight": SIZE[0], "imageWidth": SIZE[1]}
+        (folder / f"{number}.json").write_text(json.dumps(found))
+    return folder
+
+
+def write_cvat(file: Path) -> Path:
+    """A polygon, a box, and run lengths by rows within a box."""
+    images = []
+    for number in range(COUNT):
+        shapes = []
+        for level, (name, box) in enumerate(scene(number)):
+            left, top, right, bottom = box
+            more = f'label="{name}" z_order="{level}"'
+            if name == "road":
+                points = ";".join(f"{x},{y}" for x, y in np.reshape(corners(box), (-1, 2)))
+                shapes.append(f'<polygon points="{points}" {more}/>')
+            elif name == "car":
+                sides = f'xtl="{left}" ytl="{top}" xbr="{right}" ybr="{bottom}"'
+                shapes.append(f"<box {sides} {more}/>")
+            else:
+                place = f'left="{left - 1}" top="{top}" width="{right - left + 1}"'
+                row = f"1,{right - left}"
+                runs = ",".join([row] * (bottom - top))
+                shapes.append(f'<mask rle="{runs}" {place} height="{bottom - top}" {more}/>')
+        attributes = f'id="{number}" name="{number}.jpg" width="{SIZE[1]}" height="{SIZE[0]}"'
+        images.append(f"<image {attributes}>{''.join(shapes)}</image>")
+    labels = "".join(f"<label><name>{name}</name></label>" for name in NAMES)
+    file.write_text(f"<annotations><meta>{labels}</meta>{''.join(images)}</annotations>")
+    return file
+
+
+def write_yolo(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "data.yaml").write_text(yaml.safe_dump({"names": dict(enumerate(NAMES))}))
+    for number in range(COUNT):
+        lines = []
+        for name, box in scene(number):
+            shares = np.reshape(corners(box), (-1, 2)) / SIZE[::-1]
+            values = " ".join(f"{share:.10f}" for share in shares.ravel())
+            lines.append(f"{NAMES.index(name)} {values}\n")
+        (folder / f"{number}.txt").write_text("".join(lines))
+    return folder
+
+
+def write_panoptic(file: Path) -> Path:
+    folder = file.with_suffix("")
+    folder.mkdir()
+    annotations = []
+    for number in range(COUNT):
+        labels = expected(number)
+        numbers = np.array([0, 70000 + number, 300, 7])
+        ids = numbers[labels]
+        picture = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], 2).astype(np.uint8)
+        Image.fromarray(picture).save(folder / f"{number}.png")
+        infos = [
+            {"id": int(numbers[k]), "category_id": 10 + k - 1}
+            for k in np.unique(labels).tolist()
+            if k
+        ]
+        annotations.append({"file_name": f"{number}.png", "segments_info": infos})
+    categories = [{"id": 10 + k, "name": name} for k, name in enumerate(NAMES)]
+    file.write_text(json.dumps({"annotations": annotations, "categories": categories}))
+    return file
+
+
+def masks_of(out: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Names of the classes, and each photo's class indices, -1 where ignored."""
+    root, description = open_description(str(out / "data.yaml"))
+    assert description is not None
+    found = {}
+    for split in ("train", "val"):
+        masks = Masks.of(description, split, root)
+        for sample in list_described(description, split, root):
+            content = Path(sample.mask_path).read_bytes()
+            name = f"{Path(sample.image_path).parent.name}/{Path(sample.image_path).stem}"
+            found[name] = masks.labels.index()[masks.decode(content, sample.mask_path)]
+    return [info.name for info in description.classes], found
+
+
+def convert(*arguments: Any) -> int:
+    return convert_dataset.main([*map(str, arguments), "--workers", "1"])
+
+
+SOURCES = {
+    "coco": lambda folder: write_coco(folder / "instances.json"),
+    "coco-rle": lambda folder: write_coco(folder / "instances.json", run_lengths=True),
+    "labelme": lambda folder: write_labelme(folder / "labelled"),
+    "cvat": lambda folder: write_cvat(folder / "annotations.xml"),
+    "yolo": lambda folder: write_yolo(folder / "labels"),
+}
+
+
+@pytest.mark.parametrize("overlap", ["area", "order"])
+@pytest.mark.parametrize("tool", SOURCES)
+def test_masks_are_those_drawn_independently(
+    tool: str, overlap: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source, out = SOURCES[tool](tmp_path), tmp_path / "out"
+    arguments = ["--images", photos, "--out", out, "--val", "0.4", "--overlap", overlap]
+    assert convert(source, *arguments) == 0
+    printed = capsys.readouterr()
+    assert "no problem: this can be trained on" in printed.out
+    assert "pixels without a shape are of class background" in printed.err
+    assert ("points, lines and boxes have no area" in printed.err) == (tool == "labelme")
+    names, masks = masks_of(out)
+    assert len(masks) == COUNT and sorted(names) == sorted(["background", *NAMES])
+    ours = np.array([names.index(name) for name in ["background", *NAMES]])
+    for number in range(COUNT):
+        drawn = expected(number, overlap == "area")
+        np.testing.assert_array_equal(masks[f"train/{number}"], ours[drawn])
+
+
+def test_panoptic(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = write_panoptic(tmp_path / "panoptic.json")
+    arguments = ["--images", photos, "--val", source, "--out"]
+    assert convert(source, *arguments, tmp_path / "out") == 0
+    assert "pixels without a shape are ignored" in capsys.readouterr().err
+    names, masks = masks_of(tmp_path / "out")
+    assert names == NAMES and len(masks) == 2 * COUNT
+    for number in range(COUNT):
+        for split in ("train", "val"):
+            np.testing.assert_array_equal(
+                masks[f"{split}/{number}"], expected(number).astype(int) - 1
+            )
+    assert convert(source, *arguments, tmp_path / "with", "--background", "other") == 0
+    names, masks = masks_of(tmp_path / "with")
+    assert names == ["other", *NAMES]
+    np.testing.assert_array_equal(masks["train/3"], expected(3))
+
+
+def test_a_validation_file_of_its_own(photos: Path, tmp_path: Path) -> None:
+    train = write_coco(tmp_path / "train.json", numbers=range(5))
+    val = write_coco(tmp_path / "val.json", numbers=range(5, COUNT))
+    arguments = ["--images", photos, "--val", val, "--out", tmp_path / "out"]
+    assert convert(train, *arguments, "--background", "ignore") == 0
+    names, masks = masks_of(tmp_path / "out")
+    assert names == NAMES
+    assert sorted(masks) == [f"train/{n}" for n in range(5)] + [f"val/{n}" for n in range(5, COUNT)]
+    np.testing.assert_array_equal(masks["val/6"], expected(6).astype(int) - 1)
+    assert (tmp_path / "out/photos/train/0.jpg").stat().st_nlink > 1  # no copies
+
+
+def test_slanted_outlines_differ_at_the_edge_alone() -> None:
+    """COCO's rule and a point's being inside: the same but for pixels that the outline touches."""
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 7))
+        points = np.array([32, 24]) + 20 * np.stack([np.cos(angles), np.sin(angles)], 1)
+        mask = draw([Shape("a", [points.ravel().tolist()])], SIZE, {"a": 1}, True)
+        y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+        centers = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], 1)
+        inside = Outline(points).contains_points(centers).reshape(SIZE)
+        edge = np.zeros(SIZE, np.uint8)
+        shifted = np.round((points - 0.5) * 256).astype(np.int32)
+        cv2.polylines(edge, [shifted], True, 1, thickness=2, shift=8)
+        edge = cv2.dilate(edge, np.ones((3, 3), np.uint8))
+        assert inside.sum() > 200
+        np.testing.assert_array_equal(mask[edge == 0], inside[edge == 0])
+
+
+def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def rows(numbers: range) -> Any:
+        pictures = [Image.open(photos / f"{number}.jpg") for number in numbers]
+        labels = [Image.fromarray(expected(number)) for number in numbers]
+        columns = {"pixel_values": pictures, "label": labels}
+        return datasets.Dataset.from_dict(
+            columns,
+            features=datasets.Features(
+                {"pixel_values": datasets.Image(), "label": datasets.Image()}
+            ),
+        )
+
+    saved = tmp_path / "saved"
+    whole = datasets.DatasetDict({"train": rows(range(5)), "validation": rows(range(5, COUNT))})
+    whole.save_to_disk(str(saved))
+    names = {0: "background", 1: "road", 2: "car", 3: "pole"}
+    (saved / "id2label.json").write_text(json.dumps(names))
+    assert convert(f"hf://{saved}", "--out", tmp_path / "out") == 0
+    assert "no problem" in capsys.readouterr().out
+    found, masks = masks_of(tmp_path / "out")
+    assert found == list(names.values()) and len(masks) == COUNT
+    for number in range(COUNT):
+        split, row = ("train", number) if number < 5 else ("val", number - 5)
+        np.testing.assert_array_equal(masks[f"{split}/{row:08}"], expected(number))
+        kept = tmp_path / f"out/photos/{split}/{row:08}.jpg"
+        assert kept.read_bytes() == (photos / f"{number}.jpg").read_bytes()
+
+
+def test_what_cannot_be_converted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(source: Any, reason: str, *more: Any) -> None:
+        arguments = [source, "--images", photos, "--out", tmp_path / "out", *more]
+        assert convert(*arguments) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("error: ") and reason in line
+
+    coco = write_coco(tmp_path / "instances.json")
+    refused(tmp_path / "none.json", "No such file")
+    refused(coco, "--images: there is no folder", "--images", tmp_path / "none")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    refused(tmp_path / "other.json", "'categories' is missing: not of a format that is known")
+    (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
+    refused(tmp_path / "other.xml", "it holds no <image>")
+    found = json.loads(coco.read_text())
+    found["images"][0]["file_name"] = "elsewhere.jpg"
+    (tmp_path / "renamed.json").write_text(json.dumps(found))
+    refused(tmp_path / "renamed.json", "names elsewhere.jpg, not in")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    found = json.loads(coco.read_text())
+    found["images"][2]["width"] = 65
+    (tmp_path / "wide.json").write_text(json.dumps(found))
+    refused(tmp_path / "wide.json", "2.jpg: is 64x48, its annotation of (65, 48)")
+    refused(coco, "out is there already: delete it, or use another --out")
