@@ -2,6 +2,7 @@
 
     python -m benchmarks.loss                          # (4, 150, 512, 512) from logits of a quarter
     python -m benchmarks.loss --batch 16 --device cuda --json result.json
+    python -m benchmarks.loss --class-weights          # ours, without weights and with them
 
 Composer's side is `soft_cross_entropy` + `DiceLoss` on logits that `F.interpolate` brought to the
 target's size, in bf16 under autocast. A mixed target, as MixUp makes it, is dense there: one number
@@ -32,6 +33,7 @@ from torch import Tensor
 from segmentation.losses import MixedTarget, segmentation_loss
 
 SIDES = ("Composer", "this project")
+WEIGHTED = ("without weights", "with class weights")  # of --class-weights: both ours
 TARGETS = ("index", "mixed")
 MIXING = 0.3
 
@@ -53,6 +55,9 @@ class Case:
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
         self.target = first if target == "index" else mixed
         self.loss = self._composer if side == "Composer" else self._ours
+        # All alike, so that both sides agree; what is computed does not depend on it.
+        alike = torch.full((args.classes,), 2.0, device=args.device)
+        self.weights = alike if side == WEIGHTED[1] else None
         if side == "Composer" and target == "mixed":
             self.target = self._dense(mixed)
 
@@ -69,7 +74,8 @@ class Case:
         return 0.375 * cross_entropy + 1.125 * dice(z, self.target)
 
     def _ours(self) -> Tensor:
-        return segmentation_loss(self.logits, self.target)["total"]
+        loss = segmentation_loss(self.logits, self.target, class_weights=self.weights)
+        return loss["total"]
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Return the loss and its gradient."""
@@ -84,15 +90,15 @@ class Case:
 
 def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Time steps of both sides in turn, after one that warms up and shows that they agree."""
-    cases = {side: Case(side, target, args) for side in SIDES}
-    (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in SIDES)
+    cases = {side: Case(side, target, args) for side in args.sides}
+    (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in args.sides)
     tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
     torch.testing.assert_close(other_loss, loss.to(other_loss), rtol=tolerance, atol=0)
     assert (other_gradient - gradient).norm() < tolerance * gradient.norm()
     del gradient, other_gradient
-    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    taken: dict[str, list[float]] = {side: [] for side in args.sides}
     for _ in range(args.repeats):
-        for side in SIDES:
+        for side in args.sides:
             start = time.perf_counter()
             cases[side].step()
             taken[side].append(time.perf_counter() - start)
@@ -128,7 +134,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     """Measure time for each number of threads, and memory, of both sides and kinds of target."""
     for target in TARGETS:
         memory = {}
-        for side in SIDES:
+        for side in args.sides:
             # A process each: memory once freed hides what is taken again.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 memory[side] = process.submit(extra_bytes, side, target, args).result()
@@ -158,15 +164,17 @@ HEAD = (
 def lines(row: dict) -> str:
     """Return the lines of the Markdown table about one kind of target."""
     start = f"| {row['target']} | {row['threads']} |"
-    medians = [statistics.median(row["seconds"][side]) for side in SIDES]
-    memory, found = [row["bytes"][side] for side in SIDES], []
-    for side, median, size in zip(SIDES, medians, memory, strict=True):
+    sides = list(row["seconds"])
+    medians = [statistics.median(row["seconds"][side]) for side in sides]
+    memory, found = [row["bytes"][side] for side in sides], []
+    for side, median, size in zip(sides, medians, memory, strict=True):
         taken = row["seconds"][side]
         digits = 0 if median > 0.1 else 2
         times = " | ".join(f"{1e3 * t:.{digits}f} ms" for t in (median, min(taken), max(taken)))
         found.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
     smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""  # below one page
-    return "\n".join([*found, f"{start} ratio | {medians[0] / medians[1]:.1f} | | | {smaller} |"])
+    ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in sides else 1}f}"
+    return "\n".join([*found, f"{start} ratio | {ratio} | | | {smaller} |"])
 
 
 def quiet() -> None:
@@ -185,8 +193,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and PyTorch's choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--class-weights", action="store_true", help="compare ours without and with them instead"
+    )
     parser.add_argument("--json", help="write the result there as well")
     args = parser.parse_args()
+    args.sides = WEIGHTED if args.class_weights else SIDES
     quiet()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.get_num_threads()

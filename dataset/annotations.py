@@ -223,7 +223,8 @@ def photo_size(path: Path) -> tuple[int, int]:
     """Return height and width of a photo as a viewer shows it."""
     with Image.open(path) as image:
         turned = image.getexif().get(0x0112, 1) >= 5
-        return image.size if turned else image.size[::-1]
+        width, height = image.size
+    return (width, height) if turned else (height, width)
 
 
 def _pycocotools() -> Any:
@@ -255,12 +256,7 @@ def draw(
         DataError: pycocotools is missing.
         ValueError: An outline is not of this size.
     """
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise DataError(
-            "convert_dataset.py needs pycocotools: make install WITH=convert"
-        ) from error
+    coco = _pycocotools()
     drawn = []
     for shape in shapes:
         runs = shape.outline

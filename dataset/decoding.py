@@ -127,10 +127,11 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
         ValueError: With a one-line reason, if it is no image, is cut short or holds no labels.
     """
     depth, color = data[24:25], data[25:26]
-    if data.startswith(_PNG_START) and data.endswith(_PNG_END) and depth + color == b"\x08\x00":
+    grey = depth + color in (b"\x08\x00", b"\x10\x00")  # of 8 and 16 bits
+    if data.startswith(_PNG_START) and data.endswith(_PNG_END) and grey:
         mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if mask is not None and mask.ndim == 2:
-            return mask
+            return mask if mask.dtype == np.uint8 else _narrowed(mask, max_value)
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a JPEG mask, and JPEG changes labels: masks have to be PNG")
@@ -144,9 +145,15 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
         mask = mask // (255 // (2 ** depth[0] - 1))  # Pillow spreads grey levels over 0..255
-    if mask.min() < 0 or mask.max() > max_value:
-        raise ValueError(f"holds label {mask.max()}, and labels end at {max_value}")
-    return np.ascontiguousarray(mask, dtype=np.uint8 if mask.max() <= 255 else np.uint16)
+    return _narrowed(mask, max_value)
+
+
+def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
+    """Return labels in as few bits as hold them; ValueError if they go beyond `max_value`."""
+    largest = mask.max()
+    if mask.min() < 0 or largest > max_value:
+        raise ValueError(f"holds label {largest}, and labels end at {max_value}")
+    return np.ascontiguousarray(mask, dtype=np.uint8 if largest <= 255 else np.uint16)
 
 
 def decode_colors(data: bytes) -> np.ndarray:
@@ -167,8 +174,9 @@ def decode_colors(data: bytes) -> np.ndarray:
     if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):  # 8 bits, RGB or RGBA
         with contextlib.suppress(RuntimeError):  # for Pillow to say what is wrong with it
             encoded = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-            pixels = decode_png(encoded, ImageReadMode.RGB_ALPHA).permute(1, 2, 0)
-            return (pixels.contiguous().view(torch.int32)[..., 0] & 0xFFFFFF).numpy()
+            pixels = decode_png(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.int32)[..., 0]
+            return np.bitwise_and(packed, 0xFFFFFF, out=packed)
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a JPEG mask, and JPEG changes colours: masks have to be PNG")

@@ -107,7 +107,7 @@ class Masks:
                     return mask
                 found = cv2.LUT(mask, self._index[:256])
             else:
-                found = self._index.take(mask)
+                found = _look_up(torch.from_numpy(self._index), mask)
         if found.min() == 0:
             raise UnknownValues(self._complaint(mask[found == 0], mask.size))
         found -= 1
@@ -122,8 +122,7 @@ class Masks:
         table = self._table_of_segments(path) if self.segments else {}
         if table:
             self._fill(table)
-        flat = torch.from_numpy(mask).view(-1)
-        found = torch.index_select(self._colors, 0, flat).numpy().reshape(mask.shape)
+        found = _look_up(self._colors, mask)
         if table:
             self._colors[list(table)] = 0
         return found
@@ -158,6 +157,12 @@ class Masks:
         if self.described:
             return f"{share}, which is neither a class nor ignored"
         return f"{share}, but classes are {self.labels.first}..{self.labels.last}"
+
+
+def _look_up(table: torch.Tensor, mask: np.ndarray) -> np.ndarray:
+    """As `table[mask]`, several times as fast as NumPy does it."""
+    flat = torch.from_numpy(mask.astype(np.int32, copy=False)).view(-1)
+    return torch.index_select(table, 0, flat).numpy().reshape(mask.shape)
 
 
 class Segments:

@@ -27,13 +27,17 @@ from benchmarks import (
     device_transform,
     kernels,
     loss,
+    masks,
     peers,
     plain,
+    rare_classes,
     run_all,
     train_step,
 )
 from benchmarks.forked import shrink
 from benchmarks.stopwatch import PARTS
+from data import build_ade20k_dataspec
+from dataset.description import parse_description
 from segmentation.depthwise import DilatedDepthwiseConv2d
 
 pytestmark = pytest.mark.trains
@@ -210,6 +214,56 @@ def test_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(row["bytes"]) == set(loss.SIDES)  # too little to tell apart at this size
         for side in loss.SIDES:
             assert len(row["seconds"][side]) == 2 and min(row["seconds"][side]) > 0
+
+
+def test_loss_with_class_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights that are all alike, which the benchmark takes, both sides agree."""
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    text = "--batch 1 --classes 5 --size 64 --repeats 1 --threads 1 --device cpu --class-weights"
+    rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
+    assert [list(row["seconds"]) for row in rows] == 2 * [list(loss.WEIGHTED)]
+
+
+def test_masks(tmp_path: Path) -> None:
+    """Each way of storing the masks gives the same batches."""
+    dataloader.make_data(tmp_path / "data", 8)
+    samples = masks.list_samples(str(tmp_path / "data"), "train")
+    batches = []
+    for raw in masks.lay_out(samples, tmp_path / "ways", 150).values():
+        spec = build_ade20k_dataspec(
+            str(tmp_path / "ways"),
+            False,
+            batch_size=8,
+            final_size=64,
+            num_workers=0,
+            description=parse_description(raw),
+        )
+        batches += [[part.numpy().tobytes() for part in batch] for batch in spec.dataloader]
+    assert len(batches) == 4 and all(batch == batches[0] for batch in batches)
+    result = masks.main(["--path", str(tmp_path / "data"), "--repeats", "1"])
+    assert list(result["ratio"]) == ["index", "palette", "16 bits", "colours"]
+    assert result["ratio"]["index"] == 1 and result["images"] == 8
+
+
+@pytest.mark.trains
+def test_rare_classes(synthetic: str, tmp_path: Path, small_network: None) -> None:
+    text = (
+        f"--path {synthetic} --minutes 0.001 --size 32 --batch 4 --probe 1 --seeds 5 --classes 12"
+    )
+    names = Path(__file__).parent.parent / "yamls" / "demo_classes.txt"
+    result = rare_classes.main([*text.split(), "--names", str(names), "--workers", "0"])
+    assert list(result["runs"]) == list(rare_classes.WAYS)
+    for (run,) in result["runs"].values():
+        assert len(run["iou"]) == 12
+
+
+def test_what_is_gained_and_lost_is_a_mean_over_the_seeds() -> None:
+    nan = float("nan")
+    runs = {"neither": [{"iou": [10.0, 20.0, 30.0]}, {"iou": [20.0, 40.0, 60.0]}]}
+    rows = rare_classes.table(runs, ["sky", "pole", "bicyclist"]).splitlines()
+    assert rows[0] == "| | mIoU | of the seeds | pole | bicyclist | the other classes |"
+    assert rows[2] == "| neither | 30.00 | 20.00-40.00 | 30.00 | 45.00 | 15.00 |"
+    assert rare_classes.mean([1.0, nan, 3.0]) == 2.0
 
 
 def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

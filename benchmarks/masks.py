@@ -1,0 +1,153 @@
+"""Images a second that one core loads for training: masks by index, with a palette, in colours.
+
+    python -m benchmarks.masks             # on data made with ADE20K's size distribution
+    python -m benchmarks.masks --path ./ade20k --json result.json
+
+The photos and labels are the same; what differs is how masks are stored, and the description by
+which they are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks.dataloader import BATCH, SIZE, images_per_second, machine, make_data
+from data import ADE20k, build_ade20k_dataspec
+from dataset.description import parse_description
+from dataset.folders import Sample, list_samples
+from dataset.sampler import EpochSampler
+
+COLORS = np.random.default_rng(0).permutation(2**24)[:256]
+COLORS = np.stack([COLORS & 255, COLORS >> 8 & 255, COLORS >> 16], 1).astype(np.uint8)
+
+
+def write_palette(labels: np.ndarray, path: Path) -> None:
+    """Write labels as indices of a palette."""
+    image = Image.fromarray(labels)
+    image.putpalette(COLORS.ravel().tolist())
+    image.save(path)
+
+
+def write_colors(labels: np.ndarray, path: Path) -> None:
+    """Write labels as colours."""
+    Image.fromarray(COLORS[labels]).save(path)
+
+
+def write_16_bits(labels: np.ndarray, path: Path) -> None:
+    """Write labels in 16 bits, no two of them next to each other."""
+    cv2.imwrite(str(path), labels.astype(np.uint16) * 257)
+
+
+def lay_out(samples: list[Sample], root: Path, count: int) -> dict[str, dict[str, Any]]:
+    """Write the masks of samples in each way; return each way's description."""
+    found: dict[str, dict[str, Any]] = {}
+    ways: dict[str, tuple[Callable[[np.ndarray, Path], None], Callable[[int], Any]]] = {
+        "index": (lambda labels, path: Image.fromarray(labels).save(path), lambda k: k),
+        "palette": (write_palette, lambda k: k),
+        "16 bits": (write_16_bits, lambda k: 257 * k),
+        "colours": (write_colors, lambda k: COLORS[k].tolist()),
+    }
+    for name, (write, label) in ways.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        for sample in samples:
+            labels = np.array(Image.open(sample.mask_path))
+            write(labels, folder / f"{Path(sample.image_path).stem}.png")
+        images = str(Path(samples[0].image_path).parent)
+        found[name] = {
+            "train": {"images": images, "masks": name},
+            "val": {"images": images, "masks": name},
+            "classes": {f"class {k}": {"labels": [label(k)]} for k in range(1, count + 1)},
+            "ignore": [label(0)],
+        }
+    return found
+
+
+def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, Any]:
+    """Time passes over the data, each way of storing masks in turn; medians and spread."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    samples = list_samples(path, "train")[:limit]
+    samples = samples[: len(samples) // BATCH * BATCH]
+    loaders: dict[str, DataLoader] = {}
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, raw in lay_out(samples, Path(folder), num_classes).items():
+            spec = build_ade20k_dataspec(
+                folder,
+                False,
+                batch_size=BATCH,
+                final_size=SIZE,
+                num_workers=0,
+                pin_memory=False,
+                description=parse_description(raw),
+            )
+            loaders[name] = cast(DataLoader, spec.dataloader)
+            rates[name] = []
+            dataset = cast(ADE20k, loaders[name].dataset)
+            stems = {Path(sample.image_path).stem for sample in samples}
+            dataset.samples = [s for s in dataset.samples if Path(s.image_path).stem in stems]
+            cast(EpochSampler, loaders[name].sampler).__init__(dataset, BATCH)
+        for repeat in range(repeats + 1):
+            for name, loader in loaders.items():
+                cast(EpochSampler, loader.sampler).set_epoch(repeat)
+                rate = images_per_second(loader)
+                if repeat:  # the first pass fills the file cache
+                    rates[name].append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "data": path,
+        "images": len(samples),
+        "repeats": repeats,
+        "images_per_second": rates,
+        "median": medians,
+        "ratio": {name: median / medians["index"] for name, median in medians.items()},
+        "machine": machine(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as a Markdown table."""
+    lines = ["| masks | images/s on one core | of the passes | ratio |", "|---|---|---|---|"]
+    for name, rates in result["images_per_second"].items():
+        median, ratio = result["median"][name], result["ratio"][name]
+        lines.append(f"| {name} | {median:.0f} | {min(rates):.0f}-{max(rates):.0f} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line; return what --json writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
+    parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
+    parser.add_argument("--images", type=int, default=160, help="images a pass (default: 160)")
+    parser.add_argument("--repeats", type=int, default=5, help="passes to take the median of")
+    parser.add_argument("--json", help="write the result there as well")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.path:
+            make_data(Path(folder), args.images)
+        result = measure(args.path or folder, args.repeats, args.images, args.num_classes)
+    if not args.path:
+        result["data"] = "made, with ADE20K's size distribution"
+    print(f"{result['images']} images of {result['data']}, {SIZE} px, {result['machine']['cpu']}\n")
+    print(table(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""CamVid with and without class weights and rare-class sampling: what is gained, and what lost.
+
+    python -m benchmarks.rare_classes --path camvid --minutes 3 --size 64 --batch 4 --probe 8
+    python -m benchmarks.rare_classes --path camvid --seeds 17 --minutes 1 --json result.json
+
+Each way trains for the same minutes from each seed, as `benchmarks.camvid` does, whose options
+these are; the table has means over the seeds. `--rare` is the share of the photos below which
+rare-class sampling takes a class for rare; in CamVid the rarest, fence, is in 47% of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import warnings
+from collections.abc import Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import main as program
+from benchmarks import camvid
+from benchmarks.train_step import Steps, machine, never_evaluate, release
+from segmentation.classes import load_classes
+from segmentation.metrics import MIoU, iou_per_class
+from training.schema import Config
+
+WAYS: dict[str, tuple[Any, bool]] = {  # class_weights, and whether rare classes are sampled
+    "neither": (None, False),
+    "class_weights: auto": ("auto", False),
+    "rare_class_sampling": (None, True),
+    "both": ("auto", True),
+}
+SHOWN = ("pole", "sign symbol", "pedestrian", "bicyclist")
+NAMES = Path(__file__).parent.parent / "yamls" / "camvid_classes.txt"
+
+
+class LastMatrix(Callback):
+    """Keeps the confusion matrix of the last evaluation."""
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | None = None
+        self.minutes = 0.0
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        metric = state.eval_metrics["eval"]["MIoU"]
+        assert isinstance(metric, MIoU)
+        self.matrix = metric.total_matrix
+        self.minutes = state.timestamp.total_wct.total_seconds() / 60
+
+
+def config(args: argparse.Namespace, way: str, seed: int, batches: int) -> Config:
+    """Return a run of so many batches, evaluated at its end."""
+    weights, sampled = WAYS[way]
+    made = camvid.config(args, args.recipes[0], batches)
+    return replace(
+        made,
+        seed=seed,
+        eval_interval=f"{batches}ba",
+        model=replace(made.model, class_weights=weights),
+        train_dataset=replace(
+            made.train_dataset, rare_class_sampling=args.rare if sampled else None
+        ),
+    )
+
+
+def seconds_per_step(args: argparse.Namespace, way: str) -> float:
+    """Of a short run, whose first half warms up."""
+    steps = Steps()
+    trainer = program.build_trainer(config(args, way, args.seeds[0], 10**6), callbacks=[steps])
+    never_evaluate(trainer)
+    trainer.fit(duration=f"{2 * args.probe}ba")
+    trainer.close()
+    return steps.mean(args.probe)
+
+
+def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[str, Any]:
+    """Train one way from one seed; return IoU of each class in percent."""
+    release()
+    last = LastMatrix()
+    trainer = program.build_trainer(config(args, way, seed, batches), callbacks=[last])
+    trainer.fit()
+    trainer.close()
+    assert last.matrix is not None
+    loader = cast(DataLoader, trainer.state.train_dataloader)
+    return {
+        "batches": batches,
+        "photos": len(cast(Sized, loader.dataset)),
+        "minutes": last.minutes,
+        "iou": [100 * value for value in iou_per_class(last.matrix).tolist()],
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Train every way from every seed: seed by seed, that what the machine does meets all ways."""
+    release()
+    seconds = {way: seconds_per_step(args, way) for way in args.ways}
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
+    for seed in args.seeds:
+        for way in args.ways:
+            batches = max(round(60 * args.minutes / seconds[way]), 1)
+            found[way].append(train(args, way, seed, batches))
+            print(f"seed {seed}, {way}: mIoU {mean(found[way][-1]['iou']):.2f}", file=sys.stderr)
+    return found
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean over the classes that occur."""
+    return statistics.fmean(value for value in values if value == value)  # not nan
+
+
+def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
+    """Return the means over the seeds as a Markdown table, mIoU with its spread."""
+    shown = [name for name in SHOWN if name in names] or names[:4]
+    lines = [
+        f"| | mIoU | of the seeds | {' | '.join(shown)} | the other classes |",
+        "|---" * (4 + len(shown)) + "|",
+    ]
+    for way, runs in found.items():
+        mious = [mean(run["iou"]) for run in runs]
+        by_class = {
+            name: statistics.fmean(run["iou"][place] for run in runs)
+            for place, name in enumerate(names)
+        }
+        rest = mean([by_class[name] for name in names if name not in shown])
+        cells = [f"{by_class[name]:.2f}" for name in shown]
+        spread = f"{min(mious):.2f}-{max(mious):.2f}"
+        middle = statistics.fmean(mious)
+        lines.append(f"| {way} | {middle:.2f} | {spread} | {' | '.join(cells)} | {rest:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line; return what --json writes."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
+    parser.add_argument("--rare", type=float, default=0.7, help="see above")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--names", default=str(NAMES), help="names of the classes")
+    own, rest = parser.parse_known_args(argv)
+    if "-h" in rest or "--help" in rest:
+        print(parser.format_help())
+    args = camvid.arguments(rest if "--recipes" in rest else [*rest, "--recipes", "none"])
+    args = argparse.Namespace(**{**vars(args), **vars(own)})
+    warnings.simplefilter("ignore")
+    logging.getLogger("composer").setLevel(logging.ERROR)
+    names = [info.name for info in load_classes(args.names, args.classes)]
+    found = measure(args)
+    keys = ("arch", "size", "batch", "lr", "minutes", "seeds", "rare")
+    result = {**{name: getattr(args, name) for name in keys}, "machine": machine(), "runs": found}
+    print(
+        f"CamVid from scratch, {args.arch}, {args.size} px, batch {args.batch}, lr {args.lr}, "
+        f"{args.minutes:g} minutes each, rare below {args.rare:g}: IoU in percent, mean of "
+        f"{len(args.seeds)} seeds\n\n{table(found, names)}"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
