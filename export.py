@@ -36,20 +36,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpointing.weights import load_weights, save_weights, to_metadata
-from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.decoding import read_photo
-from model import build_network
+from errors import one_line
+from model import DeepLabV3, build_network
+from predict import add_network_option
 from segmentation.classes import load_classes
+from segmentation.network import Network
 from transforms import resize_image
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
 OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
 MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
-# In the metadata of every format, of RGB values from 0 to 255.
-NORMALISATION = {
-    "mean": json.dumps(IMAGENET_CHANNEL_MEAN),
-    "std": json.dumps(IMAGENET_CHANNEL_STD),
-}
 
 
 class Deployed(nn.Module):
@@ -62,11 +59,11 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: DeepLabV3 | Network) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(IMAGENET_CHANNEL_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(network.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(network.std).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits of the image's size."""
@@ -189,22 +186,36 @@ def main(arguments: list[str]) -> int:
         classes = weights.classes
         if options.classes or classes is None:
             classes = load_classes(options.classes, weights.num_classes)
-        network = build_network(weights, options.model)
+        network = build_network(weights, options.model, options.network)
         photo = read_photo(options.photo or _sample_photo())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     path.parent.mkdir(parents=True, exist_ok=True)
     size = f"{{}}: {weights.num_classes} classes, {weights.which} weights, {{:.0f}} MB"
+    config = weights.config
+    if config is None and isinstance(network, Network):  # which the user named
+        model = {"name": network.name, "arguments": network.arguments}
+        config = {"model": model | {"num_classes": weights.num_classes}}
+    # In the metadata of every format, of RGB values from 0 to 255.
+    said = {"mean": json.dumps(network.mean), "std": json.dumps(network.std)}
     if options.to == "safetensors":
-        save_weights(path, weights.state, weights.config, classes, weights.which, NORMALISATION)
+        save_weights(path, weights.state, config, classes, weights.which, said)
         print(size.format(path, os.path.getsize(path) / 1e6))
         return 0
     model = Deployed(network).eval()
-    metadata = to_metadata(weights.config, classes, weights.which) | NORMALISATION
-    exported = export(model, options.to, path, metadata)
+    metadata = to_metadata(config, classes, weights.which) | said
+    try:
+        exported = export(model, options.to, path, metadata)
+        agreement, difference = compare(model, exported, photo, options.size)
+    except Exception as error:  # an exporter's own, of any kind
+        if isinstance(network, DeepLabV3):
+            raise
+        path.unlink(missing_ok=True)
+        reason = f"{network.name} cannot be exported as {options.to}: {one_line(error)[:300]}"
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     print(size.format(path, os.path.getsize(path) / 1e6))
-    agreement, difference = compare(model, exported, photo, options.size)
     good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE
     verdict = "as" if good else "NOT as"
     print(
@@ -242,6 +253,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=("ema", "training"), default="ema", help="default: ema"
     )
+    add_network_option(parser)
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from errors import ConfigError, Stopped, UserError, one_line
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from composer.core import Callback, DataSpec
     from composer.loggers import LoggerDestination
     from omegaconf import DictConfig
+
+    from checkpointing.resume import Start
+    from model import ComposerDeepLabV3
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +110,8 @@ def build_trainer(
     from checkpointing.best import Best
     from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
-    from checkpointing.weights import guarded_unpickling, load_fitting
+    from checkpointing.weights import guarded_unpickling
     from data import build_data, count_training
-    from model import build_composer_deeplabv3, weight_init
     from training.balance import class_weights, named, needs_counts
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
@@ -163,19 +165,10 @@ def build_trainer(
     if train_data is not None:
         check_lengths(config, len(cast(Sized, train_data.dataloader)))
 
-    model_config = asdict(config.model)
-    model_config["class_weights"] = weights = class_weights(config, counts)
-    if start:
-        model_config["backbone_weights"] = None  # the checkpoint has better ones
-    model = build_composer_deeplabv3(**model_config, init_fn=weight_init, upsample=False)
-    if start and state_path is None:
-        least = config.load_least if config.is_train else 1.0
-        by_name = class_infos(config) if config.load_classes_by_name else None
-        left = load_fitting(model.module, start.weights, start.where, least, by_name)
-        if left:
-            log.warning("load_path: %s", left)
+    weights = class_weights(config, counts)
+    config, model = _build_model(config, start, data, weights)
     # torch's overloads of `to` leave out the memory format.
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.to(memory_format=model.module.memory_format)  # pyright: ignore[reportCallIssue]
     model.cpu_autocast = cpu_autocast
     optimizer = build_optimizer(config.optimizer, model.module)
     algorithms, scheduler = build_recipe(config)
@@ -222,7 +215,8 @@ def build_trainer(
             python_log_level=config.python_log_level,
         )
     ranks = dist.get_world_size()
-    if config.model.sync_bn and ranks == dist.get_local_world_size() > 1:
+    in_one_node = ranks == dist.get_local_world_size() > 1
+    if config.model.name == "deeplabv3" and config.model.sync_bn and in_one_node:
         # Of one node, all have the same statistics: none need be sent around before each pass.
         cast(Any, trainer.state.model).broadcast_buffers = False
     if begin is not None:
@@ -236,6 +230,45 @@ def build_trainer(
         if isinstance(destination, ProgressBarLogger):
             destination.hparams_already_logged_to_console = True  # a hundred lines before the bar
     return trainer
+
+
+def _build_model(
+    config: Config,
+    start: Start | None,
+    data: tuple[DataSpec | None, DataSpec],
+    weights: list[float] | None,
+) -> tuple[Config, ComposerDeepLabV3]:
+    """Build the network, with the weights to begin from, and have the data normalised as it wants.
+
+    Returns:
+        The config, with all that is needed to build the network again, and the model.
+    """
+    from checkpointing.fitting import load_fitting
+    from model import build_composer_model, weight_init
+    from segmentation.network import Network
+    from transforms import DeviceTransform
+
+    keys: dict[str, Any] = {**asdict(config.model), "class_weights": weights}
+    if start:
+        keys["backbone_weights"] = None  # the checkpoint has better ones
+    model = build_composer_model(**keys, init_fn=weight_init)
+    network, num_classes = model.module, config.model.num_classes
+    if isinstance(network, Network):
+        sizes = {config.train_dataset.final_size} if config.is_train else set()
+        network.check(num_classes, sorted(sizes | {config.eval_dataset.final_size}))
+        config = replace(config, model=replace(config.model, arguments=network.arguments))
+        for spec in filter(None, data):
+            if isinstance(spec.microbatch_transforms, DeviceTransform):
+                spec.microbatch_transforms.normalise_by(network.mean, network.std)
+    if start and start.state_path and config.is_train:
+        start.check_tensors(network)
+    elif start:
+        classes = class_infos(config) if config.load_classes_by_name else None
+        least = config.load_least if config.is_train else 1.0
+        left = load_fitting(network, start.weights, start.where, least, classes, num_classes)
+        if left:
+            log.warning("load_path: %s", left)
+    return config, model
 
 
 def run(
@@ -290,13 +323,15 @@ def build_network(config: Config) -> torch.nn.Module:
     """Build a run's network for planning: without weights, on "meta"."""
     import torch
 
-    from model import build_composer_deeplabv3
+    from model import build_composer_model
 
-    settings = asdict(config.model) | {"backbone_weights": None, "sync_bn": False}
-    with torch.device("meta"):
-        network = build_composer_deeplabv3(**settings, upsample=False).module
+    keys = asdict(config.model) | {"backbone_weights": None, "sync_bn": False}
+    keys["class_weights"] = None
+    # Others read numbers off tensors while they are built.
+    with torch.device("meta" if config.model.name == "deeplabv3" else "cpu"):
+        network = build_composer_model(**keys).module.to("meta")
     # torch's overloads of `to` leave out the memory format.
-    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network.to(memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
 
 
 def _refuse(error: Exception | str, status: int = 2) -> int:

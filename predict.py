@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,13 +31,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpointing.weights import Weights, from_metadata, load_weights
-from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
 from errors import UserError, WeightsError
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import draw_overlay
 from transforms import resize_image
+
+if TYPE_CHECKING:
+    from model import DeepLabV3
+    from segmentation.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Segmenter:
         slide: Send windows of `size` (of 512 if that is 0) pixels squared through the network,
             a third overlapping, rather than the whole photo.
         weights: `"ema"` or `"training"`, where the file holds both.
+        network: Name of the network, where the file does not say it or it is code of one's own,
+            which is run only when it is named here.
         device: As torch names it; None: a GPU if there is one.
         amp: Compute in bf16.
 
@@ -70,6 +76,7 @@ class Segmenter:
 
     Raises:
         WeightsError: The file cannot be read or is of another network.
+        ModelError: The network cannot be built.
         ClassError: The class names cannot be read or do not fit.
     """
 
@@ -84,6 +91,7 @@ class Segmenter:
         weights: str = "ema",
         device: str | None = None,
         amp: bool = False,
+        network: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if str(path).endswith(".onnx"):
@@ -95,7 +103,8 @@ class Segmenter:
             from model import build_network  # seconds that an ONNX file does not need
 
             found = load_weights(path, weights)
-            self.network = _torch_network(build_network(found, str(path)), self.device, amp)
+            built = build_network(found, str(path), network)
+            self.network = _torch_network(built, self.device, amp)
             num_classes = found.num_classes
         self.config, self.which = found.config, found.which
         named = found.classes
@@ -174,6 +183,10 @@ class Segmenter:
             for left in window_starts(width, window):
                 part = batch[:, :, top : top + window, left : left + window]
                 logits = self.network(part)
+                # Of a coarse network, or one whose logits have a grid of their own.
+                if logits.shape[2] * 8 < part.shape[2] or part.shape[2] % logits.shape[2]:
+                    grid = (part.shape[2] // 8, part.shape[3] // 8)
+                    logits = F.interpolate(logits, grid, mode="bilinear", align_corners=False)
                 stride = part.shape[2] // logits.shape[2]
                 if total is None or count is None:
                     total = logits.new_zeros(*logits.shape[:2], height // stride, width // stride)
@@ -249,13 +262,13 @@ def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _torch_network(
-    network: torch.nn.Module, device: torch.device, amp: bool
+    network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from photos (N, 3, H, W) uint8 to logits; put the network on the device."""
     # torch's overloads of `to` leave out the memory format.
-    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    mean = torch.tensor(IMAGENET_CHANNEL_MEAN, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_CHANNEL_STD, device=device).view(1, 3, 1, 1)
+    network.to(device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
+    mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
 
     def run(photos: Tensor) -> Tensor:
         image = (photos.to(torch.float32, memory_format=torch.channels_last) - mean) / std
@@ -362,6 +375,7 @@ def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
         weights=options.weights,
         device=options.device,
         amp=amp,
+        network=options.network,
     )
 
 
@@ -378,7 +392,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("ema", "training"), default="ema", help="default: ema"
     )
+    add_network_option(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+
+
+def add_network_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option by which a user vouches for a network."""
+    parser.add_argument(
+        "--network",
+        metavar="NAME",
+        help="as model.name, where the file does not say it, or it is a function of your own",
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ larger than needed, and only the crop is resized. On the device, one batch at a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -246,10 +246,14 @@ class DeviceTransform:
     ):
         self.labels = labels or Labels()
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
-        self.mean = torch.tensor(IMAGENET_CHANNEL_MEAN).view(1, 3, 1, 1)
-        self.scale = 1 / torch.tensor(IMAGENET_CHANNEL_STD).view(1, 3, 1, 1)
+        self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set mean and standard deviation of the normalisation, of values from 0 to 255."""
+        self.mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
         """On a GPU, run as a few kernels rather than 260, for each of which it reads its input."""

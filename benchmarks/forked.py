@@ -117,10 +117,10 @@ def shrink(
     """Make resnet50 a network of 4 million parameters, or runs are about writing them."""
     import torchvision.models.resnet as resnet
 
-    import model
     from checkpointing import weights
+    from segmentation import deeplab
 
-    head = model.DepthwiseSeparableASPPHead
+    head = deeplab.DepthwiseSeparableASPPHead
 
     def small_resnet(weights: None, **arguments: Any) -> resnet.ResNet:
         return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments)
@@ -129,7 +129,7 @@ def shrink(
         return head(**{**arguments, "channels": 32})
 
     set_attribute(resnet, "resnet50", small_resnet)
-    set_attribute(model, "DepthwiseSeparableASPPHead", small_head)
+    set_attribute(deeplab, "DepthwiseSeparableASPPHead", small_head)
     set_item(weights.DEPTHS, (1, 1, 1, 1), "50")
     set_item(weights.FAMILIES, (16, 16), "resnet{}")
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer.utils import get_file
+from torch import nn
 
 from checkpointing.saver import on_first_process
 from checkpointing.stores import LocalFolder, RemoteFolder, batch_of, open_folder
 from checkpointing.weights import Weights, infer_architecture, load_weights
 from errors import ConfigError, one_line
+from segmentation.network import inner
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +39,19 @@ class Start:
     is_resume: bool
 
     def check_fits(self, model: Mapping[str, Any]) -> None:
-        """Compare its architecture with the arguments of `model.deeplabv3`.
+        """Compare its architecture with the keys of `model`.
 
         Raises:
             ConfigError: They differ.
         """
         anew = "; load_weights_only=true begins anew with what fits" if self.state_path else ""
-        for name, value in infer_architecture(self.weights.state).items():
+        if self.weights.config is None and model["name"] != "deeplabv3":
+            return  # the file does not say; its tensors are compared instead
+        name, _ = self.weights.network
+        says = {"name": name, "num_classes": self.weights.num_classes}
+        if name == model["name"] == "deeplabv3":
+            says = infer_architecture(self.weights.state, self.where)
+        for name, value in says.items():
             if value != model[name]:
                 raise ConfigError(
                     f"load_path: {self.where} has {name}={value}, not {model[name]}{anew}"
@@ -63,6 +71,22 @@ class Start:
                     f"load_path: {self.where} was trained with optimizer.{name}={theirs}, not "
                     f"{ours}; load_weights_only=true begins anew with its weights"
                 )
+
+    def check_tensors(self, network: nn.Module) -> None:
+        """Compare the names and shapes of its tensors with those of a network.
+
+        Raises:
+            ConfigError: They differ.
+        """
+        own = {name: tensor.shape for name, tensor in inner(network).state_dict().items()}
+        found = {name: tensor.shape for name, tensor in self.weights.state.items()}
+        wrong = [name for name in own | found if own.get(name) != found.get(name)]
+        if wrong:
+            raise ConfigError(
+                f"load_path: {self.where} is of a network with other model.arguments: "
+                f"{len(wrong)} tensors differ, first {wrong[0]}; "
+                "load_weights_only=true begins anew with what fits"
+            )
 
 
 def find_start(

@@ -1,7 +1,7 @@
 """Weights in and out: checkpoints read without running what they hold, and files of weights alone.
 
     weights = load_weights("latest-rank0.pt")    # Composer's, a plain state dict, or safetensors
-    network = build_network(weights)             # the DeepLabV3 that they are of
+    network = build_network(weights)             # the network that they are of
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
 A `.pt` file is a pickle: loading it can run code. Everything here unpickles with torch's
@@ -26,16 +26,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from checkpointing.stores import checkpoint_in
 from errors import WeightsError
-from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
+from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, load_classes
 
-SCORES = "classifier.conv_seg."  # the layer that has a row a class
+SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
+# The same for a network that is not DeepLabV3, and what `segmentation.network.Network` adds.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
 # (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
 # the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
 DEPTHS: dict[tuple[int, ...], str] = {
@@ -57,7 +59,7 @@ class Weights:
     """The weights of one network and what is known about it.
 
     Attributes:
-        state: Tensors by name, `backbone.*` and `classifier.*`, on the CPU.
+        state: Tensors by their network's own names, `backbone.*` and `classifier.*`, on the CPU.
         which: `"ema"` for the moving average of the training weights, else `"training"`.
         config: The configuration of the run that made them, where the file holds it.
         classes: Its class names and colours, where the file holds them.
@@ -74,9 +76,24 @@ class Weights:
         return ((self.config or {}).get("eval_dataset") or {}).get("final_size")
 
     @property
+    def network(self) -> tuple[str, Mapping[str, Any]]:
+        """Name and arguments of the network, as of the keys of `model`."""
+        model = (self.config or {}).get("model") or {}
+        return model.get("name") or "deeplabv3", model.get("arguments") or {}
+
+    @property
     def num_classes(self) -> int:
-        """How many classes the network predicts."""
-        return self.state[f"{SCORES}weight"].shape[0]
+        """How many classes the network predicts.
+
+        Raises:
+            WeightsError: Nothing in the file says.
+        """
+        if f"{SCORES}weight" in self.state:
+            return self.state[f"{SCORES}weight"].shape[0]
+        count = ((self.config or {}).get("model") or {}).get("num_classes")
+        if count is None and self.classes is None:
+            raise WeightsError("the file of weights does not say how many classes there are")
+        return count or len(self.classes or ())
 
 
 class _Inert:
@@ -92,6 +109,8 @@ class _Inert:
 def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
 
+    Of other projects' files the tensors keep their names, which `checkpointing.fitting` compares.
+
     A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
     then what is given in any case.
 
@@ -101,7 +120,7 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
 
     Raises:
         WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
-            a training state, or holds no DeepLabV3 of this project.
+            a training state, or holds no weights.
     """
     path = _existing(checkpoint_in(path))
     if path.suffix == ".safetensors":
@@ -109,8 +128,7 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     else:
         found = _from_checkpoint(_load_pickle(path, inert=True), weights)
     if not found.state:
-        raise WeightsError(f"{path}: no backbone.* and classifier.* weights in this file")
-    infer_architecture(found.state, str(path))
+        raise WeightsError(f"{path}: no weights in this file")
     return found
 
 
@@ -126,7 +144,9 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         return Weights({})
     trainer = content.get("state", content)
     if not isinstance(trainer, Mapping) or "model" not in trainer:
-        return Weights(_strip_prefixes(content.get("state_dict", content)))
+        return Weights(_strip_prefixes(content.get("state_dict", content)), classes=_mmseg(content))
+    if isinstance(trainer["model"], Tensor):  # a state dict, of a parameter of that name
+        return Weights(_strip_prefixes(trainer))
     state, found = _strip_prefixes(trainer["model"]), "training"
     for _, algorithm in trainer.get("algorithms", ()):
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
@@ -148,12 +168,24 @@ def _strip_prefixes(state: Any) -> dict[str, Tensor]:
     """Return the tensors of a network by their own names, and nothing else."""
     if not isinstance(state, Mapping):
         return {}
-    plain = {str(key).replace("._orig_mod.", "."): value for key, value in state.items()}
-    return {
-        PREFIX.sub("", key): value
-        for key, value in plain.items()
-        if isinstance(value, Tensor) and PREFIX.match(key)
+    plain = {
+        str(key).replace("._orig_mod.", "."): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
     }
+    ours = {PREFIX.sub("", key): value for key, value in plain.items() if PREFIX.match(key)}
+    if f"{SCORES}weight" in ours:
+        return ours
+    return {WRAPPERS.sub("", key): value for key, value in plain.items()}
+
+
+def _mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
+    """Return the classes that a checkpoint of mmsegmentation's names."""
+    meta = content.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if not isinstance(names, list | tuple):
+        return None
+    return load_classes([str(name) for name in names], len(names))
 
 
 def save_weights(
@@ -219,63 +251,6 @@ def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weig
     config = json.loads(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
     return Weights(state, metadata.get("which", "training"), config, classes)
-
-
-def load_fitting(
-    network: nn.Module,
-    weights: Weights,
-    where: str,
-    least: float = 0.5,
-    classes: Sequence[ClassInfo] | None = None,
-) -> str | None:
-    """Load what fits of a file's weights into a network; the rest of that stays as it is.
-
-    Args:
-        network: Whose tensors are replaced.
-        weights: What the file holds.
-        where: What to call the file.
-        least: The share of the network's tensors that has to fit.
-        classes: The network's. Given these, the scores of classes that the file has by the same
-            name are taken over too.
-
-    Returns:
-        A line about what is left new, or None if nothing is.
-
-    Raises:
-        WeightsError: Too little fits.
-    """
-    own = network.state_dict()
-    fitting = {k: v for k, v in weights.state.items() if k in own and v.shape == own[k].shape}
-    if len(fitting) < least * len(own):
-        raise WeightsError(
-            f"{where}: {len(fitting)} of the network's {len(own)} tensors fit, less than "
-            f"load_least={least:g} of them; it is of another network"
-        )
-    left = [name for name in own if name not in fitting]
-    network.load_state_dict(fitting, strict=False)
-    notes = []
-    if any(name.startswith(SCORES) for name in left):
-        before, after = weights.num_classes, own[f"{SCORES}weight"].shape[0]
-        shared = _share_scores(own, weights, classes) if classes else 0
-        notes.append(
-            f"{SCORES[:-1]}: {before} -> {after} classes, "
-            + (f"{shared} taken over by name, the others left new" if shared else "left new")
-        )
-        left = [name for name in left if not name.startswith(SCORES)]
-    if left:
-        notes.append(f"{len(left)} tensors left new, first {left[0]}")
-    return f"{where}: {'; '.join(notes)}" if notes else None
-
-
-def _share_scores(own: Mapping[str, Tensor], weights: Weights, classes: Sequence[ClassInfo]) -> int:
-    """Copy the scores of classes of the same name, in place; return how many there are."""
-    places = {info.name: place for place, info in enumerate(weights.classes or ())}
-    pairs = [(new, places[c.name]) for new, c in enumerate(classes) if c.name in places]
-    with torch.no_grad():
-        for new, old in pairs:
-            for name in (f"{SCORES}weight", f"{SCORES}bias"):
-                own[name][new] = weights.state[name][old]
-    return len(pairs)
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:

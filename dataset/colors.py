@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+
+__all__ = [
+    "IMAGENET_CHANNEL_MEAN",
+    "IMAGENET_CHANNEL_STD",
+    "distort_colors",
+    "uniform_per_sample",
+]
+
 
 def uniform_per_sample(
     image: Tensor, seed: int | Tensor, epoch: int | Tensor, steps: int | Tensor
@@ -129,7 +138,3 @@ def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
     ):
         turned[:, channel : channel + 1] = value - lack.clamp_(0, 1).mul_(chroma)
     return turned
-
-
-IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)

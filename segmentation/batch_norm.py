@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from composer.utils import dist
 from torch import Tensor, nn
 
 
@@ -135,3 +136,16 @@ def count_batches(layers: list[nn.BatchNorm2d]) -> None:
     counters = [layer.num_batches_tracked for layer in layers if layer.training]
     if counters:
         torch._foreach_add_(cast("list[Tensor]", counters), 1)
+
+
+def share_in_node(network: nn.Module) -> None:
+    """Share BatchNorm statistics within each node (across nodes costs more than it gives)."""
+    per_node = dist.get_local_world_size()
+    if per_node == 1:
+        return
+    groups = [
+        torch.distributed.new_group(list(range(start, start + per_node)))
+        for start in range(0, dist.get_world_size(), per_node)
+    ]
+    # Each process is a member of its own node's group; torch's type is that of all others too.
+    share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))

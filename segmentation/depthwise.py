@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 CHUNK = 2**17  # numbers of one image taken at a time: 512 KiB in fp32, a part of a core's L2 cache
 
@@ -46,6 +47,31 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
         if image.is_cuda or exported or image.dtype == torch.float64:
             return super().forward(image)
         return convolution(image, self.weight, self.dilation[0])
+
+
+def replace_dilated(module: nn.Module) -> None:
+    """Make every dilated depthwise 3 x 3 convolution below a module a `DilatedDepthwiseConv2d`."""
+    for name, child in module.named_children():
+        if type(child) is nn.Conv2d and _is_dilated_depthwise(child):
+            # Without a draw of random numbers, which those after it would feel
+            ours = skip_init(DilatedDepthwiseConv2d, child.in_channels, child.dilation[0])
+            ours.weight = child.weight
+            setattr(module, name, ours)
+        else:
+            replace_dilated(child)
+
+
+def _is_dilated_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether `DilatedDepthwiseConv2d` computes the same."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.dilation[0] == conv.dilation[1] > 1
+        and conv.padding == conv.dilation
+        and conv.padding_mode == "zeros"
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.bias is None
+    )
 
 
 @torch.library.custom_op("deeplab::dilated_depthwise", mutates_args=())

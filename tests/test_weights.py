@@ -16,11 +16,11 @@ from composer.metrics import MIoU
 from composer.utils.checkpoint import safe_torch_load
 
 from checkpointing import weights as weights_module
+from checkpointing.fitting import load_fitting
 from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,
     infer_architecture,
-    load_fitting,
     load_weights,
     save_weights,
 )
@@ -216,13 +216,17 @@ def test_unusable_files(tmp_path: Path, checkpoint: str):
         (tmp_path / name).write_bytes(content)
     torch.save({"state": {"model": {"fc.weight": torch.zeros(2, 2)}}}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in [*files, "other.pt", "list.pt", "missing.pt", "missing.safetensors", "."]:
+    for name in [*files, "list.pt", "missing.pt", "missing.safetensors", "."]:
         with pytest.raises(WeightsError) as error:
             load_weights(tmp_path / name)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     for name in ("cut.pt", "list.pt", "missing.pt"):
         with pytest.raises(WeightsError):
             check_checkpoint(tmp_path / name)
+    other = load_weights(tmp_path / "other.pt")
+    assert list(other.state) == ["fc.weight"]
+    with pytest.raises(WeightsError, match=r"^other\.pt: not a DeepLabV3 of this project"):
+        build_network(other, "other.pt")
     resnet = {
         "backbone." + key: v
         for key, v in {"layer1.0.conv2.weight": torch.zeros(64, 64, 3, 3)}.items()

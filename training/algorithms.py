@@ -67,6 +67,25 @@ class SeedMicrobatch(Algorithm):
             self.microbatch += 1
 
 
+class UnusedWeights(Algorithm):
+    """Lets passes leave out some weights, as those of some libraries' networks do.
+
+    DistributedDataParallel waits for a gradient of each weight where it is not told.
+    """
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        """Have the trainer tell DistributedDataParallel."""
+        return True
+
+    def match(self, event: Event, state: State) -> bool:
+        """Do nothing else."""
+        return False
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Do nothing."""
+
+
 class MixUp(Algorithm):
     """Blends each photo of a micro-batch with another (Zhang et al. 2018, arXiv:1710.09412).
 
@@ -242,6 +261,9 @@ class EMA(composer.algorithms.EMA):
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
         # BatchNorm's counters, rounded down as Composer's; together, for they are 100 and more.
         others = [name for name in names if not stored[name].is_floating_point()]
+        for name in [name for name in others if stored[name].ndim]:  # a table, not a counter
+            stored[name].copy_(values[name])
+            others.remove(name)
         if others:
             counters = [stored[name] for name in others]
             now = torch.stack([values[name] for name in others])

@@ -13,7 +13,16 @@ from typing import Any
 
 from dataset.folders import ADE20K, FOLDERS, find_root
 from errors import ConfigError
-from training.schema import LOGGERS, PRECISIONS, RECIPES, SCHEDULES, Config, DatasetConfig
+from training.schema import (
+    LIBRARIES,
+    LOGGERS,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+    Config,
+    DatasetConfig,
+    ModelConfig,
+)
 
 MAX_RESIZED = 32767  # pixels of a side, in OpenCV
 
@@ -72,6 +81,7 @@ def check(config: Config, with_data: bool = True) -> None:
     named = config.class_names or config.data or config.model.num_classes >= 150
     if config.load_classes_by_name and not named:
         raise ConfigError("load_classes_by_name needs class_names")
+    _check_network(config.model)
     _check_numbers(config)
     if config.model.cross_entropy_weight + config.model.dice_weight == 0:
         raise ConfigError(
@@ -86,6 +96,29 @@ def check(config: Config, with_data: bool = True) -> None:
         _check_dataset(getattr(config, name), name)
         if with_data:
             _check_path(getattr(config, name), name, split, config.data is not None)
+
+
+def _check_network(model: ModelConfig) -> None:
+    if model.name == "deeplabv3":
+        if model.arguments:
+            raise ConfigError("model.arguments: deeplabv3 has none; its keys are beside this one")
+        return
+    kind, _, name = model.name.partition(":")
+    is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
+    if not name or not (kind in LIBRARIES or is_function):
+        raise ConfigError(
+            f"model.name: {model.name} is neither deeplabv3 nor one of {', '.join(LIBRARIES)} with "
+            "a colon and a name, nor a function, as in package.module:function"
+        )
+    package = LIBRARIES.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"model.name: {kind}: needs {package}; make install WITH={kind}")
+    weights = model.backbone_weights or ""
+    if "/" in weights:
+        raise ConfigError(
+            f"model.backbone_weights: {weights} is for deeplabv3; of {model.name}, load_path with "
+            "load_weights_only=true takes what fits of a file"
+        )
 
 
 def _check_numbers(section: Any, prefix: str = "") -> None:

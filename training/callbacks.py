@@ -43,6 +43,7 @@ from segmentation.metrics import (
     mean_iou,
     table_as_csv,
 )
+from segmentation.network import main_logits
 from training.config import class_infos
 from training.schema import Config
 
@@ -339,7 +340,7 @@ class TrainMIoU(Callback):
         target = main_target(state.batch[1])
         with torch.no_grad():
             counts = confusion_matrix(
-                cast(Tensor, state.outputs).detach(), target, self.num_classes, self.ignore_index
+                main_logits(state.outputs).detach(), target, self.num_classes, self.ignore_index
             )
         self._matrix = counts if self._matrix is None else self._matrix + counts
 

@@ -178,9 +178,9 @@ def _pass(
     with _Counter() as counter:
         photo = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            logits = network(photo)
+            outputs = [t for t in tree_iter(network(photo)) if isinstance(t, Tensor)]
         saved, operations = counter.now, counter.operations
-        logits.float().sum().backward()
+        torch.stack([t.float().sum() for t in outputs if t.requires_grad]).sum().backward()
     return {
         "peak": counter.peak,
         "saved": saved,

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from errors import ConfigError
+from segmentation.network import backbone_of
 from training.schema import OptimizerConfig
 
 
@@ -74,10 +75,10 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
     Raises:
         ConfigError: There is no backbone to tell the head from.
     """
-    backbone = getattr(network, "backbone", None)
-    if config.head_lr_scale != 1 and not isinstance(backbone, nn.Module):
+    backbone = backbone_of(network)
+    if config.head_lr_scale != 1 and backbone is None:
         raise ConfigError("optimizer.head_lr_scale: the network has no part called backbone")
-    in_backbone = {*backbone.parameters()} if isinstance(backbone, nn.Module) else set()
+    in_backbone = set() if backbone is None else {*backbone.parameters()}
     norms = [module for module in network.modules() if "norm" in type(module).__name__.lower()]
     in_norms = {weight for module in norms for weight in module.parameters(recurse=False)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

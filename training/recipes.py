@@ -21,7 +21,7 @@ from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Time, TimeUnit
 
 from errors import ConfigError
-from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
+from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch, UnusedWeights
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 def build_recipe(config: Config) -> tuple[list[Algorithm], optim.ComposerScheduler]:
     """Build the algorithms of `config.recipe_name`, in the order they run, and the schedule."""
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
+    if config.model.name != "deeplabv3":
+        algorithms.append(UnusedWeights())
     if config.optimizer.clip_norm is not None:
         algorithms.append(GradientClipping("norm", config.optimizer.clip_norm))
     if config.recipe_name is None:

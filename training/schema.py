@@ -23,6 +23,14 @@ LOGGERS = {
 SCHEDULES = ("cosine", "poly", "constant", "linear")
 MAX_SIDE = 16384  # pixels
 MAX_SEED = 2**32 - 2**16  # numpy takes 32 bits, and each process one of its own
+# What networks come from, and the package that each needs besides (an extra of the name before it).
+LIBRARIES = {
+    "mmseg": None,
+    "torchvision": None,
+    "smp": "segmentation_models_pytorch",
+    "hf": "transformers",
+    "timm": "timm",
+}
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 
 
@@ -46,10 +54,16 @@ def key(default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
 class ModelConfig:
     """The network and its loss."""
 
+    name: str = key(
+        "deeplabv3",
+        "or mmseg:, torchvision:, smp:, hf:, timm: and a name of theirs, or module:function",
+    )
+    arguments: dict[str, Any] | None = key(None, "arguments of a network other than deeplabv3")
     num_classes: int = key(150, "number of classes", "[2, 253]")
     backbone_arch: str = key("resnet101", "torchvision ResNet with bottleneck blocks")
     backbone_weights: str | None = key(
-        "IMAGENET1K_V2", "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty)"
+        "IMAGENET1K_V2",
+        "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty); of others: theirs, or none",
     )
     sync_bn: bool = key(True, "share BatchNorm statistics between the processes of a node")
     use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")

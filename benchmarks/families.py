@@ -1,0 +1,125 @@
+"""Build a network of each family that mmsegmentation ships configs for, and train it for a step.
+
+    python -m benchmarks.families                          # the table, as Markdown; 10 minutes
+    python -m benchmarks.families --families swin segformer
+
+Each is built with 11 classes and without pretrained weights, takes one step of SGD on two random
+photos, is built again from what a checkpoint says of it, and given the first one's weights: in
+evaluation both have to give the same logits. The table says what did not work and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from errors import one_line
+from model import ComposerDeepLabV3, build_composer_model
+from segmentation.network import Network
+from segmentation.networks import named_network
+from segmentation.openmmlab import configs
+from training.optimizer import DecoupledSGDW
+
+CLASSES = 11
+# Parts of the names of small networks, the smallest first.
+SMALL = ("_b0", "mit-b0", "s12", "_r18", "-t_", "tiny", "small", "r50-d8", "r50", "base")
+# Position embeddings of the configured size are part of these networks.
+FIXED = ("beit", "mae")
+SIZES = {"mobilenet_v3": 512}  # whose pooling takes 49 x 49 features
+
+
+def families() -> list[str]:
+    """Return the names of the families."""
+    return sorted(path.name for path in configs().iterdir() if path.name != "_base_")
+
+
+def choose(family: str) -> str:
+    """Return the name of a small network's config of a family."""
+    names = sorted(path.stem for path in (configs() / family).glob("*.py"))
+    rank = {n: next((i for i, part in enumerate(SMALL) if part in n), len(SMALL)) for n in names}
+    return f"{family}/{min(names, key=lambda name: (rank[name], name))}"
+
+
+def step(model: ComposerDeepLabV3, size: int) -> float:
+    """Train for one step on two random photos; return the loss."""
+    optimizer = DecoupledSGDW(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5)
+    image = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    batch = (image, torch.randint(-1, CLASSES, (2, size, size)))
+    loss = model.loss(model.train()(batch), batch)["total"]
+    loss.backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    if not all(bool(grad.isfinite().all()) for grad in found) or not loss.isfinite():
+        raise ArithmeticError("a gradient or the loss is not finite")
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def rebuild(network: Network, size: int) -> float:
+    """Build a network from its own record; return by how much the logits of the two differ."""
+    record = json.loads(json.dumps(network.arguments))
+    again = named_network(network.name, CLASSES, record, from_file=True)
+    again.load_state_dict(network.state_dict())
+    again.to(memory_format=again.memory_format)  # pyright: ignore[reportCallIssue]
+    image = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return float((again.eval()(image) - network.eval()(image)).abs().max())
+
+
+def measure(family: str, size: int) -> dict[str, Any]:
+    """Return a family's row."""
+    torch.manual_seed(0)
+    name = choose(family)
+    size = SIZES.get(family, size)
+    arguments = {"backbone": {"img_size": [size, size]}} if family in FIXED else None
+    began = time.perf_counter()
+    model = build_composer_model(
+        f"mmseg:{name}", arguments, num_classes=CLASSES, backbone_weights=None, sync_bn=False
+    )
+    network = model.module
+    assert isinstance(network, Network)
+    network.check(CLASSES, [size])
+    loss = step(model, size)
+    difference = rebuild(network, size)
+    if difference:
+        raise ArithmeticError(f"built from its record its logits differ by {difference:.1e}")
+    return {
+        "config": name,
+        "size": size,
+        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "loss": loss,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return how many families do not work."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--families", nargs="+", default=families(), choices=families())
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    options = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    print("| family | config | million parameters | pixels | loss | |\n|---|---|---|---|---|---|")
+    failed = 0
+    for family in options.families:
+        try:
+            row = measure(family, options.size)
+            cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
+        except Exception as error:  # the table is about these
+            failed += 1
+            cells = ["", "", "", one_line(error)[:300]]
+        print("|", " | ".join(map(str, (family, choose(family), *cells))), "|", flush=True)
+        gc.collect()
+    print(f"\n{len(options.families) - failed} of {len(options.families)} families work")
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

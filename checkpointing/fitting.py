@@ -1,0 +1,97 @@
+"""What of a file's weights fits a network that is not quite theirs, and what is left new of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from checkpointing.weights import SCORES, Weights
+from errors import WeightsError
+from segmentation.classes import ClassInfo
+from segmentation.network import inner
+
+# Beginnings of names in other projects' files, and what they may be called here.
+RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
+
+
+def load_fitting(
+    network: nn.Module,
+    weights: Weights,
+    where: str,
+    least: float = 0.5,
+    classes: Sequence[ClassInfo] | None = None,
+    num_classes: int | None = None,
+) -> str | None:
+    """Load what fits of a file's weights into a network; the rest of that stays as it is.
+
+    Args:
+        network: Whose tensors are replaced.
+        weights: What the file holds.
+        where: What to call the file.
+        least: The share of the network's tensors that has to fit.
+        classes: The network's. Given these, the scores of classes that the file has by the same
+            name are taken over too.
+        num_classes: How many the network has; None: as DeepLabV3's last layer.
+
+    Returns:
+        A line about what is left new, or None if nothing is.
+
+    Raises:
+        WeightsError: Too little fits.
+    """
+    network = inner(network)
+    own = network.state_dict()
+    state = max((_renamed(weights.state, *pair) for pair in RENAMES), key=lambda s: _fit(s, own))
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if len(fitting) < least * len(own):
+        raise WeightsError(
+            f"{where}: {len(fitting)} of the network's {len(own)} tensors fit, less than "
+            f"load_least={least:g} of them; it is of another network"
+        )
+    left = [name for name in own if name not in fitting]
+    rows = num_classes or len(own[f"{SCORES}weight"])
+    scores = [n for n in left if n in state and _differs_in_rows(state[n], own[n], rows)]
+    network.load_state_dict(fitting, strict=False)
+    notes = []
+    for layer in dict.fromkeys(name.rpartition(".")[0] for name in scores):
+        tensors = [name for name in scores if name.rpartition(".")[0] == layer]
+        pairs = _same_names(weights.classes, classes) if classes else []
+        with torch.no_grad():
+            for name in tensors:
+                for new, old in pairs:
+                    own[name][new] = state[name][old]
+        kept = f"{len(pairs)} taken over by name, the others left new"
+        notes.append(
+            f"{layer}: {len(state[tensors[0]])} -> {rows} classes, {kept if pairs else 'left new'}"
+        )
+    left = [name for name in left if name not in scores]
+    if left:
+        notes.append(f"{len(left)} tensors left new, first {left[0]}")
+    return f"{where}: {'; '.join(notes)}" if notes else None
+
+
+def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:
+    """Return tensors whose names begin otherwise."""
+    return {
+        after + name.removeprefix(before) if name.startswith(before) else name: tensor
+        for name, tensor in state.items()
+    }
+
+
+def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    return sum(name in own and own[name].shape == tensor.shape for name, tensor in state.items())
+
+
+def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
+    """Whether two tensors are alike but for the number of rows, of which one has a row a class."""
+    return tensor.ndim == own.ndim > 0 and tensor.shape[1:] == own.shape[1:] and len(own) == rows
+
+
+def _same_names(
+    before: Sequence[ClassInfo] | None, after: Sequence[ClassInfo]
+) -> list[tuple[int, int]]:
+    """Return the places, after and before, of the classes that have the same name."""
+    places = {info.name: place for place, info in enumerate(before or ())}
+    return [(new, places[c.name]) for new, c in enumerate(after) if c.name in places]

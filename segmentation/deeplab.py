@@ -1,0 +1,202 @@
+"""DeepLabV3+: a backbone, torchvision's ResNet for one, and mmsegmentation's head.
+
+Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic
+Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, cast
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from composer.utils import dist
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import Bottleneck
+
+from errors import ModelError
+from segmentation.batch_norm import share_in_node
+from segmentation.depthwise import replace_dilated
+from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from segmentation.openmmlab import import_mmseg
+from segmentation.pooling import ImagePool
+
+_heads = import_mmseg()
+ASPPHead, DepthwiseSeparableASPPHead = _heads.ASPPHead, _heads.DepthwiseSeparableASPPHead
+
+
+class DeepLabV3(nn.Module):
+    """A backbone whose features a decode head turns into per-pixel class scores.
+
+    Args:
+        backbone: Maps an image to a dict or list of feature maps, finest first.
+        classifier: Maps the tuple of those feature maps to logits.
+        upsample: Whether to bring the logits to the size of the image. The loss and the metrics do
+            that themselves, a part of the batch at a time, so training leaves it out.
+
+    Shape:
+        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without `upsample`
+        (H / 8 and W / 8 for DeepLabV3 without the plus).
+    """
+
+    name = "deeplabv3"
+    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+    memory_format = torch.channels_last
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module, upsample: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.upsample = upsample
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits; see the class for their shape."""
+        features = self.backbone(image)
+        logits = self.classifier(
+            tuple(features.values() if isinstance(features, dict) else features)
+        )
+        if self.upsample:
+            logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+        return logits
+
+
+def weight_init(module: nn.Module) -> None:
+    """Initialise a layer as the reference does: He et al. 2015, and BatchNorm as identity."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def deeplabv3(
+    num_classes: int,
+    backbone_arch: str = "resnet101",
+    backbone_weights: str | None = None,
+    sync_bn: bool = True,
+    use_plus: bool = True,
+    init_fn: Callable[[nn.Module], None] | None = None,
+) -> DeepLabV3:
+    """Build DeepLabV3(+) with output stride 8.
+
+    Args:
+        num_classes: Number of classes C.
+        backbone_arch: A torchvision ResNet with bottleneck blocks, such as `"resnet101"`.
+        backbone_weights: `None`, a torchvision name such as `"IMAGENET1K_V2"`, or the path or
+            URL of a state dict with torchvision's parameter names.
+        sync_bn: Whether BatchNorm statistics are shared by the processes of a node.
+        use_plus: DeepLabV3+ (with the stride-4 decoder) rather than DeepLabV3.
+        init_fn: Applied to every module; to those of the head alone where the backbone has weights.
+
+    Raises:
+        ModelError: The backbone is not such a ResNet, or the weights cannot be had or do not fit.
+    """
+    backbone = _resnet(backbone_arch)
+    if backbone_weights:
+        _load_backbone_weights(backbone, backbone_arch, backbone_weights)
+    features = IntermediateLayerGetter(backbone, {"layer1": "layer1", "layer4": "layer4"})
+    classifier = head(num_classes, 256, backbone.inplanes, use_plus)
+    network = DeepLabV3(features, classifier)
+    if init_fn is not None:
+        (network.classifier if backbone_weights else network).apply(init_fn)
+    if sync_bn:
+        share_in_node(network)
+    return network
+
+
+def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = True) -> nn.Module:
+    """Return DeepLabV3(+)'s head for features of these channels, of stride 4 and of the last."""
+    arguments: dict[str, Any] = dict(
+        in_channels=channels,
+        in_index=-1,
+        channels=512,
+        dilations=(1, 12, 24, 36),
+        dropout_ratio=0.1,
+        num_classes=num_classes,
+        norm_cfg=dict(type="BN", requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),  # unused; the default warns
+    )
+    if use_plus:
+        arguments |= dict(c1_in_channels=low_channels, c1_channels=48)
+    classifier = (DepthwiseSeparableASPPHead if use_plus else ASPPHead)(**arguments)
+    replace_dilated(classifier)
+    classifier.image_pool = ImagePool(*cast(nn.Sequential, classifier.image_pool))
+    return classifier
+
+
+def _resnet(arch: str) -> torchvision.models.ResNet:
+    """Return a torchvision ResNet of this name, dilated to output stride 8."""
+    builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
+    if builder is None or arch not in torchvision.models.list_models(torchvision.models):
+        raise ModelError(f"backbone_arch={arch}: torchvision has no such ResNet; try resnet101")
+    try:
+        backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
+    except NotImplementedError:  # what torchvision raises where basic blocks meet a dilation
+        backbone = None
+    if backbone is None or not isinstance(backbone.layer1[0], Bottleneck):
+        raise ModelError(
+            f"backbone_arch={arch} has basic blocks, which cannot be dilated to output stride 8; "
+            "use a ResNet with bottleneck blocks, such as resnet50"
+        )
+    return backbone
+
+
+def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
+    """Load ImageNet weights by torchvision's name, or a state dict from a path or URL, in place."""
+    url = weights
+    if "/" not in weights and not os.path.exists(weights):
+        named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
+        if weights not in named:
+            raise ModelError(
+                f"backbone_weights={weights}: {arch} has {', '.join(named)}, "
+                "and there is no file of that name"
+            )
+        url = named[weights].url
+    if "://" in url:
+        target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        try:
+            # One process a node downloads; the others find the file in the cache.
+            with (
+                dist.run_local_rank_zero_first()
+                if dist.is_initialized()
+                else contextlib.nullcontext()
+            ):
+                state = torch.hub.load_state_dict_from_url(
+                    url, map_location="cpu", check_hash=url != weights, weights_only=True
+                )
+        except (URLError, OSError) as error:
+            raise ModelError(
+                f"backbone_weights={weights}: cannot download {url} ({error}); "
+                f"fetch that file elsewhere and put it at {target}"
+            ) from error
+    else:
+        if not os.path.isfile(weights):
+            raise ModelError(f"backbone_weights={weights}: no such file")
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a file that is not a state dict
+            raise ModelError(
+                f"backbone_weights={weights}: not a PyTorch state dict ({type(error).__name__})"
+            ) from error
+    _load_state(backbone, state, f"backbone_weights={weights}", arch)
+
+
+def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    expected = backbone.state_dict()
+    needed = [key for key in expected if not key.startswith("fc.")]
+    wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
+    if wrong:
+        raise ModelError(
+            f"{what} does not fit {arch}: {len(wrong)} of {len(needed)} tensors are missing or of "
+            f"another shape, first {wrong[0]}"
+        )
+    backbone.load_state_dict({key: state[key] for key in needed}, strict=False)

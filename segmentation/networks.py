@@ -1,0 +1,82 @@
+"""Networks by name: of the libraries, of DeepLabV3+ on another backbone, or of one's own.
+
+A file may name a network too, but has no code run on its word: of what it names, only networks of
+the libraries' own registries are built, and nothing is loaded from a path or an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from errors import ModelError
+from segmentation import libraries
+from segmentation.deeplab import DeepLabV3, head
+from segmentation.depthwise import replace_dilated
+from segmentation.network import Network
+from segmentation.openmmlab import mmseg_network
+
+
+def named_network(
+    name: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: str | None = None,
+    from_file: bool = False,
+    vouched: str | None = None,
+) -> Network:
+    """Build a network of a library's or of one's own.
+
+    Args:
+        name: `mmseg:`, `torchvision:`, `smp:`, `hf:` or `timm:` and a name of theirs, or
+            `package.module:function`, which is called with `num_classes` and the arguments.
+        num_classes: Number of classes C.
+        arguments: The library's; besides, `mean`, `std` and `size_divisor` of `Network`.
+        pretrained: Where not None, begin with the library's weights; for torchvision, their name.
+        from_file: Whether a file says so, rather than a user. Such a network is built from what is
+            installed, without loading anything more: no path or download, and no function of one's
+            own but `vouched`.
+        vouched: The function that the user names as well.
+
+    Raises:
+        ModelError: It cannot be built, or may not.
+    """
+    kind, _, rest = name.partition(":")
+    if from_file:
+        arguments = libraries.plain(arguments, name)
+    if kind in BUILDERS:
+        network = BUILDERS[kind](rest, num_classes, arguments, pretrained, from_file)
+    elif from_file and name != vouched:
+        raise ModelError(
+            f"the file names a function, {name}, as its network; to have that code run, say so: "
+            f"--network {name}"
+        )
+    else:
+        network = libraries.own_network(name, num_classes, arguments)
+    replace_dilated(network)
+    return network
+
+
+def timm_deeplabv3(
+    name: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: str | None,
+    from_file: bool,
+) -> Network:
+    """Build DeepLabV3+ on a backbone of timm's, with its output stride 8 where it can have that."""
+    whole = f"timm:{name}"
+    backbone, arguments = libraries.timm_features(name, arguments, pretrained)
+    low, high = backbone.feature_info.channels()
+    network = DeepLabV3(backbone, head(num_classes, low, high), upsample=False)
+    mean, std = libraries.timm_normalisation(name)
+    return Network(network, whole, arguments, mean, std, size_divisor=32)
+
+
+BUILDERS: dict[str, Callable[..., Network]] = {
+    "mmseg": mmseg_network,
+    "torchvision": libraries.torchvision_network,
+    "smp": libraries.smp_network,
+    "hf": libraries.hf_network,
+    "timm": timm_deeplabv3,
+}

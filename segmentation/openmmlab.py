@@ -1,0 +1,211 @@
+"""Networks of mmsegmentation 0.30, from its configs.
+
+A config by path is Python, which is run; so only the user may name one. What is kept of it, in
+checkpoints and files of weights, is the network's description, resolved and as data.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from errors import ModelError, one_line
+from segmentation.libraries import OF_NETWORK, call, without_own
+from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from segmentation.openmmlab_heads import MMSegNetwork
+
+# The backward pass of whose GroupNorm crashes on a CPU (torch 2.13.0) where channels come last.
+CONTIGUOUS = ("PoolFormer",)
+
+
+def import_mmseg() -> Any:
+    """Import mmsegmentation's models, and take back what mmcv does to torch.
+
+    mmcv announces its version 2.0 at every import. It also sets a function `_check_balance` in all
+    modules named torch*: torch.ops lists it among its namespaces of operators, and torch.compile
+    fails at the first that is none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        from mmseg import models
+    if "_check_balance" in torch.ops._dir:
+        torch.ops._dir.remove("_check_balance")
+        delattr(torch.ops, "_check_balance")
+    return models
+
+
+def mmseg_network(
+    name: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: str | None,
+    from_file: bool,
+) -> MMSegNetwork:
+    """Build a network from a config of mmsegmentation, or from what was recorded of one.
+
+    Args:
+        name: Of a config that it ships, as in `segformer/segformer_mit-b0_512x512_160k_ade20k`, or
+            a path.
+        num_classes: What all its heads get, but for those that find edges.
+        arguments: Change the config's `model`; or have `config`, the whole of it.
+        pretrained: Whether to load what the config names as pretrained.
+        from_file: Whether a file says so, rather than a user.
+
+    Raises:
+        ModelError: There is no such config, or it cannot be built.
+    """
+    whole = f"mmseg:{name}"
+    models = import_mmseg()
+    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+    if "config" in arguments:
+        model = copy.deepcopy(dict(arguments["config"]))
+    elif from_file:
+        raise ModelError(f"{whole}: the file does not hold the config itself")
+    else:
+        model, mean, std = _read_config(whole, name)
+        model = _changed(model, without_own(arguments))
+    _set_classes(model, num_classes)
+    if not pretrained or "config" in arguments:
+        model = _from_scratch(model)
+    record: dict[str, Any] = {"config": _record(_from_scratch(model))}
+    record |= {key: arguments[key] for key in OF_NETWORK if key in arguments}
+    if "'mmcls." in repr(record):
+        import mmcls.models  # noqa: F401 (registers them)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        segmentor = call(whole, models.build_segmentor, _from_record(model))
+        if "config" not in arguments:
+            _initialise(whole, segmentor)
+    _check_operators(whole, segmentor)
+    layout = type(segmentor.backbone).__name__ not in CONTIGUOUS
+    return MMSegNetwork(segmentor, whole, record, mean, std, size_divisor=32, channels_last=layout)
+
+
+def configs() -> Path:
+    """Return the folder of the configs that mmsegmentation ships."""
+    import mmseg
+
+    return Path(mmseg.__file__).parent / ".mim" / "configs"
+
+
+def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
+    """Run a config; return its `model`, and mean and standard deviation of its normalisation."""
+    import mmcv
+
+    path = Path(name if os.path.isfile(name) else configs() / f"{name.removesuffix('.py')}.py")
+    if not path.is_file():
+        known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ModelError(f"model.name={whole}: no such config, and no such file; near is {near}")
+    config = call(whole, mmcv.Config.fromfile, str(path))
+    if "model" not in config:
+        raise ModelError(f"model.name={whole}: {path} has no model")
+    said = config.get("img_norm_cfg") or {}
+    mean, std = said.get("mean", IMAGENET_CHANNEL_MEAN), said.get("std", IMAGENET_CHANNEL_STD)
+    if not said.get("to_rgb", True):
+        raise ModelError(f"model.name={whole}: its photos are BGR; the project's are RGB")
+    return config.model.to_dict(), mean, std
+
+
+def _changed(model: Any, changes: Any) -> Any:
+    """Return a config with changes: mappings into mappings, anything else in place of the old."""
+    if not isinstance(model, Mapping):
+        return changes
+    result = dict(model)
+    for key, value in changes.items():
+        if isinstance(result.get(key), tuple) and isinstance(value, list):
+            value = tuple(value)
+        is_section = isinstance(value, Mapping) and key in result
+        result[key] = _changed(result[key], value) if is_section else value
+    return result
+
+
+def _set_classes(model: Any, num_classes: int) -> None:
+    """Set the number of classes of all heads, and BatchNorm of torch's own kind, in place."""
+    if isinstance(model, dict):
+        if "num_classes" in model and model.get("type") != "STDCHead":
+            model["num_classes"] = num_classes
+        if model.get("type") in ("SyncBN", "MMSyncBN"):
+            model["type"] = "BN"
+        if "class_weight" in model:  # of the classes that the config was written for
+            del model["class_weight"]
+        for part in model.values():
+            _set_classes(part, num_classes)
+    elif isinstance(model, list | tuple):
+        for part in model:
+            _set_classes(part, num_classes)
+
+
+def _from_scratch(model: Any) -> Any:
+    """Return a config without what names pretrained weights."""
+    if isinstance(model, Mapping):
+        named = [key for key in model if key in ("pretrained", "checkpoint_path")]
+        named += [key for key in model if key == "init_cfg" and "'Pretrained'" in repr(model[key])]
+        kept = {key: _from_scratch(value) for key, value in model.items() if key not in named}
+        if str(model.get("type")).endswith("TIMMBackbone"):  # which loads them if told nothing
+            kept["pretrained"] = False
+        return kept
+    if isinstance(model, list | tuple):
+        return type(model)(_from_scratch(part) for part in model)
+    return model
+
+
+def _record(model: Any) -> Any:
+    """Return a config as JSON can hold it; some networks insist on a tuple, others on a list."""
+    if isinstance(model, Mapping):
+        # Without how weights are initialised: they come with the record.
+        return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
+    if isinstance(model, list | tuple):
+        parts = [_record(part) for part in model]
+        return {"tuple": parts} if isinstance(model, tuple) else parts
+    return model
+
+
+def _from_record(model: Any) -> Any:
+    """Return a config that `_record` wrote, or one never recorded, in mmcv's own mappings."""
+    import mmcv
+
+    if isinstance(model, Mapping):
+        if model.keys() == {"tuple"}:
+            return tuple(_from_record(part) for part in model["tuple"])
+        return mmcv.ConfigDict({key: _from_record(value) for key, value in model.items()})
+    if isinstance(model, list | tuple):
+        return type(model)(_from_record(part) for part in model)
+    return model
+
+
+def _initialise(whole: str, segmentor: Any) -> None:
+    logging.disable(logging.WARNING)  # a line for each tensor
+    try:
+        segmentor.init_weights()
+    except Exception as error:  # of a download, or of a file that does not fit
+        raise ModelError(
+            f"model.name={whole}: its pretrained weights cannot be loaded ({one_line(error)}); "
+            "model.backbone_weights= (empty) begins without"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _check_operators(whole: str, segmentor: nn.Module) -> None:
+    """Refuse, where there is a GPU, operators that this build of mmcv has for CPUs alone."""
+    from mmcv.ops import get_compiling_cuda_version
+
+    if not torch.cuda.is_available() or get_compiling_cuda_version() != "not available":
+        return
+    for module in segmentor.modules():
+        kind = type(module)
+        if kind.__module__.startswith("mmcv.ops.") and kind.__name__ != "CrissCrossAttention":
+            raise ModelError(
+                f"model.name={whole} needs mmcv's {kind.__name__}, which this build of mmcv-full "
+                "does not have for GPUs; CUDA_VISIBLE_DEVICES= computes on the CPU"
+            )

@@ -1,0 +1,164 @@
+"""What heads of mmsegmentation's give besides their logits, and what that loses in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import ModelError
+from segmentation.network import Network, cross_entropy
+
+MMSEG_IGNORED = 255  # the label that mmsegmentation's own losses leave out
+
+Loss = Callable[[Any, Tensor, int], Tensor]
+
+
+class MMSegNetwork(Network):
+    """A segmentor of mmsegmentation's, with what its heads give besides for their losses.
+
+    A plain cross entropy is computed as the main one is, at the logits' resolution; what is more
+    is left to the head itself.
+    """
+
+    def __init__(self, network: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(network, *args, **options)
+        segmentor: Any = network
+        cascade = isinstance(segmentor.decode_head, nn.ModuleList)
+        heads = list(segmentor.decode_head) if cascade else [segmentor.decode_head]
+        auxiliary = getattr(segmentor, "auxiliary_head", None)
+        if auxiliary is not None:
+            auxiliary = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
+        # Not children: those they are of the segmentor.
+        self._heads = tuple(heads)
+        self._auxiliary = tuple(auxiliary or ())
+        self._refines = type(heads[-1]).__name__ == "PointHead"
+        main = heads[0] if self._refines else heads[-1]
+        first = [loss for head in heads if head is not main for loss in _losses(head)]
+        rest = [loss for head in self._auxiliary for loss in _losses(head)]
+        self._losses: list[Loss] = [*first, *_losses(main)[1:], *rest]
+
+    def outputs(self, image: Tensor) -> tuple[Any, ...]:
+        """Return the logits and, in training, the auxiliary outputs of photos of fitting size."""
+        segmentor: Any = self.network
+        features = segmentor.extract_feat(image)
+        first, *others = self._heads
+        if not self.training:
+            logits = first.forward_test(features, None, segmentor.test_cfg)
+            for head in others:
+                logits = head.forward_test(features, logits, None, segmentor.test_cfg)
+            return (logits,)
+        main, *more = _parts(first(features))
+        before: list[Any] = []
+        for head in others:
+            if self._refines:
+                before.append(_points(head, features, main, segmentor.train_cfg))
+            else:
+                before.append(main)
+                main = head(features, main)
+        rest = [part for head in self._auxiliary for part in _parts(head(features))]
+        return (main, *before, *more, *rest)
+
+    def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
+        """Return what each auxiliary output loses, weighted."""
+        return [
+            loss(output, target, ignore_index)
+            for loss, output in zip(self._losses, outputs, strict=True)
+        ]
+
+
+def _parts(outputs: Any) -> list[Any]:
+    """Return what a head gives in training, its logits first."""
+    if isinstance(outputs, list):  # K-Net's stages, the last of which is meant
+        return [outputs[-1], *outputs[:-1]]
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def _losses(head: Any) -> list[Loss]:
+    """Return the losses of what a head gives in training, in the order of `_parts`."""
+    kind = type(head).__name__
+    if kind == "PointHead":
+        return [_point_loss(head)]
+    if kind == "IterativeDecodeHead":
+        return _losses(head.kernel_generate_head) * (head.num_stages + 1)
+    if kind == "STDCHead" or not _is_plain(head):
+        return [_own_loss(head)]
+    weight = getattr(head.loss_decode, "loss_weight", 1.0)
+
+    def plain(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        return weight * cross_entropy(logits, target, ignore_index)
+
+    if kind == "DAHead":
+        return [plain] * 3
+    if kind == "EncHead" and head.use_se_loss:
+        return [plain, _encoding_loss(head)]
+    return [plain]
+
+
+def _is_plain(head: Any) -> bool:
+    loss = head.loss_decode
+    plain = type(loss).__name__ == "CrossEntropyLoss" and not (loss.use_sigmoid or loss.use_mask)
+    return plain and head.sampler is None
+
+
+def _mmseg_target(target: Tensor, ignore_index: int) -> Tensor:
+    return target.long().masked_fill(target == ignore_index, MMSEG_IGNORED)
+
+
+def _total(losses: Mapping[str, Any]) -> Tensor:
+    return torch.stack([loss.mean() for key, loss in losses.items() if "loss" in key]).sum()
+
+
+def _own_loss(head: Any) -> Loss:
+    """Return the loss that a head computes itself."""
+    if type(head).__name__ in ("DAHead", "EncHead"):
+        raise ModelError(f"{type(head).__name__} is supported with a plain cross entropy alone")
+
+    def loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        labels = _mmseg_target(target, ignore_index)[:, None]
+        with torch.autocast(logits.device.type, enabled=False):
+            return _total(head.losses(logits.float(), labels))
+
+    return loss
+
+
+def _encoding_loss(head: Any) -> Loss:
+    """Return the loss of which classes EncNet thinks that a photo has."""
+
+    def loss(scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        classes = torch.arange(head.num_classes, device=target.device)
+        present = [(labels.unique() == classes[:, None]).any(1) for labels in target]
+        with torch.autocast(scores.device.type, enabled=False):
+            return head.loss_se_decode(scores.float(), torch.stack(present).float())
+
+    return loss
+
+
+def _points(head: Any, features: Any, logits: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Return PointRend's logits at some points, and where these are, (N, P, 2) of 0 to 1."""
+    from mmseg.models.decode_heads.point_head import calculate_uncertainty
+
+    selected = head._transform_inputs(features)
+    with torch.no_grad():
+        points = head.get_points_train(logits, calculate_uncertainty, cfg=config)
+    fine = head._get_fine_grained_point_feats(selected, points)
+    return head(fine, head._get_coarse_point_feats(logits, points)), points
+
+
+def _point_loss(head: Any) -> Loss:
+    weight = getattr(head.loss_decode, "loss_weight", 1.0)
+
+    def loss(output: tuple[Tensor, Tensor], target: Tensor, ignore_index: int) -> Tensor:
+        from mmcv.ops import point_sample
+
+        logits, points = output
+        labels = point_sample(
+            target[:, None].float(), points, mode="nearest", align_corners=head.align_corners
+        )
+        labels = labels[:, 0].long()
+        return weight * F.cross_entropy(logits.float(), labels, ignore_index=ignore_index)
+
+    return loss
