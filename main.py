@@ -249,6 +249,7 @@ def _build_model(
     from transforms import DeviceTransform
 
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": weights}
+    del keys["freeze_backbone"]  # which is the recipe's
     if start:
         keys["backbone_weights"] = None  # the checkpoint has better ones
     model = build_composer_model(**keys, init_fn=weight_init)
@@ -327,6 +328,7 @@ def build_network(config: Config) -> torch.nn.Module:
 
     keys = asdict(config.model) | {"backbone_weights": None, "sync_bn": False}
     keys["class_weights"] = None
+    del keys["freeze_backbone"]
     # Others read numbers off tensors while they are built.
     with torch.device("meta" if config.model.name == "deeplabv3" else "cpu"):
         network = build_composer_model(**keys).module.to("meta")

@@ -196,6 +196,8 @@ def times(config: Config) -> tuple[list[str], list[str]]:
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
     if config.stop_after is not None:
         intervals.append("stop_after")
+    if config.model.freeze_backbone is not None:
+        durations.append("model.freeze_backbone")
     if config.recipe_name in RECIPES:
         durations.append(f"{config.recipe_name}.max_duration")
         names = ("half_life", "update_interval")

@@ -21,7 +21,7 @@ from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Time, TimeUnit
 
 from errors import ConfigError
-from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch, UnusedWeights
+from training.algorithms import EMA, SAM, FreezeBackbone, MixUp, SeedMicrobatch, UnusedWeights
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ def build_recipe(config: Config) -> tuple[list[Algorithm], optim.ComposerSchedul
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
         algorithms.append(UnusedWeights())
+    if config.model.freeze_backbone is not None:
+        algorithms.append(FreezeBackbone(config.model.freeze_backbone))
     if config.optimizer.clip_norm is not None:
         algorithms.append(GradientClipping("norm", config.optimizer.clip_norm))
     if config.recipe_name is None:

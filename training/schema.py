@@ -65,6 +65,7 @@ class ModelConfig:
         "IMAGENET1K_V2",
         "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty); of others: theirs, or none",
     )
+    freeze_backbone: str | None = key(None, "time that the backbone is kept as it is, as in 2ep")
     sync_bn: bool = key(True, "share BatchNorm statistics between the processes of a node")
     use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
     cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss", "[0, inf)")

@@ -1,0 +1,153 @@
+"""Train a network of each kind, kill it, let it go on, and use what it learned.
+
+    python -m benchmarks.networks --path camvid      # the table, as Markdown; 15 minutes on a CPU
+    python -m benchmarks.networks --path camvid --networks smp:Unet --batches 40
+
+Each row is a run of the hot recipe on CamVid from scratch, killed by SIGKILL in the middle of it
+and started again, beside one that is not: by how much weights, averages and momentum differ at the
+end, and whether every loss and mIoU is the same. Then evaluate.py scores the checkpoint at the
+masks' own resolution, predict.py segments a photo, and export.py writes ONNX, which it compares
+with PyTorch. None of them is given the YAML. deeplabv3 has a ResNet of four blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import export
+import predict
+from benchmarks.forked import Death, run, shrink
+from benchmarks.kill_resume import largest_difference, read_log, same_log
+from dataset.folders import find_root
+from errors import one_line
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "deeplabv3": {},
+    "mmseg:segformer/segformer_mit-b0_512x512_160k_ade20k": {},
+    "mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes": {},
+    "torchvision:lraspp_mobilenet_v3_large": {},
+    "smp:Unet": {"encoder_name": "resnet18"},
+    "hf:FOLDER": {},
+    "timm:convnext_atto": {},
+    "benchmarks.networks:plain": {},
+}
+
+
+def plain(num_classes: int) -> Any:
+    """Build a network of three layers: `package.module:function`."""
+    from torch import nn
+
+    layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(32, num_classes, 3, 1, 1))
+
+
+def make_hf(folder: str) -> None:
+    """Write a SegFormer-B0 with random weights as transformers does."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    SegformerForSemanticSegmentation(SegformerConfig(num_labels=150)).save_pretrained(folder)
+
+
+def make_config(args: argparse.Namespace, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Describe a run."""
+    dataset: dict[str, Any] = {"path": args.path, "base_size": args.size, "final_size": args.size}
+    dataset |= {"batch_size": args.batch, "num_workers": 0}
+    model: dict[str, Any] = {"name": name, "num_classes": 11, "backbone_weights": None}
+    half_life = {"half_life": f"{max(args.batches // 5, 1)}ba", "update_interval": "1ba"}
+    return {
+        "run_name": "network",
+        "recipe_name": "hot",
+        "hot": {"max_duration": f"{args.batches}ba", "ema": half_life},
+        "model": model | {"arguments": arguments or None, "backbone_arch": "resnet50"},
+        "train_dataset": dataset,
+        "eval_dataset": dict(dataset),
+        "eval_interval": f"{args.batches}ba",
+        "save_interval": f"{max(args.batches // 4, 1)}ba",
+        "optimizer": {"lr": args.lr},
+        "pictures": 0,
+        "python_log_level": "error",
+    }
+
+
+def command(main: Any, *arguments: str) -> tuple[int, str]:
+    """Call a command's `main`; return its status and the last line of its output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = main(list(arguments))
+    lines = [line for line in output.getvalue().splitlines() if line.strip()]
+    return status, lines[-1] if lines else ""
+
+
+def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
+    """Return a network's row."""
+    place = name
+    if name == "hf:FOLDER":
+        place = f"hf:{folder}/hf"
+        make_hf(f"{folder}/hf")
+    config = make_config(args, place, NETWORKS[name])
+    whole, killed = f"{folder}/whole", f"{folder}/killed"
+    if run(config | {"save_folder": whole}, f"{folder}/whole.log"):
+        return [one_line(RuntimeError(Path(f"{folder}/whole.log.0.out").read_text()[-300:]))]
+    config |= {"save_folder": killed, "autoresume": True}
+    death = Death("batch", args.batches * 5 // 8)
+    status = run(config, f"{folder}/killed.log", death)
+    assert status == -signal.SIGKILL, f"the run was not killed: it ended with {status}"
+    status = run(config, f"{folder}/killed.log")
+    assert status == 0, f"the run that went on ended with {status}"
+    difference = largest_difference(killed, whole)
+    same = "the same" if same_log(f"{folder}/killed.log", f"{folder}/whole.log") else "DIFFER"
+    log = read_log(f"{folder}/whole.log")
+    losses = [values[0] for (_, key), values in sorted(log.items()) if key == "loss/train/total"]
+
+    checkpoint = f"{killed}/latest-rank0.pt"
+    named = ["--network", place] if "." in place.partition(":")[0] else []
+    evaluate_status, line = command(
+        evaluate.main, checkpoint, "--json", f"{folder}/scores.json", *named
+    )
+    miou = line
+    if evaluate_status == 0:
+        miou = f"{json.loads(Path(f'{folder}/scores.json').read_text())['mIoU']:.2f}"
+    photo = next((find_root(args.path) / "images" / "validation").iterdir())
+    _, predicted = command(
+        predict.main, checkpoint, str(photo), "--out", f"{folder}/predictions", *named
+    )
+    size = ["--photo", str(photo), "--size", "128"]
+    _, exported = command(
+        export.main, checkpoint, "--to", "onnx", "--out", f"{folder}/model.onnx", *size, *named
+    )
+    ran = f"{losses[0]:.3f} to {losses[-1]:.3f}"
+    return [ran, f"{difference:g}", same, miou, predicted.partition(" into")[0], exported]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--batches", type=int, default=24, help="steps")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
+    args = parser.parse_args(argv)
+    shrink()  # as in the processes
+    columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
+    columns += ["mIoU", "predict.py", "export.py --to onnx"]
+    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|", flush=True)
+    for name in args.networks:
+        with tempfile.TemporaryDirectory() as folder:
+            cells = measure(args, name, folder)
+        print("|", " | ".join([name, *cells]), "|", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
