@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
-from errors import UserError, WeightsError
+from errors import ModelError, UserError, WeightsError, one_line
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import draw_overlay
 from transforms import resize_image
@@ -273,7 +273,16 @@ def _torch_network(
     def run(photos: Tensor) -> Tensor:
         image = (photos.to(torch.float32, memory_format=torch.channels_last) - mean) / std
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return network(image)
+            try:
+                return network(image)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                if network.name == "deeplabv3":
+                    raise
+                height, width = image.shape[2:]
+                raise ModelError(
+                    f"{network.name} fails on photos of {width} x {height} pixels: "
+                    f"{one_line(error)}; --slide --size N sends it squares of N"
+                ) from error
 
     return run
 
@@ -352,7 +361,11 @@ def main(arguments: list[str]) -> int:
             tqdm.write(f"skipped {path}: {getattr(error, 'strerror', None) or error}", sys.stderr)
             skipped += 1
             continue
-        prediction = segmenter(photo)
+        try:
+            prediction = segmenter(photo)
+        except ModelError as error:
+            tqdm.write(f"error: {error}", sys.stderr)
+            return 2
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         if "overlay" in options.write:
             picture = segmenter.overlay(photo, prediction)

@@ -155,7 +155,7 @@ def hf_network(
     if from_file and "config" not in arguments:
         raise ModelError(f"{whole}: the file does not hold the config itself")
     if "config" in arguments:  # as the lines below record it
-        said = dict(arguments["config"])
+        said = _without_pretrained(arguments["config"])
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
         config.num_labels = num_classes
     else:
@@ -168,10 +168,27 @@ def hf_network(
         more = dict(config=config, ignore_mismatched_sizes=True, **safe)
         network = _fetch(whole, auto.from_pretrained, name, **more)
     record = json.loads(config.to_json_string(use_diff=False))
-    for key in ("id2label", "label2id", "_name_or_path", "auto_map", "transformers_version"):
+    for key in ("id2label", "label2id", "transformers_version"):
         record.pop(key, None)
     own = {key: arguments[key] for key in OF_NETWORK if key in arguments}
-    return Network(network, whole, {"config": record, **own}, mean, std, size_divisor=32)
+    return Network(
+        network, whole, {"config": _unloading(record), **own}, mean, std, size_divisor=32
+    )
+
+
+def _unloading(config: Any) -> Any:
+    """Return a config without the keys that load anything."""
+    if not isinstance(config, Mapping):
+        return config
+    return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
+
+
+def _without_pretrained(config: Any) -> Any:
+    """Return a config none of whose parts loads weights, as some do if told nothing."""
+    if not isinstance(config, Mapping):
+        return config
+    parts = {key: _without_pretrained(value) for key, value in config.items()}
+    return {**parts, "use_pretrained_backbone": False} if "model_type" in config else parts
 
 
 def timm_features(

@@ -45,7 +45,8 @@ def named_network(
     if from_file:
         arguments = libraries.plain(arguments, name)
     if kind in BUILDERS:
-        network = BUILDERS[kind](rest, num_classes, arguments, pretrained, from_file)
+        given = (rest, num_classes, arguments, pretrained, from_file)
+        network = libraries.call(name, BUILDERS[kind], *given)
     elif from_file and name != vouched:
         raise ModelError(
             f"the file names a function, {name}, as its network; to have that code run, say so: "

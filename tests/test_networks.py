@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import predict
@@ -37,6 +38,15 @@ def as_mapping(num_classes):
     class Network(nn.Conv2d):
         def forward(self, image):
             return {"out": super().forward(image)}
+
+    return Network(3, num_classes, 1)
+
+
+def fixed(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            assert image.shape[2:] == (64, 64), "not 64 pixels"
+            return super().forward(image)
 
     return Network(3, num_classes, 1)
 
@@ -304,19 +314,24 @@ def test_class_weights_by_path_are_never_read(tmp_path: Path) -> None:
 def test_pretrained_weights_that_a_file_names_are_not_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a download")
-
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
-    monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+    called = []
+    for place in ("torch.hub.load_state_dict_from_url", "timm.models._builder.load_pretrained"):
+        monkeypatch.setattr(place, lambda *args, **kwargs: called.append(args))
+    head = {**HEAD, "in_channels": 512, "in_index": 4}
+    backbone = {"type": "TIMMBackbone", "model_name": "resnet18", "features_only": True}
+    mmseg = {"type": "EncoderDecoder", "backbone": backbone, "decode_head": head}
+    timm = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    upernet = {"model_type": "upernet", "backbone_config": timm, "hidden_size": 8}
+    upernet |= {"auxiliary_in_channels": 256, "auxiliary_channels": 8}
     weights = {"weights_backbone": "IMAGENET1K_V1", "weights": "DEFAULT"}
     named_network("torchvision:lraspp_mobilenet_v3_large", 3, weights, None, True)
     named_network("smp:Unet", 3, {"encoder_weights": "imagenet"}, None, True)
     named_network("timm:convnext_atto", 3, {"pretrained": True}, None, True)
-    backbone = {"type": "TIMMBackbone", "model_name": "resnet18", "features_only": True}
-    head = {**HEAD, "in_channels": 512, "in_index": 4}
-    config = {"type": "EncoderDecoder", "backbone": backbone, "decode_head": head}
-    named_network("mmseg:x", 3, {"config": config}, None, True)
+    named_network("mmseg:x", 3, {"config": mmseg}, None, True)
+    named_network("hf:x", 3, {"config": upernet}, None, True)
+    assert not called
+    named_network("timm:convnext_atto", 3, {"pretrained": True})
+    assert called  # what was replaced is what loads
 
 
 def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> None:
@@ -333,3 +348,27 @@ def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> Non
     photo = np.zeros((40, 30, 3), np.uint8)
     segmenter = predict.Segmenter(path, network="own_networks:build", size=32, slide=True)
     assert segmenter(photo).shape == (40, 30)
+
+
+def test_a_network_of_one_size_says_so_and_takes_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = named_network("own_networks:fixed", 3, {})
+    model = {"name": network.name, "arguments": network.arguments, "num_classes": 3}
+    path, photo = str(tmp_path / "fixed.safetensors"), str(tmp_path / "photo.png")
+    save_weights(path, network.network.state_dict(), {"model": model})
+    Image.new("RGB", (96, 64)).save(photo)
+    arguments = [path, photo, "--network", network.name, "--size", "64", "--out", str(tmp_path)]
+    assert predict.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "error: own_networks:fixed fails on photos of 96 x 64 pixels: not 64 pixels; "
+        "--slide --size N sends it squares of N\n"
+    )
+    assert predict.main([*arguments, "--slide"]) == 0
+
+
+def test_a_malformed_record_is_one_line(tmp_path: Path) -> None:
+    path = planted(tmp_path, "torchvision:lraspp_mobilenet_v3_large", {"mean": "abc"})
+    with pytest.raises(ModelError, match="cannot be built: ValueError"):
+        predict.Segmenter(path)
