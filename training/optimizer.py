@@ -13,7 +13,6 @@ from torch.optim.sgd import sgd
 
 from errors import ConfigError
 from segmentation.network import backbone_of
-from segmentation.network import backbone_of
 from training.schema import OptimizerConfig
 
 
