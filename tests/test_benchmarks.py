@@ -23,6 +23,7 @@ import main as program
 from benchmarks import (
     auto_microbatch,
     camvid,
+    counted,
     dataloader,
     device_transform,
     kernels,
@@ -39,6 +40,7 @@ from benchmarks.stopwatch import PARTS
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
 from segmentation.depthwise import DilatedDepthwiseConv2d
+from training.schema import Config, ModelConfig
 
 pytestmark = pytest.mark.trains
 
@@ -58,6 +60,9 @@ def step(synthetic: str) -> list[str]:
     """Arguments of train_step for two steps a run."""
     text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
     return f"{text} --warmup 1 --steps 2 --rounds 2".split()
+
+
+CONFIG = Config(model=ModelConfig(12, "resnet50", None))
 
 
 class FirstLoss(Callback):
@@ -343,3 +348,17 @@ def test_kernels_are_read(backward: bool) -> None:
     cells, rows = kernels.LOW + 1, kernels.SIZE
     fewest = kernels.IMAGES * cells * rows
     assert fewest <= found.rounds < 1.5 * fewest
+
+
+def test_small_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a network of so many BatchNorms counts them in one operation."""
+    found = dict(counted.passes("resnet50"))
+    assert found["counters of a forward pass"] == 1
+    layers = sum(1 for name, _ in program.build_network(CONFIG).named_buffers() if "mean" in name)
+    assert layers > 20 and found["an update of the average"] < layers / 2
+    monkeypatch.setattr(counted, "SIZE", 32)
+    monkeypatch.delattr("transforms.DeviceTransform.compile")
+    launches, moved = counted.transform(distort=False)
+    plain, _ = counted.transform(distort=True)
+    assert 10 < launches < plain
+    assert moved > counted.IMAGES * 32 * 32 * (3 + 1 + 12 + 8)  # photo and labels in and out
