@@ -6,30 +6,43 @@ renames, moves or refuses there.
 
 from __future__ import annotations
 
+import copy
+import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from composer import Callback
+from composer.algorithms.ema.ema import EMAParameters
 from composer.callbacks import memory_monitor
-from composer.core import State
+from composer.core import Event, State
 from composer.devices import DeviceGPU
 from composer.distributed import ddp_sync_context, prepare_ddp_module
 from composer.loggers import Logger
 from composer.trainer._scaler import ClosureGradScaler
 from composer.utils import dist
 from torch import nn
+from torch._functorch import config as functorch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.grad_scaler import GradScaler
 
 import main as program
 import model
 from errors import ConfigError
+from segmentation import losses
+from segmentation.metrics import confusion_matrix
+from training.algorithms import EMA, MixUp, _climbed
 from training.config import resolve
 from training.memory import CONTEXT, count
+from training.optimizer import DecoupledSGDW
 from training.precision import check_kernels, choose_precision
+from transforms import DeviceTransform
 
 pytestmark = [
     pytest.mark.usefixtures("small_network"),
@@ -253,3 +266,145 @@ def test_a_gpu_without_kernels_is_refused(
     with pytest.raises(ConfigError, match=advice) as error:
         program.build_trainer(resolve(tiny))
     assert "\n" not in str(error.value) and str(error.value).startswith("NVIDIA Something has ")
+
+
+# Everything as on a GPU: compiled, micro-batches and precision by themselves; and its plan.
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was to be compiled, and is not: Dynamo would ask the GPU for its streams."""
+    found: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: found.append(self))
+    monkeypatch.setattr(DeviceTransform, "compile", lambda self: found.append(self))
+    return found
+
+
+@pytest.mark.trains
+def test_a_config_left_to_itself(gpu: None, compiled: list[Any], tiny: dict[str, Any]) -> None:
+    settings = {"compile": "auto", "device_train_microbatch_size": "auto", "precision": "auto"}
+    settings |= {"recipe_name": "hot", "activation_memory_budget": 0.5}
+    before = functorch.activation_memory_budget
+    try:
+        trainer = train(tiny, found := Watch(), "2ba", eval_interval="2ba", **settings)
+        assert functorch.activation_memory_budget == 0.5
+    finally:
+        functorch.activation_memory_budget = before
+    assert found.autocast == {(True, torch.bfloat16)}
+    assert found.sizes == [4] * 4
+    # The network, and the transforms of training and evaluation.
+    assert compiled[0] is trainer.state.model.module and len(compiled) == 3
+    assert found.losses[0] > 0 and trainer.state.eval_metric_values["MIoU"] >= 0
+
+
+@pytest.mark.trains
+def test_a_plan_measures_a_gpu(
+    gpu: None,
+    compiled: list[Any],
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    resets = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9 * 2**30)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("training.plan.get_device", lambda _: PretendedGPU())
+    monkeypatch.setattr("training.measure.LOADER_SECONDS", 0.1)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(tiny | {"precision": "auto"}))  # which is YAML
+    assert program.run([str(file), "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["device"] == "NVIDIA H100 80GB HBM3" and plan["precision"] == "amp_bf16"
+    assert plan["compiled"] and plan["batch"]["at_once"] == 4 and len(resets) == 1
+    # The most that tensors took, and what CUDA has besides: 10 GiB in use, of which 9 are ours.
+    assert plan["memory"]["step"] == 4 * 2**30
+    assert plan["memory"]["device"] == 79 * 2**30 - CONTEXT
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    assert program.run([str(file), "--plan", "--json"]) == 2
+    assert "not even 2 images" in json.loads(capsys.readouterr().out)["does_not_fit"]
+
+
+# Tensors that say they are on a GPU, and have no data: no operation may mix devices.
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    autocast = "torch.cuda.amp.common.amp_definitely_not_available"
+    monkeypatch.setattr(autocast, lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *a: self)
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *a: None)
+    monkeypatch.setattr(losses, "_implementation", lambda _: (losses.forward_sums, losses.backward))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            torch.empty(2, 1, dtype=torch.uint8, device="cuda").ne(255)[:, None].float()
+    except RuntimeError as error:
+        pytest.skip(f"this torch cannot pretend CUDA tensors: {error}".partition("\n")[0])
+    yield mode
+
+
+def on_cuda(network: nn.Module) -> nn.Module:
+    empty: dict[int, Any] = {}
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        shell = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda"
+        )
+        empty[id(tensor)] = nn.Parameter(shell) if isinstance(tensor, nn.Parameter) else shell
+    return copy.deepcopy(network, empty)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_step_stays_on_its_gpu(
+    fake_cuda: FakeTensorMode, tiny: dict[str, Any], mixes: bool
+) -> None:
+    """All of it but autograd's engine, which asks for a real context."""
+    network = program.build_network(resolve(tiny))
+    with fake_cuda:
+        _take_a_step(on_cuda(network), mixes)
+
+
+def _take_a_step(network: nn.Module, mixes: bool) -> None:
+    composed = model.ComposerDeepLabV3(network, 12, cross_entropy_weight=0.4, dice_weight=1.1)
+    raw = torch.empty(4, 64, 64, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+    labels = torch.empty(4, 64, 64, dtype=torch.uint8, device="cuda")
+    transform = DeviceTransform(distort=True)
+    for name in ("mean", "scale", "steps"):
+        constant = getattr(transform, name)
+        setattr(transform, name, torch.empty(constant.shape, dtype=constant.dtype, device="cuda"))
+    state: Any = type("State", (), {"batch": transform((raw, labels))})()
+    assert all(tensor.is_cuda for tensor in state.batch)
+    assert state.batch[0].is_contiguous(memory_format=torch.channels_last)
+    target = state.batch[1]
+    if mixes:
+        MixUp(0.5).apply(Event.BEFORE_FORWARD, state, cast(Logger, None))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        logits = composed(state.batch)
+        parts = composed.loss(logits, state.batch)
+    assert logits.dtype == torch.bfloat16 and logits.shape == (4, 12, 16, 16)
+    assert all(part.is_cuda for part in parts.values())
+    weights = [*network.parameters()]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    optimizer = DecoupledSGDW(weights, lr=0.1, momentum=0.9)
+    with _climbed(optimizer, 0.3):
+        pass
+    average = EMA("10ba")
+    average.ema_model, average.smoothing = EMAParameters(composed), 0.9
+    average._update(composed)
+    average._activate(composed, average=True)
+    composed.eval()
+    composed.eval_batch_size = 6
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        scored = composed.eval_forward((state.batch[0], target))
+    assert scored.shape == logits.shape
+    counts = confusion_matrix(scored, target, 12, -1)
+    assert counts.is_cuda and counts.shape == (12, 12)
