@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from layouts import lay_out
 from test_streaming import write
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,3 +276,23 @@ def test_the_network_of_a_plan_is_that_of_a_run(tiny: dict[str, Any]) -> None:
     built = build_composer_deeplabv3(12, "resnet50").module
     shapes = {name: value.shape for name, value in built.state_dict().items()}
     assert {name: value.shape for name, value in planned.state_dict().items()} == shapes
+
+
+def test_described_data_and_rare_classes_are_planned_for(
+    synthetic: str, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
+    tiny["model"]["class_weights"] = "auto"
+    for section in ("train_dataset", "eval_dataset"):
+        del tiny[section]["path"]
+    epochs = []
+    for rare in (None, 0.5):
+        tiny["train_dataset"]["rare_class_sampling"] = rare
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(tiny))
+        status, found = plan(capsys, str(file), "--gpu", "H100")
+        assert status == 0
+        epochs.append(found["length"]["epoch"])
+        # It is what the run's own loader has.
+        assert epochs[-1] == len(build_data(resolve(tiny), "train").dataloader)
+    assert epochs[0] == 4 < epochs[1]

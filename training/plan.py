@@ -30,16 +30,22 @@ from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
 from torch import nn
 
+from dataset.counts import count_classes
+from dataset.description import parse_description
 from dataset.folders import list_samples
+from dataset.labels import Labels
+from dataset.matching import list_described
+from dataset.sampler import length_of_repeated
 from dataset.shards import Shards
 from errors import ConfigError, UserError
+from training.balance import repeat_factors
 from training.config import load, resolve
 from training.estimate import GPUS, NO_BF16, assumed, estimate
 from training.measure import BuildTrainer, measure
 from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.plan_text import text
 from training.precision import choose_precision, compiles
-from training.schema import Config, DatasetConfig
+from training.schema import Config
 
 DISK_BYTES = 2**27  # written to see how fast a disk is
 BuildNetwork = Callable[[Config], nn.Module]  # without pretrained weights, on "meta"
@@ -136,8 +142,8 @@ def estimated(
     if gpus < 1 or batch % gpus:
         raise ConfigError(f"train_dataset.batch_size: {batch} does not divide among {gpus} GPUs")
     training, validation = options.images or (
-        _samples(config.train_dataset, "train"),
-        _samples(config.eval_dataset, "val"),
+        _samples(config, "train"),
+        _samples(config, "val"),
     )
     epoch = (math.floor if config.train_dataset.drop_last else math.ceil)(training / batch)
     if epoch == 0:
@@ -237,13 +243,23 @@ def _too_large(at_once: int) -> str:
     return f"not even {at_once} images at once; a smaller final_size or backbone_arch would help"
 
 
-def _samples(dataset: DatasetConfig, split: str) -> int:
-    """Return how many samples a split has."""
-    assert dataset.path is not None  # resolve() has seen to it
-    if not dataset.is_streaming:
-        return len(list_samples(dataset.path, split))
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
-        return len(Shards(dataset.path, folder if dataset.local else None, split))
+def _samples(config: Config, split: str) -> int:
+    """Return how many samples an epoch of a split has."""
+    dataset = config.train_dataset if split == "train" else config.eval_dataset
+    path = dataset.path
+    assert path is not None  # resolve() has seen to it
+    description = parse_description(config.data) if config.data is not None else None
+    if split == "train" and dataset.rare_class_sampling:
+        labels = Labels(config.model.num_classes, dataset.ignore_background, dataset.ignore_label)
+        source = path, dataset.local, dataset.is_streaming, split, labels, description
+        present = count_classes(*source).present
+        return length_of_repeated(repeat_factors(present, dataset.rare_class_sampling))
+    if dataset.is_streaming:
+        with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
+            return len(Shards(path, folder if dataset.local else None, split))
+    if description is not None:
+        return len(list_described(description, split, path))
+    return len(list_samples(path, split))
 
 
 def _whole(
