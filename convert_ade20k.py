@@ -41,7 +41,7 @@ from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
 from dataset.decoding import decode_mask, decode_photo
-from dataset.description import as_yaml, describe_labels, open_description
+from dataset.description import Description, as_yaml, describe_labels, open_description
 from dataset.folders import FOLDERS, Sample, find_root, list_samples
 from dataset.masks import Masks
 from dataset.matching import list_described
@@ -299,6 +299,20 @@ def _write(file: Path, content: Any) -> None:
     os.replace(temporary, file)
 
 
+def find_splits(
+    path: str, description: Description | None
+) -> dict[str, tuple[list[Sample], Masks | None]]:
+    """Return the samples of each split, and what their masks hold where that is described."""
+    if description is not None:
+        return {
+            split: (list_described(description, split, path), Masks.of(description, split, path))
+            for split in FOLDERS
+        }
+    images = find_root(path) / "images"
+    there = [split for split, folder in FOLDERS.items() if (images / folder).is_dir()]
+    return {split: (list_samples(path, split), None) for split in there or FOLDERS}
+
+
 def convert(
     path: str,
     out: str,
@@ -348,15 +362,7 @@ def convert(
         raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
     workers = workers or len(os.sched_getaffinity(0))
     path, description = open_description(path, root)
-    splits: dict[str, tuple[list[Sample], Masks | None]] = {}
-    for split in FOLDERS:
-        if description is not None:
-            samples = list_described(description, split, path)
-            splits[split] = samples, Masks.of(description, split, path)
-        elif (find_root(path) / "images" / FOLDERS[split]).is_dir():
-            splits[split] = list_samples(path, split), None
-    if not splits:
-        list_samples(path, "train")  # which says what is missing
+    splits = find_splits(path, description)
     with _only_one(folder):
         for split, (samples, masks) in splits.items():
             remote = f"{out}/{split}" if is_remote else None

@@ -19,6 +19,7 @@ from layouts import COLORS, LAYOUTS, NAMES, lay_out
 from PIL import Image
 
 import main as program
+from checkpointing.weights import load_weights
 from convert_ade20k import convert
 from data import build_ade20k_dataspec, build_data
 from dataset import report
@@ -151,6 +152,10 @@ def test_every_layout_trains_evaluates_and_resumes_alike(
         result = json.loads(scores.read_text())
         assert result["photos"] == 4
         assert [row["class"] for row in result["classes"]] == NAMES
+        # What predict.py and export.py draw with.
+        description = open_description(str(file))[1]
+        assert description is not None
+        assert load_weights(checkpoint).classes == list(description.classes)
         by_itself = tmp_path / "by_itself.json"
         arguments = ["--data", str(laid_out["merged"]), "--size", "32", "--json", str(by_itself)]
         assert evaluate([checkpoint, *arguments]) == 0
