@@ -84,7 +84,8 @@ def read_description(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         raw = yaml.load(text, _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the description {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the description {path}: {reason}") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"the description {path} is not YAML: {reason}") from error

@@ -180,7 +180,10 @@ def test_the_description_gives_the_config_what_follows(laid_out: dict[str, Path]
 def test_from_the_command_line(laid_out: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tiny_run(None)))
-    assert resolve(load(str(file), [f"data={laid_out['folders']}"])).model.num_classes == 12
+    described = f"data={laid_out['folders']}"
+    assert resolve(load(str(file), [described])).model.num_classes == 12
+    own = resolve(load(str(Path(__file__).parent.parent / "yamls" / "own.yaml"), [described]))
+    assert own.eval_dataset.path == str(laid_out["folders"].parent) and own.run_name == "own"
 
 
 def test_shards_hold_the_merged_labels(
