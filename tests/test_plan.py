@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import main as program
 from benchmarks.train_step import release, standing_bytes
 from data import build_data
+from errors import ModelError
 from model import build_composer_deeplabv3, deeplabv3
 from training.config import resolve
 from training.estimate import GPUS, estimate
 from training.measure import _store
-from training.memory import GIB, Footprint, count, fitting
+from training.memory import GIB, Footprint, count, first_microbatch, fitting
 from training.plan import lengths, passes
 from training.schema import Config
 
@@ -85,6 +86,25 @@ def test_memory_grows_with_the_area_and_a_smaller_type_takes_less(
         4 * footprint.image, rel=0.03
     )
     assert count(network, SIZE, None).image > 1.5 * footprint.image
+
+
+def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And `auto` then begins as Composer's does."""
+
+    class Thresholds(torch.nn.Conv2d):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            result = super().forward(image)
+            return result if result.mean() > 0 else -result
+
+    with pytest.raises(ModelError, match=r"cannot be counted without data: .*"):
+        count(Thresholds(3, 5, 1), SIZE, None)
+    monkeypatch.setattr("training.memory.free_memory", lambda device: pytest.fail("was asked"))
+    device: Any = None
+    assert first_microbatch(Thresholds(3, 5, 1), Config(), "fp32", 24, device) == 24
+    frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
+    whole = count(frozen, SIZE, None)
+    frozen[0].requires_grad_(False)
+    assert count(frozen, SIZE, None).image <= whole.image
 
 
 def settings(**changes: Any) -> Config:

@@ -89,7 +89,9 @@ def estimate(
     free = gpu.memory * GIB - CONTEXT
     at_once, fits = fitting(footprint, config, images, free, gpus)
     rate = gpu.single if precision == "fp32" else gpu.half
-    moved = PASSES * footprint.normalised if compiled else footprint.traffic
+    moved = footprint.traffic
+    if compiled:
+        moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
     again = 1 + (1 - kept) / 6  # recomputed: at most half of the way there, which is a third
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
@@ -119,7 +121,9 @@ def assumed(name: str, compiled: bool) -> list[str]:
     """Say what an estimate takes for granted, a line each."""
     gpu = GPUS[name]
     moved = (
-        f"{PASSES} times the numbers that BatchNorms read" if compiled else "each operation's own"
+        f"{PASSES} times what BatchNorms read, at least half of each operation's own"
+        if compiled
+        else "each operation's own"
     )
     return [
         f"{name}: {gpu.half / 1e12:.0f} TFLOP/s in bf16 or fp16, {gpu.single / 1e12:.0f} in fp32, "

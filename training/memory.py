@@ -7,9 +7,12 @@ what the weights take and what an image takes. `auto` begins with as many images
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from errors import ModelError, one_line
 from segmentation.batch_norm import SyncBatchNorm2d
 from training.precision import compiles
 from training.schema import Config
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 CONTEXT = 1.2 * GIB  # CUDA's context, cuDNN's and cuBLAS's workspaces: an assumption
@@ -47,7 +53,7 @@ class Footprint(NamedTuple):
         saved: Of that, what a pass keeps for the way back.
         operations: Floating-point operations of an image's convolutions, there and back.
         traffic: An image's numbers that go to memory and back between convolutions, there and back.
-        normalised: An image's numbers that BatchNorms read.
+        normalised: An image's bytes that normalising layers read.
         norms: How many BatchNorms there are.
     """
 
@@ -103,7 +109,7 @@ class _Counter(TorchDispatchMode):
             self.operations += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         elif func._schema.is_mutable or not known >= {t.untyped_storage()._cdata for t in made}:
             self.traffic += sum(t.numel() * t.element_size() for t in given + made)
-        if "batch_norm" in func.__name__ and "backward" not in func.__name__:
+        if "_norm" in func.__name__ and "backward" not in func.__name__:
             self.normalised += given[0].numel() * given[0].element_size()
         return result
 
@@ -130,15 +136,19 @@ def count(
         dtype: What it computes in under autocast; None for fp32.
         compiled: Whether it will be compiled; a synchronised BatchNorm then takes no more than
             another, since its parts are one kernel.
+
+    Raises:
+        ModelError: What the network does depends on its numbers.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), _told_of_failure():
         empty = _without_data(network).train()
         if compiled:
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
         for weight in empty.parameters():  # gradients are counted with the weights
-            weight.register_post_accumulate_grad_hook(_forget)
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
     # What grows with the images, an image's; and of the peak what does not.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
@@ -155,6 +165,16 @@ def count(
         normalised=each["normalised"],
         norms=sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()),
     )
+
+
+@contextlib.contextmanager
+def _told_of_failure() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a network of one's own may do anything
+        raise ModelError(
+            f"model.name: cannot be counted without data: {one_line(error)}"
+        ) from error
 
 
 def _without_data(network: nn.Module) -> nn.Module:
@@ -247,6 +267,10 @@ def first_microbatch(
         device: The GPU.
     """
     size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
-    footprint = count(network, size, dtype, compiles(config))
+    try:
+        footprint = count(network, size, dtype, compiles(config))
+    except ModelError as error:
+        log.info("auto begins with the whole batch: %s", error)
+        return images
     free, ranks = free_memory(device) - CONTEXT, dist.get_world_size()
     return fitting(footprint, config, images, free, ranks)[0]
