@@ -36,7 +36,7 @@ def stand_in_for_sync_batch_norm() -> None:
     def gather(x: Any, mean: Any, invstd: Any, *_: Any) -> Any:
         return mean[0].clone(), invstd[0].clone()
 
-    def element(x: Any, weight: Any, bias: Any, mean: Any, invstd: Any, eps: float) -> Any:
+    def normalise(x: Any, weight: Any, bias: Any, mean: Any, invstd: Any, eps: float) -> Any:
         scale = (invstd * weight).view(channels)
         return ((x - mean.view(channels)) * scale + bias.view(channels)).to(x.dtype)
 
@@ -51,7 +51,7 @@ def stand_in_for_sync_batch_norm() -> None:
     for name, function in (
         ("batch_norm_stats", stats),
         ("batch_norm_gather_stats_with_counts", gather),
-        ("batch_norm_elemt", element),
+        ("batch_norm_elemt", normalise),
         ("batch_norm_backward_reduce", reduce),
         ("batch_norm_backward_elemt", backward_elemt),
     ):
