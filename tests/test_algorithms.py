@@ -314,6 +314,22 @@ def test_ema_update_equals_composer():
     assert counter.dtype == torch.int64 and counter > 0
 
 
+def test_ema_leaves_tables_of_integers_alone():
+    """Swin's indices of relative positions, rounded down at each update, would be other ones."""
+    model = torch.nn.BatchNorm2d(2)
+    model.register_buffer("table", torch.arange(100).view(10, 10))
+    model.register_buffer("mask", torch.tensor([True, False]))
+    state = types.SimpleNamespace(model=model, is_model_ddp=False)
+    ema = EMA("3ba")
+    ema.apply(Event.INIT, state, None)
+    for _ in range(20):
+        model.num_batches_tracked += 1
+        ema.apply(Event.BATCH_END, state, None)
+    stored = ema.ema_model.named_buffers_dict
+    assert torch.equal(stored["table"], model.table) and torch.equal(stored["mask"], model.mask)
+    assert 0 < stored["num_batches_tracked"] < 20
+
+
 class Point:
     """Two weights, a loss |w|^2 / 2 * factor, and SAM's step for them outside of a trainer."""
 
