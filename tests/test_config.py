@@ -77,6 +77,7 @@ WRONG = {
     "optimizer.betas=[0.9]": "optimizer.betas: .* are not two numbers",
     "optimizer.betas=[0.9,1]": "optimizer.betas: 1.0 is not 0 to below 1",
     "optimizer.no_decay=[norms]": "optimizer.no_decay: norms is neither norm nor bias",
+    "model.arguments=[a]": "model.arguments: .'a'. is not keys and values",
     "optimizer.no_decay=norm": "optimizer.no_decay: ",
     "optimizer.clip_norm=0": "optimizer.clip_norm: 0.0 is not a finite number of more than 0",
     "optimizer.head_lr_scale=-1": "optimizer.head_lr_scale: -1.0",

@@ -172,6 +172,8 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
             raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
         elif get_origin(section) is list and not isinstance(value, list):
             raise ConfigError(f"{prefix}{name}: {value!r} is not a list, as in [{value}]")
+        elif get_origin(section) is dict and not isinstance(value, dict):
+            raise ConfigError(f"{prefix}{name}: {value!r} is not keys and values, as in {{a: 1}}")
         result[name] = value
     return result
 
