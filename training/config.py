@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import itertools
 import os
-from typing import TYPE_CHECKING, Any, cast, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -170,12 +170,16 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
                 value = _without_empty_sections(value, cast(type, section), f"{prefix}{name}.")
         elif value is None and section is not Any and not _may_be_empty(section):
             raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
-        elif get_origin(section) is list and not isinstance(value, list):
+        elif list in _kinds(section) and not isinstance(value, (list, type(None))):
             raise ConfigError(f"{prefix}{name}: {value!r} is not a list, as in [{value}]")
-        elif get_origin(section) is dict and not isinstance(value, dict):
+        elif dict in _kinds(section) and not isinstance(value, (dict, type(None))):
             raise ConfigError(f"{prefix}{name}: {value!r} is not keys and values, as in {{a: 1}}")
         result[name] = value
     return result
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return {get_origin(part) for part in (hint, *get_args(hint))}
 
 
 def _may_be_empty(hint: Any) -> bool:
