@@ -247,6 +247,8 @@ class DeviceTransform:
         self.labels = labels or Labels()
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
+        # Numbers: torch 2.7 does not compile what reads them off a NamedTuple's properties.
+        self.first, self.num_classes = labels.first, labels.num_classes
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
@@ -291,8 +293,8 @@ class DeviceTransform:
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
-        index = labels - self.labels.first  # Of an ignored label 0 it is 255.
-        return image, index.long().masked_fill_(index >= self.labels.num_classes, -1)
+        index = labels - self.first  # Of an ignored label 0 it is 255.
+        return image, index.long().masked_fill_(index >= self.num_classes, -1)
 
     def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
         image = raw.to(torch.float32, memory_format=torch.contiguous_format)

@@ -62,7 +62,7 @@ def step(synthetic: str) -> list[str]:
     return f"{text} --warmup 1 --steps 2 --rounds 2".split()
 
 
-CONFIG = Config(model=ModelConfig(12, "resnet50", None))
+CONFIG = Config(model=ModelConfig(num_classes=12, backbone_arch="resnet50", backbone_weights=None))
 
 
 class FirstLoss(Callback):
