@@ -248,7 +248,7 @@ class DeviceTransform:
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
         # Numbers: torch 2.7 does not compile what reads them off a NamedTuple's properties.
-        self.first, self.num_classes = labels.first, labels.num_classes
+        self.first, self.num_classes = self.labels.first, self.labels.num_classes
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
