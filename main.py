@@ -68,9 +68,9 @@ def main(
         trainer.eval()
         return trainer
 
-    from checkpointing.saver import Checkpoints
+    from checkpointing.saver import saver_of
 
-    saver = next((c for c in trainer.state.callbacks if isinstance(c, Checkpoints)), None)
+    saver = saver_of(trainer.state)
     with saver.listening() if saver else nullcontext():
         first = config.eval_first and trainer.state.timestamp.batch == 0
         end = trainer.state.max_duration

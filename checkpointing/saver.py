@@ -289,6 +289,11 @@ class Checkpoints(CheckpointSaver):
             self.ended = self.best.patience
 
 
+def saver_of(state: State) -> Checkpoints | None:
+    """Return what saves a run's checkpoints, if anything does."""
+    return next((c for c in state.callbacks if isinstance(c, Checkpoints)), None)
+
+
 def _name(state: State) -> str:
     return f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}-rank0.pt"
 

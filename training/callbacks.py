@@ -32,7 +32,7 @@ from composer.utils import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from checkpointing.saver import Checkpoints
+from checkpointing.saver import Checkpoints, saver_of
 from errors import RunError
 from segmentation.classes import ClassInfo, classes_to_json
 from segmentation.drawing import prediction_sheet
@@ -405,7 +405,7 @@ def summary(trainer: Trainer) -> str:
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None else f"{first:.2f} before, "
         lines.append(f"mIoU: {before}{miou:.2f} now")
-    saver = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
+    saver = saver_of(trainer.state)
     if saver and saver.ended:
         lines.append(f"ended early: {saver.best.metric} was no better for {saver.ended}")
     if saver and saver.best_name:

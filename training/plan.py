@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from composer.core import Time, TimeUnit
 from composer.utils import dist, get_device
 from torch import nn
 
@@ -45,6 +44,7 @@ from training.measure import BuildTrainer, measure
 from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.plan_text import text
 from training.precision import choose_precision, compiles
+from training.recipes import in_batches
 from training.schema import Config
 
 DISK_BYTES = 2**27  # written to see how fast a disk is
@@ -64,10 +64,7 @@ def lengths(config: Config, epoch: int) -> Length:
     """Return a run's steps, evaluations and checkpoints, given the steps of an epoch."""
 
     def steps(text: str) -> int:
-        given = Time.from_timestring(text)
-        batch = config.train_dataset.batch_size
-        per_unit = {TimeUnit.EPOCH: epoch, TimeUnit.BATCH: 1, TimeUnit.SAMPLE: 1 / batch}
-        return max(1, math.ceil(given.value * per_unit[given.unit]))
+        return max(1, math.ceil(in_batches(text, epoch, config.train_dataset.batch_size)))
 
     total = steps(config.max_duration)
     # One is due at the end, too.

@@ -67,6 +67,17 @@ def build_schedule(config: Config) -> optim.ComposerScheduler:
     return with_warmup(schedule.warmup, **arguments)
 
 
+def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
+    """Return a time string, in `ep`, `ba` or `sp`, in batches."""
+    time = Time.from_timestring(text)
+    per_unit = {
+        TimeUnit.EPOCH: batches_per_epoch,
+        TimeUnit.BATCH: 1,
+        TimeUnit.SAMPLE: 1 / batch_size,
+    }
+    return time.value * per_unit[time.unit]
+
+
 def check_lengths(config: Config, batches_per_epoch: int) -> None:
     """Compare times that only the length of an epoch makes comparable.
 
@@ -77,13 +88,7 @@ def check_lengths(config: Config, batches_per_epoch: int) -> None:
     """
 
     def batches(text: str) -> float:
-        time = Time.from_timestring(text)
-        per_unit = {
-            TimeUnit.EPOCH: batches_per_epoch,
-            TimeUnit.BATCH: 1,
-            TimeUnit.SAMPLE: 1 / config.train_dataset.batch_size,
-        }
-        return time.value * per_unit[time.unit]
+        return in_batches(text, batches_per_epoch, config.train_dataset.batch_size)
 
     length = batches(config.max_duration)
     if batches(config.schedule.warmup) >= length:
