@@ -53,6 +53,7 @@ from training.config import resolve
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
+GPU_MATRIX = 8192  # side of the one that shows what a GPU can do
 RECIPES = ("none", "mild", "medium", "hot")
 PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1
 CYCLE = 2  # steps: medium climbs every 2nd
@@ -245,8 +246,8 @@ def operations(args: argparse.Namespace) -> int:
 def matrix_rate(dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product, the best of a second's."""
     on_gpu = torch.cuda.is_available()
-    n = 8192 if on_gpu else 2048
-    a, b = torch.randn(2, n, n, device="cuda" if on_gpu else "cpu").to(dtype)
+    n, device = (GPU_MATRIX, "cuda") if on_gpu else (2048, "cpu")
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
     best, end = float("inf"), time.perf_counter() + 1
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -6,12 +6,16 @@ renames, moves or refuses there.
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import json
 import os
 import re
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,9 +35,11 @@ from torch._functorch import config as functorch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.grad_scaler import GradScaler
+from torch.overrides import TorchFunctionMode
 
 import main as program
 import model
+from benchmarks import camvid, device_transform, loss, train_step
 from errors import ConfigError
 from segmentation import losses
 from segmentation.metrics import confusion_matrix
@@ -408,3 +414,117 @@ def _take_a_step(network: nn.Module, mixes: bool) -> None:
     assert scored.shape == logits.shape
     counts = confusion_matrix(scored, target, 12, -1)
     assert counts.is_cuda and counts.shape == (12, 12)
+
+
+# The benchmarks' own branches, on the same pretended GPU.
+
+
+class OnTheCPU(TorchFunctionMode):
+    """What is to be made on "cuda", or brought there, is on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        args = [self.place(argument) for argument in args]
+        return function(*args, **{name: self.place(v) for name, v in (kwargs or {}).items()})
+
+    def place(self, value: Any) -> Any:
+        wanted = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+        return torch.device("cpu") if wanted else value
+
+
+@pytest.fixture
+def calls(
+    gpu: None, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[collections.Counter[str]]:
+    """How often `torch.cuda` was asked for what; 7 MiB were held, at most 12."""
+    found: collections.Counter[str] = collections.Counter()
+
+    def count(name: str, value: Any = None) -> None:
+        monkeypatch.setattr(torch.cuda, name, lambda *a: found.update([name]) or value)
+
+    count("synchronize")
+    count("empty_cache")
+    count("reset_peak_memory_stats")
+    count("memory_allocated", 7 * 2**20)
+    count("max_memory_allocated", 12 * 2**20)
+    monkeypatch.setattr("benchmarks.plain.get_device", lambda _: PretendedGPU())
+    monkeypatch.setattr(train_step, "GPU_MATRIX", 64)
+    threads = torch.get_num_threads()
+    with OnTheCPU():
+        yield found
+    torch.set_num_threads(threads)
+    train_step.release()
+
+
+@pytest.mark.trains
+def test_train_step_measures_a_gpu(
+    calls: collections.Counter[str], synthetic: str, tmp_path: Path
+) -> None:
+    text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
+    text += f" --warmup 1 --steps 2 --rounds 1 --recipes hot --json {tmp_path / 'result'}"
+    result = train_step.main(text.split())
+    assert result["machine"]["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert result["types"] == {"plain": "float16", "ours": "bfloat16"}
+    assert min(calls.values()) > 0
+    for found in result["recipes"]["hot"].values():
+        assert found["bytes"] > 5 * 2**20  # what stands is added to what a step took
+        assert all(found["parts"][part] > 0 for part in ("backbone", "head", "loss"))
+    assert json.loads((tmp_path / "result").read_text())["recipes"].keys() == {"hot"}
+
+
+@pytest.mark.trains
+def test_camvid_trains_on_a_gpu(calls: collections.Counter[str], synthetic: str) -> None:
+    default = camvid.arguments(["--path", synthetic])
+    assert (default.size, default.batch) == (512, 16)
+    text = f"--path {synthetic} --classes 12 --size 32 --batch 4 --workers 0 --minutes 0.02"
+    result = camvid.main([*text.split(), "--evaluations", "1", "--probe", "1", "--recipes", "hot"])
+    assert result["machine"]["cuda"] == torch.version.cuda
+    assert 0 <= result["recipes"]["hot"]["evaluations"][-1]["miou"] <= 100
+
+
+class AtOnce:
+    """An executor that calls at once, in this thread."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_loss_measures_a_gpu(
+    calls: collections.Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", AtOnce)
+    path = tmp_path / "result"
+    text = f"benchmark --batch 1 --classes 5 --size 64 --repeats 2 --json {path}"
+    monkeypatch.setattr(sys, "argv", text.split())
+    loss.main()
+    result = json.loads(path.read_text())
+    assert result["machine"]["device"] == "NVIDIA H100 80GB HBM3"
+    assert result["dtype"] == "bfloat16"
+    sides = len(loss.SIDES)
+    for row in result["rows"]:
+        assert set(row["bytes"].values()) == {5 * 2**20}
+    assert calls["reset_peak_memory_stats"] == sides * len(result["rows"])
+
+
+def test_device_transform_measures_a_gpu(
+    calls: collections.Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ShortTimer(device_transform.Timer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, timer=time.perf_counter)  # not CUDA's
+
+        def blocked_autorange(self, min_run_time: float) -> object:
+            return super().blocked_autorange(min_run_time=min_run_time / 100)
+
+    monkeypatch.setattr(device_transform, "Timer", ShortTimer)
+    rows = list(device_transform.measure("cuda", 1, 2, 32))
+    assert [row["transform"] for row in rows] == ["training", "evaluation"]
+    assert all(row["device"].startswith("NVIDIA") and row["peak_mib"] == 5 for row in rows)
