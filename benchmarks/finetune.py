@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 import main as program
-from training.callbacks import Curves
 from training.config import resolve
+from training.pictures import Curves
 
 NAMES = Path(__file__).resolve().parent.parent / "yamls" / "camvid_classes.txt"
 CLASSES = 150

@@ -27,16 +27,9 @@ from segmentation.classes import load_classes
 from segmentation.drawing import prediction_sheet
 from segmentation.losses import MixedTarget
 from segmentation.metrics import confusion_matrix, mean_iou
-from training import callbacks
-from training.callbacks import (
-    Curves,
-    Pictures,
-    RunRecord,
-    TrainMIoU,
-    draw_curves,
-    main_target,
-    save_file,
-)
+from training import callbacks, pictures
+from training.callbacks import RunRecord, TrainMIoU, main_target
+from training.pictures import Curves, Pictures, draw_curves, save_file
 
 pytestmark = pytest.mark.trains
 
@@ -49,8 +42,7 @@ def run() -> tuple[Any, str]:
 def test_pictures_are_of_the_evaluated_weights(run: tuple[Any, str]):
     """Drawn again by hand from the checkpoint, the last picture has the same pixels."""
     trainer, folder = run
-    pictures = os.path.join(folder, "pictures")
-    assert sorted(os.listdir(pictures)) == ["ep0-ba2.png", "ep1-ba4.png"]
+    assert sorted(os.listdir(os.path.join(folder, "pictures"))) == ["ep0-ba2.png", "ep1-ba4.png"]
     spec = trainer.state.evaluators[0].dataloader
     checkpoint = os.path.join(folder, "latest-rank0.pt")
     photos, targets, predictions = [], [], []
@@ -66,7 +58,7 @@ def test_pictures_are_of_the_evaluated_weights(run: tuple[Any, str]):
     classes = load_weights(checkpoint).classes
     expected = np.array(prediction_sheet(photos, targets, predictions, classes))
     drawn = next(c for c in trainer.state.callbacks if isinstance(c, Pictures))
-    assert drawn.latest == os.path.join(pictures, "ep1-ba4.png")
+    assert drawn.latest == os.path.join(folder, "pictures", "ep1-ba4.png")
     assert np.array_equal(np.array(Image.open(drawn.latest)), expected)
 
 
@@ -191,7 +183,7 @@ def test_files_go_to_object_stores(
         def upload_object(self, name: str, file: str) -> None:
             stored[name] = Path(file).read_bytes()
 
-    monkeypatch.setattr(callbacks, "maybe_create_object_store_from_uri", lambda uri: Store())
+    monkeypatch.setattr(pictures, "maybe_create_object_store_from_uri", lambda uri: Store())
     assert (
         save_file(b"png", "s3://bucket/run", "pictures/a.png") == "s3://bucket/run/pictures/a.png"
     )

@@ -300,12 +300,13 @@ def test_the_command_line_trains_and_sums_up(
     overrides = [f"save_folder={tmp_path}/saved", "eval_first=true", "pictures=2"]
     overrides += ["max_duration=2ba", "eval_interval=2ba", "save_interval=2ba"]
     assert run([str(path), *overrides]) == 0
-    miou, checkpoint, pictures = capsys.readouterr().out.splitlines()[-3:]
+    miou, checkpoint, pictures, report = capsys.readouterr().out.splitlines()[-4:]
     assert miou.startswith("mIoU: ")
     assert " before, " in miou
     assert checkpoint == f"checkpoint: {tmp_path}/saved/ep0-ba2-rank0.pt"
     assert Path(checkpoint.removeprefix("checkpoint: ")).is_file()
     assert Path(pictures.removeprefix("pictures: ")).is_file()
+    assert report == f"report: {tmp_path}/saved/report.html"
 
     assert run([str(path), *overrides]) == 2  # what is there is not overwritten
     error = capsys.readouterr().err.splitlines()[-1]

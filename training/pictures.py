@@ -1,0 +1,236 @@
+"""What a run draws: some photos with their predictions at each evaluation, and its curves.
+
+Both are Composer callbacks. Neither makes the training step wait for the device, and neither writes
+from any process but the first.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from composer.core import Callback, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import (
+    dist,
+    format_name_with_dist,
+    maybe_create_object_store_from_uri,
+    parse_uri,
+)
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from segmentation.classes import ClassInfo
+from segmentation.drawing import prediction_sheet
+
+log = logging.getLogger(__name__)
+
+
+def save_file(data: bytes, folder: str, name: str) -> str | None:
+    """Write a file into a folder or below an object store's URI; it appears whole or not at all.
+
+    What a callback writes is worth less than the run: where it cannot be written, a warning says so
+    and training goes on.
+
+    Returns:
+        Where the file is, or None.
+    """
+    path = os.path.join(folder, name)
+    try:
+        if "://" in folder:
+            store = maybe_create_object_store_from_uri(folder)
+            assert store is not None
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(data)
+                file.flush()
+                store.upload_object(parse_uri(path)[2], file.name)
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(f"{path}.unfinished", "wb") as file:
+                file.write(data)
+            os.replace(f"{path}.unfinished", path)
+    except Exception as error:  # an object store raises what its client does
+        log.warning("cannot write %s: %s", path, error)
+        return None
+    return path
+
+
+def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None:
+    """Write a run's file; `{run_name}` in the folder and `{time}` in the name are filled in."""
+    time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+    folder = format_name_with_dist(folder, state.run_name)
+    return save_file(data, folder, name.format(time=time))
+
+
+class Pictures(Callback):
+    """At each evaluation, draws some fixed validation photos with their masks and predictions.
+
+    The photos are spread evenly over the validation set and the same at every evaluation. They pass
+    through the network once more, on the first process, with the weights that are evaluated: at
+    `EVAL_START` EMA has put its own in place.
+
+    Args:
+        classes: Names and colours of the classes.
+        count: How many photos.
+        folder: Folder or object-store URI that `pictures/ep{epoch}-ba{batch}.png` goes below; the
+            picture goes to the loggers in any case.
+
+    Attributes:
+        latest: Where the newest picture is, or None.
+        sheet: The newest picture, or None.
+    """
+
+    def __init__(self, classes: Sequence[ClassInfo], count: int = 4, folder: str | None = None):
+        self.classes = classes
+        self.count = count
+        self.folder = folder
+        self.latest: str | None = None
+        self.sheet: Image.Image | None = None
+        self._batches: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() != 0 or self.count == 0:
+            return
+        label = state.dataloader_label
+        evaluator = next((e for e in state.evaluators if e.label == label), None)
+        if evaluator is None:
+            return
+        spec = evaluator.dataloader
+        if label not in self._batches:
+            loader = cast(DataLoader, spec.dataloader)
+            dataset = cast(Sequence[Any], loader.dataset)
+            places = (np.arange(self.count) + 0.5) * len(dataset) / self.count
+            self._batches[label] = [
+                loader.collate_fn([dataset[i]]) for i in np.unique(places.astype(int)).tolist()
+            ]
+        photos, targets, predictions = [], [], []
+        for batch in self._batches[label]:
+            photos.append(batch[0][0].permute(1, 2, 0).numpy())
+            target, prediction = self._predict(state, spec, batch)
+            targets.append(target)
+            predictions.append(prediction)
+        self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
+        # With this shape and type every one of Composer's loggers takes an image.
+        logger.log_images(
+            np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
+        )
+        if self.folder is not None:
+            data = io.BytesIO()
+            sheet.save(data, "PNG")
+            self.latest = save_to_run(data.getvalue(), self.folder, "pictures/{time}.png", state)
+
+    @staticmethod
+    def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return the target and the predicted classes of a batch of one, (H, W) each."""
+        batch = spec.batch_transforms(tuple(part.clone() for part in batch))
+        batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
+        with get_precision_context(state.precision, state.precision_config):
+            # The network itself: DistributedDataParallel's forward waits for the other processes.
+            # Its forward: the compiled call would be compiled again for a batch of one.
+            model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
+            logits = cast(nn.Module, model.module).forward(batch[0])
+        size = batch[1].shape[1:]
+        logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+        return batch[1][0].cpu().numpy(), logits.argmax(1)[0].cpu().numpy()
+
+
+class Curves(Callback):
+    """Keeps `curves.png`: loss, learning rate and mIoU of the whole run, across resumes.
+
+    The numbers are part of the checkpoint (12 bytes a batch), so a run that goes on from one draws
+    exactly what it has trained, wherever it goes on.
+
+    Args:
+        folder: Folder or object-store URI that `curves.png` goes into, or None.
+
+    Attributes:
+        drawn: What `curves.png` holds, on the first process.
+    """
+
+    def __init__(self, folder: str | None = None):
+        self.folder = folder
+        self.train: list[tuple[int, float, float]] = []  # batches done, loss, learning rate
+        self.eval: list[tuple[int, float]] = []  # batches done, mIoU in percent
+        self.drawn: bytes | None = None
+        self._learning_rate = float("nan")
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        # Composer has the loss of the batch on the host by now, to log it.
+        loss = (state.total_loss_dict or {}).get("loss/train/total", float("nan"))
+        self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
+        if metric is not None:
+            self.eval.append((state.timestamp.batch.value, float(metric.compute())))
+        self._draw(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._draw(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train": torch.tensor(self.train), "eval": torch.tensor(self.eval)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.train = [(int(batch), loss, rate) for batch, loss, rate in state["train"].tolist()]
+        self.eval = [(int(batch), miou) for batch, miou in state["eval"].tolist()]
+
+    def _draw(self, state: State) -> None:
+        if self.folder is not None and dist.get_global_rank() == 0 and self.train:
+            self.drawn = draw_curves(self.train, self.eval)
+            save_to_run(self.drawn, self.folder, "curves.png", state)
+
+
+def draw_curves(
+    train: Sequence[tuple[int, float, float]], evaluations: Sequence[tuple[int, float]]
+) -> bytes:
+    """Loss, learning rate and mIoU over the batches, as a PNG.
+
+    Args:
+        train: Batches done, loss, and learning rate, a row a batch.
+        evaluations: Batches done and mIoU in percent, a row an evaluation.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and no pyplot
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), dpi=100, layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    batch, loss, rate = np.array(train, np.float64).reshape(-1, 3).T
+    at, miou = np.array(evaluations, np.float64).reshape(-1, 2).T
+    dots = dict(marker="o", markersize=4)
+    if len(batch):
+        window = max(1, len(loss) // 50)
+        padded = np.pad(loss, (window - 1, 0), "edge")
+        smooth = np.convolve(padded, np.ones(window) / window, "valid")
+        few = dots if len(batch) == 1 else {}
+        axes[0].plot(batch, loss, color="#b0c4de", linewidth=0.8, label="each batch", **few)
+        axes[0].plot(batch, smooth, color="#1f4e79", label=f"mean of {window}")
+        axes[0].set_title(f"training loss, {smooth[-1]:.4g} at the end", loc="left")
+        axes[0].legend(frameon=False)
+        axes[1].plot(batch, rate, color="#b8860b", **few)
+        axes[1].set_ylim(0, 1.1 * max(rate.max(), 1e-12))
+        axes[1].set_title(f"learning rate, {rate[-1]:.3g} at the end", loc="left")
+    if len(at):
+        best = int(miou.argmax())
+        axes[2].plot(at, miou, color="#2e7d32", **dots)
+        title = f"mIoU, {miou[-1]:.2f}% at the end, best {miou[best]:.2f}% (batch {at[best]:.0f})"
+        axes[2].set_title(title, loc="left")
+        axes[2].set_ylim(bottom=0)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[2].set_xlabel("batch")
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    return data.getvalue()

@@ -1,0 +1,163 @@
+"""A run on one page, `report.html`: for people who have no logging service."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import html
+import io
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import composer
+import torch
+import yaml
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from PIL import Image
+
+from segmentation.classes import ClassInfo
+from segmentation.metrics import MIoU, class_table
+from training.pictures import Curves, Pictures, save_to_run
+from training.schema import Config
+
+PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+
+
+class Report(Callback):
+    """At each evaluation, and at the end, writes all that a run has to show into one HTML file.
+
+    It needs nothing beside it: the images are inside. What it tells of earlier evaluations comes
+    from `curves`, so a run that goes on from a checkpoint tells the whole of it.
+
+    Args:
+        config: The run's.
+        classes: Names and colours of the classes.
+        folder: Folder or object-store URI that `report.html` goes into.
+        curves: The run's, before this one among the callbacks.
+        pictures: The run's, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        classes: Sequence[ClassInfo],
+        folder: str,
+        curves: Curves,
+        pictures: Pictures | None,
+    ) -> None:
+        self.config, self.classes, self.folder = config, classes, folder
+        self.curves, self.pictures = curves, pictures
+        self.latest: str | None = None
+        self._table = ""
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
+        if isinstance(metric, MIoU) and metric.total_matrix is not None:
+            self._table = _table(class_table(metric.total_matrix, self.classes), self.classes)
+        self._write(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            self._write(state)
+
+    def _write(self, state: State) -> None:
+        curves, sheet = self.curves.drawn, self.pictures.sheet if self.pictures else None
+        parts = {
+            "title": html.escape(state.run_name),
+            "facts": _facts(self.config, self.curves, state),
+            "curves": "",
+            "pictures": "",
+            "classes": self._table,
+            "config": html.escape(yaml.safe_dump(asdict(self.config), sort_keys=False)),
+        }
+        if curves:
+            alt = "Loss, learning rate and mIoU over the batches"
+            parts["curves"] = _image("Curves", curves, "png", alt)
+        if sheet is not None:
+            alt = "Validation photos, their masks, the predictions, and where they differ"
+            parts["pictures"] = _image("Newest pictures", _jpeg(sheet), "jpeg", alt)
+        page = PAGE.substitute(parts)
+        self.latest = save_to_run(page.encode(), self.folder, "report.html", state)
+
+
+def _facts(config: Config, curves: Curves, state: State) -> str:
+    """Return what the run is and has reached, as the items of a description list."""
+    time, facts = state.timestamp, {}
+    if curves.eval:
+        best = max(curves.eval, key=lambda one: one[1])
+        facts["mIoU"] = f"{curves.eval[-1][1]:.2f}%; best {best[1]:.2f}% after batch {best[0]}"
+    facts["Progress"] = (
+        f"batch {time.batch.value}, epoch {time.epoch.value}; to {config.max_duration}"
+    )
+    facts["Recipe"] = config.recipe_name or "none"
+    facts["Network"] = config.model.name
+    if config.model.name == "deeplabv3":
+        facts["Network"] = f"DeepLabV3+ on {config.model.backbone_arch}"
+    facts["Data"] = str(config.train_dataset.path)
+    seconds = time.total_wct.total_seconds()
+    if seconds:
+        facts["Training time"] = str(datetime.timedelta(seconds=round(seconds)))
+        facts["Images a second"] = f"{time.sample.value / seconds:.1f}, loading included"
+    facts["Machine"] = _machine()
+    facts["Software"] = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"Composer {composer.__version__}"
+    )
+    facts["Written"] = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    items = [f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()]
+    return "\n".join(items)
+
+
+def _machine() -> str:
+    ranks = dist.get_world_size()
+    if torch.cuda.is_available():
+        return f"{ranks} x {torch.cuda.get_device_name()}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"CPU, {ranks} processes of {threads}" if ranks > 1 else f"CPU, {threads}"
+
+
+def _image(heading: str, data: bytes, kind: str, alt: str) -> str:
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<h2>{heading}</h2>\n<img src="{source}" alt="{alt}">'
+
+
+def _jpeg(sheet: Image.Image) -> bytes:
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=90)
+    return data.getvalue()
+
+
+def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo]) -> str:
+    """Return the table of classes, with a column's title as the button that sorts by it."""
+    columns, rows = found
+    head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in columns)
+    lines = []
+    for index, (info, (name, *numbers)) in enumerate(zip(classes, rows, strict=True)):
+        color = "#{:02x}{:02x}{:02x}".format(*info.color)
+        swatch = f'<span class="swatch" style="background: {color}"></span>'
+        cells = f'<td data-value="{index}">{swatch}{html.escape(name)}</td>'
+        for column, number in zip(columns[1:], numbers, strict=True):
+            cells += _cell(number, column != "pixels")
+        lines.append(f"<tr>{cells}</tr>")
+    body = "\n".join(lines)
+    return (
+        "<h2>Classes, at the newest evaluation</h2>\n"
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    )
+
+
+def _cell(number: float | None, is_percent: bool) -> str:
+    if number is None:  # it never occurs
+        return '<td data-value="-1">-</td>'
+    if not is_percent:
+        return f'<td data-value="{number}">{number:,}</td>'
+    share = f'class="bar" style="--share: {number:.1f}%"'
+    return f'<td {share} data-value="{number:.6f}">{number:.2f}</td>'
