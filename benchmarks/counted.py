@@ -78,15 +78,16 @@ def transform(distort: bool) -> tuple[int, float]:
 
 def compiled_transform(result: Any) -> tuple[int, float]:
     """Count Inductor's loops for one image, and what they move for all."""
-    from torch._inductor import compile_fx, config, metrics
+    from torch._inductor import config, metrics
 
     imported("dataset.colors")._any = lambda change: True  # as on a GPU
     raw = torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     numbers = [torch.full((), number) for number in (17, 0)]
     torch._dynamo.reset()
     metrics.reset()
-    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # or bytes are not counted
-    compile_fx.inductor_metrics_log.propagate = False
+    told = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
+    told.setLevel(logging.INFO)  # or bytes are not counted
+    told.propagate = False
     with config.patch(fx_graph_cache=False):
         torch.compile(result._transform)(raw, raw[:, 0].contiguous(), *numbers)
     # Seed and epoch are filled in before.
