@@ -2,6 +2,7 @@
 
     python export.py runs/first --to onnx                           # its best, as first.onnx
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
+    python export.py runs/first --to web --out demo --photo street.jpg --photo yard.jpg
 
 | format        | loaded with                          | needs                         |
 |---------------|--------------------------------------|-------------------------------|
@@ -9,6 +10,7 @@
 | `torchscript` | `torch.jit.load`                     | PyTorch                       |
 | `pt2`         | `torch.export.load`                  | PyTorch                       |
 | `safetensors` | `checkpointing.weights.load_weights` | this code; to train on        |
+| `web`         | a browser, from any static host      | segmentation/web.py tells     |
 
 The first three take `image`, (N, 3, H, W) uint8 RGB of any N, H and W, and give `logits`,
 (N, C, H, W) float32; normalisation and upsampling are inside. All have metadata: `classes`, a JSON
@@ -25,114 +27,31 @@ import json
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from checkpointing.weights import load_weights, save_weights, to_metadata
+from checkpointing.weights import Weights, load_weights, save_weights, to_metadata
 from dataset.decoding import read_photo
-from errors import one_line
+from errors import UserError, one_line
 from model import DeepLabV3, build_network
 from predict import add_network_option
-from segmentation.classes import load_classes
+from segmentation.classes import ClassInfo, load_classes
+from segmentation.deployed import Deployed, export
 from segmentation.network import Network
+from segmentation.web import MODEL, check_examples, fetch_runtime, write_page
 from transforms import resize_image
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
-OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
+SUFFIXES |= {"web": "-web"}
+ONNX = ("onnx", "onnxruntime")
+NEEDS = {"onnx": ONNX, "web": ONNX}
 MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
-
-
-class Deployed(nn.Module):
-    """A network with its normalisation before and its upsampling after.
-
-    Shape:
-        image (N, 3, H, W) uint8 RGB -> logits (N, C, H, W) float32
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: DeepLabV3 | Network) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(network.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(network.std).view(1, 3, 1, 1))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return logits of the image's size."""
-        logits = self.network((image.float() - self.mean) / self.std)
-        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
-
-
-def export(
-    model: Deployed, kind: str, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
-    """Write a model in one of the formats.
-
-    Args:
-        model: In evaluation mode, on the CPU.
-        kind: `"onnx"`, `"torchscript"` or `"pt2"`.
-        path: Where to.
-        metadata: What the file says of itself.
-
-    Returns:
-        The file's own function from image to logits, loaded from it again.
-    """
-    example = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
-    exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracers warn of what the comparison then settles
-        return exporters[kind](model, example, path, metadata)
-
-
-def _export_onnx(
-    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
-    import onnx
-    import onnxruntime
-
-    any_size = {0: "batch", 2: "height", 3: "width"}
-    torch.onnx.export(
-        model,
-        (example,),
-        str(path),
-        dynamo=False,  # the other exporter needs onnxscript, and gives no smaller or faster file
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_axes={"image": any_size, "logits": any_size},
-    )
-    written = onnx.load(path)
-    onnx.helper.set_model_props(written, metadata)
-    onnx.save(written, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
-
-
-def _export_torchscript(
-    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
-    traced = cast(torch.jit.ScriptModule, torch.jit.trace(model, example, check_trace=False))
-    traced.save(str(path), _extra_files=metadata)
-    return torch.jit.load(str(path))
-
-
-def _export_pt2(
-    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
-    dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
-        model, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
-    )
-    torch.export.save(program, str(path), extra_files=metadata)
-    return torch.export.load(str(path)).module()
 
 
 def compare(
@@ -170,52 +89,96 @@ def compare(
     return same / pixels, difference / largest
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a file is made of.
+
+    Attributes:
+        weights: As they were read.
+        network: Which has them.
+        classes: One entry a class index.
+        config: The run's, where it is known.
+        photo: (H, W, 3) uint8 RGB, to compare on.
+        size: Length of its shorter side.
+    """
+
+    weights: Weights
+    network: DeepLabV3 | Network
+    classes: list[ClassInfo]
+    config: Mapping[str, Any] | None
+    photo: np.ndarray
+    size: int
+
+    @property
+    def normalisation(self) -> dict[str, str]:
+        """Metadata of every format: of RGB values from 0 to 255."""
+        return {"mean": json.dumps(self.network.mean), "std": json.dumps(self.network.std)}
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line; return 1 if the file is not as the model, 2 if that cannot be used."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
-    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
-    if options.to == "onnx" and missing:
-        print(f"error: --to onnx needs more: pip install {' '.join(missing)}", file=sys.stderr)
+    missing = [name for name in NEEDS.get(options.to, ()) if not importlib.util.find_spec(name)]
+    if missing:
+        print(
+            f"error: --to {options.to} needs more: pip install {' '.join(missing)}", file=sys.stderr
+        )
         return 2
     model = Path(options.model)
     name = model.resolve().name if model.is_dir() else model.stem
     path = Path(options.out or f"{name}{SUFFIXES[options.to]}")
     try:
-        weights = load_weights(options.model, options.weights)
-        classes = weights.classes
-        if options.classes or classes is None:
-            classes = load_classes(options.classes, weights.num_classes)
-        network = build_network(weights, options.model, options.network)
-        photo = read_photo(options.photo or _sample_photo())
+        source = _read(options)
+        if options.to == "web":
+            return _write_web(source, path, name, options.photo)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if options.to == "safetensors":
+            return _write_weights(source, path)
+        return _write_deployed(source, options.to, path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = f"{{}}: {weights.num_classes} classes, {weights.which} weights, {{:.0f}} MB"
+
+
+def _read(options: argparse.Namespace) -> Source:
+    """Read what the command line names."""
+    weights = load_weights(options.model, options.weights)
+    classes = weights.classes
+    if options.classes or classes is None:
+        classes = load_classes(options.classes, weights.num_classes)
+    network = build_network(weights, options.model, options.network)
     config = weights.config
     if config is None and isinstance(network, Network):  # which the user named
         model = {"name": network.name, "arguments": network.arguments}
         config = {"model": model | {"num_classes": weights.num_classes}}
-    # In the metadata of every format, of RGB values from 0 to 255.
-    said = {"mean": json.dumps(network.mean), "std": json.dumps(network.std)}
-    if options.to == "safetensors":
-        save_weights(path, weights.state, config, classes, weights.which, said)
-        print(size.format(path, os.path.getsize(path) / 1e6))
-        return 0
-    model = Deployed(network).eval()
-    metadata = to_metadata(config, classes, weights.which) | said
+    photos = [read_photo(photo) for photo in options.photo]
+    return Source(weights, network, classes, config, photos[0], options.size)
+
+
+def _write_weights(source: Source, path: Path) -> int:
+    weights, said = source.weights, source.normalisation
+    save_weights(path, weights.state, source.config, source.classes, weights.which, said)
+    _print_size(source, path)
+    return 0
+
+
+def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True) -> int:
+    """Write one of the formats that hold the network; return 1 if it is not as the model."""
+    network = source.network
+    model = Deployed(network, upsample).eval()
+    metadata = to_metadata(source.config, source.classes, source.weights.which)
     try:
-        exported = export(model, options.to, path, metadata)
-        agreement, difference = compare(model, exported, photo, options.size)
+        exported = export(model, kind, path, metadata | source.normalisation)
+        agreement, difference = compare(model, exported, source.photo, source.size)
     except Exception as error:  # an exporter's own, of any kind
         if isinstance(network, DeepLabV3):
             raise
         path.unlink(missing_ok=True)
-        reason = f"{network.name} cannot be exported as {options.to}: {one_line(error)[:300]}"
+        reason = f"{network.name} cannot be exported as {kind}: {one_line(error)[:300]}"
         print(f"error: {reason}", file=sys.stderr)
         return 1
-    print(size.format(path, os.path.getsize(path) / 1e6))
+    _print_size(source, path)
     good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE
     verdict = "as" if good else "NOT as"
     print(
@@ -223,6 +186,26 @@ def main(arguments: list[str]) -> int:
         f"logits differ by {difference:.1e} at most"
     )
     return 0 if good else 1
+
+
+def _write_web(source: Source, folder: Path, title: str, photos: list[str]) -> int:
+    """Write the page of segmentation/web.py."""
+    if len(source.classes) > 256:
+        raise UserError("the page's masks have 8 bits, for 256 classes")
+    check_examples(photos)
+    runtime = fetch_runtime()
+    folder.mkdir(parents=True, exist_ok=True)
+    if _write_deployed(source, "onnx", folder / MODEL, upsample=False):
+        return 1
+    size = source.weights.eval_size or 512  # predict.py's
+    write_page(folder, runtime, title, source.classes, size, photos)
+    print(f"{folder}: the page; to look at it, python -m http.server -d {folder}")
+    return 0
+
+
+def _print_size(source: Source, path: Path) -> None:
+    weights, size = source.weights, os.path.getsize(path) / 1e6
+    print(f"{path}: {weights.num_classes} classes, {weights.which} weights, {size:.0f} MB")
 
 
 def _sample_photo() -> str:
@@ -244,8 +227,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         const="safetensors",
         help="as --to safetensors: the weights and the run's config",
     )
-    parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name, here")
-    parser.add_argument("--photo", help="photo to compare on; default: one that matplotlib brings")
+    parser.add_argument(
+        "--out", metavar="PATH", help="file, of web folder; default: the checkpoint's name, here"
+    )
+    parser.add_argument(
+        "--photo",
+        action="append",
+        help="photo to compare on; more of them, given so again, are the page's examples too; "
+        "default: one that matplotlib brings",
+    )
     parser.add_argument("--size", type=int, default=512, help="its shorter side; default: 512")
     parser.add_argument(
         "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
@@ -254,7 +244,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--weights", choices=("ema", "training"), default="ema", help="default: ema"
     )
     add_network_option(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.photo = options.photo or [_sample_photo()]
+    return options
 
 
 if __name__ == "__main__":

