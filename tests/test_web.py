@@ -11,7 +11,6 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -31,17 +30,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 READY = "document.querySelector('#status').textContent == 'Ready.'"
 
 
-def skip(reason: str) -> NoReturn:
-    """Skip, but not in CI, which is to have what the page needs."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-
-
 @pytest.fixture(scope="module")
 def runtime() -> Path:
     try:
         return web.fetch_runtime()
     except UserError as error:
-        skip(str(error))
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,8 @@ def folder(
 def page(folder: Path) -> Iterator[Page]:
     """The page, its network loaded; of a plain static host."""
     if CHROMIUM is None:
-        skip("no Chromium (Debian: apt-get install chromium)")
+        missing = pytest.fail if os.environ.get("BROWSER_TESTS") == "required" else pytest.skip
+        missing("no Chromium (Debian: apt-get install chromium)")
     with static_host(folder / "demo") as address, browser() as page:
         page.address = address
         page.screen(1200, 1200)
