@@ -3,6 +3,8 @@
     python export.py runs/first --to onnx                           # its best, as first.onnx
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
     python export.py runs/first --to web --out demo --photo street.jpg --photo yard.jpg
+    python export.py runs/first --to hub --repo user/name --licence "CC BY 4.0"
+    python export.py runs/first --card                              # runs/first/README.md
 
 | format        | loaded with                          | needs                         |
 |---------------|--------------------------------------|-------------------------------|
@@ -11,6 +13,7 @@
 | `pt2`         | `torch.export.load`                  | PyTorch                       |
 | `safetensors` | `checkpointing.weights.load_weights` | this code; to train on        |
 | `web`         | a browser, from any static host      | segmentation/web.py tells     |
+| `hub`         | any of these, from Hugging Face      | segmentation/card.py tells    |
 
 The first three take `image`, (N, 3, H, W) uint8 RGB of any N, H and W, and give `logits`,
 (N, C, H, W) float32; normalisation and upsampling are inside. All have metadata: `classes`, a JSON
@@ -22,11 +25,13 @@ done.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +39,35 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
-from checkpointing.weights import Weights, load_weights, save_weights, to_metadata
+import evaluate
+from checkpointing.hub import check_repo, push
+from checkpointing.stores import checkpoint_in
+from checkpointing.weights import (
+    Weights,
+    infer_architecture,
+    load_weights,
+    save_weights,
+    to_metadata,
+)
 from dataset.decoding import read_photo
 from errors import UserError, one_line
 from model import DeepLabV3, build_network
-from predict import add_network_option
+from predict import Segmenter, add_network_option
+from segmentation.card import (
+    CARD,
+    PICTURE,
+    Card,
+    File,
+    card_text,
+    check_place,
+    machine,
+    read_scores,
+    seconds_a_photo,
+    write_card,
+)
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.deployed import Deployed, export
 from segmentation.network import Network
@@ -48,9 +75,9 @@ from segmentation.web import MODEL, check_examples, fetch_runtime, write_page
 from transforms import resize_image
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
-SUFFIXES |= {"web": "-web"}
+SUFFIXES |= {"web": "-web", "hub": "-hub"}
 ONNX = ("onnx", "onnxruntime")
-NEEDS = {"onnx": ONNX, "web": ONNX}
+NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
 MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
 
 
@@ -94,6 +121,7 @@ class Source:
     """What a file is made of.
 
     Attributes:
+        name: The run's, or else the file's.
         weights: As they were read.
         network: Which has them.
         classes: One entry a class index.
@@ -102,6 +130,7 @@ class Source:
         size: Length of its shorter side.
     """
 
+    name: str
     weights: Weights
     network: DeepLabV3 | Network
     classes: list[ClassInfo]
@@ -125,13 +154,17 @@ def main(arguments: list[str]) -> int:
             f"error: --to {options.to} needs more: pip install {' '.join(missing)}", file=sys.stderr
         )
         return 2
-    model = Path(options.model)
-    name = model.resolve().name if model.is_dir() else model.stem
-    path = Path(options.out or f"{name}{SUFFIXES[options.to]}")
     try:
+        if options.repo:
+            check_repo(options.repo)
+        if options.to == "card":
+            return _write_card_alone(options)
+        path = Path(options.out or f"{_stem(options.model)}{SUFFIXES[options.to]}")
         source = _read(options)
         if options.to == "web":
-            return _write_web(source, path, name, options.photo)
+            return _write_web(source, path, options.photo)
+        if options.to == "hub":
+            return _write_hub(source, path, options)
         path.parent.mkdir(parents=True, exist_ok=True)
         if options.to == "safetensors":
             return _write_weights(source, path)
@@ -139,6 +172,10 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _stem(model: str) -> str:
+    return Path(model).resolve().name if os.path.isdir(model) else Path(model).stem
 
 
 def _read(options: argparse.Namespace) -> Source:
@@ -153,7 +190,8 @@ def _read(options: argparse.Namespace) -> Source:
         model = {"name": network.name, "arguments": network.arguments}
         config = {"model": model | {"num_classes": weights.num_classes}}
     photos = [read_photo(photo) for photo in options.photo]
-    return Source(weights, network, classes, config, photos[0], options.size)
+    name = str((config or {}).get("run_name") or _stem(options.model))
+    return Source(name, weights, network, classes, config, photos[0], options.size)
 
 
 def _write_weights(source: Source, path: Path) -> int:
@@ -188,7 +226,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
     return 0 if good else 1
 
 
-def _write_web(source: Source, folder: Path, title: str, photos: list[str]) -> int:
+def _write_web(source: Source, folder: Path, photos: list[str]) -> int:
     """Write the page of segmentation/web.py."""
     if len(source.classes) > 256:
         raise UserError("the page's masks have 8 bits, for 256 classes")
@@ -198,9 +236,108 @@ def _write_web(source: Source, folder: Path, title: str, photos: list[str]) -> i
     if _write_deployed(source, "onnx", folder / MODEL, upsample=False):
         return 1
     size = source.weights.eval_size or 512  # predict.py's
-    write_page(folder, runtime, title, source.classes, size, photos)
+    write_page(folder, runtime, source.name, source.classes, size, photos)
     print(f"{folder}: the page; to look at it, python -m http.server -d {folder}")
     return 0
+
+
+def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> int:
+    """Write weights, ONNX, config and card, and push them where a repository is named."""
+    check_place(folder)
+    scores = _scores(source, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, onnx = folder / "model.safetensors", folder / MODEL
+    _write_weights(source, weights)
+    if _write_deployed(source, "onnx", onnx):
+        return 1
+    names = [weights.name, onnx.name, PICTURE, CARD]
+    if source.config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(source.config), sort_keys=False))
+        names.append("config.yaml")
+    _write_card(source, folder, [weights, onnx], scores, options)
+    print(f"{folder}: {', '.join(names)}")
+    if options.repo:
+        print(f"pushed: {push(folder, names, options.repo)}")
+    else:
+        print("not pushed; --repo user/name names where to")
+    return 0
+
+
+def _write_card_alone(options: argparse.Namespace) -> int:
+    """Write the card beside the weights."""
+    weights = Path(checkpoint_in(options.model))
+    folder = Path(options.out or weights.parent)
+    check_place(folder)
+    source = _read(options)
+    scores = _scores(source, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_card(source, folder, [weights], scores, options)
+    print(f"{folder / CARD}, with {PICTURE}")
+    return 0
+
+
+def _write_card(
+    source: Source,
+    folder: Path,
+    files: list[Path],
+    scores: Mapping[str, Any] | None,
+    options: argparse.Namespace,
+) -> None:
+    """Measure what a card says, and write it."""
+    measured, picture = [], None
+    for path in files:
+        segmenter = Segmenter(
+            path, classes=options.classes, weights=options.weights, network=options.network
+        )
+        seconds = seconds_a_photo(functools.partial(segmenter, source.photo))
+        measured.append(File(path.name, path.stat().st_size / 1e6, seconds))
+        picture = picture or segmenter.overlay(source.photo)
+    assert picture is not None
+    network = source.network
+    backbone = (
+        infer_architecture(source.weights.state)["backbone_arch"]
+        if isinstance(network, DeepLabV3)
+        else ""
+    )
+    card = Card(
+        title=(options.repo or source.name).rpartition("/")[2],
+        network=f"DeepLabV3+ on {backbone}" if backbone else network.name,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        which=source.weights.which,
+        classes=[c.name for c in source.classes],
+        config=source.config,
+        size=source.weights.eval_size or 512,
+        scores=scores,
+        files=measured,
+        machine=machine(),
+        photo=(source.photo.shape[1], source.photo.shape[0]),
+        licence=options.licence,
+        repo=options.repo,
+    )
+    write_card(folder, card_text(card), picture)
+
+
+def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | None:
+    """Return what `--scores` holds, or what `evaluate.py` finds now; None if it cannot."""
+    if options.scores:
+        names, which = [c.name for c in source.classes], source.weights.which
+        scores = read_scores(options.scores, names, which)
+        scored = scores["checkpoint"]
+        if os.path.exists(scored) and not os.path.samefile(
+            checkpoint_in(scored), checkpoint_in(options.model)
+        ):
+            raise UserError(f"{options.scores}: of {scored}, and not of {options.model}")
+        return scores
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, "scores.json")
+        command = [options.model, "--json", str(path), "--weights", options.weights]
+        for flag in ("classes", "network"):
+            if getattr(options, flag):
+                command += [f"--{flag}", getattr(options, flag)]
+        if evaluate.main(command) == 0:
+            return json.loads(path.read_text())
+    print("so the card says no IoU; --scores takes what evaluate.py --json writes", file=sys.stderr)
+    return None
 
 
 def _print_size(source: Source, path: Path) -> None:
@@ -227,8 +364,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         const="safetensors",
         help="as --to safetensors: the weights and the run's config",
     )
+    kind.add_argument(
+        "--card", dest="to", action="store_const", const="card", help="the model card alone"
+    )
     parser.add_argument(
-        "--out", metavar="PATH", help="file, of web folder; default: the checkpoint's name, here"
+        "--out",
+        metavar="PATH",
+        help="file; of web, hub and card a folder; default: the checkpoint's name, here; of a "
+        "card, beside the weights",
+    )
+    parser.add_argument("--repo", metavar="USER/NAME", help="push what --to hub writes there")
+    parser.add_argument(
+        "--licence", "--license", metavar="TEXT", help="the data's, for the card to state"
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="of evaluate.py --json, for the card; default: evaluated on the run's validation set",
     )
     parser.add_argument(
         "--photo",
@@ -245,6 +397,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_network_option(parser)
     options = parser.parse_args(arguments)
+    if options.repo and options.to != "hub":
+        parser.error("--repo belongs to --to hub")
     options.photo = options.photo or [_sample_photo()]
     return options
 

@@ -203,6 +203,6 @@ def static_host(folder: Path, **headers: str) -> Iterator[str]:
     """Serve a folder's files as they are, with some headers; yield the address."""
     handler = functools.partial(_Handler, directory=str(folder), headers_sent=headers)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()

@@ -1,0 +1,281 @@
+"""The model card: what a network is, on what it was trained, how well it does, how it is loaded.
+
+    text = card_text(Card(...))           # README.md, as model hubs show it
+    write_card("first-hub", text, picture)
+
+It says nothing that was not measured, stated by the user or found in the run's configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from errors import UserError
+
+CARD, PICTURE = "README.md", "overlay.jpg"
+MARK = "<!-- Written by export.py, which replaces this file as long as this line is here. -->"
+PROTOCOLS = {
+    "paper": "photos keep their aspect ratio (shorter side {size}), and the prediction is brought "
+    "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
+    "square": "photo and mask become squares of {size} pixels, as in training's evaluation",
+}
+SETTINGS = {  # of the run's configuration, and what the card calls them
+    "recipe_name": "recipe",
+    "max_duration": "duration",
+    "model.backbone_weights": "began from",
+    "train_dataset.final_size": "crop, pixels",
+    "train_dataset.batch_size": "batch",
+    "optimizer.name": "optimizer",
+    "optimizer.lr": "learning rate",
+    "optimizer.weight_decay": "weight decay",
+    "seed": "seed",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the network.
+
+    Attributes:
+        name: Beside the card.
+        megabytes: Its size.
+        seconds: From a photo to its classes.
+    """
+
+    name: str
+    megabytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Attributes:
+        title: Its heading.
+        network: Name of the network, with its backbone.
+        parameters: How many it has.
+        which: `"ema"` or `"training"` weights.
+        classes: Their names.
+        config: The run's, where it is known.
+        size: Length of a photo's shorter side when it enters the network.
+        scores: What `evaluate.py --json` writes; None: it was not scored.
+        files: The network's.
+        machine: On which their seconds were measured.
+        photo: Width and height of the photo that they took.
+        licence: Of the data, as the user states it.
+        repo: Where the card is shown, `user/name`.
+    """
+
+    title: str
+    network: str
+    parameters: int
+    which: str
+    classes: Sequence[str]
+    config: Mapping[str, Any] | None
+    size: int
+    scores: Mapping[str, Any] | None
+    files: Sequence[File]
+    machine: str
+    photo: tuple[int, int]
+    licence: str | None = None
+    repo: str | None = None
+
+    @property
+    def data(self) -> str:
+        """What the training data are called: their path's last part, for paths say too much."""
+        dataset = (self.config or {}).get("train_dataset") or {}
+        return str(dataset.get("path") or "").rstrip("/").rpartition("/")[2]
+
+
+def card_text(card: Card) -> str:
+    """Return the card as Markdown, with the metadata that hubs read at its top."""
+    parts = [
+        f"---\n{_front_matter(card)}---\n{MARK}",
+        f"# {_plain(card.title)}\n\n{_summary(card)}\n\n![Classes over a photo]({PICTURE})",
+        "## Use\n\n" + _use(card),
+        "## Accuracy\n\n" + _accuracy(card),
+        "## Files\n\n" + _files(card),
+        "## Training\n\n" + _training(card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(card: Card) -> str:
+    about: dict[str, Any] = {
+        "pipeline_tag": "image-segmentation",
+        "tags": ["semantic-segmentation", "pytorch", "onnx"],
+    }
+    if card.scores is not None:
+        name = card.data or "validation set"
+        result = {
+            "task": {"type": "image-segmentation", "name": "Semantic segmentation"},
+            "dataset": {"name": name, "type": name},
+            "metrics": [
+                {"type": "mean_iou", "name": "mIoU", "value": round(card.scores["mIoU"], 2)}
+            ],
+        }
+        about["model-index"] = [{"name": card.title, "results": [result]}]
+    return yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
+
+
+def _summary(card: Card) -> str:
+    trained = f", trained on the data set {_plain(card.data)}" if card.data else ""
+    return (
+        f"Semantic segmentation into {len(card.classes)} classes: {card.network}, "
+        f"{card.parameters / 1e6:.1f} million parameters{trained}."
+    )
+
+
+def _use(card: Card) -> str:
+    names = [file.name for file in card.files]
+    weights = next(name for name in names if not name.endswith(".onnx"))
+    imports, path = "", f'"{weights}"'
+    if card.repo:
+        imports = "from huggingface_hub import hf_hub_download\n"
+        path = f'hf_hub_download("{card.repo}", "{weights}")'
+    text = (
+        "With the project that trained it:\n\n"
+        f"```python\n{imports}from predict import Segmenter\n"
+        f'prediction = Segmenter({path})("street.jpg")  # (H, W) class indices\n```'
+    )
+    if "model.onnx" in names:
+        path = path.replace(weights, "model.onnx")
+        text += (
+            "\n\nWith onnxruntime alone, normalisation and upsampling being inside:\n\n"
+            f"```python\n{imports}session = onnxruntime.InferenceSession({path})\n"
+            '(logits,) = session.run(None, {"image": image})  # (1, C, H, W)\n```\n\n'
+            f"`image` is (1, 3, H, W) uint8 RGB, its shorter side about {card.size}; "
+            "`logits.argmax(1)` are the class indices."
+        )
+    return text
+
+
+def _accuracy(card: Card) -> str:
+    if card.scores is None:
+        return "Not measured."
+    scores = card.scores
+    protocol = PROTOCOLS[scores["protocol"]].format(size=scores["size"] or "as it is")
+    more = {"tta": "averaged over six sizes and flips", "slide": "in sliding windows"}
+    ways = [text for key, text in more.items() if scores.get(key)]
+    how = "; ".join([protocol, *ways])
+    table = ["| class | IoU | accuracy | pixels |", "|---|---|---|---|"]
+    table += [
+        f"| {_plain(row['class'])} | {_percent(row['IoU'])} | {_percent(row['accuracy'])} "
+        f"| {row['pixels']} |"
+        for row in scores["classes"]
+    ]
+    return (
+        f"mIoU **{scores['mIoU']:.2f}**, mean accuracy {scores['mean_accuracy']:.2f}, pixel "
+        f"accuracy {scores['pixel_accuracy']:.2f}, in percent, on {scores['photos']} photos.\n\n"
+        f"Protocol `{scores['protocol']}`: {how}; {scores['weights']} weights.\n\n"
+        + "\n".join(table)
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _files(card: Card) -> str:
+    table = ["| file | MB | seconds a photo |", "|---|---|---|"]
+    table += [f"| `{f.name}` | {f.megabytes:.1f} | {f.seconds:.3g} |" for f in card.files]
+    width, height = card.photo
+    which = "the moving average of the weights" if card.which == "ema" else "the weights as trained"
+    return (
+        "\n".join(table)
+        + f"\n\nThey hold {which}. From a photo of {width} x {height} pixels to its "
+        f"classes, at a shorter side of {card.size}, on {card.machine}; median of three."
+    )
+
+
+def _training(card: Card) -> str:
+    rows = []
+    for key, name in SETTINGS.items():
+        value: Any = card.config or {}
+        for part in key.split("."):
+            value = (value or {}).get(part)
+        if value not in (None, ""):
+            rows.append(f"- {name}: {_plain(str(value))}")
+    licence = _plain(card.licence) if card.licence else "not stated"
+    data = f"- data: {_plain(card.data or 'not known')}; their licence: {licence}"
+    return "\n".join([data, *rows])
+
+
+def _plain(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line."""
+    text = " ".join(text.split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text)
+
+
+def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]:
+    """Read what `evaluate.py --json` wrote.
+
+    Args:
+        path: The file.
+        classes: Names that it should be of.
+        which: Weights that it should be of.
+
+    Raises:
+        UserError: It is not such a file, or of other classes or weights.
+    """
+    try:
+        scores = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = [row["class"] for row in scores["classes"]], scores["weights"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not written by evaluate.py --json") from error
+    if found[0] != list(classes):
+        raise UserError(f"{path}: of other classes: {', '.join(found[0])[:100]}")
+    if found[1] != which:
+        raise UserError(f"{path}: of {found[1]} weights, and these are {which} weights")
+    return scores
+
+
+def write_card(folder: Path, text: str, picture: Image.Image) -> None:
+    """Write the card and its picture."""
+    check_place(folder)
+    picture.save(folder / PICTURE, quality=90)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def check_place(folder: Path) -> None:
+    """Raise UserError where the folder has a README.md that is not a card of this module's."""
+    path = folder / CARD
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path}: there already, and no card of export.py; move it, or give --out")
+
+
+def seconds_a_photo(segment: Callable[[], Any]) -> float:
+    """Return the median of three calls, after one that does not count."""
+    segment()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        segment()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+@functools.cache
+def machine() -> str:
+    """Return what computes here, and with which PyTorch."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        from cpuinfo import get_cpu_info  # takes a second
+
+        name = get_cpu_info().get("brand_raw") or platform.machine()
+        name = f"{name} ({torch.get_num_threads()} threads)"
+    return f"{name}, PyTorch {torch.__version__}"
