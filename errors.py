@@ -5,6 +5,9 @@ Nothing slow is imported here, so that a wrong config is answered before torch i
 
 from __future__ import annotations
 
+# Exit status of a run that goes on when its command is given again: EX_TEMPFAIL of sysexits.h.
+TRY_AGAIN = 75
+
 
 class UserError(ValueError):
     """Something that a command was given cannot be used; what it says is one line."""
@@ -43,6 +46,14 @@ class RunError(RuntimeError):
 
 class Stopped(RunError):
     """A run that ended on request; the message says how it goes on."""
+
+
+class Lost(RunError):
+    """A run that has lost one of its processes; `status` is the one to end with."""
+
+    def __init__(self, message: str, status: int = TRY_AGAIN) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def _printable(text: str) -> str:

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from errors import ConfigError, Stopped, UserError, one_line
+from errors import TRY_AGAIN, ConfigError, Lost, Stopped, UserError, one_line
 from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
@@ -31,12 +31,9 @@ if TYPE_CHECKING:
 
     from checkpointing.resume import Start
     from model import ComposerDeepLabV3
+    from training.watch import Watch
 
 log = logging.getLogger(__name__)
-
-# Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
-PATIENCE = 1800.0
-STOPPED = 75  # exit status of a run that was told to stop: EX_TEMPFAIL of sysexits.h, try again
 
 
 def main(
@@ -64,11 +61,14 @@ def main(
     """
     config = config if isinstance(config, Config) else resolve(config)
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
+
+    from checkpointing.saver import saver_of
+    from training.processes import report_start
+
+    report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
         trainer.eval()
         return trainer
-
-    from checkpointing.saver import saver_of
 
     saver = saver_of(trainer.state)
     with saver.listening() if saver else nullcontext():
@@ -119,6 +119,7 @@ def build_trainer(
     from training.optimizer import build_optimizer
     from training.precision import check_kernels, choose_precision, compiles
     from training.recipes import build_recipe, check_lengths
+    from training.watch import PATIENCE
     from transforms import DeviceTransform
 
     check_kernels()
@@ -292,27 +293,50 @@ def run(
     except ConfigError as error:
         return _refuse(error)
 
+    from training.processes import end_with_launcher
+    from training.watch import join
+
+    end_with_launcher()
+    try:
+        watch = join()
+    except Lost as lost:
+        return _refuse(lost, lost.status)
+    status = 1
+    try:
+        status = _run(config, callbacks, loggers, watch)
+    finally:
+        if watch:
+            watch.close(status)
+    return status
+
+
+def _run(
+    config: Config,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[LoggerDestination],
+    watch: Watch | None,
+) -> int:
+    """Do as the config says; return the status."""
     from composer.utils import dist
 
     from training.callbacks import summary
-    from training.processes import end_with_launcher, explain
+    from training.processes import explain
 
-    end_with_launcher()
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
     except Stopped as stop:
         if dist.get_global_rank() == 0:
             print(stop)
-        return STOPPED
+        return TRY_AGAIN
     except UserError as error:
         return _refuse(error)
     except OSError as error:  # of a logger's file, a full disk
         return _refuse(one_line(error), 1)
     except RuntimeError as error:
-        line = explain(error)
-        if line is None:
+        known = explain(error, watch)
+        if known is None:
             raise
-        return _refuse(line, 1)
+        return _refuse(known, known.status if isinstance(known, Lost) else 1)
     text = summary(trainer)
     trainer.close()  # and with it the progress bar
     if dist.get_global_rank() == 0:

@@ -16,7 +16,7 @@ from composer.core import Callback, State
 
 from benchmarks.forked import Death, run
 from checkpointing.resume import newest_checkpoint
-from errors import DataError, RunError
+from errors import DataError, Lost, RunError
 from main import main
 from training.processes import explain
 
@@ -65,7 +65,7 @@ def test_a_loader_process_killed_by_the_kernel(tiny: dict[str, Any], tmp_path: P
     tiny |= {"save_folder": f"{tmp_path}/saved", "save_interval": "1ba", "max_duration": "4ep"}
     death = Death("forward", 2, is_loaders=True)
     # In a process of its own: torch goes on raising the error in one that has lost a loader.
-    assert run({**tiny, "eval_interval": "100ep"}, f"{tmp_path}/log", death) == 1
+    assert run({**tiny, "eval_interval": "100ep"}, f"{tmp_path}/log", death) == 75
     error = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
     assert error.startswith("error: a loader process ended (")
     assert "DataLoader worker (pid" in error
@@ -75,8 +75,11 @@ def test_a_loader_process_killed_by_the_kernel(tiny: dict[str, Any], tmp_path: P
 
 def test_a_loader_process_lost_during_a_save_is_explained_too() -> None:
     text = "cannot save ep0-ba2-rank0.pt: DataLoader worker (pid 5) is killed by signal: Killed."
-    assert explain(RunError(text)).startswith(f"a loader process ended ({text}); if the kernel")
-    assert explain(RunError("cannot upload: timed out")) == "cannot upload: timed out"
+    lost = explain(RunError(text))
+    assert isinstance(lost, Lost) and lost.status == 75
+    assert str(lost).startswith(f"a loader process ended ({text}); if the kernel")
+    failed = RunError("cannot upload: timed out")
+    assert explain(failed) is failed
     assert explain(RuntimeError("of our own making")) is None
 
 

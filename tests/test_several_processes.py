@@ -107,7 +107,7 @@ def test_the_others_end_when_one_process_is_killed(
     config = {**config, "save_folder": str(tmp_path)}
     start = time.monotonic()
     status = run_ranks(config, f"{tmp_path}/log", 2, Death("batch", 2))
-    assert status == [1, -signal.SIGKILL]
+    assert status == [75, -signal.SIGKILL]
     assert time.monotonic() - start < 60
     last = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
-    assert last.startswith("error: another process of the run ended or does not answer")
+    assert last.startswith("error: process 1 at 127.0.0.1 ended without a word: it was killed")

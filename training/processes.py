@@ -15,23 +15,34 @@ from composer.utils import dist
 
 from checkpointing.signals import SIGNALS
 from dataset.workers import use_one_core
-from errors import RunError, one_line
+from errors import Lost, RunError, one_line
+from training.watch import Watch
 
 
-def explain(error: RuntimeError) -> str | None:
-    """One line about a RunError or what came from another process, or None for other errors."""
+def explain(error: RuntimeError, watch: Watch | None = None) -> RunError | None:
+    """Return a RunError, or what came of a lost process, in a line; None for other errors."""
     text = one_line(error)
     if "DataLoader worker" in text:
-        return (
+        return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
             "lower num_workers or batch_size"
         )
     if isinstance(error, RunError):
-        return text
+        return error
     lost = re.search(r"gloo|NCCL|onnection (closed|reset|refused)|[Tt]imed out", text)
     if lost and dist.get_world_size() > 1:
-        return f"another process of the run ended or does not answer ({text[:160]})"
+        cause = watch.cause() if watch else None
+        return cause or Lost(f"another process of the run ended or does not answer ({text[:160]})")
     return None
+
+
+def report_start(batch: int) -> None:
+    """Tell launch/run.sh, if it began this process, the batch, and how nodes find each other."""
+    if "RUN_START_FILE" in os.environ and dist.get_local_rank() == 0:
+        nodes = dist.get_world_size() // dist.get_local_world_size()
+        place = [os.environ.get(name, "") for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")]
+        with open(os.environ["RUN_START_FILE"], "w") as file:
+            print(batch, nodes, *place, file=file)
 
 
 def end_with_launcher() -> None:

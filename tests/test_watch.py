@@ -1,0 +1,153 @@
+"""The end of one process is the end of all, for the same reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as torch_dist
+
+from errors import Lost
+from training import watch
+from training.watch import Watch, join
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The statuses with which watches end their processes."""
+    statuses: list[int] = []
+    monkeypatch.setattr("training.watch.os._exit", statuses.append)
+    monkeypatch.setattr(watch, "GRACE", 0.2)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return statuses
+
+
+@pytest.fixture
+def three(exits: list[int]) -> Iterator[list[Watch]]:
+    """The watches of three processes, here in one."""
+    store = torch_dist.HashStore()
+    with ThreadPoolExecutor(3) as threads:
+        watches = list(threads.map(lambda rank: Watch(store, rank, 3), range(3)))
+    yield watches
+    for one in watches:
+        one.close(0)
+
+
+def causes(watches: list[Watch]) -> list[tuple[str, int]]:
+    """What the watches have heard, and the status."""
+    heard = [one.cause(10) for one in watches]
+    return [(str(cause), cause.status) for cause in heard if cause]
+
+
+def wait_for_exits(exits: list[int], number: int) -> list[int]:
+    end = time.monotonic() + 10
+    while len(exits) < number and time.monotonic() < end:
+        time.sleep(0.02)
+    return exits
+
+
+def test_a_success_ends_nobody(three: list[Watch], exits: list[int]) -> None:
+    three[2].close(0)
+    three[0].close(0)
+    assert [one.cause(0.5) for one in three] == [None] * 3
+    assert exits == []
+
+
+def test_all_end_with_the_status_of_the_first_that_fails(
+    three: list[Watch], exits: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    three[2].close(2)
+    line = "process 2 at 127.0.0.1 ended with status 2; its output says why"
+    assert causes(three[:2]) == [(line, 2)] * 2
+    assert wait_for_exits(exits, 2) == [2, 2]
+    assert capsys.readouterr().err == f"error: {line}\n" * 2
+
+
+def test_all_end_when_one_is_killed(three: list[Watch], exits: list[int]) -> None:
+    (connection,) = three[1]._peers
+    connection.shutdown(socket.SHUT_RDWR)
+    line = "process 1 at 127.0.0.1 ended without a word: it was killed, or its machine went down"
+    assert causes([three[0], three[2]]) == [(line, 75)] * 2
+
+
+def test_a_loader_that_lives_on_hides_nothing(three: list[Watch]) -> None:
+    loader = os.fork()
+    if loader == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        (connection,) = three[1]._peers
+        connection.close()  # as when the kernel does it
+        assert "ended without a word" in causes(three[:1])[0][0]
+    finally:
+        os.kill(loader, signal.SIGKILL)
+        os.waitpid(loader, 0)
+
+
+def test_one_that_ends_by_itself_is_left_to(three: list[Watch], exits: list[int]) -> None:
+    three[1].close(1)
+    assert (
+        causes([three[0], three[2]])
+        == [("process 1 at 127.0.0.1 ended with status 1; its output says why", 1)] * 2
+    )
+    three[0].close(1)
+    three[2].close(1)
+    time.sleep(0.5)
+    assert exits == []
+
+
+def test_silence_is_a_lost_machine(three: list[Watch]) -> None:
+    class Silent:
+        def recv(self, size: int) -> bytes:
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    cause = watch._last_words(Silent(), "process 3 at n4")  # pyright: ignore[reportArgumentType]
+    assert (str(cause), cause and cause.status) == (
+        "process 3 at n4 has not answered for 20 s: its machine or the link to it is lost "
+        "(No route to host)",
+        75,
+    )
+    (connection,) = three[1]._peers
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [4, 4, 4]
+
+
+def test_strangers_are_no_processes(exits: list[int]) -> None:
+    store = torch_dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(Watch, store, 0, 2)
+        port = int(store.get("watch"))
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+        second = threads.submit(Watch, store, 1, 2)
+        watches = [first.result(20), second.result(20)]
+    assert list(watches[0]._peers.values()) == ["process 1 at 127.0.0.1"]
+    watches[1].close(3)
+    assert causes(watches[:1])[0][1] == 3
+    watches[0].close(3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_come_together_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    settings = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(watch, "PATIENCE", 1.0)
+    with pytest.raises(
+        Lost, match=rf"2 processes did not come together at 127\.0\.0\.1:{port} \("
+    ) as caught:
+        join()
+    assert caught.value.status == 75
+    assert "\n" not in str(caught.value)

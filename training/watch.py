@@ -1,0 +1,174 @@
+"""Ends a run's processes within seconds when one of them, or its machine, is lost.
+
+A collective would wait half an hour for it: so long another process may compile, download or save.
+Here each process holds a connection to the first, on which nothing is said before the end. Linux
+closes it when a process dies, and asks across it whether the other machine is still there (TCP
+keepalive), however busy the processes themselves are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import selectors
+import socket
+import sys
+import threading
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as torch_dist
+from composer.utils import dist, get_device
+from torch.distributed.rendezvous import rendezvous
+
+from errors import Lost, one_line
+
+# Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
+PATIENCE = 1800.0
+# A machine is asked every 4 seconds, and lost when it has not answered four times: after 20 s.
+INTERVAL, ATTEMPTS = 4, 4
+# Seconds for a process to end by itself, as it does when its own collective fails.
+GRACE = 3.0
+
+
+def join() -> Watch | None:
+    """Have the processes of a run find each other, and watch; None where there is only one.
+
+    Raises:
+        Lost: They are not all there in time.
+    """
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return None
+    patience = timedelta(seconds=PATIENCE)
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=patience))
+        watch = Watch(store, rank, ranks)
+        backend = get_device(None).dist_backend
+        torch_dist.init_process_group(
+            backend, timeout=patience, world_size=ranks, rank=rank, store=store
+        )
+    except (RuntimeError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = one_line(error)[:160]
+        raise Lost(f"the {ranks} processes did not come together at {where} ({reason})") from None
+    return watch
+
+
+class Watch:
+    """A process's view of the others: the first sees all of them, the others see the first.
+
+    Args:
+        store: Where the first process says which port the others connect to.
+        rank: The process's number.
+        ranks: How many there are.
+    """
+
+    def __init__(self, store: torch_dist.Store, rank: int, ranks: int):
+        self._heard, self._closed = threading.Event(), threading.Event()
+        self._cause: Lost | None = None
+        peers = _accept(store, ranks) if rank == 0 else _connect(store, rank)
+        for peer in peers:
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, INTERVAL)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ATTEMPTS)
+        self._peers = peers
+        os.register_at_fork(after_in_child=self._leave)  # a loader, which may live on for a while
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _leave(self) -> None:
+        for peer in self._peers:
+            peer.close()
+
+    def cause(self, seconds: float = GRACE) -> Lost | None:
+        """Return which process was lost, and how, if that is heard of within some seconds."""
+        self._heard.wait(seconds)
+        return self._cause
+
+    def close(self, status: int) -> None:
+        """Tell the others that this process ends by itself, and with which status."""
+        self._closed.set()
+        self._tell(status, "")
+
+    def _tell(self, status: int, text: str) -> None:
+        for peer in self._peers:
+            with suppress(OSError):  # it may be the lost one
+                peer.sendall(bytes([status]) + text.encode())
+                peer.shutdown(socket.SHUT_WR)
+
+    def _listen(self) -> None:
+        """Hear of each process's end; the first that is not a success ends this one too."""
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    peer = key.fileobj
+                    assert isinstance(peer, socket.socket)
+                    selector.unregister(peer)
+                    cause = _last_words(peer, self._peers[peer])
+                    if cause:
+                        self._end(cause)
+                        return
+
+    def _end(self, cause: Lost) -> None:
+        self._cause = cause
+        self._heard.set()
+        self._tell(cause.status, str(cause))
+        if self._closed.wait(GRACE):
+            return
+        if dist.get_local_rank() == 0:
+            print(f"error: {cause}", file=sys.stderr, flush=True)
+        for loader in multiprocessing.active_children():
+            loader.kill()
+        os._exit(cause.status)
+
+
+def _accept(store: torch_dist.Store, ranks: int) -> dict[socket.socket, str]:
+    """Return the connections to all other processes, and what to call these."""
+    peers: dict[int, tuple[socket.socket, str]] = {}
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=dual) as server:
+        store.set("watch", str(server.getsockname()[1]))
+        server.settimeout(PATIENCE)
+        while len(peers) < ranks - 1:
+            peer, address = server.accept()
+            peer.settimeout(PATIENCE)
+            rank = int.from_bytes(peer.recv(4), "big")
+            if 0 < rank < ranks:  # else a stranger, a port scanner for one
+                host = address[0].removeprefix("::ffff:")
+                peers[rank] = peer, f"process {rank} at {host}"
+    return dict(peers.values())
+
+
+def _connect(store: torch_dist.Store, rank: int) -> dict[socket.socket, str]:
+    """Return the connection to the first process, and what to call it."""
+    host, port = os.environ["MASTER_ADDR"], int(store.get("watch"))
+    peer = socket.create_connection((host, port), timeout=PATIENCE)
+    peer.sendall(rank.to_bytes(4, "big"))
+    return {peer: f"process 0 at {host}"}
+
+
+def _last_words(peer: socket.socket, name: str) -> Lost | None:
+    """Return what became of a process of which something is heard; None if it succeeded."""
+    said = b""
+    try:
+        while part := peer.recv(1000):
+            said += part
+    except ConnectionResetError:
+        pass
+    except OSError as error:
+        silence = INTERVAL * (ATTEMPTS + 1)
+        return Lost(
+            f"{name} has not answered for {silence} s: its machine or the link to it is lost "
+            f"({error.strerror})"
+        )
+    if not said:
+        return Lost(f"{name} ended without a word: it was killed, or its machine went down")
+    if said[0] == 0:
+        return None
+    text = said[1:].decode() or f"{name} ended with status {said[0]}; its output says why"
+    return Lost(text, said[0])
