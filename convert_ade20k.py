@@ -47,7 +47,7 @@ from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
 from dataset.workers import in_processes
-from errors import DataError, UserError, one_line
+from errors import DataError, UserError, one_line, whole
 
 log = logging.getLogger(__name__)
 
@@ -405,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--compression", help="zstd, zstd:7, gz, br, …; little to gain, photos are compressed")
     add("--hashes", default="sha1,xxh64", help="hashes to check shards with (default: sha1,xxh64)")
     add("--size-limit", default="4mb", help="size of a shard (default: 4mb)")
-    add("--workers", type=int, help="processes (default: one a core)")
+    add("--workers", type=whole(1, 1024), help="processes (default: one a core)")
     add("--staging", help="of a URL: folder where shards wait for their upload")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process

@@ -31,13 +31,21 @@ from tqdm import tqdm
 
 from data import build_ade20k_dataspec
 from dataset import report
-from dataset.annotations import Annotated, draw, find_photos, photo_size, read_annotations
+from dataset.annotations import (
+    MALFORMED,
+    Annotated,
+    draw,
+    find_photos,
+    photo_size,
+    read_annotations,
+    reading,
+)
 from dataset.decoding import decode_mask
 from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
 from dataset.workers import in_processes
-from errors import DataError, UserError
+from errors import DataError, UserError, one_line, whole
 
 CHUNK = 64
 BACKGROUND = "background"
@@ -96,8 +104,8 @@ def draw_masks(
                     for shape in shapes
                 ]
             write_mask(draw(shapes, size, values, by_area), target)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{photo}: {error}") from error
+        except (OSError, *MALFORMED) as error:
+            raise DataError(f"{photo}: {one_line(error)}") from error
 
 
 def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
@@ -121,10 +129,18 @@ def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
     return (jobs[first : first + CHUNK] for first in range(0, len(jobs), CHUNK))
 
 
+def read_names(path: str) -> list[str]:
+    """Return the names in a file, a line each; DataError: it is no text."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise DataError(f"--names {path}: {one_line(error)}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     """Convert a tool's files: of training, and of validation where there are any."""
-    names = Path(options.names).read_text(encoding="utf-8").split("\n") if options.names else None
-    names = [name.strip() for name in names if name.strip()] if names else None
+    names = read_names(options.names) if options.names else None
     found = {"train": read_annotations(options.source, names)}
     if options.val_source:
         found["val"] = read_annotations(options.val_source, names)
@@ -165,19 +181,21 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
     for split in ("train", "val") if options.val_source else ("train",):
         source = Path(options.source if split == "train" else options.val_source)
         images = Path(options.images if split == "train" else options.val_images or options.images)
-        found = json.loads(source.read_text(encoding="utf-8"))
-        for category in found["categories"]:
-            values.setdefault(category["name"], len(values) + 1)
-            categories[category["id"]] = values[category["name"]]
+        with reading(source):
+            found = json.loads(source.read_text(encoding="utf-8"))
+            for category in found["categories"]:
+                values.setdefault(str(category["name"]), len(values) + 1)
+                categories[int(category["id"])] = values[str(category["name"])]
+            files = [str(annotation["file_name"]) for annotation in found["annotations"]]
         folder = Path(options.masks or source.with_suffix(""))
         photos, jobs = dict(find_photos(images)), []
-        for annotation in found["annotations"]:
-            name = Path(annotation["file_name"]).with_suffix("")
+        for file in files:
+            name = Path(file).with_suffix("") if Path(file).name else Path(file)
             if str(name) not in photos:
                 raise DataError(f"{source} names {name}, not in {images}")
             photo = photos[str(name)]
             link(photo, out / "photos" / split / f"{name}{photo.suffix}")
-            jobs.append((folder / annotation["file_name"], out / "masks" / split / f"{name}.png"))
+            jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
         tasks += [
             (read_panoptic, part, masks.only(str(mask) for mask, _ in part))
@@ -300,8 +318,7 @@ def convert(options: argparse.Namespace) -> Path:
         raise DataError(f"--images: there is no folder {options.images}")
     is_panoptic = False
     if options.source.endswith(".json") and Path(options.source).is_file():
-        with open(options.source, encoding="utf-8") as file:
-            is_panoptic = "segments_info" in file.read()
+        is_panoptic = b"segments_info" in Path(options.source).read_bytes()
     if options.background is None:
         options.background = "ignore" if is_panoptic else BACKGROUND
     if is_hub:
@@ -331,13 +348,22 @@ def main(arguments: list[str] | None = None) -> int:
     add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
     add("--names", help="names of the classes, a line each, where the source has none")
     add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=whole(1, 1024), default=cores, help="default: one a core")
     options = parser.parse_args(arguments)
     options.val_source = None
     try:
         options.val = float(options.val)
     except ValueError:
         options.val_source, options.val = options.val, 0.15
+    if not 0 < options.val < 1:
+        parser.error(f"--val {options.val:g}: a share between 0 and 1, or a file of annotations")
+    if options.background == "":
+        parser.error("--background: a name, or ignore")
+    if options.source == "hf://":
+        parser.error("hf://: hf://owner/name, or a folder")
+    if not options.source.startswith("hf://") and options.images is None:
+        parser.error("--images: the folder of the photos")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         file = convert(options)

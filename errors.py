@@ -5,6 +5,9 @@ Nothing slow is imported here, so that a wrong config is answered before torch i
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+
 # Exit status of a run that goes on when its command is given again: EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
 
@@ -54,6 +57,23 @@ class Lost(RunError):
     def __init__(self, message: str, status: int = TRY_AGAIN) -> None:
         super().__init__(message)
         self.status = status
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """Return the type of a command-line option: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{_printable(text)} is no whole number from {least} to {most}"
+            )
+        return value
+
+    return read
 
 
 def _printable(text: str) -> str:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import build_ade20k_dataspec, build_dataset
 from dataset.description import parse_description, read_description
 from dataset.labels import Labels
-from errors import ConfigError, UserError
+from errors import ConfigError, UserError, whole
 from predict import Segmenter, add_model_options, segmenter_from
 from segmentation.metrics import (
     class_table,
@@ -287,7 +287,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--local", help="folder to cache the shards of a remote data set in")
     parser.add_argument("--config", metavar="YAML", help="the run's config, for its eval_dataset")
     parser.add_argument("--protocol", choices=("paper", "square"), default="paper")
-    parser.add_argument("--batch-size", type=int, default=8, help="photos a process takes at once")
+    parser.add_argument(
+        "--batch-size", type=whole(1, 4096), default=8, help="photos a process takes at once"
+    )
     parser.add_argument("--amp", action="store_true", help="compute in bf16")
     parser.add_argument(
         "--ignore-background",

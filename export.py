@@ -53,7 +53,7 @@ from checkpointing.weights import (
     to_metadata,
 )
 from dataset.decoding import read_photo
-from errors import UserError, one_line
+from errors import UserError, one_line, whole
 from model import DeepLabV3, build_network
 from predict import Segmenter, add_network_option
 from segmentation.card import (
@@ -388,7 +388,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="photo to compare on; more of them, given so again, are the page's examples too; "
         "default: one that matplotlib brings",
     )
-    parser.add_argument("--size", type=int, default=512, help="its shorter side; default: 512")
+    parser.add_argument(
+        "--size", type=whole(16, 4096), default=512, help="its shorter side; default: 512"
+    )
     parser.add_argument(
         "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
     )

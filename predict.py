@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
-from errors import ModelError, UserError, WeightsError, one_line
+from errors import ModelError, UserError, WeightsError, one_line, whole
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import draw_overlay
 from transforms import resize_image
@@ -76,7 +76,7 @@ class Segmenter:
 
     Raises:
         WeightsError: The file cannot be read or is of another network.
-        ModelError: The network cannot be built.
+        ModelError: The network cannot be built, or there is no such device.
         ClassError: The class names cannot be read or do not fit.
     """
 
@@ -93,7 +93,7 @@ class Segmenter:
         amp: bool = False,
         network: str | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         if str(path).endswith(".onnx"):
             if amp:
                 raise WeightsError(f"{path}: an ONNX file computes in the type it was exported in")
@@ -261,6 +261,18 @@ def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
     return matrix[0].T
 
 
+def find_device(name: str | None) -> torch.device:
+    """Return a device by its name; None: a GPU if there is one. ModelError: it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "meta":
+            raise RuntimeError("holds no numbers")
+        torch.empty(1, device=device)
+    except Exception as error:  # each kind of device has errors of its own
+        raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
+    return device
+
+
 def _torch_network(
     network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
@@ -397,7 +409,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
     )
-    parser.add_argument("--size", type=int, help="length of a photo's shorter side; 0: as it is")
+    parser.add_argument(
+        "--size", type=whole(0, 8192), help="length of a photo's shorter side; 0: as it is"
+    )
     parser.add_argument(
         "--tta", action="store_true", help="flip, and sizes x 0.5 to 1.75, averaged"
     )

@@ -8,6 +8,7 @@ CVAT out.) Reading LabelMe, CVAT and YOLO takes a few lines each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -20,9 +21,13 @@ import yaml
 from PIL import Image
 
 from dataset.folders import IMAGE_SUFFIXES, visible_files
-from errors import DataError
+from errors import DataError, one_line
 
 CORNERS = 128  # of the polygon that stands for a circle
+BEYOND = 16  # times a photo's longer side: no outline goes further, whatever a file says
+# What reading raises where a file's parts are of other types than its format says.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
 
 
 class Shape(NamedTuple):
@@ -72,22 +77,37 @@ def read_annotations(source: str, names: list[str] | None = None) -> Annotations
         DataError: It is missing, or of another kind.
     """
     path = Path(source)
+    with reading(path):
+        found = _read(path, names)
+        if not all(isinstance(name, str) for name in found.classes):
+            raise ValueError("a class has no name")
+    return found
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say in a line, as a DataError, what is wrong with a file of annotations that is read."""
     try:
-        if path.is_dir():
-            files = [file for _, file in visible_files(path)]
-            if any(file.suffix == ".json" for file in files):
-                return _labelme([file for file in files if file.suffix == ".json"], path)
-            return _yolo(path, files, names)
-        if path.suffix.lower() == ".xml":
-            return _cvat(ElementTree.fromstring(path.read_bytes()))
-        return _coco(json.loads(path.read_text(encoding="utf-8")))
+        yield
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from error
     except KeyError as error:
         raise DataError(f"{path}: {error} is missing: not of a format that is known") from error
-    except (ValueError, TypeError, ElementTree.ParseError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not of a format that is known ({reason})") from error
+    except MALFORMED as error:
+        raise DataError(f"{path}: not of a format that is known ({one_line(error)})") from error
+
+
+def _read(path: Path, names: list[str] | None) -> Annotations:
+    if path.is_dir():
+        files = [file for _, file in visible_files(path)]
+        if any(file.suffix == ".json" for file in files):
+            return _labelme([file for file in files if file.suffix == ".json"], path)
+        return _yolo(path, files, names)
+    if path.suffix.lower() == ".xml":
+        return _cvat(ElementTree.fromstring(path.read_bytes()))
+    return _coco(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _coco(found: dict[str, Any]) -> Annotations:
@@ -183,6 +203,8 @@ def _cvat_outline(
     # Its run lengths are by rows within a box; COCO's go by columns over the whole.
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
+    if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
+        raise ValueError(f"run lengths do not fill a box of {width}x{height}")
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
     whole = np.zeros(size, np.uint8)
     whole[top : top + height, left : left + width] = inside
@@ -264,8 +286,13 @@ def draw(
             if tuple(runs["size"]) != size:
                 raise ValueError(f"run lengths of {runs['size']} on a photo of {list(size)}")
             if isinstance(runs["counts"], list):
+                if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
+                    raise ValueError(f"run lengths do not fill {list(size)}")
                 runs = coco.frPyObjects(runs, *size)
         else:
+            for part in runs:
+                if len(part) < 6 or not np.abs(np.asarray(part, float)).max() < BEYOND * max(size):
+                    raise ValueError(f"an outline of {len(part) // 2} points, or far outside")
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))
     drawn.sort(key=(lambda one: -int(one[0])) if by_area else (lambda one: one[1]))

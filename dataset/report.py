@@ -45,7 +45,7 @@ from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.shards import DESCRIPTION, fetch_beside
 from dataset.suggest import draw, suggest
-from errors import DataError, UserError
+from errors import DataError, UserError, whole
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import sample_sheet
 
@@ -319,7 +319,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("path", help="folder in ADE20K's layout, a description (YAML), or MDS shards")
     add("local", nargs="?", help="folder for shards; a description's root; what --suggest writes")
-    add("--num-classes", type=int, default=150, help="as model.num_classes (default: 150)")
+    add(
+        "--num-classes", type=whole(1, 253), default=150, help="as model.num_classes (default: 150)"
+    )
     add(
         "--ignore-background",
         action=argparse.BooleanOptionalAction,
@@ -332,9 +334,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         action="store_false",
         help=argparse.SUPPRESS,  # its name in earlier versions
     )
-    add("--ignore-label", type=int, help="a further label that is ignored")
+    add("--ignore-label", type=whole(0, 255), help="a further label that is ignored")
     add("--class-names", help="file with a class name a line")
-    add("--workers", type=int, help="processes (default: one a core)")
+    add("--workers", type=whole(1, 1024), help="processes (default: one a core)")
     add("--suggest", action="store_true", help="write the folder's description, and a picture")
     add("--picture", metavar="FILE", help="draw samples as training sees them, a .png or .jpg")
     add("--json", action="store_true", help="print the report as JSON")

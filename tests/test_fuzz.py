@@ -13,12 +13,16 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import cv2
+import numpy as np
 import pytest
+import test_convert_dataset
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -28,13 +32,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import convert_ade20k
+import convert_dataset
 import download_ade20k
 import evaluate
 import export
+import main as program
 import predict
 from checkpointing.resume import newest_checkpoint
 from checkpointing.weights import load_weights, save_weights
-from data import check_dataloader
+from data import build_ade20k_dataspec, check_dataloader
+from dataset import report
 from dataset.decoding import decode_image, decode_mask, decode_photo
 from dataset.description import parse_description, read_description
 from dataset.shards import Shards
@@ -181,6 +188,107 @@ def test_any_flags_of_any_command(
     assert status in (1, 2), (status, error)
     assert "Traceback" not in error
     assert error.startswith("error: ") or "error: " in error or "skipped " in error
+
+
+# Of each command: what makes it run, and its other options.
+BASE: dict[str, str] = {
+    "data": "{data} --num-classes 12",
+    "convert_ade20k": "--path {data} --out made",
+    "convert_dataset": "{marks} --images {photos} --out made",
+    "evaluate": "{weights} --path {data}",
+    "predict": "{weights} {photo} --out made",
+    "export": "{weights} --to safetensors --out made.safetensors",
+    "plan": "{config} --plan --gpu H100",
+}
+OPTIONS: dict[str, str] = {
+    "data": "--num-classes --ignore-label --class-names --workers --picture --suggest --json",
+    "convert_ade20k": "--root --out --compression --hashes --size-limit --workers --staging",
+    "convert_dataset": "--images --out --val --val-images --masks --background --names --columns"
+    " --workers",
+    "evaluate": "--path --data --local --config --batch-size --csv --json --classes --size --slide"
+    " --device --network",
+    "predict": "--out --write --classes --size --slide --device --network",
+    "export": "--to --out --repo --licence --scores --photo --size --classes --network --card",
+    "plan": "--gpu --gpus --price --images --json",
+}
+OPTION_VALUES = st.one_of(
+    st.sampled_from(["0", "-1", "1", "2", "253", "256", "9" * 18, "nan", "-inf", "1e400", "0.5"]),
+    st.sampled_from(["", ".", "/nowhere/x", "here", "{photo}", "{weights}", "{data}", "{marks}"]),
+    st.sampled_from(["\udcff", "a,b", "//", "s3://", "hf://", "é\n", "--", "cuda:9", "os:system"]),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dict[str, str]:
+    """What the commands take, sound and small."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make(str(folder / "data"), training=2, validation=2, size=48)
+    photos = folder / "data/ADEChallengeData2016/images/training"
+    names = sorted(os.listdir(photos))
+    images = [
+        {"id": n, "file_name": name, "height": 48, "width": 48} for n, name in enumerate(names)
+    ]
+    shape = {"category_id": 1, "segmentation": [[4, 4, 30, 4, 30, 30]], "iscrowd": 0}
+    marks = {"images": images, "annotations": [shape | {"image_id": n} for n in range(len(names))]}
+    marks["categories"] = [{"id": 1, "name": "leaf"}]
+    (folder / "marks.json").write_text(json.dumps(marks))
+    config = {"eval_dataset": {"final_size": 48}, "model": {"num_classes": 12}}
+    state = deeplabv3(12, "resnet50").state_dict()
+    save_weights(folder / "weights.safetensors", state, config, load_classes(None, 12))
+    run = {"model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None}}
+    dataset = {"path": str(folder / "data"), "final_size": 32, "batch_size": 2}
+    run |= {"train_dataset": dataset, "eval_dataset": dataset, "max_duration": "2ep"}
+    (folder / "run.yaml").write_text(json.dumps(run))
+    return {
+        "data": str(folder / "data"),
+        "photos": str(photos),
+        "photo": str(photos / names[0]),
+        "marks": str(folder / "marks.json"),
+        "weights": str(folder / "weights.safetensors"),
+        "config": str(folder / "run.yaml"),
+    }
+
+
+def call(command: str, words: list[str]) -> int:
+    """Run a command here; return its exit status."""
+    run: dict[str, Callable[[list[str]], int]] = COMMANDS | {
+        "data": lambda words: report.main(words, build_ade20k_dataspec),
+        "convert_dataset": convert_dataset.main,
+        "plan": program.run,
+    }
+    try:
+        return run[command](words)
+    except SystemExit as exit:  # argparse's
+        return int(exit.code or 0)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", BASE)
+@settings(max_examples=max(settings.default.max_examples // 4, 1))
+@given(data=st.data())
+def test_any_value_of_any_option(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    inputs: dict[str, str],
+    command: str,
+    data: Any,
+) -> None:
+    """Given what it needs, a command does it or says in a line why not."""
+    place = Path(tempfile.mkdtemp(dir=tmp_path))  # a place for each case
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    words = BASE[command].split()
+    for option in data.draw(st.lists(st.sampled_from(OPTIONS[command].split()), max_size=2)):
+        words += [option, data.draw(OPTION_VALUES)]
+    words = [word.format(**inputs) if word[:1] == "{" and "}" in word else word for word in words]
+    status = call(command, words)
+    error = capsys.readouterr().err
+    assert status in (0, 1, 2), (words, status, error)
+    assert "Traceback" not in error, (words, error)
+    if status == 2 or (status == 1 and command != "data"):
+        assert "error: " in error or "skipped " in error, (words, error)
 
 
 # ---------------------------------------------------------------------------------- files
@@ -456,6 +564,53 @@ def test_any_data_set_to_check(
         check_dataloader()
     assert caught.value.code in (1, 2)
     assert "Traceback" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- annotations
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each labelling tool writes of the same two photos."""
+    folder = tmp_path_factory.mktemp("annotations")
+    (folder / "photos").mkdir()
+    for number in range(2):
+        cv2.imwrite(str(folder / f"photos/{number}.jpg"), np.zeros((48, 64, 3), np.uint8))
+    test_convert_dataset.write_coco(folder / "coco.json", numbers=range(2))
+    for kind in ("labelme", "yolo"):
+        getattr(test_convert_dataset, f"write_{kind}")(folder / kind)
+    test_convert_dataset.write_cvat(folder / "cvat.xml")
+    test_convert_dataset.write_panoptic(folder / "panoptic.json")
+    return folder
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["coco.json", "labelme", "cvat.xml", "yolo", "panoptic.json"])
+@settings(max_examples=max(settings.default.max_examples // 3, 1))
+@given(data=st.data(), change=harm())
+def test_harmed_annotations(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    annotations: Path,
+    kind: str,
+    data: Any,
+    change: Callable[[bytes], bytes],
+) -> None:
+    """They are converted to masks that can be trained on, or a line says why not."""
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    place = Path(tempfile.mkdtemp(dir=tmp_path))
+    shutil.copytree(annotations, place, dirs_exist_ok=True)
+    source = place / kind
+    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    victim = data.draw(st.sampled_from(files))
+    victim.write_bytes(change(victim.read_bytes()))
+    words = [str(source), "--images", str(place / "photos"), "--out", str(place / "out")]
+    status = call("convert_dataset", words)
+    error = capsys.readouterr().err
+    assert status in (0, 1) and "Traceback" not in error
+    if not (place / "out/data.yaml").exists():
+        assert status == 1 and "error: " in error
 
 
 # ---------------------------------------------------------------------------------- archives

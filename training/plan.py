@@ -36,7 +36,7 @@ from dataset.labels import Labels
 from dataset.matching import list_described
 from dataset.sampler import length_of_repeated
 from dataset.shards import Shards
-from errors import ConfigError, UserError
+from errors import ConfigError, UserError, whole
 from training.balance import repeat_factors
 from training.config import load, resolve
 from training.estimate import GPUS, NO_BF16, assumed, estimate
@@ -123,10 +123,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("config", help="the run's YAML")
     result.add_argument("--plan", action="store_true", help="say what the run takes; do not run")
     result.add_argument("--gpu", choices=GPUS, help="estimate for such; default: measure here")
-    result.add_argument("--gpus", type=int, default=1, help="how many of them (default: 1)")
+    result.add_argument(
+        "--gpus", type=whole(1, 100_000), default=1, help="how many of them (default: 1)"
+    )
     result.add_argument("--price", type=float, help="of the whole machine, an hour")
     names = ("TRAINING", "VALIDATION")
-    result.add_argument("--images", type=int, nargs=2, metavar=names, help="where no data is here")
+    count = whole(1, 10**12)
+    result.add_argument("--images", type=count, nargs=2, metavar=names, help="if no data is here")
     result.add_argument("--json", action="store_true", help="for scripts")
     return result
 
@@ -136,7 +139,7 @@ def estimated(
 ) -> dict[str, Any]:
     """Plan for GPUs that are not here."""
     gpus, batch = options.gpus, config.train_dataset.batch_size
-    if gpus < 1 or batch % gpus:
+    if batch % gpus:
         raise ConfigError(f"train_dataset.batch_size: {batch} does not divide among {gpus} GPUs")
     training, validation = options.images or (
         _samples(config, "train"),
