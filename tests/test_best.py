@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Timestamp
-from s3_server import s3_server
 
 from benchmarks.forked import Death, run
 from benchmarks.kill_resume import largest_difference, make_config, make_data
+from benchmarks.s3_server import s3_server
 from checkpointing.best import Best
 from checkpointing.stores import RemoteFolder, batch_of
 from errors import ConfigError

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import streaming
 from PIL import Image
-from s3_server import BUCKET, s3_server
 from streaming.base.compression import decompress
 
 import convert_ade20k as converter
+from benchmarks.s3_server import BUCKET, s3_server
 from convert_ade20k import convert, main, plan_shards
 from data import StreamingADE20k
 from dataset.checks import check

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from run_helpers import save_whole
-from s3_server import S3Server, s3_server
 
+from benchmarks.s3_server import S3Server, s3_server
 from checkpointing import stores
 from checkpointing.stores import LocalFolder, RemoteFolder, checkpoint_in, outdated
 from errors import ConfigError, RunError, WeightsError

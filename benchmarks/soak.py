@@ -1,0 +1,293 @@
+"""Runs that are struck all the while, and compared with runs that nothing strikes.
+
+    python -m benchmarks.soak --minutes 20      # the table, as Markdown
+    python -m benchmarks.soak --memory          # memory and open files over 2,000 steps
+
+Two processes train by composer's launcher, on shards in an S3 server (SeaweedFS), with checkpoints
+there too and a cache of four shards, so that the store is asked all the time. One run after the
+other, of every recipe in turn, is struck at random batches: each kind of strike once before any
+comes again. Whenever a run ends too soon, the same command is given again. Compared are the
+weights, the averages and the optimizer's state at the end. The disk that gets full is a small
+tmpfs, which takes root; the clock that is set back is set_back.c's, which takes a C compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from benchmarks import soak_memory
+from benchmarks.faulty_store import FAULTS, FaultyStore
+from benchmarks.kill_resume import RECIPES, largest_difference
+from benchmarks.s3_server import BUCKET, S3Server, s3_server
+from benchmarks.soak_run import EVERY, Run, make_config
+
+STEPS = 500
+STRIKES = 4  # of a run
+DISK = 64  # MB of the disk that gets full
+DEATHS = ("SIGKILL of a process", "SIGKILL of the launcher", "SIGKILL of a loader", "SIGTERM")
+FULL, BACK, SHARED = "disk full", "clock 10 min back", "another run in the cache"
+STORE = tuple(f"store {fault}" for fault in FAULTS)
+
+
+class World:
+    """What runs live in: a store behind a proxy, a disk and a clock of their own.
+
+    Args:
+        folder: Of the disk, the data and the runs' logs.
+        server: The store.
+        stack: What ends it.
+
+    Attributes:
+        kinds: The strikes that are possible here.
+        missing: What the others need.
+        environment: Variables to set for a run.
+    """
+
+    def __init__(self, folder: Path, server: S3Server, stack: ExitStack):
+        self.folder, self.server, self.stack = folder, server, stack
+        self.store = FaultyStore(server.ports["s3"])
+        stack.callback(self.store.close)
+        self.kinds = [*DEATHS, *STORE, SHARED]
+        self.missing: list[str] = []
+        self.disk, self.clock = folder / "disk", folder / "clock"
+        self.environment = {"S3_ENDPOINT_URL": self.store.url, "OMP_NUM_THREADS": "1"}
+        self.disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "none", str(self.disk)]
+        if subprocess.run(mount, capture_output=True).returncode == 0:
+            stack.callback(subprocess.run, ["umount", "--lazy", str(self.disk)])
+            self.kinds.append(FULL)
+        else:
+            self.missing.append(f"{FULL}: mounting a tmpfs takes root")
+        (self.disk / "tmp").mkdir()
+        self.environment["TMPDIR"] = str(self.disk / "tmp")
+        shim, source = folder / "set_back.so", Path(__file__).with_name("set_back.c")
+        self._set_clock(0)
+        build = ["cc", "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl"]
+        if shutil.which("cc") and subprocess.run(build).returncode == 0:
+            self.environment |= {"LD_PRELOAD": str(shim), "CLOCK_OFFSET": str(self.clock)}
+            self.kinds.append(BACK)
+        else:
+            self.missing.append(f"{BACK}: there is no C compiler, cc")
+        self._make_data()
+
+    def _make_data(self) -> None:
+        from convert_ade20k import main as convert
+        from dataset.synthetic import make
+
+        make(str(self.folder / "photos"), training=240, validation=16, size=64)
+        self.data = f"s3://{BUCKET}/shards"
+        arguments = ["--path", str(self.folder / "photos"), "--out", self.data]
+        if convert([*arguments, "--size-limit", "40kb"]):
+            raise RuntimeError("the shards could not be written")
+
+    def _set_clock(self, seconds: int) -> None:
+        """Have the clock of the runs off by so much."""
+        with open(self.clock, "r+b" if self.clock.exists() else "wb") as file:
+            file.write(struct.pack("=q", seconds))  # in place: it is mapped
+
+    def run(self, name: str, recipe: str, ranks: int | None = 2, steps: int = STEPS) -> Run:
+        """Start a run of a recipe."""
+        config = make_config(self.data, str(self.disk), recipe, name, steps)
+        run = Run(self.folder / name, config, self.environment, ranks)
+        self.stack.callback(run.end)
+        return run
+
+    def checkpoint(self, name: str) -> str:
+        """Fetch a run's newest checkpoint; the folder that it is in then."""
+        client = self.server.client
+        pointer = client.get_object(Bucket=BUCKET, Key=f"runs/{name}/latest-rank0.pt.symlink")
+        key = pointer["Body"].read().decode()
+        client.download_file(BUCKET, key, str(self.folder / name / "latest-rank0.pt"))
+        return str(self.folder / name)
+
+    @contextmanager
+    def fault(self, kind: str) -> Iterator[None]:
+        """Within, the store, the disk or the clock is not as it should be."""
+        if kind in STORE:
+            with self.store.having(kind.removeprefix("store ")):
+                yield
+        elif kind == FULL:
+            ballast = self.disk / "ballast"
+            with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            try:
+                yield
+            finally:
+                ballast.unlink()
+        else:
+            self._set_clock(-600)
+            try:
+                yield
+            finally:
+                self._set_clock(0)
+
+
+def kill(kind: str, run: Run, rng: random.Random) -> bool:
+    """Send a signal to a part of a run and wait until all of it has ended; whether it was there."""
+    before = len(run.endings)
+    run.until(lambda: len(run.processes()[1]) > 1)
+    if run.is_done:
+        return False
+    ranks, loaders = run.processes()
+    victims = {DEATHS[0]: [rng.choice(ranks)], DEATHS[1]: [run.launcher]}
+    victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: ranks}
+    for process in victims[kind]:
+        process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+    return run.until(lambda: len(run.endings) > before)
+
+
+def share(world: World, run: Run, name: str) -> bool:
+    """Have another run in the same cache for a while, and kill it; whether there was time to."""
+    other = world.run(name, "baseline", ranks=None)
+    try:
+        met = run.until(lambda: other.batch() > 50 or other.process.poll() is not None)
+        if met and other.process.poll() is not None:
+            raise RuntimeError(f"the other run ended with {other.process.poll()}")
+        return met
+    finally:
+        other.end()
+
+
+def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) -> str | None:
+    """Strike a run; a row of the table, or None if the run was done before.
+
+    Args:
+        world: What the run lives in.
+        run: Whom to strike.
+        kind: One of `World.kinds`.
+        rng: Of which process, and how long.
+        other: Name of a run that may be needed.
+    """
+    began, batch, ended = time.monotonic(), run.newest, len(run.endings)
+    run.watch()
+    if kind in DEATHS:
+        met = kill(kind, run, rng)
+    elif kind == SHARED:
+        met = share(world, run, other)
+    else:
+        longest = 40 if kind in STORE[:2] else 15
+        with world.fault(kind):
+            run.wait(rng.uniform(5, longest))
+        met = True
+    lasted, reached = time.monotonic() - began, run.newest
+    run.reach(reached + 1)
+    if not met:
+        return None
+    endings = "; ".join(run.endings[ended:]) or "went on"
+    return f"{batch} | {kind} | {lasted:.0f} s | {endings} | {run.gap:.0f} s"
+
+
+class Soak:
+    """The strikes on one run after the other, and a table of them.
+
+    Args:
+        world: What the runs live in.
+        rng: What strikes when.
+    """
+
+    def __init__(self, world: World, rng: random.Random):
+        self.world, self.rng = world, rng
+        self.deck: list[str] = []  # of strikes that are still to come
+        self.began = time.monotonic()
+        self.worst = 0.0
+
+    def __call__(self, minutes: float) -> float:
+        """Strike runs for so long; the largest difference."""
+        references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
+        print("| at | recipe | batch | strike | it lasted | the run | no batch for |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        self.began = time.monotonic()
+        for number, recipe in enumerate(itertools.cycle(RECIPES)):
+            if time.monotonic() - self.began > 60 * minutes:
+                return self.worst
+            self.struck(f"{recipe}-{number}", recipe, references[recipe])
+        return self.worst
+
+    def undisturbed(self, recipe: str) -> str:
+        """Train without strikes; the folder of its last checkpoint."""
+        run = self.world.run(recipe, recipe)
+        run.finish()
+        if run.endings:
+            raise RuntimeError(f"a run that nothing struck ended with {run.endings}")
+        return self.world.checkpoint(recipe)
+
+    def struck(self, name: str, recipe: str, reference: str) -> None:
+        """Train while strikes come at random batches, and compare."""
+        run, hand = self.world.run(name, recipe), self.deal()
+        for batch in sorted(self.rng.sample(range(20, STEPS // 2), STRIKES)):
+            if not run.reach(batch):
+                break
+            at = time.monotonic()
+            row = strike(self.world, run, hand[0], self.rng, f"{name}-other")
+            if row:
+                del hand[0]
+                self.print(at, recipe, row)
+        self.deck += hand
+        run.finish()
+        difference = largest_difference(self.world.checkpoint(name), reference)
+        self.worst = max(self.worst, difference)
+        left = f"; LEFT OVER: {found}" if (found := run.left_over()) else ""
+        end = f"{run.attempt} attempts; difference {difference}{left}"
+        self.print(time.monotonic(), recipe, f"{run.newest} | the end | | {end} |")
+
+    def deal(self) -> list[str]:
+        """Take a run's strikes from the deck, first the one that takes longest to begin."""
+        while len(self.deck) < STRIKES:
+            self.deck = [*self.rng.sample(self.world.kinds, len(self.world.kinds)), *self.deck]
+        hand = [self.deck.pop() for _ in range(STRIKES)]
+        return sorted(hand, key=lambda kind: kind != SHARED)
+
+    def print(self, at: float, recipe: str, row: str) -> None:
+        """Print a row of the table."""
+        minutes, seconds = divmod(round(at - self.began), 60)
+        print(f"| {minutes}:{seconds:02} | {recipe} | {row} |", flush=True)
+
+
+def memory(world: World) -> int:
+    """Print memory and open files of a run that nothing strikes, and draw them; 1 if they grow."""
+    run = world.run("undisturbed", "hot", steps=soak_memory.STEPS + EVERY)
+    samples = soak_memory.follow(run)
+    text, growth = soak_memory.table(samples)
+    print(text)
+    soak_memory.draw(samples, world.folder / "memory.png")
+    return int(growth > soak_memory.TOLERANCE or bool(run.endings))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 if a run differs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20, help="of being struck (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of what strikes when (0)")
+    parser.add_argument("--memory", action="store_true", help="of a run that nothing strikes")
+    parser.add_argument("--keep", help="a new folder for logs and figure, not one that goes")
+    arguments = parser.parse_args(argv)
+    if arguments.keep and os.path.exists(arguments.keep):
+        parser.error(f"--keep {arguments.keep}: is there already")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave nothing behind
+    with ExitStack() as stack:
+        folder = arguments.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))
+        os.makedirs(folder, exist_ok=True)
+        world = World(Path(folder).resolve(), stack.enter_context(s3_server()), stack)
+        if arguments.memory:
+            return memory(world)
+        for missing in world.missing:
+            print(f"left out: {missing}")
+        return int(Soak(world, random.Random(arguments.seed))(arguments.minutes) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

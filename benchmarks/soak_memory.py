@@ -1,0 +1,81 @@
+"""Memory and open files of every process of a run, over its steps; see soak.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.soak_run import Run
+
+STEPS = 2000
+BETWEEN = 200  # steps
+AFTER = 20  # a checkpoint
+READS = 5  # of which the least counts: not what a fetch or an upload takes for a moment
+TOLERANCE = 0.02
+UNITS = ("MB", "files")
+Sample = dict[str, tuple[float, int]]  # of a process: resident MB, open files
+
+
+def follow(run: Run) -> list[tuple[int, Sample]]:
+    """Read all processes of a run every so many steps, until it is done."""
+    samples = []
+    for step in range(BETWEEN, STEPS + 1, BETWEEN):
+        if run.reach(step + AFTER):
+            reads = [read(run)]
+            while len(reads) < READS:
+                run.wait(0.2)
+                reads.append(read(run))
+            least = {
+                name: (min(read[name][0] for read in reads), min(read[name][1] for read in reads))
+                for name in reads[0]
+            }
+            samples.append((run.newest, least))
+    run.finish()
+    return samples
+
+
+def read(run: Run) -> Sample:
+    """Read all processes of a run."""
+    ranks, _ = run.processes()
+    names = {"launcher": run.launcher}
+    for number, rank in enumerate(ranks):
+        names[f"process {number}"] = rank
+        loaders = sorted(rank.children(recursive=True), key=lambda loader: loader.pid)
+        for loader, of in zip(loaders, ("training", "evaluation")):
+            names[f"loader of {of} of process {number}"] = loader
+    return {name: (p.memory_info().rss / 1e6, p.num_fds()) for name, p in names.items()}
+
+
+def table(samples: Sequence[tuple[int, Sample]]) -> tuple[str, float]:
+    """Return a table of memory and open files by steps, and the largest growth since the first."""
+    steps = [step for step, _ in samples]
+    lines = ["| process | " + " | ".join(f"step {step}" for step in steps) + " | growth |"]
+    lines.append("|---" * (len(steps) + 2) + "|")
+    worst = 0.0
+    for name in samples[0][1]:
+        for i, unit in enumerate(UNITS):
+            values = [sample[name][i] for _, sample in samples]
+            growth = values[-1] / values[0] - 1
+            worst = max(worst, growth)
+            row = " | ".join(f"{value:.{1 - i}f}" for value in values)
+            lines.append(f"| {name}, {unit} | {row} | {growth:+.1%} |")
+    return "\n".join(lines), worst
+
+
+def draw(samples: Sequence[tuple[int, Sample]], path: Path) -> None:
+    """Draw memory and open files over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), dpi=80, layout="constrained")
+    for axis, unit, i in zip(figure.subplots(2, 1, sharex=True), UNITS, (0, 1)):
+        for name in samples[0][1]:
+            values = [sample[name][i] for _, sample in samples]
+            axis.plot([step for step, _ in samples], values, marker="o", markersize=3, label=name)
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel({"MB": "resident memory, MB", "files": "open files"}[unit])
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8, ncols=2)
+    figure.axes[1].set_xlabel("step")
+    FigureCanvasAgg(figure).print_png(str(path))

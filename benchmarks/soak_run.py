@@ -1,0 +1,217 @@
+"""A run of soak.py: the command is given again whenever it ends too soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.kill_resume import RECIPES
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 2
+EVERY = 50  # batches between checkpoints
+HANGS_AFTER = 300.0  # seconds without a batch, after all faults
+BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
+
+
+def network(num_classes: int) -> Any:
+    """Build a network with all that a checkpoint is about: BatchNorm, dropout, few weights."""
+    from torch import nn
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    layers = [*block(3, 16), *block(16, 64), nn.Dropout2d(0.1), nn.Conv2d(64, num_classes, 1)]
+    return nn.Sequential(*layers)
+
+
+def make_config(data: str, local: str, recipe: str, name: str, steps: int) -> dict[str, Any]:
+    """Describe a run on shards in a store; a cache of four of them has it fetch all the time."""
+    dataset = {"is_streaming": True, "path": data, "base_size": 64, "final_size": 64}
+    dataset |= {"batch_size": 8, "num_workers": 1, "cache_limit": "170kb"}
+    ema = {"half_life": "20ba", "update_interval": "1ba"}
+    duration = f"{steps}ba"
+    return {
+        "run_name": name,
+        "recipe_name": None if recipe == "baseline" else recipe,
+        "max_duration": duration,
+        **{other: {"max_duration": duration, "ema": ema} for other in RECIPES[1:]},
+        "model": {"name": f"{__name__}:{network.__name__}", "num_classes": 12},
+        "train_dataset": {**dataset, "local": f"{local}/cache"},
+        "eval_dataset": {**dataset, "local": f"{local}/cache"},
+        "eval_interval": f"{3 * EVERY}ba",
+        "save_folder": f"s3://data/runs/{name}",
+        "save_interval": f"{EVERY}ba",
+        "save_num_checkpoints_to_keep": 2,
+        "optimizer": {"lr": 0.01},
+        "precision": "fp32",
+        "pictures": 1,
+    }
+
+
+class Run:
+    """A run, followed by the log that its first process writes.
+
+    Args:
+        folder: Of the config and the logs.
+        config: What the YAML says.
+        environment: Variables to set.
+        ranks: How many processes; None: one, without composer's launcher.
+
+    Attributes:
+        newest: The number of batches done, by all of its attempts.
+        endings: Status and last words of each attempt that ended.
+        gap: The longest time without a new batch since `watch` was called.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, str],
+        ranks: int | None = RANKS,
+    ):
+        self.folder, self.ranks = folder, ranks
+        self.environment = {**os.environ, **environment}
+        folder.mkdir(parents=True)
+        self.config = folder / "config.yaml"
+        self.config.write_text(json.dumps(config))  # which is YAML
+        self.attempt = 0
+        self.newest = -1
+        self.moved = time.monotonic()  # when there was a new batch
+        self.gap = 0.0
+        self.endings: list[str] = []
+        self.is_done = False
+        self.sessions: set[int] = set()  # one an attempt
+        self.start()
+
+    def start(self) -> None:
+        """Give the command, as the README has it."""
+        self.attempt += 1
+        self.log = self.folder / f"{self.attempt}-rank0.txt"
+        launcher = [str(Path(sys.executable).with_name("composer")), "-n", str(self.ranks)]
+        command = launcher if self.ranks else [sys.executable]
+        command += ["main.py", str(self.config), "autoresume=true"]
+        logger = {"filename": str(self.folder / f"{self.attempt}-rank{{rank}}.txt")}
+        logger |= {"capture_stdout": False, "capture_stderr": False, "log_traces": False}
+        command.append(f"loggers={json.dumps({'file': logger})}")
+        with open(self._output, "wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=self.environment,
+                start_new_session=True,
+            )
+        self.launcher = psutil.Process(self.process.pid)
+        self.sessions.add(self.process.pid)
+
+    @property
+    def _output(self) -> Path:
+        return self.folder / f"{self.attempt}.out"
+
+    def batch(self) -> int:
+        """Return how many batches this attempt says are done; -1 before the first."""
+        with suppress(FileNotFoundError), open(self.log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
+            found = BATCH.findall(file.read())
+            return int(found[-1]) if found else -1
+        return -1
+
+    def processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """Return the processes that train and, below them, those that load."""
+        with suppress(psutil.NoSuchProcess):
+            ranks = self.launcher.children() if self.ranks else [self.launcher]
+            ranks.sort(key=lambda rank: rank.pid)
+            return ranks, [loader for rank in ranks for loader in rank.children(recursive=True)]
+        return [], []
+
+    def tick(self) -> None:
+        """See how far it is; give the command again if it ended too soon."""
+        batch, now = self.batch(), time.monotonic()
+        if batch > self.newest:
+            self.newest, self.moved = batch, now
+        self.gap = max(self.gap, now - self.moved)
+        status = self.process.poll()
+        if status is None or self.is_done:
+            return
+        self.is_done = status == 0
+        if not self.is_done:
+            self.endings.append(f"{status}: {self._last_words()}")
+            self.start()
+
+    def _last_words(self) -> str:
+        """Return the line that says why an attempt ended, and that a traceback was there."""
+        text = self._output.read_text(errors="replace")
+        said = [line for line in text.splitlines() if line.startswith(("error: ", "stopped after"))]
+        words = re.split(r" \(|;", said[0])[0] if said else "nothing was said"
+        return f"TRACEBACK, {words}" if "Traceback (most" in text else words
+
+    def watch(self) -> None:
+        """Begin to measure `gap`."""
+        self.gap, self.moved = 0.0, time.monotonic()
+
+    def until(self, condition: Callable[[], bool], seconds: float = HANGS_AFTER) -> bool:
+        """Follow the run until a condition holds; whether it does before the run is done.
+
+        Raises:
+            RuntimeError: Nothing happened for so long.
+        """
+        end = time.monotonic() + seconds
+        while not condition():
+            self.tick()
+            if self.is_done:
+                return condition()
+            if time.monotonic() > max(end, self.moved + seconds):
+                tail = self._output.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{self.config.parent}: no batch for {seconds:.0f} s\n{tail}")
+            time.sleep(0.05)
+        return True
+
+    def reach(self, batch: int) -> bool:
+        """Follow the run until so many batches are done; whether they are."""
+        return self.until(lambda: self.newest >= batch)
+
+    def finish(self) -> None:
+        """Follow the run to its end."""
+        self.until(lambda: self.is_done)
+
+    def wait(self, seconds: float) -> None:
+        """Follow the run for a time."""
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > end, seconds + HANGS_AFTER)
+
+    def left_over(self) -> list[int]:
+        """Return the processes that outlive its attempts by more than a minute."""
+        end = time.monotonic() + 60
+        while left := [p.pid for p in psutil.process_iter() if _session(p.pid) in self.sessions]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        return left
+
+    def end(self) -> None:
+        """Kill it if it has not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def _session(pid: int) -> int:
+    with suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return -1
