@@ -11,7 +11,8 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ from segmentation.openmmlab_heads import MMSegNetwork
 CONTIGUOUS = ("PoolFormer",)
 
 
+@contextmanager
+def _root_handlers_kept() -> Iterator[None]:
+    """Undo what mmcv's loggers do: they have the root's handlers drop all that is no error."""
+    levels = {handler: handler.level for handler in logging.root.handlers}
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+@_root_handlers_kept()
 def import_mmseg() -> Any:
     """Import mmsegmentation's models, and take back what mmcv does to torch.
 
@@ -43,6 +56,7 @@ def import_mmseg() -> Any:
     return models
 
 
+@_root_handlers_kept()
 def mmseg_network(
     name: str,
     num_classes: int,

@@ -324,3 +324,14 @@ def test_the_resolved_config_is_in_the_checkpoint(trained: tuple[Path, float]) -
     state = torch.load(trained[0] / "ep2-ba8-rank0.pt", weights_only=False)["state"]
     record = json.loads(state["callbacks"]["RunRecord"]["config"])
     assert record["mild"]["ema"] == {"half_life": "2ba", "update_interval": "1ba"}
+
+
+@pytest.mark.processes
+def test_warnings_are_not_lost_to_mmcv() -> None:
+    """Its loggers have the handlers that they find drop warnings; so in a process that has none."""
+    script = "import logging; logging.basicConfig(); import model; logging.warning('retrying')"
+    folder = Path(main_module.__file__).parent
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING:root:retrying" in done.stderr
