@@ -181,6 +181,21 @@ def test_record_is_in_the_checkpoint(run: tuple[Any, str]):
     assert record == RunRecord(json.loads(record["config"]), classes).state_dict()
 
 
+def test_one_client_writes_all_of_a_runs_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a file, each some MB that refer to themselves, would pile up."""
+    made, written = [], []
+
+    def make(uri: str) -> SimpleNamespace:
+        made.append(uri)
+        return SimpleNamespace(upload_object=lambda name, file: written.append(name))
+
+    monkeypatch.setattr(pictures, "maybe_create_object_store_from_uri", make)
+    for name in ("curves.png", "pictures/ep1-ba2.png"):
+        assert save_file(b"data", "s3://one-client/run", name) == f"s3://one-client/run/{name}"
+    assert made == ["s3://one-client/"]
+    assert written == ["run/curves.png", "run/pictures/ep1-ba2.png"]
+
+
 def test_files_appear_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = save_file(b"one", str(tmp_path), "a/b.png")
     assert Path(path).read_bytes() == b"one"

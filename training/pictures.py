@@ -6,6 +6,7 @@ from any process but the first.
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import logging
@@ -26,6 +27,7 @@ from composer.utils import (
     maybe_create_object_store_from_uri,
     parse_uri,
 )
+from composer.utils.object_store import ObjectStore
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -48,8 +50,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     path = os.path.join(folder, name)
     try:
         if "://" in folder:
-            store = maybe_create_object_store_from_uri(folder)
-            assert store is not None
+            store = _store(*parse_uri(folder)[:2], os.environ.get("S3_ENDPOINT_URL"))
             with tempfile.NamedTemporaryFile() as file:
                 file.write(data)
                 file.flush()
@@ -63,6 +64,14 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
+
+
+@functools.lru_cache(maxsize=8)
+def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
+    """Return a client of an object store: one for all writes, as each S3 client takes 12 MB."""
+    store = maybe_create_object_store_from_uri(f"{backend}://{bucket}/")
+    assert store is not None
+    return store
 
 
 def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None:
