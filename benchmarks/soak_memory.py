@@ -10,7 +10,7 @@ from benchmarks.soak_run import Run
 STEPS = 2000
 BETWEEN = 200  # steps
 AFTER = 20  # a checkpoint
-READS = 5  # of which the least counts: not what a fetch or an upload takes for a moment
+READS = 20  # of which the least counts: not what a fetch or an upload takes for a moment
 TOLERANCE = 0.02
 UNITS = ("MB", "files")
 Sample = dict[str, tuple[float, int]]  # of a process: resident MB, open files
@@ -23,7 +23,7 @@ def follow(run: Run) -> list[tuple[int, Sample]]:
         if run.reach(step + AFTER):
             reads = [read(run)]
             while len(reads) < READS:
-                run.wait(0.2)
+                run.wait(0.1)
                 reads.append(read(run))
             least = {
                 name: (min(read[name][0] for read in reads), min(read[name][1] for read in reads))
