@@ -1,7 +1,8 @@
-"""Segment photos with a checkpoint, a file of weights or an exported ONNX model.
+"""Segment photos and videos with a checkpoint, a file of weights or an exported ONNX model.
 
     python predict.py runs/first/latest-rank0.pt street.jpg holiday/ "*.png" --out predictions
     python predict.py model.onnx street.jpg --write overlay,index
+    python predict.py runs/first drive.mp4 --every 2
 
 The overlay is the photo under the colours of its classes with a legend of those found; the index is
 an 8-bit PNG of the photo's size with the class index of every pixel. In Python:
@@ -15,6 +16,7 @@ an 8-bit PNG of the photo's size with the class index of every pixel. In Python:
 from __future__ import annotations
 
 import argparse
+import collections
 import glob
 import logging
 import os
@@ -33,9 +35,10 @@ from tqdm import tqdm
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
-from errors import ModelError, UserError, WeightsError, one_line, whole
+from errors import DataError, ModelError, UserError, WeightsError, one_line, whole
 from segmentation.classes import ClassInfo, load_classes
-from segmentation.drawing import draw_overlay
+from segmentation.drawing import VideoOverlay, draw_overlay
+from segmentation.video import VIDEO_SUFFIXES, Video, VideoWriter, load_pyav
 from transforms import resize_image
 
 if TYPE_CHECKING:
@@ -325,10 +328,10 @@ def _onnx_network(
 
 
 def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Every photo that the arguments name: files, folders with all below them, glob patterns.
+    """Every photo and video that is named: files, folders with all below them, glob patterns.
 
     Yields:
-        The photo's path, and a name of its own for what is written of it, without extension.
+        Its path, and a name of its own for what is written of it, without extension.
     """
     names, seen = set(), set()
     for argument in arguments:
@@ -338,7 +341,8 @@ def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
         for place in map(Path, found or [argument]):
             inside = sorted(place.rglob("*")) if place.is_dir() else [place]
             for path in inside:
-                wanted = not place.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+                known = path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+                wanted = not place.is_dir() or known
                 if not wanted or path.resolve() in seen:
                     continue
                 seen.add(path.resolve())
@@ -356,37 +360,81 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 1 if a photo was skipped, 2 if the model cannot be used."""
+    """Run the command line; return 1 if something was skipped, 2 if the model cannot be used."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
-    try:
-        segmenter = segmenter_from(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     photos = list(find_photos(options.photos))
-    out, skipped = Path(options.out), 0
-    for path, name in tqdm(photos, unit="photo", disable=len(photos) < 2):
-        try:
-            photo = read_photo(path)
-        except (ValueError, OSError) as error:
-            tqdm.write(f"skipped {path}: {getattr(error, 'strerror', None) or error}", sys.stderr)
-            skipped += 1
-            continue
-        try:
-            prediction = segmenter(photo)
-        except ModelError as error:
-            tqdm.write(f"error: {error}", sys.stderr)
-            return 2
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        if "overlay" in options.write:
-            picture = segmenter.overlay(photo, prediction)
-            picture.save(out / f"{name}.jpg", quality=92, subsampling=0)
-        if "index" in options.write:
-            save_index(prediction, out / f"{name}.png")
-    note = f", {skipped} skipped" if skipped else ""
-    print(f"{len(photos) - skipped} photos segmented into {out}/{note}")
-    return 1 if skipped or not photos else 0
+    videos = {path for path, _ in photos if path.suffix.lower() in VIDEO_SUFFIXES}
+    out, counts = Path(options.out), collections.Counter()
+    try:
+        if videos:
+            load_pyav()
+        _spare(photos, videos, options)
+        segmenter = segmenter_from(options)
+        for path, name in tqdm(photos, unit="file", disable=len(photos) < 2):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            segment = _segment_video if path in videos else _segment_photo
+            counts[segment(segmenter, path, out / name, options)] += 1
+    except (UserError, OSError) as error:  # a folder or disk that cannot be written to
+        tqdm.write(f"error: {one_line(error)}", sys.stderr)
+        return 2
+    done, what = counts.pop("", 0), "photos and videos" if videos else "photos"
+    notes = "".join(f", {count} {how}" for how, count in counts.items())
+    print(f"{done} {what} segmented into {out}/{notes}")
+    return 1 if counts or not photos else 0
+
+
+def _spare(photos: list[tuple[Path, str]], videos: set[Path], options: argparse.Namespace) -> None:
+    """Raise a UserError if what is written of one file would take the place of another."""
+    given = {path.resolve() for path, _ in photos}
+    endings = {"overlay": (".jpg", ".mp4"), "index": (".png", "")}
+    for path, name in photos:
+        for kind in options.write:
+            target = Path(options.out, name + endings[kind][path in videos])
+            if target.resolve() in given:
+                raise UserError(f"{target} would be overwritten: choose another --out")
+
+
+def _segment_photo(
+    segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
+) -> str:
+    """Segment a photo, for files whose names begin so; return what went wrong in a word, or ""."""
+    try:
+        photo = read_photo(path)
+    except (ValueError, OSError) as error:
+        tqdm.write(f"skipped {path}: {getattr(error, 'strerror', None) or error}", sys.stderr)
+        return "skipped"
+    prediction = segmenter(photo)
+    if "overlay" in options.write:
+        picture = segmenter.overlay(photo, prediction)
+        picture.save(f"{target}.jpg", quality=92, subsampling=0)
+    if "index" in options.write:
+        save_index(prediction, Path(f"{target}.png"))
+    return ""
+
+
+def _segment_video(
+    segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
+) -> str:
+    """As `_segment_photo`, of a video; the indices of its frames go to a folder."""
+    draw, done = None, 0
+    try:
+        video = Video(path, options.every)
+        with VideoWriter(Path(f"{target}.mp4"), video.rate) as writer:
+            frames = tqdm(video, path.name, video.length, leave=False, unit="frame")
+            for number, time, photo in frames:
+                prediction = segmenter(photo)
+                if "overlay" in options.write:
+                    draw = draw or VideoOverlay(segmenter.classes, *photo.shape[:2])
+                    writer.write(draw(photo, prediction), time)
+                if "index" in options.write:
+                    target.mkdir(exist_ok=True)
+                    save_index(prediction, target / f"{number:06}.png")
+                done += 1
+    except DataError as error:
+        tqdm.write(f"{'' if done else 'skipped '}{path}: {error}", sys.stderr)
+        return "cut short" if done else "skipped"
+    return ""
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
@@ -433,9 +481,9 @@ def add_network_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Segment photos.")
+    parser = argparse.ArgumentParser(description="Segment photos and videos.")
     parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
-    parser.add_argument("photos", nargs="+", help="photos, folders of photos, or glob patterns")
+    parser.add_argument("photos", nargs="+", help="photos, videos, folders of both, glob patterns")
     parser.add_argument(
         "--out", default="predictions", help="folder to write to; default: predictions"
     )
@@ -445,11 +493,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         type=lambda text: text.split(","),
         help="overlay, index, or both: overlay,index",
     )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of a video, take every N-th frame"
+    )
     add_model_options(parser)
     options = parser.parse_args(arguments)
     unknown = set(options.write) - {"overlay", "index"}
     if unknown:
         parser.error(f"--write: {', '.join(sorted(unknown))} is neither overlay nor index")
+    if options.every < 1:
+        parser.error(f"--every: {options.every} is not 1 or more")
     return options
 
 

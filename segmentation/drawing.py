@@ -63,6 +63,55 @@ def draw_overlay(
     return beside(picture, draw_legend([prediction], classes, photo.shape[0]))
 
 
+class VideoOverlay:
+    """Draws the frames of a video alike: a class keeps its colour and its place in the legend.
+
+    Args:
+        classes: One entry a class index.
+        height: Height of a frame.
+        width: Its width.
+    """
+
+    def __init__(self, classes: Sequence[ClassInfo], height: int, width: int) -> None:
+        self.classes = classes
+        self._factor = max(1, 320 // max(height, width))
+        self._size = (width * self._factor, height * self._factor)
+        font = _font(_font_size(self._size[1]))
+        line = round(font.size * 1.5)
+        self._rows = max(self._size[1] // line - 1, 1)
+        self._legend_width = round(max(font.getlength(c.name) for c in classes) + 2.5 * line)
+        self._seen: list[int] = []
+        self._legend = Image.new("RGB", (0, 0))
+
+    def __call__(self, photo: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """Draw a frame and its class indices; return (H, W, 3) uint8 with even sides."""
+        photo = photo.repeat(self._factor, 0).repeat(self._factor, 1)
+        prediction = prediction.repeat(self._factor, 0).repeat(self._factor, 1)
+        share = np.bincount(_indices(prediction, len(self.classes)).ravel()) / prediction.size
+        found = [int(i) for i in np.argsort(-share, kind="stable") if share[i] >= 0.001]
+        new = [i for i in found if i < len(self.classes) and i not in self._seen]
+        if new:
+            self._seen += new
+            self._legend = self._draw_legend()
+        width, height = self._size[0] + self._legend_width, self._size[1]
+        page = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
+        page.paste(Image.fromarray(tint(photo, prediction, self.classes)), (0, 0))
+        page.paste(self._legend, (self._size[0], 0))
+        return np.asarray(page)
+
+    def _draw_legend(self) -> Image.Image:
+        """Name the classes seen so far; where there is no room for all, the last line says so."""
+        shown = self._seen
+        if len(shown) > self._rows:
+            shown = shown[: self._rows - 1]
+        named = [self.classes[i] for i in shown]
+        entries: list[tuple[str, str, tuple[int, int, int] | None]]
+        entries = [(info.name, "", info.color) for info in named]
+        if len(shown) < len(self._seen):
+            entries.append((f"{len(self._seen) - len(shown)} more", "", None))
+        return _draw_entries(entries, self._size[1])
+
+
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
     """Write each class's name where there is room for it: some of ADE20K's colours are close."""
     draw, font = ImageDraw.Draw(picture), _font(_font_size(picture.height) * 0.9)

@@ -1,0 +1,176 @@
+"""Videos: their frames as photos, and pictures as a video that browsers play (H.264 in MP4).
+
+PyAV, that is FFmpeg's libraries, reads and writes them. OpenCV's package, although it is here, has
+no encoder for H.264, does not say why it cannot read a file, and shows all frames equally long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from errors import DataError, UserError, one_line
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
+NO_FRAMES = "there are no frames in it"
+TICK = Fraction(1, 90_000)  # of a written video's clock, in seconds
+
+
+class Frame(NamedTuple):
+    """A frame of a video."""
+
+    number: int  # in the video, from 0
+    time: Fraction  # seconds
+    photo: np.ndarray  # (H, W, 3) uint8 RGB, upright
+
+
+def load_pyav() -> ModuleType:
+    """Import PyAV.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise UserError("videos need PyAV: make install WITH=video, or pip install av") from None
+    return av
+
+
+class Video:
+    """The frames of a file's first video; sound is left aside.
+
+    Args:
+        path: The file.
+        every: Take every n-th frame.
+
+    Attributes:
+        rate: How many of the frames taken are shown in a second, on average.
+        length: How many there are, by what the file says; None where it does not.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+
+    def __init__(self, path: Path, every: int = 1):
+        self._av, self.every = load_pyav(), every
+        try:
+            self._container = self._av.open(str(path))
+        except (self._av.FFmpegError, OSError) as error:
+            raise DataError(self._explain(error)) from None
+        if not self._container.streams.video:
+            raise DataError("there is no video in it")
+        self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            raise DataError("FFmpeg has no decoder for it")
+        self._stream.thread_type = "AUTO"
+        wide = self._stream.sample_aspect_ratio or 1  # of a pixel that is not square
+        self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
+        rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self.rate = rate / every
+        seconds = Fraction(self._container.duration or 0, 1_000_000)
+        frames = self._stream.frames or round(seconds * rate)
+        self.length = -(-frames // every) if frames > 0 else None
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Decode the video.
+
+        Raises:
+            DataError: It has no frames, or breaks off.
+        """
+        count = 0
+        try:
+            for number, frame in enumerate(self._container.decode(self._stream)):
+                count = number + 1
+                if number % self.every:
+                    continue
+                photo = frame.reformat(format="rgb24", **self._size).to_ndarray()
+                photo = np.rot90(photo, frame.rotation // 90)  # as the telephone was held
+                time = number / self.rate / self.every
+                if frame.pts is not None:
+                    time = Fraction(frame.pts * frame.time_base)
+                yield Frame(number, time, np.ascontiguousarray(photo))
+        except (self._av.FFmpegError, OSError) as error:
+            place = f"it breaks off after {count} frames: " if count else ""
+            raise DataError(f"{place}{self._explain(error)}") from None
+        finally:
+            self._container.close()
+        if not count:
+            raise DataError(NO_FRAMES)
+
+    def _explain(self, error: Exception) -> str:
+        return NO_FRAMES if isinstance(error, self._av.error.EOFError) else _reason(error)
+
+
+class VideoWriter:
+    """Writes pictures of one size as a video; a context, in which the first picture begins it.
+
+    Args:
+        path: The file, an MP4.
+        rate: Pictures a second, on average.
+    """
+
+    def __init__(self, path: Path, rate: Fraction):
+        self._av, self._path, self._rate = load_pyav(), path, rate
+        self._container: Any = None
+        self._stream: Any = None
+        self._last = -1
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._write(None)
+        if self._container is not None:
+            self._container.close()
+
+    def write(self, picture: np.ndarray, time: Fraction) -> None:
+        """Add a picture that is shown from a time on.
+
+        Args:
+            picture: (H, W, 3) uint8 RGB, with even sides.
+            time: Seconds.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if self._stream is None:
+            self._stream = self._begin(*picture.shape[:2])
+        frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+        self._last = max(round(time / TICK), self._last + 1)  # two cannot be at once
+        frame.pts, frame.time_base = self._last, TICK
+        self._write(frame)
+
+    def _begin(self, height: int, width: int) -> Any:
+        try:
+            self._container = self._av.open(str(self._path), "w")
+            rate = self._rate.limit_denominator(1001)
+            stream = self._container.add_stream("libx264", rate=rate, options={"crf": "20"})
+        except self._av.codec.codec.UnknownCodecError:
+            raise UserError("this PyAV has no encoder for H.264 (libx264); pip's has") from None
+        except (self._av.FFmpegError, OSError) as error:
+            raise UserError(f"cannot write {self._path}: {_reason(error)}") from None
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = TICK
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = 1  # of 16 to 235
+        return stream
+
+    def _write(self, frame: Any) -> None:
+        try:
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
+        except (self._av.FFmpegError, OSError) as error:
+            raise UserError(f"cannot write {self._path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)

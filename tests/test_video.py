@@ -1,0 +1,250 @@
+"""Videos in and out, compared with what OpenCV reads and writes."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from artifacts import random_weights
+from av.codec.codec import UnknownCodecError
+
+from errors import DataError
+from predict import Segmenter, main
+from segmentation.classes import ClassInfo
+from segmentation.drawing import VideoOverlay, tint
+from segmentation.video import Video, VideoWriter
+
+SIZE = (48, 64)  # height and width
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter(random_weights())
+
+
+def scenes(number: int) -> list[np.ndarray]:
+    """Photos of smooth colours, which compression leaves about as they are."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(30, 220, (number, 2, 3, 3), dtype=np.uint8)
+    return [cv2.resize(one, SIZE[::-1], interpolation=cv2.INTER_LINEAR) for one in small]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven frames at 5 a second, written by OpenCV."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5, SIZE[::-1])
+    for scene in scenes(7):
+        writer.write(scene[..., ::-1])
+    writer.release()
+    return path
+
+
+def opencv_frames(path: Path) -> list[np.ndarray]:
+    """What OpenCV reads."""
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (read := capture.read())[0]:
+        frames.append(read[1][..., ::-1])
+    return frames
+
+
+def write(path: Path, times: list[float]) -> list[np.ndarray]:
+    """Write a video of scenes that begin at these seconds; return them."""
+    pictures = scenes(len(times))
+    with VideoWriter(path, Fraction(5)) as writer:
+        for picture, time in zip(pictures, times):
+            writer.write(picture, Fraction(time))
+    return pictures
+
+
+def test_frames_are_what_opencv_reads(clip: Path) -> None:
+    video = Video(clip)
+    frames = list(video)
+    assert (video.rate, video.length) == (5, 7)
+    assert [float(frame.time) for frame in frames] == pytest.approx([i / 5 for i in range(7)])
+    for frame, expected in zip(frames, opencv_frames(clip), strict=True):
+        assert np.abs(frame.photo.astype(int) - expected).mean() < 2
+    every = list(Video(clip, every=3))
+    assert [frame.number for frame in every] == [0, 3, 6]
+    assert Video(clip, every=3).length == 3
+    assert all(np.array_equal(one.photo, frames[one.number].photo) for one in every)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    times = [0, 0.1, 0.5, 0.5, 2]  # unevenly, and two at once
+    pictures = write(tmp_path / "out.mp4", times)
+    frames = list(Video(tmp_path / "out.mp4"))
+    assert [float(frame.time) for frame in frames] == pytest.approx(times, abs=1e-4)
+    for frame, picture, opencv in zip(
+        frames, pictures, opencv_frames(tmp_path / "out.mp4"), strict=True
+    ):
+        assert np.abs(frame.photo.astype(int) - picture).mean() < 4
+        assert np.abs(opencv.astype(int) - picture).mean() < 12  # it takes BT.709 for BT.601
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt, context.colorspace) == ("h264", "yuv420p", 1)
+
+
+def test_a_video_is_turned_as_the_telephone_was_held(tmp_path: Path) -> None:
+    (picture,) = write(tmp_path / "upright.mp4", [0])
+    # The track's matrix (ISO/IEC 14496-12: a, b, u, c, d, v, x, y, w): a quarter turn clockwise.
+    matrix = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, SIZE[0] << 16, 0, 1 << 30)
+    content = bytearray((tmp_path / "upright.mp4").read_bytes())
+    place = content.index(b"tkhd") + 44
+    content[place : place + len(matrix)] = matrix
+    (tmp_path / "turned.mp4").write_bytes(content)
+    (frame,) = Video(tmp_path / "turned.mp4")
+    clockwise = cv2.rotate(picture, cv2.ROTATE_90_CLOCKWISE)
+    assert np.abs(frame.photo.astype(int) - clockwise).mean() < 4
+
+
+def test_command_line(
+    clip: Path, tmp_path: Path, segmenter: Segmenter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "in/b.mp4").write_bytes(clip.read_bytes())
+    cv2.imwrite(f"{tmp_path}/in/c.png", scenes(1)[0])
+    arguments = [random_weights(), f"{tmp_path}/in", "--out", f"{tmp_path}/out"]
+    assert main([*arguments, "--write", "overlay,index", "--every", "2"]) == 0
+    output = capsys.readouterr()
+    assert f"3 photos and videos segmented into {tmp_path}/out/\n" in output.out
+    assert "frame/s" in output.err and "<" in output.err  # the time left
+    for name in ("a", "b"):
+        written = list(Video(tmp_path / f"out/{name}.mp4"))
+        assert [float(f.time) for f in written] == pytest.approx([0, 0.4, 0.8, 1.2], abs=1e-4)
+        indices = sorted((tmp_path / "out" / name).iterdir())
+        assert [path.name for path in indices] == [f"{i:06}.png" for i in (0, 2, 4, 6)]
+        for frame, index, drawn in zip(Video(clip, 2), indices, written, strict=True):
+            prediction = segmenter(frame.photo)
+            assert np.array_equal(cv2.imread(str(index), cv2.IMREAD_UNCHANGED), prediction)
+            larger = [array.repeat(5, 0).repeat(5, 1) for array in (frame.photo, prediction)]
+            expected = tint(larger[0], larger[1], segmenter.classes)
+            height, width = expected.shape[:2]
+            assert np.abs(drawn.photo[:height, :width].astype(int) - expected).mean() < 6
+
+
+def test_colours_and_legend_are_steady() -> None:
+    classes = [
+        ClassInfo(name, color)
+        for name, color in zip("abc", [(200, 0, 0), (0, 200, 0), (0, 0, 200)])
+    ]
+    draw = VideoOverlay(classes, 321, 401)
+    grey = np.full((321, 401, 3), 90, np.uint8)
+    first, second = np.zeros((321, 401), int), np.full((321, 401), 2)
+    second[:10] = 1
+    pages = [draw(grey, mask) for mask in (first, second, first)]
+    assert len({page.shape for page in pages}) == 1
+    assert all(side % 2 == 0 for side in pages[0].shape[:2])
+    assert np.array_equal(pages[0][:321, :401], pages[2][:321, :401])
+    legends = [page[:, 401:] for page in pages]
+    assert np.array_equal(legends[1], legends[2])  # a class stays when it is not to be seen
+    changed = np.flatnonzero((legends[0] != legends[1]).any((1, 2)))
+    kept = np.flatnonzero((legends[0] != 255).any((1, 2)))
+    assert changed.min() > kept.max()  # and new ones come below
+
+
+def test_a_long_legend_says_how_many_are_left_out() -> None:
+    classes = [ClassInfo(f"class {i}", (i, i, i)) for i in range(100)]
+    mask = np.arange(320 * 320).reshape(320, 320) % 100
+    page = VideoOverlay(classes, 320, 320)(np.zeros((320, 320, 3), np.uint8), mask)
+    assert page.shape[0] == 320
+
+
+def broken(folder: Path, clip: Path) -> dict[str, str]:
+    """Files that are no videos, and what is said of them."""
+    (folder / "junk.mp4").write_bytes(b"junk" * 100)
+    (folder / "empty.mp4").write_bytes(b"")
+    with wave.open(f"{folder}/sound.mp4", "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(16000))
+    with av.open(f"{folder}/header.mkv", "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    (folder / "header.mkv").rename(folder / "header.mp4")  # its content tells what it is
+    (folder / "half.mp4").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    said = "Invalid data found when processing input"
+    return {
+        "junk": said,
+        "empty": said,
+        "sound": "there is no video in it",
+        "header": "there are no frames in it",
+        "half": said,
+        "gone": "No such file or directory",
+    }
+
+
+def test_what_is_no_video_is_skipped_with_a_line(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = broken(tmp_path, clip)
+    files = [f"{tmp_path}/{name}.mp4" for name in said]
+    assert main([random_weights(), *files, str(clip), "--out", f"{tmp_path}/out"]) == 1
+    output = capsys.readouterr()
+    for name, line in said.items():
+        assert f"skipped {tmp_path}/{name}.mp4: {line}\n" in output.err
+    assert "1 photos and videos segmented" in output.out and "6 skipped" in output.out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.mp4"]
+
+
+def test_a_video_that_breaks_off_is_written_up_to_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "clip.mp4", [0, 1, 2])
+    frames = list(Video(tmp_path / "clip.mp4"))
+
+    def decode(video: Video) -> object:
+        yield from frames[:2]
+        raise DataError("it breaks off after 2 frames: Input/output error")
+
+    monkeypatch.setattr(Video, "__iter__", decode)
+    assert main([random_weights(), f"{tmp_path}/clip.mp4", "--out", f"{tmp_path}/out"]) == 1
+    output = capsys.readouterr()
+    assert f"{tmp_path}/clip.mp4: it breaks off after 2 frames" in output.err
+    assert "0 photos and videos segmented" in output.out and "1 cut short" in output.out
+    assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
+
+
+def test_what_cannot_be_done_is_one_line(
+    clip: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = [random_weights(), str(clip), "--out", f"{tmp_path}/out"]
+    before = clip.read_bytes()
+    assert main([random_weights(), str(clip), "--out", str(clip.parent)]) == 2
+    assert f"error: {clip} would be overwritten" in capsys.readouterr().err
+    assert clip.read_bytes() == before
+    (tmp_path / "file").touch()
+    assert main([*arguments[:2], "--out", f"{tmp_path}/file"]) == 2
+    assert "File exists" in capsys.readouterr().err
+    (tmp_path / "taken/clip.mp4").mkdir(parents=True)
+    assert main([*arguments[:2], "--out", f"{tmp_path}/taken"]) == 2
+    assert f"error: cannot write {tmp_path}/taken/clip.mp4: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--every", "0"])
+    assert "--every: 0 is not 1 or more" in capsys.readouterr().err
+
+    def no_codec(*_: object, **__: object) -> None:
+        raise UnknownCodecError("libx264")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("av.container.OutputContainer.add_stream", no_codec, raising=True)
+        assert main(arguments) == 2
+    assert "no encoder for H.264" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: videos need PyAV: make install WITH=video, or pip install av\n"
+    )
