@@ -112,7 +112,7 @@ def write_page(
         runtime: What `fetch_runtime` returned.
         title: Of the page.
         classes: One entry a class index.
-        size: Of a photo's shorter side when it enters the network; 0: photos are not resized.
+        size: Of a photo's shorter side when it enters the network.
         photos: To choose from; they are copied.
     """
     for file in PAGE.iterdir():

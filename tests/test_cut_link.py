@@ -1,4 +1,4 @@
-"""Two nodes whose link is cut, for a while and for good: benchmarks/cut_link.py with less time."""
+"""Two nodes whose link is cut for good; benchmarks/cut_link.py has the rest of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from benchmarks.cut_link import Nodes, made_config, run
-from benchmarks.forked import run_ranks
-from benchmarks.kill_resume import largest_difference
 
 pytestmark = [pytest.mark.trains, pytest.mark.processes]
 
@@ -30,20 +28,6 @@ def made() -> Iterator[tuple[str, dict[str, Any]]]:
         config["mild"]["max_duration"] = "12ba"
         config["model"]["sync_bn"] = False  # which is of a node, and the undisturbed run has one
         yield folder, config
-
-
-def test_a_run_comes_back_after_a_while(made: tuple[str, dict[str, Any]]) -> None:
-    folder, config = made
-    undisturbed = {**config, "save_folder": f"{folder}/undisturbed"}
-    assert run_ranks(undisturbed, f"{folder}/log", 2) == [0, 0]
-    outcome = run(f"{folder}/cut", 8, config, **QUICK)
-    assert outcome.statuses == [0, 0], outcome.outputs
-    for lines, lost in zip(outcome.lines("error: "), LOST, strict=True):
-        assert len(lines) == 1
-        assert lines[0].startswith(f"{lost}has not answered for 3 s: its machine or the link")
-    (said,) = {line for lines in outcome.lines("run.sh: ") for line in lines}
-    assert said.startswith("run.sh: exit status 75, begun at batch 0; again, retry 1 of 3")
-    assert largest_difference(f"{folder}/cut/saved", f"{folder}/undisturbed") == 0
 
 
 def test_a_run_ends_when_it_is_for_good(

@@ -99,7 +99,6 @@ function composed(one, other) {
 
 // Height and width at which a photo enters the network: `Segmenter.network_sizes` of predict.py.
 function networkSize(height, width) {
-  if (!about.size) return [height, width];
   const shorter = Math.min(height, width), longer = Math.max(height, width);
   const factor = Math.min((4 * about.size) / longer, about.size / shorter);
   return [height, width].map((side) => Math.max(Math.trunc(side * factor + 0.5), 1));
@@ -143,53 +142,61 @@ function resized(rgba, height, width, newHeight, newWidth) {
 // ------------------------------------------------------------------------------------- the classes
 
 // The class with the highest score at each of the photo's pixels, as `highest_class` of predict.py:
-// the scores are resized to what the network saw, and from there to the photo. Such a pixel's scores
-// are means of the network's around it, so where these have the same highest class it has it too.
+// the scores are resized to what the network saw, and from there to the photo. Many pixels are means
+// of the same few scores, their cell, in which most classes are too low anywhere to be the highest.
 function highestClass({ data, dims }, seen, photo) {
   const [, count, height, width] = dims;
-  const scores = new Float32Array(data.length); // a pixel's classes side by side
-  const best = new Uint8Array(height * width);
-  for (let at = 0; at < height * width; at++) {
-    for (let c = 0; c < count; c++) {
-      scores[at * count + c] = data[c * height * width + at];
-      if (scores[at * count + c] > scores[at * count + best[at]]) best[at] = c;
-    }
-  }
   const rows = composed(taps(height, seen[0]), taps(seen[0], photo[0]));
   const columns = composed(taps(width, seen[1]), taps(seen[1], photo[1]));
   const classes = new Uint8Array(photo[0] * photo[1]);
-  const row = new Float32Array(width * count); // of scores, at the height of the photo's row
-  rows.forEach((tap, y) => {
-    mix(scores, tap, width * count, row);
-    columns.forEach(({ first, weights }, x) => {
-      const common = commonClass(best, width, tap, first, weights.length);
-      classes[y * photo[1] + x] = common ?? highest(row, count, first, weights);
+  rows.forEach((row, y) => {
+    const newRow = !sameCell(row, rows[y - 1]);
+    let possible;
+    columns.forEach((column, x) => {
+      if (newRow && !sameCell(column, columns[x - 1])) {
+        column.possible = possibleClasses(data, count, height, width, row, column);
+      }
+      possible = column.possible ?? possible;
+      const [only] = possible;
+      classes[y * photo[1] + x] =
+        possible.length === 1 ? only : highest(data, possible, height, width, row, column);
     });
   });
   return classes;
 }
 
-function mix(scores, { first, weights }, length, row) {
-  row.fill(0);
-  weights.forEach((weight, i) => {
-    const from = (first + i) * length;
-    for (let at = 0; at < length; at++) row[at] += weight * scores[from + at];
-  });
-}
+const sameCell = (one, other) =>
+  one.first === other?.first && one.weights.length === other.weights.length;
 
-function commonClass(best, width, { first, weights }, left, across) {
-  const found = best[first * width + left];
-  for (let y = first; y < first + weights.length; y++) {
-    for (let x = left; x < left + across; x++) if (best[y * width + x] !== found) return null;
-  }
-  return found;
-}
-
-function highest(row, count, first, weights) {
-  let found = 0, most = -Infinity;
+// Classes that are somewhere in a cell as high as another is everywhere in it.
+function possibleClasses(data, count, height, width, row, column) {
+  const peaks = [];
+  let enough = -Infinity;
   for (let c = 0; c < count; c++) {
+    let least = Infinity, most = -Infinity;
+    for (let i = 0; i < row.weights.length; i++) {
+      const from = (c * height + row.first + i) * width + column.first;
+      for (let j = 0; j < column.weights.length; j++) {
+        least = Math.min(least, data[from + j]);
+        most = Math.max(most, data[from + j]);
+      }
+    }
+    peaks.push(most);
+    enough = Math.max(enough, least);
+  }
+  return peaks.map((_, c) => c).filter((c) => peaks[c] >= enough);
+}
+
+function highest(data, possible, height, width, row, column) {
+  let found = 0, most = -Infinity;
+  for (const c of possible) {
     let score = 0;
-    for (let i = 0; i < weights.length; i++) score += weights[i] * row[(first + i) * count + c];
+    for (let i = 0; i < row.weights.length; i++) {
+      const from = (c * height + row.first + i) * width + column.first;
+      for (let j = 0; j < column.weights.length; j++) {
+        score += row.weights[i] * column.weights[j] * data[from + j];
+      }
+    }
     if (score > most) [found, most] = [c, score];
   }
   return found;
