@@ -16,6 +16,8 @@ from PIL import Image
 
 from segmentation.classes import load_classes
 from segmentation.metrics import MIoU, class_table
+from training.callbacks import build_callbacks
+from training.config import resolve
 from training.report import Report, _table
 
 pytestmark = pytest.mark.trains
@@ -107,3 +109,11 @@ def test_a_name_is_text_whatever_it_is() -> None:
     page = Page(text)
     assert "script" not in page.texts
     assert page.rows[1:] == [[name, "1.50", "2"], ["b", "-", "0"]]
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_an_evaluation_alone_leaves_the_page(tiny: dict[str, Any], is_train: bool) -> None:
+    config = resolve(tiny | {"save_folder": "runs/x"})
+    config.is_train = is_train
+    built = build_callbacks(config, None)
+    assert any(isinstance(callback, Report) for callback in built) == is_train

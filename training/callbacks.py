@@ -187,7 +187,12 @@ def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
     return [
         *callbacks,
-        *([Report(config, classes, folder, curves, pictures)] if folder else []),
+        # An evaluation alone has no curves: it leaves the page of the run that trained.
+        *(
+            [Report(config, classes, folder, curves, pictures)]
+            if folder and config.is_train
+            else []
+        ),
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes),
     ]
