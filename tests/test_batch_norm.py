@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import socket
 import tempfile
@@ -66,7 +67,8 @@ def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[
 
 
 def on_rank(rank: int, port: int, folder: str) -> None:
-    """One of two processes; the first writes what came out."""
+    """One of two processes, which writes what came out."""
+    faulthandler.dump_traceback_later(300, exit=True)
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -82,6 +84,9 @@ def on_rank(rank: int, port: int, folder: str) -> None:
             assert not ddp.will_sync_module_buffers()
             found = train(ddp, (images, weights), ranks=2)
             torch.save(found, f"{folder}/{name}-{compiled}-{rank}.pt")
+    # Were it the last to have the process group, it would wait for gloo's thread without letting
+    # that have the interpreter's lock, for ever if it needs it.
+    del ddp
     dist.destroy_process_group()
 
 
@@ -139,6 +144,7 @@ def test_batches_are_counted_as_torch_does() -> None:
 
 def count_graphs(rank: int, path: str) -> None:
     """In a process that takes itself for one of eight: what training and evaluation compile."""
+    faulthandler.dump_traceback_later(300, exit=True)
     from torch._dynamo.utils import counters
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
