@@ -28,7 +28,11 @@ class DataError(UserError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error again with the worker's whole traceback for message.
-        super().__init__(message.strip().rpartition("DataError: ")[2])
+        super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
+
+
+class StoreError(DataError):
+    """A store that does not give what it gave before, however often it was asked while training."""
 
 
 class ModelError(UserError):

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from errors import TRY_AGAIN, ConfigError, Lost, Stopped, UserError, one_line
+from errors import TRY_AGAIN, ConfigError, Lost, Stopped, StoreError, UserError, one_line
 from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
@@ -328,6 +328,8 @@ def _run(
         if dist.get_global_rank() == 0:
             print(stop)
         return TRY_AGAIN
+    except StoreError as error:
+        return _refuse(error, TRY_AGAIN)
     except UserError as error:
         return _refuse(error)
     except OSError as error:  # of a logger's file, a full disk

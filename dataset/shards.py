@@ -25,7 +25,7 @@ from streaming.base.stream import Stream
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
-from errors import DataError, one_line
+from errors import DataError, StoreError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +231,10 @@ class Shards:
         """Download a shard unless another process already has it.
 
         With wait=False, also return if another process is downloading it.
+
+        Raises:
+            DataError: It is not there, or damaged.
+            StoreError: The store does not answer.
         """
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
@@ -248,7 +252,9 @@ class Shards:
             if self.cache_limit:
                 self._make_room(reader.get_max_size())
             name = (reader.zip_data or reader.raw_data).basename
-            self._retrying(f"{self.location}/{name}", lambda: self._prepare(reader, name))
+            self._retrying(
+                f"{self.location}/{name}", lambda: self._prepare(reader, name), StoreError
+            )
 
     def _prepare(self, reader: Any, name: str) -> None:
         """Download, check and decompress a shard."""
@@ -271,14 +277,15 @@ class Shards:
         while present and used + size > self.cache_limit:
             used -= self.shards[present.pop()].evict()
 
-    def _retrying(self, name: str, action: Any) -> Any:
+    def _retrying(self, name: str, action: Any, away: type[DataError] = DataError) -> Any:
         """Do it, again and again where the store may only be away for a while."""
         for attempt in range(self.retries + 1):
             try:
                 return action()
             except Exception as error:
                 if _is_final(error) or attempt == self.retries:
-                    raise DataError(f"{name}: {one_line(error)}") from error
+                    kind = DataError if _is_final(error) else away
+                    raise kind(f"{name}: {one_line(error)}") from error
                 delay = 2**attempt
                 log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
                 time.sleep(delay)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -19,12 +20,13 @@ from composer.core import DataSpec
 from streaming import MDSWriter
 from test_data import batches, build, digests, make_data, on_rank, train
 
+import main as program
 from benchmarks.faulty_store import FaultyStore
 from benchmarks.s3_server import S3Server, s3_server
 from data import StreamingADE20k
 from dataset import shards
 from dataset.folders import list_samples
-from errors import DataError
+from errors import TRY_AGAIN, DataError, StoreError
 
 COLUMNS = {"uid": "str", "x": "jpeg", "y": "png"}
 
@@ -324,8 +326,29 @@ def test_tries_again_and_says_so(
     failures = 100
     for path in tmp_path.glob("train/*.mds"):
         path.unlink()
-    with pytest.raises(DataError, match=r"train/shard\.0000\d\.mds: connection refused$"):
+    with pytest.raises(StoreError, match=r"train/shard\.0000\d\.mds: connection refused$"):
         batches(spec)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_whose_store_stays_away_is_to_be_begun_again(
+    mds: str,
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    workers: int,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr(shards.Shards, "_prepare", refuse)
+    stored = dict(is_streaming=True, path=mds, local=str(tmp_path), download_retry=0)
+    tiny["train_dataset"] |= stored | {"num_workers": workers}
+    (tmp_path / "run.yaml").write_text(json.dumps(tiny))
+    assert program.run([str(tmp_path / "run.yaml")]) == TRY_AGAIN
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: {mds}/train/shard\.0000\d\.mds: connection refused", error)
 
 
 # From S3
