@@ -218,6 +218,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     except Exception as error:  # the library raises what its many parts do
         raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
     found = found if isinstance(found, dict) else {"train": found}
+    names = _names(name, options.names)
     pixels: dict[int, int] = {}
     for split, rows in found.items():
         if split not in SPLITS or (split == "test" and len(found) > 2):
@@ -239,7 +240,6 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
             write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
             for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
                 pixels[int(value)] = pixels.get(int(value), 0) + int(count)
-    names = _names(name, options.names)
     known = [
         value for value in sorted(pixels.keys() | names.keys()) if value != 255 or 255 in names
     ]
@@ -267,7 +267,7 @@ def _content(cell: dict[str, Any]) -> bytes:
 def _names(name: str, file: str | None) -> dict[int, str]:
     """Return the name of each value: a name a line, or id2label.json as Hugging Face has it."""
     if file and not file.endswith(".json"):
-        return dict(enumerate(Path(file).read_text(encoding="utf-8").split("\n")[:-1]))
+        return dict(enumerate(read_names(file)))
     path = Path(file or Path(name, "id2label.json"))
     if not path.is_file() and not Path(name).exists():
         from huggingface_hub import hf_hub_download
@@ -276,9 +276,10 @@ def _names(name: str, file: str | None) -> dict[int, str]:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
         except Exception:  # it has none, and numbers have to do
             return {}
-    if not path.is_file():
+    if not file and not path.is_file():
         return {}
-    return {int(value): str(label) for value, label in json.loads(path.read_text()).items()}
+    with reading(path):
+        return {int(value): str(label) for value, label in json.loads(path.read_text("utf-8")).items()}
 
 
 def describe(out: Path, converted: Converted, options: argparse.Namespace) -> Path:

@@ -303,6 +303,18 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         kept = tmp_path / f"out/photos/{split}/{row:08}.jpg"
         assert kept.read_bytes() == (photos / f"{number}.jpg").read_bytes()
 
+    (tmp_path / "names.txt").write_text("\n".join(names.values()))
+    arguments = f"hf://{saved}", "--names", tmp_path / "names.txt", "--out", tmp_path / "named"
+    assert convert(*arguments) == 0
+    assert masks_of(tmp_path / "named")[0] == list(names.values())
+    for text in ('{"road": 1}', "[]", "{"):
+        (saved / "id2label.json").write_text(text)
+        capsys.readouterr()
+        assert convert(f"hf://{saved}", "--out", tmp_path / "refused") == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {saved}/id2label.json: not of a format that is known")
+        assert not (tmp_path / "refused/photos").exists()
+
 
 def test_what_cannot_be_converted(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
