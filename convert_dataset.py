@@ -279,7 +279,8 @@ def _names(name: str, file: str | None) -> dict[int, str]:
     if not file and not path.is_file():
         return {}
     with reading(path):
-        return {int(value): str(label) for value, label in json.loads(path.read_text("utf-8")).items()}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {int(value): str(label) for value, label in found.items()}
 
 
 def describe(out: Path, converted: Converted, options: argparse.Namespace) -> Path:
