@@ -47,7 +47,7 @@ from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
 from dataset.workers import in_processes
-from errors import DataError, UserError, one_line, whole
+from errors import DataError, UserError, escape_names, one_line, whole
 
 log = logging.getLogger(__name__)
 
@@ -433,4 +433,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    escape_names()
     sys.exit(main())

@@ -45,7 +45,7 @@ from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
 from dataset.workers import in_processes
-from errors import DataError, UserError, one_line, whole
+from errors import DataError, UserError, escape_names, one_line, whole
 
 CHUNK = 64
 BACKGROUND = "background"
@@ -377,4 +377,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    escape_names()
     sys.exit(main())

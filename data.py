@@ -36,7 +36,7 @@ from dataset.matching import list_described
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
 from dataset.workers import use_one_core
-from errors import DataError
+from errors import DataError, escape_names
 from training.balance import repeat_factors
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
@@ -504,4 +504,5 @@ def check_dataloader() -> None:
 
 
 if __name__ == "__main__":
+    escape_names()
     check_dataloader()

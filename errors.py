@@ -6,6 +6,8 @@ Nothing slow is imported here, so that a wrong config is answered before torch i
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Callable
 
 # Exit status of a run that goes on when its command is given again: EX_TEMPFAIL of sysexits.h.
@@ -61,6 +63,13 @@ class Lost(RunError):
     def __init__(self, message: str, status: int = TRY_AGAIN) -> None:
         super().__init__(message)
         self.status = status
+
+
+def escape_names() -> None:
+    """Have print escape what cannot be printed, as in names of files that are no text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import build_ade20k_dataspec, build_dataset
 from dataset.description import parse_description, read_description
 from dataset.labels import Labels
-from errors import ConfigError, UserError, whole
+from errors import ConfigError, UserError, escape_names, whole
 from predict import Segmenter, add_model_options, segmenter_from
 from segmentation.metrics import (
     class_table,
@@ -259,7 +259,7 @@ def main(arguments: list[str]) -> int:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
         for path in filter(None, (options.csv, options.json)):
-            Path(path).touch()  # better now than after the last photo
+            open(path, "a").close()  # better now than after the last photo
         result = evaluate(options)
     except (UserError, OSError) as error:
         if dist.get_local_rank() == 0:
@@ -306,4 +306,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    escape_names()
     sys.exit(main(sys.argv[1:]))

@@ -53,7 +53,7 @@ from checkpointing.weights import (
     to_metadata,
 )
 from dataset.decoding import read_photo
-from errors import UserError, one_line, whole
+from errors import UserError, escape_names, one_line, whole
 from model import DeepLabV3, build_network
 from predict import Segmenter, add_network_option
 from segmentation.card import (
@@ -406,4 +406,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    escape_names()
     sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,16 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from errors import TRY_AGAIN, ConfigError, Lost, Stopped, StoreError, UserError, one_line
+from errors import (
+    TRY_AGAIN,
+    ConfigError,
+    Lost,
+    Stopped,
+    StoreError,
+    UserError,
+    escape_names,
+    one_line,
+)
 from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
@@ -371,4 +380,5 @@ def _refuse(error: Exception | str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
+    escape_names()
     sys.exit(run(sys.argv[1:]))

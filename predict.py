@@ -35,7 +35,7 @@ from tqdm import tqdm
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
-from errors import DataError, ModelError, UserError, WeightsError, one_line, whole
+from errors import DataError, ModelError, UserError, WeightsError, escape_names, one_line, whole
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import VideoOverlay, draw_overlay
 from segmentation.video import VIDEO_SUFFIXES, Video, VideoWriter, load_pyav
@@ -315,9 +315,9 @@ def _onnx_network(
         session = onnxruntime.InferenceSession(
             path, providers=onnxruntime.get_available_providers()
         )
+        metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:  # onnxruntime has a class for each status, and no common one
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
-    metadata = session.get_modelmeta().custom_metadata_map
     if "classes" not in metadata:
         raise WeightsError(f"{path}: no class names inside; it was not written by export.py")
 
@@ -507,4 +507,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    escape_names()
     sys.exit(main(sys.argv[1:]))
