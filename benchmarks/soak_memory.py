@@ -10,7 +10,7 @@ from benchmarks.soak_run import Run
 STEPS = 2000
 BETWEEN = 200  # steps
 AFTER = 20  # a checkpoint
-READS = 20  # of which the least counts: not what a fetch or an upload takes for a moment
+READS = 50  # of which the least counts: not what a fetch or an upload takes for a moment
 TOLERANCE = 0.02
 UNITS = ("MB", "files")
 Sample = dict[str, tuple[float, int]]  # of a process: resident MB, open files
