@@ -1,8 +1,9 @@
-"""Segment photos and videos with a checkpoint, a file of weights or an exported ONNX model.
+"""Segment photos, videos or a camera with a checkpoint, weights or an exported ONNX model.
 
     python predict.py runs/first/latest-rank0.pt street.jpg holiday/ "*.png" --out predictions
     python predict.py model.onnx street.jpg --write overlay,index
     python predict.py runs/first drive.mp4 --every 2
+    python predict.py runs/first /dev/video0                # or rtsp://..., until Ctrl-C
 
 The overlay is the photo under the colours of its classes with a legend of those found; the index is
 an 8-bit PNG of the photo's size with the class index of every pixel. In Python:
@@ -21,7 +22,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,15 @@ from dataset.folders import IMAGE_SUFFIXES
 from errors import DataError, ModelError, UserError, WeightsError, escape_names, one_line, whole
 from segmentation.classes import ClassInfo, load_classes
 from segmentation.drawing import VideoOverlay, draw_overlay
-from segmentation.video import VIDEO_SUFFIXES, Video, VideoWriter, load_pyav
+from segmentation.video import (
+    CAMERA,
+    VIDEO_SUFFIXES,
+    Camera,
+    Frame,
+    Video,
+    VideoWriter,
+    load_pyav,
+)
 from transforms import resize_image
 
 if TYPE_CHECKING:
@@ -363,14 +372,17 @@ def main(arguments: list[str]) -> int:
     """Run the command line; return 1 if something was skipped, 2 if the model cannot be used."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
-    photos = list(find_photos(options.photos))
+    is_camera = bool(CAMERA.fullmatch(options.photos[0]))
+    photos = [] if is_camera else list(find_photos(options.photos))
     videos = {path for path, _ in photos if path.suffix.lower() in VIDEO_SUFFIXES}
     out, counts = Path(options.out), collections.Counter()
     try:
-        if videos:
+        if videos or is_camera:
             load_pyav()
         _spare(photos, videos, options)
         segmenter = segmenter_from(options)
+        if is_camera:
+            return _segment_camera(segmenter, options)
         for path, name in tqdm(photos, unit="file", disable=len(photos) < 2):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             segment = _segment_video if path in videos else _segment_photo
@@ -417,24 +429,56 @@ def _segment_video(
     segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
 ) -> str:
     """As `_segment_photo`, of a video; the indices of its frames go to a folder."""
-    draw, done = None, 0
+    done = 0
     try:
         video = Video(path, options.every)
+        frames = tqdm(video, path.name, video.length, leave=False, unit="frame")
         with VideoWriter(Path(f"{target}.mp4"), video.rate) as writer:
-            frames = tqdm(video, path.name, video.length, leave=False, unit="frame")
-            for number, time, photo in frames:
-                prediction = segmenter(photo)
-                if "overlay" in options.write:
-                    draw = draw or VideoOverlay(segmenter.classes, *photo.shape[:2])
-                    writer.write(draw(photo, prediction), time)
-                if "index" in options.write:
-                    target.mkdir(exist_ok=True)
-                    save_index(prediction, target / f"{number:06}.png")
+            for _ in _segment_frames(segmenter, frames, writer, target, options.write):
                 done += 1
     except DataError as error:
         tqdm.write(f"{'' if done else 'skipped '}{path}: {error}", sys.stderr)
         return "cut short" if done else "skipped"
     return ""
+
+
+def _segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
+    """Segment what a camera shows until it ends or Ctrl-C; return the exit status."""
+    target, done, status = Path(options.out, "camera"), 0, 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        camera = Camera(options.photos[0], options.every)
+        frames = tqdm(camera, "camera", leave=False, unit="frame")
+        with VideoWriter(Path(f"{target}.mp4"), camera.rate) as writer:
+            for _ in _segment_frames(segmenter, frames, writer, target, options.write):
+                done += 1
+    except DataError as error:
+        tqdm.write(f"error: camera: {error}", sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        pass
+    print(f"{done} frames segmented into {options.out}/")
+    return status
+
+
+def _segment_frames(
+    segmenter: Segmenter,
+    frames: Iterable[Frame],
+    writer: VideoWriter,
+    target: Path,
+    kinds: Sequence[str],
+) -> Iterator[int]:
+    """Segment frames into a video and a folder of indices; yield each one's number when done."""
+    draw = None
+    for number, time, photo in frames:
+        prediction = segmenter(photo)
+        if "overlay" in kinds:
+            draw = draw or VideoOverlay(segmenter.classes, *photo.shape[:2])
+            writer.write(draw(photo, prediction), time)
+        if "index" in kinds:
+            target.mkdir(exist_ok=True)
+            save_index(prediction, target / f"{number:06}.png")
+        yield number
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
@@ -481,9 +525,13 @@ def add_network_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Segment photos and videos.")
+    parser = argparse.ArgumentParser(description="Segment photos, videos or a camera.")
     parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
-    parser.add_argument("photos", nargs="+", help="photos, videos, folders of both, glob patterns")
+    parser.add_argument(
+        "photos",
+        nargs="+",
+        help="photos, videos, folders of both, glob patterns; or a camera: /dev/video0, rtsp://...",
+    )
     parser.add_argument(
         "--out", default="predictions", help="folder to write to; default: predictions"
     )
@@ -501,6 +549,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     unknown = set(options.write) - {"overlay", "index"}
     if unknown:
         parser.error(f"--write: {', '.join(sorted(unknown))} is neither overlay nor index")
+    if len(options.photos) > 1 and any(map(CAMERA.fullmatch, options.photos)):
+        parser.error("photos: a camera is segmented alone")
     if options.every < 1:
         parser.error(f"--every: {options.every} is not 1 or more")
     return options

@@ -1,4 +1,4 @@
-"""Videos: their frames as photos, and pictures as a video that browsers play (H.264 in MP4).
+"""Videos and cameras: their frames as photos, and pictures as a video that browsers play (H.264).
 
 PyAV, that is FFmpeg's libraries, reads and writes them. OpenCV's package, although it is here, has
 no encoder for H.264, does not say why it cannot read a file, and shows all frames equally long.
@@ -6,6 +6,11 @@ no encoder for H.264, does not say why it cannot read a file, and shows all fram
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import re
+import threading
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +22,8 @@ import numpy as np
 from errors import DataError, UserError, one_line
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
+CAMERA = re.compile(r"/dev/video\d+|[a-z]+://.+", re.DOTALL)
+CAMERA_SECONDS = 10  # that a camera may take to answer, and for a frame
 NO_FRAMES = "there are no frames in it"
 TICK = Fraction(1, 90_000)  # of a written video's clock, in seconds
 
@@ -57,10 +64,10 @@ class Video:
         DataError: It cannot be read.
     """
 
-    def __init__(self, path: Path, every: int = 1):
+    def __init__(self, path: Path | str, every: int = 1):
         self._av, self.every = load_pyav(), every
         try:
-            self._container = self._av.open(str(path))
+            self._container = self._open(str(path))
         except (self._av.FFmpegError, OSError) as error:
             raise DataError(self._explain(error)) from None
         if not self._container.streams.video:
@@ -76,6 +83,9 @@ class Video:
         seconds = Fraction(self._container.duration or 0, 1_000_000)
         frames = self._stream.frames or round(seconds * rate)
         self.length = -(-frames // every) if frames > 0 else None
+
+    def _open(self, path: str) -> Any:
+        return self._av.open(path)
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode the video.
@@ -105,6 +115,60 @@ class Video:
 
     def _explain(self, error: Exception) -> str:
         return NO_FRAMES if isinstance(error, self._av.error.EOFError) else _reason(error)
+
+
+class Camera(Video):
+    """A camera's frames: the newest whenever one is asked for, those in between are left out.
+
+    Their times are those of the clock, from the call on.
+
+    Args:
+        address: /dev/video0, or rtsp://..., http://... and what else FFmpeg reads.
+        every: Take none but every n-th frame.
+
+    Raises:
+        DataError: It does not answer, or shows no video.
+    """
+
+    def __init__(self, address: str, every: int = 1):
+        super().__init__(address, every)
+        self.length = None
+
+    def _open(self, path: str) -> Any:
+        kind = "v4l2" if path.startswith("/dev/") else None
+        return self._av.open(path, format=kind, timeout=CAMERA_SECONDS)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Yield frames until the camera ends.
+
+        Raises:
+            DataError: It has no frames, or breaks off.
+        """
+        newest: queue.Queue[Frame | DataError | None] = queue.Queue(1)
+        frames, stop = super().__iter__(), threading.Event()
+
+        def read() -> None:
+            last = None
+            try:
+                for frame in frames:
+                    with contextlib.suppress(queue.Empty):
+                        newest.get_nowait()
+                    newest.put(frame)
+                    if stop.is_set():
+                        return
+            except DataError as error:
+                last = error
+            newest.put(last)
+
+        threading.Thread(target=read, daemon=True).start()
+        began = time.monotonic()
+        try:
+            while (frame := newest.get()) is not None:
+                if isinstance(frame, DataError):
+                    raise frame
+                yield frame._replace(time=Fraction(time.monotonic() - began))
+        finally:
+            stop.set()
 
 
 class VideoWriter:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import http.server
 import struct
 import sys
+import threading
+import time
 import wave
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +25,7 @@ from errors import DataError
 from predict import Segmenter, main
 from segmentation.classes import ClassInfo
 from segmentation.drawing import VideoOverlay, tint
-from segmentation.video import Video, VideoWriter
+from segmentation.video import Camera, Video, VideoWriter
 
 SIZE = (48, 64)  # height and width
 
@@ -213,6 +219,77 @@ def test_a_video_that_breaks_off_is_written_up_to_there(
     assert f"{tmp_path}/clip.mp4: it breaks off after 2 frames" in output.err
     assert "0 photos and videos segmented" in output.out and "1 cut short" in output.out
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
+
+
+@contextlib.contextmanager
+def camera(pictures: list[np.ndarray], rate: float) -> Iterator[str]:
+    """The address of one as in networks: JPEGs of its pictures by HTTP, so many a second."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            for picture in pictures:
+                data = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
+                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}"
+                try:
+                    self.wfile.write(f"{head}\r\n\r\n".encode() + data + b"\r\n")
+                except OSError:  # it was turned off
+                    return
+                time.sleep(1 / rate)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/video"
+        finally:
+            server.shutdown()
+
+
+def test_a_camera_shows_its_newest_frame() -> None:
+    numbers, times = [], []
+    ends = pytest.raises(DataError, match="it breaks off after 40 frames: Input/output error")
+    with camera(scenes(40), 20) as address, ends:
+        for frame in Camera(address):
+            time.sleep(0.25)  # five frames
+            numbers.append(frame.number)
+            times.append(float(frame.time))
+    assert len(numbers) < 20 and min(np.diff(numbers)) > 0 and max(np.diff(numbers)) > 2
+    assert numbers[-1] >= 38  # the decoder may keep one
+    assert min(np.diff(times)) > 0.2 and times[-1] > 1
+
+
+def test_a_camera_until_it_ends_or_is_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with camera(scenes(6), 10) as address:
+        arguments = [random_weights(), address, "--write", "overlay,index", "--out", str(tmp_path)]
+        assert main(arguments) == 1
+        output, indices = capsys.readouterr(), len(list((tmp_path / "camera").iterdir()))
+        assert "error: camera: it breaks off after 6 frames" in output.err
+        assert f"{indices} frames segmented into {tmp_path}/" in output.out
+        assert len(opencv_frames(tmp_path / "camera.mp4")) == indices > 1
+        with pytest.raises(SystemExit):
+            main([*arguments[:2], address])
+        assert "a camera is segmented alone" in capsys.readouterr().err
+
+        def interrupt(seen: list[int], *_: object) -> np.ndarray:
+            seen.append(0)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return np.zeros(SIZE, np.uint8)
+
+        monkeypatch.setattr(Segmenter, "__call__", functools.partial(interrupt, []))
+        assert main([*arguments[:2], "--out", f"{tmp_path}/stopped"]) == 0
+    assert f"2 frames segmented into {tmp_path}/stopped/" in capsys.readouterr().out
+    assert len(opencv_frames(tmp_path / "stopped/camera.mp4")) == 2
+    for place, reason in (("/dev/video99", "No such file"), (address, "Connection refused")):
+        assert main([random_weights(), place, "--out", str(tmp_path)]) == 1
+        assert f"error: camera: {reason}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_one_line(
