@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import main as program
 from checkpointing.weights import load_weights
 from convert_ade20k import convert
 from data import build_ade20k_dataspec, build_data
-from dataset import report
+from dataset import decoding, report
 from dataset.decoding import decode_colors
 from dataset.description import (
     as_yaml,
@@ -286,10 +287,24 @@ def test_a_palette_is_read_by_index_or_by_colour(tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_color.decode(data), index)
 
 
-def test_colors_are_decoded_as_pillow_does() -> None:
+@pytest.mark.parametrize("decoder", ["kornia_rs", "torchvision"])
+def test_colors_are_decoded_as_pillow_does(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = decoding._fast_decoder()
+    assert fast is not decoding._decode_png  # kornia-rs is among what the tests install
+    if decoder == "torchvision":
+        monkeypatch.setitem(sys.modules, "kornia_rs.io", None)
+        fast = decoding._fast_decoder.__wrapped__()
+        assert fast is decoding._decode_png
+    monkeypatch.setattr(decoding, "_fast_decoder", lambda: fast)
     picture = np.random.default_rng(3).integers(0, 256, (31, 17, 3), dtype=np.uint8)
     expected = picture.astype(int) @ [1, 256, 65536]
+    np.testing.assert_array_equal(fast(encode(picture[..., ::-1])), picture)
     np.testing.assert_array_equal(decode_colors(encode(picture[..., ::-1])), expected)
+    file = io.BytesIO()  # one of its colours stands for transparent, which is left aside
+    Image.fromarray(picture).save(file, "png", transparency=tuple(picture[0, 0].tolist()))
+    np.testing.assert_array_equal(decode_colors(file.getvalue()), expected)
+    alpha = np.concatenate([picture[..., ::-1], picture[..., :1]], -1)
+    np.testing.assert_array_equal(decode_colors(encode(alpha)), expected)
     grey = decode_colors(encode(picture[..., 0]))
     np.testing.assert_array_equal(grey, picture[..., 0].astype(int) * 65793)
     assert unpack(pack(1, 2, 3)) == (1, 2, 3)
