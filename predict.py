@@ -467,8 +467,8 @@ def _segment_frames(
     writer: VideoWriter,
     target: Path,
     kinds: Sequence[str],
-) -> Iterator[int]:
-    """Segment frames into a video and a folder of indices; yield each one's number when done."""
+) -> Iterator[None]:
+    """Segment frames into a video and a folder of indices; yield when each is done."""
     draw = None
     for number, time, photo in frames:
         prediction = segmenter(photo)
@@ -478,7 +478,7 @@ def _segment_frames(
         if "index" in kinds:
             target.mkdir(exist_ok=True)
             save_index(prediction, target / f"{number:06}.png")
-        yield number
+        yield
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:

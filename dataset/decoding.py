@@ -172,7 +172,7 @@ def decode_colors(data: bytes) -> np.ndarray:
     """
     is_whole = data.startswith(_PNG_START) and data.endswith(_PNG_END)
     if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):  # 8 bits, RGB or RGBA
-        with contextlib.suppress(Exception):  # for Pillow to say what is wrong with it
+        with contextlib.suppress(RuntimeError):  # for Pillow to say what is wrong with it
             pixels = (_fast_decoder() if data[25] == 2 else _decode_png)(data)
             packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.int32)[..., 0]
             return np.bitwise_and(packed, 0xFFFFFF, out=packed)
@@ -196,8 +196,11 @@ def _fast_decoder() -> Callable[[bytes], np.ndarray]:
     def decode(data: bytes) -> np.ndarray:
         width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
         if width * height > (Image.MAX_IMAGE_PIXELS or 0):  # it would take that much memory
-            raise ValueError("too large")
-        return decode_image_png_u8(data, (height, width), "rgb")
+            raise RuntimeError("too large")
+        try:
+            return decode_image_png_u8(data, (height, width), "rgb")
+        except Exception as error:  # it has none of its own
+            raise RuntimeError(str(error)) from error
 
     return decode
 

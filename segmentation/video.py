@@ -144,7 +144,7 @@ class Camera(Video):
         Raises:
             DataError: It has no frames, or breaks off.
         """
-        newest: queue.Queue[Frame | DataError | None] = queue.Queue(1)
+        newest: queue.Queue[Frame | Exception | None] = queue.Queue(1)
         frames, stop = super().__iter__(), threading.Event()
 
         def read() -> None:
@@ -156,7 +156,7 @@ class Camera(Video):
                     newest.put(frame)
                     if stop.is_set():
                         return
-            except DataError as error:
+            except Exception as error:  # raised where frames are asked for
                 last = error
             newest.put(last)
 
@@ -164,7 +164,7 @@ class Camera(Video):
         began = time.monotonic()
         try:
             while (frame := newest.get()) is not None:
-                if isinstance(frame, DataError):
+                if isinstance(frame, Exception):
                     raise frame
                 yield frame._replace(time=Fraction(time.monotonic() - began))
         finally:
