@@ -392,7 +392,7 @@ def main(arguments: list[str]) -> int:
         return 2
     done, what = counts.pop("", 0), "photos and videos" if videos else "photos"
     notes = "".join(f", {count} {how}" for how, count in counts.items())
-    print(f"{done} {what} segmented into {out}/{notes}")
+    print(f"{done} of {len(photos)} {what} segmented into {out}/{notes}")
     return 1 if counts or not photos else 0
 
 

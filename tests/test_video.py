@@ -121,7 +121,7 @@ def test_command_line(
     arguments = [random_weights(), f"{tmp_path}/in", "--out", f"{tmp_path}/out"]
     assert main([*arguments, "--write", "overlay,index", "--every", "2"]) == 0
     output = capsys.readouterr()
-    assert f"3 photos and videos segmented into {tmp_path}/out/\n" in output.out
+    assert f"3 of 3 photos and videos segmented into {tmp_path}/out/\n" in output.out
     assert "frame/s" in output.err and "<" in output.err  # the time left
     for name in ("a", "b"):
         written = list(Video(tmp_path / f"out/{name}.mp4"))
@@ -199,7 +199,7 @@ def test_what_is_no_video_is_skipped_with_a_line(
     output = capsys.readouterr()
     for name, line in said.items():
         assert f"skipped {tmp_path}/{name}.mp4: {line}\n" in output.err
-    assert "1 photos and videos segmented" in output.out and "6 skipped" in output.out
+    assert "1 of 7 photos and videos segmented" in output.out and "6 skipped" in output.out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.mp4"]
 
 
@@ -217,7 +217,7 @@ def test_a_video_that_breaks_off_is_written_up_to_there(
     assert main([random_weights(), f"{tmp_path}/clip.mp4", "--out", f"{tmp_path}/out"]) == 1
     output = capsys.readouterr()
     assert f"{tmp_path}/clip.mp4: it breaks off after 2 frames" in output.err
-    assert "0 photos and videos segmented" in output.out and "1 cut short" in output.out
+    assert "0 of 1 photos and videos segmented" in output.out and "1 cut short" in output.out
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
 
 
