@@ -43,7 +43,7 @@ from training.estimate import GPUS, NO_BF16, assumed, estimate
 from training.measure import BuildTrainer, measure
 from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.plan_text import text
-from training.precision import choose_precision, compiles
+from training.precision import choose_precision, compiles, devices
 from training.recipes import in_batches
 from training.schema import Config
 
@@ -192,9 +192,8 @@ def measured(
     images = batch // ranks
     free = free_memory(device) - CONTEXT if on_gpu else float(psutil.virtual_memory().available)
     at_once, fits = fitting(footprint, config, images, free, ranks, adapts=on_gpu)
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     plan: dict[str, Any] = {
-        "device": f"{ranks} x {name}" if ranks > 1 else name,
+        "device": devices(ranks),
         "precision": precision,
         "compiled": compiles(config),
         "batch": {"images": batch, "a_process": images, "at_once": at_once},

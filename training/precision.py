@@ -86,6 +86,14 @@ def compiles(config: Config) -> bool:
     return config.compile is True or (config.compile == "auto" and torch.cuda.is_available())
 
 
+def devices(ranks: int) -> str:
+    """Return what a run of so many processes computes on: `8 x NVIDIA H100`, `CPU, 2 threads`."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    return f"{ranks} x {name}" if ranks > 1 else name
+
+
 def _cpu_has_bf16() -> bool:
     """Return whether this CPU multiplies bf16 numbers itself (x86 and Arm Linux name it alike)."""
     try:

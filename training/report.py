@@ -24,6 +24,7 @@ from PIL import Image
 from segmentation.classes import ClassInfo
 from segmentation.metrics import MIoU, class_table
 from training.pictures import Curves, Pictures, save_to_run
+from training.precision import devices
 from training.schema import Config
 
 PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -106,7 +107,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
     if seconds:
         facts["Training time"] = str(datetime.timedelta(seconds=round(seconds)))
         facts["Images a second"] = f"{time.sample.value / seconds:.1f}, loading included"
-    facts["Machine"] = _machine()
+    facts["Machine"] = devices(dist.get_world_size())
     facts["Software"] = (
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"Composer {composer.__version__}"
@@ -114,14 +115,6 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
     facts["Written"] = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     items = [f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()]
     return "\n".join(items)
-
-
-def _machine() -> str:
-    ranks = dist.get_world_size()
-    if torch.cuda.is_available():
-        return f"{ranks} x {torch.cuda.get_device_name()}"
-    threads = f"{torch.get_num_threads()} threads"
-    return f"CPU, {ranks} processes of {threads}" if ranks > 1 else f"CPU, {threads}"
 
 
 def _image(heading: str, data: bytes, kind: str, alt: str) -> str:
