@@ -12,6 +12,8 @@ project distorts colours on the device, where it costs next to nothing if that i
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import json
 import platform
 import random
@@ -158,7 +160,7 @@ def images_per_second(batches: Iterable) -> float:
     return seen / (time.perf_counter() - start)
 
 
-def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict:
+def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, Any]:
     """Time passes over the data, of each side in turn; the median of each and the spread."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -188,15 +190,21 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict:
             rate = images_per_second(side())
             if repeat:  # the first pass fills the file cache
                 rates[name].append(rate)
+    return results(path, len(samples), rates)
+
+
+def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """Put each side's rates together with its median, and its ratio to the first side."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
+    first = next(iter(medians.values()))
     return {
         "data": path,
-        "images": len(samples),
+        "images": images,
         "size": SIZE,
-        "repeats": repeats,
+        "repeats": len(next(iter(rates.values()))),
         "images_per_second": rates,
         "median": medians,
-        "ratio": {name: median / medians["Pillow"] for name, median in medians.items()},
+        "ratio": {name: median / first for name, median in medians.items()},
         "machine": machine(),
     }
 
@@ -220,24 +228,30 @@ def machine() -> dict[str, str]:
     }
 
 
-def table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the result as a Markdown table."""
-    lines = ["| loader | images/s on one core | of the passes | ratio |", "|---|---|---|---|"]
+    lines = ["| | images/s on one core | of the passes | ratio |", "|---|---|---|---|"]
     for name, rates in result["images_per_second"].items():
         median, ratio = result["median"][name], result["ratio"][name]
         lines.append(f"| {name} | {median:.0f} | {min(rates):.0f}-{max(rates):.0f} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(
+    arguments: list[str] | None = None,
+    measure: Callable[[str, int, int, int], dict[str, Any]] = measure,
+    images: int = 400,
+) -> dict[str, Any]:
+    """Run the command line of `measure`; return what --json writes."""
+    doc = inspect.getmodule(measure).__doc__ or ""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
-    parser.add_argument("--images", type=int, default=400, help="images a pass (default: 400)")
-    parser.add_argument("--repeats", type=int, default=5, help="passes to take the median of")
+    add = functools.partial(parser.add_argument, type=int)
+    add("--images", default=images, help=f"images a pass (default: {images})")
+    add("--repeats", default=5, help="passes to take the median of (default: 5)")
     parser.add_argument("--json", help="write the result there as well")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:
             make_data(Path(folder), args.images)
@@ -248,6 +262,7 @@ def main() -> None:
     print(table(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 if __name__ == "__main__":

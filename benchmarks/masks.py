@@ -9,9 +9,6 @@ which they are read.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +20,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.dataloader import BATCH, SIZE, images_per_second, machine, make_data
+from benchmarks import dataloader
+from benchmarks.dataloader import BATCH, SIZE, images_per_second
 from data import ADE20k, build_ade20k_dataspec
 from dataset.description import parse_description
 from dataset.folders import Sample, list_samples
@@ -106,48 +104,8 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
                 rate = images_per_second(loader)
                 if repeat:  # the first pass fills the file cache
                     rates[name].append(rate)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {
-        "data": path,
-        "images": len(samples),
-        "repeats": repeats,
-        "images_per_second": rates,
-        "median": medians,
-        "ratio": {name: median / medians["index"] for name, median in medians.items()},
-        "machine": machine(),
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the result as a Markdown table."""
-    lines = ["| masks | images/s on one core | of the passes | ratio |", "|---|---|---|---|"]
-    for name, rates in result["images_per_second"].items():
-        median, ratio = result["median"][name], result["ratio"][name]
-        lines.append(f"| {name} | {median:.0f} | {min(rates):.0f}-{max(rates):.0f} | {ratio:.2f} |")
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what --json writes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
-    parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
-    parser.add_argument("--images", type=int, default=160, help="images a pass (default: 160)")
-    parser.add_argument("--repeats", type=int, default=5, help="passes to take the median of")
-    parser.add_argument("--json", help="write the result there as well")
-    args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        if not args.path:
-            make_data(Path(folder), args.images)
-        result = measure(args.path or folder, args.repeats, args.images, args.num_classes)
-    if not args.path:
-        result["data"] = "made, with ADE20K's size distribution"
-    print(f"{result['images']} images of {result['data']}, {SIZE} px, {result['machine']['cpu']}\n")
-    print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return dataloader.results(path, len(samples), rates)
 
 
 if __name__ == "__main__":
-    main()
+    dataloader.main(measure=measure, images=160)

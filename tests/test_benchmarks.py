@@ -173,7 +173,7 @@ def test_auto_microbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def run_main(
-    main: Callable[[], None], text: str, path: Path, monkeypatch: pytest.MonkeyPatch
+    main: Callable[[], object], text: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict:
     """The JSON of a benchmark that reads the command line."""
     monkeypatch.setattr(sys, "argv", ["benchmark", *text.split(), "--json", str(path)])
@@ -245,7 +245,8 @@ def test_masks(tmp_path: Path) -> None:
         )
         batches += [[part.numpy().tobytes() for part in batch] for batch in spec.dataloader]
     assert len(batches) == 4 and all(batch == batches[0] for batch in batches)
-    result = masks.main(["--path", str(tmp_path / "data"), "--repeats", "1"])
+    arguments = ["--path", str(tmp_path / "data"), "--repeats", "1"]
+    result = dataloader.main(arguments, masks.measure)
     assert list(result["ratio"]) == ["index", "palette", "16 bits", "colours"]
     assert result["ratio"]["index"] == 1 and result["images"] == 8
 
