@@ -38,14 +38,16 @@ class Numbers(NamedTuple):
     scores: list[float]  # mIoU in percent, by each protocol
 
 
-def make_config(data: str, folder: str, recipe: str) -> dict[str, Any]:
-    """Describe a run of ten steps."""
+def make_config(
+    data: str, folder: str, recipe: str, size: int = 64, steps: int = 10
+) -> dict[str, Any]:
+    """Describe a run that saves at its end."""
     config = kill_resume.make_config(data, recipe, "folders", workers=0)
     for section in ("train_dataset", "eval_dataset"):
-        config[section] |= {"base_size": 64, "final_size": 64}
+        config[section] |= {"base_size": size, "final_size": size}
     for parent in (config, *(config[name] for name in RECIPES[1:])):
-        parent["max_duration"] = "10ba"
-    return config | {"save_folder": folder, "save_interval": "10ba"}
+        parent["max_duration"] = f"{steps}ba"
+    return config | {"save_folder": folder, "save_interval": f"{steps}ba"}
 
 
 def run(root: Path, data: str, recipe: str) -> Numbers:

@@ -48,16 +48,17 @@ class Outcome(NamedTuple):
 
 
 GPU = [
-    Benchmark("benchmarks.train_step", "--rounds 2 --warmup 3", 300),
+    Benchmark("benchmarks.train_step", "--rounds 2 --warmup 3", 270),
+    Benchmark("benchmarks.numerics", seconds=100),
     Benchmark("benchmarks.loss", "--batch 16", 80),
     Benchmark("benchmarks.auto_microbatch", seconds=60),
     Benchmark("benchmarks.device_transform", "--batch 32", 30),
-    Benchmark("pytest", "-q -m gpu tests/test_losses.py tests/test_transforms.py", 30),
 ]
 SMALL = "--size 64 --steps 2 --warmup 1"
 CPU = [
-    Benchmark("benchmarks.train_step", SMALL, 300),
-    Benchmark("benchmarks.train_step", f"{SMALL} --precision fp32", 300),
+    Benchmark("benchmarks.train_step", SMALL, 270),
+    Benchmark("benchmarks.train_step", f"{SMALL} --precision fp32", 270),
+    Benchmark("benchmarks.numerics", "--steps 10 --resumed-steps 4", 150),
     Benchmark("benchmarks.loss", "--batch 1 --repeats 3 --threads 1", 100),
     Benchmark("benchmarks.device_transform", seconds=45),
     Benchmark("benchmarks.dataloader", "--images 160 --repeats 3", 45),

@@ -9,7 +9,8 @@ a CPU. Both go through Composer's `Trainer` and wait for the same loader. Times 
 run's steps, as a recipe's steps differ (SAM, EMA), and medians over runs taken in turn. Utilisation
 is of the rate of one large matrix product in the same type, taken in the same process; the step's
 operations are those of the network's forward and backward pass, twice where SAM makes two. Memory
-is the most that a step needs, weights included: allocated on a GPU, resident on a CPU.
+is the most that a step needs, weights included: allocated on a GPU, resident on a CPU. For a GPU
+that `main.py --plan` knows, what it estimates stands beside what was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import tempfile
@@ -50,6 +52,8 @@ from benchmarks.stopwatch import PARTS, Stopwatch
 from data import build_data
 from model import deeplabv3
 from training.config import resolve
+from training.estimate import GPUS, estimate
+from training.memory import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
@@ -153,6 +157,19 @@ class Contender:
         waits = sum(event.name == "aten::_local_scalar_dense" for event in profiler.events() or ())
         return waits / CYCLE
 
+    def kernels(self) -> dict[str, float]:
+        """Milliseconds of a step that a GPU's kernels, or a CPU's operators, take, by name."""
+        on_gpu = torch.cuda.is_available()
+        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        with profile(activities=[activity]) as profiler:
+            self.fit(CYCLE)
+        taken = {
+            event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            for event in profiler.key_averages()
+            if not event.is_user_annotation  # which would count kernels again
+        }
+        return {name: time / 1e3 / CYCLE for name, time in taken.items() if time}
+
     def parts(self) -> dict[str, float]:
         """Milliseconds of each part of a step; the last that this trainer is good for."""
         network: Any = self.trainer.state.model.module
@@ -243,6 +260,33 @@ def operations(args: argparse.Namespace) -> int:
     return 3 * counter.get_total_flops() // 2
 
 
+def data_sheet(name: str) -> str | None:
+    """Return the name that `training.estimate` has for a GPU of CUDA's name."""
+    short = re.sub("[ -]|SXM[0-9]|PCIE", "", name)
+    known = [gpu for gpu in GPUS if gpu.replace("-", "") in short]
+    return max(known, key=len, default=None)
+
+
+def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, dict[str, float]]:
+    """Return what `main.py --plan --gpu` tells of each recipe's step; memory without CUDA's own."""
+    found = {}
+    compiled = compiles(config(args, "none"))
+    network = program.build_network(config(args, "none"))
+    footprint = count(network, args.size, AUTOCAST.get(precision), compiled)
+    for recipe in args.recipes:
+        step = estimate(
+            footprint,
+            config(args, recipe),
+            name,
+            gpus=1,
+            passes=PASSES.get(recipe, 1),
+            precision=precision,
+            compiled=compiled,
+        )
+        found[recipe] = {"images_per_second": args.batch / step.step, "bytes": step.memory}
+    return found
+
+
 def matrix_rate(dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product, the best of a second's."""
     on_gpu = torch.cuda.is_available()
@@ -299,11 +343,16 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "recipes": recipes,
         "machine": machine(),
     }
+    sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
+    if sheet:
+        result["estimates"] = estimates(args, sheet, choose_precision(args.precision)[0])
     yield result
     first = args.recipes[0]  # weights aside, an evaluation is the same for all
     result["evaluation"] = {side: contenders[first, side].evaluation() for side in BUILDERS}
     result["graphs"] = counters["stats"]["unique_graphs"]
     result["graph_breaks"] = sum(counters["graph_break"].values())
+    yield result
+    result["kernels"] = contenders[first, "ours"].kernels()
     yield result
     for (recipe, side), contender in contenders.items():
         recipes[recipe][side]["parts"] = contender.parts()
@@ -357,7 +406,24 @@ def step_table(result: dict[str, Any]) -> str:
                 f"{found['waits']:g}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    if "estimates" in result:
+        lines += ["", *estimate_lines(result)]
     return "\n".join(lines)
+
+
+def estimate_lines(result: dict[str, Any]) -> list[str]:
+    """Return what was estimated beside what ours took, in Markdown."""
+    lines = [
+        "| estimated / measured | images/s | | | peak memory, GiB | | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recipe, planned in result["estimates"].items():
+        ours, cells = result["recipes"][recipe]["ours"], [recipe]
+        for key, unit in (("images_per_second", 1), ("bytes", 2**30)):
+            pair = planned[key] / unit, ours[key] / unit
+            cells += [f"{value:.1f}" for value in pair] + [f"{pair[0] / pair[1]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def ratio(entry: dict[str, Any]) -> float:
@@ -373,6 +439,18 @@ def evaluation_table(result: dict[str, Any]) -> str:
     if result["compile"]:
         breaks = result["graph_breaks"]
         lines += ["", f"Graphs compiled: {result['graphs']}; graph breaks: {breaks}."]
+    return "\n".join(lines)
+
+
+def kernels_table(result: dict[str, Any]) -> str:
+    """Return the ten kernels that take the most of a step, in Markdown."""
+    kernels = result["kernels"]
+    longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:10]
+    whole = sum(kernels.values())
+    lines = [f"| the longest of {len(kernels)} kernels | ms/step | share |", "|---|---|---|"]
+    for name in longest:
+        shown = name.replace("|", "/")[:80]
+        lines.append(f"| `{shown}` | {kernels[name]:.2f} | {kernels[name] / whole:.1%} |")
     return "\n".join(lines)
 
 
@@ -430,7 +508,8 @@ def make_photos(root: Path, count: int, batch: int) -> None:
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and show each table as soon as it is there: who stops this early has the first."""
-    for table, result in zip((step_table, evaluation_table, parts_table), measure(args)):
+    tables = step_table, evaluation_table, kernels_table, parts_table
+    for table, result in zip(tables, measure(args), strict=True):
         print(f"{table(result)}\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -123,6 +123,39 @@ def test_train_step(step: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     for found in result["evaluation"].values():
         assert min(found.values()) > 0
     assert "optimizer" in printed and "| evaluation |" in printed
+    longest = max(result["kernels"], key=result["kernels"].__getitem__)
+    of_one_step = result["recipes"]["none"]["ours"]["milliseconds"]
+    assert 0 < result["kernels"][longest] < 10 * of_one_step and f"| `{longest}` |" in printed
+    assert any("conv" in name for name in result["kernels"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_data_sheet_of_a_gpu(name: str, expected: str | None) -> None:
+    assert train_step.data_sheet(name) == expected
+
+
+def test_estimates_stand_beside_what_was_measured(step: list[str]) -> None:
+    args = train_step.arguments([*step, "--recipes", "none", "hot"])
+    found = train_step.estimates(args, "H100", "amp_bf16")
+    assert found["none"]["images_per_second"] > found["hot"]["images_per_second"] > 0
+    assert found["hot"]["bytes"] > found["none"]["bytes"] > 2**20
+    measured = {"images_per_second": 40.0, "bytes": 2**32}
+    estimates = {"none": {"images_per_second": 50.0, "bytes": 2**31}}
+    result = {"estimates": estimates, "recipes": {"none": {"ours": measured}}}
+    assert train_step.estimate_lines(result)[2:] == [
+        "| none | 50.0 | 40.0 | 1.25 | 2.0 | 4.0 | 0.50 |"
+    ]
 
 
 def test_operations_are_three_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
