@@ -24,7 +24,7 @@ from dataset.colors import (
     distort_colors,
     uniform_per_sample,
 )
-from dataset.decoding import decode_image, decode_mask, decode_photo, read_photo
+from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo, read_photo
 from dataset.labels import IGNORED, PADDING, Labels
 from transforms import (
     PADDING_COLOR,
@@ -105,6 +105,11 @@ def test_decodes_photos_of_every_kind(data: bytes, expected: Image.Image) -> Non
     assert image.dtype == np.uint8
     error = difference(image, np.asarray(expected.convert("RGB")))
     assert error.mean() < 3  # what JPEG loses, mostly of the colours
+
+
+def test_opencv_5_takes_the_flags() -> None:
+    """It refuses IMREAD_COLOR beside COLOR_RGB."""
+    assert not any(flags & cv2.IMREAD_COLOR for flags in REDUCTIONS.values())
 
 
 def tiff(pixels: np.ndarray, photometric: int, *extra: int) -> bytes:
