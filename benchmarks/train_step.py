@@ -42,6 +42,7 @@ from composer.core import DataSpec, Engine, State, get_precision_context
 from composer.loggers import Logger
 from composer.models import ComposerModel
 from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,13 +161,14 @@ class Contender:
     def kernels(self) -> dict[str, float]:
         """Milliseconds of a step that a GPU's kernels, or a CPU's operators, take, by name."""
         on_gpu = torch.cuda.is_available()
-        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        with profile(activities=[activity]) as profiler:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
+        with profile(activities=activities) as profiler:
             self.fit(CYCLE)
         taken = {
             event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
             for event in profiler.key_averages()
-            if not event.is_user_annotation  # which would count kernels again
+            # An operator has its kernels' time too, and an annotation that of all within.
+            if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
         }
         return {name: time / 1e3 / CYCLE for name, time in taken.items() if time}
 
