@@ -43,7 +43,7 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 from torch.utils.flop_counter import FlopCounterMode
 
 import main as program
@@ -160,7 +160,7 @@ class Contender:
 
     def kernels(self) -> dict[str, float]:
         """Milliseconds of a step that a GPU's kernels, or a CPU's operators, take, by name."""
-        on_gpu = torch.cuda.is_available()
+        on_gpu = ProfilerActivity.CUDA in supported_activities()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
         with profile(activities=activities) as profiler:
             self.fit(CYCLE)
