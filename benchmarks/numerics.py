@@ -62,9 +62,10 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
     args.dtype = torch.float64
     exact = loss.Case("Composer", target, args)
     exact.logits = ours.logits.detach().double().requires_grad_()
-    (found, gradient), (value, wanted) = (
-        (case.loss().detach(), torch.autograd.grad(SCALE * case.loss(), case.logits)[0])
-        for case in (ours, exact)
+    found, value = ours.loss(), exact.loss()
+    gradient, wanted = (
+        torch.autograd.grad(SCALE * total, case.logits)[0]
+        for total, case in ((found, ours), (value, exact))
     )
     error = (gradient.double() - wanted).norm() / wanted.norm()
     return abs(found.item() / value.item() - 1), error.item()

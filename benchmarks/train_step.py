@@ -272,8 +272,9 @@ def data_sheet(name: str) -> str | None:
 def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, dict[str, float]]:
     """Return what `main.py --plan --gpu` tells of each recipe's step; memory without CUDA's own."""
     found = {}
-    compiled = compiles(config(args, "none"))
-    network = program.build_network(config(args, "none"))
+    settings = config(args, "none")
+    compiled = compiles(settings)
+    network = program.build_network(settings)
     footprint = count(network, args.size, AUTOCAST.get(precision), compiled)
     for recipe in args.recipes:
         step = estimate(
