@@ -9,6 +9,8 @@
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
+# In their order: a process that has computed on pretended GPUs can fork none that trains.
+PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
 
 .PHONY: demo test check lint quick install image
@@ -20,7 +22,7 @@ demo: $(VENV)/.train
 	@echo 'Next, on data of yours: yamls/camvid.yaml, as README.md tells under "Data of your own"'
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 check: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 --output-sync lint quick
@@ -29,7 +31,7 @@ lint: $(VENV)/.test
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files
 
 quick: $(VENV)/.test
-	@$(PY) -m pytest -q -m 'not (trains or processes or s3 or gpu or slow)'
+	@$(PY) -m pytest $(PARALLEL) -q -m 'not (trains or processes or s3 or gpu or slow)'
 
 install: $(LOCK)
 	@./install.sh $(WITH)

@@ -10,6 +10,8 @@ from typing import Any
 
 # Waiting threads that spin slow each other down where cores are few; set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, as make test starts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings

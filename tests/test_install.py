@@ -366,6 +366,7 @@ def test_install_sh_is_sound() -> None:
 # make
 
 RECORDER = '#!/bin/sh\necho "$VENV $TORCH $(basename $0) $*" >>calls\n'
+PYTEST = "python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder"
 
 
 def make(folder: Path, *arguments: str) -> list[str]:
@@ -403,11 +404,11 @@ def test_make_installs_once(tmp_path: Path) -> None:
     assert make(tmp_path, "test")[0] == ".venv  install.sh dev"
     assert make(tmp_path, "demo") == demo
     again = make(tmp_path, "test")
-    assert again[-1] == ".venv  python -m pytest" and not any("install" in call for call in again)
+    assert again[-1] == f".venv  {PYTEST}" and not any("install" in call for call in again)
     assert make(tmp_path, "install", "WITH=wandb onnx") == [".venv  install.sh wandb onnx"]
     older = make(tmp_path, "test", "TORCH=2.7.0")
     assert older[0] == ".venv-2.7.0 2.7.0 install.sh dev"
-    assert older[-1] == ".venv-2.7.0 2.7.0 python -m pytest"
+    assert older[-1] == f".venv-2.7.0 2.7.0 {PYTEST}"
     os.utime(tmp_path / "uv.lock", (2**32, 2**32))  # as when it has changed
     assert make(tmp_path, "demo")[0] == ".venv  install.sh "
 
