@@ -1,4 +1,4 @@
-# make demo     set up, then train on generated data (about 3 minutes once installed)
+# make demo     set up, then train on generated data (2 to 4 minutes once installed)
 # make test     set up, then run the linters and all tests (12 minutes)
 # make check    the linters, and the tests that need no training, process or server (2 minutes)
 # make install  set up alone; WITH="wandb onnx" adds groups of pyproject.toml
