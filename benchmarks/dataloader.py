@@ -246,9 +246,12 @@ def main(
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
-    default = f"images a pass (default: {images})"
-    parser.add_argument("--images", type=int, default=images, help=default)
-    parser.add_argument("--repeats", type=int, default=5, help="passes to take the median of")
+    parser.add_argument(
+        "--images", type=int, default=images, help=f"images a pass (default: {images})"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="passes to take the median of (default: 5)"
+    )
     parser.add_argument("--json", help="write the result there as well")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

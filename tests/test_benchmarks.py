@@ -354,7 +354,7 @@ def test_run_alls_commands_are_understood(on_gpu: bool, monkeypatch: pytest.Monk
     for benchmark in planned:
         if benchmark.module == "benchmarks.train_step":
             train_step.arguments(shlex.split(benchmark.arguments))
-    assert sum(benchmark.seconds for benchmark in planned) < 60 * run_all.usual_minutes()
+    assert sum(benchmark.seconds for benchmark in planned) < 60 * (9.5 if on_gpu else 20)
 
 
 def test_the_peers_are_trained_and_scored(synthetic: str, tmp_path: Path) -> None:
