@@ -14,11 +14,7 @@ the way back, which leaves out what operations take while they run.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.commits import files_of, imported
+
 IMAGES, SIZE = 16, 512
 
 
@@ -50,16 +47,6 @@ class Launches(TorchDispatchMode):
             numbers = given and all(t.dtype == torch.int64 and t.ndim == 0 for t in given)
             self.counters += bool(numbers and func._schema.is_mutable)
         return result
-
-
-def imported(*names: str) -> Any:
-    """Import the first of these modules that there is: they have moved since."""
-    for name in names:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise SystemExit(f"error: none of {', '.join(names)}")
 
 
 def transform(distort: bool) -> tuple[int, float]:
@@ -170,29 +157,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="count in its files instead")
     parser.add_argument("--memory", action="store_true", help="compare the memory model, too")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.commit:
-            command = ["git", "archive", args.commit]
-            archive = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-            subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-            sys.path[:] = [folder, *(path for path in sys.path if Path(path).resolve() != ROOT)]
-        print(f"| {args.commit or 'the working tree'} | launches | GB |\n|---|---|---|")
+    with files_of(args.commit) as name:
+        print(f"| {name} | launches | GB |\n|---|---|---|")
         for distort, name in ((True, "training"), (False, "evaluation")):
             count, size = transform(distort)
             print(f"| DeviceTransform, {name} | {count} | {size / 1e9:.2f} |", flush=True)
         for name, count in passes(args.arch):
             print(f"| {name} | {count} | |", flush=True)
-    if args.memory:
-        print("\n| activations, GiB an image | counted | kept |\n|---|---|---|")
-        for arch, size, budget in (
-            (args.arch, 512, 1.0),
-            (args.arch, 512, 0.5),
-            (args.arch, 256, 1.0),
-            ("resnet50", 512, 1.0),
-        ):
-            counted, partitioned = (each / 2**30 for each in kept(arch, size, budget))
-            what = f"{arch}, {size} px, budget {budget:g}"
-            print(f"| {what} | {counted:.3f} | {partitioned:.3f} |", flush=True)
+        if args.memory:
+            print("\n| activations, GiB an image | counted | kept |\n|---|---|---|")
+            for arch, size, budget in (
+                (args.arch, 512, 1.0),
+                (args.arch, 512, 0.5),
+                (args.arch, 256, 1.0),
+                ("resnet50", 512, 1.0),
+            ):
+                counted, partitioned = (each / 2**30 for each in kept(arch, size, budget))
+                what = f"{arch}, {size} px, budget {budget:g}"
+                print(f"| {what} | {counted:.3f} | {partitioned:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

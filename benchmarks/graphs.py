@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import collections
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any, cast
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.commits import files_of
+
 RANKS = 8
 
 
@@ -162,14 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--commit", help="measure its files instead")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.commit:
-            command = ["git", "archive", args.commit]
-            archive = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-            subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-            sys.path[:] = [folder, *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    with files_of(args.commit) as name:
         found = measure(args.arch, args.size)
-    print(f"| {args.arch}, {RANKS} processes | {args.commit or 'the working tree'} |\n|---|---|")
+    print(f"| {args.arch}, {RANKS} processes | {name} |\n|---|---|")
     for name, value in found.items():
         print(f"| {name} | {value} |")
 

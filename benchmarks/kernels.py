@@ -15,14 +15,14 @@ import collections
 import inspect
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.commits import files_of, imported
+
 CAPABILITIES = (80, 90, 100, 120)
 CLASSES, LOW, SIZE, IMAGES = 150, 128, 512, 16
 SHOWN = ("SHFL", "FADD", "FFMA", "FMUL", "FMNMX", "MUFU", "LDG", "FSEL", "FSETP")
@@ -38,13 +38,17 @@ class Found(NamedTuple):
     rounds: int
 
 
+def loss_kernels() -> Any:
+    """Import the kernels from where they are, or were."""
+    return imported("segmentation.losses_triton", "losses_triton")
+
+
 def compile_for(capability: int, backward: bool, targets: int) -> bytes:
     """Compile a kernel of the loss."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from segmentation import losses_triton as kernels
-
+    kernels = loss_kernels()
     kernel: Any = kernels._backward_kernel if backward else kernels._forward_kernel
     logits = torch.empty(1, CLASSES, LOW, LOW, device="meta", dtype=torch.bfloat16)
     pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
@@ -70,8 +74,7 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
 
 def tile(backward: bool) -> tuple[int, int]:
     """Rows and cells of a program."""
-    from segmentation import losses_triton as kernels
-
+    kernels = loss_kernels()
     if backward:
         return kernels.BACKWARD_ROWS, kernels.BACKWARD_CELLS
     return kernels.FORWARD_ROWS, kernels.FORWARD_CELLS
@@ -124,12 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="compile its files instead")
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.commit:
-            command = ["git", "archive", args.commit]
-            archive = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-            subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-            sys.path.insert(0, folder)
+    with files_of(args.commit):
         head = ["kernel", "GPU", "registers", "stack", "shared", "loop", *SHOWN, "work, 10^9"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
         for backward in (False, True):

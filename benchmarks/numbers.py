@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import kill_resume
+from benchmarks.commits import unpack
 from benchmarks.kill_resume import RECIPES, tensors
 from dataset.synthetic import make
 
@@ -92,10 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         before, data = Path(folder, "before"), f"{folder}/data"
         before.mkdir()
-        archive = subprocess.run(
-            ["git", "archive", options.commit], cwd=ROOT, stdout=subprocess.PIPE, check=True
-        )
-        subprocess.run(["tar", "-x", "-C", str(before)], input=archive.stdout, check=True)
+        unpack(options.commit, before)
         make(f"{data}/folders", training=24, validation=6, size=64)
         for recipe in options.recipes:
             ours, theirs = (run(root, data, recipe) for root in (ROOT, before))
