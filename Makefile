@@ -9,8 +9,7 @@
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
-# In their order: a process that has computed on pretended GPUs can fork none that trains.
-PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses=2 --dist=loadfile
 export VENV TORCH PYTHON
 
 .PHONY: demo test check lint quick install image

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import copy
+import functools
 import gc
 import json
 import logging
@@ -55,12 +56,12 @@ from model import deeplabv3
 from training.config import resolve
 from training.estimate import GPUS, estimate
 from training.memory import AUTOCAST, count
+from training.plan import passes
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
 GPU_MATRIX = 8192  # side of the one that shows what a GPU can do
 RECIPES = ("none", "mild", "medium", "hot")
-PASSES = {"medium": 1.5, "hot": 2.0}  # forward and backward passes of a step, where not 1
 CYCLE = 2  # steps: medium climbs every 2nd
 BUILDERS: dict[str, Callable[..., Trainer]] = {
     "plain": plain.build_trainer,
@@ -203,14 +204,19 @@ def never_evaluate(trainer: Trainer) -> None:
 
 
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
-    """Return the most memory that building a trainer and its first steps take, in a new process."""
-    context = multiprocessing.get_context("fork")
+    """Return the most memory that building a trainer and its first steps take, in a new process.
+
+    It is forked from one that has done nothing but import: what this one has used and given back,
+    a copy of it could use again.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.train_step"])
     with ProcessPoolExecutor(1, context) as process:
         return process.submit(_resident_bytes, args, side, recipe).result()
 
 
 def _resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
-    torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+    torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     args = argparse.Namespace(**vars(args) | {"workers": 0})
     Contender(args, side, recipe).fit(CYCLE)
@@ -282,7 +288,7 @@ def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, 
             config(args, recipe),
             name,
             gpus=1,
-            passes=PASSES.get(recipe, 1),
+            passes=passes(config(args, recipe)),
             precision=precision,
             compiled=compiled,
         )
@@ -307,60 +313,66 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All of it, as what --json writes; again after each part, as far as it has come."""
+    """All of it, as what --json writes; again after each recipe and part, as far as it has come."""
     on_gpu = torch.cuda.is_available()
-    pairs = [(recipe, side) for recipe in args.recipes for side in BUILDERS]
-    # First, while this process has taken little that a copy of it could use again.
-    resident = {} if on_gpu else {pair: resident_bytes(args, pair[1], pair[0]) for pair in pairs}
+    sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
     counters.clear()
     shared = config(args, args.recipes[0])
     data = build_data(shared, "train"), build_data(shared, "val")
-    contenders = {pair: Contender(args, pair[1], pair[0], data) for pair in pairs}
-    for contender in contenders.values():
-        contender.fit(args.warmup)
-    for _ in range(args.rounds):
-        for contender in contenders.values():
-            contender.time()
     flops = operations(args)
     types = {side: compute_type(args, side) for side in BUILDERS}
     rates = {name: matrix_rate(getattr(torch, name)) for name in set(types.values())}
-    recipes: dict[str, dict[str, Any]] = {recipe: {} for recipe in args.recipes}
-    for (recipe, side), contender in contenders.items():
-        seconds = statistics.median(contender.seconds)
-        rate = flops * PASSES.get(recipe, 1) * args.batch / seconds
-        recipes[recipe][side] = {
-            "milliseconds": 1e3 * seconds,
-            "images_per_second": args.batch / seconds,
-            "utilisation": rate / rates[types[side]],
-            "waits": contender.profile(),
-            "bytes": contender.bytes if on_gpu else resident[recipe, side],
-            "runs": contender.seconds,
-        }
     names = ("arch", "size", "batch", "classes", "steps", "warmup", "rounds")
+    recipes: dict[str, dict[str, Any]] = {}
     result = {
         **{name: getattr(args, name) for name in names},
-        "compile": compiles(config(args, "none")),
+        "compile": compiles(shared),
         "types": types,
         "operations_per_image": flops,
         "matrix_rates": rates,
         "recipes": recipes,
         "machine": machine(),
     }
-    sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
-    if sheet:
-        result["estimates"] = estimates(args, sheet, choose_precision(args.precision)[0])
-    yield result
-    first = args.recipes[0]  # weights aside, an evaluation is the same for all
-    result["evaluation"] = {side: contenders[first, side].evaluation() for side in BUILDERS}
+    contenders: dict[str, dict[str, Contender]] = {}
+    for recipe in args.recipes:
+        resident = dict.fromkeys(BUILDERS, 0)
+        if not on_gpu:
+            resident = {side: resident_bytes(args, side, recipe) for side in BUILDERS}
+        sides = {side: Contender(args, side, recipe, data) for side in BUILDERS}
+        for contender in sides.values():
+            contender.fit(args.warmup)
+        for _ in range(args.rounds):
+            for contender in sides.values():
+                contender.time()
+        recipes[recipe] = {}
+        for side, contender in sides.items():
+            seconds = statistics.median(contender.seconds)
+            rate = flops * passes(config(args, recipe)) * args.batch / seconds
+            recipes[recipe][side] = {
+                "milliseconds": 1e3 * seconds,
+                "images_per_second": args.batch / seconds,
+                "utilisation": rate / rates[types[side]],
+                "waits": contender.profile(),
+                "bytes": contender.bytes or resident[side],
+                "runs": contender.seconds,
+            }
+        contenders[recipe] = sides
+        if sheet and recipe == args.recipes[-1]:
+            result["estimates"] = estimates(args, sheet, choose_precision(args.precision)[0])
+        yield result
+    first = contenders[args.recipes[0]]  # weights aside, an evaluation is the same for all
+    result["evaluation"] = {side: contender.evaluation() for side, contender in first.items()}
     result["graphs"] = counters["stats"]["unique_graphs"]
     result["graph_breaks"] = sum(counters["graph_break"].values())
     yield result
-    result["kernels"] = contenders[first, "ours"].kernels()
+    result["kernels"] = first["ours"].kernels()
     yield result
-    for (recipe, side), contender in contenders.items():
-        recipes[recipe][side]["parts"] = contender.parts()
-    for contender in contenders.values():  # only now: the first takes the loader along
-        contender.trainer.close()
+    for recipe, sides in contenders.items():
+        for side, contender in sides.items():
+            recipes[recipe][side]["parts"] = contender.parts()
+    for sides in contenders.values():  # only now: the first takes the loader along
+        for contender in sides.values():
+            contender.trainer.close()
     yield result
 
 
@@ -385,30 +397,35 @@ def machine() -> dict[str, Any]:
     return found | {"platform": platform.platform()}
 
 
-def step_table(result: dict[str, Any]) -> str:
-    """Speed and memory in Markdown."""
-    types = ", ".join(f"{side} in {dtype}" for side, dtype in result["types"].items())
-    lines = [
-        f"{result['arch']}, {result['size']} px, batch {result['batch']}; {types}; "
-        f"{'ours compiled; ' * result['compile']}{result['rounds']} runs of {result['steps']} "
-        f"steps each, {result['machine']['threads']} threads",
-        "",
-        "| recipe | | images/s | ms/step | ratio | utilisation | peak memory | waits a step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for recipe, entry in result["recipes"].items():
-        for side, found in entry.items():
-            cells = [
-                recipe,
-                side,
-                f"{found['images_per_second']:.1f}",
-                f"{found['milliseconds']:.0f}",
-                f"{ratio(entry):.2f}" if side == "ours" else "",
-                f"{found['utilisation']:.0%}",
-                f"{found['bytes'] / 2**30:.2f} GiB",
-                f"{found['waits']:g}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+def step_rows(recipe: str, result: dict[str, Any]) -> str:
+    """Return speed and memory of a recipe in Markdown, after the table's head if it is the first.
+
+    After the last come the estimates, where there are any.
+    """
+    lines = []
+    if recipe == next(iter(result["recipes"])):
+        types = ", ".join(f"{side} in {dtype}" for side, dtype in result["types"].items())
+        lines = [
+            f"{result['arch']}, {result['size']} px, batch {result['batch']}; {types}; "
+            f"{'ours compiled; ' * result['compile']}{result['rounds']} runs of "
+            f"{result['steps']} steps each, {result['machine']['threads']} threads",
+            "",
+            "| recipe | | images/s | ms/step | ratio | utilisation | peak memory | waits a step |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+    entry = result["recipes"][recipe]
+    for side, found in entry.items():
+        cells = [
+            recipe,
+            side,
+            f"{found['images_per_second']:.1f}",
+            f"{found['milliseconds']:.0f}",
+            f"{ratio(entry):.2f}" if side == "ours" else "",
+            f"{found['utilisation']:.0%}",
+            f"{found['bytes'] / 2**30:.2f} GiB",
+            f"{found['waits']:g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if "estimates" in result:
         lines += ["", *estimate_lines(result)]
     return "\n".join(lines)
@@ -436,7 +453,7 @@ def ratio(entry: dict[str, Any]) -> float:
 
 def evaluation_table(result: dict[str, Any]) -> str:
     """Return the evaluation in Markdown, and how it all was compiled."""
-    lines = ["| evaluation | images/s | forward pass alone |", "|---|---|---|"]
+    lines = ["", "| evaluation | images/s | forward pass alone |", "|---|---|---|"]
     for side, found in result["evaluation"].items():
         lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
     if result["compile"]:
@@ -450,7 +467,7 @@ def kernels_table(result: dict[str, Any]) -> str:
     kernels = result["kernels"]
     longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:10]
     whole = sum(kernels.values())
-    lines = [f"| the longest of {len(kernels)} kernels | ms/step | share |", "|---|---|---|"]
+    lines = ["", f"| the longest of {len(kernels)} kernels | ms/step | share |", "|---|---|---|"]
     for name in longest:
         shown = name.replace("|", "/")[:80]
         lines.append(f"| `{shown}` | {kernels[name]:.2f} | {kernels[name] / whole:.1%} |")
@@ -462,6 +479,7 @@ def parts_table(result: dict[str, Any]) -> str:
     recipes = result["recipes"]
     names = [(recipe, side) for recipe in recipes for side in BUILDERS]
     lines = [
+        "",
         "| ms/step | " + " | ".join(f"{recipe}, {side}" for recipe, side in names) + " |",
         "|---|" + "---|" * len(names),
     ]
@@ -510,10 +528,11 @@ def make_photos(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and show each table as soon as it is there: who stops this early has the first."""
-    tables = step_table, evaluation_table, kernels_table, parts_table
+    """Measure, and show each row and table at once: who stops this early has those before."""
+    rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
+    tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):
-        print(f"{table(result)}\n", flush=True)
+        print(table(result), flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +98,14 @@ def test_the_plain_side_is_pytorch_in_fp32(step: list[str]) -> None:
     trainer.close()
 
 
-def test_train_step(step: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_step(
+    step: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = tmp_path / "result.json"
+    monkeypatch.setattr(train_step, "resident_bytes", lambda *about: 5 * 2**28)  # see below
     train_step.main([*step, "--recipes", "none", "hot", "--json", str(path)])
     result = json.loads(path.read_text())
     printed = capsys.readouterr().out
@@ -110,7 +117,7 @@ def test_train_step(step: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
             assert found["milliseconds"] == pytest.approx(500 * sum(found["runs"]))
             assert found["images_per_second"] == pytest.approx(2000 / found["milliseconds"])
             assert 0 < found["utilisation"] < 1
-            assert found["bytes"] > 2**20
+            assert found["bytes"] == 5 * 2**28
             assert set(found["parts"]) == set(PARTS)
             assert all(found["parts"][part] > 0 for part in ("backbone", "head", "loss"))
             assert f"| {recipe} | {side} | {found['images_per_second']:.1f} |" in printed
@@ -127,6 +134,37 @@ def test_train_step(step: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     of_one_step = result["recipes"]["none"]["ours"]["milliseconds"]
     assert 0 < result["kernels"][longest] < 10 * of_one_step and f"| `{longest}` |" in printed
     assert any("conv" in name for name in result["kernels"])
+    head, *tables = printed.split("\n\n")
+    assert "batch 2; plain in float32" in head and len(tables) == 4
+    (*_, last) = tables[0].splitlines()
+    assert last.startswith("| hot | ours |") and "| 1.25 GiB |" in last
+
+
+def test_train_step_shows_a_recipe_before_the_next(
+    step: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever stops it early, as run_all does, has what came before."""
+
+    class Enough(Exception):
+        pass
+
+    def build(config: Config, **arguments: Any) -> Any:
+        if config.recipe_name == "mild":
+            raise Enough
+        return program.build_trainer(config, **arguments)
+
+    monkeypatch.setattr(train_step, "resident_bytes", lambda *about: 0)
+    monkeypatch.setitem(train_step.BUILDERS, "ours", build)
+    with pytest.raises(Enough):
+        train_step.main([*step, "--recipes", "none", "mild"])
+    printed = capsys.readouterr().out
+    assert "| none | ours |" in printed and "mild" not in printed
+
+
+def test_memory_is_that_of_a_new_process(step: list[str]) -> None:
+    args = train_step.arguments(step)
+    # The network is not a small one there: weights, gradients and momentum in fp32.
+    assert train_step.resident_bytes(args, "ours", "none") > 3 * 4 * 25e6
 
 
 @pytest.mark.parametrize(
@@ -346,11 +384,17 @@ def test_run_all_gives_camvid_the_time_that_is_left() -> None:
     assert minutes[1] > minutes[0]
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_run_alls_commands_are_understood(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("on_gpu", "bf16", "trained"), [(True, True, 1), (False, True, 2), (False, False, 1)]
+)
+def test_run_alls_commands_are_understood(
+    on_gpu: bool, bf16: bool, trained: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each benchmark that is planned takes its arguments, and all together have time left."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr("training.precision._cpu_has_bf16", lambda: bf16)
     planned = run_all.plan(on_gpu)
+    assert [b.module for b in planned].count("benchmarks.train_step") == trained
     for benchmark in planned:
         if benchmark.module == "benchmarks.train_step":
             train_step.arguments(shlex.split(benchmark.arguments))
