@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from dataset.shards import Shards
 from dataset.workers import use_one_core
 from errors import DataError, escape_names
 from training.balance import repeat_factors
+from training.bounds import check_share
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
@@ -469,6 +470,7 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
 
     Raises:
         DataError: The data set is not as it should be, or its labels do not fit.
+        ConfigError: An epoch's last batch cannot be trained with.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     arguments = asdict(dataset)
@@ -480,7 +482,7 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         check_labels(dataset.path, split, Labels(*labels), description)
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
-    return build_ade20k_dataspec(
+    spec = build_ade20k_dataspec(
         **arguments,
         split=split,
         shuffle=split == "train",
@@ -489,6 +491,11 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         description=description,
         counts=counts,
     )
+    rest = len(cast(DataLoader, spec.dataloader).sampler) % arguments["batch_size"]
+    if split == "train" and rest:
+        what = f"train_dataset.drop_last=false: an epoch's last batch, {rest} images a process"
+        check_share(config, rest, what)
+    return spec
 
 
 def check_dataloader() -> None:

@@ -218,6 +218,16 @@ def test_fewer_photos_than_a_batch_are_found_before_training(tiny: dict[str, Any
         main(tiny)
 
 
+@pytest.mark.parametrize(("batch", "micro"), [(5, None), (6, 3)])
+def test_a_last_batch_that_leaves_one_image_alone_is_found_before_training(
+    tiny: dict[str, Any], batch: int, micro: int | None
+) -> None:
+    tiny["train_dataset"] |= {"batch_size": batch, "drop_last": False}
+    tiny["device_train_microbatch_size"] = micro
+    with pytest.raises(ConfigError, match=r"drop_last=false: .* leave one image alone"):
+        main(tiny)
+
+
 def test_loggers_write_what_the_run_logs(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
