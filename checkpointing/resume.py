@@ -107,11 +107,24 @@ def find_start(
     found = newest_checkpoint(folder, scratch) if folder else None
     if found:
         where, path = found
-        return Start(where, load_weights(path), path, True)
+        return Start(where, load_weights(path), _plainly_named(path, scratch), True)
     if load_path:
         path = local_copy(load_path, scratch)
-        return Start(load_path, load_weights(path), None if weights_only else path, False)
+        weights = load_weights(path)
+        return Start(
+            load_path, weights, None if weights_only else _plainly_named(path, scratch), False
+        )
     return None
+
+
+def _plainly_named(path: str, scratch: str) -> str:
+    """Return another path of a file, in which Composer finds no placeholder and no store.
+
+    It takes braces for the one, and what is before a colon for the other.
+    """
+    link = os.path.join(scratch, ".start")
+    os.symlink(os.path.abspath(path), link)
+    return link
 
 
 def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:

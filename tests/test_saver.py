@@ -55,6 +55,20 @@ def test_what_latest_names_comes_before_later_batches_of_an_earlier_run(tmp_path
     assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba4-rank0.pt")
 
 
+@pytest.mark.parametrize("folder", ["{node_rank}-{x", "lab:1"])
+def test_a_folders_name_may_look_like_something_else(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny |= {"save_folder": folder, "autoresume": True}
+    main({**tiny, "max_duration": "1ba"})
+    trainer = main({**tiny, "max_duration": "2ba"})
+    assert trainer.state.timestamp.batch == 2
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+    tiny |= {"save_folder": None, "autoresume": False, "max_duration": "3ba"}
+    main({**tiny, "load_path": f"{folder}/ep0-ba2-rank0.pt"})
+
+
 class Planted:
     """Runs code when it is unpickled."""
 

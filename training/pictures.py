@@ -23,7 +23,6 @@ from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import (
     dist,
-    format_name_with_dist,
     maybe_create_object_store_from_uri,
     parse_uri,
 )
@@ -75,9 +74,8 @@ def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
 
 
 def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None:
-    """Write a run's file; `{run_name}` in the folder and `{time}` in the name are filled in."""
+    """Write a run's file; `{time}` in the name is filled in."""
     time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
-    folder = format_name_with_dist(folder, state.run_name)
     return save_file(data, folder, name.format(time=time))
 
 
