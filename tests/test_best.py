@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import types
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from composer.core import Timestamp
 
+import checkpointing.best
 from benchmarks.forked import Death, run
 from benchmarks.kill_resume import largest_difference, make_config, make_data
 from benchmarks.s3_server import s3_server
@@ -123,6 +125,22 @@ def test_a_run_ends_when_it_gets_no_better(
     scores([19, 21, 20, 19, 18, 17])
     trainer = main(saving(tiny, tmp_path, **keys | {"stop_after": "1ep"}))
     assert trainer.state.timestamp.batch == 10  # an epoch has four
+
+
+def test_a_best_that_is_not_the_kept_one_is_not_told_as_that(
+    tiny: dict[str, Any], tmp_path: Path, scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores([20])
+    main(saving(tiny, tmp_path, max_duration="1ba"))
+    scores([30])  # no longer kept
+    trainer = main(saving(tiny, tmp_path, max_duration="2ba", save_best=False))
+    assert files(tmp_path)["best-rank0.pt"] == 1
+    assert "best MIoU" not in summary(trainer)
+    scores([40])
+    monkeypatch.setattr(checkpointing.best, "iou_per_class", lambda matrix: [math.nan] * 12)
+    trainer = main(saving(tiny, tmp_path, max_duration="3ba", best_metric="IoU/class 3"))
+    assert files(tmp_path)["best-rank0.pt"] == 1
+    assert "best IoU" not in summary(trainer)
 
 
 @pytest.mark.parametrize("metric", ["IoU/sky", "mIoU"])

@@ -24,6 +24,7 @@ from composer.utils import (
 from torch import Tensor
 
 from checkpointing.saver import Checkpoints, saver_of
+from checkpointing.stores import batch_of
 from errors import RunError
 from segmentation.classes import ClassInfo, classes_to_json
 from segmentation.metrics import (
@@ -211,7 +212,7 @@ def summary(trainer: Trainer) -> str:
     saver = saver_of(trainer.state)
     if saver and saver.ended:
         lines.append(f"ended early: {saver.best.metric} was no better for {saver.ended}")
-    if saver and saver.best_name:
+    if saver and saver.best_name and batch_of(saver.best_name) == saver.best.batch:
         best, path = saver.best, f"{saver.target.path}/{saver.best_name}"
         lines.append(f"best {best.metric}: {best.value:.2f} after batch {best.batch}, {path}")
     if trainer.saved_checkpoints:
