@@ -198,6 +198,7 @@ def build_trainer(
             if isinstance(spec.microbatch_transforms, DeviceTransform):
                 spec.microbatch_transforms.compile()
         model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
+    shown = config.loggers.get("progress_bar", {}) | config.loggers.get("console", {})
     torch.backends.cudnn.benchmark = not config.deterministic  # sizes do not change
     with guarded_unpickling():
         trainer = Trainer(
@@ -214,7 +215,9 @@ def build_trainer(
             loggers=[*build_loggers(config), *loggers],
             progress_bar="progress_bar" in config.loggers,
             log_to_console="console" in config.loggers,
-            console_log_interval=config.loggers.get("console", {}).get("log_interval", "1ba"),
+            console_stream=shown.get("stream", "stderr"),
+            console_log_interval=shown.get("log_interval", "1ba"),
+            log_traces=shown.get("log_traces", False),
             load_path=state_path,
             spin_dataloaders=False,  # the order of samples does not depend on what was read before
             device=device,

@@ -279,9 +279,25 @@ def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> 
     tiny["loggers"] = {"tensorboard": {"directory": "x"}}
     with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
         main(tiny)
+    for name, arguments in {
+        "progress_bar": {"colour": "red"},
+        "console": {"log_interval": "often"},
+        "file": {"filename": 3},
+    }.items():
+        tiny["loggers"] = {name: arguments}
+        with pytest.raises(ConfigError, match=rf"loggers\.{name}: "):
+            main(tiny)
     tiny["loggers"] = {"file": {"filename": __file__ + "/logs/log.txt"}}
     with pytest.raises(ConfigError, match=r"loggers.file.filename: .*Not a directory"):
         main(tiny)
+
+
+def test_the_console_has_its_arguments(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny |= {"max_duration": "1ba", "loggers": {"console": {"stream": "stdout"}}}
+    main(tiny).close()
+    assert "loss/train/total" in capsys.readouterr().out
 
 
 def test_the_command_line_answers_in_one_line_before_slow_imports(

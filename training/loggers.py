@@ -12,8 +12,16 @@ from training.schema import Config
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:
-    """Build the loggers of the YAML, but for the progress bar and the console: the Trainer's."""
+    """Build the loggers of the YAML.
+
+    The progress bar and the console are the Trainer's: of those, only the arguments are tried.
+
+    Raises:
+        ConfigError: A logger does not take its arguments.
+    """
     classes = {
+        "progress_bar": loggers.ProgressBarLogger,
+        "console": loggers.ConsoleLogger,
         "file": loggers.FileLogger,
         "wandb": loggers.WandBLogger,
         "tensorboard": loggers.TensorboardLogger,
@@ -27,11 +35,12 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
     _make_folder(str(config.loggers.get("file", {}).get("filename", "")))
     built = []
     for name, arguments in config.loggers.items():
-        if name in classes:
-            try:
-                built.append(classes[name](**arguments))
-            except TypeError as error:
-                raise ConfigError(f"loggers.{name}: {error}") from error
+        try:
+            logger = classes[name](**arguments)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"loggers.{name}: {one_line(error)}") from error
+        if name not in ("progress_bar", "console"):
+            built.append(logger)
     return built
 
 
