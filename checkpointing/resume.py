@@ -14,7 +14,7 @@ from composer.utils import get_file
 from torch import nn
 
 from checkpointing.saver import on_first_process
-from checkpointing.stores import LocalFolder, RemoteFolder, batch_of, open_folder
+from checkpointing.stores import LocalFolder, RemoteFolder, open_folder, time_of
 from checkpointing.weights import Weights, infer_architecture, load_weights
 from errors import ConfigError, one_line
 from segmentation.network import inner
@@ -160,7 +160,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
 def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
     names, latest = target.names(), target.latest()
     if latest:  # later ones are of another run, or `latest` would name them
-        names = [latest, *(name for name in names if batch_of(name) < batch_of(latest))]
+        names = [latest, *(name for name in names if time_of(name) < time_of(latest))]
     for name in names:
         try:
             damage = _damage(target.fetch(name, scratch))

@@ -29,14 +29,22 @@ from errors import RunError, WeightsError, one_line
 log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
-NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
 
 
 def batch_of(name: str) -> int:
     """Return the number of batches that a checkpoint's name says; -1 for other names."""
+    return time_of(name)[0]
+
+
+def time_of(name: str) -> tuple[int, int]:
+    """Return the numbers of batches and epochs that a checkpoint's name says; -1 for other names.
+
+    An epoch's last batch may have two checkpoints, the later one of after the epoch's evaluation.
+    """
     match = NAME.fullmatch(name)
-    return int(match[1]) if match else -1
+    return (int(match[2]), int(match[1])) if match else (-1, -1)
 
 
 def checkpoint_in(path: str | os.PathLike[str]) -> str:
@@ -74,9 +82,9 @@ class LocalFolder:
             os.remove(left)
 
     def names(self) -> list[str]:
-        """Return the checkpoints by the number of batches, newest first."""
+        """Return the checkpoints, newest first."""
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
-        return sorted((name for name in names if batch_of(name) >= 0), key=batch_of, reverse=True)
+        return sorted((name for name in names if batch_of(name) >= 0), key=time_of, reverse=True)
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""
@@ -178,9 +186,9 @@ class RemoteFolder:
         self._delete(".probe")
 
     def names(self) -> list[str]:
-        """Return the checkpoints by the number of batches, newest first."""
+        """Return the checkpoints, newest first."""
         names = [key.rpartition("/")[2] for key in self.store.list_objects(self.prefix)]
-        return sorted((name for name in names if batch_of(name) >= 0), key=batch_of, reverse=True)
+        return sorted((name for name in names if batch_of(name) >= 0), key=time_of, reverse=True)
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""
@@ -307,7 +315,7 @@ def outdated(names: list[str], newest: str, keep: int, best: str | None = None) 
     `newest` is one of those that are kept. Later ones stay: they are of another run, or damaged and
     about to be written again.
     """
-    older = [name for name in names if batch_of(name) <= batch_of(newest)]
+    older = [name for name in names if time_of(name) <= time_of(newest)]
     return [name for name in older[keep:] if name != best] if keep >= 0 else []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import types
 from collections.abc import Callable, Iterable
@@ -125,6 +126,18 @@ def test_a_run_ends_when_it_gets_no_better(
     scores([19, 21, 20, 19, 18, 17])
     trainer = main(saving(tiny, tmp_path, **keys | {"stop_after": "1ep"}))
     assert trainer.state.timestamp.batch == 10  # an epoch has four
+
+
+def test_an_end_at_an_epochs_end_of_which_there_was_a_checkpoint(
+    tiny: dict[str, Any], tmp_path: Path, scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listdir = os.listdir  # in the order of an object store
+    monkeypatch.setattr(os, "listdir", lambda folder: sorted(listdir(folder)))
+    scores([20, 10])
+    keys = {"max_duration": "3ep", "eval_interval": "1ep", "save_interval": "4ba"}
+    main(saving(tiny, tmp_path, **keys, stop_after="1ep", save_best=False))
+    assert files(tmp_path) == {"ep2-ba8-rank0.pt": 8, "latest-rank0.pt": 8}
+    assert record(tmp_path / "latest-rank0.pt")["ended"] == "1ep"
 
 
 def test_a_best_that_is_not_the_kept_one_is_not_told_as_that(

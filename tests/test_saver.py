@@ -55,6 +55,17 @@ def test_what_latest_names_comes_before_later_batches_of_an_earlier_run(tmp_path
     assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba4-rank0.pt")
 
 
+def test_of_two_of_the_same_batch_the_later_is_found(tmp_path: Path) -> None:
+    (first,) = save_whole(tmp_path, 8)
+    second = tmp_path / "ep1-ba8-rank0.pt"
+    shutil.copy(first, second)
+    (tmp_path / "latest-rank0.pt").unlink()
+    assert newest_checkpoint(str(tmp_path), "") == (str(second), str(second))
+    os.symlink(second.name, tmp_path / "latest-rank0.pt")
+    second.write_bytes(b"half")
+    assert newest_checkpoint(str(tmp_path), "") == (str(first), str(first))
+
+
 @pytest.mark.parametrize("folder", ["{node_rank}-{x", "lab:1"])
 def test_a_folders_name_may_look_like_something_else(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
