@@ -83,6 +83,7 @@ WRONG = {
     "optimizer.head_lr_scale=-1": "optimizer.head_lr_scale: -1.0",
     "schedule.name=cosin": "schedule.name: cosin is none of cosine, poly, constant, linear",
     "schedule.warmup=soon": "schedule.warmup: 'soon' is not a time, as in 1500ba",
+    "schedule.warmup=05ba": "schedule.warmup: '05ba' is not a time, as in 1500ba",
     "schedule.power=0": "schedule.power: 0.0",
     "schedule.final=-0.1": "schedule.final: -0.1",
     "train_dataset.max_class_share=0": "max_class_share: 0.0 is not more than 0 to 1",

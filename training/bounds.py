@@ -163,7 +163,7 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(f"schedule.name: {schedule.name} is none of {', '.join(SCHEDULES)}")
     if schedule.final and schedule.name == "constant":
         raise ConfigError("schedule.final: a constant schedule ends where it begins")
-    if not re.fullmatch(r"\d+(ep|ba)", schedule.warmup):
+    if not re.fullmatch(r"(0|[1-9]\d*)(ep|ba)", schedule.warmup):
         raise ConfigError(
             f"schedule.warmup: {schedule.warmup!r} is not a time, as in 1500ba or 2ep"
         )
