@@ -154,7 +154,7 @@ def build_trainer(
     start = find_start(
         config.save_folder if config.autoresume else None,
         config.load_path,
-        config.load_weights_only,
+        config.load_weights_only or not config.is_train,
         scratch.name,
     )
     state_path = start.state_path if start and config.is_train else None

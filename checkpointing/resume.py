@@ -15,7 +15,7 @@ from torch import nn
 
 from checkpointing.saver import on_first_process
 from checkpointing.stores import LocalFolder, RemoteFolder, open_folder, time_of
-from checkpointing.weights import Weights, infer_architecture, load_weights
+from checkpointing.weights import Weights, check_checkpoint, infer_architecture, load_weights
 from errors import ConfigError, one_line
 from segmentation.network import inner
 
@@ -102,7 +102,8 @@ def find_start(
 
     Raises:
         ConfigError: A folder or file cannot be read.
-        WeightsError: The file is damaged, or holds what is no part of a checkpoint.
+        WeightsError: The file is damaged, or holds what is no part of a checkpoint, or weights
+            where a checkpoint is wanted.
     """
     found = newest_checkpoint(folder, scratch) if folder else None
     if found:
@@ -111,9 +112,10 @@ def find_start(
     if load_path:
         path = local_copy(load_path, scratch)
         weights = load_weights(path)
-        return Start(
-            load_path, weights, None if weights_only else _plainly_named(path, scratch), False
-        )
+        if weights_only:
+            return Start(load_path, weights, None, False)
+        check_checkpoint(path)
+        return Start(load_path, weights, _plainly_named(path, scratch), False)
     return None
 
 

@@ -291,10 +291,12 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     Raises:
         WeightsError: It holds something else, or is no checkpoint.
     """
-    content = _load_pickle(_existing(path), inert=False)
+    path = _existing(path)
+    content = None if path.suffix == ".safetensors" else _load_pickle(path, inert=False)
     if not isinstance(content, Mapping) or not isinstance(content.get("state"), Mapping):
         raise WeightsError(
-            f"{path}: not a training checkpoint; for its weights alone, see load_path"
+            f"{path}: not a training checkpoint; "
+            "load_weights_only=true begins anew with its weights"
         )
 
 

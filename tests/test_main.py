@@ -20,6 +20,7 @@ from PIL import Image
 
 import main as main_module
 from benchmarks.forked import shrink
+from checkpointing.weights import load_weights, save_weights
 from errors import ConfigError, DataError, WeightsError
 from main import main, run
 from segmentation.metrics import mean_iou
@@ -169,6 +170,23 @@ def test_weights_alone_begin_a_new_run(tiny: dict[str, Any], trained: tuple[Path
     name = "backbone.layer1.0.conv1.weight"
     weight = trainer.state.model.module.state_dict()[name]
     assert torch.equal(weight, saved[f"module.{name}"])
+
+
+def test_weights_where_a_checkpoint_is_wanted_are_named(
+    tiny: dict[str, Any], trained: tuple[Path, float], tmp_path: Path
+) -> None:
+    weights = load_weights(trained[0]).state
+    save_weights(tmp_path / "a.safetensors", weights)
+    torch.save(weights, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        tiny["load_path"] = str(tmp_path / name)
+        wanted = rf"{tiny['load_path']}: not a training checkpoint; load_weights_only=true "
+        with pytest.raises(WeightsError, match=wanted):
+            main(tiny)
+    tiny |= {"is_train": False, "load_path": str(trained[0] / "latest-rank0.pt")}
+    tiny["model"]["num_classes"] = 13
+    with pytest.raises(ConfigError, match=r"has num_classes=12, not 13$"):
+        main(tiny)
 
 
 def test_weights_of_other_classes_begin_a_new_run(
