@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -297,17 +298,31 @@ def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> 
     tiny["loggers"] = {"tensorboard": {"directory": "x"}}
     with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
         main(tiny)
-    for name, arguments in {
-        "progress_bar": {"colour": "red"},
-        "console": {"log_interval": "often"},
-        "file": {"filename": 3},
-    }.items():
+    for name, arguments in (
+        ("progress_bar", {"colour": "red"}),
+        ("console", {"log_interval": "often"}),
+        ("file", {"filename": 3}),
+        ("file", {"flush_interval": "1ba"}),
+    ):
         tiny["loggers"] = {name: arguments}
         with pytest.raises(ConfigError, match=rf"loggers\.{name}: "):
             main(tiny)
     tiny["loggers"] = {"file": {"filename": __file__ + "/logs/log.txt"}}
     with pytest.raises(ConfigError, match=r"loggers.file.filename: .*Not a directory"):
         main(tiny)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_goes_on_adds_to_its_log(
+    tiny: dict[str, Any], tmp_path: Path, overwrite: bool
+) -> None:
+    log = tmp_path / "logs/log.txt"
+    tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba", "autoresume": True}
+    tiny["loggers"] = {"file": {"filename": str(log), "overwrite": overwrite}}
+    for last in (1, 2):
+        main({**tiny, "max_duration": f"{last}ba"}).close()
+    batches = re.findall(r"batch=(\d+)\].*loss/train/total", log.read_text())
+    assert batches == (["1"] if overwrite else ["0", "1"])
 
 
 def test_the_console_has_its_arguments(

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from composer import loggers
-from composer.loggers import LoggerDestination
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
 
 from errors import ConfigError, one_line
 from training.schema import Config
+
+
+class FileLogger(loggers.FileLogger):
+    """Composer's, which adds to a file that an earlier process of the run has begun.
+
+    Composer's own begins it anew, whatever `overwrite` says.
+
+    Args:
+        overwrite: Whether to begin it anew.
+        **arguments: Composer's.
+    """
+
+    def __init__(self, overwrite: bool = False, **arguments: Any) -> None:
+        every = arguments.get("flush_interval", 1)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"flush_interval: {every!r} is not 1 or more batches")
+        super().__init__(**arguments)
+        self.mode = "w+" if overwrite else "a+"
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Open the file and write what was logged before."""
+        self._run_name = state.run_name
+        os.makedirs(os.path.dirname(self.filename) or ".", exist_ok=True)
+        self.file = open(self.filename, self.mode, buffering=self.buffer_size)  # noqa: SIM115
+        self._flush_queue()
 
 
 def build_loggers(config: Config) -> list[LoggerDestination]:
@@ -22,7 +49,7 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
     classes = {
         "progress_bar": loggers.ProgressBarLogger,
         "console": loggers.ConsoleLogger,
-        "file": loggers.FileLogger,
+        "file": FileLogger,
         "wandb": loggers.WandBLogger,
         "tensorboard": loggers.TensorboardLogger,
         "mlflow": loggers.MLFlowLogger,
