@@ -59,8 +59,8 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
         raise ValueError("pixels are floating-point numbers, where 8 or 16 bits are read")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         image = Image.fromarray(_eight_bits(np.asarray(image)))
-    array = np.array(image.convert("RGB"))
-    return cv2.resize(array, None, fx=1 / reduction, fy=1 / reduction) if is_jpeg else array
+    image = image.convert("RGB")
+    return np.array(image.reduce(reduction) if is_jpeg else image)
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
