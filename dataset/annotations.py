@@ -166,6 +166,15 @@ def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
     return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], 1).ravel().tolist()
 
 
+def _turned(outline: list[float], degrees: float) -> list[float]:
+    """Turn a box or an ellipse clockwise about its middle."""
+    if not degrees:
+        return outline
+    points, angle = np.reshape(outline, (-1, 2)), math.radians(degrees)
+    middle, (sin, cos) = points.mean(0), (math.sin(angle), math.cos(angle))
+    return ((points - middle) @ [[cos, sin], [-sin, cos]] + middle).ravel().tolist()
+
+
 def _cvat(root: ElementTree.Element) -> Annotations:
     """CVAT's XML for images: https://docs.cvat.ai/docs/manual/advanced/xml_format/."""
     photos, skipped = [], 0
@@ -193,11 +202,13 @@ def _cvat_outline(
     """Return a shape of CVAT's as a polygon or run lengths; None if it has no area."""
     if kind == "polygon":
         return [[float(v) for v in values["points"].replace(";", ",").split(",")]]
+    degrees = float(values.get("rotation", 0))
     if kind == "box":
         left, top, right, bottom = (float(values[name]) for name in ("xtl", "ytl", "xbr", "ybr"))
-        return [[left, top, right, top, right, bottom, left, bottom]]
+        return [_turned([left, top, right, top, right, bottom, left, bottom], degrees)]
     if kind == "ellipse":
-        return [_ellipse(*(float(values[name]) for name in ("cx", "cy", "rx", "ry")))]
+        ellipse = _ellipse(*(float(values[name]) for name in ("cx", "cy", "rx", "ry")))
+        return [_turned(ellipse, degrees)]
     if kind != "mask":
         return None
     # Its run lengths are by rows within a box; COCO's go by columns over the whole.

@@ -274,6 +274,32 @@ def test_slanted_outlines_differ_at_the_edge_alone() -> None:
         np.testing.assert_array_equal(mask[edge == 0], inside[edge == 0])
 
 
+def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
+    """CVAT writes them as they were before they were turned clockwise, by `rotation` degrees."""
+    (tmp_path / "turned.xml").write_text(
+        '<annotations><image name="0.jpg" width="64" height="48">'
+        '<box label="road" xtl="4" ytl="20" xbr="28" ybr="26" rotation="30.00"/>'
+        '<ellipse label="car" cx="48" cy="24" rx="12" ry="4" rotation="330"/>'
+        "</image></annotations>"
+    )
+    arguments = ["--images", photos, "--out", tmp_path / "out"]
+    convert(tmp_path / "turned.xml", *arguments)  # one photo is too few to train on
+    _, description = open_description(str(tmp_path / "out/data.yaml"))
+    assert description is not None
+    names = [info.name for info in description.classes]
+    drawn = cv2.imread(str(tmp_path / "out/masks/train/0.png"), cv2.IMREAD_UNCHANGED)
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
+    for name, middle, degrees, inside in (
+        ("road", (16, 23), 30, lambda u, v: (abs(u) < 12) & (abs(v) < 3)),
+        ("car", (48, 24), -30, lambda u, v: (u / 12) ** 2 + (v / 4) ** 2 < 1),
+    ):
+        along = np.exp(1j * np.radians(degrees))  # the first axis, y being downwards
+        at = (x - middle[0] + 1j * (y - middle[1])) / along
+        expected = inside(at.real, at.imag)
+        wrong = (drawn == names.index(name)) != expected
+        assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
+
+
 def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
 
