@@ -112,8 +112,8 @@ def _read(path: Path, names: list[str] | None) -> Annotations:
 
 def _coco(found: dict[str, Any]) -> Annotations:
     """COCO's instances: https://cocodataset.org/#format-data."""
-    names = {category["id"]: category["name"] for category in found["categories"]}
-    shapes: dict[int, list[Shape]] = {image["id"]: [] for image in found["images"]}
+    names = _by_id(found["categories"], "name")
+    shapes: dict[int, list[Shape]] = {number: [] for number in _by_id(found["images"], "file_name")}
     skipped = 0
     for annotation in found["annotations"]:
         outline = annotation["segmentation"]
@@ -126,6 +126,15 @@ def _coco(found: dict[str, Any]) -> Annotations:
         for image in found["images"]
     ]
     return Annotations(photos, list(names.values()), skipped)
+
+
+def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
+    """Return a value of each of COCO's entries by its id, which is of that one alone."""
+    found: dict[int, Any] = {}
+    for entry in entries:
+        if found.setdefault(entry["id"], entry[key]) != entry[key]:
+            raise ValueError(f"id {entry['id']} is of {found[entry['id']]} and of {entry[key]}")
+    return found
 
 
 def _labelme(files: list[Path], root: Path) -> Annotations:

@@ -368,3 +368,9 @@ def test_what_cannot_be_converted(
     (tmp_path / "wide.json").write_text(json.dumps(found))
     refused(tmp_path / "wide.json", "2.jpg: is 64x48, its annotation of (65, 48)")
     refused(coco, "out is there already: delete it, or use another --out")
+    shutil.rmtree(tmp_path / "out")
+    for key, names in (("images", "0.jpg and of 1.jpg"), ("categories", "road and of car")):
+        found = json.loads(coco.read_text())  # as files that were put together without new ids
+        found[key][1]["id"] = found[key][0]["id"]
+        (tmp_path / "twice.json").write_text(json.dumps(found))
+        refused(tmp_path / "twice.json", f"(id {found[key][0]['id']} is of {names})")
