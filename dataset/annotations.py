@@ -234,14 +234,15 @@ def _cvat_outline(
     return {"size": list(size), "counts": counts if not flat[0] else [0, *counts]}
 
 
-def _yolo(root: Path, files: list[Path], names: list[str] | None) -> Annotations:
+def _yolo(root: Path, files: list[Path], names: Any) -> Annotations:
     """YOLO's polygons, a text a photo: https://docs.ultralytics.com/datasets/segment/."""
     if names is None:
         config = next((file for file in files if file.suffix in (".yaml", ".yml")), None)
         if config is None:
             raise DataError(f"{root} has no data.yaml with names: give --names")
-        given = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
-        names = [str(n) for n in (given.values() if isinstance(given, dict) else given)]
+        names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
+    given = names.items() if isinstance(names, dict) else enumerate(names)
+    classes = dict(sorted((int(number), str(name)) for number, name in given))
     photos, skipped = [], 0
     for file in files:
         if file.suffix != ".txt" or file.name == "classes.txt":
@@ -252,13 +253,13 @@ def _yolo(root: Path, files: list[Path], names: list[str] | None) -> Annotations
             if len(values) < 6:  # a box has four, which is no outline
                 skipped += 1
                 continue
-            if int(number) >= len(names):
-                raise DataError(f"{file}: class {number}, but there are {len(names)} names")
-            shapes.append(Shape(names[int(number)], [[float(value) for value in values]]))
+            if int(number) not in classes:
+                raise DataError(f"{file}: class {number} is none of the {len(classes)} with a name")
+            shapes.append(Shape(classes[int(number)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
         raise DataError(f"{root} has neither LabelMe's JSON nor YOLO's text files")
-    return Annotations(photos, names, skipped)
+    return Annotations(photos, list(classes.values()), skipped)
 
 
 def photo_size(path: Path) -> tuple[int, int]:

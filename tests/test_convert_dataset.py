@@ -16,10 +16,11 @@ from PIL import Image
 
 import convert_dataset
 from dataset import report
-from dataset.annotations import Shape, draw
+from dataset.annotations import Shape, draw, read_annotations
 from dataset.description import open_description
 from dataset.masks import Masks
 from dataset.matching import list_described
+from errors import DataError
 
 pytest.importorskip("pycocotools")
 pytestmark = pytest.mark.processes
@@ -298,6 +299,22 @@ def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
         expected = inside(at.real, at.imag)
         wrong = (drawn == names.index(name)) != expected
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
+
+
+def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None:
+    source = write_yolo(tmp_path / "labels")
+    for line in (source / "0.txt").read_text().splitlines():
+        with (source / "1.txt").open("a") as file:
+            file.write(f"{int(line[0]) + 3}{line[1:]}\n")
+    (source / "data.yaml").write_text("names: {4: bus, 5: sign, 2: pole, 0: road, 3: lane, 1: car}")
+    found = read_annotations(str(source))
+    assert found.classes == ["road", "car", "pole", "lane", "bus", "sign"]
+    names = [shape.name for shape in found.photos[1].shapes]
+    assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
+    for number in ("-1", "6"):
+        (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
+        with pytest.raises(DataError, match=f"1.txt: class {number} is none of the 6 with a name"):
+            read_annotations(str(source))
 
 
 def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
