@@ -141,18 +141,19 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
     """LabelMe's JSON, a file a photo: https://github.com/wkentaro/labelme."""
     photos, skipped = [], 0
     for file in files:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        shapes = []
-        for shape in found["shapes"]:
-            kind, points = shape.get("shape_type", "polygon"), shape["points"]
-            outline = _outline(kind, points)
-            skipped += outline is None
-            if outline:
-                shapes.append(Shape(shape["label"], [outline]))
-        # Its path is as seen from the JSON's folder, with the separators of any system.
-        name = found["imagePath"].replace("\\", "/")
-        photo = (file.parent.relative_to(root) / Path(name).name).as_posix()
-        photos.append(Annotated(photo, (found["imageHeight"], found["imageWidth"]), shapes))
+        with reading(file):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            shapes = []
+            for shape in found["shapes"]:
+                kind, points = shape.get("shape_type", "polygon"), shape["points"]
+                outline = _outline(kind, points)
+                skipped += outline is None
+                if outline:
+                    shapes.append(Shape(shape["label"], [outline]))
+            # Its path is as seen from the JSON's folder, with the separators of any system.
+            name = found["imagePath"].replace("\\", "/")
+            photo = (file.parent.relative_to(root) / Path(name).name).as_posix()
+            photos.append(Annotated(photo, (found["imageHeight"], found["imageWidth"]), shapes))
     return Annotations(photos, sorted({s.name for p in photos for s in p.shapes}), skipped)
 
 
@@ -247,15 +248,18 @@ def _yolo(root: Path, files: list[Path], names: Any) -> Annotations:
     for file in files:
         if file.suffix != ".txt" or file.name == "classes.txt":
             continue
-        shapes = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            number, *values = line.split()
-            if len(values) < 6:  # a box has four, which is no outline
-                skipped += 1
-                continue
-            if int(number) not in classes:
-                raise DataError(f"{file}: class {number} is none of the {len(classes)} with a name")
-            shapes.append(Shape(classes[int(number)], [[float(value) for value in values]]))
+        with reading(file):
+            shapes = []
+            for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
+                number, *values = line.split()
+                if len(values) < 6:  # a box has four, which is no outline
+                    skipped += 1
+                    continue
+                if int(number) not in classes:
+                    raise DataError(
+                        f"{file}: class {number} is none of the {len(classes)} with a name"
+                    )
+                shapes.append(Shape(classes[int(number)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
         raise DataError(f"{root} has neither LabelMe's JSON nor YOLO's text files")

@@ -306,6 +306,8 @@ def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None
     for line in (source / "0.txt").read_text().splitlines():
         with (source / "1.txt").open("a") as file:
             file.write(f"{int(line[0]) + 3}{line[1:]}\n")
+    with (source / "1.txt").open("a") as file:
+        file.write("\n \n")  # blank lines are none
     (source / "data.yaml").write_text("names: {4: bus, 5: sign, 2: pole, 0: road, 3: lane, 1: car}")
     found = read_annotations(str(source))
     assert found.classes == ["road", "car", "pole", "lane", "bus", "sign"]
@@ -375,6 +377,16 @@ def test_what_cannot_be_converted(
     refused(tmp_path / "other.json", "'categories' is missing: not of a format that is known")
     (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
     refused(tmp_path / "other.xml", "it holds no <image>")
+    for tool, name, text, reason in (
+        ("labelme", "3.json", '{"shapes"', "not of a format that is known (Expecting"),
+        ("labelme", "3.json", '{"imageHeight": 9, "imageWidth": 9}', "'shapes' is missing"),
+        ("yolo", "3.txt", "0 0 0 0 1 1 x", "not of a format that is known (could not"),
+    ):
+        (tmp_path / tool).mkdir(exist_ok=True)
+        folder = SOURCES[tool](tmp_path / tool)
+        (folder / name).write_text(text)
+        refused(folder, f"error: {folder / name}: {reason}")
+        shutil.rmtree(tmp_path / tool)
     found = json.loads(coco.read_text())
     found["images"][0]["file_name"] = "elsewhere.jpg"
     (tmp_path / "renamed.json").write_text(json.dumps(found))
