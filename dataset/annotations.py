@@ -8,7 +8,9 @@ CVAT out.) Reading LabelMe, CVAT and YOLO takes a few lines each.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -92,7 +94,8 @@ def reading(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"{error.filename or path}: {error.strerror}") from error
+        reason = error.strerror or one_line(error)  # without one where a picture is none
+        raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
         raise DataError(f"{path}: {error} is missing: not of a format that is known") from error
     except MALFORMED as error:
@@ -143,9 +146,14 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
     for file in files:
         with reading(file):
             found = json.loads(file.read_text(encoding="utf-8"))
-            shapes = []
+            shapes, size = [], (found["imageHeight"], found["imageWidth"])
             for shape in found["shapes"]:
-                kind, points = shape.get("shape_type", "polygon"), shape["points"]
+                kind, points = shape.get("shape_type") or "polygon", shape["points"]
+                if kind == "mask":  # a PNG, of the box whose corners are the points
+                    picture = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
+                    runs = _run_lengths(np.asarray(picture) > 0, *map(int, points[0]), size)
+                    shapes.append(Shape(shape["label"], runs))
+                    continue
                 outline = _outline(kind, points)
                 skipped += outline is None
                 if outline:
@@ -153,7 +161,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
             # Its path is as seen from the JSON's folder, with the separators of any system.
             name = found["imagePath"].replace("\\", "/")
             photo = (file.parent.relative_to(root) / Path(name).name).as_posix()
-            photos.append(Annotated(photo, (found["imageHeight"], found["imageWidth"]), shapes))
+            photos.append(Annotated(photo, size, shapes))
     return Annotations(photos, sorted({s.name for p in photos for s in p.shapes}), skipped)
 
 
@@ -227,7 +235,12 @@ def _cvat_outline(
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
         raise ValueError(f"run lengths do not fill a box of {width}x{height}")
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
-    whole = np.zeros(size, np.uint8)
+    return _run_lengths(inside, left, top, size)
+
+
+def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Return COCO's run lengths of an area within a box."""
+    whole, (height, width) = np.zeros(size, np.uint8), inside.shape
     whole[top : top + height, left : left + width] = inside
     flat = whole.ravel(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -299,6 +301,32 @@ def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
         expected = inside(at.real, at.imag)
         wrong = (drawn == names.index(name)) != expected
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
+
+
+def test_labelmes_masks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What LabelMe's AI draws: a picture of the box between two corners, both within it."""
+    source = write_labelme(tmp_path / "labelled")
+    for number in range(COUNT):
+        file = source / f"{number}.json"
+        found = json.loads(file.read_text())
+        (pole, *_) = found["shapes"]
+        left, top, right, bottom = dict(scene(number))["pole"]
+        picture = io.BytesIO()
+        Image.fromarray(np.ones((bottom - top, right - left), np.uint8)).save(picture, "PNG")
+        pole["mask"] = base64.b64encode(picture.getvalue()).decode()
+        pole |= {"shape_type": "mask", "points": [[left, top], [right - 1.0, bottom - 1.0]]}
+        found["shapes"][2]["shape_type"] = None  # a polygon, as in old files
+        file.write_text(json.dumps(found))
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    assert f"{COUNT} points, lines and boxes have no area" in capsys.readouterr().err
+    names, masks = masks_of(tmp_path / "out")
+    ours = np.array([names.index(name) for name in ["background", *NAMES]])
+    for number in range(COUNT):
+        np.testing.assert_array_equal(masks[f"train/{number}"], ours[expected(number)])
+    found["shapes"][0]["mask"] = "none"
+    file.write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"7\.json: cannot identify image file"):
+        read_annotations(str(source))
 
 
 def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None:
