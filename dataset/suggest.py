@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dataset.decoding import decode_colors, decode_image, decode_mask
+from dataset.decoding import decode_colors, decode_mask, decode_photo
 from dataset.description import MAX_VALUE, Description, unpack
 from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, visible_files
 from dataset.masks import Masks
@@ -107,8 +107,9 @@ def is_mask(path: Path) -> bool:
             pixels = np.array(image)
     except Exception:  # Pillow's plugins raise what they like, and what cannot be read is neither
         return False
-    if pixels.ndim == 3:
-        pixels = pixels[..., :3].astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    if pixels.ndim == 3:  # of grey and alpha, or of colours
+        colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
+        pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
     same = (pixels[:, 1:] == pixels[:, :-1]).mean() if pixels.shape[1] > 1 else 1.0
     values = len(np.unique(pixels))
     return values <= 64 or (values <= MOST_VALUES and same > 0.75)
@@ -325,14 +326,22 @@ def suggest(folder: str, workers: int) -> str:
 
 
 def draw(description: Description, root: str, picture: str) -> None:
-    """Draw six training photos, each again under the colours of its classes."""
+    """Draw six training photos, each again under the colours of its classes.
+
+    Raises:
+        DataError: One of them cannot be read, or differs from its mask in size.
+    """
     samples = list_described(description, "train", root)
     masks = Masks.of(description, "train", root)
     index, photos, targets = masks.labels.index(), [], []
     for place in np.linspace(0, len(samples) - 1, min(6, len(samples))).astype(int):
         _, image_path, mask_path = samples[place]
-        photo = decode_image(Path(image_path).read_bytes())
-        target = index[masks.decode(Path(mask_path).read_bytes(), mask_path)]
+        labels = masks.decode(Path(mask_path).read_bytes(), mask_path)
+        try:
+            photo = decode_photo(Path(image_path).read_bytes(), labels.shape)
+        except ValueError as error:
+            raise DataError(f"{image_path}: {error}") from error
+        target = index[labels]
         photos.append(cv2.resize(photo, (320, 320), interpolation=cv2.INTER_AREA))
         targets.append(
             cv2.resize(target.astype(np.int16), (320, 320), interpolation=cv2.INTER_NEAREST)

@@ -648,6 +648,26 @@ def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
     assert text.count("# A guess") == 2 and "0.694% of the pixels" in text
 
 
+@pytest.mark.parametrize(
+    ("photo", "reason"), [(b"", "the file is empty"), (None, "the photo is 9x9, its mask 24x24")]
+)
+def test_a_photo_that_cannot_be_drawn_is_one_line(
+    photo: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        cv2.imwrite(str(tmp_path / f"{number}.jpg"), rng.integers(0, 256, (24, 24, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.eye(24, dtype=np.uint8))
+    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)  # with alpha, and of no mask
+    (tmp_path / "brand").mkdir()
+    Image.fromarray(grey).save(tmp_path / "brand/logo.png")
+    broken = tmp_path / "1.jpg"
+    broken.write_bytes(cv2.imencode(".jpg", grey[..., 0])[1].tobytes() if photo is None else photo)
+    given = [str(tmp_path), str(tmp_path / "found.yaml"), "--suggest", "--workers", "1"]
+    assert check(given) == 1
+    assert capsys.readouterr().err == f"error: {broken}: {reason}\n"
+
+
 def test_what_cannot_be_suggested(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         suggest(str(tmp_path / "none"), 1)
