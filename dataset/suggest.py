@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import yaml
 from PIL import Image
 
 from dataset.decoding import decode_colors, decode_mask, decode_photo
@@ -196,6 +197,11 @@ def count_values(paths: list[str], in_colors: bool) -> dict[int, int]:
     return total
 
 
+def quoted(text: str) -> str:
+    """Return a text as YAML reads it back; JSON's escapes it takes apart beyond 16 bits."""
+    return yaml.safe_dump(text, default_style='"', width=10**6, allow_unicode=True).strip()
+
+
 def find_splits(
     root: Path, photo_kind: Kind, mask_kind: Kind, pairs: list[tuple[File, File]]
 ) -> list[str]:
@@ -209,13 +215,13 @@ def find_splits(
 
     def line(split: str, word: str | None, more: str = "") -> str:
         images, masks = (kind.template(word, deep) for kind in (photo_kind, mask_kind))
-        return f"{split}: {{images: {json.dumps(images)}, masks: {json.dumps(masks)}{more}}}"
+        return f"{split}: {{images: {quoted(images)}, masks: {quoted(masks)}{more}}}"
 
     if set(words) == {"train", "val"}:
         return [line(split, words[split]) for split in ("train", "val")]
     lists = _find_lists(root, {photo.path.stem for photo, _ in pairs})
     if set(lists) == {"train", "val"}:
-        return [line(s, None, f", list: {json.dumps(lists[s])}") for s in ("train", "val")]
+        return [line(s, None, f", list: {quoted(lists[s])}") for s in ("train", "val")]
     word = next(iter(words.values()), None)
     guess = "val: {fraction: 0.15} # A guess: no split was found"
     return [line("train", word), guess]
@@ -272,7 +278,7 @@ def find_classes(root: Path, counts: dict[int, int], in_colors: bool) -> list[st
             ignored.append((label, share))
             continue
         name = names.get(value) or f"class_{label.strip('[]').replace(', ', '_')}"
-        name = name if re.fullmatch(r"[A-Za-z][\w ]*", name) else json.dumps(name)
+        name = name if re.fullmatch(r"[A-Za-z][\w ]*", name) else quoted(name)
         lines.append(f"  {name}: {{labels: [{label}]}} # {share}")
     values = ", ".join(label for label, _ in ignored)
     note = f" # A guess: {', '.join(f'{label} has {share}' for label, share in ignored)}"
@@ -318,7 +324,7 @@ def suggest(folder: str, workers: int) -> str:
         "# the rest was read off the files, but for what is marked as a guess.",
         f"#   composer main.py yamls/own.yaml data={root.resolve().name}.yaml",
         "",
-        f"root: {json.dumps(str(root.resolve()))}",
+        f"root: {quoted(str(root.resolve()))}",
         *find_splits(root, photo_kind, mask_kind, pairs),
         *find_classes(root, pixels, in_colors),
     ]

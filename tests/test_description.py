@@ -668,6 +668,19 @@ def test_a_photo_that_cannot_be_drawn_is_one_line(
     assert capsys.readouterr().err == f"error: {broken}: {reason}\n"
 
 
+def test_a_suggestion_of_any_name_reads_back(tmp_path: Path) -> None:
+    folder = tmp_path / "Hof ü 字 \U0001f600 \"#'"
+    for number in range(6):
+        for kind in ("\U0001f4f7", "ids"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        photo = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(photo).save(folder / f"\U0001f4f7/{number}.jpg")
+        Image.fromarray(np.eye(24, dtype=np.uint8)).save(folder / f"ids/{number}.png")
+    file = tmp_path / "found.yaml"
+    assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0
+    assert open_description(str(file))[0] == str(folder)
+
+
 def test_what_cannot_be_suggested(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         suggest(str(tmp_path / "none"), 1)
