@@ -138,7 +138,18 @@ def find_kinds(files: list[File]) -> tuple[dict[Kind, list[File]], dict[Kind, li
             if members:
                 kind = Kind(_common([file.dirs for file in members]), head, tail, suffix)
                 (masks if of_mask else photos)[kind] = members
-    return photos, masks
+    return _of_any_suffix(photos), _of_any_suffix(masks)
+
+
+def _of_any_suffix(kinds: dict[Kind, list[File]]) -> dict[Kind, list[File]]:
+    """Return the kinds, and what those that differ in their extension alone are together."""
+    found: dict[Kind, list[File]] = defaultdict(list)
+    for kind, files in kinds.items():
+        found[kind._replace(suffix="")] += files
+    for kind, files in list(found.items()):
+        if len({(file.dirs, file.split, file.core) for file in files}) < len(files):
+            del found[kind]  # as of photos that are there twice
+    return {**kinds, **found}
 
 
 def _common(folders: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -166,7 +177,7 @@ def pair(
                 len(best[2]),
                 _is_grey([mask for _, mask in best[2]]),
             )
-            if found and better:
+            if found and better and photo_kind != mask_kind:
                 best = photo_kind, mask_kind, found
     return best
 
@@ -302,7 +313,7 @@ def suggest(folder: str, workers: int) -> str:
     found = max((pair(*of) for of in kinds), key=lambda found: len(found[2]) if found else 0)
     if found is None:
         counts = " and ".join(
-            f"{sum(map(len, of.values()))} {what}"
+            f"{sum(len(files) for kind, files in of.items() if kind.suffix)} {what}"
             for of, what in zip(kinds[1], ("photos", "masks"))
         )
         raise DataError(f"{folder}: {counts}, but no mask has a name that belongs to a photo's")

@@ -681,6 +681,23 @@ def test_a_suggestion_of_any_name_reads_back(tmp_path: Path) -> None:
     assert open_description(str(file))[0] == str(folder)
 
 
+def test_a_suggestion_takes_photos_of_every_extension(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, suffix in enumerate([".jpg", ".JPG", ".png"] * 4):
+        for folder in ("photos", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        photo = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
+        photo.save(tmp_path / f"photos/{number}{suffix}")
+        Image.fromarray(np.eye(24, dtype=np.uint8)).save(tmp_path / f"masks/{number}.png")
+    raw = yaml.safe_load(suggest(str(tmp_path), 1))
+    assert raw["train"] == {"images": "photos/{stem}", "masks": "masks/{stem}.png"}
+    photo.save(tmp_path / "photos/logo.jpeg")  # which has no mask
+    assert yaml.safe_load(suggest(str(tmp_path), 1))["train"] == raw["train"]
+    photo.save(tmp_path / "photos/0.png")  # which of the two is it?
+    raw = yaml.safe_load(suggest(str(tmp_path), 1))
+    assert raw["train"]["images"] in [f"photos/{{stem}}{suffix}" for suffix in (".jpg", ".png")]
+
+
 def test_what_cannot_be_suggested(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         suggest(str(tmp_path / "none"), 1)
