@@ -303,8 +303,11 @@ def find_description(path: str, root: str | None) -> tuple[str, Description | No
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     """Write a folder's description, by default in the working folder, and a picture beside it."""
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
-    if path.exists():
-        raise DataError(f"{path} exists: name another file as second argument")
+    if not is_description(str(path)):
+        raise DataError(f"{path}: the second argument is the description to write, a .yaml")
+    for written in (path, path.with_suffix(".png")):
+        if written.exists():
+            raise DataError(f"{written} exists: name another file as second argument")
     text = suggest(folder, workers or len(os.sched_getaffinity(0)))
     path.write_text(text, encoding="utf-8")
     root, description = open_description(str(path))
@@ -340,7 +343,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--suggest", action="store_true", help="write the folder's description, and a picture")
     add("--picture", metavar="FILE", help="draw samples as training sees them, a .png or .jpg")
     add("--json", action="store_true", help="print the report as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
         parser.error(f"--picture {options.picture}: a .png or .jpg")
     return options

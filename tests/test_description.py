@@ -627,7 +627,7 @@ def test_a_suggestion_needs_no_edit(
             source, "train", num_classes=12
         )
     assert check([str(folder), str(file), "--suggest"]) == 1
-    assert "exists: name another file" in capsys.readouterr().err
+    assert "found.yaml exists: name another file" in capsys.readouterr().err
 
 
 def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
@@ -698,9 +698,13 @@ def test_a_suggestion_takes_photos_of_every_extension(tmp_path: Path) -> None:
     assert raw["train"]["images"] in [f"photos/{{stem}}{suffix}" for suffix in (".jpg", ".png")]
 
 
-def test_what_cannot_be_suggested(tmp_path: Path) -> None:
+def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         suggest(str(tmp_path / "none"), 1)
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(DataError, match=": 1 photos and 0 masks, but no mask has a name"):
         suggest(str(tmp_path), 1)
+    (tmp_path / "mine.png").write_bytes(b"a picture of somebody's")
+    for name, reason in (("mine.yaml", "mine.png exists"), ("mine", "to write, a .yaml")):
+        assert check([str(tmp_path), "--suggest", str(tmp_path / name)]) == 1
+        assert reason in capsys.readouterr().err
