@@ -132,7 +132,7 @@ def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
 def read_names(path: str) -> list[str]:
     """Return the names in a file, a line each; DataError: it is no text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except ValueError as error:
         raise DataError(f"--names {path}: {one_line(error)}") from None
     return [line.strip() for line in lines if line.strip()]

@@ -222,7 +222,7 @@ def _lines(file: str, root: str, problems: list[Problem]) -> Iterator[tuple[str,
     """Yield the lines of a list, each with what to call it."""
     path = Path(root, file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         problems.append(Problem(str(path), f"the list cannot be read: {reason}", True))

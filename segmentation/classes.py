@@ -60,7 +60,7 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
 
 def _read(path: Path) -> list[ClassInfo]:
     try:
-        rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
+        rows = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
     except (OSError, UnicodeDecodeError) as error:
         raise ClassError(f"cannot read the class names in {path}: {error}") from error
     if rows and rows[0][:4] in (["name"], ["name", "red", "green", "blue"]):

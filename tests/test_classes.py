@@ -37,6 +37,7 @@ def test_ade20k_is_mmsegmentations():
     [
         ("sky\nroad\nStraßenlaterne\ntree\n", None),
         ("name\nsky\nroad\n\nStraßenlaterne\ntree", None),
+        ("\ufeffname\r\nsky\r\nroad\r\nStraßenlaterne\r\ntree\r\n", None),
         (
             "name,red,green,blue\nsky,1,2,3\nroad,4,5,6\nStraßenlaterne,7,8,9\ntree,0,0,255\n",
             (1, 2, 3),

@@ -341,6 +341,8 @@ def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None
     assert found.classes == ["road", "car", "pole", "lane", "bus", "sign"]
     names = [shape.name for shape in found.photos[1].shapes]
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
+    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # as Windows' editor writes it
+    assert convert_dataset.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
     for number in ("-1", "6"):
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
         with pytest.raises(DataError, match=f"1.txt: class {number} is none of the 6 with a name"):

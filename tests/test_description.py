@@ -464,7 +464,13 @@ def test_lists(tmp_path: Path) -> None:
     tree(tmp_path, "img/1.jpg", "img/2.jpg", "img/3.jpg", "seg/1.png", "seg/2.png", "seg/3.png")
     source = {"images": "img", "masks": "seg", "list": "train.txt"}
     expected = [("1", "img/1.jpg", "seg/1.png"), ("3", "img/3.jpg", "seg/3.png")]
-    for lines in ("3\n1\n", "3.jpg\n\n# no\n1.jpg", "img/1.jpg\nimg/3.jpg", "/img/1.jpg\n3"):
+    for lines in (
+        "3\n1\n",
+        "\ufeff1\r\n\r\n3\r\n",
+        "3.jpg\n\n# no\n1.jpg",
+        "img/1.jpg\nimg/3.jpg",
+        "/img/1.jpg\n3",
+    ):
         (tmp_path / "train.txt").write_text(lines)
         assert pairs(tmp_path, source) == expected
     (tmp_path / "train.txt").write_text("1\n7\n")
