@@ -341,8 +341,11 @@ def draw(
 
 
 def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield photos by their path below a folder, with and without extension."""
-    for name, path in visible_files(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield name, path
-            yield f"{name}{path.suffix}", path
+    """Yield photos by their path below a folder, first without extension, and then with it."""
+    photos = [
+        (name, path)
+        for name, path in visible_files(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    yield from photos
+    yield from ((f"{name}{path.suffix}", path) for name, path in photos)

@@ -303,6 +303,19 @@ def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
 
 
+def test_a_photo_is_found_by_its_whole_name(photos: Path, tmp_path: Path) -> None:
+    """Not what is beside it and called as it is, with one more extension."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    for photo in photos.iterdir():
+        cv2.imwrite(str(folder / f"{photo.name}.png"), np.zeros(SIZE, np.uint8))
+    source = write_coco(tmp_path / "instances.json")
+    assert convert(source, "--images", folder, "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out/photos/train").iterdir()) == sorted(
+        path.name for path in photos.iterdir()
+    )
+
+
 def test_labelmes_masks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """What LabelMe's AI draws: a picture of the box between two corners, both within it."""
     source = write_labelme(tmp_path / "labelled")
