@@ -282,7 +282,8 @@ def _yolo(root: Path, files: list[Path], names: Any) -> Annotations:
 def photo_size(path: Path) -> tuple[int, int]:
     """Return height and width of a photo as a viewer shows it."""
     with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
+        # Pillow has turned a TIFF itself.
+        turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size
     return (width, height) if turned else (height, width)
 

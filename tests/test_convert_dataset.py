@@ -18,7 +18,8 @@ from PIL import Image
 
 import convert_dataset
 from dataset import report
-from dataset.annotations import Shape, draw, read_annotations
+from dataset.annotations import Shape, draw, photo_size, read_annotations
+from dataset.decoding import decode_image
 from dataset.description import open_description
 from dataset.masks import Masks
 from dataset.matching import list_described
@@ -314,6 +315,16 @@ def test_a_photo_is_found_by_its_whole_name(photos: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "out/photos/train").iterdir()) == sorted(
         path.name for path in photos.iterdir()
     )
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_photos_size_is_that_of_a_viewer(suffix: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = tmp_path / f"photo{suffix}"
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(photo, exif=exif)
+    assert photo_size(photo) == decode_image(photo.read_bytes()).shape[:2]
 
 
 def test_labelmes_masks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
