@@ -152,7 +152,9 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
 
 
 def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
-    """Return labels in as few bits as hold them; ValueError if they go beyond `max_value`."""
+    """Return labels in as few bits as hold them; ValueError if some are beyond, or no labels."""
+    if mask.dtype.kind == "f" and (mask % 1 != 0).any():
+        raise ValueError("pixels are floating-point numbers with fractions, which are no labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
         raise ValueError(f"holds label {largest}, and labels end at {max_value}")

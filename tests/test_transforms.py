@@ -228,6 +228,7 @@ def zlib_crc(data: bytes) -> bytes:
         (encode(np.stack([MASK, MASK * 0], -1)), MASK),  # with alpha
         (encode_16_bit(MASK, ".png"), MASK),
         (encode(MASK, "TIFF"), MASK),
+        (encode(np.float32(MASK), "TIFF"), MASK),
         (encode(MASK, "BMP"), MASK),
         (encode(with_palette(MASK), "GIF"), MASK),
     ],
@@ -268,6 +269,8 @@ def test_refuses_a_photo_that_is_cut_short() -> None:
         (encode(PHOTO), r"a colour picture \(RGB\)"),
         (encode(GRAY, "JPEG"), "JPEG changes labels"),
         (encode_16_bit(MASK.astype(int) + 300, ".png"), "label 311"),
+        (encode(np.float32(MASK) / 11, "TIFF"), "with fractions"),
+        (encode(np.where(MASK, np.float32(MASK), np.float32(np.nan)), "TIFF"), "with fractions"),
     ],
 )
 def test_refuses_masks_without_labels(data: bytes, reason: str) -> None:
