@@ -114,7 +114,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         )
         for sample in samples:
             photo, mask = _read(sample, target.masks)
-            writer.write({"uid": sample.uid.encode(), "x": photo, "y": mask})
+            uid = sample.uid.encode(errors="surrogateescape")
+            writer.write({"uid": uid, "x": photo, "y": mask})
         writer.flush_shard()
         writer.executor.shutdown()
         (entry,) = writer.shards

@@ -93,7 +93,7 @@ class _Samples(Dataset):
             return decode_photo(photo, labels.shape, reduction)
 
         if isinstance(self.both_transforms, PairTransform):
-            name = f"{self.seed}/{epoch}/{uid}".encode()
+            name = f"{self.seed}/{epoch}/{uid}".encode(errors="surrogateescape")
             key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
             rng = np.random.Generator(np.random.Philox(key=key))
             image, target = self.both_transforms.apply(load_image, labels, rng)

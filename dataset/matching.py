@@ -152,7 +152,7 @@ def list_described(description: Description, split: str, root: str) -> list[Samp
 
 def _place(name: str) -> float:
     """Return where in 0..1 a photo's name is hashed to."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -192,7 +192,7 @@ class Shards:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
         uid = sample["uid"]
-        uid = uid.decode("utf-8", "replace") if isinstance(uid, bytes) else str(uid)
+        uid = uid.decode("utf-8", "surrogateescape") if isinstance(uid, bytes) else str(uid)
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")  # As in folders
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")

@@ -39,6 +39,7 @@ from dataset.matching import find_samples
 from dataset.suggest import suggest
 from dataset.synthetic import TEXTURES, make
 from errors import ConfigError, DataError, UserError
+from segmentation.classes import load_classes
 from training.config import class_infos, load, resolve
 
 check = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
@@ -215,6 +216,27 @@ def test_shards_hold_the_merged_labels(
             assert ours[0].equal(theirs[0]) and ours[1].equal(theirs[1])
         # Verified against the description, and done.
         assert convert(str(laid_out[layout]), str(out), workers=1) == {"train": 9, "val": 4}
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """As an archive's from Windows are, unpacked on Linux."""
+    make(str(tmp_path / "made"), training=6, validation=2, size=32, seed=1)
+    for path in sorted((tmp_path / "made").rglob("*_train_*")):
+        target = tmp_path / path.parts[-3] / f"caf\udce9 {path.name[-7:]}"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    raw = {"root": ".", "train": {"images": "images", "masks": "annotations"}}
+    raw |= {"val": {"fraction": 0.4}, **describe_labels(load_classes(None, len(TEXTURES)))}
+    (tmp_path / "given.yaml").write_text(as_yaml(raw))
+    root, description = open_description(str(tmp_path / "given.yaml"))
+    given = batches(root, "train", description=description)
+    assert convert(str(tmp_path / "given.yaml"), str(tmp_path / "mds"), workers=1)["train"] >= 3
+    options = {"batch_size": 3, "base_size": 32, "final_size": 32, "num_workers": 0}
+    spec = build_ade20k_dataspec(
+        str(tmp_path / "mds"), True, None, description=description, **options
+    )
+    for ours, theirs in zip(spec.dataloader, given):
+        assert ours[0].contiguous().numpy().tobytes() == theirs[0]
 
 
 # Masks
