@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -491,7 +491,8 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         description=description,
         counts=counts,
     )
-    rest = len(cast(DataLoader, spec.dataloader).sampler) % arguments["batch_size"]
+    sampler = cast(DataLoader, spec.dataloader).sampler
+    rest = len(cast(Sized, sampler)) % arguments["batch_size"]
     if split == "train" and rest:
         what = f"train_dataset.drop_last=false: an epoch's last batch, {rest} images a process"
         check_share(config, rest, what)

@@ -151,7 +151,8 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
                 kind, points = shape.get("shape_type") or "polygon", shape["points"]
                 if kind == "mask":  # a PNG, of the box whose corners are the points
                     picture = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
-                    runs = _run_lengths(np.asarray(picture) > 0, *map(int, points[0]), size)
+                    left, top = map(int, points[0])
+                    runs = _run_lengths(np.asarray(picture) > 0, left, top, size)
                     shapes.append(Shape(shape["label"], runs))
                     continue
                 outline = _outline(kind, points)

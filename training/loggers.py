@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from composer import loggers
 from composer.core import State
@@ -28,7 +28,7 @@ class FileLogger(loggers.FileLogger):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"flush_interval: {every!r} is not 1 or more batches")
         super().__init__(**arguments)
-        self.mode = "w+" if overwrite else "a+"
+        self.mode: Literal["w+", "a+"] = "w+" if overwrite else "a+"
 
     def init(self, state: State, logger: Logger) -> None:
         """Open the file and write what was logged before."""
