@@ -9,7 +9,8 @@
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
-PARALLEL := --numprocesses=2 --dist=loadfile
+# Files in their order: by their number of tests, as else, long ones of few would come last.
+PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
 
 .PHONY: demo test check lint quick install image

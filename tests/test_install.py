@@ -366,7 +366,7 @@ def test_install_sh_is_sound() -> None:
 # make
 
 RECORDER = '#!/bin/sh\necho "$VENV $TORCH $(basename $0) $*" >>calls\n'
-PYTEST = "python -m pytest --numprocesses=2 --dist=loadfile"
+PYTEST = "python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder"
 
 
 def make(folder: Path, *arguments: str) -> list[str]:
