@@ -50,7 +50,7 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
         flags = REDUCTIONS[reduction if is_jpeg else 1]
         flags |= 0 if is_jpeg else cv2.IMREAD_ANYDEPTH
         flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = _opencv(data, flags)
         if image is not None:
             return image if image.dtype == np.uint8 else _eight_bits(image)
     image = _decode(data)
@@ -61,6 +61,14 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     image = image.convert("RGB")
     return np.array(image.reduce(reduction) if is_jpeg else image)
+
+
+def _opencv(data: bytes, flags: int) -> np.ndarray | None:
+    """Decode with OpenCV; None where it cannot."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # of more pixels than it takes
+        return None
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
@@ -75,10 +83,10 @@ def _refuse_more_channels(data: bytes) -> None:
     """Raise ValueError for a TIFF whose pixels are more than grey, RGB or CMYK and an alpha."""
     if data[:4] not in (b"II*\0", b"MM\0*"):
         return
-    tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
     file = io.BytesIO(data)
-    file.seek(tags.next)
     try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        file.seek(tags.next)
         tags.load(file)
         channels, kind = tags.get(277, 1), tags.get(262, 1)
         extra = tags.get(338, ())
@@ -132,7 +140,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     depth, color = data[24:25], data[25:26]
     grey = depth + color in (b"\x08\x00", b"\x10\x00")  # of 8 and 16 bits
     if data.startswith(_PNG_START) and data.endswith(_PNG_END) and grey:
-        mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        mask = _opencv(data, cv2.IMREAD_UNCHANGED)
         if mask is not None and mask.ndim == 2:
             return mask if mask.dtype == np.uint8 else _narrowed(mask, max_value)
     image = _decode(data)

@@ -213,6 +213,14 @@ def zlib_crc(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "big")
 
 
+def of_many_pixels() -> bytes:
+    """A grey PNG that says it is 100,000 pixels wide and high, more than OpenCV takes."""
+    data = bytearray(encode(np.zeros((2, 2), np.uint8)))
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib_crc(data[12:29])
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -249,6 +257,9 @@ def test_decodes_masks_of_every_kind(data: bytes, expected: np.ndarray) -> None:
         (encode(GRAY)[:500], "truncated"),
         (encode(GRAY)[:500] + b"\0\0\0\0IEND\xaeB`\x82", "truncated"),
         (encode(GRAY)[:300] + b"damage" + encode(GRAY)[306:], "cannot be decoded"),
+        (of_many_pixels(), "exceeds limit"),
+        (b"II*\0", "not an image"),
+        (b"MM\0*\0\0", "not an image"),
     ],
 )
 def test_refuses_what_is_no_image(decode, data: bytes, reason: str) -> None:
