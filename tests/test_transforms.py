@@ -147,11 +147,14 @@ def test_sixteen_bits_keep_the_higher_eight() -> None:
     pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
     assert (decode_image(encode_16_bit(pixels[..., ::-1], ".png")) == pixels >> 8).all()
     for suffix in (".png", ".tif"):
-        grey = decode_image(encode_16_bit(pixels[..., 0], suffix))
-        assert (grey == pixels[..., :1] >> 8).all()
+        data = encode_16_bit(pixels[..., 0], suffix)
+        for grey in (decode_image(data), read_photo(Image.open(io.BytesIO(data)))):
+            assert (grey == pixels[..., :1] >> 8).all()
     floats = encode(Image.fromarray(np.random.default_rng(0).random((4, 4), np.float32)), "TIFF")
     with pytest.raises(ValueError, match="floating-point"):
         decode_image(floats)
+    with pytest.raises(ValueError, match="floating-point"):
+        read_photo(Image.open(io.BytesIO(floats)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
