@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
+JPEG_SIDE = 65_500  # pixels that a JPEG may be wide and high
 BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
 
 
@@ -417,11 +418,15 @@ def _segment_photo(
         tqdm.write(f"skipped {path}: {getattr(error, 'strerror', None) or error}", sys.stderr)
         return "skipped"
     prediction = segmenter(photo)
-    if "overlay" in options.write:
-        picture = segmenter.overlay(photo, prediction)
-        picture.save(f"{target}.jpg", quality=92, subsampling=0)
     if "index" in options.write:
         save_index(prediction, Path(f"{target}.png"))
+    if "overlay" in options.write:
+        picture = segmenter.overlay(photo, prediction)
+        if max(picture.size) > JPEG_SIDE:
+            size = f"{picture.width} x {picture.height} pixels, and a JPEG has {JPEG_SIDE:,} a side"
+            tqdm.write(f"{path}: its overlay would have {size}; see --write index", sys.stderr)
+            return "without overlay"
+        picture.save(f"{target}.jpg", quality=92, subsampling=0)
     return ""
 
 

@@ -214,6 +214,18 @@ def test_command_line(
         main([random_weights(), "in", "--write", "video"])
 
 
+def test_photo_longer_than_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, width in (("long", 65_500), ("short", 60)):  # the legend makes it wider
+        Image.new("RGB", (width, 2)).save(tmp_path / f"{name}.png")
+    arguments = [str(tmp_path), "--out", f"{tmp_path}/out", "--write", "overlay,index"]
+    assert main([random_weights(), *arguments]) == 1
+    output = capsys.readouterr()
+    assert "long.png: its overlay would have 65" in output.err
+    assert "1 of 2 photos segmented" in output.out and "1 without overlay" in output.out
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["long.png", "short.jpg", "short.png"]
+
+
 def test_refuses_other_onnx_files(tmp_path: Path):
     (tmp_path / "other.onnx").write_bytes(b"no model")
     with pytest.raises(WeightsError, match=r"other\.onnx: onnxruntime cannot read it"):
