@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from checkpointing.stores import checkpoint_in
-from errors import WeightsError
+from errors import WeightsError, one_line
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, load_classes
 
 SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
@@ -126,7 +126,11 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     if path.suffix == ".safetensors":
         found = _read_safetensors(path)
     else:
-        found = _from_checkpoint(_load_pickle(path, inert=True), weights)
+        content = _load_pickle(path, inert=True)
+        try:
+            found = _from_checkpoint(content, weights)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path}: not as Composer writes it: {one_line(error)}") from error
     if not found.state:
         raise WeightsError(f"{path}: no weights in this file")
     return found
@@ -148,7 +152,10 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     if isinstance(trainer["model"], Tensor):  # a state dict, of a parameter of that name
         return Weights(_strip_prefixes(trainer))
     state, found = _strip_prefixes(trainer["model"]), "training"
-    for _, algorithm in trainer.get("algorithms", ()):
+    algorithms = trainer.get("algorithms", ())
+    if isinstance(algorithms, Mapping):  # as Composer wrote them before it kept their order
+        algorithms = algorithms.items()
+    for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
             # At a checkpoint Composer's EMA swaps its weights into the model and keeps the training
             # weights in its own state; `ema_weights_active` says which way round this file has
@@ -160,7 +167,7 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
                 state, found = {**state, **_strip_prefixes(kept)}, which
     run = trainer.get("callbacks", {}).get("RunRecord", {})
     classes = classes_from_json(run["classes"]) if "classes" in run else None
-    config = json.loads(run["config"]) if "config" in run else None
+    config = _config_from_json(run["config"]) if "config" in run else None
     return Weights(state, found, config, classes)
 
 
@@ -248,9 +255,23 @@ def to_metadata(
 
 def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weights:
     """Return weights with what `to_metadata` wrote of them."""
-    config = json.loads(metadata["config"]) if "config" in metadata else None
+    config = _config_from_json(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
     return Weights(state, metadata.get("which", "training"), config, classes)
+
+
+def _config_from_json(text: str) -> Mapping[str, Any]:
+    """Return a run's configuration; WeightsError if the text, another project's, is none."""
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"the config in the file's metadata is malformed: {error}") from error
+    sections = ("model", "eval_dataset")
+    if not isinstance(config, Mapping) or not all(
+        isinstance(config.get(name) or {}, Mapping) for name in sections
+    ):
+        raise WeightsError("the config in the file's metadata is not one of this project")
+    return config
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from artifacts import finished_run, random_network, random_weights
 from composer.metrics import MIoU
 from composer.utils.checkpoint import safe_torch_load
+from safetensors.torch import save_file
 
 from checkpointing import weights as weights_module
 from checkpointing.fitting import load_fitting
@@ -201,6 +202,38 @@ def test_metrics_in_old_checkpoints(tmp_path: Path):
     assert same(load_weights(tmp_path / "old.pt").state, state)
     with pytest.raises(WeightsError, match=r"holds composer\.metrics\.metrics\.MIoU"):
         check_checkpoint(tmp_path / "old.pt")
+
+
+def test_algorithms_in_old_checkpoints(tmp_path: Path):
+    """Composer kept them by name before it kept their order, and still reads that."""
+    state = random_network().state_dict()
+    algorithms = {"LabelSmoothing": {"smoothing": 0.1}}
+    torch.save({"state": {"model": state, "algorithms": algorithms}}, tmp_path / "old.pt")
+    assert same(load_weights(tmp_path / "old.pt").state, state)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"algorithms": None},
+        {"algorithms": [("EMA", {"ema_started": True})]},
+        {"callbacks": None},
+        {"callbacks": {"RunRecord": {"classes": "road, sky"}}},
+        {"callbacks": {"RunRecord": {"config": "[1]"}}},
+    ],
+)
+def test_a_state_that_is_not_composers(tmp_path: Path, trained: dict[str, Any]):
+    path = tmp_path / "other.pt"
+    torch.save({"state": {"model": {"fc.weight": torch.zeros(2, 2)}, **trained}}, path)
+    with pytest.raises(WeightsError, match=r"other\.pt: not as Composer writes it"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("config", ["unet", "[1]", '{"model": "unet"}'])
+def test_a_config_of_another_project(tmp_path: Path, config: str):
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors", {"config": config})
+    with pytest.raises(WeightsError, match="the config in the file's metadata"):
+        load_weights(tmp_path / "other.safetensors")
 
 
 def test_unusable_files(tmp_path: Path, checkpoint: str):
