@@ -32,7 +32,7 @@ class Frame(NamedTuple):
     """A frame of a video."""
 
     number: int  # in the video, from 0
-    time: Fraction  # seconds
+    time: Fraction  # seconds since the video began
     photo: np.ndarray  # (H, W, 3) uint8 RGB, upright
 
 
@@ -80,6 +80,9 @@ class Video:
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
+        # Of a part of a broadcast, for one, the clock has gone for hours.
+        start = self._container.start_time
+        self._start = None if start is None else Fraction(start, 1_000_000)
         seconds = Fraction(self._container.duration or 0, 1_000_000)
         frames = self._stream.frames or round(seconds * rate)
         self.length = -(-frames // every) if frames > 0 else None
@@ -103,7 +106,9 @@ class Video:
                 photo = np.rot90(photo, frame.rotation // 90)  # as the telephone was held
                 time = number / self.rate / self.every
                 if frame.pts is not None:
-                    time = Fraction(frame.pts * frame.time_base)
+                    time = frame.pts * frame.time_base
+                    self._start = time if self._start is None else self._start
+                    time -= self._start
                 yield Frame(number, time, np.ascontiguousarray(photo))
         except (self._av.FFmpegError, OSError) as error:
             place = f"it breaks off after {count} frames: " if count else ""

@@ -98,6 +98,20 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert (context.name, context.pix_fmt, context.colorspace) == ("h264", "yuv420p", 1)
 
 
+@pytest.mark.parametrize("name", ["late.ts", "late.mkv"])
+def test_a_clock_that_has_long_gone(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "part.mp4", [0, 0.1, 0.5])
+    with av.open(f"{tmp_path}/part.mp4") as part, av.open(f"{tmp_path}/{name}", "w") as late:
+        stream = late.add_stream_from_template(part.streams.video[0])
+        for packet in part.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts = (t + 5000 * 90_000 for t in (packet.pts, packet.dts))
+                packet.stream = stream
+                late.mux(packet)
+    times = [float(frame.time) for frame in Video(tmp_path / name)]
+    assert times == pytest.approx([0, 0.1, 0.5], abs=2e-3)  # Matroska's are milliseconds
+
+
 def test_a_video_is_turned_as_the_telephone_was_held(tmp_path: Path) -> None:
     (picture,) = write(tmp_path / "upright.mp4", [0])
     # The track's matrix (ISO/IEC 14496-12: a, b, u, c, d, v, x, y, w): a quarter turn clockwise.
