@@ -222,7 +222,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     """As an archive's from Windows are, unpacked on Linux."""
     make(str(tmp_path / "made"), training=6, validation=2, size=32, seed=1)
     for path in sorted((tmp_path / "made").rglob("*_train_*")):
-        target = tmp_path / path.parts[-3] / f"photo\udce9 {path.name[-7:]}"
+        target = tmp_path / path.parts[-3] / f"file\udce9 {path.name[-7:]}"
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
     raw = {"root": ".", "train": {"images": "images", "masks": "annotations"}}
