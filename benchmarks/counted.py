@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="count in its files instead")
     parser.add_argument("--memory", action="store_true", help="compare the memory model, too")
     args = parser.parse_args(argv)
-    with files_of(args.commit) as name:
-        print(f"| {name} | launches | GB |\n|---|---|---|")
+    with files_of(args.commit) as files:
+        print(f"| {files} | launches | GB |\n|---|---|---|")
         for distort, name in ((True, "training"), (False, "evaluation")):
             count, size = transform(distort)
             print(f"| DeviceTransform, {name} | {count} | {size / 1e9:.2f} |", flush=True)

@@ -345,13 +345,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for contender in sides.values():
                 contender.time()
         recipes[recipe] = {}
+        of_a_step = flops * passes(config(args, recipe)) * args.batch
         for side, contender in sides.items():
             seconds = statistics.median(contender.seconds)
-            rate = flops * passes(config(args, recipe)) * args.batch / seconds
             recipes[recipe][side] = {
                 "milliseconds": 1e3 * seconds,
                 "images_per_second": args.batch / seconds,
-                "utilisation": rate / rates[types[side]],
+                "utilisation": of_a_step / seconds / rates[types[side]],
                 "waits": contender.profile(),
                 "bytes": contender.bytes or resident[side],
                 "runs": contender.seconds,

@@ -17,6 +17,7 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -45,6 +46,11 @@ def time_of(name: str) -> tuple[int, int]:
     """
     match = NAME.fullmatch(name)
     return (int(match[2]), int(match[1])) if match else (-1, -1)
+
+
+def _newest_first(names: Iterable[str]) -> list[str]:
+    """Return the names that are checkpoints', the newest first."""
+    return sorted((name for name in names if NAME.fullmatch(name)), key=time_of, reverse=True)
 
 
 def checkpoint_in(path: str | os.PathLike[str]) -> str:
@@ -83,8 +89,7 @@ class LocalFolder:
 
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
-        names = os.listdir(self.path) if os.path.isdir(self.path) else []
-        return sorted((name for name in names if batch_of(name) >= 0), key=time_of, reverse=True)
+        return _newest_first(os.listdir(self.path) if os.path.isdir(self.path) else [])
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""
@@ -187,8 +192,8 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
-        names = [key.rpartition("/")[2] for key in self.store.list_objects(self.prefix)]
-        return sorted((name for name in names if batch_of(name) >= 0), key=time_of, reverse=True)
+        keys = self.store.list_objects(self.prefix)
+        return _newest_first(key.rpartition("/")[2] for key in keys)
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""

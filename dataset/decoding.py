@@ -54,17 +54,17 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
         if image is not None:
             return image if image.dtype == np.uint8 else _eight_bits(image)
     image = _decode(data)
-    array = _rgb(ImageOps.exif_transpose(image) if upright else image)
-    return np.array(Image.fromarray(array).reduce(reduction)) if is_jpeg else array
+    image = _rgb(ImageOps.exif_transpose(image) if upright else image)
+    return np.array(image.reduce(reduction) if is_jpeg else image)
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Return (H, W, 3) uint8 of a Pillow image of any mode; ValueError of those it cannot be."""
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return a Pillow image of any mode as RGB; ValueError of those it cannot be."""
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, where 8 or 16 bits are read")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         image = Image.fromarray(_eight_bits(np.asarray(image)))
-    return np.array(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def _opencv(data: bytes, flags: int) -> np.ndarray | None:
@@ -258,5 +258,5 @@ def read_photo(photo: Photo) -> np.ndarray:
             raise ValueError(f"expected (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
         return photo
     if isinstance(photo, Image.Image):
-        return _rgb(photo)
+        return np.array(_rgb(photo))
     return decode_image(Path(photo).read_bytes())
