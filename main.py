@@ -29,7 +29,7 @@ from errors import (
     one_line,
 )
 from training.config import class_infos, help_text, load, resolve
-from training.schema import Config
+from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +68,25 @@ def main(
             class of its own in errors.py.
         RunError: Training cannot go on, or was told to stop (`Stopped`).
     """
-    config = config if isinstance(config, Config) else resolve(config)
-    trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
+    from checkpointing.lock import release_locks
 
+    config = config if isinstance(config, Config) else resolve(config)
+    try:
+        trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
+        _train_or_evaluate(trainer, config)
+    finally:
+        release_locks()  # of save_folder, which another process may use from here on
+    return trainer
+
+
+def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
     from checkpointing.saver import saver_of
     from training.processes import report_start
 
     report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
         trainer.eval()
-        return trainer
+        return
 
     saver = saver_of(trainer.state)
     with saver.listening() if saver else nullcontext():
@@ -95,7 +104,6 @@ def main(
             trainer.fit()
         if saver:
             saver.finish()
-    return trainer
 
 
 def build_trainer(
@@ -125,9 +133,9 @@ def build_trainer(
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
     from training.memory import first_microbatch
-    from training.optimizer import build_optimizer
+    from training.optimizer import apply_settings, build_optimizer, settings_of
     from training.precision import check_kernels, choose_precision, compiles
-    from training.recipes import build_recipe, check_lengths
+    from training.recipes import build_recipe, check_lengths, resumed_factor
     from training.watch import PATIENCE
     from transforms import DeviceTransform
 
@@ -149,22 +157,28 @@ def build_trainer(
             config.autoresume,
             Best(config.best_metric, class_infos(config), config.stop_after),
             config.save_best,
+            config.run_name,
         )
         saver.check()
+    elif config.is_train and dist.get_global_rank() == 0:
+        log.warning("save_folder is empty: this run keeps no checkpoint, so nothing can resume it")
     start = find_start(
         config.save_folder if config.autoresume else None,
         config.load_path,
         config.load_weights_only or not config.is_train,
         scratch.name,
+        config.run_name,
+        config.save_overwrite,
     )
     state_path = start.state_path if start and config.is_train else None
-    if start:
-        if state_path or not config.is_train:
-            start.check_fits(asdict(config.model))
-        if state_path:
-            start.check_optimizer(asdict(config.optimizer))
-        if saver and start.is_resume:
-            saver.last = start.where
+    if start and (state_path or not config.is_train):
+        compared = compared_values(config)
+        if not config.is_train:
+            compared = {k: v for k, v in compared.items() if k.startswith("model.")}
+        start.check_config(compared, flatten(Config()), class_infos(config))
+    if saver:
+        resumed = start if state_path else None
+        saver.claim(resumed and resumed.where, resumed and resumed.weights.run_name)
 
     counts = None
     if data is None:
@@ -181,6 +195,7 @@ def build_trainer(
     model.to(memory_format=model.module.memory_format)  # pyright: ignore[reportCallIssue]
     model.cpu_autocast = cpu_autocast
     optimizer = build_optimizer(config.optimizer, model.module)
+    settings = settings_of(optimizer)
     algorithms, scheduler = build_recipe(config)
 
     microbatch = config.device_train_microbatch_size
@@ -227,6 +242,9 @@ def build_trainer(
             seed=config.seed,
             python_log_level=config.python_log_level,
         )
+    if start and state_path:
+        factor = resumed_factor(scheduler, trainer.state, config, start.weights.config)
+        apply_settings(trainer.state, settings, factor)
     ranks = dist.get_world_size()
     in_one_node = ranks == dist.get_local_world_size() > 1
     if config.model.name == "deeplabv3" and config.model.sync_bn and in_one_node:
@@ -275,7 +293,7 @@ def _build_model(
             if isinstance(spec.microbatch_transforms, DeviceTransform):
                 spec.microbatch_transforms.normalise_by(network.mean, network.std)
     if start and start.state_path and config.is_train:
-        start.check_tensors(network)
+        start.check_network(network)
     elif start:
         classes = class_infos(config) if config.load_classes_by_name else None
         least = config.load_least if config.is_train else 1.0

@@ -63,12 +63,14 @@ class Weights:
         which: `"ema"` for the moving average of the training weights, else `"training"`.
         config: The configuration of the run that made them, where the file holds it.
         classes: Its class names and colours, where the file holds them.
+        run_name: The name of the run, where the file is a checkpoint of Composer's.
     """
 
     state: dict[str, Tensor]
     which: str = "training"
     config: Mapping[str, Any] | None = None
     classes: list[ClassInfo] | None = None
+    run_name: str | None = None
 
     @property
     def eval_size(self) -> int | None:
@@ -168,7 +170,8 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     run = trainer.get("callbacks", {}).get("RunRecord", {})
     classes = classes_from_json(run["classes"]) if "classes" in run else None
     config = _config_from_json(run["config"]) if "config" in run else None
-    return Weights(state, found, config, classes)
+    name = trainer.get("run_name")
+    return Weights(state, found, config, classes, name if isinstance(name, str) else None)
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ WRONG = {
     "load_least=.nan": "load_least: nan is not 0 to 1",
     "load_classes_by_name=true": "load_classes_by_name needs load_weights_only=true",
     "grad_accum=many": "grad_accum: 'many' is neither 1 or more nor auto",
-    "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
+    "load_path=/nowhere.pt": "load_path: no file or folder /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
     "autoresume=true": "autoresume needs save_folder",
     "seed": "'seed' is not an override; write key=value",

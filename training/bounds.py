@@ -62,8 +62,9 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError("autoresume needs save_folder, where it looks for the newest checkpoint")
     if config.autoresume and not config.run_name:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
-    if config.load_path and "://" not in config.load_path and not os.path.isfile(config.load_path):
-        raise ConfigError(f"load_path: no file {config.load_path}")
+    path = config.load_path
+    if path and "://" not in path and not any(map(os.path.exists, (path, f"{path}.symlink"))):
+        raise ConfigError(f"load_path: no file or folder {path}")
     if config.run_name and (
         config.run_name in (".", "..") or re.search(r"[/\0\n]", config.run_name)
     ):
