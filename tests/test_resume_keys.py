@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,3 +356,12 @@ def test_another_runs_name_is_refused_by_autoresume(
     build_trainer(resolve(config))
     with pytest.raises(ConfigError, match=r"belongs to run tiny, not to other; give another"):
         build_trainer(resolve(config | {"run_name": "other"}))
+
+
+def test_the_documentation_lists_every_key_where_it_belongs() -> None:
+    text = Path(__file__).parent.parent.joinpath("docs", "resume.md").read_text()
+    for kind in (APPLIED, COMPARED, FREE):
+        part = text.partition(f"\n### {kind.title()}\n")[2].partition("\n### ")[0]
+        rows = [row for row in part.splitlines() if row.startswith("|")]
+        named = re.findall(r"`([\w.]+)`", "".join(rows))
+        assert sorted(named) == sorted(name for name, found in KINDS.items() if found == kind)
