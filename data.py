@@ -12,9 +12,9 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ from dataset.shards import Shards
 from dataset.workers import use_one_core
 from errors import DataError, escape_names
 from training.balance import repeat_factors
-from training.bounds import check_share
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
@@ -337,7 +336,13 @@ def build_ade20k_dataspec(
         local,
         split,
         build_ade20k_transformations(
-            split, base_size, min_resize_scale, max_resize_scale, final_size, max_class_share
+            split,
+            base_size,
+            min_resize_scale,
+            max_resize_scale,
+            final_size,
+            max_class_share,
+            labels.classes(),
         ),
         labels,
         seed,
@@ -470,7 +475,6 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
 
     Raises:
         DataError: The data set is not as it should be, or its labels do not fit.
-        ConfigError: An epoch's last batch cannot be trained with.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     arguments = asdict(dataset)
@@ -482,7 +486,7 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         check_labels(dataset.path, split, Labels(*labels), description)
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
-    spec = build_ade20k_dataspec(
+    return build_ade20k_dataspec(
         **arguments,
         split=split,
         shuffle=split == "train",
@@ -491,12 +495,14 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         description=description,
         counts=counts,
     )
-    sampler = cast(DataLoader, spec.dataloader).sampler
-    rest = len(cast(Sized, sampler)) % arguments["batch_size"]
-    if split == "train" and rest:
-        what = f"train_dataset.drop_last=false: an epoch's last batch, {rest} images a process"
-        check_share(config, rest, what)
-    return spec
+
+
+def last_batch_of(spec: DataSpec, config: Config) -> int:
+    """Return the images of this process in an epoch's last batch; 0 if it is as large as others."""
+    sampler = getattr(spec.dataloader, "sampler", None)
+    if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
+        return 0
+    return len(sampler) % (config.train_dataset.batch_size // dist.get_world_size())
 
 
 def check_dataloader() -> None:

@@ -128,11 +128,11 @@ def build_trainer(
     from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling
-    from data import build_data, count_training
+    from data import build_data, count_training, last_batch_of
     from training.balance import class_weights, named, needs_counts
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
-    from training.memory import first_microbatch
+    from training.memory import check_single_images, first_microbatch
     from training.optimizer import apply_settings, build_optimizer, settings_of
     from training.precision import check_kernels, choose_precision, compiles
     from training.recipes import build_recipe, check_lengths, resumed_factor
@@ -191,6 +191,8 @@ def build_trainer(
 
     weights = class_weights(config, counts)
     config, model = _build_model(config, start, data, weights)
+    if train_data is not None:
+        check_single_images(config, model.module, last_batch_of(train_data, config))
     # torch's overloads of `to` leave out the memory format.
     model.to(memory_format=model.module.memory_format)  # pyright: ignore[reportCallIssue]
     model.cpu_autocast = cpu_autocast

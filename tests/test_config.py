@@ -94,7 +94,6 @@ WRONG = {
     "eval_dataset.path=s3://bucket/x": "eval_dataset.path is remote; set eval_dataset.is_streaming",
     "train_dataset.min_resize_scale=3": "min_resize_scale: 3.0 is above max_resize_scale",
     "train_dataset.final_size=-64": "train_dataset.final_size: -64",
-    "train_dataset.batch_size=1": "leave one image alone",
     "train_dataset.num_workers=many": "num_workers: 'many' is neither a number nor auto",
     "device_train_microbatch_size=big": "device_train_microbatch_size: 'big'",
     "device_train_microbatch_size=0": "device_train_microbatch_size: 0 is not a finite",

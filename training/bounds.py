@@ -236,32 +236,6 @@ def _check_batch_sizes(config: Config) -> None:
     micro = config.device_train_microbatch_size
     if isinstance(micro, str) and micro != "auto":
         raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
-    if config.is_train:
-        share = config.train_dataset.batch_size // processes
-        check_share(config, share, f"train_dataset.batch_size: {share} images a process")
-
-
-def check_share(config: Config, images: int, what: str) -> None:
-    """Refuse a process's part of a batch of which one image would go through the network alone.
-
-    Args:
-        config: The run's.
-        images: How many it has.
-        what: What to call them.
-
-    Raises:
-        ConfigError: The last micro-batch is of one image.
-    """
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.model.sync_bn and per_node > 1:
-        return
-    micro = config.device_train_microbatch_size
-    micro = min(micro, images) if isinstance(micro, int) else images
-    if micro == 1 or images % micro == 1:
-        raise ConfigError(
-            f"{what} in micro-batches of {micro} "
-            "leave one image alone, which BatchNorm after global pooling cannot normalise"
-        )
 
 
 def _check_dataset(dataset: DatasetConfig, name: str) -> None:
