@@ -8,6 +8,7 @@ python main.py yamls/deeplabv3.yaml --plan                        # what the run
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -70,7 +71,8 @@ def main(
     """
     from checkpointing.lock import release_locks
 
-    config = config if isinstance(config, Config) else resolve(config)
+    # The caller's config stays as it is, and later changes to it do not change the run.
+    config = copy.deepcopy(config) if isinstance(config, Config) else resolve(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
         _train_or_evaluate(trainer, config)

@@ -54,7 +54,7 @@ def check(config: Config, with_data: bool = True) -> None:
     if config.activation_memory_budget < 1 and config.compile is False:
         raise ConfigError("activation_memory_budget: less than 1 needs compile: auto or true")
     if config.class_names is not None and not os.path.isfile(config.class_names):
-        raise ConfigError(f"class_names: no file {config.class_names}")
+        raise ConfigError(f"class_names: no file {_seen_from(config.class_names)}")
     log_level = (config.python_log_level or "warning").lower()
     if log_level not in ("debug", "info", "warning", "error", "critical"):
         raise ConfigError(f"python_log_level: {log_level} is none of debug, info, warning, error")
@@ -64,7 +64,7 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
     path = config.load_path
     if path and "://" not in path and not any(map(os.path.exists, (path, f"{path}.symlink"))):
-        raise ConfigError(f"load_path: no file or folder {path}")
+        raise ConfigError(f"load_path: no file or folder {_seen_from(path)}")
     if config.run_name and (
         config.run_name in (".", "..") or re.search(r"[/\0\n]", config.run_name)
     ):
@@ -275,11 +275,18 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
         if not dataset.local:
             raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
     elif not os.path.isdir(dataset.path):
-        raise ConfigError(f"{name}.path: no folder {dataset.path}")
+        raise ConfigError(f"{name}.path: no folder {_seen_from(dataset.path)}")
     elif not dataset.is_streaming and not described:
         images = f"images/{FOLDERS[split]}"
         if not (find_root(dataset.path) / images).is_dir():
             raise ConfigError(f"{name}.path: {dataset.path} holds no {ADE20K}/{images}")
+
+
+def _seen_from(path: str) -> str:
+    """Return a path that does not exist, with the folders it is relative to."""
+    if os.path.isabs(path):
+        return path
+    return f"{path}, seen from {os.getcwd()} or from the YAML's folder"
 
 
 def world_size() -> int:
