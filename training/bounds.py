@@ -27,12 +27,13 @@ from training.schema import (
 MAX_RESIZED = 32767  # pixels of a side, in OpenCV
 
 
-def check(config: Config, with_data: bool = True) -> None:
+def check(config: Config, with_data: bool = True, with_checkpoint: bool = True) -> None:
     """Refuse values of the right type that cannot work.
 
     Args:
         config: What to check.
         with_data: Also whether the data are where it says.
+        with_checkpoint: Also whether an evaluation has a checkpoint to evaluate.
 
     Raises:
         ConfigError: Names the key, and what it may be.
@@ -91,6 +92,10 @@ def check(config: Config, with_data: bool = True) -> None:
     _check_times(config)
     _check_optimizer(config)
     _check_batch_sizes(config)
+    if config.is_train:
+        _check_same_labels(config)
+    elif with_checkpoint and not config.load_path and not config.autoresume:
+        raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
     for name, split in used:
         _check_dataset(getattr(config, name), name)
@@ -261,6 +266,25 @@ def check_share(config: Config, images: int, what: str) -> None:
             f"{what} in micro-batches of {micro} "
             "leave one image alone, which BatchNorm after global pooling cannot normalise"
         )
+
+
+def _check_same_labels(config: Config) -> None:
+    """Refuse two data sections in which the same label is another class, or is ignored in one."""
+    train, val = config.train_dataset, config.eval_dataset
+    ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
+    for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
+        if of_train != of_val:
+            shown = [str(getattr(section, key)).lower() for section in (train, val)]
+            raise ConfigError(
+                f"train_dataset.{key} is {shown[0]}, eval_dataset.{key} is {shown[1]}; a label "
+                "means the same in both, so give both the same value"
+            )
+
+
+def _extra_ignored(dataset: DatasetConfig) -> int | None:
+    """Return the label that `ignore_label` ignores and would not be ignored without it."""
+    known = (255, 0) if dataset.ignore_background else (255,)
+    return None if dataset.ignore_label in known else dataset.ignore_label
 
 
 def _check_dataset(dataset: DatasetConfig, name: str) -> None:

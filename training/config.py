@@ -52,12 +52,15 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
+def resolve(
+    config: DictConfig | dict[str, Any], with_data: bool = True, with_checkpoint: bool = True
+) -> Config:
     """Check a config against the schema and make it a `Config`, with the recipe's duration.
 
     Args:
         config: The YAML as OmegaConf loads it.
         with_data: Also check that the data are where it says.
+        with_checkpoint: Also check that an evaluation has a checkpoint to evaluate.
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
@@ -89,13 +92,15 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     if typed.recipe_name in RECIPES:
         typed.max_duration = getattr(typed, typed.recipe_name).max_duration
     _normalise_times(typed)
-    check(typed, with_data)
+    check(typed, with_data, with_checkpoint)
     return typed
 
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
     """Put a description into the config, and what follows from it where the config says nothing."""
-    from dataset.description import parse_description, read_description  # and numpy, and OpenCV
+    # Both import numpy and OpenCV, which a config without a description does not need.
+    from dataset.description import parse_description, read_description
+    from segmentation.classes import rename_classes
 
     where = "data"
     if isinstance(config.data, str):
@@ -107,6 +112,8 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
     if given not in (None, count):
         raise ConfigError(f"model.num_classes: {given}, but {where} has {count} classes")
     config.model.num_classes = count
+    if config.class_names is not None:
+        rename_classes(config.class_names, count, description.classes, where)
     for name in ("train_dataset", "eval_dataset"):
         section = getattr(config, name)
         section.path = section.path or description.root
