@@ -185,7 +185,7 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
 
 def resolve_file(path: str) -> Config:
     """Read the config of a run, for its validation set."""
-    return resolve(load(path, []), with_checkpoint=False)
+    return resolve(load(path, []))
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:

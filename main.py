@@ -29,6 +29,7 @@ from errors import (
     escape_names,
     one_line,
 )
+from training.bounds import check_evaluates
 from training.config import class_infos, help_text, load, resolve
 from training.schema import Config
 
@@ -70,6 +71,7 @@ def main(
         RunError: Training cannot go on, or was told to stop (`Stopped`).
     """
     config = config if isinstance(config, Config) else resolve(config)
+    check_evaluates(config)
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
 
     from checkpointing.saver import saver_of
@@ -367,6 +369,7 @@ def run(
         return plan(arguments, build_trainer, build_network, began)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
+        check_evaluates(config)
     except ConfigError as error:
         return _refuse(error)
 

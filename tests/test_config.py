@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from errors import ClassError, ConfigError
 from training import config
+from training.bounds import check_evaluates
 from training.config import load, resolve
 
 YAMLS = Path(__file__).parent.parent / "yamls"
@@ -131,7 +132,6 @@ WRONG = {
     "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
     "autoresume=true": "autoresume needs save_folder",
-    "is_train=false": "is_train=false evaluates a checkpoint; name it with load_path",
     "train_dataset.ignore_background=false": "train_dataset.ignore_background is false, "
     "eval_dataset.ignore_background is true; a label means the same in both",
     "eval_dataset.ignore_label=7": "train_dataset.ignore_label is none, eval_dataset.ignore_label "
@@ -175,10 +175,25 @@ def test_labels_that_mean_the_same_are_accepted(
     assert not resolve(tiny).is_train
 
 
-def test_an_evaluation_may_take_the_folders_checkpoint(tiny: dict[str, Any]) -> None:
-    tiny |= {"is_train": False, "autoresume": True, "save_folder": "runs/x"}
-    assert resolve(tiny).autoresume
-    assert not resolve({**tiny, "autoresume": False}, with_checkpoint=False).is_train
+@pytest.mark.parametrize(
+    ("keys", "is_refused"),
+    [
+        pytest.param({}, True, id="no checkpoint"),
+        pytest.param({"save_folder": "runs/x"}, True, id="a folder that is not looked into"),
+        pytest.param({"load_path": __file__}, False, id="load_path"),
+        pytest.param({"autoresume": True, "save_folder": "runs/x"}, False, id="autoresume"),
+        pytest.param({"is_train": True}, False, id="training"),
+    ],
+)
+def test_an_evaluation_names_a_checkpoint(
+    tiny: dict[str, Any], keys: dict[str, Any], is_refused: bool
+) -> None:
+    typed = resolve({**tiny, "is_train": False, **keys})
+    if is_refused:
+        with pytest.raises(ConfigError, match="is_train=false evaluates a checkpoint; name it"):
+            check_evaluates(typed)
+    else:
+        check_evaluates(typed)
 
 
 def test_class_names_in_another_order_than_the_descriptions_are_refused(

@@ -27,13 +27,12 @@ from training.schema import (
 MAX_RESIZED = 32767  # pixels of a side, in OpenCV
 
 
-def check(config: Config, with_data: bool = True, with_checkpoint: bool = True) -> None:
+def check(config: Config, with_data: bool = True) -> None:
     """Refuse values of the right type that cannot work.
 
     Args:
         config: What to check.
         with_data: Also whether the data are where it says.
-        with_checkpoint: Also whether an evaluation has a checkpoint to evaluate.
 
     Raises:
         ConfigError: Names the key, and what it may be.
@@ -94,13 +93,21 @@ def check(config: Config, with_data: bool = True, with_checkpoint: bool = True) 
     _check_batch_sizes(config)
     if config.is_train:
         _check_same_labels(config)
-    elif with_checkpoint and not config.load_path and not config.autoresume:
-        raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
     for name, split in used:
         _check_dataset(getattr(config, name), name)
         if with_data:
             _check_path(getattr(config, name), name, split, config.data is not None)
+
+
+def check_evaluates(config: Config) -> None:
+    """Refuse an evaluation that names no checkpoint, which a plan of it does not need.
+
+    Raises:
+        ConfigError: It would score random weights.
+    """
+    if not (config.is_train or config.load_path or config.autoresume):
+        raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
 
 
 def _check_network(model: ModelConfig) -> None:

@@ -52,15 +52,12 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def resolve(
-    config: DictConfig | dict[str, Any], with_data: bool = True, with_checkpoint: bool = True
-) -> Config:
+def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
     """Check a config against the schema and make it a `Config`, with the recipe's duration.
 
     Args:
         config: The YAML as OmegaConf loads it.
         with_data: Also check that the data are where it says.
-        with_checkpoint: Also check that an evaluation has a checkpoint to evaluate.
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
@@ -92,7 +89,7 @@ def resolve(
     if typed.recipe_name in RECIPES:
         typed.max_duration = getattr(typed, typed.recipe_name).max_duration
     _normalise_times(typed)
-    check(typed, with_data, with_checkpoint)
+    check(typed, with_data)
     return typed
 
 

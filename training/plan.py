@@ -99,7 +99,7 @@ def main(
                 raise ConfigError(f"{given}: no such option; see python main.py CONFIG --plan -h")
         if options.gpu is None and (options.gpus != 1 or options.images):
             raise ConfigError("--gpus and --images are for estimates: they need --gpu")
-        config = resolve(load(options.config, overrides), not options.images, False)
+        config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options, build_network)
         elif not config.is_train:
