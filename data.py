@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from checkpointing.saver import on_first_process
-from dataset.checks import check_labels
+from dataset.checks import check_labels, check_shard_classes
 from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
 from dataset.description import Description, parse_description
@@ -38,6 +38,7 @@ from dataset.shards import Shards
 from dataset.workers import use_one_core
 from errors import DataError, escape_names
 from training.balance import repeat_factors
+from training.config import class_infos
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
@@ -475,6 +476,7 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
 
     Raises:
         DataError: The data set is not as it should be, or its labels do not fit.
+        ClassError: Shards were written with other classes than the run's.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     arguments = asdict(dataset)
@@ -484,6 +486,10 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         assert dataset.path is not None  # resolve() has seen to it
         labels = config.model.num_classes, dataset.ignore_background, dataset.ignore_label
         check_labels(dataset.path, split, Labels(*labels), description)
+    else:
+        # Shards hold class indices, whose order the config cannot change any more.
+        path, classes = str(dataset.path), class_infos(config)
+        on_first_process(lambda: check_shard_classes(path, classes))
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

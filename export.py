@@ -68,7 +68,7 @@ from segmentation.card import (
     seconds_a_photo,
     write_card,
 )
-from segmentation.classes import ClassInfo, load_classes
+from segmentation.classes import ClassInfo, rename_classes
 from segmentation.deployed import Deployed, export
 from segmentation.network import Network
 from segmentation.web import MODEL, check_examples, fetch_runtime, write_page
@@ -181,9 +181,7 @@ def _stem(model: str) -> str:
 def _read(options: argparse.Namespace) -> Source:
     """Read what the command line names."""
     weights = load_weights(options.model, options.weights)
-    classes = weights.classes
-    if options.classes or classes is None:
-        classes = load_classes(options.classes, weights.num_classes)
+    classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
     network = build_network(weights, options.model, options.network)
     config = weights.config
     if config is None and isinstance(network, Network):  # which the user named

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from errors import (
     TRY_AGAIN,
+    ClassError,
     ConfigError,
     Lost,
     Stopped,
@@ -29,6 +30,7 @@ from errors import (
     escape_names,
     one_line,
 )
+from training.bounds import check_evaluates
 from training.config import class_infos, help_text, load, resolve
 from training.schema import Config, compared_values, flatten
 
@@ -73,6 +75,7 @@ def main(
 
     # The caller's config stays as it is, and later changes to it do not change the run.
     config = copy.deepcopy(config) if isinstance(config, Config) else resolve(config)
+    check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
         _train_or_evaluate(trainer, config)
@@ -173,6 +176,10 @@ def build_trainer(
         config.save_overwrite,
     )
     state_path = start.state_path if start and config.is_train else None
+    if start is None and not config.is_train and config.autoresume:
+        raise ConfigError(
+            f"save_folder: {config.save_folder} holds no checkpoint to evaluate; give load_path"
+        )
     if start and (state_path or not config.is_train):
         compared = compared_values(config)
         if not config.is_train:
@@ -299,12 +306,72 @@ def _build_model(
     if start and start.state_path and config.is_train:
         start.check_network(network)
     elif start:
-        classes = class_infos(config) if config.load_classes_by_name else None
+        by_name, class_tensors = _compare_classes(config, start, network)
+        classes = class_infos(config) if by_name else None
         least = config.load_least if config.is_train else 1.0
-        left = load_fitting(network, start.weights, start.where, least, classes, num_classes)
+        left = load_fitting(
+            network, start.weights, start.where, least, classes, num_classes, class_tensors
+        )
         if left:
             log.warning("load_path: %s", left)
     return config, model
+
+
+def _compare_classes(
+    config: Config, start: Start, network: torch.nn.Module
+) -> tuple[bool, list[str]]:
+    """Compare the run's classes with those of the weights that it begins from.
+
+    Returns:
+        Whether rows of the last layer are taken over by the names of their classes, and the names
+        of the tensors with such rows, if the weights have as many classes but not the same.
+
+    Raises:
+        ClassError: The weights to evaluate are of other classes.
+        ConfigError: The classes are to be matched by name, and the file has no names.
+    """
+    from segmentation.classes import are_named, match_classes
+
+    ours, theirs = class_infos(config), start.weights.classes
+    if config.load_classes_by_name and not are_named(theirs):
+        raise ConfigError(
+            f"load_classes_by_name: {start.where} does not name its classes; leave the key out"
+        )
+    if theirs is not None and len(theirs) != len(ours):
+        return config.load_classes_by_name, []
+    try:
+        if match_classes(ours, theirs, "the run", start.where) is None:
+            return config.load_classes_by_name, []
+        by_name = True
+    except ClassError as error:
+        # An evaluation needs the right row for each class. Training may learn rows anew, as it does
+        # for weights with another number of classes.
+        if not config.is_train:
+            raise ClassError(f"load_path: {error}") from None
+        by_name = config.load_classes_by_name
+        hint = "" if by_name else "; load_classes_by_name=true takes over those of the same name"
+        log.warning("load_path: %s%s", error, hint)
+    return by_name, _class_tensors(config, network)
+
+
+def _class_tensors(config: Config, network: torch.nn.Module) -> list[str]:
+    """Return the names of a network's tensors with a row a class: another class makes them longer.
+
+    Raises:
+        ClassError: Another class changes more than a number of rows.
+    """
+    from segmentation.network import inner
+
+    model = replace(config.model, num_classes=config.model.num_classes + 1)
+    larger = inner(build_network(replace(config, model=model))).state_dict()
+    own = inner(network).state_dict()
+    names = [name for name in own if own[name].shape != larger[name].shape]
+    if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
+        raise ClassError(
+            f"load_path: its classes are in another order, and {config.model.name} has no layer "
+            "with a row a class; list class_names in the order of the checkpoint"
+        )
+    return names
 
 
 def run(
@@ -324,6 +391,7 @@ def run(
         return plan(arguments, build_trainer, build_network, began)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
+        check_evaluates(config)
     except ConfigError as error:
         return _refuse(error)
 

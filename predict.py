@@ -37,7 +37,7 @@ from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
 from errors import DataError, ModelError, UserError, WeightsError, escape_names, one_line, whole
-from segmentation.classes import ClassInfo, load_classes
+from segmentation.classes import ClassInfo, rename_classes
 from segmentation.drawing import VideoOverlay, draw_overlay
 from segmentation.video import (
     CAMERA,
@@ -85,6 +85,8 @@ class Segmenter:
 
     Attributes:
         classes: Name and colour of each class.
+        recorded_classes: The same as the file has them, or None if it has none.
+        names_given: Whether `classes` are the user's.
         config: The configuration of the run, where the file holds it.
 
     Raises:
@@ -120,10 +122,11 @@ class Segmenter:
             self.network = _torch_network(built, self.device, amp)
             num_classes = found.num_classes
         self.config, self.which = found.config, found.which
-        named = found.classes
-        if classes is not None or named is None:
-            named = load_classes(classes, num_classes)
-        self.classes: list[ClassInfo] = named
+        self.names_given = classes is not None
+        self.recorded_classes = found.classes
+        self.classes: list[ClassInfo] = rename_classes(
+            classes, num_classes, found.classes, str(path)
+        )
         self.size = (found.eval_size or 512) if size is None else size
         self.scales = TTA_SCALES if tta else (1.0,)
         self.flips = (False, True) if tta else (False,)

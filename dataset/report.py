@@ -46,7 +46,7 @@ from dataset.sampler import EpochSampler
 from dataset.shards import DESCRIPTION, fetch_beside
 from dataset.suggest import draw, suggest
 from errors import DataError, UserError, whole
-from segmentation.classes import ClassInfo, load_classes
+from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet
 
 log = logging.getLogger(__name__)
@@ -164,8 +164,28 @@ def as_text(report: dict[str, Any]) -> str:
     for title, key in (("odd, but training works", "oddities"), ("PROBLEMS", "problems")):
         if found := report[key]:
             lines += [f"{title} ({len(found)})", *_first_of_each_kind(found), ""]
-    lines += ["training would fail" if report["problems"] else "no problem: this can be trained on"]
-    return "\n".join(lines)
+    return "\n".join([*lines, _verdict(report)])
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Return the report's last line."""
+    if report["problems"]:
+        return "training would fail"
+    classes = report["splits"]["train"]["classes"]
+    missing = [entry["name"] for entry in classes if not entry["photos"]]
+    if not missing:
+        return "no problem: this can be trained on"
+    if len(missing) == len(classes):
+        return "this can be read, but nothing is learnt: no training mask has a labelled pixel"
+    line = f"this can be trained on, but no training mask has {name_classes(missing)}"
+    occurring = len(classes) - len(missing)
+    if report["described"]:  # the user has listed every label
+        return line
+    if occurring == 1 and classes[0]["label"] == 1:
+        line += "; --no-ignore-background makes label 0 a class"
+    elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
+        line += f"; --num-classes {occurring} if there are no more"
+    return line
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
@@ -253,10 +273,8 @@ def validate(
     labels = labels or Labels()
     if description is not None:
         labels = description.labels
-    if description is not None and class_names is None:
-        classes = list(description.classes)
-    else:
-        classes = load_classes(class_names, labels.num_classes)
+    described = None if description is None else description.classes
+    classes = rename_classes(class_names, labels.num_classes, described, "the description")
     workers = workers or len(os.sched_getaffinity(0))
     is_streaming = "://" in path or local is not None or bool(list(Path(path).glob("*/index.json")))
     if "://" in path and local is None:
@@ -281,6 +299,7 @@ def validate(
     return {
         "path": path,
         "format": "MDS shards" if is_streaming else layout,
+        "described": description is not None,
         "num_classes": labels.num_classes,
         "splits": {name: summarise(tally, labels, classes) for name, tally in tallies.items()},
         "loader": loader,

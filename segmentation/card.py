@@ -118,7 +118,7 @@ def _front_matter(card: Card) -> str:
         "pipeline_tag": "image-segmentation",
         "tags": ["semantic-segmentation", "pytorch", "onnx"],
     }
-    if card.scores is not None:
+    if card.scores is not None and card.scores["mIoU"] is not None:
         name = card.data or "validation set"
         result = {
             "task": {"type": "image-segmentation", "name": "Semantic segmentation"},
@@ -178,8 +178,9 @@ def _accuracy(card: Card) -> str:
         for row in scores["classes"]
     ]
     return (
-        f"mIoU **{scores['mIoU']:.2f}**, mean accuracy {scores['mean_accuracy']:.2f}, pixel "
-        f"accuracy {scores['pixel_accuracy']:.2f}, in percent, on {scores['photos']} photos.\n\n"
+        f"mIoU **{_percent(scores['mIoU'])}**, mean accuracy {_percent(scores['mean_accuracy'])}, "
+        f"pixel accuracy {_percent(scores['pixel_accuracy'])}, in percent, "
+        f"on {scores['photos']} photos.\n\n"
         f"Protocol `{scores['protocol']}`: {how}; {scores['weights']} weights.\n\n"
         + "\n".join(table)
     )

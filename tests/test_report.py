@@ -274,6 +274,52 @@ def test_text_names_classes_faults_and_verdict(path, capsys):
     assert text.endswith("training would fail\n")
 
 
+@pytest.mark.parametrize(
+    ("rule", "arguments", "verdict"),
+    [
+        pytest.param(
+            lambda labels: np.where(labels == 5, 0, labels),
+            ["--num-classes", "12"],
+            "this can be trained on, but no training mask has class 4",
+            id="one in the middle",
+        ),
+        pytest.param(
+            lambda labels: labels,
+            ["--num-classes", "15"],
+            "this can be trained on, but no training mask has the classes 12, 13, 14; "
+            "--num-classes 12 if there are no more",
+            id="fewer than asked for",
+        ),
+        pytest.param(
+            lambda labels: labels == 3,
+            ["--num-classes", "2"],
+            "this can be trained on, but no training mask has class 1; --no-ignore-background "
+            "makes label 0 a class",
+            id="masks of 0 and 1",
+        ),
+        pytest.param(
+            lambda labels: labels == 3,
+            ["--num-classes", "2", "--no-ignore-background"],
+            "no problem: this can be trained on",
+            id="masks of 0 and 1, both classes",
+        ),
+        pytest.param(
+            lambda labels: labels * 0,
+            ["--num-classes", "12"],
+            "this can be read, but nothing is learnt: no training mask has a labelled pixel",
+            id="no label at all",
+        ),
+    ],
+)
+def test_the_verdict_names_classes_that_training_never_shows(
+    path, capsys, rule, arguments, verdict
+):
+    for file in (path / ROOT / "annotations").rglob("*.png"):
+        write(file, rule(labels_of(file)).astype(np.uint8))
+    assert main([str(path), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
 def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     shutil.rmtree(path / ROOT / "annotations/validation")
     status, report = run(capsys, path)

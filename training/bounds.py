@@ -92,11 +92,23 @@ def check(config: Config, with_data: bool = True) -> None:
     _check_times(config)
     _check_optimizer(config)
     _check_batch_sizes(config)
+    if config.is_train:
+        _check_same_labels(config)
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
     for name, split in used:
         _check_dataset(getattr(config, name), name)
         if with_data:
             _check_path(getattr(config, name), name, split, config.data is not None)
+
+
+def check_evaluates(config: Config) -> None:
+    """Refuse an evaluation that names no checkpoint, which a plan of it does not need.
+
+    Raises:
+        ConfigError: It would score random weights.
+    """
+    if not (config.is_train or config.load_path or config.autoresume):
+        raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
 
 
 def _check_network(model: ModelConfig) -> None:
@@ -236,6 +248,25 @@ def _check_batch_sizes(config: Config) -> None:
     micro = config.device_train_microbatch_size
     if isinstance(micro, str) and micro != "auto":
         raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
+
+
+def _check_same_labels(config: Config) -> None:
+    """Refuse two data sections in which the same label is another class, or is ignored in one."""
+    train, val = config.train_dataset, config.eval_dataset
+    ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
+    for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
+        if of_train != of_val:
+            shown = [str(getattr(section, key)).lower() for section in (train, val)]
+            raise ConfigError(
+                f"train_dataset.{key} is {shown[0]}, eval_dataset.{key} is {shown[1]}; a label "
+                "means the same in both, so give both the same value"
+            )
+
+
+def _extra_ignored(dataset: DatasetConfig) -> int | None:
+    """Return the label that `ignore_label` ignores and would not be ignored without it."""
+    known = (255, 0) if dataset.ignore_background else (255,)
+    return None if dataset.ignore_label in known else dataset.ignore_label
 
 
 def _check_dataset(dataset: DatasetConfig, name: str) -> None:

@@ -124,7 +124,9 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
     """Put a description into the config, and what follows from it where the config says nothing."""
-    from dataset.description import parse_description, read_description  # and numpy, and OpenCV
+    # Both import numpy and OpenCV, which a config without a description does not need.
+    from dataset.description import parse_description, read_description
+    from segmentation.classes import rename_classes
 
     where = "data"
     if isinstance(config.data, str):
@@ -136,6 +138,8 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
     if given not in (None, count):
         raise ConfigError(f"model.num_classes: {given}, but {where} has {count} classes")
     config.model.num_classes = count
+    if config.class_names is not None:
+        rename_classes(config.class_names, count, description.classes, where)
     for name in ("train_dataset", "eval_dataset"):
         section = getattr(config, name)
         section.path = section.path or description.root

@@ -248,8 +248,8 @@ def draw_curves(
         axes[1].plot(batch, rate, color="#b8860b", **few)
         axes[1].set_ylim(0, 1.1 * max(rate.max(), 1e-12))
         axes[1].set_title(f"learning rate, {rate[-1]:.3g} at the end", loc="left")
-    if len(at):
-        best = int(miou.argmax())
+    if len(at) and not np.isnan(miou).all():
+        best = int(np.nanargmax(miou))
         axes[2].plot(at, miou, color="#2e7d32", **dots)
         title = f"mIoU, {miou[-1]:.2f}% at the end, best {miou[best]:.2f}% (batch {at[best]:.0f})"
         axes[2].set_title(title, loc="left")
