@@ -70,6 +70,9 @@ class ModelConfig:
     use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
     cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss", "[0, inf)")
     dice_weight: float = key(1.125, "weight of the Dice loss in the loss", "[0, inf)")
+    fused_loss: bool | str = key(
+        "auto", "auto: Triton kernels on a GPU; false: PyTorch's operations, for the same loss"
+    )
     class_weights: Any = key(
         None, "of the loss: auto (by share of pixels), a list, or {name: weight}; empty: all 1"
     )
