@@ -399,7 +399,6 @@ def convert(
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
     if is_remote:  # everything is uploaded
         for split in splits:
-            Path(folder, split, "index.json").unlink(missing_ok=True)
             _remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:
             _remove_empty(folder)
