@@ -36,7 +36,8 @@ from dataset.checks import shard_classes
 from dataset.description import parse_description, read_description
 from dataset.labels import Labels
 from dataset.shards import DESCRIPTION
-from errors import ConfigError, UserError, escape_names, whole
+from errors import ConfigError, UserError, escape_names, exit_status, whole
+from files import check_outputs, check_writable, write_file
 from predict import Segmenter, add_model_options, segmenter_from
 from segmentation.classes import label_warning, match_classes
 from segmentation.metrics import (
@@ -339,7 +340,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 2 if something given to it cannot be used, else 0."""
+    """Run the command line; return 1 if the disk is full, 2 if an input or option is unusable."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
@@ -347,20 +348,24 @@ def main(arguments: list[str]) -> int:
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        for path in filter(None, (options.csv, options.json)):
-            open(path, "a").close()  # better now than after the last photo
+        # An output that cannot be written is reported now rather than after the last image.
+        outputs = [path for path in (options.csv, options.json) if path]
+        inputs = (options.model, options.data, options.config, options.classes)
+        check_outputs(outputs, [path for path in inputs if path])
+        for path in outputs:
+            check_writable(path)
         result = evaluate(options)
+        if dist.get_global_rank() == 0:
+            print(report(result))
+            if options.csv:
+                rows = [list(row.values()) for row in result["classes"]]
+                write_file(options.csv, table_as_csv(list(result["classes"][0]), rows))
+            if options.json:
+                write_file(options.json, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except (UserError, OSError) as error:
         if dist.get_local_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    if dist.get_global_rank() == 0:
-        print(report(result))
-        if options.csv:
-            rows = [list(row.values()) for row in result["classes"]]
-            Path(options.csv).write_text(table_as_csv(list(result["classes"][0]), rows))
-        if options.json:
-            Path(options.json).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        return exit_status(error)
     return 0
 
 

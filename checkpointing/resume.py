@@ -24,8 +24,8 @@ from checkpointing.stores import (
     time_of,
 )
 from checkpointing.weights import Weights, check_checkpoint, infer_architecture, load_weights
-from errors import ConfigError, WeightsError, one_line
-from segmentation.classes import ClassInfo
+from errors import ClassError, ConfigError, WeightsError, one_line
+from segmentation.classes import ClassInfo, first_difference, match_classes
 from segmentation.network import inner
 
 log = logging.getLogger(__name__)
@@ -88,15 +88,16 @@ class Start:
                     f"{name}: {_shown(ours)}, but {self.where} was trained with {_shown(theirs)}; "
                     f"{self._remedy}"
                 )
-        if self.state_path is None or not self.weights.classes:
+        if self.state_path is None:
             return
-        ours, theirs = ([info.name for info in infos] for infos in (classes, self.weights.classes))
-        for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            if our != their and not {our, their} & {f"class {index}"}:  # a number says nothing
-                raise ConfigError(
-                    f"class_names or data: class {index} is {our}, but {self.where} was trained "
-                    f"with {their}; {self._remedy}"
-                )
+        try:
+            order = match_classes(classes, self.weights.classes, "class_names or data", self.where)
+        except ClassError as error:
+            raise ConfigError(f"{error}; {self._remedy}") from None
+        if order is not None:
+            theirs = self.weights.classes or ()
+            line = first_difference(classes, theirs, "class_names or data", self.where)
+            raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the checkpoint says of the keys in `defaults`, from record and tensors."""

@@ -31,6 +31,7 @@ from torch.torch_version import TorchVersion
 
 from checkpointing.stores import checkpoint_in
 from errors import WeightsError, one_line
+from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, load_classes
 
 SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
@@ -222,9 +223,7 @@ def save_weights(
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    unfinished = Path(f"{os.fspath(path)}.unfinished")
-    unfinished.write_bytes(save(tensors, metadata))  # save_file's is for its owner alone
-    os.replace(unfinished, path)
+    write_file(path, save(tensors, metadata))  # safetensors' save_file makes files private
 
 
 def _read_safetensors(path: Path) -> Weights:

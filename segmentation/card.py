@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 
 from errors import UserError
+from files import write_file, write_image
 
 CARD, PICTURE = "README.md", "overlay.jpg"
 MARK = "<!-- Written by export.py, which replaces this file as long as this line is here. -->"
@@ -247,15 +248,21 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
 def write_card(folder: Path, text: str, picture: Image.Image) -> None:
     """Write the card and its picture."""
     check_place(folder)
-    picture.save(folder / PICTURE, quality=90)
-    (folder / CARD).write_text(text, encoding="utf-8")
+    write_image(folder / PICTURE, picture, quality=90)
+    write_file(folder / CARD, text)
 
 
 def check_place(folder: Path) -> None:
     """Raise UserError where the folder has a README.md that is not a card of this module's."""
     path = folder / CARD
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and not is_card(folder):
         raise UserError(f"{path}: there already, and no card of export.py; move it, or give --out")
+
+
+def is_card(folder: Path) -> bool:
+    """Return whether a folder has a card that this module wrote."""
+    path = folder / CARD
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def seconds_a_photo(segment: Callable[[], Any]) -> float:

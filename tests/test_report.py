@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from run_helpers import file_limit
 
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
@@ -376,6 +377,23 @@ def test_draws_the_samples(path, tmp_path):
     assert sheet.shape[0] == 3 * 512 and sheet.shape[1] > 4 * 512
     shown = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
     assert shown & {info.color for info in load_classes(None, 12)}  # a legend at least
+
+
+def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
+    target = Path(sample(path, 1)[1])
+    before = target.read_bytes()
+    for picture, reason in (
+        (target, "would be overwritten, and it is an input"),
+        (tmp_path / "gone/sheet.png", "No such file or directory"),
+    ):
+        assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(picture) in error and reason in error
+    assert target.read_bytes() == before
+    with file_limit(1000):
+        assert main(["--suggest", str(path), f"{tmp_path}/own.yaml"]) == 1
+    assert f"error: {tmp_path}/own" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["set"]
 
 
 def test_one_line_for_what_is_no_data_set(tmp_path, capsys):

@@ -51,6 +51,8 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
     if config.compile not in ("auto", True, False):
         raise ConfigError(f"compile: {config.compile} is none of auto, true, false")
+    if config.model.fused_loss not in ("auto", False):
+        raise ConfigError(f"model.fused_loss: {config.model.fused_loss}; use auto or false")
     if config.activation_memory_budget < 1 and config.compile is False:
         raise ConfigError("activation_memory_budget: less than 1 needs compile: auto or true")
     if config.class_names is not None and not os.path.isfile(config.class_names):

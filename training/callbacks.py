@@ -175,6 +175,9 @@ def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]
     num_classes = config.model.num_classes
     classes = class_infos(config)
     folder = config.save_folder
+    if folder and not config.is_train:
+        # Its pictures and tables are of batch 0, and would replace those of the run that trained.
+        folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
         LabelCheck(classes, config.data is None and config.eval_dataset.ignore_background),

@@ -31,6 +31,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from errors import OutputError, UserError
+from files import write_file
 from segmentation.classes import ClassInfo
 from segmentation.drawing import prediction_sheet
 
@@ -55,10 +57,10 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
                 file.flush()
                 store.upload_object(parse_uri(path)[2], file.name)
         else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f"{path}.unfinished", "wb") as file:
-                file.write(data)
-            os.replace(f"{path}.unfinished", path)
+            write_file(path, data)
+    except (OutputError, UserError) as error:
+        log.warning("%s", error)
+        return None
     except Exception as error:  # an object store raises what its client does
         log.warning("cannot write %s: %s", path, error)
         return None

@@ -91,6 +91,11 @@ class ModelConfig:
         APPLIED, 0.375, "weight of the cross entropy in the loss", "[0, inf)"
     )
     dice_weight: float = key(APPLIED, 1.125, "weight of the Dice loss in the loss", "[0, inf)")
+    fused_loss: bool | str = key(
+        FREE,
+        "auto",
+        "auto: Triton kernels on a GPU; false: PyTorch's operations, for the same loss",
+    )
     class_weights: Any = key(
         APPLIED,
         None,
