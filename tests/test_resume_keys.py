@@ -58,7 +58,7 @@ SPECIAL: dict[str, tuple[Changes, Changes]] = {
     "load_path": ({}, {"load_path": "checkpoint"}),
     "load_weights_only": ({"load_path": "checkpoint"}, {"load_weights_only": True}),
     "load_classes_by_name": (
-        {"load_path": "checkpoint", "load_weights_only": True, "class_names": "names"},
+        {"load_path": "named checkpoint", "load_weights_only": True, "class_names": "names"},
         {"load_classes_by_name": True},
     ),
     "loggers": ({}, {"loggers": {"console": {}}}),
@@ -224,6 +224,7 @@ def checkpoint(
         return _checkpoints[key]
 
     places["checkpoint"] = trained({})
+    places["named checkpoint"] = trained({"class_names": "names"})
     return trained
 
 
