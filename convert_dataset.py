@@ -21,19 +21,24 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec
 from dataset import report
 from dataset.annotations import (
+    BACKGROUND_NAME,
+    IGNORED_NAME,
     MALFORMED,
     Annotated,
+    Annotations,
+    by_number,
     draw,
     find_photos,
     photo_size,
@@ -52,6 +57,8 @@ CHUNK = 64
 DESCRIPTION = "data.yaml"
 BACKGROUND = "background"
 SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
+# Names that say that a value of a Hugging Face data set is no class.
+IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
 MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
 
 
@@ -60,11 +67,13 @@ class Converted(NamedTuple):
 
     Attributes:
         values: The value of each class in the masks, by its name, but for the background's.
-        notes: What else there is to say of it.
+        notes: Lines to print, such as on images that were left out.
+        ignored: Values in the masks that are ignored.
     """
 
     values: dict[str, int]
     notes: list[str]
+    ignored: list[int]
 
 
 def link(photo: Path, target: Path) -> None:
@@ -145,8 +154,15 @@ def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
     return (jobs[first : first + CHUNK] for first in range(0, len(jobs), CHUNK))
 
 
-def read_names(path: str) -> list[str]:
-    """Return the names in a file, a line each; DataError: it is no text."""
+def read_names(path: str) -> list[str] | dict[int, str]:
+    """Return the names in a file: a name on each line, or those of YOLO's data.yaml.
+
+    Raises:
+        DataError: The file is not text, or a YAML without names.
+    """
+    if path.lower().endswith((".yaml", ".yml")):
+        with reading(Path(path)):
+            return by_number(yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))["names"])
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except ValueError as error:
@@ -157,26 +173,30 @@ def read_names(path: str) -> list[str]:
 def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     """Convert a tool's files: of training, and of validation where there are any."""
     names = read_names(options.names) if options.names else None
-    found = {"train": read_annotations(options.source, names)}
+    folders = {
+        "train": Path(options.images),
+        "val": Path(options.val_images or options.images),
+    }
+    found = {"train": read_annotations(options.source, names, folders["train"])}
+    notes = []
     if options.val_source:
-        found["val"] = read_annotations(options.val_source, names)
+        found["val"] = read_annotations(options.val_source, names, folders["val"])
+    else:
+        found, notes = by_split(found["train"])
     classes = list(dict.fromkeys(name for split in found.values() for name in split.classes))
     first = int(options.background in classes)
     classes.sort(key=lambda name: name != options.background)
     values = {name: place + 1 - first for place, name in enumerate(classes)}
-    tasks = []
     if len(classes) >= IGNORED:
         raise DataError(f"{options.source}: {len(classes)} classes are more than {IGNORED - 1}")
+    drawn = {IGNORED_NAME: 255, BACKGROUND_NAME: 0, **values}
+    tasks = []
     for split, read in found.items():
-        images = Path(options.images if split == "train" else options.val_images or options.images)
-        photos = dict(find_photos(images))
+        images = folders[split]
+        find = photo_finder(images, options.source)
         jobs, seen = [], set()
         for annotated in read.photos:
-            photo = photos.get(os.path.normpath(annotated.photo)) or photos.get(
-                Path(annotated.photo).name
-            )
-            if photo is None:
-                raise DataError(f"{options.source} names {annotated.photo}, not in {images}")
+            photo = find(annotated.photo)
             if photo in seen:
                 raise DataError(f"{options.source} names {annotated.photo} twice")
             seen.add(photo)
@@ -184,12 +204,72 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
             link(photo, out / "photos" / split / name)
             jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
         check_distinct(jobs)
-        tasks += [(draw_masks, part, values, options.overlap == "area") for part in chunks(jobs)]
+        tasks += [(draw_masks, part, drawn, options.overlap == "area") for part in chunks(jobs)]
     run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
-    skipped = sum(read.skipped for read in found.values())
-    notes = [f"{skipped} points, lines and boxes have no area and were left out"] * bool(skipped)
+    skipped = [line for read in found.values() for line in read.skipped]
+    if skipped:
+        listed = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+        notes.append(f"left out, because they have no area: {len(skipped)} ({listed})")
     order = "the smaller on the larger" if options.overlap == "area" else "in the file's order"
-    return Converted(values, [f"where shapes overlap, they lie {order}", *notes])
+    shapes = [shape.name for read in found.values() for one in read.photos for shape in one.shapes]
+    ignored = [255] if IGNORED_NAME in shapes else []
+    return Converted(values, [f"where shapes overlap, they lie {order}", *notes], ignored)
+
+
+def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
+    """Split annotations by the word in their paths, as in YOLO's labels/train and labels/val.
+
+    Returns:
+        The splits, `train` alone unless there are both, and notes on what belongs to neither.
+    """
+    groups: dict[str | None, list[Annotated]] = {}
+    for annotated in read.photos:
+        words = [part for part in Path(annotated.photo).parts[:-1] if part.lower() in SPLITS]
+        groups.setdefault(words[0].lower() if words else None, []).append(annotated)
+    val = next((word for word in ("val", "valid", "validation", "test") if word in groups), None)
+    if "train" not in groups or val is None:
+        return {"train": read}, []
+    others = {word: found for word, found in groups.items() if word not in ("train", val)}
+    notes = [
+        f"{len(found)} images of {word or 'no split'} are left out, first {found[0].photo}"
+        for word, found in others.items()
+    ]
+    train, validation = (read._replace(photos=groups[word]) for word in ("train", val))
+    return {"train": train, "val": validation._replace(skipped=[])}, notes
+
+
+def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
+    """Return a function from the name of an image in annotations to its path below a folder.
+
+    Raises (the function):
+        DataError: There is no such image, or there are several.
+    """
+    photos = dict(find_photos(images))
+    by_parts: dict[str, set[Path]] = {}
+    for name, path in photos.items():
+        for key in {_without_kind(name), Path(name).name}:
+            by_parts.setdefault(key, set()).add(path)
+
+    def find(name: str) -> Path:
+        whole = photos.get(os.path.normpath(name))
+        if whole is not None:
+            return whole
+        for key in (_without_kind(name), Path(name).name):
+            found = by_parts.get(key, set())
+            if len(found) == 1:
+                return next(iter(found))
+            if found:
+                first, second, *_ = sorted(found)
+                raise DataError(f"{source} names {name}, which may be {first} or {second}")
+        raise DataError(f"{source} names {name}, not in {images}")
+
+    return find
+
+
+def _without_kind(name: str) -> str:
+    """Return a path without the folders that tell images from labels."""
+    parts = [part for part in Path(name).parts if part not in ("images", "labels", "photos", ".")]
+    return "/".join(parts)
 
 
 def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
@@ -220,7 +300,7 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
             for part in chunks(jobs)
         ]
     run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
-    return Converted(values, [])
+    return Converted(values, [], [])
 
 
 def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
@@ -236,11 +316,12 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     except Exception as error:  # the library raises what its many parts do
         raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
     found = found if isinstance(found, dict) else {"train": found}
-    names = _names(name, options.names)
+    names, notes = _names(name, options.names), []
     pixels: dict[int, int] = {}
     written: dict[str, int] = {}  # rows by the split that they go to, which two may share
     for split, rows in found.items():
         if split not in SPLITS or (split == "test" and len(found) > 2):
+            notes.append(f"split {split} is left out")
             continue
         photo_column, mask_column = _columns(rows, datasets.Image, options)
         for column in (photo_column, mask_column):
@@ -259,10 +340,19 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
             write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
             for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
                 pixels[int(value)] = pixels.get(int(value), 0) + int(count)
-    known = [
-        value for value in sorted(pixels.keys() | names.keys()) if value != 255 or 255 in names
-    ]
-    return Converted({names.get(value, f"class_{value}"): value for value in known}, [])
+    ignored = {value for value, label in names.items() if label.strip().lower() in IGNORE_NAMES}
+    ignored |= options.ignore
+    total = sum(pixels.values())
+    for value in sorted(ignored & pixels.keys()):
+        notes.append(f"value {value} is ignored, {pixels[value] / total:.2%} of the pixels")
+    if 255 in pixels and 255 not in ignored | names.keys():
+        share = pixels[255] / total
+        notes.append(f"value 255 is a class, {share:.2%} of the pixels; --ignore 255 ignores it")
+    known = sorted((pixels.keys() | names.keys()) - ignored)
+    values = {names.get(value, f"class_{value}"): value for value in known}
+    if len(values) < len(known):
+        raise DataError(f"{options.source}: two values have one name; give --names")
+    return Converted(values, notes, sorted(ignored))
 
 
 def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
@@ -286,7 +376,7 @@ def _content(cell: dict[str, Any]) -> bytes:
 def _names(name: str, file: str | None) -> dict[int, str]:
     """Return the name of each value: a name a line, or id2label.json as Hugging Face has it."""
     if file and not file.endswith(".json"):
-        return dict(enumerate(read_names(file)))
+        return by_number(read_names(file))
     path = Path(file or Path(name, "id2label.json"))
     if not path.is_file() and not Path(name).exists():
         from huggingface_hub import hf_hub_download
@@ -305,14 +395,17 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 def describe(out: Path, converted: Converted, options: argparse.Namespace) -> None:
     """Write the description of a converted data set."""
     values, is_hub = dict(converted.values), options.source.startswith("hf://")
-    ignored = [255] if is_hub and 255 not in values.values() else []
+    ignored = list(converted.ignored)
     if not is_hub and 0 not in values.values():
         if options.background == "ignore":
-            ignored = [0]
+            ignored.append(0)
         else:
             values = {options.background: 0, **values}
     if not 2 <= len(values) < IGNORED:
-        raise DataError(f"{options.source}: {len(values)} classes are not 2 to {IGNORED - 1}")
+        raise DataError(
+            f"{options.source}: {len(values)} classes ({', '.join(values)}); a network needs 2 to "
+            f"{IGNORED - 1}"
+        )
     split = {
         name: {"images": f"photos/{name}", "masks": f"masks/{name}"} for name in ("train", "val")
     }
@@ -368,6 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--background", help="class of pixels without a shape, or ignore (default: background)")
     add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
     add("--names", help="names of the classes, a line each, where the source has none")
+    add("--ignore", default="", metavar="VALUES", help="of Hugging Face's masks, as in 0,255")
     add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=whole(1, 1024), default=cores, help="default: one a core")
@@ -379,6 +473,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.val_source, options.val = options.val, 0.15
     if not 0 < options.val < 1:
         parser.error(f"--val {options.val:g}: a share between 0 and 1, or a file of annotations")
+    values = [value.strip() for value in options.ignore.split(",") if value.strip()]
+    if not all(value.isdigit() for value in values):
+        parser.error(f"--ignore {options.ignore}: values of masks, as in 0,255")
+    options.ignore = {int(value) for value in values}
     if options.background == "":
         parser.error("--background: a name, or ignore")
     if options.source == "hf://":

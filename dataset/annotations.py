@@ -27,9 +27,17 @@ from errors import DataError, one_line
 
 CORNERS = 128  # of the polygon that stands for a circle
 BEYOND = 16  # times a photo's longer side: no outline goes further, whatever a file says
+# LabelMe's names for pixels that are ignored, and for those of no class.
+IGNORED_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
+RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
+# Shapes of LabelMe and CVAT, and types of CVAT's labels, that have no area.
+WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
 # What reading raises where a file's parts are of other types than its format says.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
+
+
+Names = list[str] | dict[int, str] | None  # of YOLO's classes
 
 
 class Shape(NamedTuple):
@@ -55,32 +63,34 @@ class Annotated(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """What a file or folder of a tool holds.
+    """The content of a tool's file or folder.
 
     Attributes:
         photos: All of them.
-        classes: Their names, in the tool's order.
-        skipped: How many points and lines there were, which have no area.
+        classes: Their names, in the tool's order, without those in `RESERVED`.
+        skipped: A line on each shape or file that was left out, such as points and lines.
     """
 
     photos: list[Annotated]
     classes: list[str]
-    skipped: int = 0
+    skipped: list[str]
 
 
-def read_annotations(source: str, names: list[str] | None = None) -> Annotations:
+def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
     """Read COCO's instances, CVAT's XML for images, or a folder of LabelMe's or YOLO's files.
 
     Args:
-        source: The file or folder.
-        names: Of YOLO's classes, where no data.yaml has them.
+        source: The file or folder; of YOLO also its data.yaml.
+        names: Names of YOLO's classes, where no data.yaml has them.
+        images: Folder of the images, which tells YOLO's labels from other text files.
 
     Raises:
         DataError: It is missing, or of another kind.
     """
     path = Path(source)
     with reading(path):
-        found = _read(path, names)
+        found = _read(path, names, images)
+        found = found._replace(classes=[name for name in found.classes if name not in RESERVED])
         if not all(isinstance(name, str) for name in found.classes):
             raise ValueError("a class has no name")
     return found
@@ -102,33 +112,67 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not of a format that is known ({one_line(error)})") from error
 
 
-def _read(path: Path, names: list[str] | None) -> Annotations:
+def _read(path: Path, names: Names, images: Path | None) -> Annotations:
     if path.is_dir():
         files = [file for _, file in visible_files(path)]
         if any(file.suffix == ".json" for file in files):
             return _labelme([file for file in files if file.suffix == ".json"], path)
-        return _yolo(path, files, names)
+        return _yolo(path, files, names, images)
+    if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+        return _yolo(path.parent, [f for _, f in visible_files(path.parent)], names, images)
     if path.suffix.lower() == ".xml":
         return _cvat(ElementTree.fromstring(path.read_bytes()))
     return _coco(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _coco(found: dict[str, Any]) -> Annotations:
-    """COCO's instances: https://cocodataset.org/#format-data."""
+    """Read COCO's instances: https://cocodataset.org/#format-data."""
     names = _by_id(found["categories"], "name")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in found["images"]}
     shapes: dict[int, list[Shape]] = {number: [] for number in _by_id(found["images"], "file_name")}
-    skipped = 0
-    for annotation in found["annotations"]:
+    skipped, used = [], set()
+    for place, annotation in enumerate(found["annotations"]):
+        where = f"annotation {annotation.get('id', place)}"
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in shapes:
+            raise DataError(f"{where}: image {image} is not among the images")
+        if category not in names:
+            raise DataError(f"{where}: category {category} is not among the categories")
+        used.add(category)
         outline = annotation["segmentation"]
-        if not outline:
-            skipped += 1
-            continue
-        shapes[annotation["image_id"]].append(Shape(names[annotation["category_id"]], outline))
+        if isinstance(outline, list):
+            outline = _sound_parts(outline, sizes[image])
+        if outline:
+            shapes[image].append(Shape(names[category], outline))
+        else:
+            skipped.append(f"{where}: no outline of three points or more within its image")
+    # Roboflow's exports list the root of their categories, which no shape can have.
+    roots = {category.get("supercategory") for category in found["categories"]}
+    classes = [name for number, name in names.items() if number in used or name not in roots]
     photos = [
-        Annotated(image["file_name"], (image["height"], image["width"]), shapes[image["id"]])
+        Annotated(_unix(image["file_name"]), sizes[image["id"]], shapes[image["id"]])
         for image in found["images"]
     ]
-    return Annotations(photos, list(names.values()), skipped)
+    return Annotations(photos, classes, skipped)
+
+
+def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
+    """Return the polygons of COCO's outline that can be drawn; a flat list is one polygon."""
+    parts = [outline] if outline and not isinstance(outline[0], list) else outline
+    return [part for part in parts if _is_sound(part, size)]
+
+
+def _is_sound(part: list[float], size: tuple[int, int]) -> bool:
+    """Whether a polygon has three points or more, and none far outside the image."""
+    numbers = all(isinstance(value, int | float) for value in part)
+    if not numbers or len(part) < 6 or len(part) % 2:
+        return False
+    return bool(np.abs(np.asarray(part, float)).max() < BEYOND * max(size))
+
+
+def _unix(path: str) -> str:
+    """Return a path with the separators of Unix."""
+    return path.replace("\\", "/")
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
@@ -141,8 +185,8 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
 
 
 def _labelme(files: list[Path], root: Path) -> Annotations:
-    """LabelMe's JSON, a file a photo: https://github.com/wkentaro/labelme."""
-    photos, skipped = [], 0
+    """Read LabelMe's JSON, a file for each image: https://github.com/wkentaro/labelme."""
+    photos, skipped = [], []
     for file in files:
         with reading(file):
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -156,27 +200,30 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
                     shapes.append(Shape(shape["label"], runs))
                     continue
                 outline = _outline(kind, points)
-                skipped += outline is None
                 if outline:
                     shapes.append(Shape(shape["label"], [outline]))
-            # Its path is as seen from the JSON's folder, with the separators of any system.
-            name = found["imagePath"].replace("\\", "/")
-            photo = (file.parent.relative_to(root) / Path(name).name).as_posix()
+                else:
+                    skipped.append(f"{file.name}: {shape['label']}, a {kind}")
+            # Its path is as seen from the JSON's folder.
+            name = Path(_unix(found["imagePath"])).name
+            photo = (file.parent.relative_to(root) / name).as_posix()
             photos.append(Annotated(photo, size, shapes))
     return Annotations(photos, sorted({s.name for p in photos for s in p.shapes}), skipped)
 
 
 def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
-    """Return a shape of LabelMe's as a polygon; None if it has no area."""
-    if kind == "rectangle":
+    """Return a shape of LabelMe's, or of X-AnyLabeling's, as a polygon; None if it has no area."""
+    if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [left, top, right, top, right, bottom, left, bottom]
     if kind == "circle":
         (x, y), edge = points
         radius = math.dist((x, y), edge)
         return _ellipse(x, y, radius, radius)
-    if kind == "polygon" and len(points) > 2:
-        return [float(value) for point in points for value in point]
+    if kind in ("polygon", "rectangle", "rotation"):
+        return [float(v) for point in points for v in point] if len(points) > 2 else None
+    if kind not in WITHOUT_AREA:
+        raise ValueError(f"a shape of the unknown type {kind}")
     return None
 
 
@@ -195,24 +242,36 @@ def _turned(outline: list[float], degrees: float) -> list[float]:
 
 
 def _cvat(root: ElementTree.Element) -> Annotations:
-    """CVAT's XML for images: https://docs.cvat.ai/docs/manual/advanced/xml_format/."""
-    photos, skipped = [], 0
+    """Read CVAT's XML for images: https://docs.cvat.ai/docs/manual/advanced/xml_format/."""
+    photos, skipped = [], []
     for image in root.iter("image"):
-        size = int(image.attrib["height"]), int(image.attrib["width"])
+        size, where = (int(image.attrib["height"]), int(image.attrib["width"])), image.get("name")
         shapes = []
         for element in image:
-            values = element.attrib
-            outline = _cvat_outline(element.tag, values, size)
-            skipped += outline is None
-            if outline is not None:
-                level = int(values.get("z_order", 0))
-                shapes.append(Shape(values["label"], outline, level))
-        photos.append(Annotated(image.attrib["name"], size, shapes))
+            outline = _cvat_outline(element.tag, element.attrib, size)
+            if outline is None:
+                if element.tag != "tag":  # a tag is of the whole image, and no shape
+                    skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
+                continue
+            if not element.get("label"):
+                raise ValueError(f"{where}: a {element.tag} has no label")
+            level = int(element.get("z_order", 0))
+            shapes.append(Shape(element.attrib["label"], outline, level))
+        photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
+    if not photos and root.find(".//track") is not None:
+        raise ValueError("it holds the tracks of a video; export the task as CVAT for images 1.1")
     if not photos:
         raise ValueError("it holds no <image>")
-    labels = [label.findtext("name") for label in root.iter("label")]
-    names = [name for name in labels if name]
-    return Annotations(photos, names or sorted({s.name for p in photos for s in p.shapes}), skipped)
+    # The parts of a skeleton are listed as labels, too; they have a parent.
+    areas = [
+        label.findtext("name")
+        for label in root.iter("label")
+        if label.findtext("type") not in WITHOUT_AREA and label.find("parent") is None
+    ]
+    drawn = sorted({shape.name for photo in photos for shape in photo.shapes})
+    classes = [name for name in areas if name]
+    classes += [name for name in drawn if name not in classes]
+    return Annotations(photos, classes, skipped)
 
 
 def _cvat_outline(
@@ -249,35 +308,64 @@ def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int])
     return {"size": list(size), "counts": counts if not flat[0] else [0, *counts]}
 
 
-def _yolo(root: Path, files: list[Path], names: Any) -> Annotations:
-    """YOLO's polygons, a text a photo: https://docs.ultralytics.com/datasets/segment/."""
-    if names is None:
-        config = next((file for file in files if file.suffix in (".yaml", ".yml")), None)
-        if config is None:
-            raise DataError(f"{root} has no data.yaml with names: give --names")
-        names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
-    given = names.items() if isinstance(names, dict) else enumerate(names)
-    classes = dict(sorted((int(number), str(name)) for number, name in given))
-    photos, skipped = [], 0
+def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> Annotations:
+    """Read YOLO's polygons, a text for each image: https://docs.ultralytics.com/datasets/segment/.
+
+    The data.yaml with the names may lie in the folder, or in one of the two above it.
+    """
+    classes = by_number(_yolo_names(root) if names is None else names)
+    stems = {Path(name).stem for name, _ in find_photos(images)} if images else set()
+    photos, skipped = [], []
     for file in files:
-        if file.suffix != ".txt" or file.name == "classes.txt":
+        if file.suffix != ".txt":
             continue
         with reading(file):
+            text = file.read_text(encoding="utf-8")
+            if file.stem not in stems and not _is_yolo(text):
+                skipped.append(f"{file.relative_to(root)}: a text file that labels no image")
+                continue
             shapes = []
-            for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
-                number, *values = line.split()
-                if len(values) < 6:  # a box has four, which is no outline
-                    skipped += 1
+            for number, line in enumerate(text.splitlines(), 1):
+                if not line.strip():
                     continue
-                if int(number) not in classes:
+                kind, *values = line.split()
+                if len(values) < 6:  # a box has four, which is no outline
+                    skipped.append(f"{file.relative_to(root)}: line {number}, a box")
+                    continue
+                if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {number} is none of the {len(classes)} with a name"
+                        f"{file}: class {kind} is none of the {len(classes)} with a name"
                     )
-                shapes.append(Shape(classes[int(number)], [[float(value) for value in values]]))
+                shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
         raise DataError(f"{root} has neither LabelMe's JSON nor YOLO's text files")
     return Annotations(photos, list(classes.values()), skipped)
+
+
+def _is_yolo(text: str) -> bool:
+    """Whether every line of a text is a class and numbers."""
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    try:
+        return bool(lines) and all(int(kind) >= 0 and [*map(float, rest)] for kind, *rest in lines)
+    except ValueError:
+        return False
+
+
+def _yolo_names(root: Path) -> Any:
+    for folder in (root, root.parent, root.parent.parent):
+        for config in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+            with reading(config):
+                found = yaml.safe_load(config.read_text(encoding="utf-8"))
+                if isinstance(found, dict) and "names" in found:
+                    return found["names"]
+    raise DataError(f"{root} has no data.yaml with names, here or above: give --names")
+
+
+def by_number(names: Any) -> dict[int, str]:
+    """Return YOLO's names, a list or a mapping from numbers, by their class numbers."""
+    pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    return dict(sorted((int(number), str(name)) for number, name in pairs))
 
 
 def photo_size(path: Path) -> tuple[int, int]:
@@ -331,7 +419,7 @@ def draw(
                 runs = coco.frPyObjects(runs, *size)
         else:
             for part in runs:
-                if len(part) < 6 or not np.abs(np.asarray(part, float)).max() < BEYOND * max(size):
+                if not _is_sound(part, size):
                     raise ValueError(f"an outline of {len(part) // 2} points, or far outside")
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))

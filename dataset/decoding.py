@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -85,21 +86,37 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 def _refuse_more_channels(data: bytes) -> None:
     """Raise ValueError for a TIFF whose pixels are more than grey, RGB or CMYK and an alpha."""
-    if data[:4] not in (b"II*\0", b"MM\0*"):
-        return
-    file = io.BytesIO(data)
-    try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
-        file.seek(tags.next)
-        tags.load(file)
-        channels, kind = tags.get(277, 1), tags.get(262, 1)
-        extra = tags.get(338, ())
-    except Exception:  # for the decoder to say what is wrong
-        return
+    tags = _tiff_tags(data)
+    channels, kind, extra = tags.get(277, 1), tags.get(262, 1), tags.get(338, ())
     colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
     alpha = sum(value in (1, 2) for value in (extra if isinstance(extra, tuple) else (extra,)))
     if channels > colors + alpha:
         raise ValueError(f"{channels} channels, where grey or RGB is read: write those three alone")
+
+
+def _tiff_tags(data: bytes) -> dict[int, Any]:
+    """Return the tags of a TIFF or BigTIFF; none of other files, or of a damaged one."""
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return {}
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        return dict(getattr(image, "tag_v2", {}))
+    # Pillow does not open every TIFF that OpenCV does; its reader of tags alone takes more.
+    with contextlib.suppress(Exception):
+        is_big = data[2:3] == b"+" or data[3:4] == b"+"
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if is_big else 8])
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        return dict(tags)
+    return {}
+
+
+def _is_wide(data: bytes) -> bool:
+    """Whether a PNG or TIFF has several channels of 16 bits; Pillow drops the low eight."""
+    if data.startswith(_PNG_START):
+        return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
+    bits = _tiff_tags(data).get(258, 8)
+    return isinstance(bits, tuple) and len(bits) > 1 and max(bits) > 8
 
 
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
@@ -151,6 +168,11 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a JPEG mask, and JPEG changes labels: masks have to be PNG")
     mask = np.asarray(image)
+    if _is_wide(data):
+        wide = _opencv(data, cv2.IMREAD_UNCHANGED)
+        if wide is None or wide.ndim != 3:
+            raise ValueError("16 bits in several channels cannot be read; write one channel")
+        mask = wide
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
             raise ValueError(
@@ -194,7 +216,7 @@ def decode_colors(data: bytes) -> np.ndarray:
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a JPEG mask, and JPEG changes colours: masks have to be PNG")
-    if data[24:25] == b"\x10" and image.format == "PNG":
+    if _is_wide(data):
         raise ValueError("a mask in colours of 16 bits, where 8 are expected")
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     return pixels[..., 0] | pixels[..., 1] << 8 | pixels[..., 2] << 16

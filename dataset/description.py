@@ -222,6 +222,11 @@ def _parse_classes(
         kinds.add(_is_color(value))
         number = _number(value, f"{where}: {name}")
         if number in values:
+            if names[number] == name:
+                raise ConfigError(
+                    f"{where}: {name} lists {value} twice; a colour is a list of its own, as in "
+                    "labels: [[128, 64, 128]]"
+                )
             raise ConfigError(f"{where}: label {value} is in both {names[number]} and {name}")
         values[number], names[number] = label, name
     if len(kinds) > 1:

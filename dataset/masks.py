@@ -183,11 +183,16 @@ class Segments:
                 first = len(numbers)
                 numbers += [(s["id"], s["category_id"]) for s in annotation["segments_info"]]
                 self.places[os.path.basename(annotation["file_name"])] = first, len(numbers)
+            self.numbers = np.array(numbers, np.int64).reshape(-1, 2)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f"{path}: not JSON of COCO's panoptic format") from error
-        self.numbers = np.array(numbers, np.int32).reshape(-1, 2)
+        ids = self.numbers[:, 0]
+        if wrong := ids[(ids < 0) | (ids >= COLORS)].tolist():
+            raise DataError(
+                f"{path}: segment id {wrong[0]} does not fit the three bytes of a PNG's pixel"
+            )
 
     def only(self, paths: Iterable[str]) -> Segments:
         """Return the same for a few masks alone."""
