@@ -144,8 +144,10 @@ class Network(nn.Module):
                 raise self._failed(size, error) from error
             self.channels_last = False
             self.check(num_classes, sizes)
-        except ModelError:
-            raise
+        except ModelError as error:
+            if "model.name" in str(error):
+                raise
+            raise self._failed(size, error) from error
         except Exception as error:  # what any library's network may raise
             raise self._failed(size, error) from error
         finally:
