@@ -220,13 +220,15 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     found = found if isinstance(found, dict) else {"train": found}
     names = _names(name, options.names)
     pixels: dict[int, int] = {}
-    for split, rows in found.items():
+    for key, rows in found.items():
+        split = str(key)
         if split not in SPLITS or (split == "test" and len(found) > 2):
             continue
         photo_column, mask_column = _columns(rows, datasets.Image, options)
         for column in (photo_column, mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-        for number, row in enumerate(tqdm(rows, unit=" photos", desc=split, disable=None)):
+        table: Any = rows
+        for number, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
             content = [_content(row[column]) for column in (photo_column, mask_column)]
             where = f"{options.source}: {split}, row {number}"
             try:

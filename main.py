@@ -126,12 +126,20 @@ def build_trainer(
     from training.loggers import build_loggers
     from training.memory import first_microbatch
     from training.optimizer import build_optimizer
-    from training.precision import check_kernels, choose_precision, compiles
+    from training.precision import (
+        check_build_tools,
+        check_kernels,
+        choose_precision,
+        compiles,
+    )
     from training.recipes import build_recipe, check_lengths
     from training.watch import PATIENCE
     from transforms import DeviceTransform
 
     check_kernels()
+    slower = check_build_tools(config)
+    if slower and dist.get_local_rank() == 0:
+        log.warning("%s", slower)
     precision, cpu_autocast = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
@@ -178,7 +186,7 @@ def build_trainer(
     weights = class_weights(config, counts)
     config, model = _build_model(config, start, data, weights)
     # torch's overloads of `to` leave out the memory format.
-    model.to(memory_format=model.module.memory_format)  # pyright: ignore[reportCallIssue]
+    model.to(memory_format=model.module.memory_format)  # pyright: ignore
     model.cpu_autocast = cpu_autocast
     optimizer = build_optimizer(config.optimizer, model.module)
     algorithms, scheduler = build_recipe(config)
@@ -371,7 +379,7 @@ def build_network(config: Config) -> torch.nn.Module:
     with torch.device("meta" if config.model.name == "deeplabv3" else "cpu"):
         network = build_composer_model(**keys).module.to("meta")
     # torch's overloads of `to` leave out the memory format.
-    return network.to(memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
+    return network.to(memory_format=network.memory_format)  # pyright: ignore
 
 
 def _refuse(error: Exception | str, status: int = 2) -> int:

@@ -225,7 +225,7 @@ def test_ddp(one_process: list[str]) -> None:
 
 WHEELS = {
     "2.7.0": ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"],
-    "2.13.0": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
+    "2.15.0": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
 }
 
 
@@ -233,14 +233,14 @@ WHEELS = {
     ("wheel", "capability", "advice"),
     [
         ("2.7.0", (10, 0), r"capability 10\.0, for which torch 2\.7\.0 has no kernels .*CUDA 13"),
-        ("2.7.0", (12, 0), "torch 2.13.0 or newer"),
-        ("2.13.0", (7, 0), r"capability 7\.0, .*make install TORCH=2\.7\.0"),
-        ("2.13.0", (6, 1), "TORCH=2.7.0"),
-        ("2.13.0", (13, 0), "or newer"),
+        ("2.7.0", (12, 0), "torch 2.15.0 or newer"),
+        ("2.15.0", (7, 0), r"capability 7\.0, .*make install TORCH=2\.7\.0"),
+        ("2.15.0", (6, 1), "TORCH=2.7.0"),
+        ("2.15.0", (13, 0), "or newer"),
         ("2.7.0", (8, 9), None),
         ("2.7.0", (6, 1), None),
-        ("2.13.0", (7, 5), None),
-        ("2.13.0", (10, 3), None),
+        ("2.15.0", (7, 5), None),
+        ("2.15.0", (10, 3), None),
         (["sm_90a"], (9, 0), None),
         (["sm_80", "sm_100a"], (10, 3), "no kernels"),
         (["sm_80", "sm_100f"], (10, 3), None),
