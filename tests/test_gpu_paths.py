@@ -22,13 +22,11 @@ from typing import Any, cast
 import pytest
 import torch
 from composer import Callback
-from composer.algorithms.ema.ema import EMAParameters
 from composer.callbacks import memory_monitor
 from composer.core import Event, State
 from composer.devices import DeviceGPU
 from composer.distributed import ddp_sync_context, prepare_ddp_module
 from composer.loggers import Logger
-from composer.trainer._scaler import ClosureGradScaler
 from composer.utils import dist
 from torch import nn
 from torch._functorch import config as functorch
@@ -44,6 +42,7 @@ from errors import ConfigError
 from segmentation import losses
 from segmentation.metrics import confusion_matrix
 from training.algorithms import EMA, MixUp, _climbed
+from training.composer_internals import ClosureGradScaler, EMAParameters
 from training.config import resolve
 from training.memory import CONTEXT, count
 from training.optimizer import DecoupledSGDW
