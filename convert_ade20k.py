@@ -23,12 +23,11 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +47,7 @@ from dataset.matching import list_described
 from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
 from dataset.workers import in_processes
 from errors import DataError, UserError, escape_names, one_line, whole
+from files import check_outputs, explain_output, write_file
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,10 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-    with tempfile.TemporaryDirectory(dir=target.done) as temporary:
+        # A run with other options wrote it; its name may differ.
+        _remove_shard(target, finished["entry"])
+    final = Path(target.folder, f"shard.{number:05}.mds")
+    with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
         writer = MDSWriter(
             columns=COLUMNS,
             out=temporary,
@@ -121,11 +124,18 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
+        # This note says that the shard is ours, should the run end before it is finished.
+        _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:
         upload(target, info["basename"])
     _write(note, {"inputs": inputs, "entry": entry})
     return entry
+
+
+def _remove_shard(target: Target, entry: dict[str, Any]) -> None:
+    name = (entry["zip_data"] or entry["raw_data"])["basename"]
+    Path(target.folder, name).unlink(missing_ok=True)
 
 
 def _name(number: int, written: str) -> str:
@@ -229,11 +239,18 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
     _write(Path(target.folder, "index.json"), {"version": 2, "shards": entries})
     if target.remote:
         upload(target, "index.json")
-    for file in Path(target.folder).glob("shard.*"):  # of an interrupted run with other options
-        if file.name not in {(e["zip_data"] or e["raw_data"])["basename"] for e in entries}:
-            file.unlink()
-    shutil.rmtree(target.done)
+    for note in target.done.glob("*.json"):
+        if int(note.stem) >= len(entries):  # an interrupted run with other options had more shards
+            _remove_shard(target, json.loads(note.read_text())["entry"])
+        note.unlink()
+    _remove_empty(target.done)
     log.info("%s/%s: %d samples in %d shards", out, split, len(samples), len(entries))
+
+
+def _remove_empty(folder: str | Path) -> None:
+    """Remove a folder unless it holds something, which is not of this project then."""
+    with suppress(OSError):
+        os.rmdir(folder)
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
@@ -248,6 +265,11 @@ def _fetch_index(remote: str, index: Path) -> bool:
 
 
 def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dict[str, Any]]:
+    if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
+        raise DataError(
+            f"{shards[0]} is there already, and no interrupted conversion wrote it; "
+            "move it away, or use another --out"
+        )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
     entries: dict[int, dict[str, Any]] = {}
@@ -294,10 +316,7 @@ def _progress(what: str, total: int) -> tqdm:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Write JSON so that the file is whole or not there."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, sort_keys=True))
-    os.replace(temporary, file)
+    write_file(file, json.dumps(content, sort_keys=True))
 
 
 def find_splits(
@@ -351,7 +370,7 @@ def convert(
         raise DataError(f"hash {unknown[0]!r} is none of Streaming's, such as sha1 or xxh64")
     out = out.rstrip("/")
     is_remote = "://" in out
-    folder = out
+    folder, is_our_staging = out, is_remote and staging is None
     if is_remote:
         if staging is None:
             key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
@@ -362,8 +381,12 @@ def convert(
     except ValueError:
         raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
     workers = workers or len(os.sched_getaffinity(0))
+    described = path
     path, description = open_description(path, root)
     splits = find_splits(path, description)
+    if description is not None and not is_remote:
+        check_outputs([os.path.join(out, DESCRIPTION)], [described])
+    is_new = not os.path.isdir(folder)
     with _only_one(folder):
         for split, (samples, masks) in splits.items():
             remote = f"{out}/{split}" if is_remote else None
@@ -371,11 +394,14 @@ def convert(
             convert_split(samples, out, split, target)
         if description is not None:
             text = as_yaml(describe_labels(description.classes))
-            Path(folder, DESCRIPTION).write_text(text, encoding="utf-8")
+            write_file(Path(folder, DESCRIPTION), text)
             if is_remote:
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
-    if is_remote:
-        shutil.rmtree(folder)
+    if is_remote:  # everything is uploaded
+        for split in splits:
+            _remove_empty(os.path.join(folder, split))
+        if is_new or is_our_staging:
+            _remove_empty(folder)
     return {split: len(samples) for split, (samples, _) in splits.items()}
 
 

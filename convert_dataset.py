@@ -46,8 +46,10 @@ from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
 from dataset.workers import in_processes
 from errors import DataError, UserError, escape_names, one_line, whole
+from files import explain_output, output_folder, write_file
 
 CHUNK = 64
+DESCRIPTION = "data.yaml"
 BACKGROUND = "background"
 SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
 MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
@@ -71,13 +73,13 @@ def link(photo: Path, target: Path) -> None:
     try:
         os.link(photo.resolve(), target)
     except OSError:
-        shutil.copy2(photo, target)
+        with explain_output(target):
+            shutil.copy2(photo, target)
 
 
 def write_mask(mask: np.ndarray, target: Path) -> None:
     """Write a mask as a PNG."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+    write_file(target, cv2.imencode(".png", mask)[1].tobytes())
 
 
 def draw_masks(
@@ -103,18 +105,32 @@ def draw_masks(
                     )
                     for shape in shapes
                 ]
-            write_mask(draw(shapes, size, values, by_area), target)
+            mask = draw(shapes, size, values, by_area)
         except (OSError, *MALFORMED) as error:
             raise DataError(f"{photo}: {one_line(error)}") from error
+        write_mask(mask, target)
 
 
 def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
     """Turn panoptic masks into those of classes; each job is a mask and where it goes."""
     for mask, target in jobs:
         try:
-            write_mask(masks.decode(mask.read_bytes(), str(mask)), target)
+            labels = masks.decode(mask.read_bytes(), str(mask))
         except (OSError, ValueError) as error:
             raise DataError(f"{mask}: {error}") from error
+        write_mask(labels, target)
+
+
+def check_distinct(jobs: Iterable[tuple]) -> None:
+    """Raise DataError if two jobs, of an input first and a mask's path last, have one mask.
+
+    Upper case does not count, because some file systems ignore it.
+    """
+    inputs: dict[str, Path] = {}
+    for first, *_, target in jobs:
+        other = inputs.setdefault(str(target).casefold(), first)
+        if other is not first:
+            raise DataError(f"{first} and {other} would have the same mask; rename one of them")
 
 
 def run(tasks: Iterable[tuple], total: int, workers: int) -> None:
@@ -167,6 +183,7 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
             name = photo.relative_to(images)
             link(photo, out / "photos" / split / name)
             jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
+        check_distinct(jobs)
         tasks += [(draw_masks, part, values, options.overlap == "area") for part in chunks(jobs)]
     run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
     skipped = sum(read.skipped for read in found.values())
@@ -196,6 +213,7 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
             photo = photos[str(name)]
             link(photo, out / "photos" / split / f"{name}{photo.suffix}")
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
+        check_distinct(jobs)
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
         tasks += [
             (read_panoptic, part, masks.only(str(mask) for mask, _ in part))
@@ -220,6 +238,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     found = found if isinstance(found, dict) else {"train": found}
     names = _names(name, options.names)
     pixels: dict[int, int] = {}
+    written: dict[str, int] = {}  # rows by the split that they go to, which two may share
     for key, rows in found.items():
         split = str(key)
         if split not in SPLITS or (split == "test" and len(found) > 2):
@@ -228,17 +247,17 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         for column in (photo_column, mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         table: Any = rows
-        for number, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
+        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
+            number = written.get(SPLITS[split], 0)
+            written[SPLITS[split]] = number + 1
             content = [_content(row[column]) for column in (photo_column, mask_column)]
-            where = f"{options.source}: {split}, row {number}"
+            where = f"{options.source}: {split}, row {place}"
             try:
                 mask = decode_mask(content[1], 2**16 - 1)
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from error
             suffix = ".png" if content[0].startswith(b"\x89PNG") else ".jpg"
-            photo = out / "photos" / SPLITS[split] / f"{number:08}{suffix}"
-            photo.parent.mkdir(parents=True, exist_ok=True)
-            photo.write_bytes(content[0])
+            write_file(out / "photos" / SPLITS[split] / f"{number:08}{suffix}", content[0])
             write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
             for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
                 pixels[int(value)] = pixels.get(int(value), 0) + int(count)
@@ -285,8 +304,8 @@ def _names(name: str, file: str | None) -> dict[int, str]:
         return {int(value): str(label) for value, label in found.items()}
 
 
-def describe(out: Path, converted: Converted, options: argparse.Namespace) -> Path:
-    """Write the description of what was converted."""
+def describe(out: Path, converted: Converted, options: argparse.Namespace) -> None:
+    """Write the description of a converted data set."""
     values, is_hub = dict(converted.values), options.source.startswith("hf://")
     ignored = [255] if is_hub and 255 not in values.values() else []
     if not is_hub and 0 not in values.values():
@@ -302,10 +321,8 @@ def describe(out: Path, converted: Converted, options: argparse.Namespace) -> Pa
     if not (out / "photos" / "val").is_dir():
         split["val"] = {"fraction": options.val}
     classes = {name: {"labels": [value]} for name, value in values.items()}
-    file = out / "data.yaml"
     raw = {"root": ".", **split, "classes": classes, "ignore": ignored}
-    file.write_text(as_yaml(raw), encoding="utf-8")
-    return file
+    write_file(out / DESCRIPTION, as_yaml(raw))
 
 
 def convert(options: argparse.Namespace) -> Path:
@@ -325,17 +342,19 @@ def convert(options: argparse.Namespace) -> Path:
         is_panoptic = b"segments_info" in Path(options.source).read_bytes()
     if options.background is None:
         options.background = "ignore" if is_panoptic else BACKGROUND
-    if is_hub:
-        converted = convert_hugging_face(options, out)
-    elif is_panoptic:
-        converted = convert_panoptic(options, out)
-    else:
-        converted = convert_annotations(options, out)
-    file = describe(out, converted, options)
+    # The data set appears when it is complete; a failure leaves nothing.
+    with output_folder(out) as unfinished:
+        if is_hub:
+            converted = convert_hugging_face(options, unfinished)
+        elif is_panoptic:
+            converted = convert_panoptic(options, unfinished)
+        else:
+            converted = convert_annotations(options, unfinished)
+        describe(unfinished, converted, options)
     background = "ignored" if options.background == "ignore" else f"of class {options.background}"
     for note in [f"pixels without a shape are {background}"] * (not is_hub) + converted.notes:
         print(note, file=sys.stderr)
-    return file
+    return out / DESCRIPTION
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,9 +12,9 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from checkpointing.saver import on_first_process
-from dataset.checks import check_labels
+from dataset.checks import check_labels, check_shard_classes
 from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
 from dataset.description import Description, parse_description
@@ -38,7 +38,7 @@ from dataset.shards import Shards
 from dataset.workers import use_one_core
 from errors import DataError, escape_names
 from training.balance import repeat_factors
-from training.bounds import check_share
+from training.config import class_infos
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
@@ -337,7 +337,13 @@ def build_ade20k_dataspec(
         local,
         split,
         build_ade20k_transformations(
-            split, base_size, min_resize_scale, max_resize_scale, final_size, max_class_share
+            split,
+            base_size,
+            min_resize_scale,
+            max_resize_scale,
+            final_size,
+            max_class_share,
+            labels.classes(),
         ),
         labels,
         seed,
@@ -470,7 +476,7 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
 
     Raises:
         DataError: The data set is not as it should be, or its labels do not fit.
-        ConfigError: An epoch's last batch cannot be trained with.
+        ClassError: Shards were written with other classes than the run's.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     arguments = asdict(dataset)
@@ -480,9 +486,13 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         assert dataset.path is not None  # resolve() has seen to it
         labels = config.model.num_classes, dataset.ignore_background, dataset.ignore_label
         check_labels(dataset.path, split, Labels(*labels), description)
+    else:
+        # Shards hold class indices, whose order the config cannot change any more.
+        path, classes = str(dataset.path), class_infos(config)
+        on_first_process(lambda: check_shard_classes(path, classes))
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
-    spec = build_ade20k_dataspec(
+    return build_ade20k_dataspec(
         **arguments,
         split=split,
         shuffle=split == "train",
@@ -491,12 +501,14 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         description=description,
         counts=counts,
     )
-    sampler = cast(DataLoader, spec.dataloader).sampler
-    rest = len(cast(Sized, sampler)) % arguments["batch_size"]
-    if split == "train" and rest:
-        what = f"train_dataset.drop_last=false: an epoch's last batch, {rest} images a process"
-        check_share(config, rest, what)
-    return spec
+
+
+def last_batch_of(spec: DataSpec, config: Config) -> int:
+    """Return the images of this process in an epoch's last batch; 0 if it is as large as others."""
+    sampler = getattr(spec.dataloader, "sampler", None)
+    if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
+        return 0
+    return len(sampler) % (config.train_dataset.batch_size // dist.get_world_size())
 
 
 def check_dataloader() -> None:

@@ -6,8 +6,9 @@
 
 Interrupt it whenever you like: run again, it goes on where it stopped. The archive is checked
 against its SHA-1 before a file of it is unpacked, the unpacked folder appears all at once, and when
-it is there already nothing happens. An archive put at `<path>/ADEChallengeData2016.zip` by other
-means, whole or in part, is taken up too. Exit status: 0 all there, 1 failed, 130 interrupted.
+it is there already nothing happens. The download is `<path>/ADEChallengeData2016.zip.part` until it
+is unpacked. An archive that you put at `<path>/ADEChallengeData2016.zip`, complete or in part, is
+used and stays. Exit status: 0 all there, 1 failed, 130 interrupted.
 """
 
 import argparse
@@ -92,9 +93,10 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                     )
                 log.info("%s is complete, nothing to do", folder)
             else:
-                fetch(url, archive, sha1)
-                extract(archive, folder, sha1)
-                archive.unlink()
+                fetched = fetch(url, archive, sha1)
+                extract(fetched, folder, sha1)
+                if fetched != archive:
+                    fetched.unlink()
                 log.info("%s is complete, train with path=%s", folder, path)
     except OSError as error:  # a full disk, a folder that may not be written to
         raise DownloadError(
@@ -104,25 +106,40 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
     return folder
 
 
-def fetch(url: str, archive: Path, sha1: str) -> None:
-    """Download `url` to `archive`, going on after what is there; raises DownloadError."""
-    resumed = archive.exists() and archive.stat().st_size > 0
-    if resumed and _sha1(archive) == sha1:
-        return
-    _download(url, archive)
-    found = _sha1(archive)
+def fetch(url: str, archive: Path, sha1: str) -> Path:
+    """Download `url` to `archive` with the suffix `.part`, going on after what is there.
+
+    Returns:
+        The downloaded file, or `archive` if the user put the complete one there.
+
+    Raises:
+        DownloadError: Server or disk.
+    """
+    part = archive.with_name(f"{archive.name}.part")
+    if archive.exists() and archive.stat().st_size > 0:
+        if _sha1(archive) == sha1:
+            return archive
+        if not part.exists():  # the user's file stays as it is
+            with _naming(part):
+                shutil.copyfile(archive, part)
+    resumed = part.exists() and part.stat().st_size > 0
+    if resumed and _sha1(part) == sha1:
+        return part
+    _download(url, part)
+    found = _sha1(part)
     if found != sha1 and resumed:
         # The first part may be of another version of the file, or of something else altogether.
         log.warning("the archive that was continued has SHA-1 %s: downloading it afresh", found)
-        archive.unlink()
-        _download(url, archive)
-        found = _sha1(archive)
+        part.unlink()
+        _download(url, part)
+        found = _sha1(part)
     if found != sha1:
-        archive.unlink()
+        part.unlink()
         raise DownloadError(
             f"{url} has SHA-1 {found}, not {sha1}: it is not the ADE20K archive (deleted); "
             "try again, or another --url"
         )
+    return part
 
 
 def _download(url: str, archive: Path) -> None:
@@ -182,7 +199,7 @@ def _download_once(url: str, archive: Path) -> None:
         if total:
             needed = total - have + UNPACKED_SIZE * total
             _require_space(archive.parent, int(needed), "the archive and its files")
-        with open(archive, "ab" if resuming else "wb") as file:
+        with _naming(archive), open(archive, "ab" if resuming else "wb") as file:
             _copy(response, file, total)
 
 
@@ -224,7 +241,8 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
                 target = temporary / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
                 # Reading stops at the size the archive announces, and checks the CRC there.
-                with zipped.open(member) as source, open(target, "xb") as out:
+                final = folder.parent / member.filename
+                with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
                     shutil.copyfileobj(source, out, CHUNK)
         marker = {"sha1": sha1, "files": len(members)}
         (temporary / FOLDER / MARKER).write_text(json.dumps(marker) + "\n")
@@ -304,6 +322,17 @@ def _only_one(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name a file in the errors of writing it, which a full disk does not do itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(file)
+        raise
 
 
 def _require_space(path: Path, needed: int, what: str) -> None:

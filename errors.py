@@ -49,6 +49,10 @@ class ClassError(UserError):
     """Class names that cannot be read or do not number what the model predicts."""
 
 
+class OutputError(OSError):
+    """An output that cannot be finished, mostly because the disk is full; one line names it."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on."""
 
@@ -63,6 +67,11 @@ class Lost(RunError):
     def __init__(self, message: str, status: int = TRY_AGAIN) -> None:
         super().__init__(message)
         self.status = status
+
+
+def exit_status(error: BaseException) -> int:
+    """Return 1 if an output could not be finished, and 2 if a command was given bad input."""
+    return 1 if isinstance(error, OutputError) else 2
 
 
 def escape_names() -> None:

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -32,11 +32,16 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec, build_dataset
+from dataset.checks import shard_classes
 from dataset.description import parse_description, read_description
 from dataset.labels import Labels
-from errors import ConfigError, UserError, escape_names, whole
+from dataset.shards import DESCRIPTION
+from errors import ConfigError, UserError, escape_names, exit_status, whole
+from files import check_outputs, check_writable, write_file
 from predict import Segmenter, add_model_options, segmenter_from
+from segmentation.classes import label_warning, match_classes
 from segmentation.metrics import (
+    as_percent,
     class_table,
     confusion_matrix,
     confusion_matrix_of_predictions,
@@ -45,7 +50,10 @@ from segmentation.metrics import (
     pixel_accuracy,
     table_as_csv,
 )
-from training.config import load, resolve
+from training.config import class_infos, load, resolve
+from training.schema import Config
+
+log = logging.getLogger(__name__)
 
 CACHE = ("cache_limit", "download_retry", "download_timeout", "validate_hash")
 PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
@@ -134,8 +142,9 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
         ConfigError: None of them says, or it has other classes than the model.
     """
     config = segmenter.config or {}
+    recorded = dict(config.get("eval_dataset") or {})
     if options.config:
-        config = asdict(resolve(load(options.config, [])))
+        config = asdict(resolve_file(options.config))
     arguments = dict(config.get("eval_dataset") or {})
     raw = config.get("data")
     if options.data is not None:
@@ -155,7 +164,14 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
         counts = f"{len(described.classes)} classes, and the model {len(segmenter.classes)}"
         raise ConfigError(f"{options.data or 'data'} has {counts}")
     if options.ignore_background is not None:
+        if described is not None:
+            raise ConfigError(
+                f"--ignore-background is for ADE20K's layout; {options.data or 'data'} lists under "
+                "ignore what is ignored"
+            )
         arguments["ignore_background"] = options.ignore_background
+    if described is None:
+        compare_background(arguments, recorded)
     cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
     arguments.update(
         split="val",
@@ -168,14 +184,82 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
     return arguments
 
 
+def resolve_file(path: str) -> Config:
+    """Read the config of a run, for its validation set."""
+    return resolve(load(path, []))
+
+
+def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Compare what label 0 means here with what it meant in the run's own evaluations.
+
+    Args:
+        arguments: Keys of `eval_dataset`, as they are used now.
+        recorded: The same keys as the checkpoint has them; empty if it has none.
+
+    Raises:
+        ConfigError: They contradict each other about the same data set.
+    """
+    ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
+    if not recorded or ours == theirs:
+        return
+    line = f"ignore_background is {str(ours).lower()}, and was {str(theirs).lower()} in the run"
+    paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
+    if paths[0] == paths[1]:
+        raise ConfigError(f"{line}, on the same data set; leave out --ignore-background")
+    log.warning("%s; label 0 of %s is read accordingly", line, arguments["path"])
+
+
+def class_order(
+    options: argparse.Namespace, segmenter: Segmenter, arguments: Mapping[str, Any]
+) -> list[int] | None:
+    """Match the classes of the validation set with the model's.
+
+    Args:
+        options: The command line.
+        segmenter: The model.
+        arguments: What `data_arguments` returned.
+
+    Returns:
+        The model's class index of each class of the data; None: the same, or no names are known.
+
+    Raises:
+        ClassError: They have other names.
+    """
+    recorded = segmenter.config or {}
+    own = recorded.get("data")
+    model = segmenter.recorded_classes
+    if segmenter.names_given:
+        model = segmenter.classes
+    elif own is not None:
+        # The run's class_names may have given new names to the classes of its description.
+        model = parse_description(own).classes
+    beside = None
+    if arguments.get("is_streaming"):
+        beside = shard_classes(arguments["path"])
+    described = arguments.get("description")
+    if beside is not None:  # the order in which the masks of shards were written
+        where, classes = f"{arguments['path']}/{DESCRIPTION}", beside
+    elif described is not None and (options.data or options.config):
+        where, classes = options.data or options.config, described.classes
+    elif options.config and options.data is None:
+        where, classes = options.config, class_infos(resolve_file(options.config))
+    else:
+        return None
+    order = match_classes(classes, model, where, options.model)
+    if order is not None:
+        log.warning("%s: its classes are in another order, and were matched by name", where)
+    return order
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Score as the command line says; see `_parse`.
 
     Returns:
-        What `--json` writes; percent throughout.
+        What `--json` writes; percent throughout. A score without any labelled pixel is None.
     """
     segmenter = segmenter_from(options, amp=options.amp)
     arguments = data_arguments(options, segmenter)
+    order = class_order(options, segmenter, arguments)
     if options.protocol == "square":
         spec = build_ade20k_dataspec(**arguments)
         assert isinstance(spec.dataloader, DataLoader)
@@ -205,11 +289,16 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers)
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
+    if order is not None:
+        matrix[order] = matrix.clone()  # its rows are classes of the data, its columns the model's
+    warning = label_warning((matrix.sum(1) > 0).tolist(), segmenter.classes, "validation mask")
+    if warning and dist.get_global_rank() == 0:
+        log.warning("%s: %s", arguments["path"], warning)
     columns, rows = class_table(matrix, segmenter.classes)
     return {
-        "mIoU": 100 * mean_iou(matrix).item(),
-        "mean_accuracy": 100 * mean_accuracy(matrix).item(),
-        "pixel_accuracy": 100 * pixel_accuracy(matrix).item(),
+        "mIoU": as_percent(mean_iou(matrix)),
+        "mean_accuracy": as_percent(mean_accuracy(matrix)),
+        "pixel_accuracy": as_percent(pixel_accuracy(matrix)),
         "photos": len(dataset),
         "checkpoint": options.model,
         "weights": segmenter.which,
@@ -225,8 +314,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> str:
     """Return the result as text: a table of the classes, then the three numbers."""
 
-    def percent(value: float | None) -> str:
-        return "      -" if value is None else f"{value:7.2f}"
+    def percent(value: float | None, width: int = 7) -> str:
+        return f"{'-':>{width}}" if value is None else f"{value:{width}.2f}"
 
     width = max(len(row["class"]) for row in result["classes"])
     lines = [f"{'class':{width}}     IoU  accuracy  share of pixels"]
@@ -243,14 +332,15 @@ def report(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['photos']} photos of {result['data']}, {how}",
-        f"mIoU {result['mIoU']:.2f}   mean accuracy {result['mean_accuracy']:.2f}   "
-        f"pixel accuracy {result['pixel_accuracy']:.2f}",
+        f"mIoU {percent(result['mIoU'], 0)}   "
+        f"mean accuracy {percent(result['mean_accuracy'], 0)}   "
+        f"pixel accuracy {percent(result['pixel_accuracy'], 0)}",
     ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 2 if something given to it cannot be used, else 0."""
+    """Run the command line; return 1 if the disk is full, 2 if an input or option is unusable."""
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
@@ -258,20 +348,24 @@ def main(arguments: list[str]) -> int:
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        for path in filter(None, (options.csv, options.json)):
-            open(path, "a").close()  # better now than after the last photo
+        # An output that cannot be written is reported now rather than after the last image.
+        outputs = [path for path in (options.csv, options.json) if path]
+        inputs = (options.model, options.data, options.config, options.classes)
+        check_outputs(outputs, [path for path in inputs if path])
+        for path in outputs:
+            check_writable(path)
         result = evaluate(options)
+        if dist.get_global_rank() == 0:
+            print(report(result))
+            if options.csv:
+                rows = [list(row.values()) for row in result["classes"]]
+                write_file(options.csv, table_as_csv(list(result["classes"][0]), rows))
+            if options.json:
+                write_file(options.json, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except (UserError, OSError) as error:
         if dist.get_local_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    if dist.get_global_rank() == 0:
-        print(report(result))
-        if options.csv:
-            rows = [list(row.values()) for row in result["classes"]]
-            Path(options.csv).write_text(table_as_csv(list(result["classes"][0]), rows))
-        if options.json:
-            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        return exit_status(error)
     return 0
 
 

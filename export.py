@@ -32,7 +32,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,16 @@ from checkpointing.weights import (
     to_metadata,
 )
 from dataset.decoding import read_photo
-from errors import UserError, escape_names, one_line, whole
+from errors import (
+    OutputError,
+    RunError,
+    UserError,
+    escape_names,
+    exit_status,
+    one_line,
+    whole,
+)
+from files import check_outputs, output_file, output_folder, write_file
 from model import DeepLabV3, build_network
 from predict import Segmenter, add_network_option
 from segmentation.card import (
@@ -63,15 +72,16 @@ from segmentation.card import (
     File,
     card_text,
     check_place,
+    is_card,
     machine,
     read_scores,
     seconds_a_photo,
     write_card,
 )
-from segmentation.classes import ClassInfo, load_classes
+from segmentation.classes import ClassInfo, rename_classes
 from segmentation.deployed import Deployed, export
 from segmentation.network import Network
-from segmentation.web import MODEL, check_examples, fetch_runtime, write_page
+from segmentation.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from transforms import resize_image
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
@@ -158,20 +168,26 @@ def main(arguments: list[str]) -> int:
         if options.repo:
             check_repo(options.repo)
         if options.to == "card":
-            return _write_card_alone(options)
+            _write_card_alone(options)
+            return 0
         path = Path(options.out or f"{_stem(options.model)}{SUFFIXES[options.to]}")
         source = _read(options)
         if options.to == "web":
-            return _write_web(source, path, options.photo)
-        if options.to == "hub":
-            return _write_hub(source, path, options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if options.to == "safetensors":
-            return _write_weights(source, path)
-        return _write_deployed(source, options.to, path)
+            _write_web(source, path, options)
+        elif options.to == "hub":
+            _write_hub(source, path, options)
+        else:
+            check_outputs([path], _inputs(options))
+            write = _write_weights if options.to == "safetensors" else _write_deployed
+            write(source, options.to, path)
+            _print_size(source, path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_status(error)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _stem(model: str) -> str:
@@ -181,9 +197,7 @@ def _stem(model: str) -> str:
 def _read(options: argparse.Namespace) -> Source:
     """Read what the command line names."""
     weights = load_weights(options.model, options.weights)
-    classes = weights.classes
-    if options.classes or classes is None:
-        classes = load_classes(options.classes, weights.num_classes)
+    classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
     network = build_network(weights, options.model, options.network)
     config = weights.config
     if config is None and isinstance(network, Network):  # which the user named
@@ -194,86 +208,115 @@ def _read(options: argparse.Namespace) -> Source:
     return Source(name, weights, network, classes, config, photos[0], options.size)
 
 
-def _write_weights(source: Source, path: Path) -> int:
-    weights, said = source.weights, source.normalisation
-    save_weights(path, weights.state, source.config, source.classes, weights.which, said)
-    _print_size(source, path)
-    return 0
+def _inputs(options: argparse.Namespace) -> list[str]:
+    """Return the files that an export reads; none of them may be overwritten."""
+    optional = [path for path in (options.classes, options.scores) if path]
+    return [checkpoint_in(options.model), *options.photo, *optional]
 
 
-def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True) -> int:
-    """Write one of the formats that hold the network; return 1 if it is not as the model."""
+def _write_weights(source: Source, kind: str, path: Path) -> None:
+    weights, metadata = source.weights, source.normalisation
+    save_weights(path, weights.state, source.config, source.classes, weights.which, metadata)
+
+
+def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True) -> None:
+    """Write one of the formats that hold the network, and compare it with the model.
+
+    Raises:
+        RunError: It cannot be exported, or it differs from the model. No file is left.
+        OutputError: The disk is full.
+    """
     network = source.network
     model = Deployed(network, upsample).eval()
     metadata = to_metadata(source.config, source.classes, source.weights.which)
-    try:
-        exported = export(model, kind, path, metadata | source.normalisation)
-        agreement, difference = compare(model, exported, source.photo, source.size)
-    except Exception as error:  # an exporter's own, of any kind
-        if isinstance(network, DeepLabV3):
+    with output_file(path) as unfinished:
+        try:
+            exported = export(model, kind, unfinished, metadata | source.normalisation)
+            agreement, difference = compare(model, exported, source.photo, source.size)
+        except (OutputError, UserError):
             raise
-        path.unlink(missing_ok=True)
-        reason = f"{network.name} cannot be exported as {kind}: {one_line(error)[:300]}"
-        print(f"error: {reason}", file=sys.stderr)
-        return 1
-    _print_size(source, path)
-    good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE
-    verdict = "as" if good else "NOT as"
-    print(
-        f"{verdict} in PyTorch: {agreement:.4%} of the pixels have the same class, "
-        f"logits differ by {difference:.1e} at most"
-    )
-    return 0 if good else 1
+        except Exception as error:  # an exporter's own, of any kind
+            if isinstance(network, DeepLabV3):
+                raise
+            raise RunError(
+                f"{network.name} cannot be exported as {kind}: {one_line(error)[:300]}"
+            ) from error
+        good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE
+        verdict = "as" if good else "NOT as"
+        print(
+            f"{verdict} in PyTorch: {agreement:.4%} of the pixels have the same class, "
+            f"logits differ by {difference:.1e} at most"
+        )
+        if not good:
+            raise RunError("the exported file differs from the model, so it is not kept")
 
 
-def _write_web(source: Source, folder: Path, photos: list[str]) -> int:
+def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> None:
     """Write the page of segmentation/web.py."""
+    photos = options.photo
     if len(source.classes) > 256:
         raise UserError("the page's masks have 8 bits, for 256 classes")
     check_examples(photos)
+    _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()
-    folder.mkdir(parents=True, exist_ok=True)
-    if _write_deployed(source, "onnx", folder / MODEL, upsample=False):
-        return 1
-    size = source.weights.eval_size or 512  # predict.py's
-    write_page(folder, runtime, source.name, source.classes, size, photos)
+    with output_folder(folder) as unfinished:
+        _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
+        size = source.weights.eval_size or 512  # predict.py's
+        write_page(unfinished, runtime, source.name, source.classes, size, photos)
+    _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to look at it, python -m http.server -d {folder}")
-    return 0
 
 
-def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> int:
+def _check_folder(
+    folder: Path, names: Sequence[str], is_ours: bool, options: argparse.Namespace
+) -> None:
+    """Raise UserError if files of a folder would overwrite inputs, or files of somebody else."""
+    paths = [folder / name for name in names]
+    check_outputs(paths, _inputs(options))
+    for path in paths:
+        if path.exists() and not is_ours:
+            raise UserError(
+                f"{path} would be overwritten, and no earlier export wrote it; "
+                "move it, or give another --out"
+            )
+
+
+def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> None:
     """Write weights, ONNX, config and card, and push them where a repository is named."""
     check_place(folder)
-    scores = _scores(source, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, onnx = folder / "model.safetensors", folder / MODEL
-    _write_weights(source, weights)
-    if _write_deployed(source, "onnx", onnx):
-        return 1
-    names = [weights.name, onnx.name, PICTURE, CARD]
+    names = ["model.safetensors", MODEL, PICTURE, CARD]
     if source.config is not None:
-        (folder / "config.yaml").write_text(yaml.safe_dump(dict(source.config), sort_keys=False))
         names.append("config.yaml")
-    _write_card(source, folder, [weights, onnx], scores, options)
+    _check_folder(folder, names, is_card(folder), options)
+    scores = _scores(source, options)
+    with output_folder(folder) as unfinished:
+        weights, onnx = unfinished / "model.safetensors", unfinished / MODEL
+        _write_weights(source, "safetensors", weights)
+        _write_deployed(source, "onnx", onnx)
+        if source.config is not None:
+            text = yaml.safe_dump(dict(source.config), sort_keys=False)
+            write_file(unfinished / "config.yaml", text)
+        _write_card(source, unfinished, [weights, onnx], scores, options)
+    _print_size(source, folder / weights.name)
+    _print_size(source, folder / onnx.name)
     print(f"{folder}: {', '.join(names)}")
     if options.repo:
         print(f"pushed: {push(folder, names, options.repo)}")
     else:
         print("not pushed; --repo user/name names where to")
-    return 0
 
 
-def _write_card_alone(options: argparse.Namespace) -> int:
+def _write_card_alone(options: argparse.Namespace) -> None:
     """Write the card beside the weights."""
     weights = Path(checkpoint_in(options.model))
     folder = Path(options.out or weights.parent)
     check_place(folder)
+    _check_folder(folder, [PICTURE], is_card(folder), options)
     source = _read(options)
     scores = _scores(source, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_card(source, folder, [weights], scores, options)
+    with output_folder(folder) as unfinished:
+        _write_card(source, unfinished, [weights], scores, options)
     print(f"{folder / CARD}, with {PICTURE}")
-    return 0
 
 
 def _write_card(

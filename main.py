@@ -8,6 +8,7 @@ python main.py yamls/deeplabv3.yaml --plan                        # what the run
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from errors import (
     TRY_AGAIN,
+    ClassError,
     ConfigError,
     Lost,
     Stopped,
@@ -28,8 +30,9 @@ from errors import (
     escape_names,
     one_line,
 )
+from training.bounds import check_evaluates
 from training.config import class_infos, help_text, load, resolve
-from training.schema import Config
+from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +71,27 @@ def main(
             class of its own in errors.py.
         RunError: Training cannot go on, or was told to stop (`Stopped`).
     """
-    config = config if isinstance(config, Config) else resolve(config)
-    trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
+    from checkpointing.lock import release_locks
 
+    # The caller's config stays as it is, and later changes to it do not change the run.
+    config = copy.deepcopy(config) if isinstance(config, Config) else resolve(config)
+    check_evaluates(config)
+    try:
+        trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
+        _train_or_evaluate(trainer, config)
+    finally:
+        release_locks()  # of save_folder, which another process may use from here on
+    return trainer
+
+
+def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
     from checkpointing.saver import saver_of
     from training.processes import report_start
 
     report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
         trainer.eval()
-        return trainer
+        return
 
     saver = saver_of(trainer.state)
     with saver.listening() if saver else nullcontext():
@@ -95,7 +109,6 @@ def main(
             trainer.fit()
         if saver:
             saver.finish()
-    return trainer
 
 
 def build_trainer(
@@ -120,19 +133,19 @@ def build_trainer(
     from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling
-    from data import build_data, count_training
+    from data import build_data, count_training, last_batch_of
     from training.balance import class_weights, named, needs_counts
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
-    from training.memory import first_microbatch
-    from training.optimizer import build_optimizer
+    from training.memory import check_single_images, first_microbatch
+    from training.optimizer import apply_settings, build_optimizer, settings_of
     from training.precision import (
         check_build_tools,
         check_kernels,
         choose_precision,
         compiles,
     )
-    from training.recipes import build_recipe, check_lengths
+    from training.recipes import build_recipe, check_lengths, resumed_factor
     from training.watch import PATIENCE
     from transforms import DeviceTransform
 
@@ -157,22 +170,32 @@ def build_trainer(
             config.autoresume,
             Best(config.best_metric, class_infos(config), config.stop_after),
             config.save_best,
+            config.run_name,
         )
         saver.check()
+    elif config.is_train and dist.get_global_rank() == 0:
+        log.warning("save_folder is empty: this run keeps no checkpoint, so nothing can resume it")
     start = find_start(
         config.save_folder if config.autoresume else None,
         config.load_path,
         config.load_weights_only or not config.is_train,
         scratch.name,
+        config.run_name,
+        config.save_overwrite,
     )
     state_path = start.state_path if start and config.is_train else None
-    if start:
-        if state_path or not config.is_train:
-            start.check_fits(asdict(config.model))
-        if state_path:
-            start.check_optimizer(asdict(config.optimizer))
-        if saver and start.is_resume:
-            saver.last = start.where
+    if start is None and not config.is_train and config.autoresume:
+        raise ConfigError(
+            f"save_folder: {config.save_folder} holds no checkpoint to evaluate; give load_path"
+        )
+    if start and (state_path or not config.is_train):
+        compared = compared_values(config)
+        if not config.is_train:
+            compared = {k: v for k, v in compared.items() if k.startswith("model.")}
+        start.check_config(compared, flatten(Config()), class_infos(config))
+    if saver:
+        resumed = start if state_path else None
+        saver.claim(resumed and resumed.where, resumed and resumed.weights.run_name)
 
     counts = None
     if data is None:
@@ -185,10 +208,13 @@ def build_trainer(
 
     weights = class_weights(config, counts)
     config, model = _build_model(config, start, data, weights)
+    if train_data is not None:
+        check_single_images(config, model.module, last_batch_of(train_data, config))
     # torch's overloads of `to` leave out the memory format.
     model.to(memory_format=model.module.memory_format)  # pyright: ignore
     model.cpu_autocast = cpu_autocast
     optimizer = build_optimizer(config.optimizer, model.module)
+    settings = settings_of(optimizer)
     algorithms, scheduler = build_recipe(config)
 
     microbatch = config.device_train_microbatch_size
@@ -235,6 +261,9 @@ def build_trainer(
             seed=config.seed,
             python_log_level=config.python_log_level,
         )
+    if start and state_path:
+        factor = resumed_factor(scheduler, trainer.state, config, start.weights.config)
+        apply_settings(trainer.state, settings, factor)
     ranks = dist.get_world_size()
     in_one_node = ranks == dist.get_local_world_size() > 1
     if config.model.name == "deeplabv3" and config.model.sync_bn and in_one_node:
@@ -283,14 +312,74 @@ def _build_model(
             if isinstance(spec.microbatch_transforms, DeviceTransform):
                 spec.microbatch_transforms.normalise_by(network.mean, network.std)
     if start and start.state_path and config.is_train:
-        start.check_tensors(network)
+        start.check_network(network)
     elif start:
-        classes = class_infos(config) if config.load_classes_by_name else None
+        by_name, class_tensors = _compare_classes(config, start, network)
+        classes = class_infos(config) if by_name else None
         least = config.load_least if config.is_train else 1.0
-        left = load_fitting(network, start.weights, start.where, least, classes, num_classes)
+        left = load_fitting(
+            network, start.weights, start.where, least, classes, num_classes, class_tensors
+        )
         if left:
             log.warning("load_path: %s", left)
     return config, model
+
+
+def _compare_classes(
+    config: Config, start: Start, network: torch.nn.Module
+) -> tuple[bool, list[str]]:
+    """Compare the run's classes with those of the weights that it begins from.
+
+    Returns:
+        Whether rows of the last layer are taken over by the names of their classes, and the names
+        of the tensors with such rows, if the weights have as many classes but not the same.
+
+    Raises:
+        ClassError: The weights to evaluate are of other classes.
+        ConfigError: The classes are to be matched by name, and the file has no names.
+    """
+    from segmentation.classes import are_named, match_classes
+
+    ours, theirs = class_infos(config), start.weights.classes
+    if config.load_classes_by_name and not are_named(theirs):
+        raise ConfigError(
+            f"load_classes_by_name: {start.where} does not name its classes; leave the key out"
+        )
+    if theirs is not None and len(theirs) != len(ours):
+        return config.load_classes_by_name, []
+    try:
+        if match_classes(ours, theirs, "the run", start.where) is None:
+            return config.load_classes_by_name, []
+        by_name = True
+    except ClassError as error:
+        # An evaluation needs the right row for each class. Training may learn rows anew, as it does
+        # for weights with another number of classes.
+        if not config.is_train:
+            raise ClassError(f"load_path: {error}") from None
+        by_name = config.load_classes_by_name
+        hint = "" if by_name else "; load_classes_by_name=true takes over those of the same name"
+        log.warning("load_path: %s%s", error, hint)
+    return by_name, _class_tensors(config, network)
+
+
+def _class_tensors(config: Config, network: torch.nn.Module) -> list[str]:
+    """Return the names of a network's tensors with a row a class: another class makes them longer.
+
+    Raises:
+        ClassError: Another class changes more than a number of rows.
+    """
+    from segmentation.network import inner
+
+    model = replace(config.model, num_classes=config.model.num_classes + 1)
+    larger = inner(build_network(replace(config, model=model))).state_dict()
+    own = inner(network).state_dict()
+    names = [name for name in own if own[name].shape != larger[name].shape]
+    if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
+        raise ClassError(
+            f"load_path: its classes are in another order, and {config.model.name} has no layer "
+            "with a row a class; list class_names in the order of the checkpoint"
+        )
+    return names
 
 
 def run(
@@ -310,6 +399,7 @@ def run(
         return plan(arguments, build_trainer, build_network, began)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
+        check_evaluates(config)
     except ConfigError as error:
         return _refuse(error)
 

@@ -23,7 +23,7 @@ from checkpointing.weights import Weights, infer_architecture
 from errors import ModelError, WeightsError
 from segmentation.batch_norm import count_batches, share_in_node, stop_counting
 from segmentation.deeplab import DeepLabV3, deeplabv3, weight_init
-from segmentation.losses import segmentation_loss
+from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 from segmentation.network import Network, current_names, inner, main_logits
 from segmentation.networks import named_network
@@ -51,6 +51,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         cross_entropy_weight: Weight of the cross entropy in the loss.
         dice_weight: Weight of the Dice loss in the loss.
         class_weights: Weights of the classes in both; None: all the same.
+        fused_loss: `"auto"` computes the loss with Triton kernels on a GPU, `False` with PyTorch's
+            operations; both are the same loss.
 
     Attributes:
         cpu_autocast: Where set (to `torch.bfloat16`), the forward pass on a CPU runs in that
@@ -67,6 +69,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         cross_entropy_weight: float = 1.0,
         dice_weight: float = 0.0,
         class_weights: Sequence[float] | None = None,
+        fused_loss: bool | str = "auto",
     ) -> None:
         metrics = {
             "MIoU": MIoU(num_classes, ignore_index),
@@ -77,6 +80,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
+        self.fused_loss = fused_loss
         # No buffer: it is no part of what a checkpoint or an average holds.
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.cpu_autocast: torch.dtype | None = None
@@ -97,18 +101,19 @@ class ComposerDeepLabV3(ComposerClassifier):
         """Return `total` and its parts; see `segmentation.losses.segmentation_loss`."""
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(main_logits(outputs).device)  # once
-        losses = segmentation_loss(
-            main_logits(outputs),
-            batch[1],
-            ignore_index=self.ignore_index,
-            cross_entropy_weight=self.cross_entropy_weight,
-            dice_weight=self.dice_weight,
-            class_weights=self.class_weights,
-        )
-        if isinstance(outputs, tuple):
-            network = cast(Network, self.module)
-            auxiliary = network.auxiliary_loss(outputs[1:], batch[1], self.ignore_index)
-            losses |= {"auxiliary": auxiliary, "total": losses["total"] + auxiliary}
+        with fused_kernels(self.fused_loss is not False):
+            losses = segmentation_loss(
+                main_logits(outputs),
+                batch[1],
+                ignore_index=self.ignore_index,
+                cross_entropy_weight=self.cross_entropy_weight,
+                dice_weight=self.dice_weight,
+                class_weights=self.class_weights,
+            )
+            if isinstance(outputs, tuple):
+                network = cast(Network, self.module)
+                auxiliary = network.auxiliary_loss(outputs[1:], batch[1], self.ignore_index)
+                losses |= {"auxiliary": auxiliary, "total": losses["total"] + auxiliary}
         return losses
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
@@ -144,6 +149,7 @@ def build_composer_deeplabv3(
     *,
     upsample: bool = True,
     class_weights: Sequence[float] | None = None,
+    fused_loss: bool | str = "auto",
 ) -> ComposerDeepLabV3:
     """Build DeepLabV3(+) as a ComposerModel; see `deeplabv3` and `ComposerDeepLabV3`.
 
@@ -153,7 +159,13 @@ def build_composer_deeplabv3(
     network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
     network.upsample = upsample
     return ComposerDeepLabV3(
-        network, num_classes, ignore_index, cross_entropy_weight, dice_weight, class_weights
+        network,
+        num_classes,
+        ignore_index,
+        cross_entropy_weight,
+        dice_weight,
+        class_weights,
+        fused_loss,
     )
 
 

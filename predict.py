@@ -5,8 +5,11 @@
     python predict.py runs/first drive.mp4 --every 2
     python predict.py runs/first /dev/video0                # or rtsp://..., until Ctrl-C
 
-The overlay is the photo under the colours of its classes with a legend of those found; the index is
-an 8-bit PNG of the photo's size with the class index of every pixel. In Python:
+The overlay is the image under the colours of its classes, with a legend of the classes in it. The
+index is a PNG of the image's size with the class index of every pixel: 8 bits, or 16 if the model
+has more than 256 classes. predict.py replaces its own earlier outputs and no other file.
+
+In Python:
 
     from predict import Segmenter
     segmenter = Segmenter("runs/first/latest-rank0.pt")
@@ -21,7 +24,9 @@ import collections
 import glob
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,14 +35,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from dataset.folders import IMAGE_SUFFIXES
-from errors import DataError, ModelError, UserError, WeightsError, escape_names, one_line, whole
-from segmentation.classes import ClassInfo, load_classes
+from errors import (
+    ClassError,
+    DataError,
+    ModelError,
+    UserError,
+    WeightsError,
+    escape_names,
+    exit_status,
+    one_line,
+    whole,
+)
+from files import check_outputs, explain_output, write_image
+from segmentation.classes import ClassInfo, rename_classes
 from segmentation.drawing import VideoOverlay, draw_overlay
 from segmentation.video import (
     CAMERA,
@@ -47,6 +64,7 @@ from segmentation.video import (
     Video,
     VideoWriter,
     load_pyav,
+    read_comment,
 )
 from transforms import resize_image
 
@@ -57,6 +75,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
+COMMENT = "Written by predict.py"  # in every output, by which a later call knows it
 JPEG_SIDE = 65_500  # pixels that a JPEG may be wide and high
 BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
 
@@ -85,12 +104,14 @@ class Segmenter:
 
     Attributes:
         classes: Name and colour of each class.
+        recorded_classes: The same as the file has them, or None if it has none.
+        names_given: Whether `classes` are the user's.
         config: The configuration of the run, where the file holds it.
 
     Raises:
         WeightsError: The file cannot be read or is of another network.
         ModelError: The network cannot be built, or there is no such device.
-        ClassError: The class names cannot be read or do not fit.
+        ClassError: The class names cannot be read or do not fit, or there are more than 65,536.
     """
 
     def __init__(
@@ -120,10 +141,13 @@ class Segmenter:
             self.network = _torch_network(built, self.device, amp)
             num_classes = found.num_classes
         self.config, self.which = found.config, found.which
-        named = found.classes
-        if classes is not None or named is None:
-            named = load_classes(classes, num_classes)
-        self.classes: list[ClassInfo] = named
+        self.names_given = classes is not None
+        self.recorded_classes = found.classes
+        self.classes: list[ClassInfo] = rename_classes(
+            classes, num_classes, found.classes, str(path)
+        )
+        if len(self.classes) > 2**16:
+            raise ClassError(f"{path}: {len(self.classes)} classes, and an index PNG has 16 bits")
         self.size = (found.eval_size or 512) if size is None else size
         self.scales = TTA_SCALES if tta else (1.0,)
         self.flips = (False, True) if tta else (False,)
@@ -136,12 +160,13 @@ class Segmenter:
             photo: A path, a Pillow image, or an (H, W, 3) uint8 RGB array.
 
         Returns:
-            (H, W) uint8 class indices.
+            (H, W) class indices: uint8, or uint16 if there are more than 256 classes.
 
         Raises:
-            ValueError: The file is no photo.
+            ValueError: The file is not an image.
         """
-        return self.predict([read_photo(photo)])[0].byte().cpu().numpy()
+        dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
+        return self.predict([read_photo(photo)])[0].cpu().numpy().astype(dtype)
 
     def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
         """Draw the photo under the colours of its classes, beside a legend of those found."""
@@ -332,18 +357,22 @@ def _onnx_network(
         raise WeightsError(f"{path}: no class names inside; it was not written by export.py")
 
     def run(photos: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"image": photos.cpu().numpy()})[0])
+        logits = session.run(None, {"image": photos.cpu().numpy()})[0]
+        return torch.from_numpy(logits).to(photos.device)
 
     return run, from_metadata(metadata, {})
 
 
-def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Every photo and video that is named: files, folders with all below them, glob patterns.
+def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
+    """Find every image and video that is named: files, folders with all below them, glob patterns.
 
-    Yields:
-        Its path, and a name of its own for what is written of it, without extension.
+    Returns:
+        Each path, and a name for its outputs, without extension. No two outputs have one path: two
+        files that differ only in their extension or in upper case get two names, and a video, whose
+        indices go to a folder of its name, gets another name than every folder of images.
     """
-    names, seen = set(), set()
+    files: dict[Path, str] = {}  # by their resolved paths
+    paths: dict[Path, Path] = {}
     for argument in arguments:
         found = (
             [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
@@ -353,65 +382,117 @@ def find_photos(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
             for path in inside:
                 known = path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
                 wanted = not place.is_dir() or known
-                if not wanted or path.resolve() in seen:
+                if not wanted or path.resolve() in files:
                     continue
-                seen.add(path.resolve())
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
-                unique, number = name, 2
-                while unique in names:
-                    unique, number = f"{name}_{number}", number + 1
-                names.add(unique)
-                yield path, unique
+                files[path.resolve()], paths[path.resolve()] = name, path
+
+    # Videos get their names last, when all folders of images are known.
+    taken: set[str] = set()
+    for is_video in (False, True):
+        for key, name in files.items():
+            if _is_video(paths[key]) is not is_video:
+                continue
+            unique, number = name, 2
+            while unique.casefold() in taken:
+                unique, number = f"{name}_{number}", number + 1
+            taken.add(unique.casefold())
+            files[key] = unique
+        taken |= {str(folder) for name in set(taken) for folder in Path(name).parents}
+    return [(paths[key], name) for key, name in files.items()]
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def save_index(prediction: np.ndarray, path: Path) -> None:
-    """Write class indices (H, W) as an 8-bit grey PNG."""
-    Image.fromarray(prediction).save(path)
+    """Write class indices (H, W) as a grey PNG: 8 bits for uint8, 16 bits for uint16."""
+    info = PngInfo()
+    info.add_text("Comment", COMMENT)
+    write_image(path, Image.fromarray(prediction), pnginfo=info)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 1 if something was skipped, 2 if the model cannot be used."""
+    """Run the command line.
+
+    Returns:
+        1 if something was skipped or the disk is full, 2 if the model or an option cannot be used.
+    """
     options = _parse(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     is_camera = bool(CAMERA.fullmatch(options.photos[0]))
-    photos = [] if is_camera else list(find_photos(options.photos))
-    videos = {path for path, _ in photos if path.suffix.lower() in VIDEO_SUFFIXES}
+    photos = [] if is_camera else find_photos(options.photos)
+    has_videos = any(_is_video(path) for path, _ in photos)
     out, counts = Path(options.out), collections.Counter()
     try:
-        if videos or is_camera:
+        if has_videos or is_camera:
             load_pyav()
-        _spare(photos, videos, options)
+        _check_outputs(photos, options, is_camera)
         segmenter = segmenter_from(options)
+        with explain_output(out):
+            out.mkdir(parents=True, exist_ok=True)
         if is_camera:
             return _segment_camera(segmenter, options)
         for path, name in tqdm(photos, unit="file", disable=len(photos) < 2):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            segment = _segment_video if path in videos else _segment_photo
+            segment = _segment_video if _is_video(path) else _segment_photo
             counts[segment(segmenter, path, out / name, options)] += 1
-    except (UserError, OSError) as error:  # a folder or disk that cannot be written to
+    except (UserError, OSError) as error:
         tqdm.write(f"error: {one_line(error)}", sys.stderr)
-        return 2
-    done, what = counts.pop("", 0), "photos and videos" if videos else "photos"
+        return exit_status(error)
+    done, what = counts.pop("", 0), "photos and videos" if has_videos else "photos"
     notes = "".join(f", {count} {how}" for how, count in counts.items())
     print(f"{done} of {len(photos)} {what} segmented into {out}/{notes}")
     return 1 if counts or not photos else 0
 
 
-def _spare(photos: list[tuple[Path, str]], videos: set[Path], options: argparse.Namespace) -> None:
-    """Raise a UserError if what is written of one file would take the place of another."""
-    given = {path.resolve() for path, _ in photos}
-    endings = {"overlay": (".jpg", ".mp4"), "index": (".png", "")}
-    for path, name in photos:
-        for kind in options.write:
-            target = Path(options.out, name + endings[kind][path in videos])
-            if target.resolve() in given:
-                raise UserError(f"{target} would be overwritten: choose another --out")
+def _check_outputs(
+    photos: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
+) -> None:
+    """Raise UserError if an output would overwrite an input or a file that is not predict.py's."""
+    outputs = [(name, _is_video(path)) for path, name in photos]
+    outputs += [("camera", True)] if is_camera else []
+    files, folders = [], []
+    for name, is_video in outputs:
+        target = os.path.join(options.out, name)
+        if "overlay" in options.write:
+            files.append(Path(f"{target}{'.mp4' if is_video else '.jpg'}"))
+        if "index" in options.write and is_video:
+            folders.append(Path(target))
+        elif "index" in options.write:
+            files.append(Path(f"{target}.png"))
+    existing = [file for folder in folders for file in folder.glob("*.png") if file.stem.isdigit()]
+    check_outputs([*files, *existing], [path for path, _ in photos])
+    for path in [*files, *existing]:
+        if path.exists() and not _is_our_output(path):
+            raise UserError(
+                f"{path} would be overwritten, and predict.py did not write it; "
+                "choose another --out"
+            )
+
+
+def _is_our_output(path: Path) -> bool:
+    """Return whether an earlier call of predict.py wrote a file."""
+    if _is_video(path):
+        return read_comment(path) == COMMENT
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Comment" if path.suffix == ".png" else "comment") in (
+                COMMENT,
+                COMMENT.encode(),
+            )
+    except (OSError, ValueError):
+        return False
 
 
 def _segment_photo(
     segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
 ) -> str:
-    """Segment a photo, for files whose names begin so; return what went wrong in a word, or ""."""
+    """Segment an image into files whose paths begin with `target`.
+
+    Returns:
+        "", or in a word what went wrong.
+    """
     try:
         photo = read_photo(path)
     except (ValueError, OSError) as error:
@@ -426,44 +507,57 @@ def _segment_photo(
             size = f"{picture.width} x {picture.height} pixels, and a JPEG has {JPEG_SIDE:,} a side"
             tqdm.write(f"{path}: its overlay would have {size}; see --write index", sys.stderr)
             return "without overlay"
-        picture.save(f"{target}.jpg", quality=92, subsampling=0)
+        write_image(f"{target}.jpg", picture, quality=92, subsampling=0, comment=COMMENT)
     return ""
 
 
 def _segment_video(
     segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
 ) -> str:
-    """As `_segment_photo`, of a video; the indices of its frames go to a folder."""
-    done = 0
+    """Segment a video as `_segment_photo` does an image; the frames' indices go to a folder."""
+    done, problem = 0, None
     try:
         video = Video(path, options.every)
         frames = tqdm(video, path.name, video.length, leave=False, unit="frame")
-        with VideoWriter(Path(f"{target}.mp4"), video.rate) as writer:
-            for _ in _segment_frames(segmenter, frames, writer, target, options.write):
-                done += 1
+        with VideoWriter(Path(f"{target}.mp4"), video.rate, COMMENT) as writer:
+            try:
+                for _ in _segment_frames(segmenter, frames, writer, target, options.write):
+                    done += 1
+            except DataError as error:  # the frames before the damage become a complete video
+                problem = error
     except DataError as error:
-        tqdm.write(f"{'' if done else 'skipped '}{path}: {error}", sys.stderr)
-        return "cut short" if done else "skipped"
-    return ""
+        problem = error
+    if problem is None:
+        return ""
+    tqdm.write(f"{'' if done else 'skipped '}{path}: {problem}", sys.stderr)
+    return "cut short" if done else "skipped"
 
 
 def _segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
     """Segment what a camera shows until it ends or Ctrl-C; return the exit status."""
-    target, done, status = Path(options.out, "camera"), 0, 0
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target, done, problem = Path(options.out, "camera"), 0, None
+    if threading.current_thread() is threading.main_thread():
+        # Composer's handler of Ctrl-C would end the process before the video is complete.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         camera = Camera(options.photos[0], options.every)
         frames = tqdm(camera, "camera", leave=False, unit="frame")
-        with VideoWriter(Path(f"{target}.mp4"), camera.rate) as writer:
-            for _ in _segment_frames(segmenter, frames, writer, target, options.write):
-                done += 1
-    except DataError as error:
-        tqdm.write(f"error: camera: {error}", sys.stderr)
-        status = 1
+        with VideoWriter(Path(f"{target}.mp4"), camera.rate, COMMENT) as writer:
+            try:
+                for _ in _segment_frames(segmenter, frames, writer, target, options.write):
+                    done += 1
+            except KeyboardInterrupt:
+                pass
+            except DataError as error:
+                problem = error
     except KeyboardInterrupt:
         pass
+    except DataError as error:
+        problem = error
+    if problem is not None:
+        tqdm.write(f"error: camera: {problem}", sys.stderr)
     print(f"{done} frames segmented into {options.out}/")
-    return status
+    return 0 if problem is None else 1
 
 
 def _segment_frames(
@@ -481,7 +575,6 @@ def _segment_frames(
             draw = draw or VideoOverlay(segmenter.classes, *photo.shape[:2])
             writer.write(draw(photo, prediction), time)
         if "index" in kinds:
-            target.mkdir(exist_ok=True)
             save_index(prediction, target / f"{number:06}.png")
         yield
 

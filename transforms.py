@@ -121,8 +121,10 @@ class RandomCrop(PairTransform):
 
     The crop's sides are moved to the next whole pixel of the photo (of the photo as it is decoded,
     if it shrinks to half or less), and only what is inside is resized. The crop is drawn again, up
-    to `retries` times, while one class has more than `max_class_share` of its labelled pixels
-    (label 0 and ignored ones do not count), as seen on a grid of about 128x128 of them.
+    to `retries` times, while one class has more than `max_class_share` of its labelled pixels, as
+    seen on a grid of about 128x128 of them. A share of 1 never draws again.
+
+    `is_class` is a (256,) bool: which labels are classes. By default label 0 is not.
     """
 
     def __init__(
@@ -133,10 +135,12 @@ class RandomCrop(PairTransform):
         final_size: int = 512,
         max_class_share: float = 0.75,
         retries: int = 10,
+        is_class: np.ndarray | None = None,
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
         self.max_class_share, self.retries = max_class_share, retries
+        self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
@@ -179,12 +183,14 @@ class RandomCrop(PairTransform):
                 is_end = first + size[0] == side or stop > length
                 crop.append(slice(start, length if is_end else max(stop, start + 1)))
             labels = mask[crop[0], crop[1]]
-            if side == size[0] or self._is_varied(resize_mask(labels, size, step)):
+            if side == size[0] or self.max_class_share >= 1:
+                break
+            if self._is_varied(resize_mask(labels, size, step)):
                 break
         return crop
 
     def _is_varied(self, labels: np.ndarray) -> bool:
-        count = np.bincount(labels.ravel(), minlength=256)[1:IGNORED]
+        count = np.bincount(labels.ravel(), minlength=256)[self.classes]
         return bool(0 < count.max() <= self.max_class_share * count.sum())
 
     def _pad(self, crop: np.ndarray, value: tuple[int, ...]) -> np.ndarray:
@@ -203,6 +209,7 @@ def build_ade20k_transformations(
     max_resize_scale: float = 2.0,
     final_size: int = 512,
     max_class_share: float = 0.75,
+    is_class: np.ndarray | None = None,
 ) -> tuple[PairTransform, None, None]:
     """Return the transforms of a split, for `data.ADE20k`.
 
@@ -213,6 +220,7 @@ def build_ade20k_transformations(
         max_resize_scale: Greatest random scale.
         final_size: Side of what comes out.
         max_class_share: See `RandomCrop`.
+        is_class: See `RandomCrop`.
 
     Returns:
         tuple: Transforms of the pair, of the photo and of the mask. The latter two are None: what
@@ -220,7 +228,7 @@ def build_ade20k_transformations(
     """
     if split == "train":
         sizes = base_size, min_resize_scale, max_resize_scale, final_size
-        return RandomCrop(*sizes, max_class_share), None, None
+        return RandomCrop(*sizes, max_class_share, is_class=is_class), None, None
     return Resize(final_size), None, None
 
 

@@ -25,6 +25,7 @@ class Best:
     Attributes:
         value: The best so far, in percent, or None.
         batch: When that was, in batches.
+        unscored: How many batches since then ended in an evaluation without a score.
         batches_per_epoch: How long an epoch is.
 
     Raises:
@@ -36,7 +37,10 @@ class Best:
         self.patience = patience
         self.value: float | None = None
         self.batch = 0
+        self.unscored = 0
         self.batches_per_epoch = 1
+        self._evaluated = 0
+        self._is_scored = True
         self._class: int | None = None
         if metric != "MIoU":
             names = {f"IoU/{info.name}": index for index, info in enumerate(classes)}
@@ -54,26 +58,38 @@ class Best:
         if self._class is not None:
             assert metric.total_matrix is not None
             value = 100 * float(iou_per_class(metric.total_matrix)[self._class])
-        # One of a class that is neither in the masks nor predicted is not a number.
-        if math.isnan(value) or (self.value is not None and value <= self.value):
+        batch = state.timestamp.batch.value
+        since, self._evaluated = max(self._evaluated, self.batch), batch
+        # Without labelled pixels, or for a class that is neither in the masks nor predicted, the
+        # score is nan. It is neither better nor worse, so its batches do not use up the patience.
+        self._is_scored = not math.isnan(value)
+        if not self._is_scored:
+            self.unscored += batch - since
             return False
-        self.value = value
-        self.batch = state.timestamp.batch.value
+        if self.value is not None and value <= self.value:
+            return False
+        self.value, self.batch, self.unscored = value, batch, 0
         return True
 
     def is_long_ago(self, state: State) -> bool:
         """Whether the run has been no better for as long as `patience`."""
-        if self.patience is None:
+        if self.patience is None or not self._is_scored:
             return False
         patience = Time.from_timestring(self.patience)
         unit = self.batches_per_epoch if patience.unit == TimeUnit.EPOCH else 1
-        return state.timestamp.batch.value - self.batch >= patience.value * unit
+        waited = state.timestamp.batch.value - self.batch - self.unscored
+        return waited >= patience.value * unit
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
-        return {name: getattr(self, name) for name in ("metric", "value", "batch")}
+        state = {name: getattr(self, name) for name in ("metric", "value", "batch")}
+        if self.unscored:
+            state |= {"unscored": self.unscored, "evaluated": self._evaluated}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint holds, unless that is of another metric."""
         if state.get("metric") == self.metric:
             self.value, self.batch = state["value"], state["batch"]
+            self.unscored = state.get("unscored", 0)
+            self._evaluated = state.get("evaluated", self.batch)

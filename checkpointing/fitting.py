@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from checkpointing.weights import SCORES, Weights
 from errors import WeightsError
-from segmentation.classes import ClassInfo
+from segmentation.classes import ClassInfo, class_key
 from segmentation.network import current_names, inner
 
 # Beginnings of names in other projects' files, and what they may be called here.
@@ -23,6 +23,7 @@ def load_fitting(
     least: float = 0.5,
     classes: Sequence[ClassInfo] | None = None,
     num_classes: int | None = None,
+    class_tensors: Collection[str] = (),
 ) -> str | None:
     """Load what fits of a file's weights into a network; the rest of that stays as it is.
 
@@ -34,6 +35,8 @@ def load_fitting(
         classes: The network's. Given these, the scores of classes that the file has by the same
             name are taken over too.
         num_classes: How many the network has; None: as DeepLabV3's last layer.
+        class_tensors: Names of the network's tensors with a row a class, if the file has as many
+            classes but not the same. Their rows are taken over by name, or not at all.
 
     Returns:
         A line about what is left new, or None if nothing is.
@@ -51,6 +54,7 @@ def load_fitting(
             f"{where}: {len(fitting)} of the network's {len(own)} tensors fit, less than "
             f"load_least={least:g} of them; it is of another network"
         )
+    fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]
     rows = num_classes or len(own[f"{SCORES}weight"])
     scores = [n for n in left if n in state and _differs_in_rows(state[n], own[n], rows)]
@@ -63,14 +67,21 @@ def load_fitting(
             for name in tensors:
                 for new, old in pairs:
                     own[name][new] = state[name][old]
-        kept = f"{len(pairs)} taken over by name, the others left new"
-        notes.append(
-            f"{layer}: {len(state[tensors[0]])} -> {rows} classes, {kept if pairs else 'left new'}"
-        )
+        notes.append(f"{layer}: {_class_note(len(state[tensors[0]]), rows, len(pairs), classes)}")
     left = [name for name in left if name not in scores]
     if left:
         notes.append(f"{len(left)} tensors left new, first {left[0]}")
     return f"{where}: {'; '.join(notes)}" if notes else None
+
+
+def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] | None) -> str:
+    """Say what became of a layer with a row a class."""
+    if before == now == taken:
+        return "classes in another order, matched by name"
+    change = f"{before} -> {now} classes" if before != now else "classes of other names"
+    if taken:
+        return f"{change}, {taken} taken over by name, the others left new"
+    return f"{change}, {'none has the same name, all ' if classes else ''}left new"
 
 
 def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:
@@ -94,5 +105,6 @@ def _same_names(
     before: Sequence[ClassInfo] | None, after: Sequence[ClassInfo]
 ) -> list[tuple[int, int]]:
     """Return the places, after and before, of the classes that have the same name."""
-    places = {info.name: place for place, info in enumerate(before or ())}
-    return [(new, places[c.name]) for new, c in enumerate(after) if c.name in places]
+    places = {class_key(info.name): place for place, info in enumerate(before or ())}
+    keys = enumerate(class_key(info.name) for info in after)
+    return [(new, places[key]) for new, key in keys if key in places]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,22 @@ from composer.utils import get_file
 from torch import nn
 
 from checkpointing.saver import on_first_process
-from checkpointing.stores import LocalFolder, RemoteFolder, open_folder, time_of
+from checkpointing.stores import (
+    LocalFolder,
+    RemoteFolder,
+    checkpoint_in,
+    open_folder,
+    time_of,
+)
 from checkpointing.weights import Weights, check_checkpoint, infer_architecture, load_weights
-from errors import ConfigError, one_line
+from errors import ClassError, ConfigError, WeightsError, one_line
+from segmentation.classes import ClassInfo, first_difference, match_classes
 from segmentation.network import inner
 
 log = logging.getLogger(__name__)
+
+DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")  # of no meaning to other networks
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -38,42 +50,79 @@ class Start:
     state_path: str | None
     is_resume: bool
 
-    def check_fits(self, model: Mapping[str, Any]) -> None:
-        """Compare its architecture with the keys of `model`.
+    @property
+    def _remedy(self) -> str:
+        """Return what a user can do about a difference."""
+        if self.state_path is None:
+            return "set it back"
+        if self.is_resume:
+            return (
+                "set it back, or begin another run: a new save_folder, with "
+                f"load_path={self.where} load_weights_only=true autoresume=false"
+            )
+        return "set it back, or begin another run from its weights with load_weights_only=true"
+
+    def check_config(
+        self,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        classes: Sequence[ClassInfo],
+    ) -> None:
+        """Compare what the checkpoint records with the config of the run that resumes it.
+
+        Args:
+            values: The config's values of the keys that have to agree, by dotted names. To
+                evaluate, those of `model` are enough.
+            defaults: What a key is that the record is too old to hold.
+            classes: The config's classes.
 
         Raises:
-            ConfigError: They differ.
+            ConfigError: A value differs. The line names the key and both values.
         """
-        anew = "; load_weights_only=true begins anew with what fits" if self.state_path else ""
-        if self.weights.config is None and model["name"] != "deeplabv3":
-            return  # the file does not say; its tensors are compared instead
-        name, _ = self.weights.network
-        says = {"name": name, "num_classes": self.weights.num_classes}
-        if name == model["name"] == "deeplabv3":
-            says = infer_architecture(self.weights.state, self.where)
-        for name, value in says.items():
-            if value != model[name]:
+        for name, theirs in self._recorded(defaults).items():
+            if name not in values or name in ("data", "class_names", "model.arguments"):
+                continue  # compared by what they mean: by classes, and in check_network
+            ours = values[name]
+            if json.loads(json.dumps(ours)) != theirs:
                 raise ConfigError(
-                    f"load_path: {self.where} has {name}={value}, not {model[name]}{anew}"
+                    f"{name}: {_shown(ours)}, but {self.where} was trained with {_shown(theirs)}; "
+                    f"{self._remedy}"
                 )
+        if self.state_path is None:
+            return
+        try:
+            order = match_classes(classes, self.weights.classes, "class_names or data", self.where)
+        except ClassError as error:
+            raise ConfigError(f"{error}; {self._remedy}") from None
+        if order is not None:
+            theirs = self.weights.classes or ()
+            line = first_difference(classes, theirs, "class_names or data", self.where)
+            raise ConfigError(f"{line}; {self._remedy}")
 
-    def check_optimizer(self, optimizer: Mapping[str, Any]) -> None:
-        """Compare which optimizer it has the state of, in which groups, with the config's.
+    def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the checkpoint says of the keys in `defaults`, from record and tensors."""
+        recorded: dict[str, Any] = {}
+        config = self.weights.config
+        if config is not None:
+            for name, default in defaults.items():
+                found: Any = config
+                for part in name.split("."):
+                    found = found.get(part, _MISSING) if isinstance(found, Mapping) else _MISSING
+                recorded[name] = json.loads(json.dumps(default)) if found is _MISSING else found
+            recorded["model.name"], _ = self.weights.network
+            recorded["model.num_classes"] = self.weights.num_classes
+            if not self.is_resume:  # a run may be continued under another name, elsewhere
+                del recorded["run_name"]
+        if config is None or recorded["model.name"] == "deeplabv3":
+            with suppress(WeightsError):  # another network's, whose tensors are compared later
+                architecture = infer_architecture(self.weights.state, self.where)
+                recorded |= {f"model.{name}": value for name, value in architecture.items()}
+        else:
+            recorded = {k: v for k, v in recorded.items() if k not in DEEPLABV3_KEYS}
+        return recorded
 
-        Raises:
-            ConfigError: They differ.
-        """
-        recorded = (self.weights.config or {}).get("optimizer") or {}
-        for name, default in {"name": "sgdw", "head_lr_scale": 1.0, "no_decay": []}.items():
-            theirs, ours = recorded.get(name, default), optimizer[name]
-            if theirs != ours:
-                raise ConfigError(
-                    f"load_path: {self.where} was trained with optimizer.{name}={theirs}, not "
-                    f"{ours}; load_weights_only=true begins anew with its weights"
-                )
-
-    def check_tensors(self, network: nn.Module) -> None:
-        """Compare the names and shapes of its tensors with those of a network.
+    def check_network(self, network: nn.Module) -> None:
+        """Compare the tensors' names and shapes, and the recorded arguments, with a network's.
 
         Raises:
             ConfigError: They differ.
@@ -83,39 +132,80 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"load_path: {self.where} is of a network with other model.arguments: "
-                f"{len(wrong)} tensors differ, first {wrong[0]}; "
-                "load_weights_only=true begins anew with what fits"
+                f"model.arguments: {len(wrong)} tensors of {self.where} do not fit this network, "
+                f"first {wrong[0]}; {self._remedy}"
             )
+        ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
+        theirs = dict(self.weights.network[1])
+        for name in ours | theirs:
+            our, their = ours.get(name), theirs.get(name)
+            if not _is_same_argument(our, their):
+                raise ConfigError(
+                    f"model.arguments.{name}: {_shown(our)}, but {self.where} was trained with "
+                    f"{_shown(their)}; {self._remedy}"
+                )
+
+
+def _is_same_argument(ours: Any, theirs: Any) -> bool:
+    """Whether two arguments agree.
+
+    A library's own config is recorded whole. Another version of the library has other keys in it,
+    so only the keys that both have are compared.
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        both = [key for key in ours.keys() & theirs.keys() if not key.endswith("_version")]
+        return all(_is_same_argument(ours[key], theirs[key]) for key in both)
+    return ours == theirs
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a YAML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "(empty)" if value is None else str(value)
 
 
 def find_start(
-    folder: str | None, load_path: str | None, weights_only: bool, scratch: str
+    folder: str | None,
+    load_path: str | None,
+    weights_only: bool,
+    scratch: str,
+    run_name: str | None = None,
+    overwrite: bool = False,
 ) -> Start | None:
-    """Find what to begin from: the newest checkpoint of a folder, else `load_path`.
+    """Find what to begin from: the newest checkpoint of a folder, otherwise `load_path`.
 
     Args:
-        folder: Folder or object-store URI to go on from, or None.
+        folder: Folder or object-store URI to resume from, or None.
         load_path: Path or URI of a checkpoint or of weights, or None.
         weights_only: Take only the weights of `load_path`.
         scratch: Local folder to download to.
+        run_name: Name of the run whose checkpoints `folder` has to hold.
+        overwrite: Pass over another run's checkpoints in `folder`, which this run replaces.
 
     Raises:
-        ConfigError: A folder or file cannot be read.
+        ConfigError: A folder or file cannot be read, or `folder` belongs to another run.
         WeightsError: The file is damaged, or holds what is no part of a checkpoint, or weights
             where a checkpoint is wanted.
     """
     found = newest_checkpoint(folder, scratch) if folder else None
     if found:
         where, path = found
-        return Start(where, load_weights(path), _plainly_named(path, scratch), True)
+        weights = load_weights(path)
+        if weights.run_name in (None, run_name):
+            return Start(where, weights, _plainly_named(path, scratch), True)
+        line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
+        if not overwrite:
+            raise ConfigError(f"{line}; give another save_folder, or run_name={weights.run_name}")
+        log.warning("%s; save_overwrite=true replaces it", line)
     if load_path:
         path = local_copy(load_path, scratch)
+        where = load_path if "://" in load_path else path
         weights = load_weights(path)
         if weights_only:
-            return Start(load_path, weights, None, False)
+            return Start(where, weights, None, False)
         check_checkpoint(path)
-        return Start(load_path, weights, _plainly_named(path, scratch), False)
+        return Start(where, weights, _plainly_named(path, scratch), False)
     return None
 
 
@@ -191,11 +281,16 @@ def _damage(path: str) -> str | None:
 def local_copy(path: str, scratch: str) -> str:
     """Fetch a checkpoint that may be remote; return its local path. For all processes together.
 
+    Args:
+        path: Path or URI of a file, or path of a run's folder.
+        scratch: Local folder to download to.
+
     Raises:
         ConfigError: It cannot be read.
+        WeightsError: The folder holds no checkpoint.
     """
     if "://" not in path:
-        return path
+        return checkpoint_in(path)
     copy = os.path.join(scratch, os.path.basename(path))
 
     def download() -> str:

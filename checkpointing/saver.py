@@ -21,7 +21,7 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 
 from checkpointing.best import Best
 from checkpointing.signals import SignalListener
-from checkpointing.stores import batch_of, open_folder
+from checkpointing.stores import batch_of, is_in_folder, open_folder
 from errors import ConfigError, RunError, Stopped, UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -67,14 +67,17 @@ class Checkpoints(CheckpointSaver):
         save_interval: Time string.
         eval_interval: Time string.
         keep: How many checkpoints to keep; -1 for all.
-        overwrite: Begin anew in a folder with an earlier run's checkpoints, which go one by one.
-        autoresume: The run goes on from what the folder holds.
+        overwrite: Begin again in a folder with an earlier run's checkpoints, which go one by one.
+        autoresume: The run resumes from what the folder holds.
         best: Which evaluation is the best, and when to end for want of a better one.
         save_best: Keep the checkpoint of the best evaluation.
+        run_name: Name of the run, for the lock on the folder.
 
     Attributes:
         saved_checkpoints: Where the checkpoints of this run are, oldest first.
         last: Where the newest is, or the one that the run goes on from, or None.
+        own: Names of the checkpoints that pruning may remove: those that this run saved to be
+            pruned, here or before it was resumed, and with `overwrite` those that it replaces.
         evaluation_due: Whether the state is that before an evaluation.
         best_name: The name of the checkpoint that is kept as the best, or None.
         ended: The patience that was exhausted, if the run has ended for that.
@@ -90,6 +93,7 @@ class Checkpoints(CheckpointSaver):
         autoresume: bool = False,
         best: Best | None = None,
         save_best: bool = False,
+        run_name: str | None = None,
     ):
         periodic = create_interval_scheduler(save_interval)
 
@@ -105,6 +109,9 @@ class Checkpoints(CheckpointSaver):
         self.autoresume = autoresume
         self.best = best or Best("MIoU", [])
         self.save_best = save_best
+        self.run_name = run_name
+        self.own: list[str] = []
+        self._is_own = False  # whether the state that is loaded is this run's, from this folder
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -126,20 +133,53 @@ class Checkpoints(CheckpointSaver):
         return not self.stopping
 
     def check(self) -> None:
-        """See to it that checkpoints can be saved; for all processes together.
+        """Lock the folder and try to write to it; for all processes together.
 
         Raises:
-            ConfigError: They cannot.
+            ConfigError: Another live run writes to it, or it cannot be written.
         """
 
         def probe() -> None:
             try:
+                self.target.lock(self.run_name)
                 self.target.probe()
+            except ConfigError:
+                raise
             except Exception as error:  # what a file system or the client of an object store raises
                 problem = f"cannot write to {self.target.path}: {one_line(error)}"
                 raise ConfigError(f"save_folder: {problem}") from None
 
         on_first_process(probe)
+
+    def claim(self, start: str | None, run_name: str | None) -> None:
+        """Refuse a folder with checkpoints of another run; for all processes together.
+
+        Args:
+            start: Path or URI of the checkpoint whose state this run resumes, or None.
+            run_name: Name of the run that saved it.
+
+        Raises:
+            ConfigError: The folder holds checkpoints of another run.
+        """
+
+        def claimed() -> list[str]:
+            names = self.target.names()
+            if names and not (self.overwrite or self.autoresume or self._is_own):
+                raise self._refusal(names[0])
+            self.target.remove_unfinished()
+            return names if self.overwrite else []
+
+        if start and is_in_folder(start, self.target.path):
+            self._is_own = self.run_name in (run_name, None)
+            self.last = start
+        self.own = on_first_process(claimed)
+
+    def _refusal(self, name: str) -> ConfigError:
+        return ConfigError(
+            f"save_folder: {self.target.path} holds {name} of another run; give another "
+            "save_folder, resume that run by autoresume=true and its run_name, or replace it by "
+            "save_overwrite=true"
+        )
 
     def init(self, state: State, logger: Logger) -> None:
         pass  # Composer's makes the folder, which check() has done
@@ -167,10 +207,7 @@ class Checkpoints(CheckpointSaver):
     def _refuse_later(self, batch: int) -> None:
         later = [name for name in self.target.names() if batch_of(name) > batch]
         if later:
-            raise ConfigError(
-                f"save_folder: {self.target.path} holds {later[0]} of an earlier run; "
-                "autoresume=true goes on from it, save_overwrite=true begins anew"
-            )
+            raise self._refusal(later[0])
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.stopping = self.signals.any_process_signalled(state)
@@ -222,8 +259,11 @@ class Checkpoints(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
         self._save_now = False
-        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         name = _name(state)
+        # What is saved with keep=-1 stays for good, also if the run is resumed with another keep.
+        others = [other for other in self.own if other != name]
+        self.own = [*others, name] if self.keep > 0 else []
+        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         on_first_process(lambda: self._write(content, name))
         self.last = f"{self.target.path}/{name}"
         before = [path for path in self.saved_checkpoints if path != self.last]
@@ -242,7 +282,7 @@ class Checkpoints(CheckpointSaver):
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            self.target.publish(unfinished, name, self.keep, self.best_name)
+            self.target.publish(unfinished, name, self.keep, self.best_name, tuple(self.own))
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 os.remove(unfinished)
@@ -279,12 +319,15 @@ class Checkpoints(CheckpointSaver):
             "best": self.best.state_dict(),
             "best_name": self.best_name,
             "ended": self.ended,
+            "own": self.own,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluation_due = state.get("evaluation_due", False)
         self.best.load_state_dict(state.get("best", {}))
         self.best_name = state.get("best_name")
+        if self._is_own:
+            self.own = [*self.own, *state.get("own", [])]
         if self.best.patience is not None and state.get("ended") == self.best.patience:
             self.ended = self.best.patience
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,8 +33,10 @@ class SignalListener:
         def receive(number: int, frame: Any) -> None:
             signal.signal(number, signal.SIG_DFL)
             self.received_signal = signal.Signals(number).name
-            # Not print: the signal may have come within one.
-            os.write(2, f"{self.received_signal}: saving a checkpoint after this batch\n".encode())
+            line = f"{self.received_signal}: saving a checkpoint after this batch\n"
+            # Not print: the signal may have come within one. The terminal may be closed by now.
+            with suppress(OSError):
+                os.write(2, line.encode())
 
         before = {number: signal.signal(number, receive) for number in SIGNALS}
         try:

@@ -10,6 +10,7 @@ store, and gives up on a store that is away for some seconds.
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -17,7 +18,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -25,6 +26,8 @@ from typing import NamedTuple, cast
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore, S3ObjectStore
 
+from checkpointing.lock import NAME as LOCK
+from checkpointing.lock import FileLock, RecordLock, describe_self
 from errors import RunError, WeightsError, one_line
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
+# What file systems without symbolic links answer, such as exFAT and some mounted buckets.
+NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def batch_of(name: str) -> int:
@@ -54,16 +59,23 @@ def _newest_first(names: Iterable[str]) -> list[str]:
 
 
 def checkpoint_in(path: str | os.PathLike[str]) -> str:
-    """Return the best checkpoint of a run's folder, else its newest; a file as it is.
+    """Return the path of a checkpoint's file.
+
+    Args:
+        path: The file, or a pointer in a file system without links, or a run's folder: its best
+            checkpoint if it has one, and its newest otherwise.
 
     Raises:
         WeightsError: The folder holds none.
     """
     if not os.path.isdir(path):
-        return os.fspath(path)
-    newest = LocalFolder(os.fspath(path)).names()[:1]
-    for name in (BEST, LATEST, *newest):
-        if os.path.exists(found := os.path.join(path, name)):
+        folder, name = os.path.split(path)
+        pointed = None if os.path.exists(path) else LocalFolder(folder or ".").pointed(name)
+        return os.path.join(folder, pointed) if pointed else os.fspath(path)
+    folder = LocalFolder(os.fspath(path))
+    newest = folder.names()[:1]
+    for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest):
+        if name and os.path.exists(found := os.path.join(path, name)):
             return found
     raise WeightsError(f"{path}: a folder without checkpoints; name a file, or a run's save_folder")
 
@@ -78,14 +90,42 @@ class LocalFolder:
     def __init__(self, path: str):
         self.path = self.scratch = path
 
-    def probe(self) -> None:
-        """Raise an OSError unless files can be written; remove what a killed run left half done."""
+    def lock(self, run_name: str | None) -> None:
+        """Lock the folder for this process, until it ends or calls `release_locks`.
+
+        Raises:
+            ConfigError: Another live run writes to the folder.
+            OSError: It cannot be written.
+        """
         os.makedirs(self.path, exist_ok=True)
+        owner, path = describe_self(run_name), os.path.join(self.path, LOCK)
+        try:
+            self._lock = FileLock(self.path, owner)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+            def read() -> bytes | None:
+                with suppress(FileNotFoundError):
+                    return Path(path).read_bytes() or None
+                return None
+
+            self._lock = RecordLock(self.path, owner, read, lambda text: _write_over(path, text))
+
+    def probe(self) -> None:
+        """Do on small files what a save does; raise an OSError if something of it fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()
-        for left in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
-            os.remove(left)
+        for name in ("first", "second"):
+            self._point(".probe", name)
+        self._unpoint(".probe")
+        self._sync()
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed run left half written."""
+        for path in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
+            os.remove(path)
 
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
@@ -93,8 +133,15 @@ class LocalFolder:
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""
+        return self.pointed(LATEST)
+
+    def pointed(self, pointer: str) -> str | None:
+        """Return the name of the checkpoint that a pointer names, by link or by text."""
+        path = os.path.join(self.path, pointer)
         with suppress(OSError):
-            return os.path.basename(os.readlink(os.path.join(self.path, LATEST)))
+            return os.path.basename(os.readlink(path))
+        with suppress(OSError, UnicodeDecodeError):
+            return os.path.basename(Path(f"{path}.symlink").read_text().strip())
         return None
 
     def fetch(self, name: str, scratch: str) -> str:
@@ -107,10 +154,18 @@ class LocalFolder:
         os.stat(path)
         return path
 
-    def publish(self, unfinished: str, name: str, keep: int, best: str | None = None) -> None:
-        """Give a finished file its name, point `latest` at it; remove all but `keep` and `best`.
+    def publish(
+        self,
+        unfinished: str,
+        name: str,
+        keep: int,
+        best: str | None = None,
+        own: Container[str] = (),
+    ) -> None:
+        """Give a finished file its name, and point `latest` at it.
 
-        Each step is one rename, so whenever the machine fails, `latest` is a whole checkpoint.
+        Then remove the checkpoints in `own`, except for the newest `keep` and `best`. Each step is
+        one rename, so whenever the machine fails, `latest` is a whole checkpoint.
         """
         os.replace(unfinished, os.path.join(self.path, name))
         self._sync()
@@ -118,7 +173,7 @@ class LocalFolder:
             self.point_best(best)
         self._point(LATEST, name)
         self._sync()
-        for old in outdated(self.names(), name, keep, best):
+        for old in outdated(self.names(), name, keep, best, own):
             os.remove(os.path.join(self.path, old))
 
     def point_best(self, name: str | None) -> None:
@@ -126,20 +181,35 @@ class LocalFolder:
         if name:
             self._point(BEST, name)
         else:
-            Path(self.path, BEST).unlink(missing_ok=True)
+            self._unpoint(BEST)
 
     def _point(self, pointer: str, name: str) -> None:
-        link = os.path.join(self.path, f"{pointer}.unfinished")
+        """Make a link, or where there are no links, the text file that object stores have."""
+        path = os.path.join(self.path, pointer)
+        link = f"{path}.unfinished"
         with suppress(FileNotFoundError):
             os.remove(link)
-        os.symlink(name, link)
-        os.replace(link, os.path.join(self.path, pointer))
+        try:
+            os.symlink(name, link)
+        except OSError as error:
+            if error.errno not in NO_SYMLINKS:
+                raise
+            _write_over(f"{path}.symlink", name.encode())
+        else:
+            os.replace(link, path)
+
+    def _unpoint(self, pointer: str) -> None:
+        for name in (pointer, f"{pointer}.symlink"):
+            Path(self.path, name).unlink(missing_ok=True)
 
     def _sync(self) -> None:
         """Have the folder's entries on the disk."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:  # some file systems sync files, but no folders
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         finally:
             os.close(folder)
 
@@ -155,6 +225,7 @@ class Upload(NamedTuple):
     name: str
     keep: int
     best: str | None
+    own: Container[str]
 
 
 class RemoteFolder:
@@ -178,11 +249,38 @@ class RemoteFolder:
             self.store = cast(ObjectStore, maybe_create_object_store_from_uri(uri))
         self._folder = tempfile.TemporaryDirectory(prefix="checkpoints-")
         self.scratch = self._folder.name
+        self._run_lock: RecordLock | None = None
         self._lock = threading.Condition()
         self._waiting: list[Upload] = []
         self._count = 0
         self._busy = False
         self._failed: RunError | None = None
+
+    def lock(self, run_name: str | None) -> None:
+        """Lock the folder for this process, until it ends or calls `release_locks`.
+
+        Raises:
+            ConfigError: Another live run writes to the folder.
+            Exception: What the store's client raises.
+        """
+
+        def read() -> bytes | None:
+            path = os.path.join(self.scratch, "lock-read")
+            try:
+                self.store.download_object(f"{self.prefix}{LOCK}", path, overwrite=True)
+            except FileNotFoundError:
+                return None
+            return Path(path).read_bytes()
+
+        def write(text: bytes) -> None:
+            path = os.path.join(self.scratch, "lock-write")
+            Path(path).write_bytes(text)
+            self.store.upload_object(f"{self.prefix}{LOCK}", path)
+
+        self._run_lock = RecordLock(self.path, describe_self(run_name), read, write)
+
+    def remove_unfinished(self) -> None:
+        """Do nothing: an object appears whole."""
 
     def probe(self) -> None:
         """Raise what the store's client does unless objects can be written."""
@@ -192,8 +290,8 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
-        keys = self.store.list_objects(self.prefix)
-        return _newest_first(key.rpartition("/")[2] for key in keys)
+        names = (key.partition(self.prefix)[2] for key in self.store.list_objects(self.prefix))
+        return _newest_first(names)  # and none of the folders below it
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""
@@ -212,11 +310,18 @@ class RemoteFolder:
             self.store.download_object(f"{self.prefix}{name}", path)
         return path
 
-    def publish(self, unfinished: str, name: str, keep: int, best: str | None = None) -> None:
-        """Upload a finished file, then point at it and remove all but `keep` and `best`, later.
+    def publish(
+        self,
+        unfinished: str,
+        name: str,
+        keep: int,
+        best: str | None = None,
+        own: Container[str] = (),
+    ) -> None:
+        """Upload a finished file in the background, then point at it and remove old ones of `own`.
 
         Raises:
-            RunError: An earlier upload was given up.
+            RunError: An earlier upload was given up, or another run has taken over the folder.
         """
         self.wait(0)
         self._count += 1  # one of the same batch may be on its way
@@ -225,7 +330,7 @@ class RemoteFolder:
         with self._lock:
             overtaken = [item for item in self._waiting if item.name != best or item.name == name]
             kept = [item for item in self._waiting if item not in overtaken]
-            self._waiting = [*kept, Upload(file, name, keep, best)]
+            self._waiting = [*kept, Upload(file, name, keep, best, own)]
             if not self._busy:
                 self._busy = True
                 threading.Thread(target=self._work, daemon=True).start()
@@ -250,8 +355,10 @@ class RemoteFolder:
         """Whether all that was published is there, after waiting for it.
 
         Raises:
-            RunError: An upload was given up.
+            RunError: An upload was given up, or another run has taken over the folder.
         """
+        if self._run_lock:
+            self._run_lock.check()
         with self._lock:
             self._lock.wait_for(lambda: not self._busy, seconds)
             if self._failed:
@@ -284,7 +391,7 @@ class RemoteFolder:
                     self._point(BEST, item.best)
                 self._point(LATEST, name)
                 os.remove(item.file)
-                old = outdated(self.names(), name, item.keep, item.best)
+                old = outdated(self.names(), name, item.keep, item.best, item.own)
                 break
             except Exception as error:  # each store's client has its own
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
@@ -314,16 +421,39 @@ class RemoteFolder:
             log.warning("cannot remove %s/%s: %s", self.path, name, one_line(error))
 
 
-def outdated(names: list[str], newest: str, keep: int, best: str | None = None) -> list[str]:
-    """Return the checkpoints to remove so that `keep` and `best` are left; -1 keeps all.
+def outdated(
+    names: list[str], newest: str, keep: int, best: str | None, own: Container[str]
+) -> list[str]:
+    """Return the checkpoints of a run to remove, so that its newest `keep` and its best are left.
 
-    `newest` is one of those that are kept. Later ones stay: they are of another run, or damaged and
-    about to be written again.
+    Args:
+        names: All checkpoints of the folder, newest first.
+        newest: The one that was just saved. Later ones stay: an earlier run or attempt left them.
+        keep: How many to keep; -1: all.
+        best: One more to keep.
+        own: Those that this run may remove.
     """
-    older = [name for name in names if time_of(name) <= time_of(newest)]
-    return [name for name in older[keep:] if name != best] if keep >= 0 else []
+    if keep < 0:
+        return []
+    older = [name for name in names if name in own and time_of(name) <= time_of(newest)]
+    return [name for name in older[keep:] if name != best]
+
+
+def _write_over(path: str, content: bytes) -> None:
+    """Replace a small file in one rename."""
+    unfinished = f"{path}.unfinished"
+    Path(unfinished).write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def open_folder(path: str) -> LocalFolder | RemoteFolder:
     """Open the folder or the object store that a config's `save_folder` names."""
     return RemoteFolder(path) if "://" in path else LocalFolder(path)
+
+
+def is_in_folder(path: str, folder: str) -> bool:
+    """Whether a path or URI names a file directly in a folder."""
+    parent, folder = path.rpartition("/")[0] or ".", folder.rstrip("/")
+    if "://" in path or "://" in folder:
+        return parent == folder
+    return os.path.realpath(parent) == os.path.realpath(folder)

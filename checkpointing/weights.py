@@ -31,6 +31,7 @@ from torch.torch_version import TorchVersion
 
 from checkpointing.stores import checkpoint_in
 from errors import WeightsError, one_line
+from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, load_classes
 
 SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
@@ -63,12 +64,14 @@ class Weights:
         which: `"ema"` for the moving average of the training weights, else `"training"`.
         config: The configuration of the run that made them, where the file holds it.
         classes: Its class names and colours, where the file holds them.
+        run_name: The name of the run, where the file is a checkpoint of Composer's.
     """
 
     state: dict[str, Tensor]
     which: str = "training"
     config: Mapping[str, Any] | None = None
     classes: list[ClassInfo] | None = None
+    run_name: str | None = None
 
     @property
     def eval_size(self) -> int | None:
@@ -168,7 +171,8 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     run = trainer.get("callbacks", {}).get("RunRecord", {})
     classes = classes_from_json(run["classes"]) if "classes" in run else None
     config = _config_from_json(run["config"]) if "config" in run else None
-    return Weights(state, found, config, classes)
+    name = trainer.get("run_name")
+    return Weights(state, found, config, classes, name if isinstance(name, str) else None)
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
@@ -219,9 +223,7 @@ def save_weights(
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    unfinished = Path(f"{os.fspath(path)}.unfinished")
-    unfinished.write_bytes(save(tensors, metadata))  # save_file's is for its owner alone
-    os.replace(unfinished, path)
+    write_file(path, save(tensors, metadata))  # safetensors' save_file makes files private
 
 
 def _read_safetensors(path: Path) -> Weights:

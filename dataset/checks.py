@@ -7,7 +7,8 @@ report.py makes the report; convert_ade20k.py reads what it wrote back with the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.decoding import decode_image, decode_photo
-from dataset.description import Description
+from dataset.description import Description, parse_description, read_description
 from dataset.folders import (
     FOLDERS,
     IMAGE_SUFFIXES,
@@ -29,9 +30,10 @@ from dataset.folders import (
 from dataset.labels import Labels
 from dataset.masks import Masks, UnknownValues
 from dataset.matching import find_samples, list_described
-from dataset.shards import cached_shards, open_shards, read_shard
+from dataset.shards import DESCRIPTION, cached_shards, fetch_beside, open_shards, read_shard
 from dataset.workers import decoder_complaint, in_processes
-from errors import DataError, one_line
+from errors import ClassError, DataError, one_line
+from segmentation.classes import ClassInfo, first_difference, match_classes
 
 CHUNK = 64  # samples a process checks between two reports
 
@@ -206,6 +208,45 @@ def check(
     for tally in tallies.values():
         tally.findings.sort()
     return tallies
+
+
+def shard_classes(path: str) -> tuple[ClassInfo, ...] | None:
+    """Return the classes of shards that were written from a description, which lies beside them.
+
+    Args:
+        path: Folder or URL of the shards.
+
+    Returns:
+        Names and colours in the order of the class indices, or None if nothing describes them.
+
+    Raises:
+        ConfigError: The description is not valid.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = fetch_beside(path, DESCRIPTION, folder)
+        if file is None:
+            return None
+        return parse_description(read_description(file), f"{path}/{DESCRIPTION}").classes
+
+
+def check_shard_classes(path: str, classes: Sequence[ClassInfo]) -> None:
+    """Compare the classes that shards were written with and those of a run.
+
+    Args:
+        path: Folder or URL of the shards.
+        classes: The run's, in the order of the class indices.
+
+    Raises:
+        ClassError: They have other names, or the same names in another order.
+    """
+    ours = shard_classes(path)
+    where = f"{path}/{DESCRIPTION}"
+    if match_classes(ours, classes, where, "the run") is not None:
+        assert ours is not None
+        raise ClassError(
+            f"{first_difference(ours, classes, where, 'the run')}; give the run's classes in the "
+            "order of the shards"
+        )
 
 
 def check_labels(

@@ -30,7 +30,10 @@ def uniform_per_sample(
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
     pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)  # no copy if channels-last
-    words = pixels[:, : pixels.shape[1] // 8 * 8].contiguous().view(torch.int64)
+    if pixels.shape[1] % 8:  # the last bytes do not fill a word; a copy begins at one for sure
+        whole = pixels[:, : pixels.shape[1] // 8 * 8]
+        pixels = whole.clone(memory_format=torch.contiguous_format)
+    words = pixels.contiguous().view(torch.int64)
     state = words.sum(dim=1)  # wraps, so that the order does not matter
     for number in (seed, epoch):
         if isinstance(number, int):

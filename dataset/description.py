@@ -121,9 +121,13 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is there twice, which YAML's own loader takes as the last one's."""
+    """A loader that refuses a key twice, and keeps the text of keys such as no, 007 and 12:30."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        self.flatten_mapping(node)  # what `<<: *anchor` merges
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.style is None:
+                key.tag = "tag:yaml.org,2002:str"
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for place, key in enumerate(keys) if key in keys[:place]]
         if twice:

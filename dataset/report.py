@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,12 +42,15 @@ from dataset.description import (
     parse_description,
     read_description,
 )
+from dataset.folders import FOLDERS, list_samples
 from dataset.labels import Labels
+from dataset.matching import list_described
 from dataset.sampler import EpochSampler
 from dataset.shards import DESCRIPTION, fetch_beside
 from dataset.suggest import draw, suggest
 from errors import DataError, UserError, whole
-from segmentation.classes import ClassInfo, load_classes
+from files import check_outputs, check_writable, output_file, write_file, write_image
+from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet
 
 log = logging.getLogger(__name__)
@@ -164,8 +168,28 @@ def as_text(report: dict[str, Any]) -> str:
     for title, key in (("odd, but training works", "oddities"), ("PROBLEMS", "problems")):
         if found := report[key]:
             lines += [f"{title} ({len(found)})", *_first_of_each_kind(found), ""]
-    lines += ["training would fail" if report["problems"] else "no problem: this can be trained on"]
-    return "\n".join(lines)
+    return "\n".join([*lines, _verdict(report)])
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Return the report's last line."""
+    if report["problems"]:
+        return "training would fail"
+    classes = report["splits"]["train"]["classes"]
+    missing = [entry["name"] for entry in classes if not entry["photos"]]
+    if not missing:
+        return "no problem: this can be trained on"
+    if len(missing) == len(classes):
+        return "this can be read, but nothing is learnt: no training mask has a labelled pixel"
+    line = f"this can be trained on, but no training mask has {name_classes(missing)}"
+    occurring = len(classes) - len(missing)
+    if report["described"]:  # the user has listed every label
+        return line
+    if occurring == 1 and classes[0]["label"] == 1:
+        line += "; --no-ignore-background makes label 0 a class"
+    elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
+        line += f"; --num-classes {occurring} if there are no more"
+    return line
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
@@ -253,16 +277,17 @@ def validate(
     labels = labels or Labels()
     if description is not None:
         labels = description.labels
-    if description is not None and class_names is None:
-        classes = list(description.classes)
-    else:
-        classes = load_classes(class_names, labels.num_classes)
+    described = None if description is None else description.classes
+    classes = rename_classes(class_names, labels.num_classes, described, "the description")
     workers = workers or len(os.sched_getaffinity(0))
     is_streaming = "://" in path or local is not None or bool(list(Path(path).glob("*/index.json")))
     if "://" in path and local is None:
         raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
     if "://" not in path and not Path(path).is_dir():
         raise DataError(f"there is no folder {path}")
+    if picture:  # may not be an image or a mask of the data set
+        check_outputs([picture], [] if is_streaming else _sample_files(path, description))
+        check_writable(picture)
     tallies = check(path, local, is_streaming, labels, workers, description)
     findings = [finding for tally in tallies.values() for finding in tally.findings]
     loader = None
@@ -276,17 +301,31 @@ def validate(
             build_dataspec, path, local, is_streaming, labels, pairs, description
         )
         if picture:
-            sample_sheet(*batch, classes).save(picture)
+            write_image(picture, sample_sheet(*batch, classes))
     layout = "folders in ADE20K's layout" if description is None else "folders as described"
     return {
         "path": path,
         "format": "MDS shards" if is_streaming else layout,
+        "described": description is not None,
         "num_classes": labels.num_classes,
         "splits": {name: summarise(tally, labels, classes) for name, tally in tallies.items()},
         "loader": loader,
         "oddities": [{"path": f.path, "reason": f.reason} for f in findings if not f.fatal],
         "problems": [{"path": f.path, "reason": f.reason} for f in findings if f.fatal],
     }
+
+
+def _sample_files(path: str, description: Description | None) -> list[str]:
+    """Return the images and masks of a data set, of the splits that can be listed."""
+    files = []
+    for split in FOLDERS:
+        with suppress(DataError):  # `check` reports it
+            if description is None:
+                samples = list_samples(path, split)
+            else:
+                samples = list_described(description, split, path)
+            files += [file for sample in samples for file in sample[1:]]
+    return files
 
 
 def find_description(path: str, root: str | None) -> tuple[str, Description | None]:
@@ -308,11 +347,14 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     for written in (path, path.with_suffix(".png")):
         if written.exists():
             raise DataError(f"{written} exists: name another file as second argument")
+        check_writable(written)
     text = suggest(folder, workers or len(os.sched_getaffinity(0)))
-    path.write_text(text, encoding="utf-8")
-    root, description = open_description(str(path))
-    assert description is not None
-    draw(description, root, str(path.with_suffix(".png")))
+    # The description appears last, so that the same command can be given again after a full disk.
+    with output_file(path) as unfinished:
+        write_file(unfinished, text)
+        root, description = open_description(str(unfinished))
+        assert description is not None
+        draw(description, root, str(path.with_suffix(".png")))
     print(f"{text}\nwritten to {path}, and samples drawn in {path.with_suffix('.png')}")
     return 0
 

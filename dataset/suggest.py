@@ -27,6 +27,7 @@ from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.workers import in_processes
 from errors import DataError
+from files import write_image
 from segmentation.drawing import sample_sheet
 
 WORDS = {
@@ -363,4 +364,4 @@ def draw(description: Description, root: str, picture: str) -> None:
         targets.append(
             cv2.resize(target.astype(np.int16), (320, 320), interpolation=cv2.INTER_NEAREST)
         )
-    sample_sheet(np.stack(photos), np.stack(targets), description.classes).save(picture)
+    write_image(picture, sample_sheet(np.stack(photos), np.stack(targets), description.classes))

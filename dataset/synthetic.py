@@ -15,6 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from files import write_file
+
 log = logging.getLogger(__name__)
 
 TEXTURES = (
@@ -125,9 +127,11 @@ def make(
             photo, mask = scene(size, rng)
             name = f"ADE_{short}_{i + 1:08d}"
             image_path = root / "images" / split / f"{name}.jpg"
-            cv2.imwrite(str(image_path), photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-            cv2.imwrite(str(root / "annotations" / split / f"{name}.png"), mask)
-    done.write_text(kind)
+            jpeg = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+            write_file(image_path, jpeg.tobytes())
+            png = cv2.imencode(".png", mask)[1]
+            write_file(root / "annotations" / split / f"{name}.png", png.tobytes())
+    write_file(done, kind)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,17 @@
 # After a lost process or node (75) or a kill, the command is given again, at most RUN_RETRIES (3) times in
 # a row from the same batch, if all nodes reach each other within RUN_REJOIN (25) seconds.
 set -m # a process group for what begins in the background
-# Not SIGTERM again: training may have had it from the scheduler, and ends at once by a second one.
-trap 'told=1; kill -USR1 -- -$!' TERM
+# Ctrl-C (INT) and a closed terminal (HUP) reach this script alone, so it tells training about them too.
+# It sends USR1, because training may have had the scheduler's SIGTERM, and a second one ends it at once.
+trap 'told=1; kill -USR1 -- -$! 2>/dev/null' TERM HUP
+# shellcheck disable=SC2329 # the trap below calls it
+interrupt() {
+  if [ "$interrupted" ]; then kill -KILL -- -$! 2>/dev/null; fi
+  told=1 interrupted=1
+  kill -USR1 -- -$! 2>/dev/null &&
+    echo "run.sh: training saves a checkpoint and ends; Ctrl-C again kills it" >&2
+}
+trap interrupt INT
 export RUN_START_FILE # where main.py writes the batch that it begins at, and how nodes find each other
 RUN_START_FILE=$(mktemp)
 limit="${RUN_RETRIES:-3}" tries=0
@@ -20,8 +29,8 @@ together() {
 
 while true; do
   (trap '' TERM USR1 && exec composer "$@") &
+  while kill -0 $! 2>/dev/null; do wait $!; done # a signal ends wait early
   wait $!
-  wait $! # the first wait ends early when SIGTERM comes
   status=$?
   # If composer was killed, what it left behind saves a checkpoint now.
   for _ in {1..300}; do kill -0 -- -$! 2>/dev/null || break; sleep 1; done

@@ -36,14 +36,15 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """As `torch.nn.SyncBatchNorm`: statistics are over the batches of a process group.
+    """A BatchNorm2d whose statistics are over the batches of a process group.
 
-    It does not count the batches; `count_batches` does.
-
-    Processes may have batches of different sizes, but all have to make the same passes.
+    It is `torch.nn.SyncBatchNorm`, also without affine parameters, without a momentum (then the
+    running statistics are the mean over all batches), or without running statistics. With a
+    momentum it leaves num_batches_tracked to `count_batches`. Processes may have batches of
+    different sizes, but all have to make the same passes.
 
     Args:
-        batch_norm: Whose parameters and buffers it takes over.
+        batch_norm: The layer whose parameters and buffers it takes over.
         group: The process group.
 
     Shape:
@@ -52,7 +53,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, batch_norm: nn.BatchNorm2d, group: torch.distributed.ProcessGroup) -> None:
         super().__init__(
-            batch_norm.num_features, batch_norm.eps, batch_norm.momentum, device="meta"
+            batch_norm.num_features,
+            batch_norm.eps,
+            batch_norm.momentum,
+            batch_norm.affine,
+            batch_norm.track_running_stats,
+            device="meta",
         )
         self._parameters.update(batch_norm._parameters)
         self._buffers.update(batch_norm._buffers)
@@ -63,8 +69,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """Normalise, and update the running statistics."""
         if not self.training:
             return super().forward(image)
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.momentum is not None
         size = image.numel() // image.shape[1]
         variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
         # In fp64, where the difference of squares below loses nothing; they are few numbers.
@@ -74,12 +78,26 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean = total / count
         variance = squares / count - mean.square()
         with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            unbiased = variance * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        scale = self.weight * torch.rsqrt(variance.float() + self.eps)
-        mean, scale, bias = (each.view(1, -1, 1, 1) for each in (mean.float(), scale, self.bias))
-        return ((image.float() - mean) * scale + bias).to(image.dtype)
+            self._track(mean, variance * (count / (count - 1)))
+        scale = torch.rsqrt(variance.float() + self.eps)
+        if self.weight is not None:
+            scale = self.weight * scale
+        result = (image.float() - mean.float().view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+        if self.bias is not None:
+            result = result + self.bias.view(1, -1, 1, 1)
+        return result.to(image.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics, if there are any, towards a batch's."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        share: float | Tensor | None = self.momentum
+        if share is None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            share = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean), share)
+        self.running_var.lerp_(variance.to(self.running_var), share)
 
 
 # An operator of its own, with its gradient: DDPOptimizer refuses the higher-order operator that
@@ -123,7 +141,9 @@ def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
     """Have the BatchNorms below a module leave counting to `count_batches`, and return them."""
     layers = []
     for layer in module.modules():
-        if type(layer) is nn.BatchNorm2d and layer.track_running_stats and layer.momentum:
+        if not (isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and layer.momentum):
+            continue
+        if type(layer) is nn.BatchNorm2d:
             layer.__class__ = BatchNorm2d
         if isinstance(layer, BatchNorm2d | SyncBatchNorm2d):
             layers.append(layer)

@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 
 from errors import UserError
+from files import write_file, write_image
 
 CARD, PICTURE = "README.md", "overlay.jpg"
 MARK = "<!-- Written by export.py, which replaces this file as long as this line is here. -->"
@@ -118,7 +119,7 @@ def _front_matter(card: Card) -> str:
         "pipeline_tag": "image-segmentation",
         "tags": ["semantic-segmentation", "pytorch", "onnx"],
     }
-    if card.scores is not None:
+    if card.scores is not None and card.scores["mIoU"] is not None:
         name = card.data or "validation set"
         result = {
             "task": {"type": "image-segmentation", "name": "Semantic segmentation"},
@@ -178,8 +179,9 @@ def _accuracy(card: Card) -> str:
         for row in scores["classes"]
     ]
     return (
-        f"mIoU **{scores['mIoU']:.2f}**, mean accuracy {scores['mean_accuracy']:.2f}, pixel "
-        f"accuracy {scores['pixel_accuracy']:.2f}, in percent, on {scores['photos']} photos.\n\n"
+        f"mIoU **{_percent(scores['mIoU'])}**, mean accuracy {_percent(scores['mean_accuracy'])}, "
+        f"pixel accuracy {_percent(scores['pixel_accuracy'])}, in percent, "
+        f"on {scores['photos']} photos.\n\n"
         f"Protocol `{scores['protocol']}`: {how}; {scores['weights']} weights.\n\n"
         + "\n".join(table)
     )
@@ -246,15 +248,21 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
 def write_card(folder: Path, text: str, picture: Image.Image) -> None:
     """Write the card and its picture."""
     check_place(folder)
-    picture.save(folder / PICTURE, quality=90)
-    (folder / CARD).write_text(text, encoding="utf-8")
+    write_image(folder / PICTURE, picture, quality=90)
+    write_file(folder / CARD, text)
 
 
 def check_place(folder: Path) -> None:
     """Raise UserError where the folder has a README.md that is not a card of this module's."""
     path = folder / CARD
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and not is_card(folder):
         raise UserError(f"{path}: there already, and no card of export.py; move it, or give --out")
+
+
+def is_card(folder: Path) -> bool:
+    """Return whether a folder has a card that this module wrote."""
+    path = folder / CARD
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def seconds_a_photo(segment: Callable[[], Any]) -> float:

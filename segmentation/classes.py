@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -77,6 +78,151 @@ def _read(path: Path) -> list[ClassInfo]:
             )
         classes.append(ClassInfo(name, color))
     return classes
+
+
+def match_classes(
+    classes: Sequence[ClassInfo] | None,
+    others: Sequence[ClassInfo] | None,
+    where: str,
+    others_where: str = "the checkpoint",
+) -> list[int] | None:
+    """Match two lists of classes by name, for example those of a data set and of a checkpoint.
+
+    Names match whatever their case, and whether words are joined by a space, `_` or `-`.
+
+    Args:
+        classes: The classes of one source, in the order of their indices; None: not known.
+        others: The classes of the other source.
+        where: Where the first list stands, for the error.
+        others_where: Where the other list stands.
+
+    Returns:
+        For each of `classes` its place among `others`. None if there is nothing to do: the order is
+        the same, or a list is not known or only numbers its classes ("class 0", "12").
+
+    Raises:
+        ClassError: The lists do not hold the same names; the message shows the first difference.
+    """
+    if not are_named(classes) or not are_named(others):
+        return None
+    assert classes is not None and others is not None
+    if len(classes) != len(others):
+        counts = f"{len(classes)} classes, {others_where} has {len(others)}"
+        raise ClassError(f"{where} has {counts}")
+    keys, other_keys = ([class_key(info.name) for info in infos] for infos in (classes, others))
+    if keys == other_keys:
+        return None
+    different = first_difference(classes, others, where, others_where)
+    if set(keys) != set(other_keys):
+        raise ClassError(different)
+    if len(set(keys)) < len(keys):
+        twice = next(info.name for info, key in zip(classes, keys) if keys.count(key) > 1)
+        raise ClassError(f"{different}; {twice} is there twice, so names cannot be matched")
+    return [other_keys.index(key) for key in keys]
+
+
+def first_difference(
+    classes: Sequence[ClassInfo], others: Sequence[ClassInfo], where: str, others_where: str
+) -> str:
+    """Return a line that shows the first class with a name that `others` lacks or has elsewhere."""
+    other_keys = [class_key(info.name) for info in others]
+    pairs = list(enumerate(zip(classes, others)))
+    missing = [i for i, (info, _) in pairs if class_key(info.name) not in other_keys]
+    moved = [i for i, (info, other) in pairs if class_key(info.name) != class_key(other.name)]
+    place = (missing or moved)[0]
+    return (
+        f"{where}: class {place} is {classes[place].name}, "
+        f"in {others_where} it is {others[place].name}"
+    )
+
+
+def are_named(classes: Sequence[ClassInfo] | None) -> bool:
+    """Whether classes are known by names, not only by numbers as in "class 0" or "12"."""
+    number = re.compile(r"(class|label|category)?[ _-]?\d+", re.IGNORECASE)
+    return any(not number.fullmatch(info.name.strip()) for info in classes or ())
+
+
+def rename_classes(
+    source: str | Sequence[str] | None,
+    num_classes: int,
+    recorded: Sequence[ClassInfo] | None,
+    recorded_where: str = "the checkpoint",
+) -> list[ClassInfo]:
+    """Return the classes with the names and colours that a user gives them.
+
+    Args:
+        source: See `load_classes`; None: as they are recorded.
+        num_classes: How many classes there are.
+        recorded: Their names and colours as the checkpoint or a description has them, or None.
+        recorded_where: Where those stand, for the error.
+
+    Raises:
+        ClassError: See `load_classes`. Also where a name is one of the recorded ones, but of
+            another class: the list is in another order, and every picture would be mislabelled.
+    """
+    if source is None and recorded is not None:
+        return list(recorded)
+    classes = load_classes(source, num_classes)
+    if source is None or not are_named(classes) or not are_named(recorded):
+        return classes
+    assert recorded is not None
+    keys = [class_key(info.name) for info in recorded]
+    for place, info in enumerate(classes):
+        key = class_key(info.name)
+        if key in keys and keys[place] != key:
+            where = source if isinstance(source, str) else "the list of class names"
+            raise ClassError(
+                f"{where}: class {place} is {info.name}, in {recorded_where} it is "
+                f"{recorded[place].name}; give the names in the order of the class indices"
+            )
+    return classes
+
+
+def class_key(name: str) -> str:
+    """Return what two spellings of a class's name have in common."""
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def label_warning(
+    occurs: Sequence[bool],
+    classes: Sequence[ClassInfo],
+    masks: str,
+    unlabelled: float | None = None,
+    hint: str = "",
+) -> str | None:
+    """Return a line about labels from which nothing can be learnt or scored, or None.
+
+    Args:
+        occurs: Of each class, whether a pixel has it.
+        classes: Their names.
+        masks: One of the masks that were looked at, as in "validation mask".
+        unlabelled: Share of the pixels without a class, 0 to 1; None: not known.
+        hint: What to do, if most pixels have no class.
+    """
+    missing = [info.name for info, there in zip(classes, occurs, strict=True) if not there]
+    parts = []
+    if len(missing) == len(classes):
+        parts.append(f"no {masks} has a labelled pixel")
+    elif missing:
+        parts.append(f"no {masks} has {name_classes(missing)}")
+    if len(missing) == len(classes) - 1:
+        (only,) = (info.name for info, there in zip(classes, occurs) if there)
+        parts.append(f"every labelled pixel is {name_classes([only])}")
+    mostly = unlabelled is not None and unlabelled > 0.5
+    if mostly and len(missing) < len(classes):
+        parts.append(f"{unlabelled:.0%} of the pixels have no class")
+    if hint and (mostly or len(missing) == len(classes)):
+        parts.append(hint)
+    return "; ".join(parts) or None
+
+
+def name_classes(names: Sequence[str], most: int = 5) -> str:
+    """Return names as a sentence has them: "class pole", or "the classes pole, car and 3 more"."""
+    names = [name.removeprefix("class ") for name in names]  # of an unnamed class 7, the number
+    if len(names) == 1:
+        return f"class {names[0]}"
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"the classes {', '.join(names[:most])}{rest}"
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from files import write_file
 from segmentation.deeplab import DeepLabV3
 from segmentation.network import Network
 
@@ -48,7 +50,7 @@ class Deployed(nn.Module):
 
 
 def export(
-    model: Deployed, kind: str, path: Path, metadata: dict[str, str]
+    model: Deployed, kind: str, path: str | os.PathLike[str], metadata: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
     """Write a model in one of the formats.
 
@@ -60,53 +62,63 @@ def export(
 
     Returns:
         The file's own function from image to logits, loaded from it again.
+
+    Raises:
+        OutputError: The disk is full.
     """
     example = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
     exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
+    loaders = {"onnx": _load_onnx, "torchscript": torch.jit.load, "pt2": _load_pt2}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracers warn of what the comparison then settles
-        return exporters[kind](model, example, path, metadata)
+        # The exporters write to memory. torch's writers end the process when a disk is full.
+        write_file(path, exporters[kind](model, example, metadata))
+        return loaders[kind](os.fspath(path))
 
 
-def _export_onnx(
-    model: Deployed, example: Tensor, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
+def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str]) -> bytes:
     import onnx
-    import onnxruntime
 
+    data = io.BytesIO()
     any_size = {0: "batch", 2: "height", 3: "width"}
     grid = any_size if model.upsample else {0: "batch", 2: "rows", 3: "columns"}
     torch.onnx.export(
         model,
         (example,),
-        str(path),
+        # Its annotation leaves open files out; it takes them.
+        data,  # pyright: ignore[reportArgumentType]
         dynamo=False,  # the other exporter needs onnxscript, and gives no smaller or faster file
         opset_version=OPSET,
         input_names=["image"],
         output_names=["logits"],
         dynamic_axes={"image": any_size, "logits": grid},
     )
-    written = onnx.load(path)
-    onnx.helper.set_model_props(written, metadata)
-    onnx.save(written, path)
+    exported = onnx.load_model_from_string(data.getvalue())
+    onnx.helper.set_model_props(exported, metadata)
+    return exported.SerializeToString()
+
+
+def _load_onnx(path: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
 
-def _export_torchscript(
-    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
+def _export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:
     traced = cast(torch.jit.ScriptModule, torch.jit.trace(model, example, check_trace=False))
-    traced.save(str(path), _extra_files=metadata)
-    return torch.jit.load(str(path))
+    return traced.save_to_buffer(_extra_files=metadata)
 
 
-def _export_pt2(
-    model: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]
-) -> Callable[[Tensor], Tensor]:
+def _export_pt2(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
         model, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
     )
-    torch.export.save(program, str(path), extra_files=metadata)
-    return torch.export.load(str(path)).module()
+    data = io.BytesIO()
+    torch.export.save(program, data, extra_files=metadata)
+    return data.getvalue()
+
+
+def _load_pt2(path: str) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -28,6 +29,23 @@ EPSILON = 1e-5  # composer.loss.DiceLoss's
 # On a GPU, where it is the number of launches that costs, 128 MiB.
 CPU_TILE = 2**18
 GPU_TILE = 2**25
+
+
+_kernels_allowed = True
+
+
+@contextmanager
+def fused_kernels(allowed: bool) -> Iterator[None]:
+    """Allow or rule out the Triton kernels for losses computed inside, and for their gradients.
+
+    Without the kernels, PyTorch's operations compute the same loss.
+    """
+    global _kernels_allowed
+    before, _kernels_allowed = _kernels_allowed, allowed
+    try:
+        yield
+    finally:
+        _kernels_allowed = before
 
 
 class MixedTarget(NamedTuple):
@@ -61,7 +79,7 @@ def segmentation_loss(
     `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits,
     size, mode='bilinear', align_corners=False)`; of a mixed target, to theirs of its dense one-hot
     mixture. Where every pixel is ignored, the loss and its gradient are 0 (Composer's are nan). On
-    a GPU it runs as two Triton kernels.
+    a GPU it runs as two Triton kernels, unless `fused_kernels(False)` rules them out.
 
     Args:
         logits: (N, C, h, w) of at least two classes, floating point, any memory format. Everything
@@ -115,7 +133,8 @@ class _SegmentationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
-        forward_sums, _ = _implementation(logits)
+        # The backward pass runs later, perhaps outside of `fused_kernels`.
+        forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             if class_weights is not None:
                 dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -148,9 +167,8 @@ class _SegmentationLoss(torch.autograd.Function):
         logits, lse, pixels, by_intersection, by_predicted, class_weights, *targets = (
             ctx.saved_tensors
         )
-        _, backward = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
-            grad = backward(
+            grad = ctx.backward_pass(
                 logits,
                 targets,
                 ctx.weights,
@@ -165,8 +183,8 @@ class _SegmentationLoss(torch.autograd.Function):
 
 
 def _implementation(logits: Tensor) -> tuple:
-    """Return the two passes: Triton's on a GPU, PyTorch's elsewhere and for fp64."""
-    fits = logits.is_cuda and logits.dtype != torch.float64
+    """Return the two passes: Triton's on a GPU if allowed, PyTorch's elsewhere and for fp64."""
+    fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
     if fits and importlib.util.find_spec("triton") and not missing_build_tools(gpu=True):
         from segmentation import losses_triton
 

@@ -128,6 +128,12 @@ def pixel_accuracy(matrix: Tensor) -> Tensor:
     return matrix.diagonal().sum().double() / matrix.sum()
 
 
+def as_percent(share: Tensor | float) -> float | None:
+    """Return a share in 0..1 as percent; None if it is nan, for which JSON has no number."""
+    percent = 100 * float(share)
+    return None if math.isnan(percent) else percent
+
+
 class MIoU(Metric):
     """Mean intersection over union in percent, as Composer's `MIoU` and mmsegmentation define it.
 
@@ -250,7 +256,7 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
         iou_per_class(matrix).tolist(), accuracy_per_class(matrix).tolist(), matrix.sum(1).tolist()
     )
     rows = [
-        [c.name, *(None if math.isnan(v) else 100 * v for v in (iou, accuracy)), pixels]
+        [c.name, as_percent(iou), as_percent(accuracy), pixels]
         for c, (iou, accuracy, pixels) in zip(classes, numbers, strict=True)
     ]
     return ["class", "IoU", "accuracy", "pixels"], rows

@@ -7,6 +7,7 @@ no encoder for H.264, does not say why it cannot read a file, and shows all fram
 from __future__ import annotations
 
 import contextlib
+import io
 import queue
 import re
 import threading
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from errors import DataError, UserError, one_line
+from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
 CAMERA = re.compile(r"/dev/video\d+|[a-z]+://.+", re.DOTALL)
@@ -176,16 +178,35 @@ class Camera(Video):
             stop.set()
 
 
+def read_comment(path: Path) -> str:
+    """Return the comment of a video file; "" if there is none, or it is not a video."""
+    av = load_pyav()
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment", "")
+    except (av.FFmpegError, OSError):
+        return ""
+
+
 class VideoWriter:
-    """Writes pictures of one size as a video; a context, in which the first picture begins it.
+    """A context that writes pictures of one size as a video, from the first picture on.
+
+    The file appears when the context ends without an exception and a picture was written.
 
     Args:
         path: The file, an MP4.
-        rate: Pictures a second, on average.
+        rate: Pictures per second, on average.
+        comment: A note in the file, which `read_comment` returns.
+
+    Raises:
+        UserError: It cannot be written.
+        OutputError: The disk is full.
     """
 
-    def __init__(self, path: Path, rate: Fraction):
-        self._av, self._path, self._rate = load_pyav(), path, rate
+    def __init__(self, path: Path, rate: Fraction, comment: str = ""):
+        self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
+        self._context = contextlib.ExitStack()  # the unfinished file, open
+        self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
         self._last = -1
@@ -193,11 +214,24 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._write(None)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with self._context:
+            if error is not None:  # output_file removes the unfinished file
+                self._abandon()
+                raise error
+            if self._container is not None:
+                try:
+                    self._write(None)
+                    with self._explain():
+                        self._container.close()  # writes the index
+                except BaseException:
+                    self._abandon()
+                    raise
+
+    def _abandon(self) -> None:
         if self._container is not None:
-            self._container.close()
+            with contextlib.suppress(Exception):
+                self._container.close()
 
     def write(self, picture: np.ndarray, time: Fraction) -> None:
         """Add a picture that is shown from a time on.
@@ -208,6 +242,7 @@ class VideoWriter:
 
         Raises:
             UserError: It cannot be written.
+            OutputError: The disk is full.
         """
         if self._stream is None:
             self._stream = self._begin(*picture.shape[:2])
@@ -218,14 +253,16 @@ class VideoWriter:
         self._write(frame)
 
     def _begin(self, height: int, width: int) -> Any:
-        try:
-            self._container = self._av.open(str(self._path), "w")
+        unfinished = self._context.enter_context(output_file(self._path))
+        self._file = self._context.enter_context(_File(unfinished, "x+b"))
+        with self._explain():
+            self._container = self._av.open(self._file, "w", format="mp4")
             rate = self._rate.limit_denominator(1001)
-            stream = self._container.add_stream("libx264", rate=rate, options={"crf": "20"})
-        except self._av.codec.codec.UnknownCodecError:
-            raise UserError("this PyAV has no encoder for H.264 (libx264); pip's has") from None
-        except (self._av.FFmpegError, OSError) as error:
-            raise UserError(f"cannot write {self._path}: {_reason(error)}") from None
+            try:
+                self._container.metadata["comment"] = self._comment
+                stream = self._container.add_stream("libx264", rate=rate, options={"crf": "20"})
+            except self._av.codec.codec.UnknownCodecError:
+                raise UserError("this PyAV has no encoder for H.264 (libx264); pip's has") from None
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
@@ -234,11 +271,37 @@ class VideoWriter:
         return stream
 
     def _write(self, frame: Any) -> None:
-        try:
+        with self._explain():
             for packet in self._stream.encode(frame):
                 self._container.mux(packet)
-        except (self._av.FFmpegError, OSError) as error:
-            raise UserError(f"cannot write {self._path}: {_reason(error)}") from None
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        """Raise what went wrong with the file, which FFmpeg may report as something else."""
+        try:
+            yield
+        except self._av.FFmpegError as error:
+            if self._file.error is None:
+                raise UserError(f"cannot write {self._path}: {_reason(error)}") from None
+        if self._file.error is not None:
+            raise self._file.error
+
+
+class _File(io.FileIO):
+    """A file that remembers the first error of writing, which FFmpeg does not always pass on."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            # A file that is about to be full takes a part, and raises for the rest.
+            view, done = memoryview(data), 0
+            while done < len(view):
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return done
 
 
 def _reason(error: Exception) -> str:

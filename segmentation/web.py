@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
+from files import write_file
 from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
-MODEL = "model.onnx"
+MODEL, ABOUT = "model.onnx", "network.json"
 VERSION = "1.23.2"  # of onnxruntime too, whose answers export.py compares with PyTorch's
 SHA256 = {
     "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
@@ -38,6 +39,9 @@ SHA256 = {
         "babec0bbddb6d3082623b99b7e1391b75e0729bcca076ff8424d7753af97fada"
     ),
 }
+# What a page's folder holds, beside its examples.
+FILES = [file.name for file in PAGE.iterdir()]
+FILES += [MODEL, ABOUT, *(name.replace(".mjs", ".js") for name in SHA256)]
 SHOWN_BY_BROWSERS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}
 
 
@@ -74,14 +78,11 @@ def _fetch(folder: Path) -> None:
         if packed.returncode or not archives:
             said = [line for line in packed.stderr.splitlines() if "error" in line.lower()]
             raise UserError(f"npm cannot bring it ({' '.join(said)[:200]}), and {where}")
-        folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archives[0]) as archive:
             for name in SHA256:
                 file = archive.extractfile(f"package/dist/{name}")
                 assert file is not None
-                unfinished = folder / f"{name}.{os.getpid()}"
-                unfinished.write_bytes(file.read())
-                os.replace(unfinished, folder / name)
+                write_file(folder / name, file.read())
 
 
 def _npm(where: str) -> list[str]:
@@ -115,14 +116,12 @@ def write_page(
         size: Of a photo's shorter side when it enters the network.
         photos: To choose from; they are copied.
     """
-    for file in PAGE.iterdir():
-        shutil.copyfile(file, folder / file.name)
-    for name in SHA256:  # some servers do not know .mjs
-        shutil.copyfile(runtime / name, folder / name.replace(".mjs", ".js"))
-    examples = folder / "examples"
-    examples.mkdir(exist_ok=True)
-    for photo in map(Path, photos):
-        shutil.copyfile(photo, examples / photo.name)
+    copies = {folder / file.name: file for file in PAGE.iterdir()}
+    # Some servers do not know .mjs.
+    copies |= {folder / name.replace(".mjs", ".js"): runtime / name for name in SHA256}
+    copies |= {folder / "examples" / Path(photo).name: Path(photo) for photo in photos}
+    for target, source in copies.items():
+        write_file(target, source.read_bytes())
     about = {
         "title": title,
         "classes": json.loads(classes_to_json(classes)),
@@ -131,7 +130,16 @@ def write_page(
         "bytes": (folder / MODEL).stat().st_size,
         "examples": [Path(photo).name for photo in photos],
     }
-    (folder / "network.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_file(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+
+
+def is_page(folder: Path) -> bool:
+    """Return whether a folder has a page that `write_page` wrote."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("model") == MODEL and "examples" in about
 
 
 def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:

@@ -26,17 +26,23 @@ from segmentation.batch_norm import (
 pytestmark = pytest.mark.processes
 
 SHARES = {"even": (2, 2), "uneven": (3, 1)}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "not affine": {"affine": False},
+    "cumulative": {"momentum": None},
+    "without statistics": {"track_running_stats": False},
+}
 
 
-def make_network() -> nn.Sequential:
+def make_network(kind: str = "plain") -> nn.Sequential:
     """Two normalised layers, of which the second sees a mean far from 0."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.BatchNorm2d(16, **KINDS[kind]),
         nn.ReLU(),
         nn.Conv2d(16, 8, 3, padding=1),
-        nn.BatchNorm2d(8, momentum=0.3),
+        nn.BatchNorm2d(8, **{"momentum": 0.3, **KINDS[kind]}),
         nn.Conv2d(8, 4, 1),
     )
     nn.init.constant_(network[3].bias, 30.0)
@@ -54,7 +60,6 @@ def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[
     """Gradients and buffers after two passes, with the loss of the whole batch."""
     images, weights = batch
     layers = stop_counting(network)
-    assert len(layers) == 2
     for _ in range(2):
         network.zero_grad()
         count_batches(layers)
@@ -84,6 +89,13 @@ def on_rank(rank: int, port: int, folder: str) -> None:
             assert not ddp.will_sync_module_buffers()
             found = train(ddp, (images, weights), ranks=2)
             torch.save(found, f"{folder}/{name}-{compiled}-{rank}.pt")
+    for kind in KINDS:
+        network = make_network(kind)
+        share_statistics(network, dist.group.WORLD)
+        images, weights = (part.split([3, 1])[rank] for part in make_batch())
+        ddp = nn.parallel.DistributedDataParallel(network)
+        ddp.broadcast_buffers = False
+        torch.save(train(ddp, (images, weights), ranks=2), f"{folder}/{kind}-{rank}.pt")
     # Were it the last to have the process group, it would wait for gloo's thread without letting
     # that have the interpreter's lock, for ever if it needs it.
     del ddp
@@ -99,6 +111,18 @@ def results() -> Any:
         probe.close()
         mp.spawn(on_rank, args=(port, folder), nprocs=2)
         yield Path(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_has_the_numbers_of_one_process(results: Path, kind: str) -> None:
+    expected = train(make_network(kind), make_batch(), ranks=1)
+    found, other = (torch.load(results / f"{kind}-{rank}.pt") for rank in range(2))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], other[name]) for name in found if "num_" in name)
+    assert found.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
+    for name, value in found.items():
+        distance = (value - expected[name]).double().norm() / expected[name].double().norm()
+        assert distance < 1e-5, (name, distance)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -193,6 +193,49 @@ def test_the_best_of_a_class(tmp_path: Path) -> None:
     assert other.value is None
 
 
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        pytest.param([math.nan] * 8, 8, id="never a score"),
+        pytest.param([math.nan, math.nan, 10, 9, 8], 5, id="a late first score"),
+        pytest.param([10, math.nan, math.nan, 9, math.nan, 8], 6, id="between scores"),
+    ],
+)
+def test_an_evaluation_without_a_score_does_not_count(
+    tiny: dict[str, Any], tmp_path: Path, scores: Scores, values: list[float], last: int
+) -> None:
+    scores(values)
+    keys: dict[str, Any] = {"max_duration": "2ep", "stop_after": "2ba"}
+    trainer = main(saving(tiny, tmp_path, **keys))
+    assert trainer.state.timestamp.batch == last
+    if all(math.isnan(value) for value in values):
+        assert "mIoU: none: no validation pixel has a class" in summary(trainer)
+        assert "mIoU</dt><dd>-<" in (tmp_path / "report.html").read_text()
+        assert not (tmp_path / "best-rank0.pt").exists()
+
+
+def test_patience_is_the_same_after_a_resume() -> None:
+    def state(value: float, batch: int) -> Any:
+        metric = MIoU(2)
+        if not math.isnan(value):
+            metric.matrix += torch.tensor([[int(value), 100 - int(value)], [0, 0]])
+        return types.SimpleNamespace(
+            eval_metrics={"eval": {"MIoU": metric}},
+            dataloader_label="eval",
+            timestamp=Timestamp(batch=batch),
+        )
+
+    best = Best("MIoU", [], "3ba")
+    ended = []
+    for batch, value in enumerate([50, math.nan, math.nan, 40, 30, 20], 1):
+        best.improved(state(value, batch))
+        ended.append(best.is_long_ago(state(value, batch)))
+        resumed = Best("MIoU", [], "3ba")
+        resumed.load_state_dict(best.state_dict())
+        best = resumed
+    assert ended == [False] * 5 + [True]
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """The config of a hot run that keeps its best, and the folder of one that nobody disturbed."""

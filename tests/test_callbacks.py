@@ -21,6 +21,7 @@ from composer.core import Timestamp
 from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestination, WandBLogger
 from matplotlib.figure import Figure
 from PIL import Image
+from run_helpers import file_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpointing.weights import load_weights
@@ -205,6 +206,11 @@ def test_files_appear_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         assert save_file(b"", str(tmp_path / "file"), "c.png") is None
     assert "cannot write" in caplog.text
+    before = sorted(tmp_path.rglob("*"))
+    with file_limit(100):
+        assert save_file(bytes(1000), str(tmp_path), "a/b.png") is None
+    assert f"{tmp_path}/a/b.png: File too large" in caplog.text
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_files_go_to_object_stores(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layouts import NAMES, lay_out
 from mcli import RunConfig
 from omegaconf import OmegaConf
 
-from errors import ConfigError
+from errors import ClassError, ConfigError
 from training import config
+from training.bounds import check_evaluates
 from training.config import load, resolve
 
 YAMLS = Path(__file__).parent.parent / "yamls"
@@ -94,7 +96,6 @@ WRONG = {
     "eval_dataset.path=s3://bucket/x": "eval_dataset.path is remote; set eval_dataset.is_streaming",
     "train_dataset.min_resize_scale=3": "min_resize_scale: 3.0 is above max_resize_scale",
     "train_dataset.final_size=-64": "train_dataset.final_size: -64",
-    "train_dataset.batch_size=1": "leave one image alone",
     "train_dataset.num_workers=many": "num_workers: 'many' is neither a number nor auto",
     "device_train_microbatch_size=big": "device_train_microbatch_size: 'big'",
     "device_train_microbatch_size=0": "device_train_microbatch_size: 0 is not a finite",
@@ -103,6 +104,8 @@ WRONG = {
     "recipe_name=mid": "recipe_name: mid is none of mild, medium, hot",
     "precision=bf17": "precision: bf17 is none of",
     "compile=maybe": "compile: maybe is none of",
+    "model.fused_loss=true": "model.fused_loss: True; use auto or false",
+    "model.fused_loss=triton": "model.fused_loss: triton; use auto or false",
     "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' is not its arguments",
     "loggers=wandb": "loggers: 'wandb' is not a section",
@@ -127,9 +130,13 @@ WRONG = {
     "load_least=.nan": "load_least: nan is not 0 to 1",
     "load_classes_by_name=true": "load_classes_by_name needs load_weights_only=true",
     "grad_accum=many": "grad_accum: 'many' is neither 1 or more nor auto",
-    "load_path=/nowhere.pt": "load_path: no file /nowhere.pt",
+    "load_path=/nowhere.pt": "load_path: no file or folder /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
     "autoresume=true": "autoresume needs save_folder",
+    "train_dataset.ignore_background=false": "train_dataset.ignore_background is false, "
+    "eval_dataset.ignore_background is true; a label means the same in both",
+    "eval_dataset.ignore_label=7": "train_dataset.ignore_label is none, eval_dataset.ignore_label "
+    "is 7; a label means the same in both",
     "seed": "'seed' is not an override; write key=value",
     "recipe_name=mild mild.ema.half_life=3ep": "must have the same unit",
 }
@@ -147,6 +154,63 @@ def test_a_wrong_config_is_answered_in_one_line(
     message = str(caught.value)
     assert re.search(WRONG[overrides], message), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param({"ignore_background": False, "ignore_label": 3}, id="the same in both"),
+        pytest.param({}, id="255, which is ignored in any case"),
+    ],
+)
+def test_labels_that_mean_the_same_are_accepted(
+    tiny: dict[str, Any], labels: dict[str, Any]
+) -> None:
+    for section in ("train_dataset", "eval_dataset"):
+        tiny[section] |= labels
+    tiny["eval_dataset"].setdefault("ignore_label", 255)
+    assert resolve(tiny).eval_dataset.ignore_label in (3, 255)
+    # An evaluation does not read the training section.
+    tiny |= {"is_train": False, "load_path": __file__}
+    tiny["train_dataset"]["ignore_background"] = not tiny["train_dataset"].get("ignore_background")
+    assert not resolve(tiny).is_train
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_refused"),
+    [
+        pytest.param({}, True, id="no checkpoint"),
+        pytest.param({"save_folder": "runs/x"}, True, id="a folder that is not looked into"),
+        pytest.param({"load_path": __file__}, False, id="load_path"),
+        pytest.param({"autoresume": True, "save_folder": "runs/x"}, False, id="autoresume"),
+        pytest.param({"is_train": True}, False, id="training"),
+    ],
+)
+def test_an_evaluation_names_a_checkpoint(
+    tiny: dict[str, Any], keys: dict[str, Any], is_refused: bool
+) -> None:
+    typed = resolve({**tiny, "is_train": False, **keys})
+    if is_refused:
+        with pytest.raises(ConfigError, match="is_train=false evaluates a checkpoint; name it"):
+            check_evaluates(typed)
+    else:
+        check_evaluates(typed)
+
+
+def test_class_names_in_another_order_than_the_descriptions_are_refused(
+    synthetic: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
+    del tiny["model"]["num_classes"]
+    for section in ("train_dataset", "eval_dataset"):
+        del tiny[section]["path"]
+    names = tmp_path / "names.txt"
+    tiny["class_names"] = str(names)
+    names.write_text("\n".join(f"Klasse {name}" for name in NAMES))
+    assert resolve(tiny).class_names == str(names)
+    names.write_text("\n".join(reversed(NAMES)))
+    with pytest.raises(ClassError, match=r"names.txt: class 0 is plane, in .*yaml it is sky"):
+        resolve(tiny)
 
 
 def test_a_data_set_may_be_the_folder_in_ade20ks_folder(

@@ -8,10 +8,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import streaming
 from PIL import Image
+from run_helpers import file_limit
 from streaming.base.compression import decompress
 
 import convert_ade20k as converter
@@ -317,3 +319,64 @@ def test_validation_names_a_damaged_object(server, synthetic, tmp_path):
     assert finding.path == f"s3://{key.replace('damaged', f'{BUCKET}/damaged', 1)}"
     assert "Checksum failure" in finding.reason and finding.fatal
     assert tallies["val"].findings == [] and len(tallies["val"].sizes) == 6
+
+
+def test_files_of_others_stay(path, out, monkeypatch):
+    """Shards without a note are of another program, and a folder is not ours for its name."""
+    (out / "train").mkdir(parents=True)
+    shard = out / "train/shard.00000.mds"
+    shard.write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"train/shard\.00000\.mds is there already, and no"):
+        write(path, out)
+    assert shard.read_bytes() == b"mine"
+    shard.unlink()
+    (out / "train/shards.txt").write_text("mine")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(converter, "_verify", interrupt)
+        write(path, out, size_limit="5kb")
+    (out / "train/.finished/notes.txt").write_text("mine")
+    write(path, out, size_limit="20kb")
+    assert (out / "train/.finished/notes.txt").read_text() == "mine"
+    assert (out / "train/shards.txt").read_text() == "mine"
+    index = json.loads((out / "train/index.json").read_text())
+    assert len(index["shards"]) == len(list((out / "train").glob("*.mds")))
+
+
+def test_a_staging_folder_keeps_what_else_it_holds(server, path, tmp_path):
+    staging = tmp_path / "staging"
+    (staging / "train").mkdir(parents=True)
+    for name in ("notes.txt", "train/notes.txt"):
+        (staging / name).write_text("mine")
+    write(path, f"s3://{BUCKET}/staged", staging=str(staging))
+    left = sorted(str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file())
+    assert left == ["notes.txt", "train/notes.txt"]
+
+
+def test_a_full_disk_is_one_line(path, out, capsys):
+    with file_limit(2000):
+        arguments = ["--path", str(path), "--out", str(out), "--workers", "1"]
+        assert main(arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error[-1].startswith(f"error: {out}/train/shard.00000.mds: File too large")
+    assert list(out.rglob("*.mds")) == [] and not (out / "train/index.json").exists()
+    assert main(arguments) == 0
+
+
+def test_the_description_is_not_overwritten(tmp_path, capsys):
+    """Its name beside the shards is that of an input here."""
+    file = tmp_path / "description.yaml"
+    text = "root: .\ntrain: {images: a, masks: b}\nval: {fraction: 0.2}\n"
+    file.write_text(text + "classes: {x: {labels: [1]}, y: {labels: [2]}}\nignore: [0]\n")
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        for number in range(10):
+            suffix = "jpg" if folder == "a" else "png"
+            cv2.imwrite(f"{tmp_path}/{folder}/{number}.{suffix}", np.ones((32, 32), np.uint8))
+    before = file.read_bytes()
+    assert main(["--path", str(file), "--out", str(tmp_path)]) == 1
+    assert f"{file} would be overwritten" in capsys.readouterr().err
+    assert file.read_bytes() == before

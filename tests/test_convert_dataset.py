@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from matplotlib.path import Path as Outline
 from PIL import Image
+from run_helpers import file_limit
 
 import convert_dataset
 from dataset import report
@@ -402,6 +404,17 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         kept = tmp_path / f"out/photos/{split}/{row:08}.jpg"
         assert kept.read_bytes() == (photos / f"{number}.jpg").read_bytes()
 
+    # Both become validation, and neither may overwrite the other's files.
+    shared = tmp_path / "shared"
+    halves = {"validation": rows(range(5)), "test": rows(range(5, COUNT))}
+    datasets.DatasetDict(halves).save_to_disk(str(shared))
+    options = argparse.Namespace(source=f"hf://{shared}", names=None, columns=None)
+    convert_dataset.convert_hugging_face(options, tmp_path / "both")
+    kept = sorted((tmp_path / "both/photos/val").iterdir())
+    assert [file.read_bytes() for file in kept] == [
+        (photos / f"{number}.jpg").read_bytes() for number in range(COUNT)
+    ]
+
     (tmp_path / "names.txt").write_text("\n".join(names.values()))
     arguments = f"hf://{saved}", "--names", tmp_path / "names.txt", "--out", tmp_path / "named"
     assert convert(*arguments) == 0
@@ -445,11 +458,13 @@ def test_what_cannot_be_converted(
     found["images"][0]["file_name"] = "elsewhere.jpg"
     (tmp_path / "renamed.json").write_text(json.dumps(found))
     refused(tmp_path / "renamed.json", "names elsewhere.jpg, not in")
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
     found = json.loads(coco.read_text())
     found["images"][2]["width"] = 65
     (tmp_path / "wide.json").write_text(json.dumps(found))
     refused(tmp_path / "wide.json", "2.jpg: is 64x48, its annotation of (65, 48)")
+    assert not (tmp_path / "out").exists()  # a failed conversion leaves nothing
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").touch()
     refused(coco, "out is there already: delete it, or use another --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and of 1.jpg"), ("categories", "road and of car")):
@@ -457,3 +472,39 @@ def test_what_cannot_be_converted(
         found[key][1]["id"] = found[key][0]["id"]
         (tmp_path / "twice.json").write_text(json.dumps(found))
         refused(tmp_path / "twice.json", f"(id {found[key][0]['id']} is of {names})")
+
+
+@pytest.mark.parametrize("other", ["3.png", "3.JPG"])
+def test_two_photos_with_one_mask_are_refused(
+    other: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Their masks would both be 3.png."""
+    shutil.copytree(photos, tmp_path / "photos")
+    cv2.imwrite(str(tmp_path / "photos" / other.replace("JPG", "bmp")), np.zeros((48, 64, 3)))
+    if other == "3.JPG":
+        (tmp_path / "photos/3.bmp").rename(tmp_path / "photos/3.JPG")
+    coco = json.loads(write_coco(tmp_path / "instances.json").read_text())
+    twin = next(image for image in coco["images"] if image["file_name"] == "3.jpg")
+    coco["images"].append(twin | {"id": 99, "file_name": other})
+    shapes = [shape for shape in coco["annotations"] if shape["image_id"] == twin["id"]]
+    coco["annotations"] += [
+        shape | {"id": 900 + number, "image_id": 99} for number, shape in enumerate(shapes)
+    ]
+    (tmp_path / "twins.json").write_text(json.dumps(coco))
+    arguments = [tmp_path / "twins.json", "--images", tmp_path / "photos"]
+    assert convert(*arguments, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/photos/{other}" in error and "would have the same mask" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_data_set(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    coco = write_coco(tmp_path / "instances.json")
+    with file_limit(50):
+        arguments = [coco, "--images", photos, "--out", tmp_path / "out", "--workers", "1"]
+        assert convert(*arguments) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/out/masks/train/") and "File too large" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]

@@ -150,17 +150,26 @@ def test_an_incomplete_folder_is_left_alone_and_named(server, archive, path):
 
 def test_resumes_a_partial_download(server, archive, path):
     path.mkdir()
-    (path / f"{FOLDER}.zip").write_bytes(archive[:123_456])
+    (path / f"{FOLDER}.zip.part").write_bytes(archive[:123_456])
     download_ade20k(path, server.url, sha1(archive))
     assert server.requests == ["bytes=123456-"]
     assert server.sent == len(archive) - 123_456
     assert contents(path) == FILES
 
 
+@pytest.mark.parametrize("size", [123_456, None], ids=["part", "complete"])
+def test_an_archive_of_the_user_is_used_and_stays(server, archive, path, size):
+    path.mkdir()
+    (path / f"{FOLDER}.zip").write_bytes(archive[:size])
+    download_ade20k(path, server.url, sha1(archive))
+    assert server.requests == ([f"bytes={size}-"] if size else [])
+    assert contents(path) == FILES | {f"{FOLDER}.zip": archive[:size]}
+
+
 def test_starts_over_where_the_server_knows_no_ranges(server, archive, path):
     server.ranges = False
     path.mkdir()
-    (path / f"{FOLDER}.zip").write_bytes(archive[:123_456])
+    (path / f"{FOLDER}.zip.part").write_bytes(archive[:123_456])
     download_ade20k(path, server.url, sha1(archive))
     assert contents(path) == FILES
 
@@ -173,14 +182,14 @@ def test_starts_over_where_the_part_is_of_something_else(server, archive, path, 
     (path / f"{FOLDER}.zip").write_bytes(partial)
     download_ade20k(path, server.url, sha1(archive))
     assert server.requests == [f"bytes={len(partial)}-", None]
-    assert contents(path) == FILES
+    assert contents(path) == FILES | {f"{FOLDER}.zip": partial}
 
 
 def test_a_whole_archive_put_there_needs_no_server(archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive)
     download_ade20k(path, "http://127.0.0.1:9/none", sha1(archive))
-    assert contents(path) == FILES
+    assert contents(path) == FILES | {f"{FOLDER}.zip": archive}
 
 
 def test_goes_on_after_cut_connections_and_server_errors(server, archive, path, waits):
@@ -253,8 +262,8 @@ def test_looks_for_room_before_it_unpacks(archive, path, monkeypatch):
 
 def test_a_disk_that_fills_while_downloading(server, archive, path):
     path.mkdir()
-    (path / f"{FOLDER}.zip").symlink_to("/dev/full")
-    with pytest.raises(DownloadError, match=r"No space left on device; .* run again"):
+    (path / f"{FOLDER}.zip.part").symlink_to("/dev/full")
+    with pytest.raises(DownloadError, match=r"zip\.part: No space left on device; .* run again"):
         download_ade20k(path, server.url, sha1(archive))
     assert server.requests == [None]  # not taken for a network failure
 
@@ -265,7 +274,9 @@ def test_a_disk_that_fills_while_unpacking(archive, path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, limits[1]))
     try:
-        with pytest.raises(DownloadError, match=r"File too large; .* run again"):
+        with pytest.raises(
+            DownloadError, match=rf"{path}/{FOLDER}/.*: File too large; .* run again"
+        ):
             download_ade20k(path, sha1=sha1(archive))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -290,7 +301,7 @@ def test_interrupted_while_unpacking_leaves_no_half_folder(archive, path, monkey
     assert contents(path) == {f"{FOLDER}.zip": archive}
     monkeypatch.undo()
     assert main(arguments) == 0
-    assert contents(path) == FILES
+    assert contents(path) == FILES | {f"{FOLDER}.zip": archive}
 
 
 def test_two_at_once_do_not_write_over_each_other(server, archive, path):

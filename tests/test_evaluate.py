@@ -15,6 +15,7 @@ from artifacts import CLASSES, finished_run, random_weights
 from composer.utils import dist
 from mmseg.core.evaluation import eval_metrics
 from PIL import Image
+from run_helpers import file_limit
 
 import evaluate
 import export
@@ -227,6 +228,47 @@ def test_one_line_errors(options: list[str], message: str, capsys: pytest.Captur
     assert main(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        pytest.param({"csv": "x.csv", "json": "x.json"}, "gone", id="the evaluation fails"),
+        pytest.param({"json": "no/x.json"}, "cannot write no/x.json: No such", id="no folder"),
+        pytest.param({"csv": "x", "json": "./x"}, "./x: two outputs have", id="one name for two"),
+        pytest.param({"csv": "classes.txt"}, "classes.txt would be over", id="the class names"),
+        pytest.param({"json": "."}, "cannot write .: it is a folder", id="a folder"),
+    ],
+)
+def test_a_failed_evaluation_leaves_nothing(
+    outputs: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    Path("classes.txt").write_text("\n".join(CLASSES))
+    options = [option for kind, path in outputs.items() for option in (f"--{kind}", path)]
+    assert main([random_weights(), "--path", "gone", "--classes", "classes.txt", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.txt"]
+    assert Path("classes.txt").read_text() == "\n".join(CLASSES)
+
+
+def test_scores_on_a_full_disk_are_still_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    table, scores = tmp_path / "classes.csv", tmp_path / "scores.json"
+    rows = [{"class": name, "IoU": 1.0, "accuracy": 1.0, "pixels": 9} for name in CLASSES]
+    result = dict.fromkeys(("mIoU", "mean_accuracy", "pixel_accuracy"), 1.0)
+    result |= dict.fromkeys(("photos", "data", "protocol", "weights", "size", "tta", "slide"), 1)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: result | {"classes": rows})
+    with file_limit(1000):
+        assert main(["w.pt", "--csv", str(table), "--json", str(scores)]) == 1
+    output = capsys.readouterr()
+    assert "mIoU" in output.out and f"error: {scores}: File too large" in output.err
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.csv"]
 
 
 def test_what_does_not_go_together():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from artifacts import CLASSES, random_network, random_weights
 from PIL import Image
+from run_helpers import file_limit
 
 import export
 from checkpointing.weights import load_weights
@@ -178,6 +180,7 @@ def test_a_file_that_differs_is_refused(
     options = ["--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--photo", photo, "--size", "48"]
     assert main([random_weights(), *options]) == 1
     assert "NOT as in PyTorch" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", [["--to", "safetensors"], ["--weights-only"]])
@@ -200,3 +203,51 @@ def test_one_line_errors(extra: list[str], capsys: pytest.CaptureFixture[str]):
     assert main([random_weights() if extra else "gone.pt", "--to", "onnx", *extra]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "gone." in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2", "safetensors", "web", "hub"])
+def test_a_full_disk_leaves_no_export(
+    kind: str,
+    photo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """torch's own writers end the process, so this test would not return."""
+    monkeypatch.setattr(export, "fetch_runtime", lambda: tmp_path)
+    monkeypatch.setattr(export, "_scores", lambda *_: None)
+    out = tmp_path / "out"
+    with file_limit(100_000):
+        options = ["--to", kind, "--out", f"{out}/m", "--photo", photo, "--size", "48"]
+        assert main([random_weights(), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}/m") and "File too large" in error
+    assert error.count("\n") == 1 and ".unfinished" not in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "existing", "named"),
+    [
+        pytest.param("safetensors", "in/w.safetensors", "in/w.safetensors", id="the weights"),
+        pytest.param("onnx", "in/classes.txt", "in/classes.txt", id="the class names"),
+        pytest.param("web", "in/index.html", "in", id="another page"),
+        pytest.param("hub", "in/config.yaml", "in", id="a config"),
+        pytest.param("card", "in/overlay.jpg", "in", id="an image"),
+    ],
+)
+def test_an_export_overwrites_no_input_and_nothing_of_others(
+    kind: str, existing: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    weights = tmp_path / "in/w.safetensors"
+    shutil.copy(random_weights(), weights)
+    (tmp_path / "in/classes.txt").write_text("\n".join(CLASSES))
+    if not (tmp_path / existing).exists():
+        (tmp_path / existing).write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    options = ["--classes", f"{tmp_path}/in/classes.txt", "--out", f"{tmp_path}/{named}"]
+    how = ["--card"] if kind == "card" else ["--to", kind]
+    assert main([str(weights), *how, *options]) == 2
+    assert f"{tmp_path / existing} would be overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before

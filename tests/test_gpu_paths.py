@@ -14,11 +14,13 @@ import os
 import re
 import sys
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback
@@ -39,8 +41,9 @@ import main as program
 import model
 from benchmarks import camvid, device_transform, loss, train_step
 from errors import ConfigError
+from predict import Segmenter, highest_class
 from segmentation import losses
-from segmentation.metrics import confusion_matrix
+from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictions
 from training.algorithms import EMA, MixUp, _climbed
 from training.composer_internals import ClosureGradScaler, EMAParameters
 from training.config import resolve
@@ -375,6 +378,42 @@ def test_a_step_stays_on_its_gpu(
     network = program.build_network(resolve(tiny))
     with fake_cuda:
         _take_a_step(on_cuda(network), mixes)
+
+
+@pytest.mark.parametrize("upsampled", [True, False])
+def test_an_onnx_files_logits_come_back_to_the_gpu(
+    fake_cuda: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, upsampled: bool
+) -> None:
+    """onnxruntime gives arrays, and evaluate.py counts them with masks that are on the GPU."""
+    logits = np.zeros((2, 12, 64, 64) if upsampled else (2, 12, 16, 16), np.float32)
+
+    class Session:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def get_modelmeta(self) -> Any:
+            classes = json.dumps([{"name": name, "color": [0, 0, 0]} for name in "abcdefghijkl"])
+            return types.SimpleNamespace(custom_metadata_map={"classes": classes})
+
+        def run(self, *_: Any) -> list[np.ndarray]:
+            return [logits]
+
+    runtime = types.SimpleNamespace(InferenceSession=Session, get_available_providers=list)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.setattr("predict.find_device", lambda _: torch.device("cuda", 0))
+    segmenter = Segmenter("model.onnx")
+    image = types.SimpleNamespace(numpy=lambda: None)  # what a pretended tensor cannot give
+    with fake_cuda:
+        batch = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="cuda")
+        target = torch.empty(2, 64, 64, dtype=torch.int64, device="cuda")
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda _: image)
+        found = segmenter.network(batch)
+        assert found.is_cuda and found.shape == logits.shape
+        assert confusion_matrix(found, target, 12, -1).is_cuda
+        for window in (0, 32):
+            segmenter.window = window
+            view = segmenter._logits(batch)[0], (64, 64)
+            prediction = highest_class([view], (64, 64))
+            assert confusion_matrix_of_predictions(prediction, target[0], 12).is_cuda
 
 
 def _take_a_step(network: nn.Module, mixes: bool) -> None:

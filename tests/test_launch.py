@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,6 +167,61 @@ def test_the_launcher_waits_while_training_saves(stubs: dict[str, str], tmp_path
     assert process.wait(30) == 75
     assert (tmp_path / "saved").exists()
     assert len((tmp_path / "launchers").read_text().split()) == 1  # the scheduler begins it anew
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "close", signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_no_training_is_left_behind(
+    stubs: dict[str, str], tmp_path: Path, how: str | signal.Signals
+) -> None:
+    """A terminal's Ctrl-C and its end reach the launcher alone: composer is in the background."""
+    (tmp_path / "training.py").write_text(TRAINING)
+    composer = tmp_path / "bin/composer"
+    composer.write_text(f"#!/usr/bin/env bash\n{sys.executable} training.py; exit $?\n")
+    terminal, launchers = os.openpty()
+    process = subprocess.Popen(
+        [LAUNCH / "run.sh"],
+        env=stubs,
+        cwd=tmp_path,
+        stdin=launchers,
+        stdout=launchers,
+        stderr=launchers,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(launchers)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.05)
+    if isinstance(how, signal.Signals):
+        process.send_signal(how)
+    elif how == "ctrl-c":
+        os.write(terminal, b"\x03")
+    else:
+        os.close(terminal)
+    assert process.wait(30) == 75
+    assert (tmp_path / "saved").exists()
+    (parent,) = (tmp_path / "launchers").read_text().split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(parent), 0)
+    if how != "close":
+        os.close(terminal)
+
+
+def test_a_second_ctrl_c_kills(stubs: dict[str, str], tmp_path: Path) -> None:
+    """Of training that does not listen, for it is still loading."""
+    composer = tmp_path / "bin/composer"
+    composer.write_text(
+        "#!/usr/bin/env bash\necho $$ > began.part && mv began.part began\nsleep 60\n"
+    )
+    process = subprocess.Popen([LAUNCH / "run.sh"], env=stubs, cwd=tmp_path)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 75
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "began").read_text()), 0)
 
 
 def test_a_killed_launcher_is_begun_again_when_training_has_saved(

@@ -186,7 +186,9 @@ def test_weights_where_a_checkpoint_is_wanted_are_named(
             main(tiny)
     tiny |= {"is_train": False, "load_path": str(trained[0] / "latest-rank0.pt")}
     tiny["model"]["num_classes"] = 13
-    with pytest.raises(ConfigError, match=r"has num_classes=12, not 13$"):
+    with pytest.raises(
+        ConfigError, match=r"model.num_classes: 13, but .* was trained with 12; set it back$"
+    ):
         main(tiny)
 
 
@@ -205,7 +207,7 @@ def test_weights_of_other_classes_begin_a_new_run(
     for name in ("backbone.layer4.0.conv1.weight", "classifier.bottleneck.conv.weight"):
         assert torch.equal(state[name], saved[f"module.{name}"])
     # An evaluation scores what it is given, or nothing.
-    with pytest.raises(ValueError, match=r"has num_classes=12, not 13"):
+    with pytest.raises(ValueError, match=r"model.num_classes: 13, but .* was trained with 12"):
         main({**tiny, "is_train": False})
 
 
@@ -214,10 +216,11 @@ def test_a_checkpoint_of_another_model_is_refused(
 ) -> None:
     folder, _ = trained
     tiny["load_path"] = str(folder / "ep2-ba8-rank0.pt")
+    tiny |= {"recipe_name": "mild"}
     for key, value in {"num_classes": 13, "backbone_arch": "resnet101"}.items():
         config = copy.deepcopy(tiny)
         config["model"][key] = value
-        with pytest.raises(ValueError, match=f"load_path: .* has {key}=.*, not {value}"):
+        with pytest.raises(ConfigError, match=f"model.{key}: {value}, but .* was trained with "):
             main(config)
     broken = folder.parent / "broken.pt"
     broken.write_bytes((folder / "ep2-ba8-rank0.pt").read_bytes()[:5000])
@@ -237,14 +240,54 @@ def test_fewer_photos_than_a_batch_are_found_before_training(tiny: dict[str, Any
         main(tiny)
 
 
-@pytest.mark.parametrize(("batch", "micro"), [(5, None), (6, 3)])
-def test_a_last_batch_that_leaves_one_image_alone_is_found_before_training(
-    tiny: dict[str, Any], batch: int, micro: int | None
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        pytest.param(
+            {"batch_size": 5, "drop_last": False},
+            "train_dataset.drop_last: false leaves one image .* use true",
+            id="an epoch's last batch",
+        ),
+        pytest.param(
+            {"batch_size": 6, "drop_last": False, "micro": 3},
+            "device_train_microbatch_size: 3 leaves one image .* use 2",
+            id="an epoch's last micro-batch",
+        ),
+        pytest.param(
+            {"batch_size": 7, "micro": 2},
+            "device_train_microbatch_size: 2 leaves one image .* use 4",
+            id="a micro-batch",
+        ),
+        pytest.param(
+            {"batch_size": 1}, "train_dataset.batch_size: 1 leaves one image .* use 2", id="a batch"
+        ),
+    ],
+)
+def test_one_image_alone_is_refused_where_the_network_cannot_take_it(
+    tiny: dict[str, Any], keys: dict[str, Any], line: str
 ) -> None:
-    tiny["train_dataset"] |= {"batch_size": batch, "drop_last": False}
-    tiny["device_train_microbatch_size"] = micro
-    with pytest.raises(ConfigError, match=r"drop_last=false: .* leave one image alone"):
+    tiny["device_train_microbatch_size"] = keys.pop("micro", None)
+    tiny["train_dataset"] |= keys
+    with pytest.raises(ConfigError, match=line):
         main(tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("torchvision:lraspp_mobilenet_v3_large", 33),
+        ("torchvision:lraspp_mobilenet_v3_large", 50),
+        ("lone_network:build", 16),
+        ("lone_network:build", 51),
+    ],
+)
+def test_batches_of_one_image_of_any_size(tiny: dict[str, Any], name: str, size: int) -> None:
+    tiny["model"] |= {"name": name}
+    tiny["train_dataset"] |= {"batch_size": 1, "final_size": size, "base_size": size}
+    tiny["eval_dataset"] |= {"batch_size": 5, "final_size": size}  # of 6 images, one is alone
+    trainer = main({**tiny, "max_duration": "2ba", "eval_interval": "2ba"})
+    assert math.isfinite(trainer.state.total_loss_dict["loss/train/total"])
+    assert trainer.state.eval_metrics["eval"]["MIoU"].total_matrix is not None
 
 
 def test_loggers_write_what_the_run_logs(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import http.server
 import math
+import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -17,9 +20,13 @@ from composer.utils import dist
 from torch import nn
 
 import model as model_module
+import segmentation
 from errors import ModelError
-from model import build_composer_deeplabv3, deeplabv3, weight_init
+from model import ComposerDeepLabV3, build_composer_deeplabv3, deeplabv3, weight_init
+from segmentation import losses
 from segmentation.batch_norm import SyncBatchNorm2d
+from segmentation.losses import MixedTarget
+from segmentation.network import cross_entropy
 from segmentation.pooling import ImagePool
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -230,6 +237,51 @@ def test_the_composer_model_loses_and_scores() -> None:
         model.update_metric((IMAGE, target), model.eval_forward((IMAGE, target)), metric)
     assert 0 < metrics["MIoU"].compute() < 100
     assert metrics["CrossEntropy"].compute() > 0
+
+
+class WithAuxiliary(nn.Module):
+    """A network that has an auxiliary output beside its logits."""
+
+    def auxiliary_loss(self, outputs: Any, target: Any, ignore_index: int) -> torch.Tensor:
+        first = target.target if isinstance(target, MixedTarget) else target
+        return 0.4 * cross_entropy(outputs[0], first, ignore_index)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize(("fused_loss", "kernels"), [("auto", 4), (False, 0)])
+def test_the_loss_without_hand_written_kernels(
+    fused_loss: bool | str, kernels: int, mixes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the forward and the backward pass, of the main and of an auxiliary output."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(2, 5, 8, 8, generator=generator, requires_grad=True) for _ in range(2)]
+    target: Any = torch.randint(-1, 5, (2, 32, 32), generator=generator)
+    if mixes:
+        target = MixedTarget(target, target.flip(0), 0.3)
+    batch = IMAGE, target
+
+    def compute(model: ComposerDeepLabV3) -> list[torch.Tensor]:
+        total = model.loss(tuple(outputs), batch)["total"]
+        return [total, *torch.autograd.grad(total, outputs)]
+
+    expected = compute(ComposerDeepLabV3(WithAuxiliary(), 5, dice_weight=1.0))
+    calls = []
+
+    def counted(function: Any) -> Any:
+        return lambda *arguments: calls.append(function) or function(*arguments)
+
+    kernel_module = types.ModuleType("segmentation.losses_triton")
+    vars(kernel_module).update(
+        forward_sums=counted(losses.forward_sums), backward=counted(losses.backward)
+    )
+    monkeypatch.setitem(sys.modules, "segmentation.losses_triton", kernel_module)
+    monkeypatch.setattr(segmentation, "losses_triton", kernel_module, raising=False)
+    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model = ComposerDeepLabV3(WithAuxiliary(), 5, dice_weight=1.0, fused_loss=fused_loss)
+    found = compute(model)
+    assert len(calls) == kernels
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_cpu_computes_in_bf16_where_asked() -> None:

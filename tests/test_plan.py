@@ -228,6 +228,24 @@ def test_the_screen(
         assert f"\n{name} " in screen
 
 
+@pytest.mark.trains
+def test_an_evaluation_is_planned_as_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs neither a checkpoint nor the training data."""
+    overrides = ["is_train=false", "train_dataset.path=nowhere"]
+    length = dict(images=6, epoch=0, steps=0, evaluations=1, checkpoints=0)
+    for machine in ([], ["--gpu", "H100", "--gpus", "2"]):
+        status, found = plan(capsys, str(config), *overrides, *machine, "--price", "2")
+        assert status == 0 and [*config.parent.iterdir()] == [config]
+        assert found["length"] == length and found["does_not_fit"] is None
+        assert set(found["hours_of"]) - {"start"} == {"evaluation"}
+        assert found["hours"] == pytest.approx(sum(found["hours_of"].values()))
+        assert found["cost"] == 2 * found["hours"] > 0
+    assert program.run([str(config), *overrides, "--plan", "--gpu", "H100"]) == 0
+    screen = capsys.readouterr().out
+    assert "length        1 evaluation of 6 images" in screen
+    assert "step" not in screen.replace("host a step", "")
+
+
 def test_another_machine(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = plan(capsys, str(config), "--gpu", "H100", "--gpus", "2", "--price", "10")
     assert status == 0 and found["length"]["epoch"] == 4 and found["batch"]["a_process"] == 2

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from artifacts import CLASSES, random_network, random_weights
 from mmcv.image import rescale_size
 from PIL import Image
+from run_helpers import file_limit
 
 import predict
 from errors import ClassError, WeightsError
 from predict import Segmenter, find_photos, highest_class, main, window_starts
+from segmentation.classes import load_classes
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,95 @@ def test_finds_photos(tmp_path: Path, photo: np.ndarray):
         ("x.jpg", "x_3"),
         ("gone.jpg", "gone"),
     ]
+
+
+def test_videos_and_images_have_outputs_of_their_own(tmp_path: Path):
+    """The indices of a video's frames go to a folder, which may be that of images."""
+    names = ("drive/000001.jpg", "drive.mp4", "Yard.jpg", "yard.png", "b.mov", "b/c/d.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for order in (1, -1):
+        found = dict(find_photos([f"{tmp_path}/{name.split('/')[0]}" for name in names][::order]))
+        # A folder that is named gives its images their names inside.
+        assert len({name.casefold() for name in found.values()}) == len(names)
+        found = {
+            str(path.relative_to(tmp_path)): name for path, name in find_photos([str(tmp_path)])
+        }
+        assert found == {
+            "Yard.jpg": "Yard",
+            "b/c/d.png": "b/c/d",
+            "b.mov": "b_2",
+            "drive/000001.jpg": "drive/000001",
+            "drive.mp4": "drive_2",
+            "yard.png": "yard_2",
+        }
+
+
+@pytest.mark.parametrize("write", ["overlay", "index"])
+@pytest.mark.parametrize("existing", ["x", "camera"])
+def test_only_its_own_outputs_are_replaced(
+    existing: str,
+    write: str,
+    photo: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo).save("x.bmp")
+    target = Path(f"out/x.{'jpg' if write == 'overlay' else 'png'}")
+    argument = "x.bmp"
+    if existing == "camera":
+        argument = "rtsp://127.0.0.1:9/none"
+        target = Path("out/camera.mp4" if write == "overlay" else "out/camera/000007.png")
+    target.parent.mkdir(parents=True)
+    Image.fromarray(photo).save(target, "PNG")
+    before = target.read_bytes()
+    assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 2
+    assert f"error: {target} would be overwritten, and predict.py did" in capsys.readouterr().err
+    assert target.read_bytes() == before
+    target.unlink()
+    if existing == "x":
+        for _ in range(2):
+            assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 0
+
+
+def test_a_full_disk_ends_the_work(
+    photo: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for number in range(3):
+        Image.fromarray(photo).save(tmp_path / f"{number}.png")
+    large = Image.effect_noise((300, 300), 99)
+    large.save(tmp_path / "1.png")
+    arguments = [random_weights(), str(tmp_path), "--out", f"{tmp_path}/out"]
+    with file_limit(60_000):
+        assert main(arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error == [
+        f"error: {tmp_path}/out/1.jpg: File too large; make room, or choose another place"
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.jpg"]
+
+
+def test_more_classes_than_a_byte_holds(photo: np.ndarray, tmp_path: Path):
+    """Class 290 is written as 290, and not as 290 - 256."""
+
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(batch), 300, *batch.shape[2:])
+        logits[:, 290, :, :20], logits[:, 5, :, 20:] = 1, 1
+        return logits
+
+    many = variant(Segmenter(random_weights()), network=network)
+    many.classes = load_classes([f"class {number}" for number in range(300)], 300)
+    prediction = many(photo)
+    assert prediction.dtype == np.uint16 and set(np.unique(prediction)) == {5, 290}
+    predict.save_index(prediction, tmp_path / "index.png")
+    assert np.array_equal(np.array(Image.open(tmp_path / "index.png")), prediction)
+    legend = many.overlay(photo, prediction)
+    assert legend.size == many.overlay(photo).size
+    few = variant(many, classes=many.classes[:256], network=lambda batch: network(batch)[:, :256])
+    assert few(photo).dtype == np.uint8
 
 
 def test_command_line(

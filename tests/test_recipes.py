@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: 
     algorithms, scheduler = build_recipe(resolve({**tiny, "recipe_name": recipe}))
     kinds, schedule = EXPECTED[recipe]
     assert [type(algorithm) for algorithm in algorithms] == kinds
-    assert type(scheduler) is schedule
+    assert type(scheduler.schedule) is schedule
 
 
 def test_the_numbers_of_a_recipe_are_keys_of_the_yaml(tiny: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ class Progress:
     """As much of a State as a schedule reads: ten batches an epoch, ten epochs."""
 
     def __init__(self, batch: int):
-        self.timestamp = Timestamp(batch=batch, epoch=batch // 10)
+        self.timestamp = Timestamp(batch=batch, epoch=batch // 10, batch_in_epoch=batch % 10)
         self.max_duration = Time(10, TimeUnit.EPOCH)
         self.dataloader_len = Time(10, TimeUnit.BATCH)
 
@@ -113,3 +114,47 @@ def test_an_average_that_outlasts_the_run_is_warned_about(
     with caplog.at_level(logging.WARNING):
         check_lengths(resolve(tiny), batches_per_epoch=10)
     assert ("mild.ema.half_life" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("done", "images", "batch_size", "duration", "factors"),
+    [
+        # Epochs of 24 images in batches of 6, and then of another kind; linear from 1 to 0.
+        pytest.param((1, 4, 0, 0), 24, 6, "4ep", [0.75, 0.6875], id="nothing changed"),
+        pytest.param((1, 4, 0, 0), 24, 12, "4ep", [0.75, 0.625], id="larger batches"),
+        pytest.param((1, 4, 0, 0), 24, 3, "4ep", [0.75, 0.71875], id="smaller batches"),
+        pytest.param((1, 4, 0, 0), 240, 6, "4ep", [0.75, 0.74375], id="more images"),
+        pytest.param((1, 6, 2, 12), 24, 12, "4ep", [0.625, 0.5], id="in an epoch"),
+        pytest.param((1, 4, 0, 0), 24, 12, "8ep", [0.875, 0.8125], id="a longer run too"),
+        pytest.param((1, 4, 0, 0), 24, 12, "16ba", [0.75, 0.6875], id="a run of batches"),
+    ],
+)
+def test_the_schedule_follows_the_epochs_done(
+    tiny: dict[str, Any],
+    done: tuple[int, int, int, int],
+    images: int,
+    batch_size: int,
+    duration: str,
+    factors: list[float],
+) -> None:
+    tiny |= {"schedule": {"name": "linear"}, "max_duration": duration}
+    tiny["train_dataset"]["batch_size"] = batch_size
+    schedule = build_schedule(resolve(tiny))
+    epoch, batch, batch_in_epoch, sample_in_epoch = done
+    state = SimpleNamespace(
+        timestamp=Timestamp(
+            epoch=epoch,
+            batch=batch,
+            batch_in_epoch=batch_in_epoch,
+            sample_in_epoch=sample_in_epoch,
+            sample=batch * 6,
+        ),
+        max_duration=Time.from_timestring(duration),
+        dataloader_len=Time(images // batch_size, TimeUnit.BATCH),
+    )
+    found = [schedule(cast(State, state))]
+    state.timestamp = state.timestamp.to_next_batch(samples=batch_size)
+    found.append(schedule(cast(State, state)))
+    assert found == pytest.approx(factors)
+    # The next step's learning rate, as Composer sets it after the batch before.
+    assert schedule.before_last_batch(cast(State, state)) == pytest.approx(factors[0])

@@ -110,7 +110,7 @@ def test_check_dataloader_returns_when_all_is_well(
     synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dataset.report.SPEED_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "argv", ["script.py", synthetic])
+    monkeypatch.setattr(sys, "argv", ["script.py", synthetic, "--num-classes", "12"])
     data.check_dataloader()
     assert "no problem: this can be trained on" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["script.py", f"{synthetic}/nowhere"])

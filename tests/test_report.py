@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from run_helpers import file_limit
 
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
@@ -274,6 +275,52 @@ def test_text_names_classes_faults_and_verdict(path, capsys):
     assert text.endswith("training would fail\n")
 
 
+@pytest.mark.parametrize(
+    ("rule", "arguments", "verdict"),
+    [
+        pytest.param(
+            lambda labels: np.where(labels == 5, 0, labels),
+            ["--num-classes", "12"],
+            "this can be trained on, but no training mask has class 4",
+            id="one in the middle",
+        ),
+        pytest.param(
+            lambda labels: labels,
+            ["--num-classes", "15"],
+            "this can be trained on, but no training mask has the classes 12, 13, 14; "
+            "--num-classes 12 if there are no more",
+            id="fewer than asked for",
+        ),
+        pytest.param(
+            lambda labels: labels == 3,
+            ["--num-classes", "2"],
+            "this can be trained on, but no training mask has class 1; --no-ignore-background "
+            "makes label 0 a class",
+            id="masks of 0 and 1",
+        ),
+        pytest.param(
+            lambda labels: labels == 3,
+            ["--num-classes", "2", "--no-ignore-background"],
+            "no problem: this can be trained on",
+            id="masks of 0 and 1, both classes",
+        ),
+        pytest.param(
+            lambda labels: labels * 0,
+            ["--num-classes", "12"],
+            "this can be read, but nothing is learnt: no training mask has a labelled pixel",
+            id="no label at all",
+        ),
+    ],
+)
+def test_the_verdict_names_classes_that_training_never_shows(
+    path, capsys, rule, arguments, verdict
+):
+    for file in (path / ROOT / "annotations").rglob("*.png"):
+        write(file, rule(labels_of(file)).astype(np.uint8))
+    assert main([str(path), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
 def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     shutil.rmtree(path / ROOT / "annotations/validation")
     status, report = run(capsys, path)
@@ -330,6 +377,23 @@ def test_draws_the_samples(path, tmp_path):
     assert sheet.shape[0] == 3 * 512 and sheet.shape[1] > 4 * 512
     shown = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
     assert shown & {info.color for info in load_classes(None, 12)}  # a legend at least
+
+
+def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
+    target = Path(sample(path, 1)[1])
+    before = target.read_bytes()
+    for picture, reason in (
+        (target, "would be overwritten, and it is an input"),
+        (tmp_path / "gone/sheet.png", "No such file or directory"),
+    ):
+        assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(picture) in error and reason in error
+    assert target.read_bytes() == before
+    with file_limit(1000):
+        assert main(["--suggest", str(path), f"{tmp_path}/own.yaml"]) == 1
+    assert f"error: {tmp_path}/own" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["set"]
 
 
 def test_one_line_for_what_is_no_data_set(tmp_path, capsys):

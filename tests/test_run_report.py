@@ -117,3 +117,16 @@ def test_an_evaluation_alone_leaves_the_page(tiny: dict[str, Any], is_train: boo
     config.is_train = is_train
     built = build_callbacks(config, None)
     assert any(isinstance(callback, Report) for callback in built) == is_train
+
+
+@pytest.mark.parametrize("save_folder", ["runs/x", "s3://bucket/x"])
+def test_an_evaluation_alone_leaves_pictures_and_tables(
+    tiny: dict[str, Any], save_folder: str
+) -> None:
+    """Each name of a training run's first evaluation is one of an evaluation alone as well."""
+    config = resolve(tiny | {"save_folder": save_folder, "pictures": 2, "class_table_csv": True})
+    folders = []
+    for config.is_train in (True, False):
+        built = build_callbacks(config, None)
+        folders.append({vars(c)["folder"] for c in built if vars(c).get("folder")})
+    assert folders == [{save_folder}, {f"{save_folder}/evaluation"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import resource
@@ -15,6 +16,7 @@ from composer.core import Callback, State
 from run_helpers import save_whole
 
 from checkpointing.resume import newest_checkpoint
+from checkpointing.stores import checkpoint_in
 from errors import ConfigError, RunError, WeightsError
 from main import main
 
@@ -189,7 +191,7 @@ def test_another_runs_checkpoints_are_not_replaced_by_accident(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     save_whole(tmp_path, 100)
-    with pytest.raises(ConfigError, match=r"holds ep0-ba100-rank0.pt of an earlier run"):
+    with pytest.raises(ConfigError, match=r"holds ep0-ba100-rank0.pt of another run"):
         main({**tiny, "save_folder": str(tmp_path)})
     tiny |= {"save_overwrite": True, "max_duration": "1ba", "save_interval": "1ba"}
     main({**tiny, "save_folder": str(tmp_path)})
@@ -209,3 +211,119 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(
     with pytest.raises(RunError, match=r"ep0-ba2-rank0.pt is not saved: weights are not finite"):
         main(tiny, callbacks=[Poison()])
     assert [path.name for path in tmp_path.glob("ep*")] == ["ep0-ba1-rank0.pt"]
+
+
+def checkpoints(folder: Path) -> dict[str, bytes]:
+    """Return the content of each checkpoint of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("ep*.pt"))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        pytest.param({}, "holds ep0-ba2-rank0.pt of another run", id="a new run"),
+        pytest.param(
+            {"load_path": "{first}/ep0-ba2-rank0.pt", "run_name": "b"},
+            "holds ep0-ba2-rank0.pt of another run",
+            id="a run from elsewhere, whose batches are later",
+        ),
+        pytest.param(
+            {"load_path": "{other}/ep0-ba2-rank0.pt", "run_name": "b"},
+            "holds ep0-ba2-rank0.pt of another run",
+            id="another run from the checkpoint that lies there",
+        ),
+        pytest.param(
+            {"load_path": "{other}/latest-rank0.pt", "load_weights_only": True},
+            "holds ep0-ba2-rank0.pt of another run",
+            id="a new run from the weights that lie there",
+        ),
+        pytest.param(
+            {"autoresume": True, "run_name": "b"},
+            "belongs to run tiny, not to b; give another save_folder, or run_name=tiny",
+            id="autoresume by another name",
+        ),
+    ],
+)
+def test_a_folder_of_another_run_stays_as_it_is(
+    tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path, changes: Any, line: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint.parent, other, symlinks=True)
+    before = checkpoints(other)
+    places = {"first": tiny_checkpoint.parent, "other": other}
+    changes = {k: v.format_map(places) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(ConfigError, match=line):
+        main({**tiny, "save_folder": str(other), **changes})
+    assert checkpoints(other) == before
+    # With save_overwrite, the run replaces them.
+    main({**tiny, "save_folder": str(other), "save_overwrite": True, **changes})
+    assert list(checkpoints(other)) == ["ep0-ba4-rank0.pt"]
+
+
+def test_the_same_run_goes_on_from_a_checkpoint_in_its_folder(
+    tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint.parent, tmp_path / "own", symlinks=True)
+    tiny |= {"save_folder": f"{tmp_path}/own", "load_path": f"{tmp_path}/own"}
+    main(tiny)
+    assert list(checkpoints(tmp_path / "own")) == ["ep0-ba4-rank0.pt"]
+
+
+def test_what_was_saved_to_be_kept_stays_after_a_resume(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny |= {"save_folder": str(tmp_path), "autoresume": True, "save_interval": "1ba"}
+    tiny |= {"eval_interval": "9ep"}
+    main({**tiny, "max_duration": "3ba", "save_num_checkpoints_to_keep": -1})
+    kept = checkpoints(tmp_path)
+    assert len(kept) == 3
+    main({**tiny, "max_duration": "6ba", "save_num_checkpoints_to_keep": 1})
+    assert list(checkpoints(tmp_path)) == [*kept, "ep1-ba6-rank0.pt"]
+    assert kept.items() <= checkpoints(tmp_path).items()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_symbolic_links(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    symlink = os.symlink
+
+    def no_links(source: str, target: str, **options: Any) -> None:
+        if str(target).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number))
+        symlink(source, target, **options)
+
+    monkeypatch.setattr(os, "symlink", no_links)
+    tiny |= {"save_folder": str(tmp_path), "autoresume": True, "eval_interval": "1ba"}
+    main({**tiny, "max_duration": "1ba", "save_best": True, "save_interval": "1ba"})
+    assert (tmp_path / "latest-rank0.pt.symlink").read_text() == "ep0-ba1-rank0.pt"
+    assert checkpoint_in(tmp_path) == str(tmp_path / "ep0-ba1-rank0.pt")
+    assert checkpoint_in(tmp_path / "best-rank0.pt") == str(tmp_path / "ep0-ba1-rank0.pt")
+    trainer = main({**tiny, "max_duration": "2ba"})
+    assert trainer.state.timestamp.batch == 2
+    assert (tmp_path / "latest-rank0.pt.symlink").read_text() == "ep0-ba2-rank0.pt"
+    load_path = f"{tmp_path}/latest-rank0.pt"
+    tiny |= {"save_folder": None, "autoresume": False, "max_duration": "3ba"}
+    assert main({**tiny, "load_path": load_path}).state.timestamp.batch == 3
+
+
+def test_a_file_system_that_cannot_rename_is_refused_first(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_rename(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", source, None, target)
+
+    monkeypatch.setattr(os, "replace", no_rename)
+    with pytest.raises(ConfigError, match=r"save_folder: cannot write to .*not permitted"):
+        main({**tiny, "save_folder": str(tmp_path)})
+
+
+def test_a_run_without_save_folder_says_that_nothing_is_kept(
+    tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = "save_folder is empty: this run keeps no checkpoint, so nothing can resume it"
+    main({**tiny, "max_duration": "1ba", "eval_interval": "9ep"})
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
+    caplog.clear()
+    main({**tiny, "max_duration": "1ba", "eval_interval": "9ep", "save_folder": str(tmp_path)})
+    assert line not in caplog.text

@@ -20,12 +20,24 @@ from main import main
 pytestmark = [pytest.mark.trains, pytest.mark.usefixtures("small_network")]
 
 
-def test_old_checkpoints_go_but_never_later_ones() -> None:
-    names = [f"ep0-ba{batch}-rank0.pt" for batch in (12, 10, 8, 6, 4)]
-    assert outdated(names, names[0], 2) == names[2:]
-    assert outdated(names, names[0], -1) == []
-    # 12 and 10 are damaged, and the run went on from 6
-    assert outdated(names, names[2], 2) == names[4:]
+NAMES = [f"ep0-ba{batch}-rank0.pt" for batch in (12, 10, 8, 6, 4)]
+
+
+@pytest.mark.parametrize(
+    ("newest", "keep", "best", "own", "removed"),
+    [
+        pytest.param(0, 2, None, NAMES, NAMES[2:], id="old ones"),
+        pytest.param(0, -1, None, NAMES, [], id="all are kept"),
+        pytest.param(2, 2, None, NAMES, NAMES[4:], id="later ones stay: they were damaged"),
+        pytest.param(0, 1, NAMES[3], NAMES, [NAMES[1], NAMES[2], NAMES[4]], id="the best stays"),
+        pytest.param(0, 1, None, [NAMES[0], NAMES[3]], [NAMES[3]], id="another run's stay"),
+        pytest.param(0, 2, None, [NAMES[0], NAMES[3]], [], id="another run's do not count"),
+    ],
+)
+def test_pruning_removes_only_old_checkpoints_of_the_run(
+    newest: int, keep: int, best: str | None, own: list[str], removed: list[str]
+) -> None:
+    assert outdated(NAMES, NAMES[newest], keep, best, own) == removed
 
 
 def test_a_new_checkpoint_is_whole_before_an_old_one_goes(
@@ -47,7 +59,12 @@ def test_a_new_checkpoint_is_whole_before_an_old_one_goes(
 
     for name, function in {"replace": replace, "remove": remove, "fsync": sync}.items():
         monkeypatch.setattr(os, name, look(function))
-    target.publish(str(tmp_path / "new"), "ep0-ba4-rank0.pt", keep=1)
+    target.publish(
+        str(tmp_path / "new"),
+        "ep0-ba4-rank0.pt",
+        keep=1,
+        own=["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"],
+    )
     assert seen == [
         ("replace", "ep0-ba2-rank0.pt"),
         ("fsync", "ep0-ba2-rank0.pt"),
@@ -66,7 +83,8 @@ def test_the_best_stays_while_old_ones_go(tmp_path: Path) -> None:
     def publish(batch: int, best: int | None) -> list[str]:
         (tmp_path / "new").write_bytes(str(batch).encode())
         names = [f"ep0-ba{number}-rank0.pt" if number else None for number in (batch, best)]
-        target.publish(str(tmp_path / "new"), str(names[0]), 1, names[1])
+        own = [path.name for path in tmp_path.glob("ep*.pt")]
+        target.publish(str(tmp_path / "new"), str(names[0]), 1, names[1], [*own, str(names[0])])
         return [path.name for path in sorted(tmp_path.glob("ep*.pt"))]
 
     assert publish(2, None) == ["ep0-ba2-rank0.pt"]
@@ -117,7 +135,7 @@ def test_a_run_in_an_object_store(tiny: dict[str, Any], server: S3Server, tmp_pa
         trainer = main({**begun, "load_path": f"s3://data/runs/tiny/{name}"})
         assert trainer.state.timestamp.batch == 5
     model = {"num_classes": 13, "backbone_arch": "resnet50", "backbone_weights": None}
-    with pytest.raises(ConfigError, match=r"load_path: s3.* has num_classes=12, not 13"):
+    with pytest.raises(ConfigError, match=r"model.num_classes: 13, but s3:.* was trained with 12"):
         main({**begun, "load_path": "s3://data/runs/tiny/latest-rank0.pt", "model": model})
     with pytest.raises(ConfigError, match=r"load_path: cannot read s3://data/nothing.pt"):
         main({**begun, "load_path": "s3://data/nothing.pt"})
@@ -158,7 +176,8 @@ def test_the_best_is_uploaded_although_newer_ones_wait(
     def publish(batch: int, best: int) -> None:
         (tmp_path / "new").write_bytes(str(batch).encode())
         names = [f"ep0-ba{number}-rank0.pt" for number in (batch, best)]
-        target.publish(str(tmp_path / "new"), names[0], 1, names[1])
+        own = [f"ep0-ba{number}-rank0.pt" for number in range(batch + 1)]
+        target.publish(str(tmp_path / "new"), names[0], 1, names[1], own)
 
     server.kill()
     publish(2, 2)

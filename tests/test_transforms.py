@@ -707,3 +707,43 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
     )
     assert torch.allclose(image, gpu_image.cpu(), atol=1e-3)
     assert torch.equal(target, gpu_target.cpu())
+
+
+@pytest.mark.parametrize("size", [16, 17, 49, 50, 51, 321])
+def test_one_images_random_numbers_are_those_it_has_in_a_batch(size: int) -> None:
+    batch, _ = batch_of(3, size)
+    together = uniform_per_sample(batch, 17, 2, 4)
+    for layout in (batch, batch.contiguous(), batch.contiguous(memory_format=torch.channels_last)):
+        alone = [uniform_per_sample(layout[i : i + 1], 17, 2, 4) for i in range(3)]
+        assert torch.equal(torch.cat(alone, dim=1), together)
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "share", "draws"),
+    [
+        pytest.param(Labels(2, ignore_background=False), (0, 1), 0.75, 1, id="0 is a class"),
+        pytest.param(Labels(2), (1, 2), 0.75, 1, id="0 is ignored and not there"),
+        pytest.param(Labels(2), (0, 1), 0.75, 11, id="0 is ignored, one class is left"),
+        pytest.param(Labels(3, ignore_background=False), (0, 0), 0.75, 11, id="0 fills the crop"),
+        pytest.param(Labels(2), (0, 0), 0.75, 11, id="no label at all"),
+        pytest.param(Labels(2), (0, 0), 1.0, 1, id="1 never draws again, even without a label"),
+        pytest.param(Labels(2), (1, 1), 1.0, 1, id="1 never draws again"),
+    ],
+)
+def test_how_often_a_crop_is_drawn(
+    labels: Labels, values: tuple[int, int], share: float, draws: int
+) -> None:
+    mask = np.array(values, np.uint8)[np.indices((64, 64)).sum(0) % 2]
+    crop = RandomCrop(64, 2.0, 2.0, 32, share, is_class=labels.classes())
+
+    class Counting:
+        def __init__(self) -> None:
+            self.rng, self.drawn = np.random.default_rng(0), 0
+
+        def random(self) -> float:
+            self.drawn += 1
+            return self.rng.random()
+
+    rng = Counting()
+    crop.apply(lambda _: np.zeros((64, 64, 3), np.uint8), mask, rng)  # pyright: ignore
+    assert rng.drawn == 1 + 2 * draws + 1  # the scale, two sides for each crop, and the flip

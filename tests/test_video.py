@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
+import shutil
+import signal
 import struct
 import sys
 import threading
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 from artifacts import random_weights
 from av.codec.codec import UnknownCodecError
+from run_helpers import file_limit
 
 from errors import DataError
 from predict import Segmenter, main
@@ -304,6 +307,43 @@ def test_a_camera_until_it_ends_or_is_stopped(
     for place, reason in (("/dev/video99", "No such file"), (address, "Connection refused")):
         assert main([random_weights(), place, "--out", str(tmp_path)]) == 1
         assert f"error: camera: {reason}" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_part_of_a_video(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [random_weights(), str(clip), "--out", f"{tmp_path}/out"]
+    for limit in (10, 3000):  # at the header and in the middle
+        with file_limit(limit):
+            assert main(arguments) == 1
+        error = f"error: {tmp_path}/out/clip.mp4: File too large"
+        assert error in capsys.readouterr().err
+        assert list((tmp_path / "out").iterdir()) == []
+    for _ in range(2):  # the second call replaces the first one's video
+        assert main(arguments) == 0
+    shutil.copy(clip, tmp_path / "out/clip.mp4")
+    assert main(arguments) == 2
+    assert "out/clip.mp4 would be overwritten" in capsys.readouterr().err
+
+
+def test_ctrl_c_completes_a_cameras_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer's handler of the signal ends the process."""
+    calls = []
+
+    def segment(*_: object) -> np.ndarray:
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return np.zeros(SIZE, np.uint8)
+
+    monkeypatch.setattr(Segmenter, "__call__", segment)
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    try:
+        with camera(scenes(9), 10) as address:
+            assert main([random_weights(), address, "--out", str(tmp_path)]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(opencv_frames(tmp_path / "camera.mp4")) == 2
 
 
 def test_what_cannot_be_done_is_one_line(

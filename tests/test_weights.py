@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import finished_run, random_network, random_weights
+from artifacts import CLASSES, finished_run, random_network, random_weights
 from composer.metrics import MIoU
 from composer.utils.checkpoint import safe_torch_load
 from safetensors.torch import save_file
@@ -303,3 +303,37 @@ def test_classes_of_the_same_name_keep_their_scores():
         assert torch.equal(rows[new], expected)
     assert torch.equal(rows[1], before)
     assert load_fitting(random_network(), weights, "f") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        pytest.param(
+            CLASSES[::-1], "classes in another order, matched by name", id="another order"
+        ),
+        pytest.param(
+            [*CLASSES[:0:-1], "new"],
+            "classes of other names, 11 taken over by name, the others left new",
+            id="one other name",
+        ),
+        pytest.param(
+            [f"kind {letter}" for letter in "abcdefghijkl"],
+            "classes of other names, none has the same name, all left new",
+            id="all other names",
+        ),
+        pytest.param(None, "classes of other names, left new", id="not to be matched"),
+    ],
+)
+def test_as_many_classes_that_are_not_the_same(names: list[str] | None, note: str):
+    weights = load_weights(random_weights())
+    network = deeplabv3(12, "resnet50", sync_bn=False)
+    before = network.classifier.conv_seg.weight.detach().clone()
+    classes = load_classes(names, 12) if names else None
+    tensors = [f"classifier.conv_seg.{name}" for name in ("weight", "bias")]
+    line = load_fitting(network, weights, "f", 1.0, classes, 12, tensors)
+    assert line == f"f: classifier.conv_seg: {note}"
+    for place, row in enumerate(network.classifier.conv_seg.weight):
+        name = names[place] if names else None
+        theirs = weights.state["classifier.conv_seg.weight"]
+        expected = theirs[CLASSES.index(name)] if name in CLASSES else before[place]
+        assert torch.equal(row, expected)

@@ -51,10 +51,12 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
     if config.compile not in ("auto", True, False):
         raise ConfigError(f"compile: {config.compile} is none of auto, true, false")
+    if config.model.fused_loss not in ("auto", False):
+        raise ConfigError(f"model.fused_loss: {config.model.fused_loss}; use auto or false")
     if config.activation_memory_budget < 1 and config.compile is False:
         raise ConfigError("activation_memory_budget: less than 1 needs compile: auto or true")
     if config.class_names is not None and not os.path.isfile(config.class_names):
-        raise ConfigError(f"class_names: no file {config.class_names}")
+        raise ConfigError(f"class_names: no file {_seen_from(config.class_names)}")
     log_level = (config.python_log_level or "warning").lower()
     if log_level not in ("debug", "info", "warning", "error", "critical"):
         raise ConfigError(f"python_log_level: {log_level} is none of debug, info, warning, error")
@@ -62,8 +64,9 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError("autoresume needs save_folder, where it looks for the newest checkpoint")
     if config.autoresume and not config.run_name:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
-    if config.load_path and "://" not in config.load_path and not os.path.isfile(config.load_path):
-        raise ConfigError(f"load_path: no file {config.load_path}")
+    path = config.load_path
+    if path and "://" not in path and not any(map(os.path.exists, (path, f"{path}.symlink"))):
+        raise ConfigError(f"load_path: no file or folder {_seen_from(path)}")
     if config.run_name and (
         config.run_name in (".", "..") or re.search(r"[/\0\n]", config.run_name)
     ):
@@ -91,11 +94,23 @@ def check(config: Config, with_data: bool = True) -> None:
     _check_times(config)
     _check_optimizer(config)
     _check_batch_sizes(config)
+    if config.is_train:
+        _check_same_labels(config)
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
     for name, split in used:
         _check_dataset(getattr(config, name), name)
         if with_data:
             _check_path(getattr(config, name), name, split, config.data is not None)
+
+
+def check_evaluates(config: Config) -> None:
+    """Refuse an evaluation that names no checkpoint, which a plan of it does not need.
+
+    Raises:
+        ConfigError: It would score random weights.
+    """
+    if not (config.is_train or config.load_path or config.autoresume):
+        raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
 
 
 def _check_network(model: ModelConfig) -> None:
@@ -235,32 +250,25 @@ def _check_batch_sizes(config: Config) -> None:
     micro = config.device_train_microbatch_size
     if isinstance(micro, str) and micro != "auto":
         raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
-    if config.is_train:
-        share = config.train_dataset.batch_size // processes
-        check_share(config, share, f"train_dataset.batch_size: {share} images a process")
 
 
-def check_share(config: Config, images: int, what: str) -> None:
-    """Refuse a process's part of a batch of which one image would go through the network alone.
+def _check_same_labels(config: Config) -> None:
+    """Refuse two data sections in which the same label is another class, or is ignored in one."""
+    train, val = config.train_dataset, config.eval_dataset
+    ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
+    for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
+        if of_train != of_val:
+            shown = [str(getattr(section, key)).lower() for section in (train, val)]
+            raise ConfigError(
+                f"train_dataset.{key} is {shown[0]}, eval_dataset.{key} is {shown[1]}; a label "
+                "means the same in both, so give both the same value"
+            )
 
-    Args:
-        config: The run's.
-        images: How many it has.
-        what: What to call them.
 
-    Raises:
-        ConfigError: The last micro-batch is of one image.
-    """
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.model.sync_bn and per_node > 1:
-        return
-    micro = config.device_train_microbatch_size
-    micro = min(micro, images) if isinstance(micro, int) else images
-    if micro == 1 or images % micro == 1:
-        raise ConfigError(
-            f"{what} in micro-batches of {micro} "
-            "leave one image alone, which BatchNorm after global pooling cannot normalise"
-        )
+def _extra_ignored(dataset: DatasetConfig) -> int | None:
+    """Return the label that `ignore_label` ignores and would not be ignored without it."""
+    known = (255, 0) if dataset.ignore_background else (255,)
+    return None if dataset.ignore_label in known else dataset.ignore_label
 
 
 def _check_dataset(dataset: DatasetConfig, name: str) -> None:
@@ -300,11 +308,18 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
         if not dataset.local:
             raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
     elif not os.path.isdir(dataset.path):
-        raise ConfigError(f"{name}.path: no folder {dataset.path}")
+        raise ConfigError(f"{name}.path: no folder {_seen_from(dataset.path)}")
     elif not dataset.is_streaming and not described:
         images = f"images/{FOLDERS[split]}"
         if not (find_root(dataset.path) / images).is_dir():
             raise ConfigError(f"{name}.path: {dataset.path} holds no {ADE20K}/{images}")
+
+
+def _seen_from(path: str) -> str:
+    """Return a path that does not exist, with the folders it is relative to."""
+    if os.path.isabs(path):
+        return path
+    return f"{path}, seen from {os.getcwd()} or from the YAML's folder"
 
 
 def world_size() -> int:

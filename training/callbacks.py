@@ -36,6 +36,7 @@ from segmentation.metrics import (
 )
 from segmentation.network import main_logits
 from training.config import class_infos
+from training.label_check import LabelCheck
 from training.pictures import Curves, Pictures, save_to_run
 from training.report import Report
 from training.schema import Config
@@ -174,8 +175,12 @@ def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]
     num_classes = config.model.num_classes
     classes = class_infos(config)
     folder = config.save_folder
+    if folder and not config.is_train:
+        # Its pictures and tables are of batch 0, and would replace those of the run that trained.
+        folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
+        LabelCheck(classes, config.data is None and config.eval_dataset.ignore_background),
         SpeedMonitor(window_size=20),
         LRMonitor(),
     ]
@@ -207,8 +212,9 @@ def summary(trainer: Trainer) -> str:
     if miou is not None:
         (evaluations,) = (c.eval for c in callbacks if isinstance(c, Curves))
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
-        before = "" if first is None else f"{first:.2f} before, "
-        lines.append(f"mIoU: {before}{miou:.2f} now")
+        before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "
+        now = "none: no validation pixel has a class" if math.isnan(miou) else f"{miou:.2f} now"
+        lines.append(f"mIoU: {before}{now}")
     saver = saver_of(trainer.state)
     if saver and saver.ended:
         lines.append(f"ended early: {saver.best.metric} was no better for {saver.ended}")

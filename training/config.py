@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import itertools
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
@@ -20,10 +22,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigError
 from training.bounds import check, lookup, times, world_size
-from training.schema import RECIPES, Config
+from training.schema import RECIPES, Config, flatten
+from training.yaml_text import quote_text
 
 if TYPE_CHECKING:
     from segmentation.classes import ClassInfo
+
+# Keys that name existing files or folders. In a YAML they may be relative to its own folder.
+INPUT_PATHS = (
+    "class_names",
+    "data",
+    "load_path",
+    "train_dataset.path",
+    "eval_dataset.path",
+    "model.backbone_weights",
+)
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
@@ -33,7 +46,8 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         ConfigError: The file is missing or not YAML, or an override is not `key=value`.
     """
     try:
-        config = OmegaConf.load(path)
+        text = quote_text(Path(path).read_text(encoding="utf-8-sig"))
+        config = OmegaConf.load(io.StringIO(text))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config {path}: {_one_line(error)}") from error
     if not isinstance(config, DictConfig):
@@ -41,8 +55,10 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(f"{override!r} is not an override; write key=value, as in seed=1")
+    _find_beside(config, os.path.dirname(path))
+    pairs = [override.partition("=") for override in overrides]
     try:
-        given = OmegaConf.from_dotlist(overrides)
+        given = OmegaConf.from_dotlist([f"{k}={quote_text(v, k)}" for k, _, v in pairs])
         config = cast(DictConfig, OmegaConf.merge(config, given))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
@@ -50,6 +66,16 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     if recipe in RECIPES and given.get("max_duration") is not None:
         OmegaConf.update(config, f"{recipe}.max_duration", given.max_duration, force_add=True)
     return config
+
+
+def _find_beside(config: DictConfig, folder: str) -> None:
+    """Make paths that exist only seen from the YAML's folder paths from the working directory."""
+    for name in INPUT_PATHS:
+        value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+        if isinstance(value, str) and "://" not in value and not os.path.exists(value):
+            beside = os.path.join(folder, value)
+            if os.path.exists(beside):
+                OmegaConf.update(config, name, beside)
 
 
 def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
@@ -72,6 +98,9 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
         typed = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_one_line(error)}") from error
+    for name, value in flatten(typed).items():
+        if isinstance(value, str) and value.startswith("~"):
+            _set(typed, name, os.path.expanduser(value))
     typed.run_name = typed.run_name or os.environ.get("RUN_NAME") or None
     if typed.save_folder and "{run_name}" in typed.save_folder:
         if not typed.run_name:
@@ -95,7 +124,9 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
     """Put a description into the config, and what follows from it where the config says nothing."""
-    from dataset.description import parse_description, read_description  # and numpy, and OpenCV
+    # Both import numpy and OpenCV, which a config without a description does not need.
+    from dataset.description import parse_description, read_description
+    from segmentation.classes import rename_classes
 
     where = "data"
     if isinstance(config.data, str):
@@ -107,6 +138,8 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
     if given not in (None, count):
         raise ConfigError(f"model.num_classes: {given}, but {where} has {count} classes")
     config.model.num_classes = count
+    if config.class_names is not None:
+        rename_classes(config.class_names, count, description.classes, where)
     for name in ("train_dataset", "eval_dataset"):
         section = getattr(config, name)
         section.path = section.path or description.root
@@ -145,10 +178,13 @@ def _microbatch_size(config: Config) -> int | str:
 def _normalise_times(config: Config) -> None:
     """Make a plain number a number of epochs, as in the reference."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
-        section, _, leaf = name.rpartition(".")
-        parent = lookup(config, section) if section else config
-        text = str(getattr(parent, leaf))
-        setattr(parent, leaf, f"{text}ep" if text.isdigit() else text)
+        text = str(lookup(config, name))
+        _set(config, name, f"{text}ep" if text.isdigit() else text)
+
+
+def _set(config: Config, name: str, value: Any) -> None:
+    section, _, leaf = name.rpartition(".")
+    setattr(lookup(config, section) if section else config, leaf, value)
 
 
 def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from dataset.report import batches
 from dataset.shards import Shards
 from training.composer_internals import train_data_spec
+from training.label_check import LabelCheck
 from training.schema import Config
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def measure(config: Config, build_trainer: BuildTrainer, began: float) -> Measur
             sam.interval = cycle
         watch = _Watch()
         trainer = build_trainer(settings, callbacks=[watch])
+        _without_label_check(trainer)
         for evaluator in trainer.state.evaluators:  # Composer evaluates at the end of a `fit`
             evaluator.eval_interval = lambda state, event: False
         trainer.fit(duration=f"{cycle}ba")  # compiles
@@ -122,10 +124,41 @@ def measure(config: Config, build_trainer: BuildTrainer, began: float) -> Measur
     return result
 
 
+class MeasuredEvaluation(NamedTuple):
+    """Times and memory of an evaluation alone, in this process and on its device."""
+
+    start: float  # seconds until the first image, with imports
+    evaluation: float  # seconds of all images, with pictures
+    images: int  # of all processes
+    memory: float  # bytes, the most that the first batches took
+
+
+def measure_evaluation(
+    config: Config, build_trainer: BuildTrainer, began: float
+) -> MeasuredEvaluation:
+    """Measure the first batches of an evaluation; arguments as of `measure`."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        watch = _Watch()
+        trainer = build_trainer(_leaving_nothing(config, folder), callbacks=[watch])
+        _without_label_check(trainer)
+        start = time.perf_counter() - began
+        taken = _evaluation(trainer, watch)
+        (evaluator,) = trainer.state.evaluators
+        dataset = cast(Sized, cast(DataLoader, evaluator.dataloader.dataloader).dataset)
+        result = MeasuredEvaluation(start, taken, len(dataset), peak_memory())
+        trainer.close()
+    return result
+
+
+def _without_label_check(trainer: Trainer) -> None:
+    """Take away the check of labels: a few batches show a few classes, no reason to warn."""
+    callbacks = trainer.state.callbacks
+    trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
+
+
 def _leaving_nothing(config: Config, folder: str) -> Config:
-    """Return the config of a run that only takes steps, with what it caches in a folder."""
+    """Return the config of a run that writes nothing, with what it caches in a folder."""
     settings = copy.deepcopy(config)
-    settings.is_train = True
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
     settings.load_path, settings.load_weights_only, settings.load_classes_by_name = (

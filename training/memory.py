@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from errors import ModelError, one_line
+from errors import ConfigError, ModelError, one_line
 from segmentation.batch_norm import SyncBatchNorm2d
 from training.precision import compiles
 from training.schema import Config
@@ -55,6 +55,7 @@ class Footprint(NamedTuple):
         traffic: An image's numbers that go to memory and back between convolutions, there and back.
         normalised: An image's bytes that normalising layers read.
         norms: How many BatchNorms there are.
+        fewest: How few images the network can train on at once.
     """
 
     weights: int
@@ -66,6 +67,7 @@ class Footprint(NamedTuple):
     traffic: float
     normalised: float
     norms: int
+    fewest: int = 2
 
     def step(self, images: int, config: Config, ranks: int = 1) -> float:
         """Memory of a step that takes so many images at once, of a GPU's context aside."""
@@ -164,6 +166,63 @@ def count(
         traffic=each["traffic"],
         normalised=each["normalised"],
         norms=sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()),
+        fewest=1 if takes_one_image(network, size) else 2,
+    )
+
+
+def takes_one_image(network: nn.Module, size: int) -> bool:
+    """Whether a network can train on one image of `size` pixels, found by trying it without data.
+
+    DeepLabV3's BatchNorm after global pooling cannot: it would normalise a single value.
+    """
+    try:
+        with FakeTensorMode():
+            image = torch.empty(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+            _without_data(network).train()(image)
+    except ValueError as error:
+        return "more than 1 value per channel" not in str(error)
+    except Exception as error:  # a network that cannot be tried without data: training will tell
+        log.info("not known whether one image can be trained on alone: %s", one_line(error))
+    return True
+
+
+def check_single_images(config: Config, network: nn.Module, last_batch: int) -> None:
+    """Refuse micro-batches of one image, if the network cannot train on them.
+
+    Args:
+        config: The run's.
+        network: The run's, not compiled yet.
+        last_batch: Images of a process in an epoch's last batch; 0 if that is as large as others.
+
+    Raises:
+        ConfigError: Names the key, and a value that works.
+    """
+    chosen, size = config.device_train_microbatch_size, config.train_dataset.final_size
+    processes = dist.get_world_size()
+    batch = config.train_dataset.batch_size // processes
+
+    def leaves_one(micro: int | str | None, images: int) -> bool:
+        micro = min(micro, images) if isinstance(micro, int) else images
+        return 1 in (micro, images % micro) if images else False
+
+    def works(micro: int) -> bool:
+        return not (leaves_one(micro, batch) or leaves_one(micro, last_batch))
+
+    if not (leaves_one(chosen, batch) or leaves_one(chosen, last_batch)):
+        return
+    if takes_one_image(network, size):
+        return
+    if batch == 1:
+        key, value, use = "train_dataset.batch_size", str(processes), str(2 * processes)
+    elif last_batch == 1:
+        key, value, use = "train_dataset.drop_last", "false", "true"
+    else:
+        micro = next(filter(works, range(2, batch + 1)), None)
+        key, value = "device_train_microbatch_size", str(chosen)
+        use = str(micro) if micro else "another train_dataset.batch_size"
+    raise ConfigError(
+        f"{key}: {value} leaves one image alone in a process's batch, and {config.model.name} "
+        f"cannot train on one image; use {use}"
     )
 
 
@@ -232,8 +291,7 @@ def fitting(
     """
     chosen = config.device_train_microbatch_size
     adapts &= chosen == "auto"
-    # BatchNorm after global pooling cannot normalise one image alone.
-    least = 1 if ranks > 1 and config.model.sync_bn else 2
+    least = 1 if ranks > 1 and config.model.sync_bn else footprint.fewest
     at_once = min(chosen, images) if isinstance(chosen, int) else images
     while footprint.step(at_once, config, ranks) > free:
         if not adapts or at_once // 2 < least:

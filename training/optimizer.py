@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import composer.optim
 import torch
+from composer.core import State
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
@@ -97,6 +98,33 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
         beta1, beta2 = config.betas
         return composer.optim.DecoupledAdamW(parameters, lr, (beta1, beta2), weight_decay=decay)
     return DecoupledSGDW(parameters, lr, config.momentum, weight_decay=decay)
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return a copy of each parameter group without its parameters."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
+    """Give a loaded optimizer the config's settings, in place of those in the checkpoint.
+
+    Args:
+        state: The trainer's, with a checkpoint loaded.
+        settings: What `settings_of` returned before the checkpoint was loaded.
+        factor: The schedule's factor for the learning rate of the next step. None keeps the
+            checkpoint's learning rate, to the bit.
+    """
+    (optimizer,) = state.optimizers
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+        group |= {name: value for name, value in wanted.items() if name != "lr"}
+        group["initial_lr"] = wanted["lr"]
+        if factor is not None:
+            group["lr"] = wanted["lr"] * factor
+    for scheduler in state.schedulers:
+        scheduler.base_lrs = [wanted["lr"] for wanted in settings]
 
 
 @overload

@@ -31,6 +31,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from errors import OutputError, UserError
+from files import write_file
 from segmentation.classes import ClassInfo
 from segmentation.drawing import prediction_sheet
 
@@ -55,10 +57,10 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
                 file.flush()
                 store.upload_object(parse_uri(path)[2], file.name)
         else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f"{path}.unfinished", "wb") as file:
-                file.write(data)
-            os.replace(f"{path}.unfinished", path)
+            write_file(path, data)
+    except (OutputError, UserError) as error:
+        log.warning("%s", error)
+        return None
     except Exception as error:  # an object store raises what its client does
         log.warning("cannot write %s: %s", path, error)
         return None
@@ -248,8 +250,8 @@ def draw_curves(
         axes[1].plot(batch, rate, color="#b8860b", **few)
         axes[1].set_ylim(0, 1.1 * max(rate.max(), 1e-12))
         axes[1].set_title(f"learning rate, {rate[-1]:.3g} at the end", loc="left")
-    if len(at):
-        best = int(miou.argmax())
+    if len(at) and not np.isnan(miou).all():
+        best = int(np.nanargmax(miou))
         axes[2].plot(at, miou, color="#2e7d32", **dots)
         title = f"mIoU, {miou[-1]:.2f}% at the end, best {miou[best]:.2f}% (batch {at[best]:.0f})"
         axes[2].set_title(title, loc="left")

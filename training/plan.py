@@ -40,7 +40,7 @@ from errors import ConfigError, UserError, whole
 from training.balance import repeat_factors
 from training.config import load, resolve
 from training.estimate import GPUS, NO_BF16, assumed, estimate
-from training.measure import BuildTrainer, measure
+from training.measure import BuildTrainer, measure, measure_evaluation
 from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.plan_text import text
 from training.precision import choose_precision, compiles, devices
@@ -100,7 +100,11 @@ def main(
         if options.gpu is None and (options.gpus != 1 or options.images):
             raise ConfigError("--gpus and --images are for estimates: they need --gpu")
         config = resolve(load(options.config, overrides), with_data=not options.images)
-        if options.gpu:
+        if options.gpu and not config.is_train:
+            plan = estimated_evaluation(config, options, build_network)
+        elif not config.is_train:
+            plan = measured_evaluation(config, build_trainer, began)
+        elif options.gpu:
             plan = estimated(config, options, build_network)
         else:
             plan = measured(config, build_trainer, build_network, began)
@@ -231,6 +235,65 @@ def measured(
         if seconds["download"]:
             speed["limit"] = "store, in the first epoch"
     return plan | {"speed": speed} | _whole(config, footprint, length, seconds)
+
+
+def estimated_evaluation(
+    config: Config, options: argparse.Namespace, build_network: BuildNetwork
+) -> dict[str, Any]:
+    """Plan an evaluation for GPUs that are not here; its memory is not estimated."""
+    gpus, batch = options.gpus, config.eval_dataset.batch_size
+    if batch % gpus:
+        raise ConfigError(f"eval_dataset.batch_size: {batch} does not divide among {gpus} GPUs")
+    images = options.images[1] if options.images else _samples(config, "val")
+    auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
+    precision = auto if config.precision == "auto" else config.precision
+    compiled = config.compile is not False
+    size = config.eval_dataset.final_size
+    footprint = count(build_network(config), size, AUTOCAST.get(precision), compiled)
+    found = estimate(footprint, config, options.gpu, gpus, 1.0, precision, compiled)
+    rate = gpus * found.evaluation
+    plan = {
+        "device": f"{gpus} x {options.gpu}, estimated",
+        "precision": precision,
+        "compiled": compiled,
+        "batch": {"images": batch, "a_process": batch // gpus, "at_once": batch // gpus},
+        "assumed": [line for line in assumed(options.gpu, compiled) if "memory: " not in line],
+    }
+    return plan | _evaluation_course(images, rate, {"evaluation": images / rate})
+
+
+def measured_evaluation(
+    config: Config, build_trainer: BuildTrainer, began: float
+) -> dict[str, Any]:
+    """Plan an evaluation for this machine, by its first batches."""
+    ranks, on_gpu, device = dist.get_world_size(), torch.cuda.is_available(), get_device(None)
+    if ranks > 1:
+        dist.initialize_dist(device)
+    precision, cpu_autocast = choose_precision(config.precision)
+    free = free_memory(device) - CONTEXT if on_gpu else float(psutil.virtual_memory().available)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = measure_evaluation(config, build_trainer, began)
+    batch = config.eval_dataset.batch_size
+    plan = {
+        "device": devices(ranks),
+        "precision": precision if cpu_autocast is None else "amp_bf16",
+        "compiled": compiles(config),
+        "batch": {"images": batch, "a_process": batch // ranks, "at_once": batch // ranks},
+        "memory": {"step": found.memory, "device": free},
+    }
+    seconds = {"start": found.start, "evaluation": found.evaluation}
+    return plan | _evaluation_course(found.images, found.images / found.evaluation, seconds)
+
+
+def _evaluation_course(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return the part of a plan that says how long an evaluation takes."""
+    return {
+        "speed": {"images_per_second": rate},
+        "length": {"images": images, **Length(0, 0, 1, 0)._asdict()},
+        "hours": sum(seconds.values()) / 3600,
+        "hours_of": {name: value / 3600 for name, value in seconds.items()},
+        "does_not_fit": None,
+    }
 
 
 def _count(config: Config, build: BuildNetwork, precision: str, compiled: bool) -> Footprint:

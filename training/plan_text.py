@@ -9,19 +9,22 @@ GIB = 2**30
 
 def text(plan: dict[str, Any]) -> str:
     """Return a plan as a screen of text."""
-    memory, batch, compiled = plan["memory"], plan["batch"], ", compiled" * plan["compiled"]
-    line = f"{memory['step'] / GIB:.2f} GiB of {memory['device'] / GIB:.1f}"
-    if "counted" in memory:
-        line += f"; {memory['counted'] / GIB:.2f} counted for the step itself"
+    batch, compiled = plan["batch"], ", compiled" * plan["compiled"]
     rows = [
         ("device", f"{plan['device']}, {plan['precision']}{compiled}"),
         (
             "batch",
             f"{batch['images']} images, {batch['a_process']} a process, {batch['at_once']} at once",
         ),
-        ("memory", line),
     ]
-    if "hours" in plan:
+    if memory := plan.get("memory"):
+        line = f"{memory['step'] / GIB:.2f} GiB of {memory['device'] / GIB:.1f}"
+        if "counted" in memory:
+            line += f"; {memory['counted'] / GIB:.2f} counted for the step itself"
+        rows.append(("memory", line))
+    if "images" in plan.get("length", {}):
+        rows += _evaluation(plan)
+    elif "hours" in plan:
         rows += _speed(plan["speed"]) + _course(plan)
     if plan["does_not_fit"]:
         rows.append(("DOES NOT FIT", plan["does_not_fit"]))
@@ -30,6 +33,16 @@ def text(plan: dict[str, Any]) -> str:
     if "assumed" in plan:
         lines += ["", "assumed:", *(f"- {line}" for line in plan["assumed"])]
     return "\n".join(lines)
+
+
+def _evaluation(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of an evaluation without training."""
+    rows = [
+        ("speed", f"{plan['speed']['images_per_second']:.1f} images/s"),
+        ("length", f"1 evaluation of {plan['length']['images']} images"),
+        ("time", _time_and_parts(plan)),
+    ]
+    return rows + _cost(plan)
 
 
 def _speed(speed: dict[str, Any]) -> list[tuple[str, str]]:
@@ -51,14 +64,22 @@ def _speed(speed: dict[str, Any]) -> list[tuple[str, str]]:
 def _course(plan: dict[str, Any]) -> list[tuple[str, str]]:
     length, saved = plan["length"], plan["checkpoint"]
     room = "" if saved["free"] is None else f"; {saved['free'] / 1e9:.0f} GB are free"
-    parts = ", ".join(f"{name} {_time(part)}" for name, part in plan["hours_of"].items())
     rows = [
         ("length", f"{length['steps']} steps, {length['epoch']} an epoch"),
         ("", f"{length['evaluations']} evaluations, {length['checkpoints']} checkpoints"),
         ("checkpoint", f"{saved['bytes'] / 1e9:.2f} GB, {saved['at_once']} of them{room}"),
-        ("time", f"{_time(plan['hours'])}: {parts}"),
+        ("time", _time_and_parts(plan)),
     ]
-    return rows + ([("cost", f"{plan['cost']:.2f}")] if "cost" in plan else [])
+    return rows + _cost(plan)
+
+
+def _time_and_parts(plan: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {_time(part)}" for name, part in plan["hours_of"].items())
+    return f"{_time(plan['hours'])}: {parts}"
+
+
+def _cost(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("cost", f"{plan['cost']:.2f}")] if "cost" in plan else []
 
 
 def _time(hours: float) -> str:

@@ -13,12 +13,16 @@ https://www.mosaicml.com/blog/mosaic-image-segmentation.
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any, cast
 
 from composer import optim
 from composer.algorithms import GradientClipping
-from composer.core import Algorithm, Time, TimeUnit
+from composer.core import Algorithm, State, Time, TimeUnit
 
 from errors import ConfigError
 from training.algorithms import EMA, SAM, FreezeBackbone, MixUp, SeedMicrobatch, UnusedWeights
@@ -27,7 +31,7 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 
-def build_recipe(config: Config) -> tuple[list[Algorithm], optim.ComposerScheduler]:
+def build_recipe(config: Config) -> tuple[list[Algorithm], EpochSchedule]:
     """Build the algorithms of `config.recipe_name`, in the order they run, and the schedule."""
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
@@ -46,8 +50,76 @@ def build_recipe(config: Config) -> tuple[list[Algorithm], optim.ComposerSchedul
     return algorithms, build_schedule(config)
 
 
-def build_schedule(config: Config) -> optim.ComposerScheduler:
-    """Build Composer's scheduler: what `config.schedule` says, else the recipe's."""
+class EpochSchedule(optim.ComposerScheduler):
+    """A schedule over epochs that follows the epochs done, whatever a batch was.
+
+    Composer's schedules count batches. After a resume with another batch size or another number of
+    images, an epoch has another number of batches, and the batches done say little about the
+    progress. If neither changed, this is Composer's schedule, to the bit.
+
+    Args:
+        schedule: Composer's.
+        batch_size: Images in a batch over all ranks.
+    """
+
+    def __init__(self, schedule: optim.ComposerScheduler, batch_size: int):
+        self.schedule, self.batch_size = schedule, batch_size
+
+    def __call__(self, state: State, ssr: float = 1.0) -> float:
+        """Return the factor of the learning rate at the state's time."""
+        batch = self.scheduled_batch(state)
+        if batch == state.timestamp.batch.value:
+            return self.schedule(state)
+        return self._at(state, batch, state.timestamp.sample.value)
+
+    def scheduled_batch(self, state: State) -> int:
+        """Return how many of today's batches make up the epochs done, if the run counts epochs."""
+        now, length = state.timestamp, state.dataloader_len
+        assert state.max_duration is not None
+        if length is None or state.max_duration.unit != TimeUnit.EPOCH:
+            return now.batch.value
+        before = now.epoch.value * int(length)
+        if before + now.batch_in_epoch.value == now.batch.value:
+            return now.batch.value
+        return before + -(-now.sample_in_epoch.value // self.batch_size)
+
+    def before_last_batch(self, state: State) -> float:
+        """Return the factor that Composer computes before a batch, for the batch after it."""
+        sample = state.timestamp.sample.value - self.batch_size
+        return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
+
+    def _at(self, state: State, batch: int, sample: int) -> float:
+        moment = SimpleNamespace(
+            timestamp=state.timestamp.copy(batch=batch, sample=sample),
+            max_duration=state.max_duration,
+            dataloader_len=state.dataloader_len,
+        )
+        return self.schedule(cast(State, moment))
+
+
+def resumed_factor(
+    schedule: EpochSchedule, state: State, config: Config, record: Mapping[str, Any] | None
+) -> float | None:
+    """Return the schedule's factor for a resumed run's next step.
+
+    None means that nothing changed, so that the checkpoint's learning rate holds.
+
+    Args:
+        schedule: The run's.
+        state: The trainer's, with a checkpoint loaded.
+        config: The run's.
+        record: The config that the checkpoint records.
+    """
+    ours = json.loads(json.dumps(asdict(config)))
+    keys = ("optimizer", "schedule", "max_duration")
+    is_same = record is not None and all(record.get(key) == ours[key] for key in keys)
+    if is_same and schedule.scheduled_batch(state) == state.timestamp.batch.value:
+        return None
+    return schedule.before_last_batch(state)
+
+
+def build_schedule(config: Config) -> EpochSchedule:
+    """Build the schedule that `config.schedule` names, or the recipe's own."""
     schedule = config.schedule
     recipes_own = "constant" if config.recipe_name in ("mild", "medium") else "cosine"
     arguments: dict[str, Any] = {
@@ -63,8 +135,10 @@ def build_schedule(config: Config) -> optim.ComposerScheduler:
         "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
     }[name]
     if schedule.warmup.startswith("0"):
-        return plain(**arguments)
-    return with_warmup(schedule.warmup, **arguments)
+        composers = plain(**arguments)
+    else:
+        composers = with_warmup(schedule.warmup, **arguments)
+    return EpochSchedule(composers, config.train_dataset.batch_size)
 
 
 def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:

@@ -6,6 +6,7 @@ import base64
 import datetime
 import html
 import io
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -93,8 +94,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
     """Return what the run is and has reached, as the items of a description list."""
     time, facts = state.timestamp, {}
     if curves.eval:
-        best = max(curves.eval, key=lambda one: one[1])
-        facts["mIoU"] = f"{curves.eval[-1][1]:.2f}%; best {best[1]:.2f}% after batch {best[0]}"
+        facts["mIoU"] = _miou(curves.eval)
     facts["Progress"] = (
         f"batch {time.batch.value}, epoch {time.epoch.value}; to {config.max_duration}"
     )
@@ -115,6 +115,16 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
     facts["Written"] = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     items = [f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()]
     return "\n".join(items)
+
+
+def _miou(evaluations: Sequence[tuple[int, float]]) -> str:
+    """Return the newest and the best mIoU. An evaluation without any labelled pixel has none."""
+    scored = [one for one in evaluations if not math.isnan(one[1])]
+    if not scored:
+        return "-"
+    batch, best = max(scored, key=lambda one: one[1])
+    now = evaluations[-1][1]
+    return f"{'-' if math.isnan(now) else f'{now:.2f}%'}; best {best:.2f}% after batch {batch}"
 
 
 def _image(heading: str, data: bytes, kind: str, alt: str) -> str:

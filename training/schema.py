@@ -1,6 +1,6 @@
 """The typed schema of the YAML: every key, its default and what it means."""
 
-# ruff: noqa: RUF009 (key() makes a dataclasses.field)
+# ruff: noqa: RUF009 (key() and section() make a dataclasses.field)
 
 from __future__ import annotations
 
@@ -34,15 +34,23 @@ LIBRARIES = {
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 
 
-def key(default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
+# What a resumed run does with a key whose value differs from the one in the checkpoint's record.
+APPLIED = "applied"  # it trains on with the new value
+COMPARED = "compared"  # it is refused
+FREE = "free"  # it may differ: the key does not enter the training
+
+
+def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
     """Return a config key.
 
     Args:
+        on_resume: `APPLIED`, `COMPARED` or `FREE`.
         default: Its default.
         meaning: The line that `main.py --help` prints for it.
-        bounds: Where a number, or each in a list, has to be, as an interval: `[0, 1)` has 0, not 1.
+        bounds: Interval that a number, or each number of a list, has to be in; `[0, 1)` includes 0
+            and excludes 1.
     """
-    metadata = {"meaning": meaning, "bounds": bounds}
+    metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     if isinstance(default, type):
@@ -50,28 +58,48 @@ def key(default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def section(schema: type) -> Any:
+    """Return a section of keys."""
+    return dataclasses.field(default_factory=schema)
+
+
 @dataclass
 class ModelConfig:
     """The network and its loss."""
 
     name: str = key(
+        COMPARED,
         "deeplabv3",
         "or mmseg:, torchvision:, smp:, hf:, timm: and a name of theirs, or module:function",
     )
-    arguments: dict[str, Any] | None = key(None, "arguments of a network other than deeplabv3")
-    num_classes: int = key(150, "number of classes", "[2, 253]")
-    backbone_arch: str = key("resnet101", "torchvision ResNet with bottleneck blocks")
+    arguments: dict[str, Any] | None = key(
+        COMPARED, None, "arguments of a network other than deeplabv3"
+    )
+    num_classes: int = key(COMPARED, 150, "number of classes", "[2, 253]")
+    backbone_arch: str = key(COMPARED, "resnet101", "torchvision ResNet with bottleneck blocks")
     backbone_weights: str | None = key(
+        FREE,
         "IMAGENET1K_V2",
         "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty); of others: theirs, or none",
     )
-    freeze_backbone: str | None = key(None, "time that the backbone is kept as it is, as in 2ep")
-    sync_bn: bool = key(True, "share BatchNorm statistics between the processes of a node")
-    use_plus: bool = key(True, "DeepLabV3+ rather than DeepLabV3")
-    cross_entropy_weight: float = key(0.375, "weight of the cross entropy in the loss", "[0, inf)")
-    dice_weight: float = key(1.125, "weight of the Dice loss in the loss", "[0, inf)")
+    freeze_backbone: str | None = key(
+        APPLIED, None, "time that the backbone is kept as it is, as in 2ep"
+    )
+    sync_bn: bool = key(APPLIED, True, "share BatchNorm statistics between the processes of a node")
+    use_plus: bool = key(COMPARED, True, "DeepLabV3+ rather than DeepLabV3")
+    cross_entropy_weight: float = key(
+        APPLIED, 0.375, "weight of the cross entropy in the loss", "[0, inf)"
+    )
+    dice_weight: float = key(APPLIED, 1.125, "weight of the Dice loss in the loss", "[0, inf)")
+    fused_loss: bool | str = key(
+        FREE,
+        "auto",
+        "auto: Triton kernels on a GPU; false: PyTorch's operations, for the same loss",
+    )
     class_weights: Any = key(
-        None, "of the loss: auto (by share of pixels), a list, or {name: weight}; empty: all 1"
+        APPLIED,
+        None,
+        "of the loss: auto (by share of pixels), a list, or {name: weight}; empty: all 1",
     )
 
 
@@ -79,67 +107,83 @@ class ModelConfig:
 class DatasetConfig:
     """A data set, and how its samples are made."""
 
-    is_streaming: bool = key(False, "MDS shards (Streaming) rather than folders")
+    is_streaming: bool = key(FREE, False, "MDS shards (Streaming) rather than folders")
     path: str | None = key(
+        APPLIED,
         None,
         "folder that holds ADEChallengeData2016, or the shards (also s3://...), or data's root",
     )
-    local: str | None = key(None, "streaming: local folder that caches the shards")
+    local: str | None = key(FREE, None, "streaming: local folder that caches the shards")
     base_size: int = key(
-        512, "length of the shorter side before the random resize, pixels", f"[1, {MAX_SIDE}]"
+        APPLIED,
+        512,
+        "length of the shorter side before the random resize, pixels",
+        f"[1, {MAX_SIDE}]",
     )
-    min_resize_scale: float = key(0.5, "smallest random resize factor", "(0, 100]")
-    max_resize_scale: float = key(2.0, "largest random resize factor", "(0, 100]")
+    min_resize_scale: float = key(APPLIED, 0.5, "smallest random resize factor", "(0, 100]")
+    max_resize_scale: float = key(APPLIED, 2.0, "largest random resize factor", "(0, 100]")
     final_size: int = key(
-        512, "side of the square that the network gets, pixels", f"[16, {MAX_SIDE}]"
+        APPLIED, 512, "side of the square that the network gets, pixels", f"[16, {MAX_SIDE}]"
     )
     max_class_share: float = key(
+        APPLIED,
         0.75,
         "share of a crop above which one class has it drawn again, up to ten times; 1: never",
         "(0, 1]",
     )
     rare_class_sampling: float | None = key(
-        None, "photos of a class in a smaller share than this come up more often, as 0.01", "(0, 1]"
+        APPLIED,
+        None,
+        "photos of a class in a smaller share than this come up more often, as 0.01",
+        "(0, 1]",
     )
-    ignore_background: bool = key(True, "label 0 is ignored and label k is class k - 1")
-    ignore_label: int | None = key(None, "a further label value to ignore", "[0, 255]")
-    batch_size: int = key(128, "images a step, over all GPUs", f"[1, {2**20}]")
-    drop_last: bool = key(True, "leave out an epoch's last incomplete batch")
+    ignore_background: bool = key(COMPARED, True, "label 0 is ignored and label k is class k - 1")
+    ignore_label: int | None = key(COMPARED, None, "a further label value to ignore", "[0, 255]")
+    batch_size: int = key(APPLIED, 128, "images a step, over all GPUs", f"[1, {2**20}]")
+    drop_last: bool = key(APPLIED, True, "leave out an epoch's last incomplete batch")
     num_workers: int | str = key(
-        "auto", "loader processes per GPU; auto fits the machine", "[0, 256]"
+        FREE, "auto", "loader processes per GPU; auto fits the machine", "[0, 256]"
     )
-    cache_limit: str | None = key(None, "streaming: most the cache may take, as in 100gb")
+    cache_limit: str | None = key(APPLIED, None, "streaming: most the cache may take, as in 100gb")
     shuffle_seed: int | None = key(
-        None, "seed of the order of samples; empty: the run's seed", f"[0, {MAX_SEED}]"
+        COMPARED, None, "seed of the order of samples; empty: the run's seed", f"[0, {MAX_SEED}]"
     )
-    predownload: int | None = key(None, "streaming: samples to download ahead", "[1, inf)")
-    download_retry: int = key(6, "streaming: times to retry a failed download", "[0, 1000]")
-    download_timeout: float = key(60.0, "streaming: seconds to wait for a shard", "(0, inf)")
-    validate_hash: str | None = key("auto", "streaming: verify shards: auto, or a hash as sha1")
+    predownload: int | None = key(FREE, None, "streaming: samples to download ahead", "[1, inf)")
+    download_retry: int = key(FREE, 6, "streaming: times to retry a failed download", "[0, 1000]")
+    download_timeout: float = key(FREE, 60.0, "streaming: seconds to wait for a shard", "(0, inf)")
+    validate_hash: str | None = key(
+        FREE, "auto", "streaming: verify shards: auto, or a hash as sha1"
+    )
 
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
     """The data set of evaluation."""
 
-    drop_last: bool = key(False, "kept for the reference's files; every sample is scored once")
+    drop_last: bool = key(
+        FREE, False, "kept for the reference's files; every sample is scored once"
+    )
 
 
 @dataclass
 class OptimizerConfig:
     """Which optimizer, and of which weights."""
 
-    name: str = key("sgdw", "sgdw or adamw, with weight decay apart from the gradient")
-    lr: float = key(0.08, "learning rate", "(0, inf)")
-    momentum: float = key(0.9, "sgdw: momentum", "[0, 1)")
-    betas: list[float] = key([0.9, 0.999], "adamw: decay of the two moving averages", "[0, 1)")
-    weight_decay: float = key(5.0e-5, "decoupled weight decay, a fraction per step", "[0, 1)")
-    no_decay: list[str] = key([], "what does not decay: any of norm, bias")
+    name: str = key(COMPARED, "sgdw", "sgdw or adamw, with weight decay apart from the gradient")
+    lr: float = key(APPLIED, 0.08, "learning rate", "(0, inf)")
+    momentum: float = key(APPLIED, 0.9, "sgdw: momentum", "[0, 1)")
+    betas: list[float] = key(
+        APPLIED, [0.9, 0.999], "adamw: decay of the two moving averages", "[0, 1)"
+    )
+    weight_decay: float = key(
+        APPLIED, 5.0e-5, "decoupled weight decay, a fraction per step", "[0, 1)"
+    )
+    no_decay: list[str] = key(COMPARED, [], "what does not decay: any of norm, bias")
     head_lr_scale: float = key(
-        1.0, "learning rate outside the backbone, relative to lr", "(0, inf)"
+        COMPARED, 1.0, "learning rate outside the backbone, relative to lr", "(0, inf)"
     )
     clip_norm: float | None = key(
-        None, "longest gradient, in the 2-norm over all weights", "(0, inf)"
+        APPLIED, None, "longest gradient, in the 2-norm over all weights", "(0, inf)"
     )
 
 
@@ -147,144 +191,209 @@ class OptimizerConfig:
 class ScheduleConfig:
     """How the learning rate goes on from `optimizer.lr`."""
 
-    name: str | None = key(None, "cosine, poly, constant or linear; empty: the recipe's")
-    warmup: str = key("0ba", "time in which it rises from 0 to optimizer.lr")
-    final: float = key(0.0, "where it ends, relative to optimizer.lr", "[0, inf)")
-    power: float = key(0.9, "poly: the power of what is left of the run", "(0, inf)")
+    name: str | None = key(APPLIED, None, "cosine, poly, constant or linear; empty: the recipe's")
+    warmup: str = key(APPLIED, "0ba", "time in which it rises from 0 to optimizer.lr")
+    final: float = key(APPLIED, 0.0, "where it ends, relative to optimizer.lr", "[0, inf)")
+    power: float = key(APPLIED, 0.9, "poly: the power of what is left of the run", "(0, inf)")
 
 
 @dataclass
 class EMAConfig:
     """The moving average of the weights."""
 
-    half_life: str = key("1000ba", "half-life of the averaged weights")
-    update_interval: str = key("10ba", "time between updates of the average")
+    half_life: str = key(APPLIED, "1000ba", "half-life of the averaged weights")
+    update_interval: str = key(APPLIED, "10ba", "time between updates of the average")
 
 
 @dataclass
 class SAMConfig:
     """Sharpness-aware minimisation."""
 
-    rho: float = key(0.3, "radius of the neighbourhood (sharpness-aware minimisation)", "(0, inf)")
-    interval: int = key(2, "steps between two sharpness-aware ones", "[1, inf)")
+    rho: float = key(
+        APPLIED, 0.3, "radius of the neighbourhood (sharpness-aware minimisation)", "(0, inf)"
+    )
+    interval: int = key(APPLIED, 2, "steps between two sharpness-aware ones", "[1, inf)")
 
 
 @dataclass
 class MixUpConfig:
     """Blending photos in pairs."""
 
-    alpha: float = key(0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]")
+    alpha: float = key(
+        APPLIED, 0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]"
+    )
 
 
 @dataclass
 class HotEMAConfig(EMAConfig):
     """The hot recipe's."""
 
-    half_life: str = key("2000ba", "half-life of the averaged weights")
-    update_interval: str = key("1ba", "time between updates of the average")
+    half_life: str = key(APPLIED, "2000ba", "half-life of the averaged weights")
+    update_interval: str = key(APPLIED, "1ba", "time between updates of the average")
 
 
 @dataclass
 class HotSAMConfig(SAMConfig):
     """The hot recipe's."""
 
-    interval: int = key(1, "steps between two sharpness-aware ones", "[1, inf)")
+    interval: int = key(APPLIED, 1, "steps between two sharpness-aware ones", "[1, inf)")
 
 
 @dataclass
 class HotMixUpConfig(MixUpConfig):
     """The hot recipe's."""
 
-    alpha: float = key(0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]")
+    alpha: float = key(
+        APPLIED, 0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]"
+    )
 
 
 @dataclass
 class MildConfig:
     """The recipe for short runs."""
 
-    max_duration: str = key("25ep", "duration of the mild recipe")
-    ema: EMAConfig = key(EMAConfig, "")
+    max_duration: str = key(APPLIED, "25ep", "duration of the mild recipe")
+    ema: EMAConfig = section(EMAConfig)
 
 
 @dataclass
 class MediumConfig:
     """The recipe for longer runs."""
 
-    max_duration: str = key("90ep", "duration of the medium recipe")
-    ema: EMAConfig = key(EMAConfig, "")
-    sam: SAMConfig = key(SAMConfig, "")
-    mixup: MixUpConfig = key(MixUpConfig, "")
+    max_duration: str = key(APPLIED, "90ep", "duration of the medium recipe")
+    ema: EMAConfig = section(EMAConfig)
+    sam: SAMConfig = section(SAMConfig)
+    mixup: MixUpConfig = section(MixUpConfig)
 
 
 @dataclass
 class HotConfig:
     """The recipe for the longest runs."""
 
-    max_duration: str = key("240ep", "duration of the hot recipe")
-    ema: HotEMAConfig = key(HotEMAConfig, "")
-    sam: HotSAMConfig = key(HotSAMConfig, "")
-    mixup: HotMixUpConfig = key(HotMixUpConfig, "")
+    max_duration: str = key(APPLIED, "240ep", "duration of the hot recipe")
+    ema: HotEMAConfig = section(HotEMAConfig)
+    sam: HotSAMConfig = section(HotSAMConfig)
+    mixup: HotMixUpConfig = section(HotMixUpConfig)
 
 
 @dataclass
 class Config:
     """The whole YAML."""
 
-    run_name: str | None = key(None, "name of the run; empty: $RUN_NAME, else made up")
-    is_train: bool = key(True, "train; false: evaluate once")
+    run_name: str | None = key(COMPARED, None, "name of the run; empty: $RUN_NAME, else made up")
+    is_train: bool = key(FREE, True, "train; false: evaluate once")
     seed: int = key(
-        17, "seed of the weights, the order of the data and the augmentation", f"[0, {MAX_SEED}]"
+        COMPARED,
+        17,
+        "seed of the weights, the order of the data and the augmentation",
+        f"[0, {MAX_SEED}]",
     )
-    max_duration: str = key("128ep", "duration without a recipe, as in 128ep or 20000ba")
-    recipe_name: str | None = key(None, "mild, medium or hot; empty: the plain baseline")
+    max_duration: str = key(APPLIED, "128ep", "duration without a recipe, as in 128ep or 20000ba")
+    recipe_name: str | None = key(COMPARED, None, "mild, medium or hot; empty: the plain baseline")
     device_train_microbatch_size: int | str | None = key(
+        APPLIED,
         "auto",
         "images a GPU takes at once; auto: as many as fit its memory; empty: all",
         "[1, inf)",
     )
     grad_accum: int | str | None = key(
-        None, "older name: parts that a GPU takes its images in, auto or a number"
+        APPLIED, None, "older name: parts that a GPU takes its images in, auto or a number"
     )
-    precision: str = key("auto", "auto, fp32, amp_bf16 or amp_fp16")
-    compile: bool | str = key("auto", "torch.compile the model; auto: on a GPU")
+    precision: str = key(APPLIED, "auto", "auto, fp32, amp_bf16 or amp_fp16")
+    compile: bool | str = key(FREE, "auto", "torch.compile the model; auto: on a GPU")
     activation_memory_budget: float = key(
-        1.0, "compiled: share of the activations to keep; less makes room for more images", "[0, 1]"
+        FREE,
+        1.0,
+        "compiled: share of the activations to keep; less makes room for more images",
+        "[0, 1]",
     )
-    deterministic: bool = key(False, "the same bits in every run on a GPU too, but slower")
-    model: ModelConfig = key(ModelConfig, "")
+    deterministic: bool = key(FREE, False, "the same bits in every run on a GPU too, but slower")
+    model: ModelConfig = section(ModelConfig)
     data: Any = key(
-        None, "description of the data set (a YAML, or its keys here); empty: ADE20K's layout"
+        COMPARED,
+        None,
+        "description of the data set (a YAML, or its keys here); empty: ADE20K's layout",
     )
-    train_dataset: DatasetConfig = key(DatasetConfig, "")
-    eval_dataset: EvalDatasetConfig = key(EvalDatasetConfig, "")
-    eval_interval: str = key("1ep", "time between evaluations")
-    eval_first: bool = key(False, "also evaluate before the first step")
+    train_dataset: DatasetConfig = section(DatasetConfig)
+    eval_dataset: EvalDatasetConfig = section(EvalDatasetConfig)
+    eval_interval: str = key(FREE, "1ep", "time between evaluations")
+    eval_first: bool = key(FREE, False, "also evaluate before the first step")
     train_metrics_interval: int = key(
-        0, "batches between two scores of a training batch; 0: never", "[0, inf)"
+        FREE, 0, "batches between two scores of a training batch; 0: never", "[0, inf)"
     )
-    pictures: int = key(4, "validation photos to draw at each evaluation; 0: none", "[0, 100]")
-    class_table_csv: bool = key(False, "write each evaluation's class table below save_folder")
-    class_names: str | None = key(None, "file with a class name a line; empty: ADE20K's if 150")
-    optimizer: OptimizerConfig = key(OptimizerConfig, "")
-    schedule: ScheduleConfig = key(ScheduleConfig, "")
-    mild: MildConfig = key(MildConfig, "")
-    medium: MediumConfig = key(MediumConfig, "")
-    hot: HotConfig = key(HotConfig, "")
-    loggers: dict[str, Any] = key(dict, f"any of {', '.join(LOGGERS)}, each with its arguments")
-    save_folder: str | None = key(None, "where checkpoints go: a folder or s3://...")
-    save_interval: str = key("1ep", "time between checkpoints")
-    save_num_checkpoints_to_keep: int = key(1, "newest checkpoints to keep; -1: all")
-    save_best: bool = key(False, "also keep the checkpoint of the best evaluation")
-    best_metric: str = key("MIoU", "what the best has the most of: MIoU, or IoU/NAME of a class")
-    stop_after: str | None = key(None, "time without a better evaluation after which a run ends")
-    save_overwrite: bool = key(False, "replace what an earlier run left in save_folder")
-    load_path: str | None = key(None, "checkpoint to begin from, or to evaluate")
-    load_weights_only: bool = key(False, "take only the weights from load_path, and start anew")
+    pictures: int = key(
+        FREE, 4, "validation photos to draw at each evaluation; 0: none", "[0, 100]"
+    )
+    class_table_csv: bool = key(
+        FREE, False, "write each evaluation's class table below save_folder"
+    )
+    class_names: str | None = key(
+        COMPARED, None, "file with a class name a line; empty: ADE20K's if 150"
+    )
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    mild: MildConfig = section(MildConfig)
+    medium: MediumConfig = section(MediumConfig)
+    hot: HotConfig = section(HotConfig)
+    loggers: dict[str, Any] = key(
+        FREE, dict, f"any of {', '.join(LOGGERS)}, each with its arguments"
+    )
+    save_folder: str | None = key(FREE, None, "where checkpoints go: a folder or s3://...")
+    save_interval: str = key(FREE, "1ep", "time between checkpoints")
+    save_num_checkpoints_to_keep: int = key(FREE, 1, "newest checkpoints to keep; -1: all")
+    save_best: bool = key(FREE, False, "also keep the checkpoint of the best evaluation")
+    best_metric: str = key(
+        APPLIED, "MIoU", "what the best has the most of: MIoU, or IoU/NAME of a class"
+    )
+    stop_after: str | None = key(
+        APPLIED, None, "time without a better evaluation after which a run ends"
+    )
+    save_overwrite: bool = key(FREE, False, "replace what an earlier run left in save_folder")
+    load_path: str | None = key(FREE, None, "checkpoint to begin from, or to evaluate")
+    load_weights_only: bool = key(
+        FREE, False, "take only the weights from load_path, and start anew"
+    )
     load_least: float = key(
-        0.5, "share of the tensors that have to fit, of weights alone", "[0, 1]"
+        FREE, 0.5, "share of the tensors that have to fit, of weights alone", "[0, 1]"
     )
     load_classes_by_name: bool = key(
-        False, "of weights alone: also take over classes that have the same name"
+        FREE, False, "of weights alone: also take over classes that have the same name"
     )
-    autoresume: bool = key(False, "go on from the newest whole checkpoint in save_folder, if any")
-    python_log_level: str | None = key("warning", "debug, info, warning or error")
+    autoresume: bool = key(
+        FREE, False, "go on from the newest whole checkpoint in save_folder, if any"
+    )
+    python_log_level: str | None = key(FREE, "warning", "debug, info, warning or error")
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of all keys by their dotted names, as in `optimizer.lr`."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        is_section = dataclasses.is_dataclass(value)
+        values |= flatten(value, f"{name}.") if is_section else {name: value}
+    return values
+
+
+def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
+    """Return for each key by its dotted name what a resumed run does with another value.
+
+    Evaluation trains nothing, so all keys of `eval_dataset` are free but those that say what the
+    labels mean.
+    """
+    kinds: dict[str, str] = {}
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            kinds |= on_resume(value, f"{name}.")
+        elif prefix == "eval_dataset." and field.name not in ("ignore_background", "ignore_label"):
+            kinds[name] = FREE
+        else:
+            kinds[name] = field.metadata["on_resume"]
+    return kinds
+
+
+def compared_values(config: Config) -> dict[str, Any]:
+    """Return the values that have to be those of the checkpoint which a run resumes from."""
+    kinds = on_resume(config)
+    return {name: value for name, value in flatten(config).items() if kinds[name] == COMPARED}

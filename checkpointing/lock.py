@@ -1,0 +1,217 @@
+"""Locks that keep two live runs from writing into one folder of checkpoints.
+
+`FileLock` is a lock of the file system. The kernel drops it when the process dies in any way.
+`RecordLock` is for object stores, and for file systems without locks. Its owner renews a record
+every `BEAT` seconds. A record that nobody renews for `SILENCE` seconds belongs to a dead run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from errors import ConfigError, RunError, one_line
+
+log = logging.getLogger(__name__)
+
+BEAT = 10.0  # seconds between two renewals of a record
+SILENCE = 30.0  # seconds without a renewal after which its owner counts as dead
+SETTLE = 1.0  # seconds for two runs that start together to see each other's record
+NAME = ".lock"
+
+_held: list[FileLock | RecordLock] = []
+
+
+def release_locks() -> None:
+    """Release every lock that this process holds."""
+    while _held:
+        _held.pop().release()
+
+
+def describe_self(run_name: str | None) -> dict[str, Any]:
+    """Return what a lock says about its owner: run, host and process."""
+    owner = {"run": run_name, "host": socket.gethostname(), "pid": os.getpid()}
+    return {**owner, "machine": _machine(), "token": uuid.uuid4().hex}
+
+
+def _machine() -> str | None:
+    """Return an identifier of the kernel and the PID namespace, or None where there is none."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+class FileLock:
+    """An exclusive lock on a folder of a file system.
+
+    It is a POSIX record lock. Loader processes do not inherit it, so it ends with its own process.
+
+    Args:
+        folder: Existing folder.
+        owner: See `describe_self`.
+
+    Raises:
+        ConfigError: Another process holds the lock.
+        OSError: The file system has no locks, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: str, owner: dict[str, Any]):
+        self._path = os.path.join(folder, NAME)
+        while True:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_file_at(self._file, self._path):
+                    break
+            except OSError as error:
+                content = os.pread(self._file, 4096, 0)
+                os.close(self._file)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise _in_use(folder, _parse(content)) from None
+                raise
+            os.close(self._file)  # the previous owner removed this file before we locked it
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(owner).encode(), 0)
+        _held.append(self)
+
+    def check(self) -> None:
+        """Do nothing: nobody can take over this lock."""
+
+    def release(self) -> None:
+        """Remove the file and the lock."""
+        with suppress(OSError):
+            os.remove(self._path)
+        os.close(self._file)
+
+
+class RecordLock:
+    """An exclusive lock by a record that its owner keeps renewing.
+
+    Args:
+        place: Folder or URI that it locks, for messages.
+        owner: See `describe_self`.
+        read: Return the record's bytes, or None if there is none.
+        write: Replace the record.
+
+    Raises:
+        ConfigError: Another run that is alive holds the lock.
+        Exception: Whatever `read` and `write` raise.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        owner: dict[str, Any],
+        read: Callable[[], bytes | None],
+        write: Callable[[bytes], None],
+    ):
+        self._place, self._owner, self._read, self._write = place, owner, read, write
+        self._beat = 0
+        self._successor: dict[str, Any] | None = None
+        self._stopping = threading.Event()
+        self._wait_for_silence()
+        self._renew()
+        time.sleep(SETTLE)
+        found = self._record()
+        if found and found.get("token") != owner["token"]:
+            raise _in_use(place, found)
+        threading.Thread(target=self._keep_renewing, daemon=True).start()
+        _held.append(self)
+
+    def check(self) -> None:
+        """Raise RunError if another run has taken over the lock while this one was cut off."""
+        if self._successor:
+            raise RunError(
+                f"{self._place}: {_describe(self._successor)} has taken over the folder, because "
+                f"this run could not reach it for {SILENCE:.0f} s; this run stops"
+            )
+
+    def release(self) -> None:
+        """Stop renewing, and mark the record as released."""
+        self._stopping.set()
+        with suppress(Exception):  # a store that is away: the record grows old by itself
+            if not self._successor:
+                self._write(json.dumps({**self._owner, "released": True}).encode())
+
+    def _wait_for_silence(self) -> None:
+        """Return when no living run holds the lock; raise ConfigError if one does."""
+        first = self._record()
+        end = time.monotonic() + SILENCE
+        while (found := self._record()) and not found.get("released") and not _is_gone(found):
+            if found != first:
+                raise _in_use(self._place, found)
+            if time.monotonic() > end:
+                log.warning("%s: %s is dead; its lock is taken", self._place, _describe(found))
+                return
+            time.sleep(min(1.0, SILENCE / 10))
+
+    def _record(self) -> dict[str, Any] | None:
+        content = self._read()
+        return None if content is None else _parse(content)
+
+    def _renew(self) -> None:
+        self._beat += 1
+        self._write(json.dumps({**self._owner, "beat": self._beat}).encode())
+
+    def _keep_renewing(self) -> None:
+        while not self._stopping.wait(BEAT):
+            try:
+                found = self._record()
+                if found and found.get("token") != self._owner["token"]:
+                    self._successor = found
+                    return
+                self._renew()
+            except Exception as error:  # each store's client has its own
+                log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
+
+
+def _is_file_at(file: int, path: str) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    return False
+
+
+def _is_gone(record: dict[str, Any]) -> bool:
+    """Whether the record's owner was this process, or a process of this machine that has ended."""
+    if record.get("machine") is None or record["machine"] != _machine():
+        return False
+    if record["pid"] == os.getpid():
+        return True
+    try:
+        os.kill(record["pid"], 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    with suppress(ValueError):
+        record = json.loads(content)
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _describe(record: dict[str, Any]) -> str:
+    if "pid" not in record:
+        return "another run"
+    return f"run {record['run'] or '(unnamed)'} (process {record['pid']} on {record['host']})"
+
+
+def _in_use(place: str, record: dict[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"save_folder: {_describe(record)} is writing to {place}; give another save_folder, or end "
+        "that run first"
+    )

@@ -1,0 +1,224 @@
+"""Output files and folders that appear complete or not at all.
+
+    write_file("scores.json", text)              # text or bytes
+    write_image("overlay.jpg", picture, quality=92)
+    with output_file("clip.mp4") as path:        # for a writer that needs a path of its own
+        encode(path)
+    with output_folder("page") as folder:        # several files that belong together
+        write_page(folder)
+
+Each output is written beside its place under a hidden name, `.unfinished-...`, and renamed at the
+end. Any exception, KeyboardInterrupt included, removes the unfinished file and leaves an older file
+of that name as it was. Only a process that is killed leaves the hidden file behind. Nothing slow is
+imported here.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import OutputError, UserError, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PathLike = str | os.PathLike[str]
+# The disk or the quota is full, or the file is longer than the process or the file system allows.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+def write_file(path: PathLike, data: bytes | str) -> None:
+    """Write bytes, or text as UTF-8, to a file that appears complete or not at all.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: The file cannot be written there.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    with output_file(path) as unfinished, open(unfinished, "xb") as file:
+        file.write(content)
+
+
+def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
+    """Write a PNG or JPEG, by the path's extension; `options` are Pillow's.
+
+    Pillow encodes into memory, because its own writer does not say that a disk is full.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: The file cannot be written there.
+    """
+    data = io.BytesIO()
+    image.save(data, IMAGE_FORMATS[Path(path).suffix.lower()], **options)
+    write_file(path, data.getvalue())
+
+
+@contextmanager
+def output_file(path: PathLike) -> Iterator[Path]:
+    """Give a path with the same extension to write to; rename that file to `path` at the end.
+
+    Missing parent folders are made. A link is followed. A device or a pipe, such as /dev/stdout,
+    gets the finished bytes.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: The file cannot be written there.
+    """
+    with explain_output(path):
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                unfinished = Path(folder, f"output{Path(path).suffix}")
+                yield unfinished
+                with open(path, "wb") as stream:
+                    stream.write(unfinished.read_bytes())
+            return
+        final = Path(os.path.realpath(path))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _beside(final)
+        try:
+            with _final_name_in_errors(unfinished, path):
+                yield unfinished
+            if final.is_file():
+                shutil.copymode(final, unfinished)
+            os.replace(unfinished, final)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path: PathLike) -> Iterator[Path]:
+    """Give an empty folder to fill; at the end it becomes `path`, or its files move there.
+
+    Files that `path` already holds under other names stay.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: The folder cannot be written.
+    """
+    final = Path(os.path.realpath(path))
+    with explain_output(path):
+        # An existing folder may be a mount point, from whose parent nothing can be renamed.
+        unfinished = _beside(final / "_" if final.is_dir() else final)
+        unfinished.mkdir(parents=True)
+        try:
+            with _final_name_in_errors(unfinished, path):
+                yield unfinished
+            if final.is_dir():
+                _move_into(unfinished, final)
+            else:
+                os.replace(unfinished, final)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def explain_output(path: PathLike) -> Iterator[None]:
+    """Turn an OSError of writing into one line that names `path`.
+
+    An OSError that names another file, an input for example, passes.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: Any other reason.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        if error.errno in FULL:
+            raise OutputError(f"{path}: {reason}; make room, or choose another place") from error
+        name = os.fspath(error.filename) if error.filename is not None else ""
+        folder = os.path.dirname(os.path.realpath(path))
+        hidden = isinstance(name, str) and ".unfinished-" in name
+        if not name or hidden or os.path.realpath(name) == os.path.realpath(path):
+            raise UserError(f"cannot write {path}: {reason}") from error
+        if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):  # a folder on the way
+            raise UserError(f"cannot write {path}: {name}: {reason}") from error
+        raise
+
+
+def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) -> None:
+    """Raise UserError if an output would overwrite an input or another output, or is a folder.
+
+    Args:
+        outputs: Files that a command is going to write.
+        inputs: Files that it reads.
+    """
+    read = {os.path.realpath(path) for path in inputs}
+    written = set()
+    for path in outputs:
+        if _is_stream(path):
+            continue
+        final = os.path.realpath(path)
+        if final in read:
+            raise UserError(f"{path} would be overwritten, and it is an input; choose another name")
+        if final in written:
+            raise UserError(f"{path}: two outputs have this name; give each a name of its own")
+        if os.path.isdir(final):
+            raise UserError(f"cannot write {path}: it is a folder")
+        written.add(final)
+
+
+def check_writable(path: PathLike) -> None:
+    """Raise UserError or OutputError if a file cannot be written; leave nothing behind.
+
+    The file's folder has to exist.
+    """
+    if _is_stream(path):
+        return
+    with explain_output(path):
+        final = Path(os.path.realpath(path))
+        if final.exists() and not os.access(final, os.W_OK):
+            raise UserError(f"cannot write {path}: it is read-only")
+        unfinished = _beside(final)
+        try:
+            unfinished.touch(exist_ok=False)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _final_name_in_errors(unfinished: Path, path: PathLike) -> Iterator[None]:
+    """Let errors of outputs inside this one name `path` in place of the hidden path."""
+    try:
+        yield
+    except (OutputError, UserError) as error:
+        message = str(error)
+        if str(unfinished) not in message:
+            raise
+        raise type(error)(message.replace(str(unfinished), os.fspath(path))) from error
+
+
+def _is_stream(path: PathLike) -> bool:
+    """Return whether a path is a device, a pipe or a socket."""
+    with suppress(OSError):
+        mode = os.stat(path).st_mode
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return False
+
+
+def _beside(final: Path) -> Path:
+    """Return an unused hidden path in the folder of a file, with its extension."""
+    return final.with_name(f".unfinished-{secrets.token_hex(4)}{final.suffix}")
+
+
+def _move_into(source: Path, target: Path) -> None:
+    """Move the files of a folder into another one, where they replace those of the same name."""
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and (target / path.name).is_dir():
+            _move_into(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)

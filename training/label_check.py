@@ -1,0 +1,111 @@
+"""A check of the labels that a run reads anyway: classes that never occur, masks without labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from segmentation.classes import ClassInfo, label_warning
+
+log = logging.getLogger(__name__)
+
+
+class _Labels:
+    """The labels of one split, noted on the device without waiting for it."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.pixels = 0
+        self._occurs: Tensor | None = None  # (C + 1,); the last entry is for pixels without a class
+        self._unlabelled: Tensor | None = None
+
+    def add(self, target: Any) -> None:
+        """Note the class indices (N, H, W) of a batch, or those that MixUp mixed."""
+        target = target if isinstance(target, Tensor) else target.target
+        none = (target < 0) | (target >= self.num_classes)
+        if self._occurs is None or self._unlabelled is None:
+            self._occurs = torch.zeros(
+                self.num_classes + 1, dtype=torch.int64, device=target.device
+            )
+            self._unlabelled = torch.zeros((), dtype=torch.int64, device=target.device)
+        index = torch.where(none, self.num_classes, target.long())
+        self._occurs.index_fill_(0, index.flatten(), 1)
+        self._unlabelled += none.sum()
+        self.pixels += target.numel()
+
+    def gather(self) -> tuple[list[bool], float]:
+        """Return whether each class occurs in any process, and the share of unlabelled pixels."""
+        assert self._occurs is not None and self._unlabelled is not None
+        pixels = torch.full_like(self._unlabelled, self.pixels)
+        counts = torch.cat([self._occurs[:-1], torch.stack([self._unlabelled, pixels])])
+        dist.all_reduce(counts)
+        *occurs, unlabelled, total = counts.tolist()
+        return [count > 0 for count in occurs], unlabelled / max(total, 1)
+
+
+class LabelCheck(Callback):
+    """Warns, once for each split, about labels from which nothing can be learnt or scored.
+
+    Validation is reported at the end of the first evaluation. Training is reported after the first
+    whole epoch, or at the end of a shorter run, because a class may still come before that. If the
+    crops have fewer than two classes, the first evaluation reports it. After its report, a split is
+    counted no longer.
+
+    Args:
+        classes: Names of the classes.
+        background_ignored: Whether `ignore_background` ignores label 0, for the hint.
+    """
+
+    def __init__(self, classes: Sequence[ClassInfo], background_ignored: bool) -> None:
+        self.classes = classes
+        self.hint = "ignore_background=false makes label 0 a class" if background_ignored else ""
+        self._train: _Labels | None = _Labels(len(classes))
+        self._val: _Labels | None = _Labels(len(classes))
+        self._is_whole = False
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._is_whole = True
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        if self._train:
+            self._train.add(state.batch[1])
+
+    def eval_before_forward(self, state: State, logger: Logger) -> None:
+        if self._val:
+            self._val.add(state.batch[1])
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self._is_whole:
+            self._report_training("training crop of the first epoch")
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._report_training()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if self._val and self._val.pixels:
+            occurs, unlabelled = self._val.gather()
+            self._val = None
+            self._warn("eval_dataset", occurs, "validation mask", unlabelled)
+        if self._train and self._train.pixels:
+            occurs, _ = self._train.gather()
+            if sum(occurs) < 2:
+                self._report_training("training crop so far")
+
+    def _report_training(self, crops: str = "training crop") -> None:
+        if self._train and self._train.pixels:
+            occurs, _ = self._train.gather()
+            self._train = None
+            # Random crops are padded, so pixels without a class say nothing about the masks.
+            self._warn("train_dataset", occurs, crops, None)
+
+    def _warn(self, section: str, occurs: list[bool], masks: str, unlabelled: float | None) -> None:
+        line = label_warning(occurs, self.classes, masks, unlabelled, self.hint)
+        if line and dist.get_global_rank() == 0:
+            log.warning("%s: %s", section, line)
