@@ -19,8 +19,10 @@ export VENV TORCH PYTHON
 demo: $(VENV)/.train
 	@$(PY) -m dataset.synthetic demo/data
 	@$(PY) main.py yamls/demo.yaml
-	@echo 'Next, on a photo of yours: $(PY) predict.py demo/checkpoints/latest-rank0.pt PHOTO'
-	@echo 'Next, on data of yours: yamls/camvid.yaml, as README.md tells under "Data of your own"'
+	@echo
+	@echo 'Next, segment an image of yours, or describe a folder of yours for training:'
+	@echo '  $(PY) predict.py demo/checkpoints/latest-rank0.pt IMAGE'
+	@echo '  $(PY) data.py FOLDER --suggest'
 
 test: lint
 	$(PY) -m pytest $(PARALLEL)

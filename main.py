@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from command_lines import start
 from errors import (
     TRY_AGAIN,
     ClassError,
@@ -27,7 +28,6 @@ from errors import (
     Stopped,
     StoreError,
     UserError,
-    escape_names,
     one_line,
 )
 from training.bounds import check_evaluates
@@ -481,5 +481,5 @@ def _refuse(error: Exception | str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    escape_names()
+    start()
     sys.exit(run(sys.argv[1:]))
