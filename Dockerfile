@@ -5,10 +5,10 @@
 # --shm-size: the loaders hand batches over in shared memory, of which Docker gives 64 MB, less than one batch.
 # A folder to write to, as runs here, has to be writable for user 1000.
 
-# CUDA's runtime alone: torch's wheel brings the libraries.
-FROM nvidia/cuda:13.0.0-base-ubuntu24.04
+# CUDA's base image is enough, because torch's wheels bring the CUDA libraries.
+FROM nvidia/cuda:13.2.0-base-ubuntu24.04
 
-# A compiler and Python's headers: for mmcv-full, and for Triton and Inductor, which compile while training.
+# Triton and Inductor compile during training. They need a C and C++ compiler and Python's headers.
 # Ubuntu's archive keeps no old versions that could be pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -16,12 +16,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && install -d -o 1000 -g 1000 /opt/deeplab
 
-# Ubuntu's own "ubuntu".
+# Ubuntu's own user "ubuntu".
 USER 1000
 WORKDIR /opt/deeplab
 
-# Before the code, so that a change of that does not install again.
+# Install before copying the code, so that a change of the code does not install again.
 COPY --chown=1000:1000 Makefile install.sh pyproject.toml uv.lock ./
+COPY --chown=1000:1000 wheels wheels
 ARG WITH=""
 RUN make install WITH="$WITH" && rm -rf ~/.cache
 COPY --chown=1000:1000 . .

@@ -1,25 +1,28 @@
 # make demo     set up, then train on generated data (2 to 4 minutes once installed)
 # make test     set up, then run the linters and all tests (12 minutes)
-# make check    the linters, and the tests that need no training, process or server (2 minutes)
-# make install  set up alone; WITH="wandb onnx" adds groups of pyproject.toml
-# make image    build the image of Dockerfile: IMAGE=registry/name is written to the files that run it
+# make check    set up, then run the linters and the quick tests, without training, processes or servers (2 minutes)
+# make install  only set up; WITH="wandb onnx" adds groups of pyproject.toml
+# make lock     write uv.lock and requirements.txt after a change of pyproject.toml
+# make image    build the Dockerfile's image, and write IMAGE=registry/name into the files that run it
 #
-# TORCH=2.7.0 takes that torch, for GPUs older than Turing, into .venv-2.7.0; PYTHON=PATH names the Python.
+# TORCH=2.7.0 installs that torch, for GPUs older than Turing, into .venv-2.7.0; PYTHON=PATH names the Python.
 
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
-# Files in their order: by their number of tests, as else, long ones of few would come last.
+# Keep the order of the files. By default xdist sorts them by their number of tests, and long files of few tests come last.
 PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
 
-.PHONY: demo test check lint quick install image
+.PHONY: demo test check lint quick install lock image
 
 demo: $(VENV)/.train
 	@$(PY) -m dataset.synthetic demo/data
 	@$(PY) main.py yamls/demo.yaml
-	@echo 'Next, on a photo of yours: $(PY) predict.py demo/checkpoints/latest-rank0.pt PHOTO'
-	@echo 'Next, on data of yours: yamls/camvid.yaml, as README.md tells under "Data of your own"'
+	@echo
+	@echo 'Next, segment an image of yours, or describe a folder of yours for training:'
+	@echo '  $(PY) predict.py demo/checkpoints/latest-rank0.pt IMAGE'
+	@echo '  $(PY) data.py FOLDER --suggest'
 
 test: lint
 	$(PY) -m pytest $(PARALLEL)
@@ -35,6 +38,15 @@ quick: $(VENV)/.test
 
 install: $(LOCK)
 	@./install.sh $(WITH)
+
+# requirements.txt leaves torch to the image, and its lines need no markers of the platforms that we support anyway.
+PLATFORMS := sys_platform == 'darwin' or sys_platform == 'linux'
+lock: $(VENV)/.test
+	$(VENV)/bin/uv lock
+	{ echo "# Written by make lock: what uv.lock pins beside torch and torchvision, for pip install --no-deps."; \
+	    echo "--find-links wheels"; \
+	    $(VENV)/bin/uv export -q --frozen --no-hashes --no-annotate --no-header --prune torch --prune torchvision \
+	    | sed "s/ ; $(PLATFORMS)$$//; s/ and ($(PLATFORMS))$$//"; } >requirements.txt
 
 $(VENV)/.train: $(LOCK)
 	@./install.sh

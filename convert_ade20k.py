@@ -15,7 +15,11 @@ Exit status: 0 written and verified, 1 failed, 130 interrupted.
 
 from __future__ import annotations
 
-import argparse
+from command_lines import parse_convert_ade20k, start
+
+if __name__ == "__main__":
+    start(parse_convert_ade20k)  # before the slow imports
+
 import fcntl
 import functools
 import hashlib
@@ -46,7 +50,7 @@ from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
 from dataset.workers import in_processes
-from errors import DataError, UserError, escape_names, one_line, whole
+from errors import DataError, UserError, one_line
 from files import check_outputs, explain_output, write_file
 
 log = logging.getLogger(__name__)
@@ -424,17 +428,7 @@ def _only_one(folder: str) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    add = parser.add_argument
-    add("--path", required=True, help="folder that holds ADEChallengeData2016, or a description")
-    add("--root", help="of a description, in place of its root")
-    add("--out", required=True, help="folder or URL (s3://…) for the shards")
-    add("--compression", help="zstd, zstd:7, gz, br, …; little to gain, photos are compressed")
-    add("--hashes", default="sha1,xxh64", help="hashes to check shards with (default: sha1,xxh64)")
-    add("--size-limit", default="4mb", help="size of a shard (default: 4mb)")
-    add("--workers", type=whole(1, 1024), help="processes (default: one a core)")
-    add("--staging", help="of a URL: folder where shards wait for their upload")
-    options = parser.parse_args(arguments)
+    options = parse_convert_ade20k(arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
@@ -460,5 +454,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_names()
     sys.exit(main())

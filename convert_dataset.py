@@ -15,6 +15,11 @@ those of panoptic masks are.
 
 from __future__ import annotations
 
+from command_lines import parse_convert_dataset, start
+
+if __name__ == "__main__":
+    start(parse_convert_dataset)  # before the slow imports
+
 import argparse
 import json
 import logging
@@ -50,7 +55,7 @@ from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
 from dataset.workers import in_processes
-from errors import DataError, UserError, escape_names, one_line, whole
+from errors import DataError, UserError, one_line
 from files import explain_output, output_folder, write_file
 
 CHUNK = 64
@@ -319,14 +324,16 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     names, notes = _names(name, options.names), []
     pixels: dict[int, int] = {}
     written: dict[str, int] = {}  # rows by the split that they go to, which two may share
-    for split, rows in found.items():
+    for key, rows in found.items():
+        split = str(key)
         if split not in SPLITS or (split == "test" and len(found) > 2):
             notes.append(f"split {split} is left out")
             continue
         photo_column, mask_column = _columns(rows, datasets.Image, options)
         for column in (photo_column, mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-        for place, row in enumerate(tqdm(rows, unit=" photos", desc=split, disable=None)):
+        table: Any = rows
+        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
             number = written.get(SPLITS[split], 0)
             written[SPLITS[split]] = number + 1
             content = [_content(row[column]) for column in (photo_column, mask_column)]
@@ -450,39 +457,7 @@ def convert(options: argparse.Namespace) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status, which is that of the check at the end."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    add = parser.add_argument
-    add("source", help="JSON, XML, a folder of LabelMe's or YOLO's files, or hf://owner/name")
-    add("--images", help="folder of the photos")
-    add("--out", required=True, help="folder to write to")
-    add("--val", default="0.15", help="share for validation, or its annotations (default: 0.15)")
-    add("--val-images", help="folder of the validation photos (default: that of --images)")
-    add("--masks", help="folder of panoptic PNGs (default: the JSON's path without extension)")
-    add("--background", help="class of pixels without a shape, or ignore (default: background)")
-    add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
-    add("--names", help="names of the classes, a line each, where the source has none")
-    add("--ignore", default="", metavar="VALUES", help="of Hugging Face's masks, as in 0,255")
-    add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
-    cores = len(os.sched_getaffinity(0))
-    add("--workers", type=whole(1, 1024), default=cores, help="default: one a core")
-    options = parser.parse_args(arguments)
-    options.val_source = None
-    try:
-        options.val = float(options.val)
-    except ValueError:
-        options.val_source, options.val = options.val, 0.15
-    if not 0 < options.val < 1:
-        parser.error(f"--val {options.val:g}: a share between 0 and 1, or a file of annotations")
-    values = [value.strip() for value in options.ignore.split(",") if value.strip()]
-    if not all(value.isdigit() for value in values):
-        parser.error(f"--ignore {options.ignore}: values of masks, as in 0,255")
-    options.ignore = {int(value) for value in values}
-    if options.background == "":
-        parser.error("--background: a name, or ignore")
-    if options.source == "hf://":
-        parser.error("hf://: hf://owner/name, or a folder")
-    if not options.source.startswith("hf://") and options.images is None:
-        parser.error("--images: the folder of the photos")
+    options = parse_convert_dataset(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         file = convert(options)
@@ -494,5 +469,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_names()
     sys.exit(main())

@@ -8,6 +8,11 @@ A sample of training is a function of (seed, epoch, sample id) alone.
 
 from __future__ import annotations
 
+from command_lines import parse_data, start
+
+if __name__ == "__main__":
+    start(parse_data)  # before the slow imports
+
 import hashlib
 import logging
 import os
@@ -36,7 +41,7 @@ from dataset.matching import list_described
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
 from dataset.workers import use_one_core
-from errors import DataError, escape_names
+from errors import DataError
 from training.balance import repeat_factors
 from training.config import class_infos
 from training.processes import LoaderContext, init_worker
@@ -524,5 +529,4 @@ def check_dataloader() -> None:
 
 
 if __name__ == "__main__":
-    escape_names()
     check_dataloader()

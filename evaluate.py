@@ -14,6 +14,11 @@ photos and processes.
 
 from __future__ import annotations
 
+from command_lines import parse_evaluate, start
+
+if __name__ == "__main__":
+    start(parse_evaluate)  # before the slow imports
+
 import argparse
 import json
 import logging
@@ -36,9 +41,9 @@ from dataset.checks import shard_classes
 from dataset.description import parse_description, read_description
 from dataset.labels import Labels
 from dataset.shards import DESCRIPTION
-from errors import ConfigError, UserError, escape_names, exit_status, whole
+from errors import ConfigError, UserError, exit_status
 from files import check_outputs, check_writable, write_file
-from predict import Segmenter, add_model_options, segmenter_from
+from predict import Segmenter, segmenter_from
 from segmentation.classes import label_warning, match_classes
 from segmentation.metrics import (
     as_percent,
@@ -341,7 +346,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return 1 if the disk is full, 2 if an input or option is unusable."""
-    options = _parse(arguments)
+    options = parse_evaluate(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
@@ -369,36 +374,5 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a checkpoint on a validation set.")
-    parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
-    parser.add_argument("--path", help="the data set; default: what the run was validated on")
-    parser.add_argument(
-        "--data",
-        metavar="YAML",
-        help="its description; default: the run's; an empty one: ADE20K's layout",
-    )
-    parser.add_argument("--local", help="folder to cache the shards of a remote data set in")
-    parser.add_argument("--config", metavar="YAML", help="the run's config, for its eval_dataset")
-    parser.add_argument("--protocol", choices=("paper", "square"), default="paper")
-    parser.add_argument(
-        "--batch-size", type=whole(1, 4096), default=8, help="photos a process takes at once"
-    )
-    parser.add_argument("--amp", action="store_true", help="compute in bf16")
-    parser.add_argument(
-        "--ignore-background",
-        action=argparse.BooleanOptionalAction,
-        help="label 0 is ignored and label k is class k - 1; default: as the run, or yes",
-    )
-    parser.add_argument("--csv", metavar="FILE", help="write the table of classes")
-    parser.add_argument("--json", metavar="FILE", help="write everything")
-    add_model_options(parser)
-    options = parser.parse_args(arguments)
-    if options.protocol == "square" and (options.tta or options.slide or options.size is not None):
-        parser.error("--tta, --slide and --size belong to --protocol paper")
-    return options
-
-
 if __name__ == "__main__":
-    escape_names()
     sys.exit(main(sys.argv[1:]))

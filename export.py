@@ -24,6 +24,11 @@ done.
 
 from __future__ import annotations
 
+from command_lines import EXPORT_SUFFIXES, parse_export, start
+
+if __name__ == "__main__":
+    start(parse_export)  # before the slow imports
+
 import argparse
 import functools
 import importlib.util
@@ -57,14 +62,12 @@ from errors import (
     OutputError,
     RunError,
     UserError,
-    escape_names,
     exit_status,
     one_line,
-    whole,
 )
 from files import check_outputs, output_file, output_folder, write_file
 from model import DeepLabV3, build_network
-from predict import Segmenter, add_network_option
+from predict import Segmenter
 from segmentation.card import (
     CARD,
     PICTURE,
@@ -84,8 +87,6 @@ from segmentation.network import Network
 from segmentation.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from transforms import resize_image
 
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2", "safetensors": ".safetensors"}
-SUFFIXES |= {"web": "-web", "hub": "-hub"}
 ONNX = ("onnx", "onnxruntime")
 NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
 MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
@@ -156,7 +157,8 @@ class Source:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return 1 if the file is not as the model, 2 if that cannot be used."""
-    options = _parse(arguments)
+    options = parse_export(arguments)
+    options.photo = options.photo or [_sample_photo()]
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     missing = [name for name in NEEDS.get(options.to, ()) if not importlib.util.find_spec(name)]
     if missing:
@@ -170,7 +172,7 @@ def main(arguments: list[str]) -> int:
         if options.to == "card":
             _write_card_alone(options)
             return 0
-        path = Path(options.out or f"{_stem(options.model)}{SUFFIXES[options.to]}")
+        path = Path(options.out or f"{_stem(options.model)}{EXPORT_SUFFIXES[options.to]}")
         source = _read(options)
         if options.to == "web":
             _write_web(source, path, options)
@@ -395,59 +397,5 @@ def _sample_photo() -> str:
     return os.path.join(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a checkpoint for deployment.")
-    parser.add_argument("model", help="run's folder, checkpoint (.pt) or weights (.safetensors)")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--to", choices=SUFFIXES, help="format")
-    kind.add_argument(
-        "--weights-only",
-        dest="to",
-        action="store_const",
-        const="safetensors",
-        help="as --to safetensors: the weights and the run's config",
-    )
-    kind.add_argument(
-        "--card", dest="to", action="store_const", const="card", help="the model card alone"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="PATH",
-        help="file; of web, hub and card a folder; default: the checkpoint's name, here; of a "
-        "card, beside the weights",
-    )
-    parser.add_argument("--repo", metavar="USER/NAME", help="push what --to hub writes there")
-    parser.add_argument(
-        "--licence", "--license", metavar="TEXT", help="the data's, for the card to state"
-    )
-    parser.add_argument(
-        "--scores",
-        metavar="FILE",
-        help="of evaluate.py --json, for the card; default: evaluated on the run's validation set",
-    )
-    parser.add_argument(
-        "--photo",
-        action="append",
-        help="photo to compare on; more of them, given so again, are the page's examples too; "
-        "default: one that matplotlib brings",
-    )
-    parser.add_argument(
-        "--size", type=whole(16, 4096), default=512, help="its shorter side; default: 512"
-    )
-    parser.add_argument(
-        "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
-    )
-    parser.add_argument(
-        "--weights", choices=("ema", "training"), default="ema", help="default: ema"
-    )
-    add_network_option(parser)
-    options = parser.parse_args(arguments)
-    if options.repo and options.to != "hub":
-        parser.error("--repo belongs to --to hub")
-    options.photo = options.photo or [_sample_photo()]
-    return options
-
-
 if __name__ == "__main__":
-    escape_names()
     sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from command_lines import start
 from errors import (
     TRY_AGAIN,
     ClassError,
@@ -27,7 +28,6 @@ from errors import (
     Stopped,
     StoreError,
     UserError,
-    escape_names,
     one_line,
 )
 from training.bounds import check_evaluates
@@ -139,12 +139,20 @@ def build_trainer(
     from training.loggers import build_loggers
     from training.memory import check_single_images, first_microbatch
     from training.optimizer import apply_settings, build_optimizer, settings_of
-    from training.precision import check_kernels, choose_precision, compiles
+    from training.precision import (
+        check_build_tools,
+        check_kernels,
+        choose_precision,
+        compiles,
+    )
     from training.recipes import build_recipe, check_lengths, resumed_factor
     from training.watch import PATIENCE
     from transforms import DeviceTransform
 
     check_kernels()
+    slower = check_build_tools(config)
+    if slower and dist.get_local_rank() == 0:
+        log.warning("%s", slower)
     precision, cpu_autocast = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
@@ -203,7 +211,7 @@ def build_trainer(
     if train_data is not None:
         check_single_images(config, model.module, last_batch_of(train_data, config))
     # torch's overloads of `to` leave out the memory format.
-    model.to(memory_format=model.module.memory_format)  # pyright: ignore[reportCallIssue]
+    model.to(memory_format=model.module.memory_format)  # pyright: ignore
     model.cpu_autocast = cpu_autocast
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
@@ -461,7 +469,7 @@ def build_network(config: Config) -> torch.nn.Module:
     with torch.device("meta" if config.model.name == "deeplabv3" else "cpu"):
         network = build_composer_model(**keys).module.to("meta")
     # torch's overloads of `to` leave out the memory format.
-    return network.to(memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
+    return network.to(memory_format=network.memory_format)  # pyright: ignore
 
 
 def _refuse(error: Exception | str, status: int = 2) -> int:
@@ -473,5 +481,5 @@ def _refuse(error: Exception | str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    escape_names()
+    start()
     sys.exit(run(sys.argv[1:]))

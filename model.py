@@ -25,7 +25,7 @@ from segmentation.batch_norm import count_batches, share_in_node, stop_counting
 from segmentation.deeplab import DeepLabV3, deeplabv3, weight_init
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
-from segmentation.network import Network, inner, main_logits
+from segmentation.network import Network, current_names, inner, main_logits
 from segmentation.networks import named_network
 
 __all__ = [
@@ -239,7 +239,7 @@ def build_network(
             network or name, weights.num_classes, arguments, None, is_said, network
         )
     try:
-        inner(built).load_state_dict(weights.state)
+        inner(built).load_state_dict(current_names(built, weights.state))
     except RuntimeError as error:
         problem = " ".join(str(error).split("\n\t")[1].split())
         raise WeightsError(f"{where}: {problem}") from error

@@ -19,6 +19,11 @@ In Python:
 
 from __future__ import annotations
 
+from command_lines import CAMERA, parse_predict, start
+
+if __name__ == "__main__":
+    start(parse_predict)  # before the slow imports
+
 import argparse
 import collections
 import glob
@@ -48,16 +53,13 @@ from errors import (
     ModelError,
     UserError,
     WeightsError,
-    escape_names,
     exit_status,
     one_line,
-    whole,
 )
 from files import check_outputs, explain_output, write_image
 from segmentation.classes import ClassInfo, rename_classes
 from segmentation.drawing import VideoOverlay, draw_overlay
 from segmentation.video import (
-    CAMERA,
     VIDEO_SUFFIXES,
     Camera,
     Frame,
@@ -419,7 +421,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         1 if something was skipped or the disk is full, 2 if the model or an option cannot be used.
     """
-    options = _parse(arguments)
+    options = parse_predict(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     is_camera = bool(CAMERA.fullmatch(options.photos[0]))
     photos = [] if is_camera else find_photos(options.photos)
@@ -594,66 +596,5 @@ def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that predict.py and evaluate.py share."""
-    parser.add_argument(
-        "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
-    )
-    parser.add_argument(
-        "--size", type=whole(0, 8192), help="length of a photo's shorter side; 0: as it is"
-    )
-    parser.add_argument(
-        "--tta", action="store_true", help="flip, and sizes x 0.5 to 1.75, averaged"
-    )
-    parser.add_argument("--slide", action="store_true", help="windows rather than the whole photo")
-    parser.add_argument(
-        "--weights", choices=("ema", "training"), default="ema", help="default: ema"
-    )
-    add_network_option(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-
-
-def add_network_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option by which a user vouches for a network."""
-    parser.add_argument(
-        "--network",
-        metavar="NAME",
-        help="as model.name, where the file does not say it, or it is a function of your own",
-    )
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Segment photos, videos or a camera.")
-    parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
-    parser.add_argument(
-        "photos",
-        nargs="+",
-        help="photos, videos, folders of both, glob patterns; or a camera: /dev/video0, rtsp://...",
-    )
-    parser.add_argument(
-        "--out", default="predictions", help="folder to write to; default: predictions"
-    )
-    parser.add_argument(
-        "--write",
-        default="overlay",
-        type=lambda text: text.split(","),
-        help="overlay, index, or both: overlay,index",
-    )
-    parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="of a video, take every N-th frame"
-    )
-    add_model_options(parser)
-    options = parser.parse_args(arguments)
-    unknown = set(options.write) - {"overlay", "index"}
-    if unknown:
-        parser.error(f"--write: {', '.join(sorted(unknown))} is neither overlay nor index")
-    if len(options.photos) > 1 and any(map(CAMERA.fullmatch, options.photos)):
-        parser.error("photos: a camera is segmented alone")
-    if options.every < 1:
-        parser.error(f"--every: {options.every} is not 1 or more")
-    return options
-
-
 if __name__ == "__main__":
-    escape_names()
     sys.exit(main(sys.argv[1:]))

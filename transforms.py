@@ -191,7 +191,7 @@ class RandomCrop(PairTransform):
 
     def _is_varied(self, labels: np.ndarray) -> bool:
         count = np.bincount(labels.ravel(), minlength=256)[self.classes]
-        return 0 < count.max() <= self.max_class_share * count.sum()
+        return bool(0 < count.max() <= self.max_class_share * count.sum())
 
     def _pad(self, crop: np.ndarray, value: tuple[int, ...]) -> np.ndarray:
         missing = self.final_size - len(crop)

@@ -13,6 +13,7 @@ from composer.core import State
 from composer.loggers import Logger
 
 from model import DeepLabV3
+from training.composer_internals import TRAINER_METHODS, train_data_spec
 
 PARTS = (
     "backbone",
@@ -52,12 +53,10 @@ class Stopwatch(Callback):
                 part.forward = torch.compile(part.forward, dynamic=False)
         network.backbone.forward = self._timed(network.backbone.forward, "backbone")
         network.classifier.forward = self._head(network.classifier.forward)
-        spec = trainer._train_data_spec
-        assert spec is not None
+        spec = train_data_spec(trainer)
         spec.microbatch_transforms = self._timed(spec.microbatch_transforms, "data transform")
-        trainer._train_microbatches = self._timed(trainer._train_microbatches, "rest")
-        trainer._eval_train_metrics = self._timed(trainer._eval_train_metrics, "metrics")
-        trainer._compute_and_log_metrics = self._timed(trainer._compute_and_log_metrics, "metrics")
+        for method, name in zip(TRAINER_METHODS, ("rest", "metrics", "metrics"), strict=True):
+            setattr(trainer, method, self._timed(getattr(trainer, method), name))
         for optimizer in trainer.state.optimizers:
             optimizer.step = self._timed(optimizer.step, "optimizer")
         for algorithm in trainer.state.algorithms:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from checkpointing.weights import SCORES, Weights
 from errors import WeightsError
 from segmentation.classes import ClassInfo, class_key
-from segmentation.network import inner
+from segmentation.network import current_names, inner
 
 # Beginnings of names in other projects' files, and what they may be called here.
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
@@ -44,9 +44,10 @@ def load_fitting(
     Raises:
         WeightsError: Too little fits.
     """
+    found = current_names(network, weights.state)
     network = inner(network)
     own = network.state_dict()
-    state = max((_renamed(weights.state, *pair) for pair in RENAMES), key=lambda s: _fit(s, own))
+    state = max((_renamed(found, *pair) for pair in RENAMES), key=lambda s: _fit(s, own))
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if len(fitting) < least * len(own):
         raise WeightsError(

@@ -56,6 +56,7 @@ def _told(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # of the client that huggingface-hub uses, which its module imports
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
@@ -75,7 +76,7 @@ def _told(repo: str) -> Iterator[None]:
         said = error.server_message or one_line(error)
         hint = {401: "is the token right? ", 403: "may the token write there? "}.get(status, "")
         raise UserError(f"{where}: {hint}the hub says {status}: {said[:200]}") from error
-    except OSError as error:  # of the network, in which the client's errors end
+    except (OSError, HTTPError) as error:  # of the network
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"
         ) from error

@@ -12,7 +12,6 @@ on, and what training would fail on. Exit status: 0 fine, 1 training would fail,
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -33,6 +32,7 @@ from composer.core import DataSpec
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from command_lines import parse_data
 from dataset.checks import Tally, check
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.description import (
@@ -48,7 +48,7 @@ from dataset.matching import list_described
 from dataset.sampler import EpochSampler
 from dataset.shards import DESCRIPTION, fetch_beside
 from dataset.suggest import draw, suggest
-from errors import DataError, UserError, whole
+from errors import DataError, UserError
 from files import check_outputs, check_writable, output_file, write_file, write_image
 from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet
@@ -359,41 +359,9 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="data.py", description=(__doc__ or "").split("\n\n")[0])
-    add = parser.add_argument
-    add("path", help="folder in ADE20K's layout, a description (YAML), or MDS shards")
-    add("local", nargs="?", help="folder for shards; a description's root; what --suggest writes")
-    add(
-        "--num-classes", type=whole(1, 253), default=150, help="as model.num_classes (default: 150)"
-    )
-    add(
-        "--ignore-background",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="label 0 is ignored and label k is class k - 1, as the key of that name",
-    )
-    add(
-        "--keep-background",
-        dest="ignore_background",
-        action="store_false",
-        help=argparse.SUPPRESS,  # its name in earlier versions
-    )
-    add("--ignore-label", type=whole(0, 255), help="a further label that is ignored")
-    add("--class-names", help="file with a class name a line")
-    add("--workers", type=whole(1, 1024), help="processes (default: one a core)")
-    add("--suggest", action="store_true", help="write the folder's description, and a picture")
-    add("--picture", metavar="FILE", help="draw samples as training sees them, a .png or .jpg")
-    add("--json", action="store_true", help="print the report as JSON")
-    options = parser.parse_intermixed_args(arguments)
-    if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
-        parser.error(f"--picture {options.picture}: a .png or .jpg")
-    return options
-
-
 def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     """Check a data set as the command line says; return the exit status."""
-    options = _parse(arguments)
+    options = parse_data(arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:

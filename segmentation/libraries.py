@@ -171,9 +171,27 @@ def hf_network(
     for key in ("id2label", "label2id", "transformers_version"):
         record.pop(key, None)
     own = {key: arguments[key] for key in OF_NETWORK if key in arguments}
-    return Network(
-        network, whole, {"config": _unloading(record), **own}, mean, std, size_divisor=32
-    )
+    record = {"config": _unloading(record), **own}
+    result = Network(network, whole, record, mean, std, size_divisor=32)
+    result.rename = _hf_renaming(network)
+    return result
+
+
+def _hf_renaming(network: Any) -> Callable[[str], str] | None:
+    """Return transformers 5's translation of a tensor's name of transformers 4, if it has one."""
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping")
+    except ImportError:  # transformers 4
+        return None
+    rules = mapping.get_model_conversion_mapping(network)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    own = network.state_dict().keys()
+
+    def rename(name: str) -> str:
+        return name if name in own else loading.rename_source_key(name, renamings, [])[0]
+
+    return rename
 
 
 def _unloading(config: Any) -> Any:

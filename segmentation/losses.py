@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from segmentation.build_tools import missing_build_tools
+
 EPSILON = 1e-5  # composer.loss.DiceLoss's
 # Elements of a tile. On a CPU, per thread, 1 MiB in fp32: within the L2 cache of current servers.
 # On a GPU, where it is the number of launches that costs, 128 MiB.
@@ -182,9 +184,8 @@ class _SegmentationLoss(torch.autograd.Function):
 
 def _implementation(logits: Tensor) -> tuple:
     """Return the two passes: Triton's on a GPU if allowed, PyTorch's elsewhere and for fp64."""
-    if not _kernels_allowed:
-        return forward_sums, backward
-    if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton"):
+    fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
+    if fits and importlib.util.find_spec("triton") and not missing_build_tools(gpu=True):
         from segmentation import losses_triton
 
         return losses_triton.forward_sums, losses_triton.backward

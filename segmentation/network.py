@@ -7,7 +7,7 @@ normalised, and of what number their sides have to be a multiple.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class Network(nn.Module):
     """
 
     auxiliary_weight = 0.5  # torchvision's references'
+    # Translates a tensor's name in files of the library's older versions.
+    rename: Callable[[str], str] | None = None
 
     def __init__(
         self,
@@ -144,8 +146,10 @@ class Network(nn.Module):
                 raise self._failed(size, error) from error
             self.channels_last = False
             self.check(num_classes, sizes)
-        except ModelError:
-            raise
+        except ModelError as error:
+            if "model.name" in str(error):
+                raise
+            raise self._failed(size, error) from error
         except Exception as error:  # what any library's network may raise
             raise self._failed(size, error) from error
         finally:
@@ -187,6 +191,12 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 def main_logits(outputs: Any) -> Tensor:
     """Return the logits of what a network gives in training, where auxiliary ones may follow."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def current_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a file under the names that the network's library has for them today."""
+    rename = network.rename if isinstance(network, Network) else None
+    return {rename(name) if rename else name: tensor for name, tensor in state.items()}
 
 
 def inner(network: nn.Module) -> nn.Module:

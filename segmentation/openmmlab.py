@@ -23,9 +23,14 @@ from errors import ModelError, one_line
 from segmentation.libraries import OF_NETWORK, call, without_own
 from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from segmentation.openmmlab_heads import MMSegNetwork
+from segmentation.openmmlab_operators import lacks_operators, provide_extension, replace_psa_mask
 
 # The backward pass of whose GroupNorm crashes on a CPU (torch 2.13.0) where channels come last.
 CONTIGUOUS = ("PoolFormer",)
+# Modules of mmcv.ops that compute in torch operations.
+IN_TORCH = ("CrissCrossAttention", "PSAMask")
+# Modules of mmsegmentation that call a compiled operator on GPUs alone.
+OPERATOR_ON_GPU = ("FocalLoss",)
 
 
 @contextmanager
@@ -49,7 +54,9 @@ def import_mmseg() -> Any:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        provide_extension()
         from mmseg import models
+    replace_psa_mask()
     if "_check_balance" in torch.ops._dir:
         torch.ops._dir.remove("_check_balance")
         delattr(torch.ops, "_check_balance")
@@ -211,15 +218,15 @@ def _initialise(whole: str, segmentor: Any) -> None:
 
 
 def _check_operators(whole: str, segmentor: nn.Module) -> None:
-    """Refuse, where there is a GPU, operators that this build of mmcv has for CPUs alone."""
-    from mmcv.ops import get_compiling_cuda_version
-
-    if not torch.cuda.is_available() or get_compiling_cuda_version() != "not available":
+    """Refuse, where there is a GPU, parts that need an operator which mmcv-full lacks for GPUs."""
+    if not (torch.cuda.is_available() and lacks_operators()):
         return
     for module in segmentor.modules():
         kind = type(module)
-        if kind.__module__.startswith("mmcv.ops.") and kind.__name__ != "CrissCrossAttention":
+        operator = kind.__module__.startswith("mmcv.ops.") and kind.__name__ not in IN_TORCH
+        if operator or kind.__name__ in OPERATOR_ON_GPU:
             raise ModelError(
-                f"model.name={whole} needs mmcv's {kind.__name__}, which this build of mmcv-full "
-                "does not have for GPUs; CUDA_VISIBLE_DEVICES= computes on the CPU"
+                f"model.name={whole} needs mmcv's {kind.__name__}, whose operator this mmcv-full "
+                "does not have for GPUs; CUDA_VISIBLE_DEVICES= computes on the CPU, and an "
+                "mmcv-full 1.7.2 that was built with CUDA against this torch has the operator"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import queue
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from errors import DataError, UserError, one_line
 from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
-CAMERA = re.compile(r"/dev/video\d+|[a-z]+://.+", re.DOTALL)
 CAMERA_SECONDS = 10  # that a camera may take to answer, and for a frame
 NO_FRAMES = "there are no frames in it"
 TICK = Fraction(1, 90_000)  # of a written video's clock, in seconds

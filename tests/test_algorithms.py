@@ -17,7 +17,6 @@ from composer import Callback, ComposerModel, Trainer
 from composer.core import Event
 from composer.loss import DiceLoss, soft_cross_entropy
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler, DecoupledSGDW
-from composer.trainer._scaler import ClosureGradScaler
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from torch import nn
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from segmentation.losses import MixedTarget, segmentation_loss
 from segmentation.metrics import MIoU
 from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
+from training.composer_internals import ClosureGradScaler
 
 RECIPES = ["none", "mild", "medium", "hot"]
 CLASSES = 5

@@ -24,13 +24,11 @@ import numpy as np
 import pytest
 import torch
 from composer import Callback
-from composer.algorithms.ema.ema import EMAParameters
 from composer.callbacks import memory_monitor
 from composer.core import Event, State
 from composer.devices import DeviceGPU
 from composer.distributed import ddp_sync_context, prepare_ddp_module
 from composer.loggers import Logger
-from composer.trainer._scaler import ClosureGradScaler
 from composer.utils import dist
 from torch import nn
 from torch._functorch import config as functorch
@@ -47,6 +45,7 @@ from predict import Segmenter, highest_class
 from segmentation import losses
 from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictions
 from training.algorithms import EMA, MixUp, _climbed
+from training.composer_internals import ClosureGradScaler, EMAParameters
 from training.config import resolve
 from training.memory import CONTEXT, count
 from training.optimizer import DecoupledSGDW
@@ -228,7 +227,7 @@ def test_ddp(one_process: list[str]) -> None:
 
 WHEELS = {
     "2.7.0": ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"],
-    "2.13.0": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
+    "2.15.0": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
 }
 
 
@@ -236,14 +235,14 @@ WHEELS = {
     ("wheel", "capability", "advice"),
     [
         ("2.7.0", (10, 0), r"capability 10\.0, for which torch 2\.7\.0 has no kernels .*CUDA 13"),
-        ("2.7.0", (12, 0), "torch 2.13.0 or newer"),
-        ("2.13.0", (7, 0), r"capability 7\.0, .*make install TORCH=2\.7\.0"),
-        ("2.13.0", (6, 1), "TORCH=2.7.0"),
-        ("2.13.0", (13, 0), "or newer"),
+        ("2.7.0", (12, 0), "torch 2.15.0 or newer"),
+        ("2.15.0", (7, 0), r"capability 7\.0, .*make install TORCH=2\.7\.0"),
+        ("2.15.0", (6, 1), "TORCH=2.7.0"),
+        ("2.15.0", (13, 0), "or newer"),
         ("2.7.0", (8, 9), None),
         ("2.7.0", (6, 1), None),
-        ("2.13.0", (7, 5), None),
-        ("2.13.0", (10, 3), None),
+        ("2.15.0", (7, 5), None),
+        ("2.15.0", (10, 3), None),
         (["sm_90a"], (9, 0), None),
         (["sm_80", "sm_100a"], (10, 3), "no kernels"),
         (["sm_80", "sm_100f"], (10, 3), None),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("training", "checkpointing", "dataset", "segmentation")
 COMMANDS = {"main", "model", "data", "transforms", "download_ade20k"}
 COMMANDS |= {"convert_ade20k", "convert_dataset", "evaluate", "predict", "export"}
-SHARED = {"errors", "files"}  # modules of the root that every package may import
+SHARED = {"errors", "files", "command_lines"}  # modules of the root that every package may import
 # What each package may import besides those; the root may import everything.
 BELOW = {
     "training": {"checkpointing", "dataset", "segmentation"},
@@ -19,6 +19,7 @@ BELOW = {
     "dataset": {"segmentation"},
     "segmentation": set(),
     "files": set(),
+    "command_lines": set(),
     "errors": set(),
 }
 

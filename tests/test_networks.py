@@ -14,11 +14,12 @@ from PIL import Image
 from torch import nn
 
 import predict
+from checkpointing.fitting import load_fitting
 from checkpointing.weights import load_weights, save_weights
 from errors import ConfigError, ModelError, UserError, WeightsError
 from model import build_composer_model, deeplabv3
 from segmentation.losses import MixedTarget
-from segmentation.network import Network, backbone_of
+from segmentation.network import Network, backbone_of, current_names
 from segmentation.networks import named_network
 from training.config import resolve
 
@@ -145,11 +146,25 @@ def test_a_network_says_how_its_photos_are_normalised(hf_folder: str) -> None:
 
 def test_hf_weights_of_a_folder_are_loaded_and_the_classes_left_new(hf_folder: str) -> None:
     network = named_network(f"hf:{hf_folder}", 3, {}, "any")
-    saved = load_weights(Path(hf_folder, "model.safetensors")).state
+    # transformers writes the names of its version 4.
+    saved = current_names(network, load_weights(Path(hf_folder, "model.safetensors")).state)
     own = network.network.state_dict()
     differ = [name for name in own if own[name].shape != saved[name].shape]
     assert differ == ["decode_head.classifier.weight", "decode_head.classifier.bias"]
     assert all(torch.equal(own[name], saved[name]) for name in own if name not in differ)
+
+
+def test_hf_weights_of_transformers_4_fit(hf_folder: str) -> None:
+    """Its names are those that save_pretrained still writes."""
+    weights = load_weights(Path(hf_folder, "model.safetensors"))
+    network = named_network(f"hf:{hf_folder}", 5, {})
+    if weights.state.keys() == network.network.state_dict().keys():
+        pytest.skip("this version of transformers has the names of version 4")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert load_fitting(network, weights, "file", least=1.0, num_classes=5) is None
+    assert all(p.abs().sum() > 0 for p in network.parameters() if p.ndim > 1)
 
 
 def test_every_kind_has_a_backbone(hf_folder: str) -> None:
@@ -240,15 +255,6 @@ def test_a_missing_package_names_its_group(
         resolve(tiny)
     with pytest.raises(ModelError, match="needs timm; make install WITH=timm"):
         named_network("timm:convnext_tiny", 3, {})
-
-
-def test_an_operator_that_mmcvs_build_lacks_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "mmseg:psanet/psanet_r50-d8_512x512_80k_ade20k"
-    assert named_network(name, 3, {}).name == name
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(ModelError, match="needs mmcv's PSAMask, which this build of mmcv-full"):
-        named_network(name, 3, {})
-    named_network(SEGFORMER, 3, {})
 
 
 # A file has no code run.

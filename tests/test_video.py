@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.server
 import shutil
 import signal
@@ -294,13 +293,15 @@ def test_a_camera_until_it_ends_or_is_stopped(
             main([*arguments[:2], address])
         assert "a camera is segmented alone" in capsys.readouterr().err
 
-        def interrupt(seen: list[int], *_: object) -> np.ndarray:
+        seen: list[int] = []
+
+        def interrupt(*_: object) -> np.ndarray:
             seen.append(0)
             if len(seen) == 3:
                 raise KeyboardInterrupt
             return np.zeros(SIZE, np.uint8)
 
-        monkeypatch.setattr(Segmenter, "__call__", functools.partial(interrupt, []))
+        monkeypatch.setattr(Segmenter, "__call__", interrupt)
         assert main([*arguments[:2], "--out", f"{tmp_path}/stopped"]) == 0
     assert f"2 frames segmented into {tmp_path}/stopped/" in capsys.readouterr().out
     assert len(opencv_frames(tmp_path / "stopped/camera.mp4")) == 2

@@ -13,7 +13,6 @@ from typing import Any, cast
 import composer.algorithms
 import numpy as np
 import torch
-from composer.algorithms.ema.ema import EMAParameters
 from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
@@ -24,6 +23,7 @@ from torch.optim import Optimizer
 from errors import ConfigError
 from segmentation.losses import MixedTarget
 from segmentation.network import backbone_of
+from training.composer_internals import EMAParameters
 from training.optimizer import laid_out_like
 
 

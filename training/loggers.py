@@ -59,6 +59,7 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
     if "wandb" in config.loggers:
         # Offline, W&B 0.18 otherwise asks its server about every table and waits for the answer.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
+        _restore_get_url()
     _make_folder(str(config.loggers.get("file", {}).get("filename", "")))
     built = []
     for name, arguments in config.loggers.items():
@@ -69,6 +70,16 @@ def build_loggers(config: Config) -> list[LoggerDestination]:
         if name not in ("progress_bar", "console"):
             built.append(logger)
     return built
+
+
+def _restore_get_url() -> None:
+    """Give wandb's runs the method that Composer 0.32 calls and wandb 0.31 no longer has."""
+    try:
+        import wandb
+    except ImportError:  # resolve() has already named the group to install
+        return
+    if not hasattr(wandb.Run, "get_url"):
+        setattr(wandb.Run, "get_url", lambda run: run.url)  # noqa: B010 (for pyright)
 
 
 def _make_folder(filename: str) -> None:

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 
 from dataset.report import batches
 from dataset.shards import Shards
+from training.composer_internals import train_data_spec
 from training.label_check import LabelCheck
 from training.schema import Config
 
 if TYPE_CHECKING:
     from composer import Trainer
-    from composer.core import DataSpec
 
 STEPS = 6  # timed, at least
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
@@ -105,7 +105,7 @@ def measure(config: Config, build_trainer: BuildTrainer, began: float) -> Measur
         # Of SAM's, the last of a cycle climbs.
         step = (kinds[-1] + (interval - 1) * kinds[0]) / interval
         memory = peak_memory()
-        spec = cast("DataSpec", trainer._train_data_spec)
+        spec = train_data_spec(trainer)
         at_once = trainer.state.device_train_microbatch_size
         assert at_once is not None
         loader = cast(DataLoader, spec.dataloader)

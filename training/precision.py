@@ -8,6 +8,7 @@ import torch
 import torch.version
 
 from errors import ConfigError
+from segmentation.build_tools import missing_build_tools
 from training.schema import Config
 
 
@@ -32,7 +33,7 @@ def check_kernels() -> None:
             + (
                 "torch 2.7.0, which has them from 5.0 on: make install TORCH=2.7.0"
                 if older
-                else "torch 2.13.0 or newer, built for CUDA 13: make install"
+                else "torch 2.15.0 or newer, built for CUDA 13: make install"
             )
         )
 
@@ -82,8 +83,34 @@ def choose_precision(name: str) -> tuple[str, torch.dtype | None]:
 
 
 def compiles(config: Config) -> bool:
-    """Return whether a run compiles the model here."""
-    return config.compile is True or (config.compile == "auto" and torch.cuda.is_available())
+    """Return whether a run compiles the model here; `auto` needs a GPU and the build tools."""
+    if config.compile != "auto":
+        return config.compile is True
+    return torch.cuda.is_available() and missing_build_tools(gpu=True) is None
+
+
+def check_build_tools(config: Config) -> str | None:
+    """See whether this machine can compile as the config says.
+
+    Returns:
+        A line about what this run does without, if it lacks something; otherwise None.
+
+    Raises:
+        ConfigError: `compile: true`, and the machine lacks something.
+    """
+    gpu = torch.cuda.is_available()
+    missing = missing_build_tools(gpu)
+    if missing and config.compile is True:
+        raise ConfigError(f"compile: true needs {missing}; or set compile=false")
+    if missing and gpu:
+        kernels = "its loss in PyTorch instead of Triton"
+        what = f"uncompiled, and with {kernels}" if config.compile == "auto" else f"with {kernels}"
+        return f"compile: {_yaml(config.compile)} runs {what}, because this machine lacks {missing}"
+    return None
+
+
+def _yaml(value: bool | str) -> str:
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def devices(ranks: int) -> str:

@@ -1,0 +1,104 @@
+"""mmcv's compiled operators: a stand-in where they are missing, and PSAMask in torch operations.
+
+mmcv-full is published as source, and building its operators takes a C++ compiler and minutes. The
+wheel that this project installs leaves them out. Importing mmcv.ops needs them all the same, and
+mmsegmentation imports mmcv.ops, although only PSANet and DCN layers call a compiled operator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import ModelError
+
+EXTENSION = "mmcv._ext"
+COLLECT, DISTRIBUTE = 0, 1  # mmcv's numbers for the two kinds of PSAMask
+
+
+class MissingOperators(types.ModuleType):
+    """A stand-in for mmcv's compiled extension; calling one of its operators raises ModelError."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operator(*_: Any, **__: Any) -> Any:
+            raise ModelError(
+                f"mmcv's operator {name} is missing, because this mmcv-full was installed without "
+                "compiled operators; choose a network that does not need it, or build mmcv-full "
+                "1.7.2 from source against this torch"
+            )
+
+        return operator
+
+    @staticmethod
+    def get_compiling_cuda_version() -> str:
+        """Return what mmcv itself returns when it was compiled without CUDA."""
+        return "not available"
+
+
+def provide_extension() -> None:
+    """Put the stand-in where mmcv.ops looks for its extension, unless a compiled one is there."""
+    if EXTENSION not in sys.modules and importlib.util.find_spec(EXTENSION) is None:
+        sys.modules[EXTENSION] = MissingOperators(EXTENSION)
+
+
+def replace_psa_mask() -> None:
+    """Have mmcv's PSAMask compute in torch operations, unless its operator runs on this machine."""
+    from mmcv.ops import psa_mask as module
+
+    if lacks_operators():
+        module.psa_mask = psa_mask
+
+
+def lacks_operators() -> bool:
+    """Return whether mmcv's operators are missing for the device that this machine computes on."""
+    if isinstance(sys.modules.get(EXTENSION), MissingOperators):
+        return True
+    from mmcv.ops import get_compiling_cuda_version
+
+    return torch.cuda.is_available() and get_compiling_cuda_version() == "not available"
+
+
+def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
+    """Spread each position's attention over the feature map, as mmcv's operator does.
+
+    A position has one value for each place of a window of `mask_size` around it. The values of
+    places outside of the feature map are dropped; positions outside of the window are 0.
+
+    Args:
+        mask: Of (N, rows * columns, H, W).
+        kind: COLLECT or DISTRIBUTE.
+        mask_size: Rows and columns of the window.
+
+    Returns:
+        (N, H * W, H, W). COLLECT has the position in the last two dimensions and the place in the
+        second; DISTRIBUTE has them the other way round.
+
+    Reference:
+        Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018.
+    """
+    batch, channels, height, width = mask.shape
+    rows, columns = mask_size
+    # Row and column in the window of place [0] seen from position [1]; the middle is at half.
+    y, x = (torch.arange(size, device=mask.device) for size in (height, width))
+    row = y[:, None] - y + (rows - 1) // 2
+    column = x[:, None] - x + (columns - 1) // 2
+    in_rows, in_columns = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
+    inside = in_rows[:, None, :, None] & in_columns[None, :, None, :]
+    channel = row[:, None, :, None] * columns + column[None, :, None, :]
+    # Places outside of the window read an additional channel of zeros.
+    channel = torch.where(inside, channel, channels).reshape(height * width, height * width)
+    values = F.pad(mask.flatten(2), (0, 0, 0, 1))
+    spread = values.gather(1, channel.expand(batch, -1, -1))
+    if kind == DISTRIBUTE:
+        spread = spread.transpose(1, 2)
+    return spread.reshape(batch, height * width, height, width)

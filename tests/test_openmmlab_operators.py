@@ -1,0 +1,184 @@
+"""mmcv's operators: PSAMask in torch operations, and the stand-in for what is not compiled."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from errors import ModelError
+from segmentation import openmmlab, openmmlab_operators
+from segmentation.networks import named_network
+from segmentation.openmmlab_operators import (
+    COLLECT,
+    DISTRIBUTE,
+    EXTENSION,
+    MissingOperators,
+    lacks_operators,
+    provide_extension,
+    psa_mask,
+)
+
+SHAPES = [
+    pytest.param((1, 1), (1, 1), id="one place"),
+    pytest.param((4, 5), (3, 3), id="window inside the map"),
+    pytest.param((5, 4), (7, 9), id="window over the map's edges"),
+    pytest.param((4, 4), (7, 7), id="window of PSANet: 2n - 1"),
+    pytest.param((3, 6), (2, 4), id="even window"),
+    pytest.param((6, 3), (5, 1), id="one column"),
+]
+KINDS = [pytest.param(COLLECT, id="collect"), pytest.param(DISTRIBUTE, id="distribute")]
+
+
+def loops(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
+    """The definition of PSAMask, one value at a time."""
+    batch, _, height, width = mask.shape
+    rows, columns = mask_size
+    result = mask.new_zeros(batch, height * width, height, width)
+    for y in range(height):
+        for x in range(width):
+            for row in range(rows):
+                for column in range(columns):
+                    v, u = y + row - (rows - 1) // 2, x + column - (columns - 1) // 2
+                    if not (0 <= v < height and 0 <= u < width):
+                        continue
+                    value = mask[:, row * columns + column, y, x]
+                    if kind == COLLECT:
+                        result[:, v * width + u, y, x] = value
+                    else:
+                        result[:, y * width + x, v, u] = value
+    return result
+
+
+def outcome(function: Any, size: tuple[int, int], window: tuple[int, int], kind: int) -> Any:
+    """What a PSAMask gives for seeded values, and their gradient for a seeded one of the output."""
+    random = torch.Generator().manual_seed(0)
+    mask = torch.randn(2, window[0] * window[1], *size, generator=random, requires_grad=True)
+    output = function(mask, kind, window)
+    output.backward(torch.randn(output.shape, generator=random))
+    return output.detach(), mask.grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "window"), SHAPES)
+def test_psa_mask(size: tuple[int, int], window: tuple[int, int], kind: int) -> None:
+    expected, gradient = outcome(loops, size, window, kind)
+    output, own_gradient = outcome(psa_mask, size, window, kind)
+    assert torch.equal(output, expected)
+    assert torch.equal(own_gradient, gradient)
+
+
+@pytest.mark.skipif(
+    isinstance(sys.modules.get(EXTENSION), MissingOperators)
+    or importlib.util.find_spec("mmcv._ext") is None,
+    reason="this mmcv-full has no compiled operators",
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "window"), SHAPES)
+def test_psa_mask_is_the_compiled_one(
+    size: tuple[int, int], window: tuple[int, int], kind: int
+) -> None:
+    from mmcv.ops.psa_mask import PSAMaskFunction
+
+    expected, gradient = outcome(PSAMaskFunction.apply, size, window, kind)
+    output, own_gradient = outcome(psa_mask, size, window, kind)
+    assert torch.equal(output, expected) and torch.equal(own_gradient, gradient)
+
+
+def test_values_outside_of_the_map_have_no_part() -> None:
+    """Not even as a product with 0, which would be NaN."""
+    mask = torch.full((1, 9, 1, 1), float("inf"))
+    mask[:, 4] = 2.0
+    assert psa_mask(mask, COLLECT, (3, 3)).tolist() == [[[[2.0]]]]
+
+
+@pytest.mark.parametrize("operator", ["deform_conv_forward", "sigmoid_focal_loss_forward", "nms"])
+def test_a_missing_operator_is_one_line(operator: str) -> None:
+    extension = MissingOperators(EXTENSION)
+    with pytest.raises(ModelError, match=f"operator {operator} is missing.*build mmcv-full") as e:
+        getattr(extension, operator)(torch.zeros(1), scale=2)
+    assert "\n" not in str(e.value)
+    assert not hasattr(extension, "__path__")
+
+
+def test_a_compiled_extension_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = types.ModuleType(EXTENSION)
+    monkeypatch.setitem(sys.modules, EXTENSION, compiled)
+    provide_extension()
+    assert sys.modules[EXTENSION] is compiled
+    # Nor is one replaced that is installed, but not imported yet.
+    monkeypatch.delitem(sys.modules, EXTENSION)
+    spec = importlib.machinery.ModuleSpec(EXTENSION, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    provide_extension()
+    assert EXTENSION not in sys.modules
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    provide_extension()
+    assert isinstance(sys.modules[EXTENSION], MissingOperators) and lacks_operators()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_psa_mask_is_replaced_only_where_the_operator_is_missing(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmcv.ops import psa_mask as module
+
+    monkeypatch.setattr(module, "psa_mask", "the operator")
+    monkeypatch.setattr(openmmlab_operators, "lacks_operators", lambda: not compiled)
+    openmmlab_operators.replace_psa_mask()
+    assert module.psa_mask == ("the operator" if compiled else psa_mask)
+
+
+DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn": (True,) * 4}}
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        pytest.param(DCN, "deform_conv_forward is missing", id="called by the backbone"),
+    ],
+)
+def test_a_network_that_needs_an_operator_is_refused_before_training(
+    arguments: dict[str, Any], where: str
+) -> None:
+    openmmlab.import_mmseg()
+    if not isinstance(sys.modules[EXTENSION], MissingOperators):
+        pytest.skip("this mmcv-full has compiled operators")
+    network = named_network("mmseg:fcn/fcn_r50-d8_512x512_80k_ade20k", 3, arguments)
+    with pytest.raises(ModelError, match=f"model.name=mmseg:fcn.*{where}"):
+        network.check(3, [64])
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("name", "arguments", "part"),
+    [
+        pytest.param("fcn/fcn_r50-d8_512x512_80k_ade20k", DCN, "DeformConv2dPack", id="DCN"),
+        pytest.param(
+            "fcn/fcn_r50-d8_512x512_80k_ade20k",
+            {"decode_head": {"loss_decode": {"type": "FocalLoss", "use_sigmoid": True}}},
+            "FocalLoss",
+            id="focal loss",
+        ),
+        pytest.param("psanet/psanet_r50-d8_512x512_80k_ade20k", {}, None, id="PSANet"),
+        pytest.param("ccnet/ccnet_r50-d8_512x512_80k_ade20k", {}, None, id="CCNet"),
+    ],
+)
+def test_operators_that_mmcv_lacks_on_gpus(
+    name: str, arguments: dict[str, Any], part: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert named_network(f"mmseg:{name}", 3, arguments).name == f"mmseg:{name}"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(openmmlab, "lacks_operators", lambda: True)
+    if part is None:
+        named_network(f"mmseg:{name}", 3, arguments)
+    else:
+        with pytest.raises(ModelError, match=f"model.name=mmseg:{name} needs mmcv's {part}"):
+            named_network(f"mmseg:{name}", 3, arguments)

@@ -1,0 +1,23 @@
+"""The private names of Composer that this project uses, in one place.
+
+Composer may change them in any version. Everything else that the project uses is documented.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from composer import Trainer
+from composer.algorithms.ema.ema import EMAParameters
+from composer.core import DataSpec
+from composer.trainer._scaler import ClosureGradScaler
+
+__all__ = ["TRAINER_METHODS", "ClosureGradScaler", "EMAParameters", "train_data_spec"]
+
+# Methods of Trainer that benchmarks.stopwatch times.
+TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")
+
+
+def train_data_spec(trainer: Trainer) -> DataSpec:
+    """Return the DataSpec that a trainer trains on."""
+    return cast(DataSpec, trainer._train_data_spec)
