@@ -347,9 +347,11 @@ def _is_yolo(text: str) -> bool:
     """Whether every line of a text is a class and numbers."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     try:
-        return bool(lines) and all(int(kind) >= 0 and [*map(float, rest)] for kind, *rest in lines)
+        for kind, *values in lines:
+            int(kind), [float(value) for value in values]
     except ValueError:
         return False
+    return bool(lines)
 
 
 def _yolo_names(root: Path) -> Any:

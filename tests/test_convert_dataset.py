@@ -223,7 +223,7 @@ def test_masks_are_those_drawn_independently(
     printed = capsys.readouterr()
     assert "no problem: this can be trained on" in printed.out
     assert "pixels without a shape are of class background" in printed.err
-    assert ("points, lines and boxes have no area" in printed.err) == (tool == "labelme")
+    assert ("because they have no area" in printed.err) == (tool == "labelme")
     names, masks = masks_of(out)
     assert len(masks) == COUNT and sorted(names) == sorted(["background", *NAMES])
     ours = np.array([names.index(name) for name in ["background", *NAMES]])
@@ -344,7 +344,7 @@ def test_labelmes_masks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         found["shapes"][2]["shape_type"] = None  # a polygon, as in old files
         file.write_text(json.dumps(found))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
-    assert f"{COUNT} points, lines and boxes have no area" in capsys.readouterr().err
+    assert f"because they have no area: {COUNT} (" in capsys.readouterr().err
     names, masks = masks_of(tmp_path / "out")
     ours = np.array([names.index(name) for name in ["background", *NAMES]])
     for number in range(COUNT):
@@ -369,6 +369,7 @@ def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
     (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # as Windows' editor writes it
     assert convert_dataset.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
+    assert list(convert_dataset.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
         with pytest.raises(DataError, match=f"1.txt: class {number} is none of the 6 with a name"):
@@ -408,7 +409,7 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shared = tmp_path / "shared"
     halves = {"validation": rows(range(5)), "test": rows(range(5, COUNT))}
     datasets.DatasetDict(halves).save_to_disk(str(shared))
-    options = argparse.Namespace(source=f"hf://{shared}", names=None, columns=None)
+    options = argparse.Namespace(source=f"hf://{shared}", names=None, columns=None, ignore=set())
     convert_dataset.convert_hugging_face(options, tmp_path / "both")
     kept = sorted((tmp_path / "both/photos/val").iterdir())
     assert [file.read_bytes() for file in kept] == [
@@ -508,3 +509,307 @@ def test_a_full_disk_leaves_no_data_set(
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/out/masks/train/") and "File too large" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]
+
+
+def square(left: int, top: int, side: int) -> np.ndarray:
+    """Corners of a square, (4, 2)."""
+    return np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * side + (left, top)
+
+
+def drawn(*squares: tuple[tuple[int, int, int], int]) -> np.ndarray:
+    """A mask of squares with their values, the later on the earlier."""
+    mask = np.zeros(SIZE, np.uint8)
+    for (left, top, side), value in squares:
+        mask[top : top + side, left : left + side] = value
+    return mask
+
+
+ROAD, CAR, EDGE = (4, 4, 30), (8, 8, 12), (24, 24, 8)
+
+
+def yolo_line(kind: int, box: tuple[int, int, int]) -> str:
+    shares = (square(*box) / SIZE[::-1]).ravel()
+    return f"{kind} {' '.join(f'{share:.8f}' for share in shares)}\n"
+
+
+@pytest.mark.parametrize("given", ["folder", "labels", "data.yaml", "names"])
+@pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])
+def test_yolo_as_others_lay_it_out(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str, given: str
+) -> None:
+    root = tmp_path / "set"
+    for number in range(COUNT):
+        split = "train" if number < 5 else "val" if layout == "ultralytics" else "valid"
+        folders = {
+            "ultralytics": (f"images/{split}", f"labels/{split}"),
+            "roboflow": (f"{split}/images", f"{split}/labels"),
+        }[layout]
+        for folder in folders:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / f"{number}.jpg", root / folders[0] / f"{number}.jpg")
+        text = yolo_line(0, ROAD) + yolo_line(1, CAR) if number else ""  # the first is empty
+        (root / folders[1] / f"{number}.txt").write_text(text)
+    (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: [road, car]\n")
+    (root / "README.roboflow.txt").write_text("This data set was exported on a Monday\n")
+    (root / "train.txt").write_text("./images/train/0.jpg\n./images/train/1.jpg\n")
+    has_labels = layout == "ultralytics" and given in ("labels", "names")
+    source = root / {"data.yaml": "data.yaml"}.get(given, "labels" if has_labels else "")
+    more = ["--names", root / "data.yaml"] if given == "names" else []
+    out = tmp_path / "out"
+    assert convert(source, "--images", root, "--out", out, *more) == 0
+    left_out = capsys.readouterr().err
+    if not has_labels:
+        assert "README.roboflow.txt: a text file that labels no image" in left_out
+    names, masks = masks_of(out)
+    assert names == ["background", "road", "car"]
+    whole = drawn((ROAD, 1), (CAR, 2))
+    for split, numbers in {"train": range(5), "val": range(5, COUNT)}.items():
+        stems = sorted(path.stem for path in (out / "photos" / split).rglob("*.jpg"))
+        assert stems == [str(number) for number in numbers]
+    assert len(masks) == COUNT
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(mask, np.zeros(SIZE) if name.endswith("/0") else whole)
+
+
+def labelme(folder: Path, shapes: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    for number in range(COUNT):
+        found = {"imagePath": f"{number}.jpg", "imageHeight": SIZE[0], "imageWidth": SIZE[1]}
+        (folder / f"{number}.json").write_text(json.dumps({**found, "shapes": shapes}))
+    return folder
+
+
+def shape(label: str, kind: str, points: Any) -> dict[str, Any]:
+    return {"label": label, "shape_type": kind, "points": np.asarray(points).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "names", "mask"),
+    [
+        pytest.param(
+            [
+                shape("road", "polygon", square(*ROAD)),
+                shape("_background_", "polygon", square(*CAR)),
+                shape("__ignore__", "polygon", square(*EDGE)),
+            ],
+            ["background", "road"],
+            drawn((ROAD, 1), (CAR, 0), (EDGE, 255)),
+            id="reserved names",
+        ),
+        pytest.param(
+            [
+                shape("road", "rectangle", square(*ROAD)),
+                shape("car", "rotation", square(*CAR)),
+                shape("car", "linestrip", [[0, 0], [3, 3]]),
+            ],
+            ["background", "car", "road"],
+            drawn((ROAD, 2), (CAR, 1)),
+            id="four corners, a rotated box and a line",
+        ),
+        pytest.param(
+            [
+                shape("road", "rectangle", [square(*ROAD)[2], square(*ROAD)[0]]),
+                shape("car", "polygon", [[1, 1], [2, 2]]),
+            ],
+            ["background", "road"],
+            drawn((ROAD, 1)),
+            id="a box from its lower corner, and an outline of two points",
+        ),
+    ],
+)
+def test_shapes_of_labelme(
+    photos: Path, tmp_path: Path, shapes: list[dict[str, Any]], names: list[str], mask: np.ndarray
+) -> None:
+    source = labelme(tmp_path / "labelled", shapes)
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    found, masks = masks_of(tmp_path / "out")
+    assert found == names
+    for one in masks.values():
+        np.testing.assert_array_equal(one, np.where(mask == 255, -1, mask.astype(int)))
+
+
+def test_an_unknown_shape_of_labelme_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    source = labelme(tmp_path / "labelled", [shape("road", "star", square(*ROAD))])
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
+    assert "a shape of the unknown type star" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "left_out"),
+    [
+        pytest.param({"segmentation": [[1, 1]]}, ["road", "car"], ["annotation 7"], id="a point"),
+        pytest.param({"segmentation": [1, 1, 9, 1, 9, 9]}, ["road", "car"], [], id="a flat list"),
+        pytest.param(
+            {"segmentation": [[1, 1, 9, 1, 9]]}, ["road", "car"], ["annotation 7"], id="odd"
+        ),
+        pytest.param(
+            {"segmentation": [[1, 1, 9, 1, 9, 1e9]]}, ["road", "car"], ["annotation 7"], id="far"
+        ),
+        pytest.param({"root": True}, ["road", "car"], [], id="the root of the categories"),
+        pytest.param({"windows": True}, ["road", "car"], [], id="separators of Windows"),
+        pytest.param({"category_id": 9}, "annotation 7: category 9 is not", [], id="a category"),
+        pytest.param({"image_id": 99}, "annotation 7: image 99 is not", [], id="an image"),
+    ],
+)
+def test_files_of_coco(
+    photos: Path, tmp_path: Path, capsys: Any, change: dict[str, Any], names: Any, left_out: Any
+) -> None:
+    separator = "\\" if change.pop("windows", False) else "/"
+    images = [
+        {"id": n, "file_name": f"images{separator}{n}.jpg", "height": SIZE[0], "width": SIZE[1]}
+        for n in range(COUNT)
+    ]
+    categories = [
+        {"id": 1, "name": "road", "supercategory": "all"},
+        {"id": 2, "name": "car", "supercategory": "all"},
+    ]
+    if change.pop("root", False):
+        categories.insert(0, {"id": 0, "name": "all", "supercategory": "none"})
+    squares = [(ROAD, 1), (CAR, 2)]
+    annotations = [
+        {"id": 10 * n + k, "image_id": n, "category_id": k, "segmentation": [corners_of(box)]}
+        for n in range(COUNT)
+        for box, k in squares
+    ]
+    more = {"id": 7, "image_id": 0, "category_id": 1, "segmentation": [corners_of((40, 40, 4))]}
+    annotations.append({**more, **change})
+    source = tmp_path / "coco.json"
+    source.write_text(
+        json.dumps({"images": images, "categories": categories, "annotations": annotations})
+    )
+    status = convert(source, "--images", photos, "--out", tmp_path / "out")
+    errors = capsys.readouterr().err
+    if isinstance(names, str):
+        assert status == 1
+        assert names in errors
+        return
+    assert status == 0
+    found, masks = masks_of(tmp_path / "out")
+    assert found == ["background", *names]
+    for name in left_out:
+        assert f"{name}: no outline of three points or more" in errors
+    for name, mask in masks.items():
+        if not name.endswith("/0"):
+            np.testing.assert_array_equal(mask, drawn((ROAD, 1), (CAR, 2)))
+
+
+def corners_of(box: tuple[int, int, int]) -> list[float]:
+    return [float(value) for value in square(*box).ravel()]
+
+
+CVAT_LABELS = "".join(
+    f"<label><name>{name}</name><type>{kind}</type></label>"
+    for name, kind in {
+        "road": "polygon",
+        "rainy": "tag",
+        "knee": "points",
+        "leg": "skeleton",
+    }.items()
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        pytest.param('<tag label="rainy"/>', ["background", "road"], id="a tag"),
+        pytest.param('<points label="knee" points="1,1"/>', ["background", "road"], id="points"),
+        pytest.param('<skeleton label="leg"/>', ["background", "road"], id="a skeleton"),
+        pytest.param(
+            '<polygon label="" points="1,1;2,1;2,2"/>',
+            "3.jpg: a polygon has no label",
+            id="no name",
+        ),
+        pytest.param(None, "tracks of a video; export the task as CVAT for images", id="a video"),
+    ],
+)
+def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any) -> None:
+    points = ";".join(f"{x},{y}" for x, y in square(*ROAD))
+    road = f'<polygon label="road" points="{points}" z_order="0"/>'
+    images = "".join(
+        f'<image id="{n}" name="{n}.jpg" width="{SIZE[1]}" height="{SIZE[0]}">{road}'
+        f"{body if n == 3 else ''}</image>"
+        for n in range(COUNT)
+    )
+    if body is None:
+        images = f'<track id="0" label="road">{road}</track>'
+    source = tmp_path / "cvat.xml"
+    source.write_text(f"<annotations><meta>{CVAT_LABELS}</meta>{images}</annotations>")
+    status = convert(source, "--images", photos, "--out", tmp_path / "out")
+    if isinstance(outcome, str):
+        assert status == 1
+        assert outcome in capsys.readouterr().err
+        return
+    assert status == 0
+    names, masks = masks_of(tmp_path / "out")
+    assert names == outcome
+    for mask in masks.values():
+        np.testing.assert_array_equal(mask, drawn((ROAD, 1)))
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "more", "classes", "note"),
+    [
+        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class, 14.", id="binary"),
+        pytest.param([0, 127, 255], None, [], [0, 127, 255], "--ignore 255 ignores it", id="three"),
+        pytest.param(
+            [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored, ", id="asked for"
+        ),
+        pytest.param(
+            [0, 1, 9], {0: "a", 1: "b", 9: "void"}, [], [0, 1], "value 9 is ignored, ", id="by name"
+        ),
+    ],
+)
+def test_what_hugging_faces_masks_ignore(
+    photos: Path,
+    tmp_path: Path,
+    capsys: Any,
+    values: list[int],
+    names: dict[int, str] | None,
+    more: list[str],
+    classes: list[int],
+    note: str,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    mask = np.select([drawn((ROAD, 1), (CAR, 2)) == k for k in range(len(values))], values)
+    mask[:, 40:] = values[-1] if len(values) == 2 else values[0]
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [Image.open(photos / f"{n}.jpg") for n in range(COUNT)],
+            "label": [Image.fromarray(mask.astype(np.uint8))] * COUNT,
+        },
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Image()}),
+    )
+    rows.save_to_disk(str(tmp_path / "saved"))
+    if names:
+        (tmp_path / "saved/id2label.json").write_text(json.dumps(names))
+    assert convert(f"hf://{tmp_path}/saved", "--out", tmp_path / "out", *more) == 0
+    assert note.partition(" 14.")[0] in capsys.readouterr().err
+    _, masks = masks_of(tmp_path / "out")
+    expected_index = np.full(mask.shape, -1)
+    for index, value in enumerate(classes):
+        expected_index[mask == value] = index
+    for found in masks.values():
+        np.testing.assert_array_equal(found, expected_index)
+
+
+def test_an_image_that_may_be_either_of_two_is_refused(
+    photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for folder in ("a", "b"):
+        shutil.copytree(photos, tmp_path / "images" / folder)
+    source = write_coco(tmp_path / "coco.json")
+    assert convert(source, "--images", tmp_path / "images", "--out", tmp_path / "out") == 1
+    assert "names 0.jpg, which may be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [2**24, 2**25, 2**40, -1])
+def test_a_panoptic_id_beyond_three_bytes_is_refused(
+    photos: Path, tmp_path: Path, capsys: Any, number: int
+) -> None:
+    source = write_panoptic(tmp_path / "panoptic.json")
+    found = json.loads(source.read_text())
+    found["annotations"][0]["segments_info"][0]["id"] = number
+    source.write_text(json.dumps(found))
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
+    assert f"segment id {number} does not fit the three bytes" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import random
+import struct
+import zlib
 from collections.abc import Iterator
 
 import cv2
@@ -24,7 +26,14 @@ from dataset.colors import (
     distort_colors,
     uniform_per_sample,
 )
-from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo, read_photo
+from dataset.decoding import (
+    REDUCTIONS,
+    decode_colors,
+    decode_image,
+    decode_mask,
+    decode_photo,
+    read_photo,
+)
 from dataset.labels import IGNORED, PADDING, Labels
 from transforms import (
     PADDING_COLOR,
@@ -747,3 +756,67 @@ def test_how_often_a_crop_is_drawn(
     rng = Counting()
     crop.apply(lambda _: np.zeros((64, 64, 3), np.uint8), mask, rng)  # pyright: ignore
     assert rng.drawn == 1 + 2 * draws + 1  # the scale, two sides for each crop, and the flip
+
+
+def wide(kind: str, labels: np.ndarray) -> bytes:
+    """Encode labels as 16 bits in several channels."""
+    three = np.stack([labels] * 3, -1).astype(np.uint16)
+    if kind == "TIFF, RGB":
+        return cv2.imencode(".tif", three)[1].tobytes()
+    if kind == "PNG, RGB":
+        return cv2.imencode(".png", three)[1].tobytes()
+    if kind == "PNG, RGBA":
+        alpha = np.full((*labels.shape, 1), 65535, np.uint16)
+        return cv2.imencode(".png", np.concatenate([three, alpha], -1))[1].tobytes()
+    return grey_with_alpha(labels)
+
+
+def grey_with_alpha(labels: np.ndarray) -> bytes:
+    """Encode a PNG of 16-bit grey and alpha, which neither Pillow nor OpenCV writes."""
+    height, width = labels.shape
+    pixels = np.stack([labels, np.full_like(labels, 65535)], -1).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize("kind", ["PNG, RGB", "PNG, RGBA", "PNG, grey and alpha", "TIFF, RGB"])
+def test_masks_of_several_channels_in_16_bits_keep_their_labels(kind: str) -> None:
+    labels = np.arange(48).reshape(6, 8) % 12
+    assert (decode_mask(wide(kind, labels)) == labels).all()
+    assert (decode_mask(wide(kind, labels + 300), 1000) == labels + 300).all()
+    with pytest.raises(ValueError, match="16 bits, where 8 are expected"):
+        decode_colors(wide(kind, labels))
+
+
+def test_colours_of_16_bits_are_no_labels() -> None:
+    pixels = np.zeros((6, 8, 3), np.uint16)
+    pixels[2:, :, 1] = 7
+    with pytest.raises(ValueError, match="a colour picture"):
+        decode_mask(cv2.imencode(".png", pixels)[1].tobytes())
+
+
+@pytest.mark.parametrize("bands", [3, 4])
+def test_a_bigtiff_of_four_bands_is_refused(bands: int) -> None:
+    pixels = np.arange(6 * 8 * bands, dtype=np.uint8).reshape(6, 8, bands)
+    tags = [(256, 8), (257, 6), (259, 1), (262, 2), (277, bands), (278, 6), (279, pixels.size)]
+    start = 16 + 8 + 20 * (len(tags) + 2) + 8
+    entries = [(number, 3, 1, value) for number, value in tags]
+    entries += [(258, 3, bands, None), (273, 3, 1, start)]
+    body = struct.pack("<Q", len(entries))
+    for number, kind, count, value in sorted(entries):
+        field = struct.pack(f"<{count}H", *([8] * count if value is None else [value]))
+        body += struct.pack("<HHQ", number, kind, count) + field.ljust(8, b"\0")
+    header = b"II" + struct.pack("<HHHQ", 43, 8, 0, 16)
+    data = header + body + struct.pack("<Q", 0) + pixels.tobytes()
+    if bands == 4:
+        with pytest.raises(ValueError, match="4 channels, where grey or RGB is read"):
+            decode_image(data)
+    else:
+        assert (decode_image(data) == pixels).all()
