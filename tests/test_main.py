@@ -351,7 +351,7 @@ def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> 
         with pytest.raises(ConfigError, match=rf"loggers\.{name}: "):
             main(tiny)
     tiny["loggers"] = {"file": {"filename": __file__ + "/logs/log.txt"}}
-    with pytest.raises(ConfigError, match=r"loggers.file.filename: .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"loggers.file: .*Not a directory.*; check filename"):
         main(tiny)
 
 
