@@ -44,7 +44,7 @@ from dataset.decoding import decode_mask
 from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
-from dataset.workers import in_processes
+from dataset.workers import available_cores, in_processes
 from errors import DataError, UserError, escape_names, one_line, whole
 from files import explain_output, output_folder, write_file
 
@@ -290,11 +290,18 @@ def _names(name: str, file: str | None) -> dict[int, str]:
     path = Path(file or Path(name, "id2label.json"))
     if not path.is_file() and not Path(name).exists():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception:  # it has none, and numbers have to do
-            return {}
+        except Exception as error:  # the hub's client passes on those of the network
+            is_missing = isinstance(error, EntryNotFoundError)
+            if is_missing and not isinstance(error, LocalEntryNotFoundError):
+                return {}  # it has none, and numbers have to do
+            raise DataError(
+                f"{name}: cannot fetch id2label.json, the names of its classes "
+                f"({one_line(error)[:160]}); try again, or give --names"
+            ) from error
     if not file and not path.is_file():
         return {}
     with reading(path):
@@ -369,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
     add("--names", help="names of the classes, a line each, where the source has none")
     add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     add("--workers", type=whole(1, 1024), default=cores, help="default: one a core")
     options = parser.parse_args(arguments)
     options.val_source = None

@@ -201,7 +201,10 @@ def _read(options: argparse.Namespace) -> Source:
     classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
     network = build_network(weights, options.model, options.network)
     config = weights.config
-    photos = [read_photo(photo) for photo in options.photo]
+    try:
+        photos = [read_photo(photo) for photo in options.photo]
+    except ValueError as error:
+        raise UserError(f"--photo {' '.join(options.photo)}: {error}") from error
     name = str((config or {}).get("run_name") or _stem(options.model))
     return Source(name, weights, network, classes, config, photos[0], options.size)
 

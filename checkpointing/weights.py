@@ -149,10 +149,8 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         content = _load_pickle(path, inert=True)
         try:
             found = _from_checkpoint(content, weights)
-        except WeightsError as error:
-            raise WeightsError(f"{path}: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path}: not as Composer writes it: {one_line(error)}") from error
+            raise WeightsError(f"{path}: its weights cannot be read: {one_line(error)}") from error
     if not found.state:
         raise WeightsError(
             f"{path}: no weights in this file: neither itself nor anything directly in it maps "
@@ -233,7 +231,7 @@ def _foreign_state(content: Mapping[Any, Any], which: str) -> tuple[dict[str, Te
         return (averages[0], "ema") if averages else ({}, "training")
     if len(largest) > 1:
         listed = " and ".join(largest)
-        raise WeightsError(f"holds several networks, {listed}; save the one that you mean alone")
+        raise WeightsError(f"it holds several networks, {listed}; save the one that you mean alone")
     state = training[largest[0]]
     for part in averages if which == "ema" else []:
         averaged = {name: tensor for name, tensor in part.items() if name in state}

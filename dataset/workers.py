@@ -20,6 +20,13 @@ from errors import DataError
 Tag = TypeVar("Tag", bound=Hashable)
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use, which a container may limit."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such limit
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def use_one_core(worker: int) -> None:
     """In a loader process: leave the other cores to the other processes."""
     cv2.setNumThreads(0)

@@ -508,3 +508,24 @@ def test_a_full_disk_leaves_no_data_set(
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/out/masks/train/") and "File too large" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]
+
+
+def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    errors: list[Exception] = [
+        EntryNotFoundError.__new__(EntryNotFoundError),
+        LocalEntryNotFoundError("the hub cannot be reached"),
+        OSError(101, "Network is unreachable"),
+        RuntimeError("503 Service Unavailable"),
+    ]
+
+    def download(*arguments: Any, **options: Any) -> str:
+        raise errors[0]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert convert_dataset._names("owner/name", None) == {}
+    while errors := errors[1:]:
+        with pytest.raises(DataError, match=r"owner/name: cannot fetch id2label.json.*--names"):
+            convert_dataset._names("owner/name", None)
