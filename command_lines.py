@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, MutableMapping
-from pathlib import Path
 
+from dataset.workers import available_cores
 from errors import escape_names, whole
 
 EXPORT_SUFFIXES = {
@@ -24,7 +23,6 @@ EXPORT_SUFFIXES = {
 }
 EXPORT_SUFFIXES |= {"web": "-web", "hub": "-hub"}
 CAMERA = re.compile(r"/dev/video\d+|[a-z]+://.+", re.DOTALL)
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's microseconds of CPU time per period
 
 
 def start(parse: Callable[[list[str]], object] | None = None) -> None:
@@ -56,19 +54,6 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
     processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if processes > 1 or cores < (os.cpu_count() or 1):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-
-
-def available_cores(quota: Path = QUOTA) -> int:
-    """Return the number of cores that this process may use; a container's share is rounded up."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    try:
-        limit, period = quota.read_text().split()
-        return min(cores, math.ceil(int(limit) / int(period)))
-    except (OSError, ValueError):  # no such file, or "max" for no limit
-        return cores
 
 
 def parse_evaluate(arguments: list[str]) -> argparse.Namespace:

@@ -49,7 +49,7 @@ from dataset.folders import FOLDERS, Sample, find_root, list_samples
 from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
-from dataset.workers import in_processes
+from dataset.workers import available_cores, in_processes
 from errors import DataError, UserError, one_line
 from files import check_outputs, explain_output, write_file
 
@@ -384,7 +384,7 @@ def convert(
         options = (compression, sorted(hashes), bytes_to_int(size_limit))
     except ValueError:
         raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available_cores()
     described = path
     path, description = open_description(path, root)
     splits = find_splits(path, description)

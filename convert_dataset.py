@@ -387,11 +387,18 @@ def _names(name: str, file: str | None) -> dict[int, str]:
     path = Path(file or Path(name, "id2label.json"))
     if not path.is_file() and not Path(name).exists():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception:  # it has none, and numbers have to do
-            return {}
+        except Exception as error:  # the hub's client passes on those of the network
+            is_missing = isinstance(error, EntryNotFoundError)
+            if is_missing and not isinstance(error, LocalEntryNotFoundError):
+                return {}  # it has none, and numbers have to do
+            raise DataError(
+                f"{name}: cannot fetch id2label.json, the names of its classes "
+                f"({one_line(error)[:160]}); try again, or give --names"
+            ) from error
     if not file and not path.is_file():
         return {}
     with reading(path):

@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -40,7 +39,7 @@ from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
-from dataset.workers import use_one_core
+from dataset.workers import available_cores, use_one_core
 from errors import DataError
 from training.balance import repeat_factors
 from training.config import class_infos
@@ -308,7 +307,7 @@ def build_ade20k_dataspec(
         final_size: Side of what comes out, pixels.
         ignore_background: See `dataset.labels.Labels`, as for `num_classes` and `ignore_label`.
         seed: Seed of order and augmentation.
-        num_classes: Number of classes, 1 to 253.
+        num_classes: Number of classes, 2 to 253.
         ignore_label: A further label to ignore.
         color_distortion: Whether training distorts colours.
         shuffle_seed: Seed of the order alone; None: `seed`.
@@ -448,8 +447,7 @@ def build_dataset(
 
 def _default_workers() -> int:
     """Return how many loader processes this rank has cores for, eight at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, (cores or 1) // dist.get_local_world_size()))
+    return min(8, max(1, available_cores() // dist.get_local_world_size()))
 
 
 def count_training(config: Config) -> Counts:

@@ -41,6 +41,7 @@ from dataset.checks import shard_classes
 from dataset.description import parse_description, read_description
 from dataset.labels import Labels
 from dataset.shards import DESCRIPTION
+from dataset.workers import available_cores
 from errors import ConfigError, UserError, exit_status
 from files import check_outputs, check_writable, write_file
 from predict import Segmenter, segmenter_from
@@ -56,6 +57,7 @@ from segmentation.metrics import (
     table_as_csv,
 )
 from training.config import class_infos, load, resolve
+from training.processes import full_shared_memory
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -177,7 +179,7 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
         arguments["ignore_background"] = options.ignore_background
     if described is None:
         compare_background(arguments, recorded)
-    cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
+    cores = available_cores() // dist.get_local_world_size()
     arguments.update(
         split="val",
         shuffle=False,
@@ -191,7 +193,7 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
 
 def resolve_file(path: str) -> Config:
     """Read the config of a run, for its validation set."""
-    return resolve(load(path, []))
+    return resolve(load(path, []), with_data=False)
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
@@ -349,7 +351,10 @@ def main(arguments: list[str]) -> int:
     options = parse_evaluate(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
+        allows_tf32 = torch.backends.cuda.matmul.allow_tf32
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
+        # Composer's get_device allows TF32, which one process alone does not use.
+        torch.backends.cuda.matmul.allow_tf32 = allows_tf32
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
@@ -369,8 +374,14 @@ def main(arguments: list[str]) -> int:
                 write_file(options.json, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except (UserError, OSError) as error:
         if dist.get_local_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {full_shared_memory(error) or error}", file=sys.stderr)
         return exit_status(error)
+    except RuntimeError as error:
+        full = full_shared_memory(error)
+        if full is None:
+            raise
+        print(f"error: {full}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -66,7 +66,7 @@ from errors import (
     one_line,
 )
 from files import check_outputs, output_file, output_folder, write_file
-from model import DeepLabV3, build_network
+from model import DeepLabV3, build_network, complete
 from predict import Segmenter
 from segmentation.card import (
     CARD,
@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> int:
             write = _write_weights if options.to == "safetensors" else _write_deployed
             write(source, options.to, path)
             _print_size(source, path)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
     except RunError as error:
@@ -199,13 +199,14 @@ def _stem(model: str) -> str:
 def _read(options: argparse.Namespace) -> Source:
     """Read what the command line names."""
     weights = load_weights(options.model, options.weights)
+    weights = complete(weights, options.model, options.network)
     classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
     network = build_network(weights, options.model, options.network)
     config = weights.config
-    if config is None and isinstance(network, Network):  # which the user named
-        model = {"name": network.name, "arguments": network.arguments}
-        config = {"model": model | {"num_classes": weights.num_classes}}
-    photos = [read_photo(photo) for photo in options.photo]
+    try:
+        photos = [read_photo(photo) for photo in options.photo]
+    except ValueError as error:
+        raise UserError(f"--photo {' '.join(options.photo)}: {error}") from error
     name = str((config or {}).get("run_name") or _stem(options.model))
     return Source(name, weights, network, classes, config, photos[0], options.size)
 
@@ -339,14 +340,13 @@ def _write_card(
         picture = picture or segmenter.overlay(source.photo)
     assert picture is not None
     network = source.network
-    backbone = (
-        infer_architecture(source.weights.state)["backbone_arch"]
-        if isinstance(network, DeepLabV3)
-        else ""
-    )
+    name = network.name
+    if isinstance(network, DeepLabV3):
+        built = infer_architecture(source.weights.state)
+        name = f"DeepLabV3{'+' if built['use_plus'] else ''} on {built['backbone_arch']}"
     card = Card(
         title=(options.repo or source.name).rpartition("/")[2],
-        network=f"DeepLabV3+ on {backbone}" if backbone else network.name,
+        network=name,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         which=source.weights.which,
         classes=[c.name for c in source.classes],

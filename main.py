@@ -74,7 +74,10 @@ def main(
     from checkpointing.lock import release_locks
 
     # The caller's config stays as it is, and later changes to it do not change the run.
-    config = copy.deepcopy(config) if isinstance(config, Config) else resolve(config)
+    if isinstance(config, Config):
+        config = copy.deepcopy(config)
+    else:
+        config = resolve(config, with_data=data is None)
     check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
@@ -193,6 +196,11 @@ def build_trainer(
         if not config.is_train:
             compared = {k: v for k, v in compared.items() if k.startswith("model.")}
         start.check_config(compared, flatten(Config()), class_infos(config))
+    # A run of the same name goes on in its runs of W&B and MLflow.
+    server_runs = {}
+    if start and state_path and start.weights.run_name == config.run_name:
+        server_runs = start.weights.server_runs
+    destinations = build_loggers(config, server_runs)
     if saver:
         resumed = start if state_path else None
         saver.claim(resumed and resumed.where, resumed and resumed.weights.run_name)
@@ -245,8 +253,12 @@ def build_trainer(
             optimizers=optimizer,
             schedulers=scheduler if config.is_train else None,  # needs the length of an epoch
             algorithms=algorithms,
-            callbacks=[*callbacks, *build_callbacks(config, saver), *([saver] if saver else [])],
-            loggers=[*build_loggers(config), *loggers],
+            callbacks=[
+                *callbacks,
+                *build_callbacks(config, saver, destinations),
+                *([saver] if saver else []),
+            ],
+            loggers=[*destinations, *loggers],
             progress_bar="progress_bar" in config.loggers,
             log_to_console="console" in config.loggers,
             console_stream=shown.get("stream", "stderr"),
@@ -439,16 +451,16 @@ def _run(
             print(stop)
         return TRY_AGAIN
     except StoreError as error:
-        return _refuse(error, TRY_AGAIN)
+        return _refuse(error, TRY_AGAIN, watch)
     except UserError as error:
-        return _refuse(error)
-    except OSError as error:  # of a logger's file, a full disk
-        return _refuse(one_line(error), 1)
-    except RuntimeError as error:
+        return _refuse(error, 2, watch)
+    except (RuntimeError, OSError) as error:
         known = explain(error, watch)
+        if known is None and isinstance(error, OSError):  # a full disk, for example
+            return _refuse(one_line(error), 1, watch)
         if known is None:
             raise
-        return _refuse(known, known.status if isinstance(known, Lost) else 1)
+        return _refuse(known, known.status if isinstance(known, Lost) else 1, watch)
     text = summary(trainer)
     trainer.close()  # and with it the progress bar
     if dist.get_global_rank() == 0:
@@ -472,10 +484,13 @@ def build_network(config: Config) -> torch.nn.Module:
     return network.to(memory_format=network.memory_format)  # pyright: ignore
 
 
-def _refuse(error: Exception | str, status: int = 2) -> int:
-    """Say what was wrong, once a node if all processes found it together; return the status."""
-    together = isinstance(error, ConfigError)
-    if not together or os.environ.get("LOCAL_RANK", "0") == "0":
+def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
+    """Print an error, and return the status. An error that all processes find is printed once."""
+    if watch:
+        is_first = watch.is_first_to_say(str(error))
+    else:  # before the processes have found each other
+        is_first = not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first:
         print(f"error: {error}", file=sys.stderr)
     return status
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,10 +24,13 @@ from checkpointing.weights import Weights, infer_architecture
 from errors import ModelError, WeightsError
 from segmentation.batch_norm import count_batches, share_in_node, stop_counting
 from segmentation.deeplab import DeepLabV3, deeplabv3, weight_init
+from segmentation.libraries import foreign_arguments
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 from segmentation.network import Network, current_names, inner, main_logits
 from segmentation.networks import named_network
+
+PROBED = 251  # a number of classes that no other layer has channels
 
 __all__ = [
     "ComposerDeepLabV3",
@@ -34,6 +38,7 @@ __all__ = [
     "build_composer_deeplabv3",
     "build_composer_model",
     "build_network",
+    "complete",
     "deeplabv3",
     "weight_init",
 ]
@@ -212,6 +217,52 @@ def build_composer_model(
     return ComposerDeepLabV3(network, num_classes, **loss)
 
 
+def complete(weights: Weights, where: str, network: str | None) -> Weights:
+    """Return another project's weights with the network and the number of classes that they are of.
+
+    The network is built with a number of classes that no layer has otherwise. The tensors of that
+    many rows are those with a row a class, and the file's tell how many classes there are.
+
+    Args:
+        weights: What `load_weights` gave. With a config, or without `network`, they are complete.
+        where: What to call them in an error.
+        network: What the user says that it is.
+
+    Raises:
+        WeightsError: They are not of this network, or its layers differ in their number of classes.
+        ModelError: The network cannot be built.
+    """
+    if weights.config is not None or network in (None, "deeplabv3"):
+        return weights
+    arguments, name = foreign_arguments(network, weights.beside, weights.state, where)
+    built = named_network(name, PROBED, arguments)
+    own, state = inner(built).state_dict(), _named_as(weights.state, inner(built))
+    counts = {
+        len(state[key])
+        for key, tensor in own.items()
+        if tensor.ndim and len(tensor) == PROBED and key in state and state[key].ndim
+        if state[key].shape[1:] == tensor.shape[1:]
+    }
+    if len(counts) != 1:
+        found = (
+            f"has layers of {sorted(counts)} classes" if counts else "has no layer of its classes"
+        )
+        raise WeightsError(f"{where}: {found}, as {network} would; --network names another")
+    model = {"name": network, "arguments": built.arguments, "num_classes": counts.pop()}
+    return replace(weights, config={"model": model})
+
+
+def _named_as(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return tensors without the beginning that all their names share and the network's do not."""
+    own, state = network.state_dict(), dict(state)
+    while state and not own.keys() & state.keys():
+        first = {name.partition(".")[0] for name in state}
+        if len(first) > 1 or not all("." in name for name in state):
+            break
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    return state
+
+
 def build_network(
     weights: Weights, where: str = "these weights", network: str | None = None
 ) -> DeepLabV3 | Network:
@@ -226,6 +277,7 @@ def build_network(
         WeightsError: They do not fit.
         ModelError: They name a network that cannot be built, or may not.
     """
+    weights = complete(weights, where, network)
     name, arguments = weights.network
     built: DeepLabV3 | Network
     if network not in (None, name) and weights.config is not None:
@@ -239,7 +291,7 @@ def build_network(
             network or name, weights.num_classes, arguments, None, is_said, network
         )
     try:
-        inner(built).load_state_dict(current_names(built, weights.state))
+        inner(built).load_state_dict(_named_as(current_names(built, weights.state), inner(built)))
     except RuntimeError as error:
         problem = " ".join(str(error).split("\n\t")[1].split())
         raise WeightsError(f"{where}: {problem}") from error

@@ -136,9 +136,9 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
-            from model import build_network  # seconds that an ONNX file does not need
+            from model import build_network, complete  # seconds that an ONNX file does not need
 
-            found = load_weights(path, weights)
+            found = complete(load_weights(path, weights), str(path), network)
             built = build_network(found, str(path), network)
             self.network = _torch_network(built, self.device, amp)
             num_classes = found.num_classes

@@ -63,7 +63,7 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
 
     Args:
         path: The file, or a pointer in a file system without links, or a run's folder: its best
-            checkpoint if it has one, and its newest otherwise.
+            checkpoint if it has one, and its newest otherwise. Or a folder of `save_pretrained`.
 
     Raises:
         WeightsError: The folder holds none.
@@ -74,7 +74,8 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
         return os.path.join(folder, pointed) if pointed else os.fspath(path)
     folder = LocalFolder(os.fspath(path))
     newest = folder.names()[:1]
-    for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest):
+    saved = ("model.safetensors", "pytorch_model.bin")  # by save_pretrained, and `--to hub`
+    for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):
             return found
     raise WeightsError(f"{path}: a folder without checkpoints; name a file, or a run's save_folder")

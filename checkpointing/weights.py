@@ -18,7 +18,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,17 @@ SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # The same for a network that is not DeepLabV3, and what `segmentation.network.Network` adds.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
+# What other projects call the part of a file that holds averaged weights.
+AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
+# Classes of options and paths that training scripts save beside the weights.
+OPTIONS = (
+    "argparse.Namespace",
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath")
+    ),
+)
 # (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
 # the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
 DEPTHS: dict[tuple[int, ...], str] = {
@@ -65,6 +76,8 @@ class Weights:
         config: The configuration of the run that made them, where the file holds it.
         classes: Its class names and colours, where the file holds them.
         run_name: The name of the run, where the file is a checkpoint of Composer's.
+        server_runs: IDs of the runs that its loggers wrote to on a server, by the loggers' names.
+        beside: The `config.json` beside the file, if another library wrote it, otherwise empty.
     """
 
     state: dict[str, Tensor]
@@ -72,6 +85,8 @@ class Weights:
     config: Mapping[str, Any] | None = None
     classes: list[ClassInfo] | None = None
     run_name: str | None = None
+    server_runs: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def eval_size(self) -> int | None:
@@ -95,7 +110,9 @@ class Weights:
             return self.state[f"{SCORES}weight"].shape[0]
         count = ((self.config or {}).get("model") or {}).get("num_classes")
         if count is None and self.classes is None:
-            raise WeightsError("the file of weights does not say how many classes there are")
+            raise WeightsError(
+                "the file of weights does not say what network it is of; --network names it"
+            )
         return count or len(self.classes or ())
 
 
@@ -133,10 +150,29 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         try:
             found = _from_checkpoint(content, weights)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path}: not as Composer writes it: {one_line(error)}") from error
+            raise WeightsError(f"{path}: its weights cannot be read: {one_line(error)}") from error
     if not found.state:
-        raise WeightsError(f"{path}: no weights in this file")
-    return found
+        raise WeightsError(
+            f"{path}: no weights in this file: neither itself nor anything directly in it maps "
+            "names to tensors"
+        )
+    return found if found.config is not None else _with_config_beside(found, path)
+
+
+def _with_config_beside(weights: Weights, path: Path) -> Weights:
+    """Add what `save_pretrained` of transformers or smp left beside a file of weights."""
+    try:
+        beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or of something else
+        return weights
+    if not isinstance(beside, Mapping):
+        return weights
+    labels = beside.get("id2label")
+    names = [str(name) for name in labels.values()] if isinstance(labels, Mapping) else []
+    classes = weights.classes
+    if classes is None and names and not names[0].startswith("LABEL_"):
+        classes = load_classes(names, len(names))
+    return replace(weights, beside=beside, classes=classes)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -150,10 +186,9 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     if not isinstance(content, Mapping):
         return Weights({})
     trainer = content.get("state", content)
-    if not isinstance(trainer, Mapping) or "model" not in trainer:
-        return Weights(_strip_prefixes(content.get("state_dict", content)), classes=_mmseg(content))
-    if isinstance(trainer["model"], Tensor):  # a state dict, of a parameter of that name
-        return Weights(_strip_prefixes(trainer))
+    is_composers = isinstance(trainer, Mapping) and isinstance(trainer.get("model"), Mapping)
+    if not is_composers or (trainer is content and "algorithms" not in trainer):
+        return Weights(*_foreign_state(content, which), classes=_mmseg(content))
     state, found = _strip_prefixes(trainer["model"]), "training"
     algorithms = trainer.get("algorithms", ())
     if isinstance(algorithms, Mapping):  # as Composer wrote them before it kept their order
@@ -172,7 +207,37 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     classes = classes_from_json(run["classes"]) if "classes" in run else None
     config = _config_from_json(run["config"]) if "config" in run else None
     name = trainer.get("run_name")
-    return Weights(state, found, config, classes, name if isinstance(name, str) else None)
+    run_name = name if isinstance(name, str) else None
+    server_runs = {str(key): str(value) for key, value in run.get("server_runs", {}).items()}
+    return Weights(state, found, config, classes, run_name, server_runs)
+
+
+def _foreign_state(content: Mapping[Any, Any], which: str) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in another project's file: the most tensors by name, at its top or below.
+
+    Where the part that holds an average is named so, it replaces the training weights of the same
+    names, unless those are asked for.
+
+    Raises:
+        WeightsError: Several parts have as many tensors.
+    """
+    parts = {"": content} | {str(key): part for key, part in content.items()}
+    tensors = {key: _strip_prefixes(part) for key, part in parts.items()}
+    averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
+    training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
+    most = max(map(len, training.values()))
+    largest = [key for key, part in training.items() if len(part) == most]
+    if not most:
+        return (averages[0], "ema") if averages else ({}, "training")
+    if len(largest) > 1:
+        listed = " and ".join(largest)
+        raise WeightsError(f"it holds several networks, {listed}; save the one that you mean alone")
+    state = training[largest[0]]
+    for part in averages if which == "ema" else []:
+        averaged = {name: tensor for name, tensor in part.items() if name in state}
+        if averaged:
+            return {**state, **averaged}, "ema"
+    return state, "training"
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
@@ -297,7 +362,8 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
     if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
         raise WeightsError(
             f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks and "
-            f"{'a' if scores is not None else 'no'} classifier.conv_seg.weight)"
+            f"{'a' if scores is not None else 'no'} classifier.conv_seg.weight); "
+            "--network names another"
         )
     return {
         "num_classes": scores.shape[0],
@@ -355,13 +421,16 @@ def _composer_types() -> list[Any]:
     that makes an array under different names.
     """
     make_array = np.empty(0).__reduce__()[0]
-    kinds = {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
+    make_scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFDGSUmM"}
     return [
         np.ndarray,
         np.dtype,
         *kinds,
         (make_array, "numpy._core.multiarray._reconstruct"),
         (make_array, "numpy.core.multiarray._reconstruct"),
+        (make_scalar, "numpy._core.multiarray.scalar"),
+        (make_scalar, "numpy.core.multiarray.scalar"),
         datetime.timedelta,
         TorchVersion,
     ]
@@ -372,10 +441,13 @@ def _load_pickle(path: Path, inert: bool) -> Any:
 
     Args:
         path: The file.
-        inert: Let objects of Composer and torchmetrics pass as placeholders. Composer before 0.13,
-            which the reference was made for, pickled its metrics into its checkpoints.
+        inert: Let options, paths, and objects of Composer and torchmetrics pass as placeholders.
+            Composer before 0.13, which the reference was made for, pickled its metrics into its
+            checkpoints.
     """
     allowed = _composer_types()
+    if inert:
+        allowed += [(_Inert, name) for name in OPTIONS]
     try:
         if inert and zipfile.is_zipfile(path):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

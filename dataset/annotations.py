@@ -347,11 +347,10 @@ def _is_yolo(text: str) -> bool:
     """Whether every line of a text is a class and numbers."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     try:
-        for kind, *values in lines:
-            int(kind), [float(value) for value in values]
+        numbers = [[int(kind), *map(float, values)] for kind, *values in lines]
     except ValueError:
         return False
-    return bool(lines)
+    return bool(numbers)
 
 
 def _yolo_names(root: Path) -> Any:

@@ -15,7 +15,7 @@ from dataset.labels import Labels
 from dataset.masks import Masks
 from dataset.matching import list_described
 from dataset.shards import cached_shards, open_shards, read_shard
-from dataset.workers import in_processes
+from dataset.workers import available_cores, in_processes
 from errors import DataError
 
 CHUNK = 64  # masks a process counts between two reports
@@ -74,7 +74,7 @@ def count_classes(
             tasks[first, len(chunk)] = _count_files, chunk, masks.only(chunk)
     found: dict[int, np.ndarray] = {}
     total = sum(size for _, size in tasks)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available_cores()
     with tqdm(total=total, unit=" masks", desc=f"count {split}", disable=None) as bar:
         for (first, size), counts in in_processes(tasks, workers):
             found[first] = counts

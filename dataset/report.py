@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import re
 import signal
 import sys
@@ -48,6 +47,7 @@ from dataset.matching import list_described
 from dataset.sampler import EpochSampler
 from dataset.shards import DESCRIPTION, fetch_beside
 from dataset.suggest import draw, suggest
+from dataset.workers import available_cores
 from errors import DataError, UserError
 from files import check_outputs, check_writable, output_file, write_file, write_image
 from segmentation.classes import ClassInfo, name_classes, rename_classes
@@ -279,7 +279,7 @@ def validate(
         labels = description.labels
     described = None if description is None else description.classes
     classes = rename_classes(class_names, labels.num_classes, described, "the description")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available_cores()
     is_streaming = "://" in path or local is not None or bool(list(Path(path).glob("*/index.json")))
     if "://" in path and local is None:
         raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
@@ -348,7 +348,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
         if written.exists():
             raise DataError(f"{written} exists: name another file as second argument")
         check_writable(written)
-    text = suggest(folder, workers or len(os.sched_getaffinity(0)))
+    text = suggest(folder, workers or available_cores())
     # The description appears last, so that the same command can be given again after a full disk.
     with output_file(path) as unfinished:
         write_file(unfinished, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -10,18 +11,34 @@ import tempfile
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
-
-import cv2
-import torch
 
 from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's microseconds of CPU time per period
+
+
+def available_cores(quota: Path = QUOTA) -> int:
+    """Return the number of cores that this process may use; a container's share is rounded up."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such limit
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        limit, period = quota.read_text().split()
+        return min(cores, math.ceil(int(limit) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max" for no limit
+        return cores
 
 
 def use_one_core(worker: int) -> None:
     """In a loader process: leave the other cores to the other processes."""
+    # Imported here, so that a command can ask for the cores before it imports them.
+    import cv2
+    import torch
+
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

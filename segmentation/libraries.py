@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,6 +28,32 @@ LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
 PLAIN = re.compile(r"[\w.+-]*")  # a string that is neither a path nor an address
+
+
+def foreign_arguments(
+    network: str, beside: Mapping[str, Any], state: Iterable[str], where: str
+) -> tuple[dict[str, Any], str]:
+    """Return what a library's own file of weights says of its network.
+
+    Args:
+        network: The network, as the user names it.
+        beside: The `config.json` beside the file, as `save_pretrained` writes it; or empty.
+        state: Names of the file's tensors.
+        where: The file.
+
+    Returns:
+        Arguments of the network, and its name: of transformers, the folder that has the config.
+    """
+    kind = network.partition(":")[0]
+    if kind == "hf" and "model_type" in beside:
+        folder = where if os.path.isdir(where) else os.path.dirname(os.path.abspath(where))
+        return {}, f"hf:{folder}"
+    if kind == "smp" and "encoder_name" in beside:
+        own = {k: v for k, v in beside.items() if not (k == "classes" or k.startswith("_"))}
+        return plain(own, where), network
+    if kind == "torchvision" and any(name.startswith("aux_classifier.") for name in state):
+        return {"aux_loss": True}, network
+    return {}, network
 
 
 def require(package: str, name: str, group: str | None = None) -> Any:

@@ -18,6 +18,7 @@ from PIL import Image
 
 import export
 from checkpointing.weights import load_weights, save_weights
+from model import deeplabv3
 from predict import Segmenter
 from segmentation.card import CARD, MARK
 from segmentation.classes import load_classes
@@ -265,3 +266,15 @@ def test_without_a_validation_set_the_card_says_so(
     assert "--scores takes what evaluate.py --json writes" in capsys.readouterr().err
     card = (tmp_path / CARD).read_text()
     assert "## Accuracy\n\nNot measured." in card and "model-index" not in card
+
+
+@pytest.mark.parametrize("use_plus", [True, False])
+def test_the_card_names_the_network_that_it_is_of(
+    photo: Path, tmp_path: Path, small_network: None, use_plus: bool
+) -> None:
+    network = deeplabv3(12, "resnet50", sync_bn=False, use_plus=use_plus)
+    path = tmp_path / "a.safetensors"
+    save_weights(path, network.state_dict(), None, load_classes(CLASSES, 12))
+    assert export.main([str(path), "--card", "--photo", str(photo)]) == 0
+    names = re.findall(r"DeepLabV3\+? on resnet50", (tmp_path / CARD).read_text())
+    assert set(names) == {f"DeepLabV3{'+' if use_plus else ''} on resnet50"}

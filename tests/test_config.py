@@ -138,6 +138,17 @@ WRONG = {
     "eval_dataset.ignore_label=7": "train_dataset.ignore_label is none, eval_dataset.ignore_label "
     "is 7; a label means the same in both",
     "seed": "'seed' is not an override; write key=value",
+    "load_weights_only=true": "load_weights_only needs load_path; give it, or leave out",
+    "load_least=0.9": "load_least needs load_path",
+    "best_metric=IoU/nosuch": "best_metric needs save_folder",
+    "stop_after=2ep": "stop_after needs save_folder",
+    "class_table_csv=true": "class_table_csv needs save_folder",
+    "optimizer.betas=[0.8,0.9]": "optimizer.betas needs optimizer.name=adamw",
+    "optimizer.name=adamw optimizer.lr=1e-4 optimizer.momentum=0.5": "optimizer.momentum needs",
+    "schedule.name=linear schedule.power=2": "schedule.power needs schedule.name=poly",
+    "eval_dataset.rare_class_sampling=0.1": "eval_dataset.rare_class_sampling: only train_dataset",
+    "eval_dataset.max_class_share=0.5": "eval_dataset.max_class_share: only train_dataset has",
+    "eval_dataset.shuffle_seed=3": "eval_dataset.shuffle_seed: only train_dataset has this key",
     "recipe_name=mild mild.ema.half_life=3ep": "must have the same unit",
 }
 
@@ -225,9 +236,49 @@ def test_a_data_set_may_be_the_folder_in_ade20ks_folder(
         resolve(tiny)
 
 
-def test_a_logger_left_empty_is_none(tiny: dict[str, Any]) -> None:
-    tiny["loggers"] = {"progress_bar": {}, "wandb": None}
-    assert resolve(tiny).loggers == {"progress_bar": {}}
+def test_a_logger_is_taken_out_by_null(tiny: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny | {"loggers": {"progress_bar": {}, "wandb": None}}, path)
+    assert resolve(load(str(path), ["loggers.wandb=null"])).loggers == {"progress_bar": {}}
+    with pytest.raises(ConfigError, match=r"loggers.wandb is empty; write \{\} for its defaults"):
+        resolve(load(str(path), []))
+
+
+INTERPOLATIONS = {
+    "recipe_name=${oc.env:NOPE}": "recipe_name: .*'NOPE' not found",
+    "recipe_name=mild max_duration=${mild.nosuch}": "max_duration: .*'mild.nosuch' not found",
+    "max_duration=${max_duration} recipe_name=hot": "max_duration: Recursive interpolation",
+    "load_path=${oc.env:NOPE}/x.pt": "load_path: .*'NOPE' not found",
+    "seed=${nosuch:1}": "seed: Unsupported interpolation type nosuch",
+    "seed=${a": "seed: no viable alternative",
+    "seed=???": "seed: Missing mandatory value",
+}
+
+
+@pytest.mark.parametrize("overrides", INTERPOLATIONS)
+@pytest.mark.parametrize("where", ["override", "file"])
+def test_an_interpolation_that_fails_is_one_line(
+    tiny: dict[str, Any], tmp_path: Path, overrides: str, where: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    parts = overrides.split()
+    if where == "file":
+        names = {part.partition("=")[0] for part in parts}
+        lines = [line for line in path.read_text().splitlines() if line.split(":")[0] not in names]
+        text = "\n".join([*lines, *(part.replace("=", ": ", 1) for part in parts)])
+        path.write_text(text)
+        parts = []
+    with pytest.raises(ConfigError, match=INTERPOLATIONS[overrides]) as caught:
+        resolve(load(str(path), parts))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_duration_may_be_taken_from_the_recipe(tiny: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny | {"mild": {"max_duration": "7ep"}}, path)
+    given = ["recipe_name=mild", "max_duration=${mild.max_duration}"]
+    assert resolve(load(str(path), given)).max_duration == "7ep"
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(

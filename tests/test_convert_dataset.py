@@ -813,3 +813,24 @@ def test_a_panoptic_id_beyond_three_bytes_is_refused(
     source.write_text(json.dumps(found))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
     assert f"segment id {number} does not fit the three bytes" in capsys.readouterr().err
+
+
+def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    errors: list[Exception] = [
+        EntryNotFoundError.__new__(EntryNotFoundError),
+        LocalEntryNotFoundError("the hub cannot be reached"),
+        OSError(101, "Network is unreachable"),
+        RuntimeError("503 Service Unavailable"),
+    ]
+
+    def download(*arguments: Any, **options: Any) -> str:
+        raise errors[0]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert convert_dataset._names("owner/name", None) == {}
+    while errors := errors[1:]:
+        with pytest.raises(DataError, match=r"owner/name: cannot fetch id2label.json.*--names"):
+            convert_dataset._names("owner/name", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
 import pickle
 import random
 from collections.abc import Iterable
@@ -488,3 +489,19 @@ def test_data_sets_can_be_sent_to_spawned_workers(folder: str) -> None:
     dataset = pickle.loads(pickle.dumps(build(folder).dataloader.dataset))
     assert isinstance(dataset.both_transforms, RandomCrop)
     assert len(dataset) == 22
+
+
+def test_the_number_of_cores_is_asked_for_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no os.sched_getaffinity."""
+    from dataset.workers import available_cores
+
+    assert available_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == os.cpu_count()
+    root = Path(__file__).parent.parent
+    files = [
+        *root.glob("*.py"),
+        *(root / "dataset").glob("*.py"),
+        *(root / "training").glob("*.py"),
+    ]
+    assert [f.name for f in files if "sched_getaffinity" in f.read_text()] == ["workers.py"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -274,3 +275,54 @@ def test_scores_on_a_full_disk_are_still_printed(
 def test_what_does_not_go_together():
     with pytest.raises(SystemExit):
         main(["x.pt", "--protocol", "square", "--tta"])
+
+
+def test_a_config_needs_only_its_validation_set(data: str, tmp_path: Path) -> None:
+    """Training data, loggers and checkpoints of the machine that trained are not looked for."""
+    config = {
+        "model": {"num_classes": 12},
+        "class_names": str(Path(__file__).parent.parent / "yamls" / "demo_classes.txt"),
+        "train_dataset": {"path": "/nowhere", "batch_size": 7},
+        "eval_dataset": {"path": "/nowhere", "batch_size": 5},
+        "loggers": {"comet_ml": {}},
+        "load_path": "/nowhere.pt",
+    }
+    path, scores = tmp_path / "run.yaml", tmp_path / "scores.json"
+    path.write_text(json.dumps(config))
+    command = [random_weights(), "--config", str(path), "--path", data, "--json", str(scores)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        evaluate.resolve_file(str(path))
+    assert main(command) == 0
+    assert json.loads(scores.read_text())["photos"] == 7
+
+
+def test_several_processes_round_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer's get_device allows TF32, which a process alone does not use."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+
+    def get_device(name: str | None) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "initialize_dist", lambda device: None)
+    monkeypatch.setattr(evaluate, "get_device", get_device)
+    try:
+        assert main(["/nowhere.pt"]) == 2
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def test_a_full_dev_shm_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: Any) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    assert main([random_weights()]) == 1
+    assert re.fullmatch(
+        r"error: /dev/shm is full \(\d+ [KM]B\): docker run --shm-size 16g\n",
+        capsys.readouterr().err,
+    )

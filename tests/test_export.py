@@ -193,6 +193,23 @@ def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: l
     assert all(torch.equal(written.state[key], value) for key, value in original.state.items())
 
 
+def test_a_fault_of_an_exporter_is_not_taken_for_the_users(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def fail(*arguments: Any) -> None:
+        raise ValueError("inside the exporter")
+
+    monkeypatch.setattr(export, "export", fail)
+    with pytest.raises(ValueError, match="inside the exporter"):
+        export.main([random_weights(), "--to", "onnx", "--out", str(tmp_path / "a.onnx")])
+
+
+def test_a_photo_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.jpg").write_text("text")
+    assert export.main([random_weights(), "--card", "--photo", str(tmp_path / "a.jpg")]) == 2
+    assert capsys.readouterr().err == f"error: --photo {tmp_path}/a.jpg: not an image\n"
+
+
 def test_a_photo_is_always_there():
     image = np.array(Image.open(export._sample_photo()))
     assert image.ndim == 3 and image.std() > 10

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import pytest
@@ -22,9 +22,13 @@ from PIL import Image
 import main as main_module
 from benchmarks.forked import shrink
 from checkpointing.weights import load_weights, save_weights
+from data import build_data
 from errors import ConfigError, DataError, WeightsError
 from main import main, run
 from segmentation.metrics import mean_iou
+from training.callbacks import summary
+from training.config import resolve
+from training.pictures import Curves
 from transforms import resize_mask
 
 pytestmark = pytest.mark.trains
@@ -337,6 +341,38 @@ def test_loggers_write_what_the_run_logs(
     assert "loss/train/total" in (tmp_path / "log.txt").read_text()
 
 
+def test_data_of_the_callers_own_take_the_place_of_the_configs(tiny: dict[str, Any]) -> None:
+    typed = resolve(tiny)
+    data = build_data(typed, "train"), build_data(typed, "val")
+    for section in ("train_dataset", "eval_dataset"):
+        tiny[section]["path"] = "/nowhere"
+    trainer = main({**tiny, "max_duration": "1ba", "eval_interval": "1ba"}, data=data)
+    assert trainer.state.timestamp.batch == 1
+    with pytest.raises(ConfigError, match=r"eval_dataset\.path: no folder /nowhere"):
+        main(tiny)
+
+
+def test_a_caller_may_add_curves(tiny: dict[str, Any], tmp_path: Path) -> None:
+    trainer = main({**tiny, "max_duration": "1ba"}, callbacks=[Curves(str(tmp_path))])
+    trainer.eval()
+    assert summary(trainer).startswith("mIoU: ")
+
+
+def test_one_error_of_all_processes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class First:
+        def __init__(self, is_first: bool) -> None:
+            self.is_first = is_first
+
+        def is_first_to_say(self, text: str) -> bool:
+            return self.is_first
+
+    error = DataError("/data/a.jpg: not an image")
+    for rank in range(8):
+        watch = cast(Any, First(rank == 3))
+        assert main_module._refuse(error, 2, watch) == 2
+    assert capsys.readouterr().err == "error: /data/a.jpg: not an image\n"
+
+
 def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> None:
     tiny["loggers"] = {"tensorboard": {"directory": "x"}}
     with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
@@ -351,7 +387,7 @@ def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> 
         with pytest.raises(ConfigError, match=rf"loggers\.{name}: "):
             main(tiny)
     tiny["loggers"] = {"file": {"filename": __file__ + "/logs/log.txt"}}
-    with pytest.raises(ConfigError, match=r"loggers.file.filename: .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"loggers.file: .*Not a directory.*; check filename"):
         main(tiny)
 
 

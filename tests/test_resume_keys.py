@@ -52,11 +52,13 @@ SPECIAL: dict[str, tuple[Changes, Changes]] = {
     "device_train_microbatch_size": ({}, {"device_train_microbatch_size": 2}),
     "best_metric": ({"class_names": "names", "save_folder": "new"}, {"best_metric": "IoU/b"}),
     "stop_after": ({"save_folder": "new"}, {"stop_after": "2ep"}),
+    "class_table_csv": ({"save_folder": "new"}, {"class_table_csv": True}),
     "save_best": ({"save_folder": "new"}, {"save_best": True}),
     "save_folder": ({}, {"save_folder": "new"}),
     "autoresume": ({"save_folder": "new"}, {"autoresume": True}),
     "load_path": ({}, {"load_path": "checkpoint"}),
     "load_weights_only": ({"load_path": "checkpoint"}, {"load_weights_only": True}),
+    "load_least": ({"load_path": "checkpoint"}, {"load_least": 0.4}),
     "load_classes_by_name": (
         {"load_path": "named checkpoint", "load_weights_only": True, "class_names": "names"},
         {"load_classes_by_name": True},

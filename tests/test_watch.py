@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,12 +128,34 @@ def test_strangers_are_no_processes(exits: list[int]) -> None:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with socket.create_connection(("127.0.0.1", port)):
             pass
+        with socket.create_connection(("127.0.0.1", port)) as reset:
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        silent = socket.create_connection(("127.0.0.1", port))
         second = threads.submit(Watch, store, 1, 2)
         watches = [first.result(20), second.result(20)]
     assert list(watches[0]._peers.values()) == ["process 1 at 127.0.0.1"]
+    silent.close()
     watches[1].close(3)
     assert causes(watches[:1])[0][1] == 3
     watches[0].close(3)
+
+
+def test_what_all_processes_find_is_said_once_a_node(
+    three: list[Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [one.is_first_to_say("no weights: a") for one in three] == [True, False, False]
+    assert [one.is_first_to_say(f"disk {rank}") for rank, one in enumerate(three)] == [True] * 3
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert [one.is_first_to_say("no weights: a") for one in three] == [True, False, False]
+
+    class Gone:
+        def add(self, name: str, amount: int) -> int:
+            raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(three[1], "_store", Gone())
+    for local_rank, is_first in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert three[1].is_first_to_say("another line") is is_first
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -133,6 +133,19 @@ def test_a_dropped_photo_and_its_legend(page: Page, folder: Path, photos: list[P
     assert taken.endswith("at 82 \N{MULTIPLICATION SIGN} 64 pixels (WebAssembly, threads: 1)")
 
 
+def test_a_photo_that_comes_while_another_is_segmented_waits(
+    page: Page, folder: Path, photos: list[Path]
+) -> None:
+    page.run("""
+      window.said = [];
+      const status = document.querySelector('#status');
+      new MutationObserver(() => said.push(status.textContent)).observe(status, {childList: true});
+      document.querySelectorAll('#examples button').forEach((button) => button.click());
+    """)
+    for photo in photos[:2]:
+        page.wait(f"window.said.some((text) => text.startsWith('{photo.name}: '))")
+
+
 def test_the_class_under_the_pointer(page: Page, photos: list[Path]) -> None:
     page.choose("#file", photos[0])
     mask = segmented(page, photos[0].name)

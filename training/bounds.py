@@ -25,6 +25,20 @@ from training.schema import (
 )
 
 MAX_RESIZED = 32767  # pixels of a side, in OpenCV
+# Keys without an effect of their own: the key that each needs, and its value; None: any.
+NEEDS: dict[str, tuple[str, Any]] = {
+    "autoresume": ("save_folder", None),
+    "save_best": ("save_folder", None),
+    "best_metric": ("save_folder", None),
+    "stop_after": ("save_folder", None),
+    "class_table_csv": ("save_folder", None),
+    "load_weights_only": ("load_path", None),
+    "load_least": ("load_path", None),
+    "load_classes_by_name": ("load_weights_only", True),
+    "optimizer.momentum": ("optimizer.name", "sgdw"),
+    "optimizer.betas": ("optimizer.name", "adamw"),
+    "schedule.power": ("schedule.name", "poly"),
+}
 
 
 def check(config: Config, with_data: bool = True) -> None:
@@ -32,7 +46,8 @@ def check(config: Config, with_data: bool = True) -> None:
 
     Args:
         config: What to check.
-        with_data: Also whether the data are where it says.
+        with_data: Also whether this machine has what it names: data, load_path, loggers; and
+            whether batches divide among the processes.
 
     Raises:
         ConfigError: Names the key, and what it may be.
@@ -45,7 +60,7 @@ def check(config: Config, with_data: bool = True) -> None:
             raise ConfigError(f"loggers.{name}: no such logger; did you mean {near}?")
         if not isinstance(arguments, dict):
             raise ConfigError(f"loggers.{name}: {arguments!r} is not its arguments; {{}} is none")
-        if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
+        if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
             raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
@@ -60,11 +75,9 @@ def check(config: Config, with_data: bool = True) -> None:
     log_level = (config.python_log_level or "warning").lower()
     if log_level not in ("debug", "info", "warning", "error", "critical"):
         raise ConfigError(f"python_log_level: {log_level} is none of debug, info, warning, error")
-    if config.autoresume and not config.save_folder:
-        raise ConfigError("autoresume needs save_folder, where it looks for the newest checkpoint")
     if config.autoresume and not config.run_name:
         raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
-    path = config.load_path
+    path = config.load_path if with_data else None
     if path and "://" not in path and not any(map(os.path.exists, (path, f"{path}.symlink"))):
         raise ConfigError(f"load_path: no file or folder {_seen_from(path)}")
     if config.run_name and (
@@ -76,14 +89,6 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError(
             f"save_num_checkpoints_to_keep: {keep} is neither 1 or more nor -1, which keeps all"
         )
-    for name in ("save_best", "stop_after"):
-        if getattr(config, name) and not config.save_folder:
-            raise ConfigError(f"{name} needs save_folder, where it leaves what it found")
-    if config.load_classes_by_name and not config.load_weights_only:
-        raise ConfigError("load_classes_by_name needs load_weights_only=true")
-    named = config.class_names or config.data or config.model.num_classes >= 150
-    if config.load_classes_by_name and not named:
-        raise ConfigError("load_classes_by_name needs class_names")
     _check_network(config.model)
     _check_numbers(config)
     if config.model.cross_entropy_weight + config.model.dice_weight == 0:
@@ -93,7 +98,11 @@ def check(config: Config, with_data: bool = True) -> None:
     _check_class_weights(config.model.class_weights, config.model.num_classes)
     _check_times(config)
     _check_optimizer(config)
-    _check_batch_sizes(config)
+    _check_batch_sizes(config, world_size() if with_data else 1)
+    _check_needs(config)
+    named = config.class_names or config.data or config.model.num_classes >= 150
+    if config.load_classes_by_name and not named:
+        raise ConfigError("load_classes_by_name needs class_names")
     if config.is_train:
         _check_same_labels(config)
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
@@ -101,6 +110,21 @@ def check(config: Config, with_data: bool = True) -> None:
         _check_dataset(getattr(config, name), name)
         if with_data:
             _check_path(getattr(config, name), name, split, config.data is not None)
+
+
+def _check_needs(config: Config) -> None:
+    """Refuse a key that has no effect because another one is missing or has another value."""
+    defaults = Config()
+    for name, (other, wanted) in NEEDS.items():
+        if lookup(config, name) == lookup(defaults, name):
+            continue
+        value = lookup(config, other)
+        if wanted is None and not value:
+            raise ConfigError(f"{name} needs {other}; give it, or leave out {name}")
+        if wanted is not None and value != wanted:
+            raise ConfigError(
+                f"{name} needs {other}={str(wanted).lower()}; leave out {name}, or set that"
+            )
 
 
 def check_evaluates(config: Config) -> None:
@@ -238,8 +262,7 @@ def _check_times(config: Config) -> None:
             )
 
 
-def _check_batch_sizes(config: Config) -> None:
-    processes = world_size()
+def _check_batch_sizes(config: Config, processes: int) -> None:
     for name in ("train_dataset", "eval_dataset"):
         batch_size = getattr(config, name).batch_size
         if batch_size % processes and (config.is_train or name == "eval_dataset"):

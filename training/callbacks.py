@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Callback, State
-from composer.loggers import ConsoleLogger, FileLogger, Logger
+from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestination
 from composer.utils import (
     dist,
 )
@@ -37,6 +37,7 @@ from segmentation.metrics import (
 from segmentation.network import main_logits
 from training.config import class_infos
 from training.label_check import LabelCheck
+from training.loggers import server_runs_of
 from training.pictures import Curves, Pictures, save_to_run
 from training.report import Report
 from training.schema import Config
@@ -160,17 +161,26 @@ def main_target(target: Any) -> Tensor:
 class RunRecord(Callback):
     """Puts the configuration and the class names into every checkpoint, as JSON.
 
-    `evaluate.py`, `predict.py` and `export.py` read them there and need no YAML.
+    `evaluate.py`, `predict.py` and `export.py` read them there and need no YAML. A resumed run
+    reads there in which runs of W&B and MLflow it goes on.
     """
 
-    def __init__(self, config: Mapping[str, Any], classes: Sequence[ClassInfo]):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        classes: Sequence[ClassInfo],
+        loggers: Sequence[LoggerDestination] = (),
+    ):
         self._record = {"config": json.dumps(config), "classes": classes_to_json(classes)}
+        self._loggers = loggers
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._record)
+        return {**self._record, "server_runs": server_runs_of(self._loggers)}
 
 
-def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]:
+def build_callbacks(
+    config: Config, saver: Checkpoints | None, loggers: Sequence[LoggerDestination] = ()
+) -> list[Callback]:
     """Build what watches a run: its loss, speed, learning rate and memory, and what is drawn."""
     num_classes = config.model.num_classes
     classes = class_infos(config)
@@ -200,7 +210,7 @@ def build_callbacks(config: Config, saver: Checkpoints | None) -> list[Callback]
             else []
         ),
         ClassTable(classes, folder if config.class_table_csv else None),
-        RunRecord(asdict(config), classes),
+        RunRecord(asdict(config), classes, loggers),
     ]
 
 
@@ -210,7 +220,8 @@ def summary(trainer: Trainer) -> str:
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
-        (evaluations,) = (c.eval for c in callbacks if isinstance(c, Curves))
+        # A caller of main() may have added a Curves of its own, or one that has seen nothing yet.
+        evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "
         now = "none: no validation pixel has a class" if math.isnan(miou) else f"{miou:.2f} now"

@@ -13,6 +13,8 @@ import difflib
 import io
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
@@ -22,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigError
 from training.bounds import check, lookup, times, world_size
-from training.schema import RECIPES, Config, flatten
+from training.schema import RECIPES, Config, EvalDatasetConfig, TrainDatasetConfig, flatten
 from training.yaml_text import quote_text
 
 if TYPE_CHECKING:
@@ -39,6 +41,17 @@ INPUT_PATHS = (
 )
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within, whatever OmegaConf refuses becomes a ConfigError that names the key."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{_one_line(error)}") from error
+
+
+@one_line_errors()
 def load(path: str, overrides: list[str]) -> DictConfig:
     """Read a YAML and apply `key=value` overrides; a duration given there beats the recipe's.
 
@@ -59,12 +72,19 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     pairs = [override.partition("=") for override in overrides]
     try:
         given = OmegaConf.from_dotlist([f"{k}={quote_text(v, k)}" for k, _, v in pairs])
-        config = cast(DictConfig, OmegaConf.merge(config, given))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
-    recipe = config.get("recipe_name")
-    if recipe in RECIPES and given.get("max_duration") is not None:
-        OmegaConf.update(config, f"{recipe}.max_duration", given.max_duration, force_add=True)
+    config = cast(DictConfig, OmegaConf.merge(config, given))
+    # Interpolations that cannot be resolved are for `resolve` to report.
+    recipe, duration = (
+        OmegaConf.select(config, name, throw_on_resolution_failure=False)
+        for name in ("recipe_name", "max_duration")
+    )
+    if recipe in RECIPES and duration is not None and "max_duration" in given:
+        OmegaConf.update(config, f"{recipe}.max_duration", duration, force_add=True)
+    for name in [key.removeprefix("loggers.") for key, _, text in pairs if text == "null"]:
+        if isinstance(config.get("loggers"), DictConfig):
+            config.loggers.pop(name, None)  # `loggers.wandb=null` takes a logger out
     return config
 
 
@@ -78,26 +98,21 @@ def _find_beside(config: DictConfig, folder: str) -> None:
                 OmegaConf.update(config, name, beside)
 
 
+@one_line_errors()
 def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
     """Check a config against the schema and make it a `Config`, with the recipe's duration.
 
     Args:
         config: The YAML as OmegaConf loads it.
-        with_data: Also check that the data are where it says.
+        with_data: Also check that this machine has the data and whatever else it names.
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
     """
-    try:
-        raw = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+    raw = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
     raw = _without_empty_sections(cast("dict[str, Any]", raw), Config, "")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
-        typed = cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_one_line(error)}") from error
+    merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+    typed = cast(Config, OmegaConf.to_object(merged))
     for name, value in flatten(typed).items():
         if isinstance(value, str) and value.startswith("~"):
             _set(typed, name, os.path.expanduser(value))
@@ -106,7 +121,6 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
         if not typed.run_name:
             raise ConfigError("save_folder holds {run_name}, but run_name is empty")
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    typed.loggers = {name: given for name, given in typed.loggers.items() if given is not None}
     if typed.load_path:  # the reference's files have one checkpoint a rank, these have one in all
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
@@ -193,6 +207,8 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
     result = {}
     for name, value in raw.items():
         if name not in hints:
+            if schema is EvalDatasetConfig and name in get_type_hints(TrainDatasetConfig):
+                raise ConfigError(f"{prefix}{name}: only train_dataset has this key; leave it out")
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
             known = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
             raise ConfigError(f"unknown key {prefix}{name}; {known}")
@@ -202,6 +218,11 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
+            empty = [key for key in value if value[key] is None and name == "loggers"]
+            if empty:
+                raise ConfigError(
+                    f"loggers.{empty[0]} is empty; write {{}} for its defaults, or leave it out"
+                )
             if dataclasses.is_dataclass(section):
                 value = _without_empty_sections(value, cast(type, section), f"{prefix}{name}.")
         elif value is None and section is not Any and not _may_be_empty(section):

@@ -311,11 +311,11 @@ def _samples(config: Config, split: str) -> int:
     path = dataset.path
     assert path is not None  # resolve() has seen to it
     description = parse_description(config.data) if config.data is not None else None
-    if split == "train" and dataset.rare_class_sampling:
+    if split == "train" and config.train_dataset.rare_class_sampling:
         labels = Labels(config.model.num_classes, dataset.ignore_background, dataset.ignore_label)
         source = path, dataset.local, dataset.is_streaming, split, labels, description
         present = count_classes(*source).present
-        return length_of_repeated(repeat_factors(present, dataset.rare_class_sampling))
+        return length_of_repeated(repeat_factors(present, config.train_dataset.rare_class_sampling))
     if dataset.is_streaming:
         with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
             return len(Shards(path, folder if dataset.local else None, split))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import re
@@ -18,11 +19,19 @@ from dataset.workers import use_one_core
 from errors import Lost, RunError, one_line
 from training.watch import Watch
 
+SHARED_MEMORY = "/dev/shm"  # where loader processes leave batches for the run
 
-def explain(error: RuntimeError, watch: Watch | None = None) -> RunError | None:
+
+def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunError | None:
     """Return a RunError, or what came of a lost process, in a line; None for other errors."""
+    full = full_shared_memory(error)
+    if full:
+        return RunError(f"{full}, or train_dataset.num_workers=0 and eval_dataset.num_workers=0")
+    if isinstance(error, OSError):
+        return None
     text = one_line(error)
-    if "DataLoader worker" in text:
+    # A loader process that raised an error, rather than ended, passes on its whole traceback.
+    if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
             "lower num_workers or batch_size"
@@ -34,6 +43,29 @@ def explain(error: RuntimeError, watch: Watch | None = None) -> RunError | None:
         cause = watch.cause() if watch else None
         return cause or Lost(f"another process of the run ended or does not answer ({text[:160]})")
     return None
+
+
+def full_shared_memory(error: Exception) -> str | None:
+    """Return a line that says so if an error came of a full /dev/shm, otherwise None.
+
+    Containers often have 64 MB of it. PyTorch and NCCL name it where an allocation fails. A write
+    to memory that is not there ends a loader with SIGBUS instead, and Python's own semaphores fail
+    without naming a file: these two count only if /dev/shm is small, or has no room left.
+    """
+    text = one_line(error)
+    try:
+        disk = os.statvfs(SHARED_MEMORY)
+    except OSError:  # macOS has none
+        return None
+    size, free = disk.f_frsize * disk.f_blocks, disk.f_frsize * disk.f_bavail
+    is_full = "No space left" in text and re.search(r"shared memory|/dev/shm", text)
+    no_room = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
+    if not is_full:
+        is_full = ("Bus error" in text and size < 2**30) or (no_room and free < 2**20)
+    if not is_full:
+        return None
+    shown = f"{size >> 10} KB" if size < 2**20 else f"{size >> 20} MB"
+    return f"{SHARED_MEMORY} is full ({shown}): docker run --shm-size 16g"
 
 
 def report_start(batch: int) -> None:

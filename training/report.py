@@ -101,7 +101,8 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
     facts["Recipe"] = config.recipe_name or "none"
     facts["Network"] = config.model.name
     if config.model.name == "deeplabv3":
-        facts["Network"] = f"DeepLabV3+ on {config.model.backbone_arch}"
+        plus = "+" if config.model.use_plus else ""
+        facts["Network"] = f"DeepLabV3{plus} on {config.model.backbone_arch}"
     facts["Data"] = str(config.train_dataset.path)
     seconds = time.total_wct.total_seconds()
     if seconds:

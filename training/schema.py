@@ -125,6 +125,26 @@ class DatasetConfig:
     final_size: int = key(
         APPLIED, 512, "side of the square that the network gets, pixels", f"[16, {MAX_SIDE}]"
     )
+    ignore_background: bool = key(COMPARED, True, "label 0 is ignored and label k is class k - 1")
+    ignore_label: int | None = key(COMPARED, None, "a further label value to ignore", "[0, 255]")
+    batch_size: int = key(APPLIED, 128, "images a step, over all GPUs", f"[1, {2**20}]")
+    drop_last: bool = key(APPLIED, True, "leave out an epoch's last incomplete batch")
+    num_workers: int | str = key(
+        FREE, "auto", "loader processes per GPU; auto fits the machine", "[0, 256]"
+    )
+    cache_limit: str | None = key(APPLIED, None, "streaming: most the cache may take, as in 100gb")
+    predownload: int | None = key(FREE, None, "streaming: samples to download ahead", "[1, inf)")
+    download_retry: int = key(FREE, 6, "streaming: times to retry a failed download", "[0, 1000]")
+    download_timeout: float = key(FREE, 60.0, "streaming: seconds to wait for a shard", "(0, inf)")
+    validate_hash: str | None = key(
+        FREE, "auto", "streaming: verify shards: auto, or a hash as sha1"
+    )
+
+
+@dataclass
+class TrainDatasetConfig(DatasetConfig):
+    """The data set of training."""
+
     max_class_share: float = key(
         APPLIED,
         0.75,
@@ -137,32 +157,20 @@ class DatasetConfig:
         "photos of a class in a smaller share than this come up more often, as 0.01",
         "(0, 1]",
     )
-    ignore_background: bool = key(COMPARED, True, "label 0 is ignored and label k is class k - 1")
-    ignore_label: int | None = key(COMPARED, None, "a further label value to ignore", "[0, 255]")
-    batch_size: int = key(APPLIED, 128, "images a step, over all GPUs", f"[1, {2**20}]")
-    drop_last: bool = key(APPLIED, True, "leave out an epoch's last incomplete batch")
-    num_workers: int | str = key(
-        FREE, "auto", "loader processes per GPU; auto fits the machine", "[0, 256]"
-    )
-    cache_limit: str | None = key(APPLIED, None, "streaming: most the cache may take, as in 100gb")
     shuffle_seed: int | None = key(
         COMPARED, None, "seed of the order of samples; empty: the run's seed", f"[0, {MAX_SEED}]"
-    )
-    predownload: int | None = key(FREE, None, "streaming: samples to download ahead", "[1, inf)")
-    download_retry: int = key(FREE, 6, "streaming: times to retry a failed download", "[0, 1000]")
-    download_timeout: float = key(FREE, 60.0, "streaming: seconds to wait for a shard", "(0, inf)")
-    validate_hash: str | None = key(
-        FREE, "auto", "streaming: verify shards: auto, or a hash as sha1"
     )
 
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
-    """The data set of evaluation."""
+    """The data set of evaluation, which sees every image once, in order, and not in crops."""
 
-    drop_last: bool = key(
-        FREE, False, "kept for the reference's files; every sample is scored once"
-    )
+    # Without effect, but the reference's YAMLs have them.
+    base_size: int = key(FREE, 512, "without effect", f"[1, {MAX_SIDE}]")
+    min_resize_scale: float = key(FREE, 0.5, "without effect", "(0, 100]")
+    max_resize_scale: float = key(FREE, 2.0, "without effect", "(0, 100]")
+    drop_last: bool = key(FREE, False, "without effect")
 
 
 @dataclass
@@ -314,7 +322,7 @@ class Config:
         None,
         "description of the data set (a YAML, or its keys here); empty: ADE20K's layout",
     )
-    train_dataset: DatasetConfig = section(DatasetConfig)
+    train_dataset: TrainDatasetConfig = section(TrainDatasetConfig)
     eval_dataset: EvalDatasetConfig = section(EvalDatasetConfig)
     eval_interval: str = key(FREE, "1ep", "time between evaluations")
     eval_first: bool = key(FREE, False, "also evaluate before the first step")

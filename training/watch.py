@@ -65,6 +65,7 @@ class Watch:
     """
 
     def __init__(self, store: torch_dist.Store, rank: int, ranks: int):
+        self._store = store
         self._heard, self._closed = threading.Event(), threading.Event()
         self._cause: Lost | None = None
         peers = _accept(store, ranks) if rank == 0 else _connect(store, rank)
@@ -86,6 +87,13 @@ class Watch:
         """Return which process was lost, and how, if that is heard of within some seconds."""
         self._heard.wait(seconds)
         return self._cause
+
+    def is_first_to_say(self, text: str) -> bool:
+        """Return whether no other process of this node has asked about the same text."""
+        try:
+            return self._store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
+        except RuntimeError:  # the first process has ended, and its store with it
+            return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
         """Tell the others that this process ends by itself, and with which status."""
@@ -136,11 +144,16 @@ def _accept(store: torch_dist.Store, ranks: int) -> dict[socket.socket, str]:
         server.settimeout(PATIENCE)
         while len(peers) < ranks - 1:
             peer, address = server.accept()
-            peer.settimeout(PATIENCE)
-            rank = int.from_bytes(peer.recv(4), "big")
-            if 0 < rank < ranks:  # else a stranger, a port scanner for one
+            # A process of the run says its rank at once. A port scanner says nothing, or hangs up.
+            peer.settimeout(5)
+            rank = 0
+            with suppress(OSError):
+                rank = int.from_bytes(peer.recv(4), "big")
+            if 0 < rank < ranks:
                 host = address[0].removeprefix("::ffff:")
                 peers[rank] = peer, f"process {rank} at {host}"
+            else:
+                peer.close()
     return dict(peers.values())
 
 

@@ -7,6 +7,7 @@ const about = await (await fetch("network.json")).json(); // what segmentation/w
 let segmented = null; // the last photo: {name, width, height, classes}
 let network = null; // {run, backend}
 let busy = true;
+let waiting = null; // the newest photo that came while busy: [blob, name]
 
 // ------------------------------------------------------------------------------------- the network
 
@@ -205,7 +206,10 @@ function highest(data, possible, height, width, row, column) {
 // ----------------------------------------------------------------------------------------- a photo
 
 async function segment(blob, name) {
-  if (busy) return;
+  if (busy) {
+    waiting = [blob, name];
+    return;
+  }
   busy = true;
   say(`Segmenting ${name} …`);
   await new Promise((resolve) => setTimeout(resolve, 30)); // for the line to be seen
@@ -223,8 +227,15 @@ async function segment(blob, name) {
   } catch (error) {
     say(error.isPhoto ? `${name}: ${error.message}` : `${name} cannot be segmented: ${error.message}`, true);
   } finally {
-    busy = false;
+    segmentNext();
   }
+}
+
+function segmentNext() {
+  busy = false;
+  const next = waiting;
+  waiting = null;
+  if (next) segment(...next);
 }
 
 // Colour profiles are left aside, as OpenCV does, and photos turned as their EXIF orientation says.
@@ -429,8 +440,8 @@ for (const name of about.examples) {
 document.title = element("title").textContent = about.title;
 try {
   network = await openNetwork();
-  busy = false;
   say("Ready.");
+  segmentNext();
 } catch (error) {
   say(`The network cannot be loaded: ${error.message}`, true);
 }
