@@ -85,6 +85,7 @@ def test_pictures_in_wandb(run: tuple[Any, str], tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # as build_loggers does
+    monkeypatch.setattr(wandb.Run, "get_url", lambda run: run.url, raising=False)  # likewise
     destination = WandBLogger(project="tests", init_kwargs={"dir": str(tmp_path)})
     destination.init(trainer.state, trainer.logger)
     trainer.state.set_dataloader(trainer.state.evaluators[0].dataloader.dataloader, "eval")

@@ -19,7 +19,7 @@ BELOW = {
     "dataset": {"segmentation"},
     "segmentation": set(),
     "files": set(),
-    "command_lines": set(),
+    "command_lines": {"dataset"},
     "errors": set(),
 }
 

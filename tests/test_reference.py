@@ -180,7 +180,7 @@ def test_the_references_yaml_is_taken_as_it_is(synthetic: str) -> None:
     config = resolve(OmegaConf.create(REFERENCE.format(path=synthetic)))
     assert config.device_train_microbatch_size is None
     assert (config.load_path, config.recipe_name, config.save_folder) == (None, None, None)
-    assert config.loggers == {}
+    assert config.loggers == {"progress_bar": {}}
 
 
 def test_other_spellings_of_the_references_yamls(synthetic: str, tmp_path: Path) -> None:

@@ -218,11 +218,8 @@ def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> d
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
-            empty = [key for key in value if value[key] is None and name == "loggers"]
-            if empty:
-                raise ConfigError(
-                    f"loggers.{empty[0]} is empty; write {{}} for its defaults, or leave it out"
-                )
+            if name == "loggers":  # a logger left empty, as in the reference's YAML, is on
+                value = {key: {} if given is None else given for key, given in value.items()}
             if dataclasses.is_dataclass(section):
                 value = _without_empty_sections(value, cast(type, section), f"{prefix}{name}.")
         elif value is None and section is not Any and not _may_be_empty(section):
