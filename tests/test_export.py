@@ -22,6 +22,7 @@ from run_helpers import file_limit
 
 import export
 from checkpointing.weights import load_weights
+from command_lines import EXPORT_SUFFIXES
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from export import Deployed, compare, main
 from predict import Segmenter
@@ -43,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Pat
     folder = tmp_path_factory.mktemp("exported")
     files = {}
     for kind in ("onnx", "torchscript", "pt2"):
-        files[kind] = folder / f"model{export.SUFFIXES[kind]}"
+        files[kind] = folder / f"model{EXPORT_SUFFIXES[kind]}"
         options = ["--to", kind, "--out", str(files[kind]), "--photo", photo, "--size", "48"]
         assert main([random_weights(), *options]) == 0
     return files
