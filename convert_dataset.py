@@ -44,7 +44,7 @@ from dataset.decoding import decode_mask
 from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
-from dataset.workers import in_processes
+from dataset.workers import available_cores, in_processes
 from errors import DataError, UserError, escape_names, one_line, whole
 from files import explain_output, output_folder, write_file
 
@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
     add("--names", help="names of the classes, a line each, where the source has none")
     add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     add("--workers", type=whole(1, 1024), default=cores, help="default: one a core")
     options = parser.parse_args(arguments)
     options.val_source = None

@@ -12,12 +12,14 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 from dataset.description import Description, Source
-from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, list_files
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -25,12 +27,74 @@ log = logging.getLogger(__name__)
 _TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
 
 
-class Problem(NamedTuple):
-    """Something about the names of files."""
+class Finding(NamedTuple):
+    """Something wrong with a file."""
 
     path: str
     reason: str
-    fatal: bool  # training would fail
+    fatal: bool  # training would fail; otherwise it is odd, but training works
+
+
+class Samples(Sequence[Sample]):
+    """Samples that share their memory with forked loader processes.
+
+    The text of all names is one array. A list of strings would be copied into every process,
+    because Python counts references inside each string.
+
+    Args:
+        samples: The samples, in their order.
+    """
+
+    def __init__(self, samples: Iterable[tuple[str, str, str]]) -> None:
+        text = "".join([f"{uid}\0{image}\0{mask}\0" for uid, image, mask in samples])
+        self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        self._ends = np.append(-1, np.flatnonzero(self._text == 0))  # of each name
+
+    def __len__(self) -> int:
+        return len(self._ends) // 3
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = 3 * range(len(self))[index]
+        text = self._text[self._ends[place] + 1 : self._ends[place + 3]].tobytes()
+        return Sample(*text.decode(errors="surrogateescape").split("\0"))
+
+
+class Listing(NamedTuple):
+    """A split's images and masks, and what is wrong with their names.
+
+    Attributes:
+        samples: Images with a mask, sorted by name.
+        findings: What is wrong with the names of files.
+        orphans: Masks that no image of the split belongs to.
+        images: Number of images, with a mask or without.
+    """
+
+    samples: Samples
+    findings: list[Finding]
+    orphans: list[str]
+    images: int
+
+
+class _Pairs(NamedTuple):
+    """The images of a source and their masks, before they are shared among splits.
+
+    Attributes:
+        images: Path of each image, by its name with its folders.
+        masks: Path of the mask of each image that has one, by the image's name.
+        findings: What is wrong, each with the name of the image that it is about.
+        orphans: Masks that no image belongs to.
+    """
+
+    images: dict[str, str]
+    masks: dict[str, str]
+    findings: list[tuple[str | None, Finding]]
+    orphans: list[str]
 
 
 class Template:
@@ -45,6 +109,7 @@ class Template:
     Attributes:
         folder: The folder that all files which fit are in.
         fields: Those of `stem`, `dir` and `name` that it asks for.
+        has_suffix: Whether it names an extension.
 
     Raises:
         ConfigError: It asks for something else.
@@ -54,6 +119,7 @@ class Template:
         tokens = _TOKEN.split(os.path.normpath(text).removeprefix("./"))
         if len(tokens) == 1:
             tokens = _TOKEN.split(f"{tokens[0]}/{{name}}")
+        self.is_simple = len(tokens) == 3
         fixed, slash, rest = tokens[0].rpartition("/")
         self.text, self.folder = text, Path(root, fixed + slash)
         self.fields: set[str] = set()
@@ -62,7 +128,8 @@ class Template:
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
         any_suffix = r"\.[^/]*"  # of `.*`
-        if pattern.endswith(any_suffix) or not re.search(r"\.\w+$", tokens[-1]):
+        self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
+        if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))
             pattern = f"{pattern.removesuffix(any_suffix)}(?i:{ends})"
         self.regex = re.compile(pattern)
@@ -81,151 +148,266 @@ class Template:
         self.fields.add(field)
         if field == "dir" and slash:
             return "(?:(?P<dir>.+?)/)?"
-        return f"(?P<{field}>{'[^/]+?' if field == 'stem' else '.+?'}){slash}"
+        lazy = "" if self.is_simple else "?"  # a single field ends in one place only
+        return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
 
-    def match(self, path: str) -> tuple[str, str] | None:
-        """Return the folders and the name of a file, given its path below `folder`, or None."""
-        found = self.regex.fullmatch(path)
-        if found is None:
-            return None
-        given = found.groupdict()
-        if given.get("name") is not None:
-            folder, _, stem = given["name"].rpartition("/")
-            return folder, stem
-        folder = given.get("dir")
-        if folder is None and "dir" not in self.fields:
-            folder = path.rpartition("/")[0]
-        return folder or "", given.get("stem") or Path(path).stem
+    def _name(self, match: re.Match[str]) -> str:
+        """Return the folders and the name of a file that fits."""
+        if "name" in self.fields:
+            return match["name"]
+        values = match.groupdict()
+        folder = values.get("dir") or ""
+        if "dir" not in self.fields:
+            folder = match.string.rpartition("/")[0]
+        stem = values.get("stem") or Path(match.string).stem
+        return f"{folder}/{stem}" if folder else stem
 
-    def has(self, path: Path) -> bool:
-        """Whether a file, given by its path, fits."""
-        if not path.is_relative_to(self.folder):
-            return False
-        return self.match(path.relative_to(self.folder).as_posix()) is not None
+    def matches(self, path: str) -> bool:
+        """Return whether a file, given by its whole path, fits."""
+        folder = os.path.join(self.folder, "")
+        return path.startswith(folder) and self.regex.fullmatch(path[len(folder) :]) is not None
 
-    def files(self) -> Iterator[tuple[Path, tuple[str, str]]]:
-        """Yield the files that fit, each with its folders and its name."""
-        for _, path in visible_files(self.folder):
-            fields = self.match(path.relative_to(self.folder).as_posix())
-            if fields is not None:
-                yield path, fields
-
-
-def find_samples(
-    description: Description, split: str, root: str
-) -> tuple[list[Sample], list[Problem]]:
-    """Pair a split's photos and masks, sorted by name, and find what is wrong with their names."""
-    if split not in description.sources:
-        raise ConfigError("the description does not say where photos and masks are: add train, val")
-    source, problems = description.sources[split], []
-    if source.images is None:
-        samples = _listed_pairs(source, split, root, problems)
-    else:
-        samples = _matched(source, split, root, problems, bool(description.fraction))
-    if description.fraction:
-        is_val = split == "val"
-        samples = [s for s in samples if (_place(s.uid) < description.fraction) == is_val]
-    prefix = f"ADE_{split}_"
-    samples = sorted(s._replace(uid=s.uid.removeprefix(prefix)) for s in samples)
-    if not samples and not any(problem.fatal for problem in problems):
-        what = source.list or source.images or ""
-        reason = f"holds no photos of {split} ({', '.join(sorted(IMAGE_SUFFIXES))})"
-        problems.append(Problem(str(Path(root, what)), reason, True))
-    return samples, problems
+    def files(self, is_excluded: Exclusion = None, with_folders: bool = True) -> _Files:
+        """Return the files that fit, by their names, with the folders that these are in or not."""
+        folder = os.path.join(self.folder, "")
+        below = list_files(folder)
+        if is_excluded:
+            below = [path for path in below if not is_excluded(folder + path)]
+        # Few operations for each file: a data set may have several hundred thousand.
+        if self.fields == {"name"}:
+            names = [match and match["name"] for match in map(self.regex.fullmatch, below)]
+        else:
+            names = [match and self._name(match) for match in map(self.regex.fullmatch, below)]
+        if None in names:
+            below = [path for path, name in zip(below, names) if name is not None]
+        kept = [name for name in names if name is not None]
+        if not with_folders:
+            kept = [name.rpartition("/")[2] for name in kept]
+        return _Files.of(kept, [folder + path for path in below])
 
 
-def list_described(description: Description, split: str, root: str) -> list[Sample]:
-    """As `dataset.folders.list_samples`, by a description.
+class _Files(NamedTuple):
+    """Files by their names, and those whose name another file has before them."""
+
+    paths: dict[str, str]
+    same: list[tuple[str, str]]
+
+    @classmethod
+    def of(cls, names: list[str], paths: list[str]) -> _Files:
+        """Return files, given their names and their paths."""
+        first, same = dict(zip(names, paths)), []
+        if len(first) < len(names):
+            first = {}
+            for name, path in zip(names, paths):
+                if first.setdefault(name, path) != path:
+                    same.append((name, path))
+        return cls(first, same)
+
+    def findings(self) -> list[tuple[str | None, Finding]]:
+        """Return a finding for each file that has the name of another one."""
+        return [
+            (name, Finding(path, f"same name as {self.paths[name]}", True))
+            for name, path in self.same
+        ]
+
+
+Exclusion = Callable[[str], bool] | None
+
+
+def exclusion(description: Description, root: str) -> Exclusion:
+    """Return a function that tells whether the description leaves out a file; None: it has none."""
+    if not description.exclude:
+        return None
+    files = {os.path.normpath(os.path.join(root, text)) for text in description.exclude}
+    templates = [
+        Template(text, root, IMAGE_SUFFIXES | MASK_SUFFIXES, "exclude")
+        for text in description.exclude
+    ]
+    return lambda path: path in files or any(template.matches(path) for template in templates)
+
+
+def list_splits(description: Description, split: str, root: str) -> dict[str, Listing]:
+    """Pair a split's images and masks, and find what is wrong with their names.
+
+    Args:
+        description: The layout.
+        split: 'train' or 'val'.
+        root: Folder that the layout's paths are below.
+
+    Returns:
+        The split's listing; those of both splits if one is a fraction of the other.
 
     Raises:
-        DataError: There are no photos, or photos without a mask.
+        ConfigError: The layout does not say where images and masks are.
     """
-    samples, problems = find_samples(description, split, root)
-    fatal = [problem for problem in problems if problem.fatal]
+    if split not in description.sources:
+        raise ConfigError("the description does not say where photos and masks are: add train, val")
+    source = description.sources[split]
+    find = _listed_pairs if source.images is None else _matched
+    pairs = find(source, split, root, exclusion(description, root))
+    keep_prefix = description.built_in is not None  # ADE20K's prefix counts in the order of names
+    if description.fraction:
+        shares = _share(list(pairs.images), description.fraction)
+    else:
+        shares = {split: set(pairs.images)}
+    where = str(Path(root, source.list or source.images or ""))
+    listings = {}
+    for name, names in shares.items():
+        findings = [finding for image, finding in pairs.findings if image is None or image in names]
+        if description.fraction and len(names) == 1 < len(pairs.images):
+            findings += _moved(pairs.images, names, name, description.fraction)
+        if not names and not any(finding.fatal for finding in findings):
+            reason = f"holds no photos of {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            findings.append(Finding(where, reason, True))
+        chosen = [image for image in pairs.masks if image in names]
+        samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
+        orphans = pairs.orphans if name == "train" or not description.fraction else []
+        listings[name] = Listing(samples, findings, orphans, len(names))
+    return listings
+
+
+def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
+    """Return samples by name without ADE20K's prefix; `keep_prefix` keeps it for the order."""
+    names.sort()
+    if not keep_prefix and any(name.startswith(prefix) for name in names):
+        names.sort(key=lambda name: (name.removeprefix(prefix), pairs.images[name]))
+    return Samples(
+        (name.removeprefix(prefix), pairs.images[name], pairs.masks[name]) for name in names
+    )
+
+
+def _share(names: list[str], fraction: float) -> dict[str, set[str]]:
+    """Share names among training and validation by a hash, so that each split has one at least."""
+    place = {name: _place(name) for name in names}
+    val = {name for name in names if place[name] < fraction}
+    if len(names) > 1 and not val:
+        val = {min(names, key=place.__getitem__)}
+    elif len(names) > 1 and len(val) == len(names):
+        val.remove(max(names, key=place.__getitem__))
+    return {"train": set(names) - val, "val": val}
+
+
+def _moved(images: dict[str, str], names: set[str], split: str, fraction: float) -> list[Finding]:
+    """Return a finding if the only image of a split is there because the split had none."""
+    (name,) = names
+    if (_place(name) < fraction) == (split == "val"):
+        return []
+    reason = (
+        f"is the only image of {split}: fraction {fraction} of {len(images)} images left none. It "
+        "may move back when images are added"
+    )
+    return [Finding(images[name], reason, False)]
+
+
+def find_samples(description: Description, split: str, root: str) -> tuple[Samples, list[Finding]]:
+    """Pair a split's images and masks, sorted by name, and find what is wrong with their names."""
+    listing = list_splits(description, split, root)[split]
+    return listing.samples, listing.findings + _orphaned(listing.orphans)
+
+
+def _orphaned(orphans: list[str]) -> list[Finding]:
+    if not orphans:
+        return []
+    others = f" (as {len(orphans) - 1} more)" if len(orphans) > 1 else ""
+    return [Finding(orphans[0], f"its photo is missing{others}", False)]
+
+
+def list_described(description: Description, split: str, root: str) -> Samples:
+    """Return a split's samples by its description; see `require`."""
+    return require(list_splits(description, split, root)[split])
+
+
+def require(listing: Listing) -> Samples:
+    """Return the samples of a listing that training can use.
+
+    Raises:
+        DataError: There are no images, or images without a mask.
+    """
+    fatal = [finding for finding in listing.findings if finding.fatal]
     if fatal:
         others = f" (and {len(fatal) - 1} more such)" if len(fatal) > 1 else ""
         raise DataError(f"{fatal[0].path}: {fatal[0].reason}{others}")
-    for problem in problems:
-        log.warning("%s: %s", problem.path, problem.reason)
-    return samples
+    for finding in listing.findings + _orphaned(listing.orphans):
+        log.warning("%s: %s", finding.path, finding.reason)
+    return listing.samples
 
 
 def _place(name: str) -> float:
-    """Return where in 0..1 a photo's name is hashed to."""
+    """Return where in 0..1 an image's name is hashed to."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _matched(
-    source: Source, split: str, root: str, problems: list[Problem], shares: bool
-) -> list[Sample]:
-    """Pair photos and masks by their templates, those of a list where there is one."""
+def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
+    """Pair images and masks by their templates, those of a list where there is one."""
     assert source.images is not None
+    pairs = _Pairs({}, {}, [], [])
     images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
     masks = None
     if source.masks is not None:
         masks = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
-    photos = _photos(images, masks, problems)
+    photos = _photos(images, masks, is_excluded, pairs)
     if source.list is not None:
-        photos = _listed(source.list, root, images, photos, problems)
+        photos = _listed(source.list, root, images, photos, pairs)
+    pairs.images.update(photos)
     if masks is None:
         raise ConfigError(f"{split}.masks is missing: where are the masks of {source.images}?")
-    whole = bool(masks.fields & {"dir", "name"})
-    found: dict[tuple[str, str], str] = {}
     if not masks.folder.is_dir():
-        problems.append(Problem(str(masks.folder), "folder is missing", True))
-        return []
-    for path, fields in masks.files():
-        key = fields if whole else ("", fields[1])
-        if key in found:
-            problems.append(Problem(str(path), f"same name as {found[key]}", True))
-        found.setdefault(key, str(path))
-    samples, used = [], dict[tuple[str, str], str]()
-    for uid, (path, fields) in photos.items():
-        key = fields if whole else ("", fields[1])
-        if key not in found:
-            reason = f"its mask is missing, {source.masks}"
-            problems.append(Problem(path, reason, True))
-        elif key in used:
-            problems.append(Problem(path, f"has the same mask as {used[key]}", True))
-        else:
-            samples.append(Sample(uid, path, found[key]))
-        used[key] = path
-    alone = [] if source.list or shares else sorted(found.keys() - used.keys())
-    if alone:
-        others = f" (as {len(alone) - 1} more)" if len(alone) > 1 else ""
-        problems.append(Problem(found[alone[0]], f"its photo is missing{others}", False))
-    return samples
+        pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
+        return pairs
+    # Masks are found by folders and name, or by the name alone.
+    with_folders = bool(masks.fields & {"dir", "name"})
+    files = masks.files(is_excluded, with_folders)
+    keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
+    used = dict(zip(reversed(keys), reversed(photos)))  # the first image of each mask
+    masks_of: dict[str, Any] = dict(zip(photos, map(files.paths.get, keys)))
+    if None in masks_of.values() or len(used) < len(photos):
+        for name, key in zip(photos, keys):
+            if masks_of[name] is None:
+                reason = f"its mask is missing, {source.masks}"
+            elif used[key] != name:
+                reason = f"has the same mask as {photos[used[key]]}"
+            else:
+                continue
+            del masks_of[name]
+            pairs.findings.append((name, Finding(photos[name], reason, True)))
+    pairs.masks.update(masks_of)
+    pairs.findings.extend((used.get(key or ""), finding) for key, finding in files.findings())
+    if source.list is None and photos:
+        alone = sorted(files.paths.keys() - used.keys())
+        pairs.orphans.extend(files.paths[key] for key in alone)
+    return pairs
 
 
 def _photos(
-    images: Template, masks: Template | None, problems: list[Problem]
-) -> dict[str, tuple[str, tuple[str, str]]]:
-    """Return the photos that fit, by name: path, and folders and name that the template finds."""
+    images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
+) -> dict[str, str]:
+    """Return the path of each image that fits, by name."""
     if not images.folder.is_dir():
-        problems.append(Problem(str(images.folder), "folder is missing", True))
+        pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return {}
-    photos: dict[str, tuple[str, tuple[str, str]]] = {}
-    for path, fields in images.files():
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if masks is not None and masks.text != images.text and masks.has(path):
-            continue  # a mask beside its photo
-        uid = "/".join(filter(None, fields))
-        if uid in photos:
-            problems.append(Problem(str(path), f"same name as {photos[uid][0]}", True))
-        photos.setdefault(uid, (str(path), fields))
-    return photos
+    left_out = [is_excluded] if is_excluded else []
+    if images.has_suffix:  # of another kind of file, perhaps
+        ends = tuple(IMAGE_SUFFIXES)
+        left_out.append(lambda path: not path.lower().endswith(ends))
+    if masks is not None and masks.text != images.text:
+        folders = str(images.folder), str(masks.folder)
+        if os.path.commonpath(folders) in folders:  # a mask may be beside its image
+            left_out.append(masks.matches)
+    files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)
+    pairs.findings.extend(files.findings())
+    return files.paths
 
 
-def _lines(file: str, root: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
+def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
     """Yield the lines of a list, each with what to call it."""
     path = Path(root, file)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        problems.append(Problem(str(path), f"the list cannot be read: {reason}", True))
+        reason = f"the list cannot be read: {reason}"
+        pairs.findings.append((None, Finding(str(path), reason, True)))
         return
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
@@ -233,57 +415,59 @@ def _lines(file: str, root: str, problems: list[Problem]) -> Iterator[tuple[str,
 
 
 def _listed(
-    file: str,
-    root: str,
-    images: Template,
-    photos: dict[str, tuple[str, tuple[str, str]]],
-    problems: list[Problem],
-) -> dict[str, tuple[str, tuple[str, str]]]:
-    """Return the photos that a list names: by path, by path below their folder, or by name."""
+    file: str, root: str, images: Template, photos: dict[str, str], pairs: _Pairs
+) -> dict[str, str]:
+    """Return the images that a list names: by path, by path below their folder, or by name."""
     known: dict[str, set[str]] = {}
-    for uid, (path, fields) in photos.items():
+    for uid, path in photos.items():
         below = os.path.relpath(path, images.folder)
-        names = {uid, fields[1], os.path.relpath(path, root), below, os.path.basename(path)}
-        for name in names | {os.path.splitext(name)[0] for name in names - {uid, fields[1]}}:
+        stem = uid.rpartition("/")[2]
+        names = {uid, stem, os.path.relpath(path, root), below, os.path.basename(path)}
+        for name in names | {os.path.splitext(name)[0] for name in names - {uid, stem}}:
             known.setdefault(name, set()).add(uid)
-    chosen = {}
-    for where, line in _lines(file, root, problems):
-        found = known.get(os.path.normpath(line).lstrip("/"), set())
-        if len(found) != 1:
-            reason = f"{line} is the name of {len(found) or 'no'} photo{'s' * bool(found)}"
-            problems.append(Problem(where, f"{reason} in {images.folder}", True))
-        for uid in found if len(found) == 1 else ():
-            if uid in chosen:
-                problems.append(Problem(where, f"{line} is listed twice", False))
-            chosen[uid] = photos[uid]
+    chosen: dict[str, str] = {}
+    for where, line in _lines(file, root, pairs):
+        matches = known.get(os.path.normpath(line).lstrip("/"), set())
+        if len(matches) != 1:
+            number = f"{len(matches)} photos" if matches else "no photo"
+            reason = f"{line} is the name of {number} in {images.folder}"
+            pairs.findings.append((None, Finding(where, reason, True)))
+            continue
+        (uid,) = matches
+        if uid in chosen:
+            pairs.findings.append((uid, Finding(where, f"{line} is listed twice", False)))
+        chosen[uid] = photos[uid]
     return chosen
 
 
-def _listed_pairs(source: Source, split: str, root: str, problems: list[Problem]) -> list[Sample]:
-    """Return the photos and masks that a list has side by side, in two columns."""
+def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
+    """Return the images and masks that a list has side by side, in two columns."""
     assert source.list is not None
-    pairs: dict[str, str] = {}
-    for where, line in _lines(source.list, root, problems):
+    pairs = _Pairs({}, {}, [], [])
+    masks: dict[str, str] = {}
+    for where, line in _lines(source.list, root, pairs):
         columns = [part.strip() for part in re.split(r"[\t,;]", line)]
         columns = columns if len(columns) > 1 else line.split()
         if len(columns) != 2:
             reason = f"{len(columns)} columns; without images, a line is a photo and its mask"
-            problems.append(Problem(where, reason, True))
+            pairs.findings.append((None, Finding(where, reason, True)))
             continue
         paths = [_existing(root, source.list, column) for column in columns]
         for path, column in zip(paths, columns):
             if path is None:
-                problems.append(Problem(where, f"there is no file {column}", True))
+                finding = Finding(where, f"there is no file {column}", True)
+                pairs.findings.append((None, finding))
         if None not in paths:
-            if paths[0] in pairs:
-                problems.append(Problem(where, f"{columns[0]} is listed twice", False))
-            pairs[str(paths[0])] = str(paths[1])
-    stems = [Path(path).stem for path in pairs]
-    short = len(set(stems)) == len(stems)
-    return [
-        Sample(stem if short else os.path.splitext(os.path.relpath(path, root))[0], path, mask)
-        for stem, (path, mask) in zip(stems, pairs.items())
-    ]
+            if paths[0] in masks:
+                finding = Finding(where, f"{columns[0]} is listed twice", False)
+                pairs.findings.append((None, finding))
+            masks[str(paths[0])] = str(paths[1])
+    stems = [Path(path).stem for path in masks]
+    is_short = len(set(stems)) == len(stems)
+    for stem, (path, mask) in zip(stems, masks.items()):
+        name = stem if is_short else os.path.splitext(os.path.relpath(path, root))[0]
+        pairs.images[name], pairs.masks[name] = path, mask
+    return pairs
 
 
 def _existing(root: str, file: str, name: str) -> str | None:

@@ -19,10 +19,11 @@ from convert_ade20k import convert
 from data import build_ade20k_dataspec
 from dataset import report
 from dataset.checks import check_labels
-from dataset.folders import list_samples
+from dataset.folders import ade20k, list_samples
 from dataset.labels import Labels
+from dataset.source import DataSource
 from dataset.synthetic import make
-from dataset.workers import in_processes
+from dataset.workers import available_cores, in_processes
 from errors import DataError
 from segmentation.classes import load_classes
 
@@ -196,8 +197,7 @@ def test_training_works_with_what_is_only_odd(path, capsys):
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
     check_findings(report["oddities"], expected)
-    workers = len(os.sched_getaffinity(0))
-    assert report["loader"]["workers"] == min(8, workers)
+    assert report["loader"]["workers"] == min(8, available_cores())
     assert report["loader"]["batches"] == 3 * [[[16, 3, 512, 512], [16, 512, 512]]]
 
 
@@ -326,7 +326,7 @@ def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     status, report = run(capsys, path)
     assert status == 1
     reasons = {finding["reason"].split(",")[0] for finding in report["problems"]}
-    assert reasons == {"folder is missing", "its mask is missing"}
+    assert reasons == {"folder is missing"}
 
 
 def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
@@ -421,20 +421,23 @@ def test_background_and_ignored_labels(path, capsys):
 
 
 def test_quick_check_before_training(path):
-    check_labels(str(path), "train", Labels(12))
-    check_labels(str(path), "train", Labels(13, False))
-    check_labels(str(path), "train", Labels(11, ignore_label=12))
+    def source(labels: Labels) -> DataSource:
+        return DataSource(str(path), "train", ade20k(labels))
+
+    check_labels(source(Labels(12)))
+    check_labels(source(Labels(13, False)))
+    check_labels(source(Labels(11, ignore_label=12)))
     with pytest.raises(DataError, match=r"\.png: label 12 on .* classes are 1\.\.11: set"):
-        check_labels(str(path), "train", Labels(11))
+        check_labels(source(Labels(11)))
     with pytest.raises(DataError, match=r"label 12 on .* classes are 0\.\.11: set"):
-        check_labels(str(path), "train", Labels(12, False))
+        check_labels(source(Labels(12, False)))
     photo, mask = sample(path, 24)
     wrong_label(photo, mask)
     with pytest.raises(DataError, match=f"{mask}: label 77 on"):
-        check_labels(str(path), "train", Labels(12), max_masks=4)  # the last is one of any number
+        check_labels(source(Labels(12)), max_masks=4)  # the last is one of any number
     cut(mask, 0.5)
     with pytest.raises(DataError, match=f"{mask}: cannot be decoded"):
-        check_labels(str(path), "train", Labels(12))
+        check_labels(source(Labels(12)))
 
 
 def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):

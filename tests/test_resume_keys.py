@@ -17,6 +17,7 @@ from composer.core import Time
 
 import data as data_module
 import main as main_module
+from dataset.source import DataSource
 from dataset.synthetic import make
 from errors import ConfigError
 from main import build_trainer, main
@@ -240,7 +241,7 @@ def scalars(thing: Any) -> dict[str, str]:
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return everything that a run with this config trains with, as a trainer holds it."""
     seen: dict[str, Any] = {}
-    build_model, build_dataset = main_module._build_model, data_module.build_dataset
+    build_model, open_dataset = main_module._build_model, data_module.open_dataset
 
     def look_at_model(config: Config, *arguments: Any) -> Any:
         model = config.model
@@ -248,13 +249,13 @@ def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any
         seen["sync_bn"] = model.sync_bn
         return build_model(config, *arguments)
 
-    def look_at_dataset(*arguments: Any, **options: Any) -> Any:
-        if arguments[3] == "train":
-            seen["cache_limit"] = options["cache_limit"]
-        return build_dataset(*arguments, **options)
+    def look_at_dataset(source: DataSource, *arguments: Any) -> Any:
+        if source.split == "train":
+            seen["cache_limit"] = source.shards and source.shards.cache_limit
+        return open_dataset(source, *arguments)
 
     patch.setattr(main_module, "_build_model", look_at_model)
-    patch.setattr(data_module, "build_dataset", look_at_dataset)
+    patch.setattr(data_module, "open_dataset", look_at_dataset)
     try:
         trainer = build_trainer(resolve(config))
     finally:
