@@ -6,6 +6,7 @@ report.py makes the report; convert_ade20k.py reads what it wrote back with the 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -39,6 +40,7 @@ class Tally:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # of each label
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # masks with it
     findings: list[Finding] = field(default_factory=list)
+    images: dict[bytes, str] = field(default_factory=dict)  # names by a hash of the content
 
     def add(self, other: Tally) -> None:
         """Add what was seen of another part."""
@@ -48,6 +50,7 @@ class Tally:
         self.pixels += other.pixels
         self.present += other.present
         self.findings += other.findings
+        self.images |= other.images
 
     def find(self, path: str | Path, reason: str, fatal: bool = True) -> None:
         """Note something wrong with a file."""
@@ -55,6 +58,7 @@ class Tally:
 
     def check(self, photo: bytes, mask: bytes, names: tuple[str, str], masks: Masks) -> None:
         """Decode a pair as training does, and count its labels. `names` are the files' names."""
+        self.images[hashlib.blake2b(photo, digest_size=16).digest()] = names[0]
         target = self._decode(lambda mask: masks.decode(mask, names[1]), mask, names[1])
         if target is None:
             self._decode(decode_image, photo, names[0])
@@ -131,6 +135,13 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         splits += [split] * (len(chunks) - len(splits))
     for split, tally in zip(splits, map_chunks(check_chunk, chunks, workers, "check")):
         tallies[split].add(tally)
+    # What is wrong with the folder of both splits is one problem.
+    train, val = tallies["train"], tallies["val"]
+    val.findings = [finding for finding in val.findings if finding not in train.findings]
+    for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):
+        name, other = val.images[digest], train.images[digest]
+        alias = "" if name == other else f" as {other}"
+        val.find(name, f"is in both splits, in train{alias}", fatal=False)
     return tallies
 
 

@@ -261,7 +261,12 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
             findings.append(Finding(where, reason, True))
         chosen = [image for image in pairs.masks if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
-        orphans = pairs.orphans if name == "train" or not description.fraction else []
+        # Masks of both splits in one folder are no orphans; a fraction has them with training.
+        layouts = description.sources
+        is_shared = source.masks in [layouts[other].masks for other in layouts if other != name]
+        if description.fraction:
+            is_shared = name == "val"
+        orphans = [] if is_shared else pairs.orphans
         listings[name] = Listing(samples, findings, orphans, len(names))
     return listings
 

@@ -21,7 +21,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.source import DataSource, ShardOptions
 from dataset.suggest import draw, suggest
+from dataset.unused import find_unused
 from dataset.workers import available_cores
 from errors import DataError, UserError, whole
 from files import check_outputs, check_writable, output_file, write_file, write_image
@@ -155,11 +156,23 @@ def _verdict(report: dict[str, Any]) -> str:
         return "training would fail"
     classes = report["splits"]["train"]["classes"]
     missing = [entry["name"] for entry in classes if not entry["photos"]]
-    if not missing:
-        return "no problem: this can be trained on"
     if len(missing) == len(classes):
         return "this can be read, but nothing is learnt: no training mask has a labelled pixel"
-    line = f"this can be trained on, but no training mask has {name_classes(missing)}"
+    unused, both = report["unused"], report["in_both_splits"]
+    doubts = [f"{name} has no image" for name, s in report["splits"].items() if not s["good_pairs"]]
+    if images := unused.get("images"):
+        doubts.append(f"{count(images, 'image')} {'is' if images == 1 else 'are'} left out")
+    if either := unused.get("either"):
+        doubts.append(f"{count(either, 'file')} may be images that are left out")
+    if both:
+        doubts.append(f"{count(both, 'image')} {'is' if both == 1 else 'are'} in both splits")
+    if missing:
+        doubts.append(f"no training mask has {name_classes(missing)}")
+    if not doubts:
+        return "no problem: this can be trained on"
+    line = f"this can be trained on, but {'; '.join(doubts)}"
+    if not missing:
+        return line
     occurring = len(classes) - len(missing)
     if report["described"]:  # the user has listed every label
         return line
@@ -168,6 +181,11 @@ def _verdict(report: dict[str, Any]) -> str:
     elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
         line += f"; --num-classes {occurring} if there are no more"
     return line
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things in words."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
@@ -233,6 +251,7 @@ def validate(
     class_names: str | None = None,
     workers: int | None = None,
     picture: str | None = None,
+    own: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check a data set.
 
@@ -242,6 +261,7 @@ def validate(
         class_names: See `classes.load_classes`.
         workers: How many processes check; None: one for each core.
         picture: File to draw a sheet of samples in.
+        own: Pictures that an earlier command drew, which are not of the data set.
 
     Returns:
         The report, as `--json` prints it. `problems` is empty where training would work.
@@ -260,6 +280,11 @@ def validate(
         check_writable(picture)
     tallies = check(source, workers)
     findings = [finding for tally in tallies.values() for finding in sorted(tally.findings)]
+    unused = None
+    if source.shards is None:
+        unused = find_unused(source, [*own, *([picture] if picture else [])])
+        findings += unused.findings()
+    both = tallies["train"].images.keys() & tallies["val"].images.keys()
     loader = None
     if any(finding.fatal for finding in tallies["train"].findings):
         what = "the loader is not measured"
@@ -275,6 +300,8 @@ def validate(
         "described": is_described,
         "num_classes": labels.num_classes,
         "splits": {name: summarise(tally, labels, classes) for name, tally in tallies.items()},
+        "unused": unused.counts if unused else {},
+        "in_both_splits": len(both),
         "loader": loader,
         "oddities": [{"path": f.path, "reason": f.reason} for f in findings if not f.fatal],
         "problems": [{"path": f.path, "reason": f.reason} for f in findings if f.fatal],
@@ -372,8 +399,11 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
         if options.suggest:
             return write_suggestion(options.path, options.local, options.workers)
         source = find_source(options.path, options.local, labels)
+        drawn = []
+        if is_description(options.path):  # which --suggest writes with a picture
+            drawn = [str(Path(options.path).with_suffix(".png"))]
         report = validate(
-            build_dataspec, source, options.class_names, options.workers, options.picture
+            build_dataspec, source, options.class_names, options.workers, options.picture, drawn
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
