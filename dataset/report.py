@@ -163,7 +163,8 @@ def _verdict(report: dict[str, Any]) -> str:
     if images := unused.get("images"):
         doubts.append(f"{count(images, 'image')} {'is' if images == 1 else 'are'} left out")
     if either := unused.get("either"):
-        doubts.append(f"{count(either, 'file')} may be images that are left out")
+        what = "an image that is" if either == 1 else "images that are"
+        doubts.append(f"{count(either, 'file')} may be {what} left out")
     if both:
         doubts.append(f"{count(both, 'image')} {'is' if both == 1 else 'are'} in both splits")
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,70 @@ def test_the_verdict_names_classes_that_training_never_shows(
         write(file, rule(labels_of(file)).astype(np.uint8))
     assert main([str(path), *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
+def leave_out(root: Path) -> None:
+    (root / "images/testing").mkdir()
+    for number in (1, 2):
+        shutil.copy(root / f"images/training/ADE_train_{number:08}.jpg", root / "images/testing")
+
+
+def copy_to_validation(root: Path) -> None:
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        source = root / kind / f"training/ADE_train_00000003.{suffix}"
+        shutil.copy(source, root / kind / f"validation/other.{suffix}")
+
+
+FOLDERS = {
+    "train": {"images": "images/training", "masks": "annotations/training"},
+    "val": {"images": "images/validation", "masks": "annotations/validation"},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "verdict"),
+    [
+        pytest.param(leave_out, None, "but 2 images are left out", id="a folder left out"),
+        pytest.param(leave_out, {}, "but 2 images are left out", id="the same, described"),
+        pytest.param(leave_out, {"exclude": "images/testing"}, "no problem", id="excluded"),
+        pytest.param(
+            copy_to_validation, None, "but 1 image is in both splits", id="in both by content"
+        ),
+        pytest.param(
+            lambda root: None,
+            {"val": FOLDERS["train"], "exclude": ["images/validation", "annotations/validation"]},
+            "but 24 images are in both splits",
+            id="in both by path",
+        ),
+        pytest.param(
+            lambda root: (leave_out(root), copy_to_validation(root)),
+            None,
+            "but 2 images are left out; 1 image is in both splits",
+            id="both faults",
+        ),
+        pytest.param(
+            lambda root: (root / "a.gif").write_bytes(b""),
+            None,
+            "but 1 file may be an image that is left out",
+            id="it cannot be told",
+        ),
+    ],
+)
+def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, verdict):
+    root = path / ROOT
+    change(root)
+    arguments = [str(path), "--num-classes", "12"]
+    if keys is not None:
+        classes = {f"kind {k}": [k] for k in range(1, 13)}
+        described = {"root": str(root), **FOLDERS, "classes": classes, "ignore": [0], **keys}
+        (tmp_path / "set.yaml").write_text(json.dumps(described))
+        arguments = [str(tmp_path / "set.yaml")]
+    assert main([*arguments, "--workers", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(verdict) or lines[-1].startswith(verdict)
+    leaks = [line for line in lines if line.startswith("  ") and "is in both splits" in line]
+    counted = re.search(r"(\d+) images? (is|are) in both", verdict)
+    assert len(leaks) == min(report.SHOWN, int(counted[1]) if counted else 0)
 
 
 def test_a_folder_that_is_missing_is_a_problem(path, capsys):
