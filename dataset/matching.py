@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -175,12 +175,12 @@ class Template:
             below = [path for path in below if not is_excluded(folder + path)]
         # Few operations for each file: a data set may have several hundred thousand.
         if self.fields == {"name"}:
-            names = [match and match["name"] for match in map(self.regex.fullmatch, below)]
+            names = [match and match[1] for match in map(self.regex.fullmatch, below)]
         else:
             names = [match and self._name(match) for match in map(self.regex.fullmatch, below)]
         if None in names:
             below = [path for path, name in zip(below, names) if name is not None]
-        kept = [name for name in names if name is not None]
+        kept = list(filter(None, names))
         if not with_folders:
             kept = [name.rpartition("/")[2] for name in kept]
         return _Files.of(kept, [folder + path for path in below])
@@ -249,7 +249,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
     else:
-        shares = {split: set(pairs.images)}
+        shares = {split: pairs.images.keys()}
     where = str(Path(root, source.list or source.images or ""))
     listings = {}
     for name, names in shares.items():
@@ -259,7 +259,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if not names and not any(finding.fatal for finding in findings):
             reason = f"holds no photos of {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
             findings.append(Finding(where, reason, True))
-        chosen = [image for image in pairs.masks if image in names]
+        chosen = list(pairs.masks)
+        if len(names) < len(chosen):
+            chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
         # Masks of both splits in one folder are no orphans; a fraction has them with training.
         layouts = description.sources
@@ -281,7 +283,7 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
     )
 
 
-def _share(names: list[str], fraction: float) -> dict[str, set[str]]:
+def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
     """Share names among training and validation by a hash, so that each split has one at least."""
     place = {name: _place(name) for name in names}
     val = {name for name in names if place[name] < fraction}
@@ -292,7 +294,7 @@ def _share(names: list[str], fraction: float) -> dict[str, set[str]]:
     return {"train": set(names) - val, "val": val}
 
 
-def _moved(images: dict[str, str], names: set[str], split: str, fraction: float) -> list[Finding]:
+def _moved(images: dict[str, str], names: Set[str], split: str, fraction: float) -> list[Finding]:
     """Return a finding if the only image of a split is there because the split had none."""
     (name,) = names
     if (_place(name) < fraction) == (split == "val"):
@@ -354,7 +356,7 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     photos = _photos(images, masks, is_excluded, pairs)
     if source.list is not None:
         photos = _listed(source.list, root, images, photos, pairs)
-    pairs.images.update(photos)
+    pairs = pairs._replace(images=photos)
     if masks is None:
         raise ConfigError(f"{split}.masks is missing: where are the masks of {source.images}?")
     if not masks.folder.is_dir():
@@ -363,6 +365,8 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     # Masks are found by folders and name, or by the name alone.
     with_folders = bool(masks.fields & {"dir", "name"})
     files = masks.files(is_excluded, with_folders)
+    if with_folders and not files.same and photos.keys() == files.paths.keys():
+        return pairs._replace(masks=files.paths)  # the usual case, which needs no loop
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
     used = dict(zip(reversed(keys), reversed(photos)))  # the first image of each mask
     masks_of: dict[str, Any] = dict(zip(photos, map(files.paths.get, keys)))
@@ -396,7 +400,7 @@ def _photos(
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:
-        folders = str(images.folder), str(masks.folder)
+        folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
         if os.path.commonpath(folders) in folders:  # a mask may be beside its image
             left_out.append(masks.matches)
     files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)

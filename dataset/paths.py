@@ -47,26 +47,18 @@ def list_files(folder: str | Path) -> list[str]:
     waiting = [("", top)]  # folders to read: path below `folder` with a slash, and the real path
     while waiting:
         below, real = waiting.pop()
-        folders: list[tuple[str, bool]] = []
-        names: list[str] = []
         try:
-            with os.scandir(os.path.join(folder, below)) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == ".":
-                        continue
-                    try:
-                        is_folder = entry.is_dir()
-                    except OSError:  # a link to itself
-                        is_folder = False
-                    if is_folder:
-                        folders.append((name, entry.is_symlink()))
-                    else:
-                        names.append(name)
+            with os.scandir(os.path.join(folder, below)) as scan:
+                entries = [entry for entry in scan if entry.name[0] != "."]
         except OSError as error:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 log.warning("%s: its files are left out: %s", error.filename, error.strerror)
             continue
+        folders = [(entry.name, entry.is_symlink()) for entry in entries if _is_folder(entry)]
+        names = [entry.name for entry in entries]
+        if folders:
+            inner_names = {name for name, _ in folders}
+            names = [name for name in names if name not in inner_names]
         names.sort()
         files += [below + name for name in names] if below else names
         inner = []
@@ -81,6 +73,13 @@ def list_files(folder: str | Path) -> list[str]:
                 inner.append((f"{below}{name}/", target))
         waiting += reversed(inner)
     return files
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
