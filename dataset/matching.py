@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -42,16 +42,26 @@ class Samples(Sequence[Sample]):
     because Python counts references inside each string.
 
     Args:
-        samples: The samples, in their order.
+        uids: Name of each sample.
+        images: Path of each image below `folders[0]`.
+        masks: Path of each mask below `folders[1]`.
+        folders: What the paths begin with.
     """
 
-    def __init__(self, samples: Iterable[tuple[str, str, str]]) -> None:
-        text = "".join([f"{uid}\0{image}\0{mask}\0" for uid, image, mask in samples])
+    def __init__(
+        self,
+        uids: Sequence[str] = (),
+        images: Sequence[str] = (),
+        masks: Sequence[str] = (),
+        folders: tuple[str, str] = ("", ""),
+    ) -> None:
+        self._folders, self._length = folders, len(uids)
+        text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         self._ends = np.append(-1, np.flatnonzero(self._text == 0))  # of each name
 
     def __len__(self) -> int:
-        return len(self._ends) // 3
+        return self._length
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -60,9 +70,13 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        place = 3 * range(len(self))[index]
-        text = self._text[self._ends[place] + 1 : self._ends[place + 3]].tobytes()
-        return Sample(*text.decode(errors="surrogateescape").split("\0"))
+        place = range(len(self))[index]
+        uid, image, mask = (self._name(place + column * len(self)) for column in range(3))
+        return Sample(uid, self._folders[0] + image, self._folders[1] + mask)
+
+    def _name(self, place: int) -> str:
+        name = self._text[self._ends[place] + 1 : self._ends[place + 1]]
+        return name.tobytes().decode(errors="surrogateescape")
 
 
 class Listing(NamedTuple):
@@ -85,16 +99,18 @@ class _Pairs(NamedTuple):
     """The images of a source and their masks, before they are shared among splits.
 
     Attributes:
-        images: Path of each image, by its name with its folders.
-        masks: Path of the mask of each image that has one, by the image's name.
+        images: Path of each image below `folders[0]`, by its name with its folders.
+        masks: Path below `folders[1]` of the mask of each image that has one, by the image's name.
         findings: What is wrong, each with the name of the image that it is about.
         orphans: Masks that no image belongs to.
+        folders: What the paths of images and masks begin with.
     """
 
     images: dict[str, str]
     masks: dict[str, str]
     findings: list[tuple[str | None, Finding]]
     orphans: list[str]
+    folders: tuple[str, str] = ("", "")
 
 
 class Template:
@@ -183,17 +199,24 @@ class Template:
         kept = list(filter(None, names))
         if not with_folders:
             kept = [name.rpartition("/")[2] for name in kept]
-        return _Files.of(kept, [folder + path for path in below])
+        return _Files.of(kept, below, folder)
 
 
 class _Files(NamedTuple):
-    """Files by their names, and those whose name another file has before them."""
+    """Files by their names, and those whose name another file has before them.
+
+    Attributes:
+        paths: Path of each file below `folder`, by its name.
+        same: Name and path of each file whose name another one has.
+        folder: What the paths begin with.
+    """
 
     paths: dict[str, str]
     same: list[tuple[str, str]]
+    folder: str
 
     @classmethod
-    def of(cls, names: list[str], paths: list[str]) -> _Files:
+    def of(cls, names: list[str], paths: list[str], folder: str) -> _Files:
         """Return files, given their names and their paths."""
         first, same = dict(zip(names, paths)), []
         if len(first) < len(names):
@@ -201,12 +224,16 @@ class _Files(NamedTuple):
             for name, path in zip(names, paths):
                 if first.setdefault(name, path) != path:
                     same.append((name, path))
-        return cls(first, same)
+        return cls(first, same, folder)
 
-    def findings(self) -> list[tuple[str | None, Finding]]:
+    def path(self, name: str) -> str:
+        """Return the whole path of a file."""
+        return self.folder + self.paths[name]
+
+    def findings(self) -> list[tuple[str, Finding]]:
         """Return a finding for each file that has the name of another one."""
         return [
-            (name, Finding(path, f"same name as {self.paths[name]}", True))
+            (name, Finding(self.folder + path, f"same name as {self.path(name)}", True))
             for name, path in self.same
         ]
 
@@ -255,7 +282,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     for name, names in shares.items():
         findings = [finding for image, finding in pairs.findings if image is None or image in names]
         if description.fraction and len(names) == 1 < len(pairs.images):
-            findings += _moved(pairs.images, names, name, description.fraction)
+            findings += _moved(pairs, names, name, description.fraction)
         if not names and not any(finding.fatal for finding in findings):
             reason = f"holds no photos of {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
             findings.append(Finding(where, reason, True))
@@ -263,9 +290,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if len(names) < len(chosen):
             chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
-        # Masks of both splits in one folder are no orphans; a fraction has them with training.
-        layouts = description.sources
-        is_shared = source.masks in [layouts[other].masks for other in layouts if other != name]
+        # The other split may have masks in the same folder; a fraction has them with training.
+        layouts = [layout for layout in description.sources.values() if layout != source]
+        is_shared = source.masks in [layout.masks for layout in layouts]
         if description.fraction:
             is_shared = name == "val"
         orphans = [] if is_shared else pairs.orphans
@@ -275,11 +302,16 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
 
 def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
     """Return samples by name without ADE20K's prefix; `keep_prefix` keeps it for the order."""
+    images, masks = pairs.images, pairs.masks
     names.sort()
     if not keep_prefix and any(name.startswith(prefix) for name in names):
-        names.sort(key=lambda name: (name.removeprefix(prefix), pairs.images[name]))
+        names.sort(key=lambda name: (name.removeprefix(prefix), images[name]))
+    uids = [name.removeprefix(prefix) for name in names]
     return Samples(
-        (name.removeprefix(prefix), pairs.images[name], pairs.masks[name]) for name in names
+        uids,
+        list(map(images.__getitem__, names)),
+        list(map(masks.__getitem__, names)),
+        pairs.folders,
     )
 
 
@@ -294,16 +326,16 @@ def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
     return {"train": set(names) - val, "val": val}
 
 
-def _moved(images: dict[str, str], names: Set[str], split: str, fraction: float) -> list[Finding]:
+def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[Finding]:
     """Return a finding if the only image of a split is there because the split had none."""
     (name,) = names
     if (_place(name) < fraction) == (split == "val"):
         return []
     reason = (
-        f"is the only image of {split}: fraction {fraction} of {len(images)} images left none. It "
-        "may move back when images are added"
+        f"is the only image of {split}: fraction {fraction} of {len(pairs.images)} images left "
+        "none. It may move back when images are added"
     )
-    return [Finding(images[name], reason, False)]
+    return [Finding(pairs.folders[0] + pairs.images[name], reason, False)]
 
 
 def find_samples(description: Description, split: str, root: str) -> tuple[Samples, list[Finding]]:
@@ -353,10 +385,11 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     masks = None
     if source.masks is not None:
         masks = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
-    photos = _photos(images, masks, is_excluded, pairs)
+    found = _photos(images, masks, is_excluded, pairs)
+    photos = found.paths
     if source.list is not None:
-        photos = _listed(source.list, root, images, photos, pairs)
-    pairs = pairs._replace(images=photos)
+        photos = _listed(source.list, root, found, pairs)
+    pairs = pairs._replace(images=photos, folders=(found.folder, ""))
     if masks is None:
         raise ConfigError(f"{split}.masks is missing: where are the masks of {source.images}?")
     if not masks.folder.is_dir():
@@ -365,36 +398,34 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     # Masks are found by folders and name, or by the name alone.
     with_folders = bool(masks.fields & {"dir", "name"})
     files = masks.files(is_excluded, with_folders)
+    pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
         return pairs._replace(masks=files.paths)  # the usual case, which needs no loop
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
     used = dict(zip(reversed(keys), reversed(photos)))  # the first image of each mask
-    masks_of: dict[str, Any] = dict(zip(photos, map(files.paths.get, keys)))
-    if None in masks_of.values() or len(used) < len(photos):
-        for name, key in zip(photos, keys):
-            if masks_of[name] is None:
-                reason = f"its mask is missing, {source.masks}"
-            elif used[key] != name:
-                reason = f"has the same mask as {photos[used[key]]}"
-            else:
-                continue
-            del masks_of[name]
-            pairs.findings.append((name, Finding(photos[name], reason, True)))
-    pairs.masks.update(masks_of)
-    pairs.findings.extend((used.get(key or ""), finding) for key, finding in files.findings())
+    for name, key in zip(photos, keys):
+        if key not in files.paths:
+            reason = f"its mask is missing, {source.masks}"
+        elif used[key] != name:
+            reason = f"has the same mask as {found.path(used[key])}"
+        else:
+            pairs.masks[name] = files.paths[key]
+            continue
+        pairs.findings.append((name, Finding(found.path(name), reason, True)))
+    pairs.findings.extend((used.get(key), finding) for key, finding in files.findings())
     if source.list is None and photos:
         alone = sorted(files.paths.keys() - used.keys())
-        pairs.orphans.extend(files.paths[key] for key in alone)
+        pairs.orphans.extend(map(files.path, alone))
     return pairs
 
 
 def _photos(
     images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
-) -> dict[str, str]:
-    """Return the path of each image that fits, by name."""
+) -> _Files:
+    """Return the images that fit."""
     if not images.folder.is_dir():
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
-        return {}
+        return _Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
     if images.has_suffix:  # of another kind of file, perhaps
         ends = tuple(IMAGE_SUFFIXES)
@@ -405,7 +436,7 @@ def _photos(
             left_out.append(masks.matches)
     files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)
     pairs.findings.extend(files.findings())
-    return files.paths
+    return files
 
 
 def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
@@ -423,14 +454,11 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.strip()
 
 
-def _listed(
-    file: str, root: str, images: Template, photos: dict[str, str], pairs: _Pairs
-) -> dict[str, str]:
+def _listed(file: str, root: str, photos: _Files, pairs: _Pairs) -> dict[str, str]:
     """Return the images that a list names: by path, by path below their folder, or by name."""
     known: dict[str, set[str]] = {}
-    for uid, path in photos.items():
-        below = os.path.relpath(path, images.folder)
-        stem = uid.rpartition("/")[2]
+    for uid, below in photos.paths.items():
+        path, stem = photos.path(uid), uid.rpartition("/")[2]
         names = {uid, stem, os.path.relpath(path, root), below, os.path.basename(path)}
         for name in names | {os.path.splitext(name)[0] for name in names - {uid, stem}}:
             known.setdefault(name, set()).add(uid)
@@ -439,13 +467,13 @@ def _listed(
         matches = known.get(os.path.normpath(line).lstrip("/"), set())
         if len(matches) != 1:
             number = f"{len(matches)} photos" if matches else "no photo"
-            reason = f"{line} is the name of {number} in {images.folder}"
+            reason = f"{line} is the name of {number} in {Path(photos.folder)}"
             pairs.findings.append((None, Finding(where, reason, True)))
             continue
         (uid,) = matches
         if uid in chosen:
             pairs.findings.append((uid, Finding(where, f"{line} is listed twice", False)))
-        chosen[uid] = photos[uid]
+        chosen[uid] = photos.paths[uid]
     return chosen
 
 

@@ -17,7 +17,6 @@ from composer.core import Time
 
 import data as data_module
 import main as main_module
-from dataset.source import DataSource
 from dataset.synthetic import make
 from errors import ConfigError
 from main import build_trainer, main
@@ -241,7 +240,8 @@ def scalars(thing: Any) -> dict[str, str]:
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return everything that a run with this config trains with, as a trainer holds it."""
     seen: dict[str, Any] = {}
-    build_model, open_dataset = main_module._build_model, data_module.open_dataset
+    build_model = main_module._build_model
+    build_dataspec = data_module.build_ade20k_dataspec
 
     def look_at_model(config: Config, *arguments: Any) -> Any:
         model = config.model
@@ -249,13 +249,13 @@ def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any
         seen["sync_bn"] = model.sync_bn
         return build_model(config, *arguments)
 
-    def look_at_dataset(source: DataSource, *arguments: Any) -> Any:
-        if source.split == "train":
-            seen["cache_limit"] = source.shards and source.shards.cache_limit
-        return open_dataset(source, *arguments)
+    def look_at_dataset(**options: Any) -> Any:
+        if options["split"] == "train":
+            seen["cache_limit"] = options["cache_limit"]
+        return build_dataspec(**options)
 
     patch.setattr(main_module, "_build_model", look_at_model)
-    patch.setattr(data_module, "open_dataset", look_at_dataset)
+    patch.setattr(data_module, "build_ade20k_dataspec", look_at_dataset)
     try:
         trainer = build_trainer(resolve(config))
     finally:

@@ -196,7 +196,7 @@ def test_one_fault_of_a_fraction_is_one_finding(
     ],
 )
 def test_samples_are_a_sequence(samples: list[tuple[str, str, str]]) -> None:
-    packed = pickle.loads(pickle.dumps(Samples(samples)))
+    packed = pickle.loads(pickle.dumps(Samples(*zip(*samples))))
     assert list(packed) == samples and len(packed) == len(samples)
     assert packed[1:] == samples[1:] and packed[::-1] == samples[::-1]
     with pytest.raises(IndexError):
