@@ -1,9 +1,6 @@
-"""Which photos a description's split has, and the mask of each, by templates or lists.
+"""Which images a description's split has, and the mask of each, by templates or lists.
 
-A template is a path below the root in which `{stem}` stands for a name, `{dir}/` for any folders
-(or none), `{name}` for both, `**/` for folders and `*` for a part of a name that do not matter. A
-folder stands for all the files in it and below, and a path without extension has any. A mask
-belongs to the photo whose values fit what its template asks for.
+A mask belongs to the image whose values fit what its template asks for; see `dataset.templates`.
 """
 
 from __future__ import annotations
@@ -12,87 +9,17 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import NamedTuple, overload
-
-import numpy as np
+from typing import NamedTuple
 
 from dataset.description import Description, Source
-from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, list_files
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES
+from dataset.samples import Finding, Listing, Samples
+from dataset.templates import Exclusion, Files, Template, exclusion
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-
-_TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
-
-
-class Finding(NamedTuple):
-    """Something wrong with a file."""
-
-    path: str
-    reason: str
-    fatal: bool  # training would fail; otherwise it is odd, but training works
-
-
-class Samples(Sequence[Sample]):
-    """Samples that share their memory with forked loader processes.
-
-    The text of all names is one array. A list of strings would be copied into every process,
-    because Python counts references inside each string.
-
-    Args:
-        uids: Name of each sample.
-        images: Path of each image below `folders[0]`.
-        masks: Path of each mask below `folders[1]`.
-        folders: What the paths begin with.
-    """
-
-    def __init__(
-        self,
-        uids: Sequence[str] = (),
-        images: Sequence[str] = (),
-        masks: Sequence[str] = (),
-        folders: tuple[str, str] = ("", ""),
-    ) -> None:
-        self._folders, self._length = folders, len(uids)
-        text = "\0".join([*uids, *images, *masks, ""])
-        self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        self._ends = np.append(-1, np.flatnonzero(self._text == 0))  # of each name
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        uid, image, mask = (self._name(place + column * len(self)) for column in range(3))
-        return Sample(uid, self._folders[0] + image, self._folders[1] + mask)
-
-    def _name(self, place: int) -> str:
-        name = self._text[self._ends[place] + 1 : self._ends[place + 1]]
-        return name.tobytes().decode(errors="surrogateescape")
-
-
-class Listing(NamedTuple):
-    """A split's images and masks, and what is wrong with their names.
-
-    Attributes:
-        samples: Images with a mask, sorted by name.
-        findings: What is wrong with the names of files.
-        orphans: Masks that no image of the split belongs to.
-        images: Number of images, with a mask or without.
-    """
-
-    samples: Samples
-    findings: list[Finding]
-    orphans: list[str]
-    images: int
 
 
 class _Pairs(NamedTuple):
@@ -111,146 +38,6 @@ class _Pairs(NamedTuple):
     findings: list[tuple[str | None, Finding]]
     orphans: list[str]
     folders: tuple[str, str] = ("", "")
-
-
-class Template:
-    """A template, or a folder.
-
-    Args:
-        text: The template.
-        root: What it is below.
-        suffixes: Extensions of the files, where the template has none.
-        where: What to call it in an error.
-
-    Attributes:
-        folder: The folder that all files which fit are in.
-        fields: Those of `stem`, `dir` and `name` that it asks for.
-        has_suffix: Whether it names an extension.
-
-    Raises:
-        ConfigError: It asks for something else.
-    """
-
-    def __init__(self, text: str, root: str, suffixes: Iterable[str], where: str) -> None:
-        tokens = _TOKEN.split(os.path.normpath(text).removeprefix("./"))
-        if len(tokens) == 1:
-            tokens = _TOKEN.split(f"{tokens[0]}/{{name}}")
-        self.is_simple = len(tokens) == 3
-        fixed, slash, rest = tokens[0].rpartition("/")
-        self.text, self.folder = text, Path(root, fixed + slash)
-        self.fields: set[str] = set()
-        parts = [re.escape(rest)]
-        for place, token in enumerate(tokens[1:], 1):
-            parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
-        pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # of `.*`
-        self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
-        if pattern.endswith(any_suffix) or not self.has_suffix:
-            ends = "|".join(map(re.escape, sorted(suffixes)))
-            pattern = f"{pattern.removesuffix(any_suffix)}(?i:{ends})"
-        self.regex = re.compile(pattern)
-
-    def _pattern(self, token: str, where: str) -> str:
-        if token == "**/":
-            return "(?:.+/)?"
-        if token == "*":
-            return "[^/]*"
-        field = token.strip("{}/")
-        if field not in ("stem", "dir", "name"):
-            raise ConfigError(f"{where}: {{{field}}} is none of {{stem}}, {{dir}} and {{name}}")
-        slash = "/" if token.endswith("/") else ""
-        if field in self.fields:
-            return "(?:(?P=dir)/)?" if field == "dir" and slash else f"(?P={field}){slash}"
-        self.fields.add(field)
-        if field == "dir" and slash:
-            return "(?:(?P<dir>.+?)/)?"
-        lazy = "" if self.is_simple else "?"  # a single field ends in one place only
-        return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
-
-    def _name(self, match: re.Match[str]) -> str:
-        """Return the folders and the name of a file that fits."""
-        if "name" in self.fields:
-            return match["name"]
-        values = match.groupdict()
-        folder = values.get("dir") or ""
-        if "dir" not in self.fields:
-            folder = match.string.rpartition("/")[0]
-        stem = values.get("stem") or Path(match.string).stem
-        return f"{folder}/{stem}" if folder else stem
-
-    def matches(self, path: str) -> bool:
-        """Return whether a file, given by its whole path, fits."""
-        folder = os.path.join(self.folder, "")
-        return path.startswith(folder) and self.regex.fullmatch(path[len(folder) :]) is not None
-
-    def files(self, is_excluded: Exclusion = None, with_folders: bool = True) -> _Files:
-        """Return the files that fit, by their names, with the folders that these are in or not."""
-        folder = os.path.join(self.folder, "")
-        below = list_files(folder)
-        if is_excluded:
-            below = [path for path in below if not is_excluded(folder + path)]
-        # Few operations for each file: a data set may have several hundred thousand.
-        if self.fields == {"name"}:
-            names = [match and match[1] for match in map(self.regex.fullmatch, below)]
-        else:
-            names = [match and self._name(match) for match in map(self.regex.fullmatch, below)]
-        if None in names:
-            below = [path for path, name in zip(below, names) if name is not None]
-        kept = list(filter(None, names))
-        if not with_folders:
-            kept = [name.rpartition("/")[2] for name in kept]
-        return _Files.of(kept, below, folder)
-
-
-class _Files(NamedTuple):
-    """Files by their names, and those whose name another file has before them.
-
-    Attributes:
-        paths: Path of each file below `folder`, by its name.
-        same: Name and path of each file whose name another one has.
-        folder: What the paths begin with.
-    """
-
-    paths: dict[str, str]
-    same: list[tuple[str, str]]
-    folder: str
-
-    @classmethod
-    def of(cls, names: list[str], paths: list[str], folder: str) -> _Files:
-        """Return files, given their names and their paths."""
-        first, same = dict(zip(names, paths)), []
-        if len(first) < len(names):
-            first = {}
-            for name, path in zip(names, paths):
-                if first.setdefault(name, path) != path:
-                    same.append((name, path))
-        return cls(first, same, folder)
-
-    def path(self, name: str) -> str:
-        """Return the whole path of a file."""
-        return self.folder + self.paths[name]
-
-    def findings(self) -> list[tuple[str, Finding]]:
-        """Return a finding for each file that has the name of another one."""
-        return [
-            (name, Finding(self.folder + path, f"same name as {self.path(name)}", True))
-            for name, path in self.same
-        ]
-
-
-Exclusion = Callable[[str], bool] | None
-
-
-def exclusion(description: Description, root: str) -> Exclusion:
-    """Return a function that tells whether the description leaves out a file; None: it has none."""
-    if not description.exclude:
-        return None
-    files = {os.path.normpath(os.path.join(root, text)) for text in description.exclude}
-    templates = [
-        Template(text, root, IMAGE_SUFFIXES | MASK_SUFFIXES, "exclude")
-        for text in description.exclude
-    ]
-    return lambda path: path in files or any(template.matches(path) for template in templates)
 
 
 def list_splits(description: Description, split: str, root: str) -> dict[str, Listing]:
@@ -421,11 +208,11 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
 
 def _photos(
     images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
-) -> _Files:
+) -> Files:
     """Return the images that fit."""
     if not images.folder.is_dir():
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
-        return _Files({}, [], os.path.join(images.folder, ""))
+        return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
     if images.has_suffix:  # of another kind of file, perhaps
         ends = tuple(IMAGE_SUFFIXES)
@@ -454,7 +241,7 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.strip()
 
 
-def _listed(file: str, root: str, photos: _Files, pairs: _Pairs) -> dict[str, str]:
+def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str]:
     """Return the images that a list names: by path, by path below their folder, or by name."""
     known: dict[str, set[str]] = {}
     for uid, below in photos.paths.items():

@@ -11,8 +11,9 @@ from dataset.description import Description
 from dataset.folders import ade20k
 from dataset.labels import Labels
 from dataset.masks import Masks
-from dataset.matching import Listing, Samples, list_splits, require
+from dataset.matching import list_splits, require
 from dataset.paths import Sample, find_root
+from dataset.samples import Listing, Samples
 from dataset.shards import Shards, cached_shards, open_shards, read_shard
 from dataset.workers import chunked
 from errors import DataError

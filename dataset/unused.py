@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dataset.description import SPLITS
-from dataset.matching import Finding, Template, exclusion
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files
+from dataset.samples import Finding
 from dataset.source import DataSource
+from dataset.templates import Template, exclusion
 
 # Images that nothing here reads, and files that often lie beside images.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}

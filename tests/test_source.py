@@ -11,11 +11,12 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from data import build_data
-from dataset import matching, shards, workers
+from dataset import shards, templates, workers
 from dataset.checks import shard_classes
 from dataset.description import Description, parse_description
 from dataset.folders import ade20k, list_samples
-from dataset.matching import Samples, find_samples
+from dataset.matching import find_samples
+from dataset.samples import Samples
 from dataset.shards import fetch_beside
 from dataset.source import DataSource, ShardOptions
 from dataset.synthetic import make
@@ -218,13 +219,13 @@ def test_a_process_reads_each_folder_once(
         train = {"images": "images/training", "masks": "annotations/training"}
         tiny["data"] = {"train": train, "val": {"fraction": 0.4}, "classes": names, "ignore": [0]}
     read: list[str] = []
-    list_files = matching.list_files
+    list_files = templates.list_files
 
     def note(folder: str) -> list[str]:
         read.append(os.path.relpath(folder, root))
         return list_files(folder)
 
-    monkeypatch.setattr(matching, "list_files", note)
+    monkeypatch.setattr(templates, "list_files", note)
     config = resolve(tiny)
     sources = data_sources(config)
     for split, source in sources.items():
