@@ -41,15 +41,14 @@ from streaming.base.compression import is_compression
 from streaming.base.hashing import is_hash
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
-from tqdm import tqdm
 
 from dataset.decoding import decode_mask, decode_photo
-from dataset.description import Description, as_yaml, describe_labels, open_description
-from dataset.folders import FOLDERS, Sample, find_root, list_samples
+from dataset.description import as_yaml, describe_labels, open_description
+from dataset.folders import FOLDERS, Sample, ade20k
 from dataset.masks import Masks
-from dataset.matching import list_described
-from dataset.shards import DESCRIPTION, cached_shards, open_shards, read_shard
-from dataset.workers import available_cores, in_processes
+from dataset.shards import DESCRIPTION, cached_shards, is_missing, open_shards, read_shard
+from dataset.source import DataSource
+from dataset.workers import available_cores, map_chunks
 from errors import DataError, UserError, one_line
 from files import check_outputs, explain_output, write_file
 
@@ -261,8 +260,8 @@ def _fetch_index(remote: str, index: Path) -> bool:
     """Copy a finished split's index to `index`; False if there is none."""
     try:
         CloudDownloader.direct_download(remote, str(index))
-    except Exception as error:  # each store has its own errors, and its own words for "not found"
-        if re.search("not found|no such|does not exist|404", str(error), re.IGNORECASE):
+    except Exception as error:
+        if is_missing(error):
             return False
         raise DataError(f"{remote}: {one_line(error)}") from error
     return True
@@ -276,33 +275,22 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
         )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
-    entries: dict[int, dict[str, Any]] = {}
-    tasks = {
-        number: (write_shard, shard, number, _few(target, shard))
-        for number, shard in enumerate(shards)
-    }
-    with _progress(f"write {split}", len(samples)) as bar:
-        for number, entry in in_processes(tasks, target.workers):
-            entries[number] = entry
-            bar.update(entry["samples"])
-    return [entries[number] for number in range(len(shards))]
+    tasks = [(shard, number, _few(target, shard)) for number, shard in enumerate(shards)]
+    return map_chunks(write_shard, tasks, target.workers, f"write {split}")
 
 
 def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Target) -> None:
     shards = open_shards(out, cache, split)
     if len(shards) != len(samples):
         raise Mismatch(f"it has {len(shards):,} samples, not {len(samples):,}")
-    tasks: dict[int, tuple] = {}
+    tasks: list[tuple] = []
     for number, (shard, end) in enumerate(zip(shards.shards, shards.ends)):
         if (shard.compression, shard.hashes) != (target.compression, target.hashes):
             raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
         part = samples[end - len(shard) : end]
-        tasks[number] = verify_shard, part, number, out, cache, split, _few(target, part)
-    wrong = []
-    with _progress(f"verify {split}", len(samples)) as bar:
-        for number, reason in in_processes(tasks, target.workers):
-            bar.update(len(shards.shards[number]))
-            wrong += [reason] if reason else []
+        tasks.append((part, number, out, cache, split, _few(target, part)))
+    reasons = map_chunks(verify_shard, tasks, target.workers, f"verify {split}")
+    wrong = [reason for reason in reasons if reason]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise DataError(f"{wrong[0]}{more}; run again")
@@ -315,26 +303,19 @@ def _few(target: Target, samples: list[Sample]) -> Target:
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))
 
 
-def _progress(what: str, total: int) -> tqdm:
-    return tqdm(total=total, unit=" samples", desc=what, disable=None)
-
-
 def _write(file: Path, content: Any) -> None:
     write_file(file, json.dumps(content, sort_keys=True))
 
 
-def find_splits(
-    path: str, description: Description | None
-) -> dict[str, tuple[list[Sample], Masks | None]]:
-    """Return the samples of each split, and what their masks hold where that is described."""
-    if description is not None:
-        return {
-            split: (list_described(description, split, path), Masks.of(description, split, path))
-            for split in FOLDERS
-        }
-    images = find_root(path) / "images"
-    there = [split for split, folder in FOLDERS.items() if (images / folder).is_dir()]
-    return {split: (list_samples(path, split), None) for split in there or FOLDERS}
+def find_sources(path: str, root: str | None) -> list[DataSource]:
+    """Return the splits of a data set in folders, which may be one alone in ADE20K's layout."""
+    path, description = open_description(path, root)
+    source = DataSource(path, "train", description or ade20k())
+    splits = list(FOLDERS)
+    if description is None:
+        images = Path(source.root, "images")
+        splits = [split for split in splits if (images / FOLDERS[split]).is_dir()] or splits
+    return [source.of_split(split) for split in splits]
 
 
 def convert(
@@ -385,18 +366,21 @@ def convert(
     except ValueError:
         raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
     workers = workers or available_cores()
-    described = path
-    path, description = open_description(path, root)
-    splits = find_splits(path, description)
-    if description is not None and not is_remote:
-        check_outputs([os.path.join(out, DESCRIPTION)], [described])
+    sources = find_sources(path, root)
+    splits = {source.split: list(source.samples()) for source in sources}
+    description = sources[0].description
+    is_described = description.built_in is None
+    if is_described and not is_remote:
+        check_outputs([os.path.join(out, DESCRIPTION)], [path])
     is_new = not os.path.isdir(folder)
     with _only_one(folder):
-        for split, (samples, masks) in splits.items():
+        for source in sources:
+            split = source.split
             remote = f"{out}/{split}" if is_remote else None
+            masks = source.masks() if is_described else None
             target = Target(os.path.join(folder, split), remote, *options, workers, masks)
-            convert_split(samples, out, split, target)
-        if description is not None:
+            convert_split(splits[split], out, split, target)
+        if is_described:
             text = as_yaml(describe_labels(description.classes))
             write_file(Path(folder, DESCRIPTION), text)
             if is_remote:
@@ -406,7 +390,7 @@ def convert(
             _remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:
             _remove_empty(folder)
-    return {split: len(samples) for split, (samples, _) in splits.items()}
+    return {split: len(samples) for split, samples in splits.items()}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import hashlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,17 +32,18 @@ from checkpointing.saver import on_first_process
 from dataset.checks import check_labels, check_shard_classes
 from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
-from dataset.description import Description, parse_description
-from dataset.folders import list_samples
+from dataset.description import Description
+from dataset.folders import FOLDERS, Sample, ade20k
+from dataset.folders import list_samples as list_samples  # part of the public interface
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks
-from dataset.matching import list_described
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
+from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
 from training.balance import repeat_factors
-from training.config import class_infos
+from training.config import class_infos, data_sources
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
@@ -143,6 +144,7 @@ class ADE20k(_Samples):
         labels: What the masks hold.
         description: What the masks hold, and where they and the photos are, in place of ADE20K's
             layout.
+        source: The split, in place of `datadir`, `split`, `labels` and `description`.
 
     Raises:
         DataError: Here, if folders or masks are missing; on access, if a file is not as it should.
@@ -158,14 +160,15 @@ class ADE20k(_Samples):
         seed: int = 17,
         labels: Labels | None = None,
         description: Description | None = None,
+        source: DataSource | None = None,
     ) -> None:
+        if split not in FOLDERS:
+            raise DataError(f"split is {split!r}; use one of {', '.join(FOLDERS)}")
+        if source is None:
+            source = DataSource(datadir, split, description or ade20k(labels))
         transforms = both_transforms, image_transforms, target_transforms
-        if description is None:
-            super().__init__(transforms, seed, Masks(labels or Labels()))
-            self.samples = list_samples(datadir, split)
-        else:
-            super().__init__(transforms, seed, Masks.of(description, split, datadir))
-            self.samples = list_described(description, split, datadir)
+        super().__init__(transforms, seed, source.masks())
+        self.samples: Sequence[Sample] = source.samples()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -286,6 +289,7 @@ def build_ade20k_dataspec(
     max_class_share: float = 0.75,
     rare_class_sampling: float | None = None,
     counts: Counts | None = None,
+    source: DataSource | None = None,
     **dataloader_kwargs: Any,
 ) -> DataSpec:
     """Build a split's data for Composer's Trainer.
@@ -323,6 +327,8 @@ def build_ade20k_dataspec(
         rare_class_sampling: Share of the photos below which a class is rare, and training takes
             those that show it more often; see `training.balance.repeat_factors`.
         counts: Of the training masks, where they are known; else they are counted for that.
+        source: The split. It takes the place of the arguments that say where the data set is and
+            what its masks hold.
         **dataloader_kwargs: For torch's DataLoader. By default workers persist, and memory is
             pinned if there is a GPU.
 
@@ -332,31 +338,22 @@ def build_ade20k_dataspec(
     if not 2 <= num_classes < IGNORED:
         raise DataError(f"num_classes is {num_classes}, not in 2..{IGNORED - 1}")
     is_train = split == "train"
-    labels = Labels(num_classes, ignore_background, ignore_label)
-    if description is not None:
-        labels = description.labels
-    dataset = build_dataset(
-        path,
-        is_streaming,
-        local,
+    if source is None:
+        labels = Labels(num_classes, ignore_background, ignore_label)
+        options = ShardOptions(local, cache_limit, download_retry, download_timeout, validate_hash)
+        description = description or ade20k(labels)
+        source = DataSource(path, split, description, options if is_streaming else None)
+    labels = source.labels
+    transforms = build_ade20k_transformations(
         split,
-        build_ade20k_transformations(
-            split,
-            base_size,
-            min_resize_scale,
-            max_resize_scale,
-            final_size,
-            max_class_share,
-            labels.classes(),
-        ),
-        labels,
-        seed,
-        description,
-        cache_limit=cache_limit,
-        download_retry=download_retry,
-        download_timeout=download_timeout,
-        validate_hash=validate_hash,
+        base_size,
+        min_resize_scale,
+        max_resize_scale,
+        final_size,
+        max_class_share,
+        labels.classes(),
     )
+    dataset = open_dataset(source, transforms, seed)
     distance = 0
     if is_streaming:
         distance = 8 * batch_size if predownload is None else predownload
@@ -366,7 +363,7 @@ def build_ade20k_dataspec(
         factors = None
         if rare_class_sampling:
             if counts is None:
-                counts = count_classes(path, local, is_streaming, split, labels, description)
+                counts = count_classes(source)
             factors = repeat_factors(counts.present, rare_class_sampling)
         sampler = EpochSampler(
             dataset,
@@ -410,39 +407,27 @@ def build_ade20k_dataspec(
     )
 
 
-def build_dataset(
-    path: str,
-    is_streaming: bool,
-    local: str | None,
-    split: str,
-    transforms: Transforms,
-    labels: Labels,
-    seed: int = 17,
-    description: Description | None = None,
-    **cache: Any,
+def open_dataset(
+    source: DataSource, transforms: Transforms = (None, None, None), seed: int = 17
 ) -> ADE20k | StreamingADE20k:
     """Open a split of a data set, folders or MDS shards.
 
     Args:
-        path: Folder of the data set; of shards, folder or URL.
-        is_streaming: Whether it is MDS shards.
-        local: Folder that shards are kept in.
-        split: 'train' or 'val'.
-        transforms: Of the pair, the photo and the mask; without any, samples are Pillow images.
-        labels: What the masks hold.
+        source: The split.
+        transforms: Of the pair, the image and the mask; without any, samples are Pillow images.
         seed: Seed of the random transforms.
-        description: Of a data set in another layout than ADE20K's. Shards that were written from
-            it hold `labels`.
-        **cache: Of shards; see `dataset.shards.Shards`.
 
     Raises:
         DataError: The data set is not as it should be.
     """
-    if is_streaming:
-        return StreamingADE20k(
-            path, local, split, seed=seed, labels=labels, transforms=transforms, **cache
-        )
-    return ADE20k(path, split, *transforms, seed=seed, labels=labels, description=description)
+    path, split = source.path, source.split
+    if source.shards is None:
+        return ADE20k(path, split, *transforms, seed=seed, source=source)
+    options = asdict(source.shards)
+    labels, local = source.labels, options.pop("local")
+    return StreamingADE20k(
+        path, local, split, seed=seed, labels=labels, transforms=transforms, **options
+    )
 
 
 def _default_workers() -> int:
@@ -450,49 +435,40 @@ def _default_workers() -> int:
     return min(8, max(1, available_cores() // dist.get_local_world_size()))
 
 
-def count_training(config: Config) -> Counts:
+def count_training(source: DataSource) -> Counts:
     """Count the training masks of a run, on the first process for all of them.
 
     Raises:
         DataError: A mask is not as it should be.
     """
-    dataset = config.train_dataset
-    description = parse_description(config.data) if config.data is not None else None
-    labels = Labels(config.model.num_classes, dataset.ignore_background, dataset.ignore_label)
-
-    def count() -> Counts:
-        path = str(dataset.path)
-        return count_classes(
-            path, dataset.local, dataset.is_streaming, "train", labels, description
-        )
-
-    return on_first_process(count)
+    return on_first_process(lambda: count_classes(source))
 
 
-def build_data(config: Config, split: str, counts: Counts | None = None) -> DataSpec:
+def build_data(
+    config: Config, split: str, counts: Counts | None = None, source: DataSource | None = None
+) -> DataSpec:
     """Build a split of a run for this process, after a look at whether its labels fit the model.
 
     Args:
         config: The run's.
         split: 'train' or 'val'.
         counts: What `count_training` found, where rare classes need it.
+        source: The split, if it is open already.
 
     Raises:
         DataError: The data set is not as it should be, or its labels do not fit.
         ClassError: Shards were written with other classes than the run's.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
+    source = source or data_sources(config)[split]
     arguments = asdict(dataset)
     arguments["batch_size"] //= dist.get_world_size()
-    description = parse_description(config.data) if config.data is not None else None
-    if not dataset.is_streaming:
-        assert dataset.path is not None  # resolve() has seen to it
-        labels = config.model.num_classes, dataset.ignore_background, dataset.ignore_label
-        check_labels(dataset.path, split, Labels(*labels), description)
+    if source.shards is None:
+        check_labels(source)
     else:
         # Shards hold class indices, whose order the config cannot change any more.
-        path, classes = str(dataset.path), class_infos(config)
-        on_first_process(lambda: check_shard_classes(path, classes))
+        classes = class_infos(config)
+        on_first_process(lambda: check_shard_classes(source, classes))
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(
@@ -501,8 +477,8 @@ def build_data(config: Config, split: str, counts: Counts | None = None) -> Data
         shuffle=split == "train",
         seed=config.seed,
         num_classes=config.model.num_classes,
-        description=description,
         counts=counts,
+        source=source,
     )
 
 

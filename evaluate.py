@@ -25,7 +25,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,11 +36,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import build_ade20k_dataspec, build_dataset
+from data import build_ade20k_dataspec, open_dataset
 from dataset.checks import shard_classes
 from dataset.description import parse_description, read_description
+from dataset.folders import ade20k
 from dataset.labels import Labels
 from dataset.shards import DESCRIPTION
+from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import ConfigError, UserError, exit_status
 from files import check_outputs, check_writable, write_file
@@ -62,7 +64,6 @@ from training.schema import Config
 
 log = logging.getLogger(__name__)
 
-CACHE = ("cache_limit", "download_retry", "download_timeout", "validate_hash")
 PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
 
 
@@ -142,8 +143,13 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
     return matrix
 
 
-def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[str, Any]:
-    """Which validation set: `--data` and `--path`, or what `--config` or the checkpoint says.
+def data_source(
+    options: argparse.Namespace, segmenter: Segmenter
+) -> tuple[DataSource, dict[str, Any]]:
+    """Return the validation set: `--data` and `--path`, or what `--config` or the checkpoint says.
+
+    Returns:
+        The data set, and the keys of `eval_dataset` as `data.build_ade20k_dataspec` takes them.
 
     Raises:
         ConfigError: None of them says, or it has other classes than the model.
@@ -157,8 +163,7 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
     if options.data is not None:
         raw = read_description(options.data) if options.data else None
         arguments.update(path=(raw or {}).get("root"), is_streaming=False)
-    if raw is not None:
-        arguments["description"] = parse_description(raw, options.data or "data")
+    described = None if raw is None else parse_description(raw, options.data or "data")
     if options.path:
         streaming = "://" in options.path or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
@@ -166,7 +171,6 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
         raise ConfigError("no validation set: the checkpoint does not say; give --path or --config")
     if "://" in arguments["path"] and not arguments.get("local"):
         raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
-    described = arguments.get("description")
     if described is not None and len(described.classes) != len(segmenter.classes):
         counts = f"{len(described.classes)} classes, and the model {len(segmenter.classes)}"
         raise ConfigError(f"{options.data or 'data'} has {counts}")
@@ -185,10 +189,22 @@ def data_arguments(options: argparse.Namespace, segmenter: Segmenter) -> dict[st
         shuffle=False,
         drop_last=False,
         batch_size=options.batch_size,
-        num_classes=len(segmenter.classes),
         num_workers=min(max(cores - 1, 1), 16),
     )
-    return arguments
+    labels = Labels(
+        len(segmenter.classes),
+        arguments.get("ignore_background", True),
+        arguments.get("ignore_label"),
+    )
+    keys = {field.name for field in fields(ShardOptions)} & arguments.keys()
+    shards = ShardOptions(**{key: arguments[key] for key in keys})
+    source = DataSource(
+        arguments["path"],
+        "val",
+        described or ade20k(labels),
+        shards if arguments.get("is_streaming") else None,
+    )
+    return source, arguments
 
 
 def resolve_file(path: str) -> Config:
@@ -217,14 +233,14 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
 
 
 def class_order(
-    options: argparse.Namespace, segmenter: Segmenter, arguments: Mapping[str, Any]
+    options: argparse.Namespace, segmenter: Segmenter, source: DataSource
 ) -> list[int] | None:
     """Match the classes of the validation set with the model's.
 
     Args:
         options: The command line.
         segmenter: The model.
-        arguments: What `data_arguments` returned.
+        source: The validation set.
 
     Returns:
         The model's class index of each class of the data; None: the same, or no names are known.
@@ -241,13 +257,13 @@ def class_order(
         # The run's class_names may have given new names to the classes of its description.
         model = parse_description(own).classes
     beside = None
-    if arguments.get("is_streaming"):
-        beside = shard_classes(arguments["path"])
-    described = arguments.get("description")
+    if source.shards is not None:
+        beside = shard_classes(source)
+    is_described = source.description.built_in is None
     if beside is not None:  # the order in which the masks of shards were written
-        where, classes = f"{arguments['path']}/{DESCRIPTION}", beside
-    elif described is not None and (options.data or options.config):
-        where, classes = options.data or options.config, described.classes
+        where, classes = f"{source.path}/{DESCRIPTION}", beside
+    elif is_described and (options.data or options.config):
+        where, classes = options.data or options.config, source.description.classes
     elif options.config and options.data is None:
         where, classes = options.config, class_infos(resolve_file(options.config))
     else:
@@ -265,33 +281,16 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         What `--json` writes; percent throughout. A score without any labelled pixel is None.
     """
     segmenter = segmenter_from(options, amp=options.amp)
-    arguments = data_arguments(options, segmenter)
-    order = class_order(options, segmenter, arguments)
+    source, arguments = data_source(options, segmenter)
+    order = class_order(options, segmenter, source)
     if options.protocol == "square":
-        spec = build_ade20k_dataspec(**arguments)
+        spec = build_ade20k_dataspec(**arguments, source=source)
         assert isinstance(spec.dataloader, DataLoader)
         dataset = cast(Sized, spec.dataloader.dataset)
         matrix = evaluate_square(segmenter, spec)
     else:
-        description = arguments.get("description")
-        labels = Labels(
-            arguments["num_classes"],
-            arguments.get("ignore_background", True),
-            arguments.get("ignore_label"),
-        )
-        if description is not None:
-            labels = description.labels
-        dataset = build_dataset(
-            arguments["path"],
-            arguments.get("is_streaming", False),
-            arguments.get("local"),
-            "val",
-            (None, None, None),
-            labels,
-            description=description,
-            **{name: arguments[name] for name in CACHE if name in arguments},
-        )
-        index = torch.from_numpy(labels.index())
+        dataset = open_dataset(source)
+        index = torch.from_numpy(source.labels.index())
         workers = arguments["num_workers"]
         matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers)
     dist.all_reduce(matrix)
@@ -300,7 +299,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         matrix[order] = matrix.clone()  # its rows are classes of the data, its columns the model's
     warning = label_warning((matrix.sum(1) > 0).tolist(), segmenter.classes, "validation mask")
     if warning and dist.get_global_rank() == 0:
-        log.warning("%s: %s", arguments["path"], warning)
+        log.warning("%s: %s", source.path, warning)
     columns, rows = class_table(matrix, segmenter.classes)
     return {
         "mIoU": as_percent(mean_iou(matrix)),
@@ -309,7 +308,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "photos": len(dataset),
         "checkpoint": options.model,
         "weights": segmenter.which,
-        "data": arguments["path"],
+        "data": source.path,
         "protocol": options.protocol,
         "tta": options.tta,
         "slide": options.slide,

@@ -31,7 +31,7 @@ from errors import (
     one_line,
 )
 from training.bounds import check_evaluates
-from training.config import class_infos, help_text, load, resolve
+from training.config import class_infos, data_sources, help_text, load, resolve
 from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
@@ -207,9 +207,10 @@ def build_trainer(
 
     counts = None
     if data is None:
-        counts = count_training(config) if needs_counts(config) else None
-        train = build_data(config, "train", counts) if config.is_train else None
-        data = train, build_data(config, "val")
+        sources = data_sources(config)
+        counts = count_training(sources["train"]) if needs_counts(config) else None
+        train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
+        data = train, build_data(config, "val", source=sources["val"])
     train_data, eval_data = data
     if train_data is not None:
         check_lengths(config, len(cast(Sized, train_data.dataloader)))

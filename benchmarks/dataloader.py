@@ -174,8 +174,9 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
     )
     loader, transform = cast(DataLoader, spec.dataloader), spec.microbatch_transforms
     dataset, sampler = cast(ADE20k, loader.dataset), cast(EpochSampler, loader.sampler)
-    samples = dataset.samples
-    del samples[limit:], samples[len(samples) // BATCH * BATCH :]
+    count = min(limit, len(dataset)) // BATCH * BATCH
+    samples = [dataset.samples[index] for index in range(count)]
+    dataset.samples = samples
     sampler.__init__(dataset, BATCH)
     sides: dict[str, Callable[[], Iterable]] = {
         "Pillow": lambda: PillowLoader(samples),

@@ -6,44 +6,28 @@ report.py makes the report; convert_ade20k.py reads what it wrote back with the 
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from dataset.decoding import decode_image, decode_photo
-from dataset.description import Description, parse_description, read_description
-from dataset.folders import (
-    FOLDERS,
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
-    find_root,
-    list_samples,
-    visible_files,
-)
-from dataset.labels import Labels
+from dataset.description import SPLITS, Description, parse_description, read_description
 from dataset.masks import Masks, UnknownValues
-from dataset.matching import find_samples, list_described
-from dataset.shards import DESCRIPTION, cached_shards, fetch_beside, open_shards, read_shard
-from dataset.workers import decoder_complaint, in_processes
+from dataset.samples import Finding
+from dataset.shards import DESCRIPTION, fetch_beside, read_shard
+from dataset.source import Chunk, DataSource, ShardChunk
+from dataset.workers import decoder_complaint, map_chunks
 from errors import ClassError, DataError, one_line
 from segmentation.classes import ClassInfo, first_difference, match_classes
 
-CHUNK = 64  # samples a process checks between two reports
-
-
-class Finding(NamedTuple):
-    """Something wrong with a file."""
-
-    path: str
-    reason: str
-    fatal: bool  # training would fail; otherwise it is odd, but trained on
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,6 +40,7 @@ class Tally:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # of each label
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # masks with it
     findings: list[Finding] = field(default_factory=list)
+    images: dict[bytes, str] = field(default_factory=dict)  # names by a hash of the content
 
     def add(self, other: Tally) -> None:
         """Add what was seen of another part."""
@@ -65,6 +50,7 @@ class Tally:
         self.pixels += other.pixels
         self.present += other.present
         self.findings += other.findings
+        self.images |= other.images
 
     def find(self, path: str | Path, reason: str, fatal: bool = True) -> None:
         """Note something wrong with a file."""
@@ -72,6 +58,7 @@ class Tally:
 
     def check(self, photo: bytes, mask: bytes, names: tuple[str, str], masks: Masks) -> None:
         """Decode a pair as training does, and count its labels. `names` are the files' names."""
+        self.images[hashlib.blake2b(photo, digest_size=16).digest()] = names[0]
         target = self._decode(lambda mask: masks.decode(mask, names[1]), mask, names[1])
         if target is None:
             self._decode(decode_image, photo, names[0])
@@ -96,54 +83,21 @@ class Tally:
         return image
 
 
-def scan(
-    path: str, split: str, description: Description | None = None
-) -> tuple[list[tuple[str, str]], Tally]:
-    """Pair a split's photos and masks in local folders, and find what is wrong with their names."""
+def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
+    """Check the samples of a chunk; of a shard, its hash as well."""
     tally = Tally()
-    if description is not None:
-        samples, problems = find_samples(description, split, path)
-        tally.photos = tally.masks = len(samples)
-        for problem in problems:
-            tally.find(*problem)
-        return [sample[1:] for sample in samples], tally
-    root = find_root(path)
-    folders = [root / kind / FOLDERS[split] for kind in ("images", "annotations")]
-    images = _files(folders[0], IMAGE_SUFFIXES, "photo", tally)
-    masks = _files(folders[1], MASK_SUFFIXES, "mask", tally)
-    tally.photos, tally.masks = len(images), len(masks)
-    for name in sorted(images.keys() - masks.keys()):
-        tally.find(images[name], f"its mask is missing, {folders[1] / name}.png")
-    for name in sorted(masks.keys() - images.keys()):
-        tally.find(masks[name], f"its photo is missing, {folders[0] / name}.jpg", fatal=False)
-    if folders[0].is_dir() and not images:
-        tally.find(folders[0], "holds no photos")
-    for folder in folders:
-        for file in folder.parent.glob("[!.]*") if split == "train" else ():
-            if file.is_file():
-                tally.find(file, f"not in {' or '.join(FOLDERS.values())}", fatal=False)
-    return [(images[name], masks[name]) for name in sorted(images.keys() & masks.keys())], tally
-
-
-def _files(folder: Path, suffixes: set[str], kind: str, tally: Tally) -> dict[str, str]:
-    """Files by name as training matches them, with a finding for each that it does not use."""
-    if not folder.is_dir():
-        tally.find(folder, "folder is missing")
-    files: dict[str, str] = {}
-    for name, file in visible_files(folder):
-        if file.suffix.lower() not in suffixes:
-            tally.find(file, f"not the name of a {kind}, training does not use it", fatal=False)
-        elif name in files:
-            tally.find(file, f"same name as {Path(files[name]).name}")
-        else:
-            files[name] = str(file)
-    return files
-
-
-def check_files(pairs: list[tuple[str, str]], masks: Masks) -> Tally:
-    """Check pairs of files."""
-    tally = Tally()
-    for names in pairs:
+    if isinstance(chunk, ShardChunk):
+        shards = chunk.open()
+        info = shards.shards[chunk.number].zip_data or shards.shards[chunk.number].raw_data
+        name = f"{shards.location}/{info.basename}"
+        try:
+            for uid, photo, mask in read_shard(shards, chunk.number):
+                tally.photos, tally.masks = tally.photos + 1, tally.masks + 1
+                tally.check(photo, mask, (f"{name}: x of {uid}", f"{name}: y of {uid}"), masks)
+        except DataError as error:
+            tally.find(name, str(error).removeprefix(f"{name}: "))
+        return tally
+    for _, *names in chunk.samples:
         content = []
         for name in names:
             try:
@@ -151,96 +105,104 @@ def check_files(pairs: list[tuple[str, str]], masks: Masks) -> Tally:
             except OSError as error:
                 tally.find(name, f"cannot be read: {error.strerror}")
         if len(content) == 2:
-            tally.check(content[0], content[1], names, masks)
+            tally.check(content[0], content[1], (names[0], names[1]), masks)
     return tally
 
 
-def check_shard(path: str, local: str | None, split: str, number: int, masks: Masks) -> Tally:
-    """Check one shard: its hash and every sample."""
-    tally = Tally()
-    shards = cached_shards(path, local, split)
-    info = shards.shards[number].zip_data or shards.shards[number].raw_data
-    name = f"{shards.location}/{info.basename}"
-    try:
-        for uid, photo, mask in read_shard(shards, number):
-            tally.photos, tally.masks = tally.photos + 1, tally.masks + 1
-            tally.check(photo, mask, (f"{name}: x of {uid}", f"{name}: y of {uid}"), masks)
-    except DataError as error:
-        tally.find(name, str(error).removeprefix(f"{name}: "))
-    return tally
-
-
-def check(
-    path: str,
-    local: str | None,
-    is_streaming: bool,
-    labels: Labels,
-    workers: int,
-    description: Description | None = None,
-) -> dict[str, Tally]:
+def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     """Check every sample of every split, with a progress bar on stderr."""
     tallies: dict[str, Tally] = {}
-    tasks: dict[tuple[str, int, int], tuple] = {}  # by split, first sample and number of samples
-    for split in FOLDERS:
-        tallies[split], masks = Tally(), Masks(labels)
-        if is_streaming:
-            try:
-                shards = open_shards(path, local, split)
-            except DataError as error:
-                location = os.path.join(path, split)
-                tallies[split].find(location, str(error).removeprefix(f"{location}: "))
-                continue
-            for number, shard in enumerate(shards.shards):
-                tasks[split, number, len(shard)] = check_shard, path, local, split, number, masks
-        else:
-            pairs, tallies[split] = scan(path, split, description)
-            if description is not None and pairs:
-                masks = Masks.of(description, split, path)
-            for first in range(0, len(pairs), CHUNK):
-                chunk = pairs[first : first + CHUNK]
-                few = masks.only(mask for _, mask in chunk)
-                tasks[split, first, len(chunk)] = check_files, chunk, few
-    total = sum(count for _, _, count in tasks)
-    with tqdm(total=total, unit=" samples", desc="check", disable=None) as bar:
-        for (split, _, count), tally in in_processes(tasks, workers):
-            tallies[split].add(tally)
-            bar.update(count)
-    for tally in tallies.values():
-        tally.findings.sort()
+    chunks: list[tuple[Chunk, Masks]] = []
+    splits: list[str] = []  # of each chunk
+    for split in SPLITS:
+        part = source.of_split(split)
+        tallies[split] = Tally()
+        samples = None
+        if source.shards is None:
+            listing = part.listing()
+            samples = listing.samples
+            tallies[split].photos = listing.images
+            tallies[split].masks = len(samples)
+            tallies[split].findings += listing.findings
+        try:
+            if samples is None or len(samples):
+                chunks += part.chunks(samples)
+        except DataError as error:
+            if source.shards is None:
+                raise
+            location = os.path.join(source.path, split)
+            tallies[split].find(location, str(error).removeprefix(f"{location}: "))
+        splits += [split] * (len(chunks) - len(splits))
+    for split, tally in zip(splits, map_chunks(check_chunk, chunks, workers, "check")):
+        tallies[split].add(tally)
+    # What is wrong with the folder of both splits is one problem.
+    train, val = tallies["train"], tallies["val"]
+    val.findings = [finding for finding in val.findings if finding not in train.findings]
+    for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):
+        name, other = val.images[digest], train.images[digest]
+        alias = "" if name == other else f" as {other}"
+        val.find(name, f"is in both splits, in train{alias}", fatal=False)
     return tallies
 
 
-def shard_classes(path: str) -> tuple[ClassInfo, ...] | None:
-    """Return the classes of shards that were written from a description, which lies beside them.
+def shard_description(path: str, retries: int = 2) -> Description | None:
+    """Return the description that shards were written from, which lies beside them.
 
     Args:
         path: Folder or URL of the shards.
+        retries: How often to ask the store again.
 
     Returns:
-        Names and colours in the order of the class indices, or None if nothing describes them.
+        The description, or None if nothing describes them.
 
     Raises:
         ConfigError: The description is not valid.
+        DataError: The store does not say whether there is one.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = fetch_beside(path, DESCRIPTION, folder)
+        file = fetch_beside(path, DESCRIPTION, folder, retries)
         if file is None:
             return None
-        return parse_description(read_description(file), f"{path}/{DESCRIPTION}").classes
+        return parse_description(read_description(file), f"{path}/{DESCRIPTION}")
 
 
-def check_shard_classes(path: str, classes: Sequence[ClassInfo]) -> None:
+def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
+    """Return the classes that the shards of a run were written with.
+
+    If the store does not answer and the cache has the split, a run can go on without them.
+
+    Returns:
+        Names and colours in the order of the class indices, or None if they are not known.
+
+    Raises:
+        ConfigError: The description of the shards is not valid.
+        DataError: The store does not say whether there is one.
+    """
+    assert source.shards is not None
+    local = source.shards.local
+    is_cached = local is not None and Path(local, source.split, "index.json").exists()
+    try:
+        description = shard_description(source.path, 0 if is_cached else 2)
+    except DataError as error:
+        if not is_cached:
+            raise
+        log.warning("%s; going on with the cache, without a look at its classes", error)
+        return None
+    return None if description is None else description.classes
+
+
+def check_shard_classes(source: DataSource, classes: Sequence[ClassInfo]) -> None:
     """Compare the classes that shards were written with and those of a run.
 
     Args:
-        path: Folder or URL of the shards.
+        source: The shards.
         classes: The run's, in the order of the class indices.
 
     Raises:
         ClassError: They have other names, or the same names in another order.
     """
-    ours = shard_classes(path)
-    where = f"{path}/{DESCRIPTION}"
+    ours = shard_classes(source)
+    where = f"{source.path}/{DESCRIPTION}"
     if match_classes(ours, classes, where, "the run") is not None:
         assert ours is not None
         raise ClassError(
@@ -249,36 +211,25 @@ def check_shard_classes(path: str, classes: Sequence[ClassInfo]) -> None:
         )
 
 
-def check_labels(
-    path: str,
-    split: str,
-    labels: Labels,
-    description: Description | None = None,
-    max_masks: int = 64,
-) -> None:
-    """Take a quick look, before training, at whether labels fit the masks of a local data set.
+def check_labels(source: DataSource, max_masks: int = 64) -> None:
+    """Take a quick look, before training, at whether labels fit the masks of a split in folders.
 
     Args:
-        path: See `dataset.folders.list_samples`; of a described data set, its root.
-        split: 'train' or 'val'.
-        labels: What the masks should hold.
-        description: Of a data set in another layout.
+        source: The split.
         max_masks: How many masks to look at, spread evenly over the split.
 
     Raises:
         DataError: A mask cannot be read, or holds a label that is no class.
     """
-    if description is None:
-        samples, masks = list_samples(path, split), Masks(labels)
-        mend = "set model.num_classes, or ignore_label"
-    else:
-        samples = list_described(description, split, path)
-        masks, mend = Masks.of(description, split, path), "name it under classes, or ignore"
+    samples, masks = source.samples(), source.masks()
     for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
         mask_path = samples[position].mask_path
         try:
             masks.decode(Path(mask_path).read_bytes(), mask_path)
         except UnknownValues as error:
+            mend = "name it under classes, or ignore"
+            if source.description.built_in is not None:
+                mend = "set model.num_classes, or ignore_label"
             raise DataError(f"{mask_path}: {error}: {mend}") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{mask_path}: {error}") from error

@@ -7,6 +7,7 @@
       road: {labels: [1, 2], color: [128, 64, 128]}
       vehicle: {labels: [7, 8]}
     ignore: [0, 255]
+    exclude: [photos/test]
 
 Nothing slow is imported here: a wrong description is answered with the rest of the config.
 """
@@ -25,7 +26,7 @@ from dataset.labels import IGNORED, Labels
 from errors import ConfigError
 from segmentation.classes import ClassInfo, distinct_colors
 
-KEYS = ("root", "train", "val", "classes", "ignore")
+KEYS = ("root", "train", "val", "classes", "ignore", "exclude")
 SPLITS = ("train", "val")
 MAX_VALUE = 2**16 - 1  # of a 16-bit mask
 EXAMPLE = 'train: {images: photos/train, masks: "labels/{stem}_mask.png"}'
@@ -59,19 +60,24 @@ class Description:
         values: The label that each value of a mask becomes: 0 where it is ignored, k for class
             k - 1. Of masks in colours a value is `red + 256 * green + 65536 * blue`.
         in_colors: Whether masks are read by their colours.
+        exclude: Folders or templates of files that are left out on purpose.
+        built_in: The meaning of the labels in ADE20K's layout, which is built in. Its masks hold
+            labels as they stand, so `values` is None and `classes` is empty.
     """
 
     root: str | None
     sources: Mapping[str, Source]
     fraction: float
     classes: tuple[ClassInfo, ...]
-    values: Mapping[int, int]
+    values: Mapping[int, int] | None
     in_colors: bool
+    exclude: tuple[str, ...] = ()
+    built_in: Labels | None = None
 
     @property
     def labels(self) -> Labels:
-        """What the loader's labels mean: 0 is ignored, k is class k - 1."""
-        return Labels(len(self.classes))
+        """The meaning of the loader's labels: 0 is ignored, k is class k - 1, if not built in."""
+        return self.built_in or Labels(len(self.classes))
 
 
 def read_description(path: str) -> dict[str, Any]:
@@ -153,7 +159,11 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(f"{where}: with segments, labels are categories, not colours")
-    return Description(root, sources, fraction, classes, values, in_colors)
+    exclude = _as_list(raw.get("exclude"))
+    for pattern in exclude:
+        if not isinstance(pattern, str) or not pattern:
+            raise ConfigError(f"{where}: exclude: {pattern!r} is not a path; list folders or files")
+    return Description(root, sources, fraction, classes, values, in_colors, tuple(exclude))
 
 
 def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
@@ -242,7 +252,7 @@ def _parse_classes(
 
 
 def _as_list(labels: Any) -> list[Any]:
-    """Return what `labels` or `ignore` lists; a single value may stand without brackets."""
+    """Return the values that a key lists; a single value may stand without brackets."""
     if labels is None:
         return []
     return list(labels) if isinstance(labels, list | tuple) else [labels]

@@ -1,9 +1,6 @@
-"""Which photos a description's split has, and the mask of each, by templates or lists.
+"""Which images a description's split has, and the mask of each, by templates or lists.
 
-A template is a path below the root in which `{stem}` stands for a name, `{dir}/` for any folders
-(or none), `{name}` for both, `**/` for folders and `*` for a part of a name that do not matter. A
-folder stands for all the files in it and below, and a path without extension has any. A mask
-belongs to the photo whose values fit what its template asks for.
+A mask belongs to the image whose values fit what its template asks for; see `dataset.templates`.
 """
 
 from __future__ import annotations
@@ -12,278 +9,289 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
 from dataset.description import Description, Source
-from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES
+from dataset.samples import Finding, Listing, Samples
+from dataset.templates import Exclusion, Files, Template, exclusion
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-_TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
 
-
-class Problem(NamedTuple):
-    """Something about the names of files."""
-
-    path: str
-    reason: str
-    fatal: bool  # training would fail
-
-
-class Template:
-    """A template, or a folder.
-
-    Args:
-        text: The template.
-        root: What it is below.
-        suffixes: Extensions of the files, where the template has none.
-        where: What to call it in an error.
+class _Pairs(NamedTuple):
+    """The images of a source and their masks, before they are shared among splits.
 
     Attributes:
-        folder: The folder that all files which fit are in.
-        fields: Those of `stem`, `dir` and `name` that it asks for.
-
-    Raises:
-        ConfigError: It asks for something else.
+        images: Path of each image below `folders[0]`, by its name with its folders.
+        masks: Path below `folders[1]` of the mask of each image that has one, by the image's name.
+        findings: What is wrong, each with the name of the image that it is about.
+        orphans: Masks that no image belongs to.
+        folders: What the paths of images and masks begin with.
     """
 
-    def __init__(self, text: str, root: str, suffixes: Iterable[str], where: str) -> None:
-        tokens = _TOKEN.split(os.path.normpath(text).removeprefix("./"))
-        if len(tokens) == 1:
-            tokens = _TOKEN.split(f"{tokens[0]}/{{name}}")
-        fixed, slash, rest = tokens[0].rpartition("/")
-        self.text, self.folder = text, Path(root, fixed + slash)
-        self.fields: set[str] = set()
-        parts = [re.escape(rest)]
-        for place, token in enumerate(tokens[1:], 1):
-            parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
-        pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # of `.*`
-        if pattern.endswith(any_suffix) or not re.search(r"\.\w+$", tokens[-1]):
-            ends = "|".join(map(re.escape, sorted(suffixes)))
-            pattern = f"{pattern.removesuffix(any_suffix)}(?i:{ends})"
-        self.regex = re.compile(pattern)
-
-    def _pattern(self, token: str, where: str) -> str:
-        if token == "**/":
-            return "(?:.+/)?"
-        if token == "*":
-            return "[^/]*"
-        field = token.strip("{}/")
-        if field not in ("stem", "dir", "name"):
-            raise ConfigError(f"{where}: {{{field}}} is none of {{stem}}, {{dir}} and {{name}}")
-        slash = "/" if token.endswith("/") else ""
-        if field in self.fields:
-            return "(?:(?P=dir)/)?" if field == "dir" and slash else f"(?P={field}){slash}"
-        self.fields.add(field)
-        if field == "dir" and slash:
-            return "(?:(?P<dir>.+?)/)?"
-        return f"(?P<{field}>{'[^/]+?' if field == 'stem' else '.+?'}){slash}"
-
-    def match(self, path: str) -> tuple[str, str] | None:
-        """Return the folders and the name of a file, given its path below `folder`, or None."""
-        found = self.regex.fullmatch(path)
-        if found is None:
-            return None
-        given = found.groupdict()
-        if given.get("name") is not None:
-            folder, _, stem = given["name"].rpartition("/")
-            return folder, stem
-        folder = given.get("dir")
-        if folder is None and "dir" not in self.fields:
-            folder = path.rpartition("/")[0]
-        return folder or "", given.get("stem") or Path(path).stem
-
-    def has(self, path: Path) -> bool:
-        """Whether a file, given by its path, fits."""
-        if not path.is_relative_to(self.folder):
-            return False
-        return self.match(path.relative_to(self.folder).as_posix()) is not None
-
-    def files(self) -> Iterator[tuple[Path, tuple[str, str]]]:
-        """Yield the files that fit, each with its folders and its name."""
-        for _, path in visible_files(self.folder):
-            fields = self.match(path.relative_to(self.folder).as_posix())
-            if fields is not None:
-                yield path, fields
+    images: dict[str, str]
+    masks: dict[str, str]
+    findings: list[tuple[str | None, Finding]]
+    orphans: list[str]
+    folders: tuple[str, str] = ("", "")
 
 
-def find_samples(
-    description: Description, split: str, root: str
-) -> tuple[list[Sample], list[Problem]]:
-    """Pair a split's photos and masks, sorted by name, and find what is wrong with their names."""
+def list_splits(description: Description, split: str, root: str) -> dict[str, Listing]:
+    """Pair a split's images and masks, and find what is wrong with their names.
+
+    Args:
+        description: The layout.
+        split: 'train' or 'val'.
+        root: Folder that the layout's paths are below.
+
+    Returns:
+        The split's listing; those of both splits if one is a fraction of the other.
+
+    Raises:
+        ConfigError: The layout does not say where images and masks are.
+    """
     if split not in description.sources:
         raise ConfigError("the description does not say where photos and masks are: add train, val")
-    source, problems = description.sources[split], []
-    if source.images is None:
-        samples = _listed_pairs(source, split, root, problems)
-    else:
-        samples = _matched(source, split, root, problems, bool(description.fraction))
+    source = description.sources[split]
+    find = _listed_pairs if source.images is None else _matched
+    pairs = find(source, split, root, exclusion(description, root))
+    keep_prefix = description.built_in is not None  # ADE20K's prefix counts in the order of names
     if description.fraction:
-        is_val = split == "val"
-        samples = [s for s in samples if (_place(s.uid) < description.fraction) == is_val]
-    prefix = f"ADE_{split}_"
-    samples = sorted(s._replace(uid=s.uid.removeprefix(prefix)) for s in samples)
-    if not samples and not any(problem.fatal for problem in problems):
-        what = source.list or source.images or ""
-        reason = f"holds no photos of {split} ({', '.join(sorted(IMAGE_SUFFIXES))})"
-        problems.append(Problem(str(Path(root, what)), reason, True))
-    return samples, problems
+        shares = _share(list(pairs.images), description.fraction)
+    else:
+        shares = {split: pairs.images.keys()}
+    where = str(Path(root, source.list or source.images or ""))
+    listings = {}
+    for name, names in shares.items():
+        findings = [finding for image, finding in pairs.findings if image is None or image in names]
+        if description.fraction and len(names) == 1 < len(pairs.images):
+            findings += _moved(pairs, names, name, description.fraction)
+        if not names and not any(finding.fatal for finding in findings):
+            reason = f"holds no photos of {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            findings.append(Finding(where, reason, True))
+        chosen = list(pairs.masks)
+        if len(names) < len(chosen):
+            chosen = [image for image in chosen if image in names]
+        samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
+        # The other split may have masks in the same folder; a fraction has them with training.
+        layouts = [layout for layout in description.sources.values() if layout != source]
+        is_shared = source.masks in [layout.masks for layout in layouts]
+        if description.fraction:
+            is_shared = name == "val"
+        orphans = [] if is_shared else pairs.orphans
+        listings[name] = Listing(samples, findings, orphans, len(names))
+    return listings
 
 
-def list_described(description: Description, split: str, root: str) -> list[Sample]:
-    """As `dataset.folders.list_samples`, by a description.
+def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
+    """Return samples by name without ADE20K's prefix; `keep_prefix` keeps it for the order."""
+    images, masks = pairs.images, pairs.masks
+    names.sort()
+    if not keep_prefix and any(name.startswith(prefix) for name in names):
+        names.sort(key=lambda name: (name.removeprefix(prefix), images[name]))
+    uids = [name.removeprefix(prefix) for name in names]
+    return Samples(
+        uids,
+        list(map(images.__getitem__, names)),
+        list(map(masks.__getitem__, names)),
+        pairs.folders,
+    )
+
+
+def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
+    """Share names among training and validation by a hash, so that each split has one at least."""
+    place = {name: _place(name) for name in names}
+    val = {name for name in names if place[name] < fraction}
+    if len(names) > 1 and not val:
+        val = {min(names, key=place.__getitem__)}
+    elif len(names) > 1 and len(val) == len(names):
+        val.remove(max(names, key=place.__getitem__))
+    return {"train": set(names) - val, "val": val}
+
+
+def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[Finding]:
+    """Return a finding if the only image of a split is there because the split had none."""
+    (name,) = names
+    if (_place(name) < fraction) == (split == "val"):
+        return []
+    reason = (
+        f"is the only image of {split}: fraction {fraction} of {len(pairs.images)} images left "
+        "none. It may move back when images are added"
+    )
+    return [Finding(pairs.folders[0] + pairs.images[name], reason, False)]
+
+
+def find_samples(description: Description, split: str, root: str) -> tuple[Samples, list[Finding]]:
+    """Pair a split's images and masks, sorted by name, and find what is wrong with their names."""
+    listing = list_splits(description, split, root)[split]
+    return listing.samples, listing.findings + _orphaned(listing.orphans)
+
+
+def _orphaned(orphans: list[str]) -> list[Finding]:
+    if not orphans:
+        return []
+    others = f" (as {len(orphans) - 1} more)" if len(orphans) > 1 else ""
+    return [Finding(orphans[0], f"its photo is missing{others}", False)]
+
+
+def list_described(description: Description, split: str, root: str) -> Samples:
+    """Return a split's samples by its description; see `require`."""
+    return require(list_splits(description, split, root)[split])
+
+
+def require(listing: Listing) -> Samples:
+    """Return the samples of a listing that training can use.
 
     Raises:
-        DataError: There are no photos, or photos without a mask.
+        DataError: There are no images, or images without a mask.
     """
-    samples, problems = find_samples(description, split, root)
-    fatal = [problem for problem in problems if problem.fatal]
+    fatal = [finding for finding in listing.findings if finding.fatal]
     if fatal:
         others = f" (and {len(fatal) - 1} more such)" if len(fatal) > 1 else ""
         raise DataError(f"{fatal[0].path}: {fatal[0].reason}{others}")
-    for problem in problems:
-        log.warning("%s: %s", problem.path, problem.reason)
-    return samples
+    for finding in listing.findings + _orphaned(listing.orphans):
+        log.warning("%s: %s", finding.path, finding.reason)
+    return listing.samples
 
 
 def _place(name: str) -> float:
-    """Return where in 0..1 a photo's name is hashed to."""
+    """Return where in 0..1 an image's name is hashed to."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _matched(
-    source: Source, split: str, root: str, problems: list[Problem], shares: bool
-) -> list[Sample]:
-    """Pair photos and masks by their templates, those of a list where there is one."""
+def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
+    """Pair images and masks by their templates, those of a list where there is one."""
     assert source.images is not None
+    pairs = _Pairs({}, {}, [], [])
     images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
     masks = None
     if source.masks is not None:
         masks = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
-    photos = _photos(images, masks, problems)
+    found = _photos(images, masks, is_excluded, pairs)
+    photos = found.paths
     if source.list is not None:
-        photos = _listed(source.list, root, images, photos, problems)
+        photos = _listed(source.list, root, found, pairs)
+    pairs = pairs._replace(images=photos, folders=(found.folder, ""))
     if masks is None:
         raise ConfigError(f"{split}.masks is missing: where are the masks of {source.images}?")
-    whole = bool(masks.fields & {"dir", "name"})
-    found: dict[tuple[str, str], str] = {}
     if not masks.folder.is_dir():
-        problems.append(Problem(str(masks.folder), "folder is missing", True))
-        return []
-    for path, fields in masks.files():
-        key = fields if whole else ("", fields[1])
-        if key in found:
-            problems.append(Problem(str(path), f"same name as {found[key]}", True))
-        found.setdefault(key, str(path))
-    samples, used = [], dict[tuple[str, str], str]()
-    for uid, (path, fields) in photos.items():
-        key = fields if whole else ("", fields[1])
-        if key not in found:
+        pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
+        return pairs
+    # Masks are found by folders and name, or by the name alone.
+    with_folders = bool(masks.fields & {"dir", "name"})
+    files = masks.files(is_excluded, with_folders)
+    pairs = pairs._replace(folders=(found.folder, files.folder))
+    if with_folders and not files.same and photos.keys() == files.paths.keys():
+        return pairs._replace(masks=files.paths)  # the usual case, which needs no loop
+    keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
+    used = dict(zip(reversed(keys), reversed(photos)))  # the first image of each mask
+    for name, key in zip(photos, keys):
+        if key not in files.paths:
             reason = f"its mask is missing, {source.masks}"
-            problems.append(Problem(path, reason, True))
-        elif key in used:
-            problems.append(Problem(path, f"has the same mask as {used[key]}", True))
+        elif used[key] != name:
+            reason = f"has the same mask as {found.path(used[key])}"
         else:
-            samples.append(Sample(uid, path, found[key]))
-        used[key] = path
-    alone = [] if source.list or shares else sorted(found.keys() - used.keys())
-    if alone:
-        others = f" (as {len(alone) - 1} more)" if len(alone) > 1 else ""
-        problems.append(Problem(found[alone[0]], f"its photo is missing{others}", False))
-    return samples
+            pairs.masks[name] = files.paths[key]
+            continue
+        pairs.findings.append((name, Finding(found.path(name), reason, True)))
+    pairs.findings.extend((used.get(key), finding) for key, finding in files.findings())
+    if source.list is None and photos:
+        alone = sorted(files.paths.keys() - used.keys())
+        pairs.orphans.extend(map(files.path, alone))
+    return pairs
 
 
 def _photos(
-    images: Template, masks: Template | None, problems: list[Problem]
-) -> dict[str, tuple[str, tuple[str, str]]]:
-    """Return the photos that fit, by name: path, and folders and name that the template finds."""
+    images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
+) -> Files:
+    """Return the images that fit."""
     if not images.folder.is_dir():
-        problems.append(Problem(str(images.folder), "folder is missing", True))
-        return {}
-    photos: dict[str, tuple[str, tuple[str, str]]] = {}
-    for path, fields in images.files():
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if masks is not None and masks.text != images.text and masks.has(path):
-            continue  # a mask beside its photo
-        uid = "/".join(filter(None, fields))
-        if uid in photos:
-            problems.append(Problem(str(path), f"same name as {photos[uid][0]}", True))
-        photos.setdefault(uid, (str(path), fields))
-    return photos
+        pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
+        return Files({}, [], os.path.join(images.folder, ""))
+    left_out = [is_excluded] if is_excluded else []
+    if images.has_suffix:  # of another kind of file, perhaps
+        ends = tuple(IMAGE_SUFFIXES)
+        left_out.append(lambda path: not path.lower().endswith(ends))
+    if masks is not None and masks.text != images.text:
+        folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
+        if os.path.commonpath(folders) in folders:  # a mask may be beside its image
+            left_out.append(masks.matches)
+    files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)
+    pairs.findings.extend(files.findings())
+    return files
 
 
-def _lines(file: str, root: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
+def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
     """Yield the lines of a list, each with what to call it."""
     path = Path(root, file)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        problems.append(Problem(str(path), f"the list cannot be read: {reason}", True))
+        reason = f"the list cannot be read: {reason}"
+        pairs.findings.append((None, Finding(str(path), reason, True)))
         return
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             yield f"{path}:{number}", line.strip()
 
 
-def _listed(
-    file: str,
-    root: str,
-    images: Template,
-    photos: dict[str, tuple[str, tuple[str, str]]],
-    problems: list[Problem],
-) -> dict[str, tuple[str, tuple[str, str]]]:
-    """Return the photos that a list names: by path, by path below their folder, or by name."""
+def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str]:
+    """Return the images that a list names: by path, by path below their folder, or by name."""
     known: dict[str, set[str]] = {}
-    for uid, (path, fields) in photos.items():
-        below = os.path.relpath(path, images.folder)
-        names = {uid, fields[1], os.path.relpath(path, root), below, os.path.basename(path)}
-        for name in names | {os.path.splitext(name)[0] for name in names - {uid, fields[1]}}:
+    for uid, below in photos.paths.items():
+        path, stem = photos.path(uid), uid.rpartition("/")[2]
+        names = {uid, stem, os.path.relpath(path, root), below, os.path.basename(path)}
+        for name in names | {os.path.splitext(name)[0] for name in names - {uid, stem}}:
             known.setdefault(name, set()).add(uid)
-    chosen = {}
-    for where, line in _lines(file, root, problems):
-        found = known.get(os.path.normpath(line).lstrip("/"), set())
-        if len(found) != 1:
-            reason = f"{line} is the name of {len(found) or 'no'} photo{'s' * bool(found)}"
-            problems.append(Problem(where, f"{reason} in {images.folder}", True))
-        for uid in found if len(found) == 1 else ():
-            if uid in chosen:
-                problems.append(Problem(where, f"{line} is listed twice", False))
-            chosen[uid] = photos[uid]
+    chosen: dict[str, str] = {}
+    for where, line in _lines(file, root, pairs):
+        matches = known.get(os.path.normpath(line).lstrip("/"), set())
+        if len(matches) != 1:
+            number = f"{len(matches)} photos" if matches else "no photo"
+            reason = f"{line} is the name of {number} in {Path(photos.folder)}"
+            pairs.findings.append((None, Finding(where, reason, True)))
+            continue
+        (uid,) = matches
+        if uid in chosen:
+            pairs.findings.append((uid, Finding(where, f"{line} is listed twice", False)))
+        chosen[uid] = photos.paths[uid]
     return chosen
 
 
-def _listed_pairs(source: Source, split: str, root: str, problems: list[Problem]) -> list[Sample]:
-    """Return the photos and masks that a list has side by side, in two columns."""
+def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
+    """Return the images and masks that a list has side by side, in two columns."""
     assert source.list is not None
-    pairs: dict[str, str] = {}
-    for where, line in _lines(source.list, root, problems):
+    pairs = _Pairs({}, {}, [], [])
+    masks: dict[str, str] = {}
+    for where, line in _lines(source.list, root, pairs):
         columns = [part.strip() for part in re.split(r"[\t,;]", line)]
         columns = columns if len(columns) > 1 else line.split()
         if len(columns) != 2:
             reason = f"{len(columns)} columns; without images, a line is a photo and its mask"
-            problems.append(Problem(where, reason, True))
+            pairs.findings.append((None, Finding(where, reason, True)))
             continue
         paths = [_existing(root, source.list, column) for column in columns]
         for path, column in zip(paths, columns):
             if path is None:
-                problems.append(Problem(where, f"there is no file {column}", True))
+                finding = Finding(where, f"there is no file {column}", True)
+                pairs.findings.append((None, finding))
         if None not in paths:
-            if paths[0] in pairs:
-                problems.append(Problem(where, f"{columns[0]} is listed twice", False))
-            pairs[str(paths[0])] = str(paths[1])
-    stems = [Path(path).stem for path in pairs]
-    short = len(set(stems)) == len(stems)
-    return [
-        Sample(stem if short else os.path.splitext(os.path.relpath(path, root))[0], path, mask)
-        for stem, (path, mask) in zip(stems, pairs.items())
-    ]
+            if paths[0] in masks:
+                finding = Finding(where, f"{columns[0]} is listed twice", False)
+                pairs.findings.append((None, finding))
+            masks[str(paths[0])] = str(paths[1])
+    stems = [Path(path).stem for path in masks]
+    is_short = len(set(stems)) == len(stems)
+    for stem, (path, mask) in zip(stems, masks.items()):
+        name = stem if is_short else os.path.splitext(os.path.relpath(path, root))[0]
+        pairs.images[name], pairs.masks[name] = path, mask
+    return pairs
 
 
 def _existing(root: str, file: str, name: str) -> str | None:

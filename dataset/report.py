@@ -19,34 +19,27 @@ import logging
 import re
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from composer.core import DataSpec
+from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from command_lines import parse_data
-from dataset.checks import Tally, check
+from dataset.checks import Tally, check, shard_description
 from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from dataset.description import (
-    Description,
-    is_description,
-    open_description,
-    parse_description,
-    read_description,
-)
-from dataset.folders import FOLDERS, list_samples
+from dataset.description import SPLITS, is_description, open_description
+from dataset.folders import ade20k
 from dataset.labels import Labels
-from dataset.matching import list_described
 from dataset.sampler import EpochSampler
-from dataset.shards import DESCRIPTION, fetch_beside
+from dataset.source import DataSource, ShardOptions
 from dataset.suggest import draw, suggest
+from dataset.unused import find_unused
 from dataset.workers import available_cores
 from errors import DataError, UserError
 from files import check_outputs, check_writable, output_file, write_file, write_image
@@ -57,35 +50,21 @@ log = logging.getLogger(__name__)
 
 SPEED_SECONDS, SPEED_BATCH = 5, 16
 SHOWN = 20  # findings of one kind
+TITLE = 60  # characters of a row's title, at most
 
 BuildDataspec = Callable[..., DataSpec]  # `data.build_ade20k_dataspec`
 
 
 def measure_loader(
-    build_dataspec: BuildDataspec,
-    path: str,
-    local: str | None,
-    is_streaming: bool,
-    labels: Labels,
-    samples: int,
-    description: Description | None = None,
+    build_dataspec: BuildDataspec, source: DataSource, samples: int
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """How many training images a second the loader gives here, and a batch of them.
+    """Measure how many training images a second the loader gives here, and return a batch.
 
     Returns:
-        The figures, and the first batch as the model gets it: photos (N, H, W, 3) uint8 with
+        The figures, and the first batch as the model gets it: images (N, H, W, 3) uint8 with
         colours distorted, and class indices (N, H, W), -1 where ignored.
     """
-    spec = build_dataspec(
-        path,
-        is_streaming,
-        local,
-        batch_size=min(SPEED_BATCH, samples),
-        num_classes=labels.num_classes,
-        ignore_background=labels.ignore_background,
-        ignore_label=labels.ignore_label,
-        description=description,
-    )
+    spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
     warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
@@ -177,11 +156,24 @@ def _verdict(report: dict[str, Any]) -> str:
         return "training would fail"
     classes = report["splits"]["train"]["classes"]
     missing = [entry["name"] for entry in classes if not entry["photos"]]
-    if not missing:
-        return "no problem: this can be trained on"
     if len(missing) == len(classes):
         return "this can be read, but nothing is learnt: no training mask has a labelled pixel"
-    line = f"this can be trained on, but no training mask has {name_classes(missing)}"
+    unused, both = report["unused"], report["in_both_splits"]
+    doubts = [f"{name} has no image" for name, s in report["splits"].items() if not s["good_pairs"]]
+    if images := unused.get("images"):
+        doubts.append(f"{count(images, 'image')} {'is' if images == 1 else 'are'} left out")
+    if either := unused.get("either"):
+        what = "an image that is" if either == 1 else "images that are"
+        doubts.append(f"{count(either, 'file')} may be {what} left out")
+    if both:
+        doubts.append(f"{count(both, 'image')} {'is' if both == 1 else 'are'} in both splits")
+    if missing:
+        doubts.append(f"no training mask has {name_classes(missing)}")
+    if not doubts:
+        return "no problem: this can be trained on"
+    line = f"this can be trained on, but {'; '.join(doubts)}"
+    if not missing:
+        return line
     occurring = len(classes) - len(missing)
     if report["described"]:  # the user has listed every label
         return line
@@ -190,6 +182,11 @@ def _verdict(report: dict[str, Any]) -> str:
     elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
         line += f"; --num-classes {occurring} if there are no more"
     return line
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things in words."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
@@ -204,41 +201,45 @@ def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
             yield f"  … and {len(alike) - SHOWN:,} more like these; --json has all"
 
 
-def _row(title: str, cells: Iterable[str]) -> str:
-    return f"{title:<32.32}" + "".join(f"{cell:>16}" for cell in cells)
+def _table(title: str, splits: dict[str, Any], rows: list[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table with a column for each split."""
+    align = ("left", *("right" for _ in splits))
+    rows = [(title[:TITLE], *cells) for title, *cells in rows]
+    table = tabulate(rows, (title, *splits), "plain", disable_numparse=True, colalign=align)
+    return table.splitlines()
 
 
 def _size_table(splits: dict[str, Any]) -> list[str]:
-    sizes = [split["size"] for split in splits.values()]
-    return [
-        _row("", splits),
-        _row("photos", (f"{split['photos']:,}" for split in splits.values())),
-        _row("masks", (f"{split['masks']:,}" for split in splits.values())),
-        _row("good pairs", (f"{split['good_pairs']:,}" for split in splits.values())),
-        _row("mean size", (f"{s['width_mean']:.0f}x{s['height_mean']:.0f}" for s in sizes)),
-        _row(
-            "shortest side, longest", (f"{s['shortest_side']}, {s['longest_side']}" for s in sizes)
-        ),
-        _row("megapixels, mean", (f"{s['megapixels_mean']:.3f}" for s in sizes)),
-        _row("  90% are below", (f"{s['megapixels_90_percent_below']:.3f}" for s in sizes)),
-        _row("  largest", (f"{s['megapixels_largest']:.3f}" for s in sizes)),
-        _row("pixels without a class", (f"{split['unlabelled']:.1%}" for split in splits.values())),
+    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return title, *(cell(split | split["size"]) for split in splits.values())
+
+    rows = [
+        row("photos", lambda s: f"{s['photos']:,}"),
+        row("masks", lambda s: f"{s['masks']:,}"),
+        row("good pairs", lambda s: f"{s['good_pairs']:,}"),
+        row("mean size", lambda s: f"{s['width_mean']:.0f}x{s['height_mean']:.0f}"),
+        row("shortest side, longest", lambda s: f"{s['shortest_side']}, {s['longest_side']}"),
+        row("megapixels, mean", lambda s: f"{s['megapixels_mean']:.3f}"),
+        row("megapixels, 90% are below", lambda s: f"{s['megapixels_90_percent_below']:.3f}"),
+        row("megapixels, largest", lambda s: f"{s['megapixels_largest']:.3f}"),
+        row("pixels without a class", lambda s: f"{s['unlabelled']:.1%}"),
     ]
+    return _table("", splits, rows)
 
 
 def _class_table(splits: dict[str, Any]) -> list[str]:
     """Shares of the classes: all of up to 20, otherwise the ten largest and five smallest."""
     by_split = [split["classes"] for split in splits.values()]
-    rows = [
-        _row(
-            f"  label {entries[0]['label']} ({entries[0]['name']})",
-            (f"{entry['share']:.3%}" for entry in entries),
+    rows: list[tuple[str, ...]] = [
+        (
+            f"label {entries[0]['label']} ({entries[0]['name']})",
+            *(f"{entry['share']:.3%}" for entry in entries),
         )
         for entries in sorted(zip(*by_split), key=lambda entries: -entries[0]["share"])
     ]
     if len(rows) > 20:
-        rows[10:-5] = [f"  … {len(rows) - 15} more, --json has all …"]
-    lines = [_row("class, share of labelled pixels", splits), *rows]
+        rows[10:-5] = [(f"… {len(rows) - 15} more, --json has all", *("" for _ in splits))]
+    lines = _table("class, share of labelled pixels", splits, rows)
     for name, split in splits.items():
         never = [entry["name"] for entry in split["classes"] if not entry["photos"]]
         lines.append(f"never in {name}: {', '.join(never) or 'none, every class occurs'}")
@@ -247,26 +248,21 @@ def _class_table(splits: dict[str, Any]) -> list[str]:
 
 def validate(
     build_dataspec: BuildDataspec,
-    path: str,
-    local: str | None = None,
-    labels: Labels | None = None,
+    source: DataSource,
     class_names: str | None = None,
     workers: int | None = None,
     picture: str | None = None,
-    description: Description | None = None,
+    own: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check a data set.
 
     Args:
         build_dataspec: Builds the data whose loader is measured.
-        path: Folder in ADE20K's layout, root of a described one, or folder or URL of MDS shards.
-        local: Where shards of a URL are kept.
-        labels: What the masks hold; None: ADE20K's.
+        source: The training split of the data set.
         class_names: See `classes.load_classes`.
-        workers: How many processes check; None: one a core.
+        workers: How many processes check; None: one for each core.
         picture: File to draw a sheet of samples in.
-        description: Of a data set in another layout, or of what shards were written from. It has
-            the names of the classes as well.
+        own: Pictures that an earlier command drew, which are not of the data set.
 
     Returns:
         The report, as `--json` prints it. `problems` is empty where training would work.
@@ -274,69 +270,73 @@ def validate(
     Raises:
         DataError: There is no data set at `path` at all.
     """
-    labels = labels or Labels()
-    if description is not None:
-        labels = description.labels
-    described = None if description is None else description.classes
+    description, labels = source.description, source.labels
+    is_described = description.built_in is None
+    described = description.classes if is_described else None
     classes = rename_classes(class_names, labels.num_classes, described, "the description")
-    workers = workers or available_cores()
-    is_streaming = "://" in path or local is not None or bool(list(Path(path).glob("*/index.json")))
-    if "://" in path and local is None:
-        raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
-    if "://" not in path and not Path(path).is_dir():
-        raise DataError(f"there is no folder {path}")
+    if "://" not in source.path and not Path(source.path).is_dir():
+        raise DataError(f"there is no folder {source.path}")
     if picture:  # may not be an image or a mask of the data set
-        check_outputs([picture], [] if is_streaming else _sample_files(path, description))
+        check_outputs([picture], [] if source.shards else _sample_files(source))
         check_writable(picture)
-    tallies = check(path, local, is_streaming, labels, workers, description)
-    findings = [finding for tally in tallies.values() for finding in tally.findings]
+    tallies = check(source, workers)
+    findings = [finding for tally in tallies.values() for finding in sorted(tally.findings)]
+    unused = None
+    if source.shards is None:
+        unused = find_unused(source, [*own, *([picture] if picture else [])])
+        findings += unused.findings()
+    both = tallies["train"].images.keys() & tallies["val"].images.keys()
     loader = None
     if any(finding.fatal for finding in tallies["train"].findings):
-        log.warning(
-            "the loader is not measured%s: see PROBLEMS", " nor a picture drawn" * bool(picture)
-        )
+        what = "the loader is not measured"
+        log.warning("%s: see PROBLEMS", f"{what} nor a picture drawn" if picture else what)
     else:
-        pairs = len(tallies["train"].sizes)
-        loader, batch = measure_loader(
-            build_dataspec, path, local, is_streaming, labels, pairs, description
-        )
+        loader, batch = measure_loader(build_dataspec, source, len(tallies["train"].sizes))
         if picture:
             write_image(picture, sample_sheet(*batch, classes))
-    layout = "folders in ADE20K's layout" if description is None else "folders as described"
+    layout = "folders as described" if is_described else "folders in ADE20K's layout"
     return {
-        "path": path,
-        "format": "MDS shards" if is_streaming else layout,
-        "described": description is not None,
+        "path": source.path,
+        "format": "MDS shards" if source.shards else layout,
+        "described": is_described,
         "num_classes": labels.num_classes,
         "splits": {name: summarise(tally, labels, classes) for name, tally in tallies.items()},
+        "unused": unused.counts if unused else {},
+        "in_both_splits": len(both),
         "loader": loader,
         "oddities": [{"path": f.path, "reason": f.reason} for f in findings if not f.fatal],
         "problems": [{"path": f.path, "reason": f.reason} for f in findings if f.fatal],
     }
 
 
-def _sample_files(path: str, description: Description | None) -> list[str]:
-    """Return the images and masks of a data set, of the splits that can be listed."""
-    files = []
-    for split in FOLDERS:
-        with suppress(DataError):  # `check` reports it
-            if description is None:
-                samples = list_samples(path, split)
-            else:
-                samples = list_described(description, split, path)
-            files += [file for sample in samples for file in sample[1:]]
-    return files
+def _sample_files(source: DataSource) -> list[str]:
+    """Return the images and masks of a data set in folders."""
+    listings = [source.of_split(split).listing() for split in SPLITS]
+    return [file for listing in listings for sample in listing.samples for file in sample[1:]]
 
 
-def find_description(path: str, root: str | None) -> tuple[str, Description | None]:
-    """As `open_description`; shards have their description beside them."""
-    if not is_description(path):
-        with tempfile.TemporaryDirectory() as folder:
-            beside = fetch_beside(path, DESCRIPTION, folder)
-            if beside is not None:
-                raw = read_description(beside)
-                return path, parse_description(raw, f"{path}/{DESCRIPTION}")
-    return open_description(path, root)
+def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
+    """Return the data set that a command line names.
+
+    Args:
+        path: Folder in ADE20K's layout, a description, or folder or URL of MDS shards.
+        second: The root of a description, or the folder to keep shards in.
+        labels: The meaning of the masks, if nothing describes them.
+
+    Raises:
+        DataError: It has no folder to keep shards in, or the store does not answer.
+        ConfigError: The description is not valid.
+    """
+    if is_description(path):
+        path, description = open_description(path, second)
+        second = None
+    elif "://" in path and second is None:
+        raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
+    else:
+        description = shard_description(path)
+    is_streaming = "://" in path or second is not None or any(Path(path).glob("*/index.json"))
+    shards = ShardOptions(second) if is_streaming else None
+    return DataSource(path, "train", description or ade20k(labels), shards)
 
 
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
@@ -367,16 +367,12 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
     try:
         if options.suggest:
             return write_suggestion(options.path, options.local, options.workers)
-        path, description = find_description(options.path, options.local)
+        source = find_source(options.path, options.local, labels)
+        drawn = []
+        if is_description(options.path):  # which --suggest writes with a picture
+            drawn = [str(Path(options.path).with_suffix(".png"))]
         report = validate(
-            build_dataspec,
-            path,
-            options.local if path == options.path else None,
-            labels,
-            options.class_names,
-            options.workers,
-            options.picture,
-            description,
+            build_dataspec, source, options.class_names, options.workers, options.picture, drawn
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

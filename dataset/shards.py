@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,10 @@ class Shards:
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
         with self._alone_with_index():
             self._check_index()
-            self.shards = self._retrying(
+            self.shards = _with_retries(
                 f"{self.location}/index.json",
                 lambda: self.stream.get_shards(World.detect(), False),
+                self.retries,
             )
         if not self.shards:
             raise DataError(f"{self.location}/index.json lists no shards")
@@ -252,8 +253,11 @@ class Shards:
             if self.cache_limit:
                 self._make_room(reader.get_max_size())
             name = (reader.zip_data or reader.raw_data).basename
-            self._retrying(
-                f"{self.location}/{name}", lambda: self._prepare(reader, name), StoreError
+            _with_retries(
+                f"{self.location}/{name}",
+                lambda: self._prepare(reader, name),
+                self.retries,
+                StoreError,
             )
 
     def _prepare(self, reader: Any, name: str) -> None:
@@ -277,18 +281,28 @@ class Shards:
         while present and used + size > self.cache_limit:
             used -= self.shards[present.pop()].evict()
 
-    def _retrying(self, name: str, action: Any, away: type[DataError] = DataError) -> Any:
-        """Do it, again and again where the store may only be away for a while."""
-        for attempt in range(self.retries + 1):
-            try:
-                return action()
-            except Exception as error:
-                if _is_final(error) or attempt == self.retries:
-                    kind = DataError if _is_final(error) else away
-                    raise kind(f"{name}: {one_line(error)}") from error
-                delay = 2**attempt
-                log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
-                time.sleep(delay)
+
+def _with_retries(
+    name: str, action: Callable[[], Any], retries: int, away: type[DataError] = DataError
+) -> Any:
+    """Do something again and again where the store may only be away for a while.
+
+    Args:
+        name: What is fetched.
+        action: Fetches it.
+        retries: How often to try again, after 1, 2, 4, ... seconds.
+        away: The error if the store does not answer. One that says no is a DataError.
+    """
+    for attempt in range(retries + 1):
+        try:
+            return action()
+        except Exception as error:
+            if _is_final(error) or attempt == retries:
+                kind = DataError if _is_final(error) else away
+                raise kind(f"{name}: {one_line(error)}") from error
+            delay = 2**attempt
+            log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
+            time.sleep(delay)
 
 
 def _implausible(shard: Any) -> str | None:
@@ -324,21 +338,45 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
 
 
-def fetch_beside(path: str, name: str, folder: str) -> str | None:
+def is_missing(error: Exception) -> bool:
+    """Return whether a store says that a file is not there, rather than that it cannot tell."""
+    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
+    if code is not None:  # S3 answers 403 where a key may not be seen
+        return code in ("404", "NoSuchKey", "NoSuchBucket")
+    # Other stores have their own errors, and their own words.
+    words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
+    return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
+
+
+def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | None:
     """Find a file that lies beside the shards' splits; a remote one is copied to `folder`.
 
+    Args:
+        path: Folder or URL of the shards.
+        name: Name of the file.
+        folder: Folder that a remote file is copied to.
+        retries: How often to try again, after 1, 2, 4, ... seconds.
+
     Returns:
-        Its path here, or None if there is none or the store does not give it.
+        Its path on this machine, or None if there is none.
+
+    Raises:
+        DataError: The store does not say whether there is one.
     """
     if "://" not in path:
         return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
-    copy = os.path.join(folder, name)
-    try:
-        CloudDownloader.direct_download(f"{path}/{name}", copy)
-    except Exception as error:  # each store has its own
-        log.debug("%s/%s: %s", path, name, one_line(error))
-        return None
-    return copy
+    remote, copy = f"{path.rstrip('/')}/{name}", os.path.join(folder, name)
+
+    def download() -> str | None:
+        try:
+            CloudDownloader.direct_download(remote, copy)
+        except Exception as error:
+            if is_missing(error):
+                return None
+            raise
+        return copy
+
+    return _with_retries(remote, download, retries, StoreError)
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:

@@ -8,16 +8,20 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
+Result = TypeVar("Result")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's microseconds of CPU time per period
+CHUNK = 64  # samples that a process takes at a time
 
 
 def available_cores(quota: Path = QUOTA) -> int:
@@ -67,6 +71,43 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # waits for what is being done
+
+
+def chunked(samples: Sequence[Any]) -> Iterator[Any]:
+    """Yield the samples in parts of `CHUNK`."""
+    return (samples[first : first + CHUNK] for first in range(0, len(samples), CHUNK))
+
+
+def map_chunks(
+    function: Callable[..., Result],
+    chunks: Sequence[tuple],
+    workers: int | None = None,
+    desc: str = "",
+    unit: str = " samples",
+) -> list[Result]:
+    """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
+
+    Args:
+        function: Takes a chunk and what else its tuple holds.
+        chunks: Tuples of arguments, of which the first is as long as it has samples.
+        workers: Number of processes; None: one for each core.
+        desc: What the progress bar says.
+        unit: What it counts.
+
+    Returns:
+        What the function returned, in the order of the chunks.
+
+    Raises:
+        DataError: A process died.
+    """
+    results: dict[int, Result] = {}
+    tasks = {number: (function, *arguments) for number, arguments in enumerate(chunks)}
+    total = sum(len(arguments[0]) for arguments in chunks)
+    with tqdm(total=total, unit=unit, desc=desc, disable=None) as bar:
+        for number, result in in_processes(tasks, workers or available_cores()):
+            results[number] = result
+            bar.update(len(chunks[number][0]))
+    return [results[number] for number in range(len(chunks))]
 
 
 def _init_process() -> None:

@@ -21,9 +21,10 @@ from convert_ade20k import convert
 from data import build_ade20k_dataspec
 from dataset.counts import count_classes
 from dataset.description import open_description
-from dataset.folders import list_samples
+from dataset.folders import ade20k, list_samples
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler, length_of_repeated, repeated
+from dataset.source import DataSource, ShardOptions
 from errors import ConfigError, DataError
 from model import ComposerDeepLabV3
 from segmentation.losses import segmentation_loss
@@ -44,6 +45,11 @@ def present(synthetic: str) -> np.ndarray:
 # Counting
 
 
+def folders(path: str, labels: Labels) -> DataSource:
+    """The training split of a data set in ADE20K's layout."""
+    return DataSource(path, "train", ade20k(labels))
+
+
 @pytest.mark.processes
 def test_counts_of_folders_shards_and_descriptions(
     synthetic: str, present: np.ndarray, tmp_path: Path
@@ -54,21 +60,23 @@ def test_counts_of_folders_shards_and_descriptions(
     convert(synthetic, str(tmp_path / "mds"), size_limit="40kb", workers=1)
     described = lay_out(synthetic, tmp_path / "merged", "merged", 12)
     root, description = open_description(str(described))
+    assert description is not None
+    mds, twelve = str(tmp_path / "mds"), ade20k(Labels(12))
     for found in (
-        count_classes(synthetic, None, False, "train", Labels(12), workers=1),
-        count_classes(str(tmp_path / "mds"), None, True, "train", Labels(12), workers=2),
-        count_classes(root, None, False, "train", Labels(12), description, workers=1),
+        count_classes(folders(synthetic, Labels(12)), workers=1),
+        count_classes(DataSource(mds, shards=ShardOptions(), description=twelve), workers=2),
+        count_classes(DataSource(root, "train", description), workers=1),
     ):
         np.testing.assert_array_equal(found.pixels, pixels[1:])
         np.testing.assert_array_equal(found.present, present)
-    ignoring = count_classes(synthetic, None, False, "train", Labels(12, True, 5), workers=1)
+    ignoring = count_classes(folders(synthetic, Labels(12, True, 5)), workers=1)
     assert ignoring.pixels[4] == 0 and ignoring.pixels[3] == pixels[4]
 
 
 @pytest.mark.processes
 def test_a_wrong_mask_is_named(synthetic: str) -> None:
     with pytest.raises(DataError, match=r"ADE_train_\d+\.png: label .* classes are 1\.\.5"):
-        count_classes(synthetic, None, False, "train", Labels(5), workers=1)
+        count_classes(folders(synthetic, Labels(5)), workers=1)
 
 
 # How often a photo is taken
@@ -133,7 +141,7 @@ def digests(spec: Any, epoch: int) -> list[str]:
 def test_any_number_of_workers_and_ranks_and_a_resume(
     synthetic: str, present: np.ndarray, tmp_path: Path
 ) -> None:
-    counts = count_classes(synthetic, None, False, "train", Labels(12), workers=1)
+    counts = count_classes(folders(synthetic, Labels(12)), workers=1)
     factors = repeat_factors(present, 0.5)
     whole = length_of_repeated(factors)
     assert whole > 16 + 4  # some are taken again
@@ -269,7 +277,7 @@ def test_a_run_counts_logs_and_resumes(
     whole, line = run("whole", "9ba")
     cut, _ = run("cut", "1ba", "9ba")  # one step, as the schedule depends on the length
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
-    counts = count_classes(synthetic, None, False, "train", Labels(12), workers=1)
+    counts = count_classes(folders(synthetic, Labels(12)), workers=1)
     expected = auto_weights(counts.pixels)
     assert line == ", ".join(f"class {i} {weight:.4g}" for i, weight in enumerate(expected))
 
@@ -280,5 +288,5 @@ def test_pixels_of_two_photos_by_hand(tmp_path: Path) -> None:
         for kind, name in (("images", "a.jpg"), ("annotations", "a.png")):
             (tmp_path / kind / split).mkdir(parents=True)
             cv2.imwrite(str(tmp_path / kind / split / name), np.array([[1, 2], [0, 2]], np.uint8))
-    found = count_classes(str(tmp_path), None, False, "train", Labels(3), workers=1)
+    found = count_classes(folders(str(tmp_path), Labels(3)), workers=1)
     assert found.pixels.tolist() == [1, 2, 0] and found.present.tolist() == [[True, True, False]]

@@ -21,8 +21,9 @@ from benchmarks.s3_server import BUCKET, s3_server
 from convert_ade20k import convert, main, plan_shards
 from data import StreamingADE20k
 from dataset.checks import check
-from dataset.folders import list_samples
+from dataset.folders import ade20k, list_samples
 from dataset.labels import Labels
+from dataset.source import DataSource, ShardOptions
 from errors import DataError
 
 pytestmark = pytest.mark.processes
@@ -169,7 +170,7 @@ def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
         if sum(counts) >= 8:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(converter.tqdm, "update", interrupt)
+    monkeypatch.setattr("dataset.workers.tqdm.update", interrupt)
     arguments = ["--path", str(path), "--out", str(out), "--size-limit", "10kb", "--workers", "1"]
     assert main(arguments) == 130
     assert "run again" in capsys.readouterr().err
@@ -243,14 +244,14 @@ def test_one_line_for_bad_files_and_options(path, out, capsys):
     assert "compression 'rar' is none" in error("--compression", "rar")
     assert "hash 'crc' is none" in error("--hashes", "crc")
     assert "size limit 'much' is no number" in error("--size-limit", "much")
-    assert "no folder" in error("--path", str(path / "none"))
+    assert "folder is missing" in error("--path", str(path / "none"))
     mask = Path(list_samples(str(path), "val")[2].mask_path)
     Image.fromarray(np.ones((4, 4), np.uint8)).save(mask)
     assert f"{mask.stem}.jpg: " in error() and not (out / "val/index.json").exists()
     with converter._only_one(str(out)):
         assert "another conversion" in error()
     mask.unlink()
-    assert "has no mask" in error()
+    assert "its mask is missing" in error()
 
 
 def test_a_data_set_without_validation(path, out):
@@ -314,7 +315,8 @@ def test_validation_names_a_damaged_object(server, synthetic, tmp_path):
     body = bytearray(objects(server, key)[key])
     body[200] ^= 255
     server.client.put_object(Bucket=BUCKET, Key=key, Body=bytes(body))
-    tallies = check(url, str(tmp_path / "cache"), True, Labels(12), workers=2)
+    shards = ShardOptions(str(tmp_path / "cache"))
+    tallies = check(DataSource(url, "train", ade20k(Labels(12)), shards), workers=2)
     (finding,) = tallies["train"].findings
     assert finding.path == f"s3://{key.replace('damaged', f'{BUCKET}/damaged', 1)}"
     assert "Checksum failure" in finding.reason and finding.fatal

@@ -34,6 +34,7 @@ from dataset.description import (
     read_description,
     unpack,
 )
+from dataset.labels import Labels
 from dataset.masks import Masks, UnknownValues
 from dataset.matching import find_samples
 from dataset.suggest import suggest
@@ -194,9 +195,9 @@ def test_shards_hold_the_merged_labels(
     for layout in ("merged", "colors"):
         out = tmp_path / layout
         assert convert(str(laid_out[layout]), str(out), workers=1) == {"train": 9, "val": 4}
-        beside, description = report.find_description(str(out), None)
-        assert beside == str(out) and description is not None
-        assert [info.name for info in description.classes] == NAMES
+        beside = report.find_source(str(out), None, Labels())
+        assert beside.path == str(out) and beside.shards is not None
+        assert [info.name for info in beside.description.classes] == NAMES
         spec = {"is_streaming": True, "path": str(out)}
         config = tiny_run(str(laid_out[layout]))  # the original's serves as well
         for section in ("train_dataset", "eval_dataset"):

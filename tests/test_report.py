@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ from convert_ade20k import convert
 from data import build_ade20k_dataspec
 from dataset import report
 from dataset.checks import check_labels
-from dataset.folders import list_samples
+from dataset.folders import ade20k, list_samples
 from dataset.labels import Labels
+from dataset.source import DataSource
 from dataset.synthetic import make
-from dataset.workers import in_processes
+from dataset.workers import available_cores, in_processes
 from errors import DataError
 from segmentation.classes import load_classes
 
@@ -196,8 +198,7 @@ def test_training_works_with_what_is_only_odd(path, capsys):
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
     check_findings(report["oddities"], expected)
-    workers = len(os.sched_getaffinity(0))
-    assert report["loader"]["workers"] == min(8, workers)
+    assert report["loader"]["workers"] == min(8, available_cores())
     assert report["loader"]["batches"] == 3 * [[[16, 3, 512, 512], [16, 512, 512]]]
 
 
@@ -321,12 +322,76 @@ def test_the_verdict_names_classes_that_training_never_shows(
     assert capsys.readouterr().out.splitlines()[-1] == verdict
 
 
+def leave_out(root: Path) -> None:
+    (root / "images/testing").mkdir()
+    for number in (1, 2):
+        shutil.copy(root / f"images/training/ADE_train_{number:08}.jpg", root / "images/testing")
+
+
+def copy_to_validation(root: Path) -> None:
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        source = root / kind / f"training/ADE_train_00000003.{suffix}"
+        shutil.copy(source, root / kind / f"validation/other.{suffix}")
+
+
+FOLDERS = {
+    "train": {"images": "images/training", "masks": "annotations/training"},
+    "val": {"images": "images/validation", "masks": "annotations/validation"},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "verdict"),
+    [
+        pytest.param(leave_out, None, "but 2 images are left out", id="a folder left out"),
+        pytest.param(leave_out, {}, "but 2 images are left out", id="the same, described"),
+        pytest.param(leave_out, {"exclude": "images/testing"}, "no problem", id="excluded"),
+        pytest.param(
+            copy_to_validation, None, "but 1 image is in both splits", id="in both by content"
+        ),
+        pytest.param(
+            lambda root: None,
+            {"val": FOLDERS["train"], "exclude": ["images/validation", "annotations/validation"]},
+            "but 24 images are in both splits",
+            id="in both by path",
+        ),
+        pytest.param(
+            lambda root: (leave_out(root), copy_to_validation(root)),
+            None,
+            "but 2 images are left out; 1 image is in both splits",
+            id="both faults",
+        ),
+        pytest.param(
+            lambda root: (root / "a.gif").write_bytes(b""),
+            None,
+            "but 1 file may be an image that is left out",
+            id="it cannot be told",
+        ),
+    ],
+)
+def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, verdict):
+    root = path / ROOT
+    change(root)
+    arguments = [str(path), "--num-classes", "12"]
+    if keys is not None:
+        classes = {f"kind {k}": [k] for k in range(1, 13)}
+        described = {"root": str(root), **FOLDERS, "classes": classes, "ignore": [0], **keys}
+        (tmp_path / "set.yaml").write_text(json.dumps(described))
+        arguments = [str(tmp_path / "set.yaml")]
+    assert main([*arguments, "--workers", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(verdict) or lines[-1].startswith(verdict)
+    leaks = [line for line in lines if line.startswith("  ") and "is in both splits" in line]
+    counted = re.search(r"(\d+) images? (is|are) in both", verdict)
+    assert len(leaks) == min(report.SHOWN, int(counted[1]) if counted else 0)
+
+
 def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     shutil.rmtree(path / ROOT / "annotations/validation")
     status, report = run(capsys, path)
     assert status == 1
     reasons = {finding["reason"].split(",")[0] for finding in report["problems"]}
-    assert reasons == {"folder is missing", "its mask is missing"}
+    assert reasons == {"folder is missing"}
 
 
 def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
@@ -421,20 +486,23 @@ def test_background_and_ignored_labels(path, capsys):
 
 
 def test_quick_check_before_training(path):
-    check_labels(str(path), "train", Labels(12))
-    check_labels(str(path), "train", Labels(13, False))
-    check_labels(str(path), "train", Labels(11, ignore_label=12))
+    def source(labels: Labels) -> DataSource:
+        return DataSource(str(path), "train", ade20k(labels))
+
+    check_labels(source(Labels(12)))
+    check_labels(source(Labels(13, False)))
+    check_labels(source(Labels(11, ignore_label=12)))
     with pytest.raises(DataError, match=r"\.png: label 12 on .* classes are 1\.\.11: set"):
-        check_labels(str(path), "train", Labels(11))
+        check_labels(source(Labels(11)))
     with pytest.raises(DataError, match=r"label 12 on .* classes are 0\.\.11: set"):
-        check_labels(str(path), "train", Labels(12, False))
+        check_labels(source(Labels(12, False)))
     photo, mask = sample(path, 24)
     wrong_label(photo, mask)
     with pytest.raises(DataError, match=f"{mask}: label 77 on"):
-        check_labels(str(path), "train", Labels(12), max_masks=4)  # the last is one of any number
+        check_labels(source(Labels(12)), max_masks=4)  # the last is one of any number
     cut(mask, 0.5)
     with pytest.raises(DataError, match=f"{mask}: cannot be decoded"):
-        check_labels(str(path), "train", Labels(12))
+        check_labels(source(Labels(12)))
 
 
 def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):

@@ -243,7 +243,8 @@ def scalars(thing: Any) -> dict[str, str]:
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return everything that a run with this config trains with, as a trainer holds it."""
     seen: dict[str, Any] = {}
-    build_model, build_dataset = main_module._build_model, data_module.build_dataset
+    build_model = main_module._build_model
+    build_dataspec = data_module.build_ade20k_dataspec
 
     def look_at_model(config: Config, *arguments: Any) -> Any:
         model = config.model
@@ -251,13 +252,13 @@ def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any
         seen["sync_bn"] = model.sync_bn
         return build_model(config, *arguments)
 
-    def look_at_dataset(*arguments: Any, **options: Any) -> Any:
-        if arguments[3] == "train":
+    def look_at_dataset(**options: Any) -> Any:
+        if options["split"] == "train":
             seen["cache_limit"] = options["cache_limit"]
-        return build_dataset(*arguments, **options)
+        return build_dataspec(**options)
 
     patch.setattr(main_module, "_build_model", look_at_model)
-    patch.setattr(data_module, "build_dataset", look_at_dataset)
+    patch.setattr(data_module, "build_ade20k_dataspec", look_at_dataset)
     try:
         trainer = build_trainer(resolve(config))
     finally:

@@ -200,6 +200,18 @@ def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Pa
         stream(mds, tmp_path, cache_limit="1kb")
 
 
+def test_the_shard_that_was_not_read_for_longest_makes_room(mds: str, tmp_path: Path) -> None:
+    dataset = stream(mds, tmp_path, cache_limit="1gb").dataloader.dataset
+    shards = dataset.shards
+    for shard in range(4):
+        shards.fetch(shard)
+        os.utime(shards.path(shard), (shard + 1, shard + 1))
+    dataset.read(0)  # the oldest, which is then the newest
+    shards.cache_limit = sum(os.path.getsize(shards.path(shard)) for shard in range(4))
+    shards.fetch(4)
+    assert os.path.exists(shards.path(0)) and not os.path.exists(shards.path(1))
+
+
 def test_a_cache_of_other_data_is_refused(folder: str, mds: str, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mds, tmp_path / "mds"))
     stream(str(path), tmp_path / "cache")

@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from dataset.folders import ADE20K, FOLDERS, find_root
+from dataset.paths import ADE20K, FOLDERS, find_root
 from errors import ConfigError
 from training.schema import (
     LIBRARIES,

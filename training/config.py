@@ -28,6 +28,7 @@ from training.schema import RECIPES, Config, EvalDatasetConfig, TrainDatasetConf
 from training.yaml_text import quote_text
 
 if TYPE_CHECKING:
+    from dataset.source import DataSource
     from segmentation.classes import ClassInfo
 
 # Keys that name existing files or folders. In a YAML they may be relative to its own folder.
@@ -162,6 +163,30 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
                 f"{name}: ignore_background and ignore_label are of ADE20K's layout; {where} says "
                 "under ignore what is ignored"
             )
+
+
+def data_sources(config: Config) -> dict[str, DataSource]:
+    """Return a run's training and validation data; a folder that both are in is listed once."""
+    from dataset.description import parse_description
+    from dataset.folders import ade20k
+    from dataset.labels import Labels
+    from dataset.source import DataSource, ShardOptions
+
+    sources: dict[str, DataSource] = {}
+    for split, dataset in (("train", config.train_dataset), ("val", config.eval_dataset)):
+        if config.data is not None:
+            description = parse_description(config.data)
+        else:
+            classes = config.model.num_classes
+            description = ade20k(Labels(classes, dataset.ignore_background, dataset.ignore_label))
+        options = {
+            field.name: getattr(dataset, field.name) for field in dataclasses.fields(ShardOptions)
+        }
+        shards = ShardOptions(**options) if dataset.is_streaming else None
+        sources[split] = DataSource(str(dataset.path), split, description, shards)
+    if sources["train"].of_split("val") == sources["val"]:
+        sources["val"] = sources["train"].of_split("val")
+    return sources
 
 
 def class_infos(config: Config) -> list[ClassInfo]:

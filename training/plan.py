@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +31,10 @@ from composer.utils import dist, get_device
 from torch import nn
 
 from dataset.counts import count_classes
-from dataset.description import parse_description
-from dataset.folders import list_samples
-from dataset.labels import Labels
-from dataset.matching import list_described
 from dataset.sampler import length_of_repeated
-from dataset.shards import Shards
 from errors import ConfigError, UserError, whole
 from training.balance import repeat_factors
-from training.config import load, resolve
+from training.config import data_sources, load, resolve
 from training.estimate import GPUS, NO_BF16, assumed, estimate
 from training.measure import BuildTrainer, measure, measure_evaluation
 from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
@@ -307,21 +303,15 @@ def _too_large(at_once: int) -> str:
 
 def _samples(config: Config, split: str) -> int:
     """Return how many samples an epoch of a split has."""
-    dataset = config.train_dataset if split == "train" else config.eval_dataset
-    path = dataset.path
-    assert path is not None  # resolve() has seen to it
-    description = parse_description(config.data) if config.data is not None else None
-    if split == "train" and config.train_dataset.rare_class_sampling:
-        labels = Labels(config.model.num_classes, dataset.ignore_background, dataset.ignore_label)
-        source = path, dataset.local, dataset.is_streaming, split, labels, description
-        present = count_classes(*source).present
-        return length_of_repeated(repeat_factors(present, config.train_dataset.rare_class_sampling))
-    if dataset.is_streaming:
-        with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
-            return len(Shards(path, folder if dataset.local else None, split))
-    if description is not None:
-        return len(list_described(description, split, path))
-    return len(list_samples(path, split))
+    source = data_sources(config)[split]
+    rare = config.train_dataset.rare_class_sampling
+    if split == "train" and rare:
+        return length_of_repeated(repeat_factors(count_classes(source).present, rare))
+    if source.shards is None:
+        return len(source.samples())
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
+        options = replace(source.shards, local=folder if source.shards.local else None)
+        return len(replace(source, shards=options).open_shards())
 
 
 def _whole(

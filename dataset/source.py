@@ -1,0 +1,172 @@
+"""A data set: where one of its splits is, what its masks hold, and how to read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset.description import Description
+from dataset.folders import ade20k
+from dataset.labels import Labels
+from dataset.masks import Masks
+from dataset.matching import list_splits, require
+from dataset.paths import Sample, find_root
+from dataset.samples import Listing, Samples
+from dataset.shards import Shards, cached_shards, open_shards, read_shard
+from dataset.workers import chunked
+from errors import DataError
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How MDS shards are fetched and kept; see `dataset.shards.Shards`."""
+
+    local: str | None = None
+    cache_limit: int | str | None = None
+    download_retry: int = 6
+    download_timeout: float = 60
+    validate_hash: str | None = "auto"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One split of one data set.
+
+    Attributes:
+        path: Folder of the data set, or folder or URL of MDS shards.
+        split: 'train' or 'val'.
+        description: Layout of the folders and meaning of the masks. Shards hold the labels of the
+            description that they were written from.
+        shards: How MDS shards are fetched; None if the data set is in folders.
+    """
+
+    path: str
+    split: str = "train"
+    description: Description = field(default_factory=ade20k)
+    shards: ShardOptions | None = None
+    _listings: dict[str, Listing] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def labels(self) -> Labels:
+        """The meaning of the labels that the loader gives."""
+        return self.description.labels
+
+    @property
+    def root(self) -> str:
+        """The folder that the paths of the layout are below."""
+        return self.path if self.description.built_in is None else str(find_root(self.path))
+
+    def of_split(self, split: str) -> DataSource:
+        """Return another split of the same data set; folders are not listed again for it."""
+        return dataclasses.replace(self, split=split)
+
+    def listing(self) -> Listing:
+        """Return the files of a split in folders, paired, and what is wrong with their names.
+
+        A process lists them once.
+        """
+        if self.split not in self._listings:
+            self._listings.update(list_splits(self.description, self.split, self.root))
+        return self._listings[self.split]
+
+    def samples(self) -> Samples:
+        """Return the samples of a split in folders, sorted by name.
+
+        Raises:
+            DataError: There are no images, or images without a mask.
+        """
+        return require(self.listing())
+
+    def masks(self) -> Masks:
+        """Return a decoder for the split's masks.
+
+        Raises:
+            DataError: The file of the panoptic segments cannot be read.
+        """
+        if self.shards is not None:
+            return Masks(self.labels)
+        return Masks.of(self.description, self.split, self.root)
+
+    def open_shards(self) -> Shards:
+        """Return the split's shards, as a run reads them.
+
+        Raises:
+            DataError: They are missing or damaged.
+        """
+        assert self.shards is not None
+        return Shards(self.path, split=self.split, **dataclasses.asdict(self.shards))
+
+    def chunks(self, samples: Samples | None = None) -> list[tuple[Chunk, Masks]]:
+        """Cut the split into parts for several processes, each with a decoder for its masks.
+
+        Args:
+            samples: Samples of a split in folders; None: all that training uses.
+        """
+        masks = self.masks()
+        if self.shards is None:
+            samples = self.samples() if samples is None else samples
+            return [
+                (FileChunk(part), masks.only(sample.mask_path for sample in part))
+                for part in chunked(samples)
+            ]
+        path, local = self.path, self.shards.local
+        shards = open_shards(path, local, self.split).shards
+        return [
+            (ShardChunk(path, local, self.split, number, len(shard)), masks)
+            for number, shard in enumerate(shards)
+        ]
+
+
+@dataclass(frozen=True)
+class FileChunk:
+    """Some samples in folders."""
+
+    samples: list[Sample]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def masks(self) -> Iterator[tuple[str, bytes]]:
+        """Yield what to call each mask, and its file's content."""
+        for sample in self.samples:
+            yield sample.mask_path, read_file(sample.mask_path)
+
+
+@dataclass(frozen=True)
+class ShardChunk:
+    """One MDS shard."""
+
+    path: str
+    local: str | None
+    split: str
+    number: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def open(self) -> Shards:
+        """Return the shards that it is one of."""
+        return cached_shards(self.path, self.local, self.split)
+
+    def masks(self) -> Iterator[tuple[str, bytes]]:
+        """Yield what to call each mask, and its file's content."""
+        shards = self.open()
+        was_there = Path(shards.path(self.number)).exists()
+        for uid, _, mask in read_shard(shards, self.number):
+            yield f"{shards.location}, mask of {uid}", mask
+        if shards.is_cache and not was_there:  # the cache may have a limit, which is training's
+            shards.shards[self.number].evict()
+
+
+Chunk = FileChunk | ShardChunk
+
+
+def read_file(path: str) -> bytes:
+    """Return a file's content; DataError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error

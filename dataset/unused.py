@@ -1,0 +1,152 @@
+"""Images and masks below the root of a data set that no split uses."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dataset.description import SPLITS
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files
+from dataset.samples import Finding
+from dataset.source import DataSource
+from dataset.templates import Template, exclusion
+
+# Images that nothing here reads, and files that often lie beside images.
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
+UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
+SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
+NAMED = 3  # files that a finding names
+
+
+class Unused(NamedTuple):
+    """Files that no split uses.
+
+    Attributes:
+        images: Images.
+        masks: Masks, of other kinds than the layout names perhaps.
+        either: PNGs and the like outside the folders of the layout, which may be images or masks.
+        unlisted: Files in folders of which a list names some: they are left out on purpose.
+        orphans: Masks that the layout names and that no image belongs to.
+        others: Files in the folders of images and masks that are neither.
+    """
+
+    images: list[str]
+    masks: list[str]
+    either: list[str]
+    unlisted: list[str]
+    orphans: list[str]
+    others: list[str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many files of each kind there are."""
+        return {name: len(files) for name, files in self._asdict().items()}
+
+    def findings(self) -> list[Finding]:
+        """Return what there is to say about the files, none of which stops training."""
+        findings = [Finding(path, "its photo is missing", False) for path in self.orphans]
+        reason = "is not in training or validation, so it is left out"
+        for what in ("images", "masks", "either"):
+            noun = what if what != "either" else "images or masks"
+            unread = [file for file in getattr(self, what) if _suffix(file) in UNREAD_SUFFIXES]
+            read = [file for file in getattr(self, what) if file not in set(unread)]
+            findings += _summed_up(read, reason, noun)
+            findings += _summed_up(unread, "is left out: its format is not read", noun)
+        findings += _summed_up(self.unlisted, "is in no list, so it is left out", "files")
+        by_suffix: dict[str, list[str]] = defaultdict(list)
+        for path in self.others:
+            by_suffix[_suffix(path)].append(path)
+        for suffix, paths in by_suffix.items():
+            reason = f"{suffix} is not a format that is read, training does not use it"
+            findings += _summed_up(paths, reason, "files")
+        return findings
+
+
+def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
+    """Return one finding for all files, that names the first; none if there is no file."""
+    if not paths:
+        return []
+    if len(paths) > 1:
+        names = ", ".join(os.path.basename(path) for path in paths[1 : 1 + NAMED])
+        more = ", …" if len(paths) > 1 + NAMED else ""
+        reason = f"{reason} (one of {len(paths):,} {noun}; next {names}{more})"
+    return [Finding(paths[0], reason, False)]
+
+
+def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
+    """Find the images and masks below the root of a data set in folders that no split uses.
+
+    Files that the description excludes are left out.
+
+    Args:
+        source: A split of the data set.
+        own: Files that the command writes itself, which are not of the data set.
+    """
+    root, splits = source.root, [source.of_split(split) for split in SPLITS]
+    layouts = [source.description.sources[split] for split in SPLITS]
+    listings = [split.listing() for split in splits]
+    real = _RealPaths()
+    used = {real(file) for listing in listings for sample in listing.samples for file in sample[1:]}
+    orphans = {file for listing in listings for file in listing.orphans if real(file) not in used}
+    reported = {real(finding.path) for listing in listings for finding in listing.findings}
+    skipped = used | reported | {real(file) for file in (*orphans, *own)}
+    is_excluded = exclusion(source.description, root)
+    files = [os.path.join(root, file) for file in list_files(root)]
+    files = [file for file in files if real(file) not in skipped]
+    if is_excluded:
+        files = [file for file in files if not is_excluded(file)]
+    if files:  # links to files may be used in place of the files
+        links = {os.path.realpath(file) for file in used if os.path.islink(file)}
+        files = [file for file in files if os.path.realpath(file) not in links]
+
+    # Tell images from masks by the folders that the layout names.
+    image_folders = [_folder(layout.images, root) for layout in layouts]
+    mask_folders = [_folder(layout.masks, root) for layout in layouts]
+    has_list = [layout.list is not None for layout in layouts]
+    unused = Unused([], [], [], [], sorted(orphans), [])
+    for file in files:
+        suffix, place = _suffix(file), real(file)
+        of_image = [place.startswith(folder) for folder in image_folders]
+        of_mask = [place.startswith(folder) for folder in mask_folders]
+        if suffix not in IMAGE_SUFFIXES | MASK_SUFFIXES | UNREAD_SUFFIXES:
+            if any(of_image + of_mask) and suffix not in SIDECARS:
+                unused.others.append(file)
+        elif any(has_list) and any(
+            listed and (image or mask or layout.images is None)
+            for listed, image, mask, layout in zip(has_list, of_image, of_mask, layouts)
+        ):
+            unused.unlisted.append(file)
+        elif any(of_mask) and not any(of_image):
+            unused.masks.append(file)
+        elif (any(of_image) and not any(of_mask)) or suffix not in MASK_SUFFIXES:
+            unused.images.append(file)
+        else:
+            unused.either.append(file)
+    return unused
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+class _RealPaths:
+    """Paths of files without links to folders."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}
+
+    def __call__(self, path: str) -> str:
+        folder, name = os.path.split(path)
+        if folder not in self.folders:
+            self.folders[folder] = os.path.realpath(folder)
+        return f"{self.folders[folder]}/{name}"
+
+
+def _folder(text: str | None, root: str) -> str:
+    """Return the folder of a template with a slash; a null character if there is none."""
+    if text is None:
+        return "\0"
+    folder = Template(text, root, (), "").folder
+    return os.path.join(os.path.realpath(folder), "")
