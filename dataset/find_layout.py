@@ -27,9 +27,13 @@ WORDS = {
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 MARK = "\0"  # stands for the split's word
-# A hash, a number, a word (of camel case, too) or any other character.
+# A hash, a number, a word (of camel case, too), a split's word in `trainannot` or `imagestrain`, or
+# any other character.
 TOKEN = re.compile(
-    r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|."
+    r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
+    r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
+    r"|(?<![A-Za-z])(?i:images|masks|labels)(?=(?i:train|val|test))"
+    r"|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|."
 )
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
 SPLIT_IN_NAME = re.compile(
@@ -57,7 +61,10 @@ class Picture(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The images or the masks of a layout: `before/{dir}/after/{head}{stem}{tail}{suffix}`."""
+    """The images or the masks of a layout: `before/{dir}/after/{head}{stem}{tail}{suffix}`.
+
+    If all files have one name, such as `label.png`, that is `head`, and folders tell them apart.
+    """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -65,6 +72,7 @@ class Side(NamedTuple):
     head: str
     tail: str
     suffix: str  # "" is any
+    has_stem: bool = True
 
     def template(self, word: str) -> str:
         """Return the template of a split's paths, given the split's word."""
@@ -72,8 +80,10 @@ class Side(NamedTuple):
         if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
             suffix = ".*"  # a tail such as `.rf` would be taken for the extension
         middle = ["{dir}"] if self.deep else []
-        parts = [*self.before, *middle, *self.after]
-        return "/".join([*parts, f"{self.head}{{stem}}{self.tail}{suffix}"]).replace(MARK, word)
+        name = f"{self.head}{{stem}}{self.tail}{suffix}"
+        if not self.has_stem:
+            middle, name = ["{name}"], f"{self.head}{suffix}"
+        return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
 
     def words(self) -> list[str]:
         """Return the words of the fixed text in lower case."""
@@ -179,11 +189,18 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
 
 
 def _cores(stem: str) -> list[str]:
-    """Return the parts of a name that may be what image and mask have in common, longest first."""
+    """Return the parts of a name that an image and its mask may have in common.
+
+    Those with digits come first, as numbers tell files apart; the longest are first among equals.
+    """
     starts = [match.start() for match in TOKEN.finditer(stem)]
     ends = [*starts[1:], len(stem)]
     cores = {stem[start:end] for start in starts[:8] for end in ends[-8:] if start < end}
-    return sorted((core for core in cores if MARK not in core), key=len, reverse=True)
+    return sorted(
+        (core for core in cores if MARK not in core),
+        key=lambda core: (any(map(str.isdigit, core)), len(core)),
+        reverse=True,
+    )
 
 
 def _split_of(picture: Picture) -> str:
@@ -223,12 +240,16 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     ]
     votes: Counter[tuple[Side, Side]] = Counter()
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
-        patterns = set()
+        # An image and a mask have their longest common part in common.
+        patterns, seen = set(), set()
         for core in _cores(mask.stem):
             images = _others(by_core, core, mask)
             for image in images[:: len(images) // 8 + 1]:
-                patterns |= _patterns(image, mask, core)
+                if image.path not in seen:
+                    seen.add(image.path)
+                    patterns |= _patterns(image, mask, core)
         votes.update(patterns)
+    votes.update(_fixed_names(pictures))
     return [sides for sides, _ in votes.most_common(CANDIDATES)]
 
 
@@ -263,7 +284,25 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
             ]
             if sides[0] != sides[1]:
                 patterns.add((sides[0], sides[1]))
+                if sides[1].tail == image.suffix and not sides[0].suffix:  # `x.jpg`, `x.jpg.png`
+                    patterns.add((sides[0], sides[1]._replace(tail=".*")))
     return patterns
+
+
+def _fixed_names(pictures: list[Picture]) -> Counter[tuple[Side, Side]]:
+    """Return patterns of folders that hold one image and its masks, under names that recur."""
+    folders: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        folders[picture.dirs].append(picture)
+    votes: Counter[tuple[Side, Side]] = Counter()
+    for dirs, members in folders.items():
+        start = 1 + max((place for place, part in enumerate(dirs) if MARK in part), default=-1)
+        if start < len(dirs) and len(members) <= 8 and len(folders) > 1:
+            sides = [
+                Side(dirs[:start], (), True, p.stem, "", p.suffix, has_stem=False) for p in members
+            ]
+            votes.update((image, mask) for image in sides for mask in sides if image != mask)
+    return votes
 
 
 Key = tuple[str, tuple[str, ...], str]
@@ -290,7 +329,9 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
             continue
         for picture in pictures:
             stem = picture.stem
-            if wild:
+            if not side.has_stem:
+                core = "/" if stem == side.head and middle else ""
+            elif wild:
                 match = regex.fullmatch(stem)
                 core = match[1] if match else ""
             elif stem.startswith(side.head) and stem.endswith(side.tail):
@@ -342,6 +383,8 @@ def _tightened(layout: Layout) -> Layout:
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
+    if not image.has_stem:
+        shared = min(shared, min(map(len, middles)) - 1)  # `{name}` stands for a folder at least
     deep = any(len(middle) > shared for middle in middles)
     sides = [
         side._replace(before=side.before + first[:shared], deep=deep)
@@ -380,10 +423,13 @@ def _rank(layout: Layout, most: int) -> tuple:
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
     many = 2 * layout.covered >= most
+    # In names, train may be a class beside car: nearly all names have to have a split's word.
+    in_names = any(MARK in side.head + side.tail for side in (images, masks))
+    are_splits = layout.covered >= (0.8 if in_names else 0.5) * most
     return (
         layout.twice == 0,
         many and not NOT_SEMANTIC & set(masks.words()),
-        many and len(layout.words) > 1,
+        are_splits and len(layout.words) > 1,
         layout.covered,
         -layout.alone,
         all(look.is_grey for look in looks),  # labels rather than their colours
@@ -432,20 +478,21 @@ def _has_masks(layout: Layout) -> bool:
 def search_layout(root: Path, paths: list[Path]) -> Search | None:
     """Find the layout that pairs the most images; None if no mask belongs to an image."""
     layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
+    # A single pair among several files is chance.
+    layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:
         return None
     most = max(layout.covered for layout in layouts)
     layouts.sort(key=lambda layout: _rank(layout, most), reverse=True)
     best = layouts[0]
-    # Others are those of other files.
-    others: dict[tuple, Layout] = {}
+    # Others give the same images other masks.
+    chosen = {image.path: mask.path for image, mask in best.pairs}
+    others: dict[Path, Layout] = {}
     for layout in layouts[1:]:
-        kind = tuple({p[side].path for p in layout.pairs[:LOOKED_AT]} for side in (0, 1))
-        mine = [{p[side].path for p in best.pairs} for side in (0, 1)]
-        is_other = any(not part <= whole for part, whole in zip(kind, mine))
-        if is_other and layout.covered >= best.covered:
-            others.setdefault(tuple(map(frozenset, kind)), layout)
+        differ = [b.path for a, b in layout.pairs if chosen.get(a.path, b.path) != b.path]
+        if differ and layout.covered >= best.covered:
+            others.setdefault(min(differ), layout)
     return Search(best, list(others.values()))
 
 

@@ -95,7 +95,7 @@ LAYOUTS = {
         (),
     ),
     "vehicles called train": (
-        [("i/{}.jpg", "m/{}.png", [f"{w}_{n}" for n in N for w in ("car", "train", "bus")])],
+        [("i/{}.jpg", "m/{}.png", [f"{w}_{n}" for n in N for w in ("car", "train", "test")])],
         ("m/{stem}.png", None),
         (24, None),
         (),
@@ -175,6 +175,59 @@ LAYOUTS = {
         (24, None),
         (),
     ),
+    "a folder for each image": (
+        [("{}/img.png", "{}/label.png", [f"{n}_json" for n in N])],
+        ("{name}/label.png", None),
+        (8, None),
+        (),
+    ),
+    "grown together": (
+        [
+            ("train/{}.png", "trainannot/{}.png", N),
+            ("val/{}.png", "valannot/{}.png", M),
+            ("test/{}.png", "testannot/{}.png", ["t"]),
+        ],
+        ("trainannot/{stem}.png", "valannot/{stem}.png"),
+        (8, 4),
+        ("# 1 image and 1 mask are not part of it, first test/t.png and testannot/t.png.",),
+    ),
+    "extensions in the masks' names": (
+        [("ds/img/{}.jpg", "ds/masks_machine/{}.jpg.png", N)],
+        ("ds/masks_machine/{stem}.jpg.png", None),
+        (8, None),
+        (),
+    ),
+    "several extensions in the masks' names": (
+        [("i/{}.jpg", "m/{}.jpg.png", N), ("i/{}.jpeg", "m/{}.jpeg.png", M)],
+        ("m/{stem}.*.png", None),
+        (12, None),
+        (),
+    ),
+    "cities": (
+        [
+            (f"rgb/{s}/{c}/{c}_{{}}_rgb.png", f"gt/{s}/{c}/{c}_{{}}_gt_labelIds.png", names)
+            for s, names in (("train", N), ("val", M))
+            for c in ("ulm", "bonn")
+        ],
+        ("gt/train/{dir}/{stem}_gt_labelIds.png", "gt/val/{dir}/{stem}_gt_labelIds.png"),
+        (16, 8),
+        (),
+    ),
+    "ADE20K": (
+        [
+            ("images/training/{}.jpg", "annotations/training/{}.png", N),
+            ("images/validation/{}.jpg", "annotations/validation/{}.png", M),
+        ],
+        ("annotations/training/{stem}.png", "annotations/validation/{stem}.png"),
+        (8, 4),
+        (),
+    ),
+    "two hashes": (
+        [(f"a/x{n}_jpg.rf.{n}1ab0{n}.jpg", f"b/x{n}_png.rf.c0f{n}5e.png", [""]) for n in N],
+        ("b/{stem}_png.rf.*.png", None),
+        (8, None),
+        (),
+    ),
     "a folder left out": (
         [("x/{}.jpg", "y/{}.png", N), ("extra/{}-a.jpg", "other/{}-b.png", M)],
         ("y/{stem}.png", None),
@@ -228,6 +281,14 @@ def test_instance_masks_are_told_by_their_values(tmp_path: Path) -> None:
         save(tmp_path / f"a/{n}.png", blocks(n, tuple(range(1, 9 + n % 4))))
         save(tmp_path / f"b/{n}.png", blocks(n))
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"]["masks"] == "b/{stem}.png"
+
+
+def test_names_that_have_little_in_common_are_no_pairs(tmp_path: Path) -> None:
+    for n, name in enumerate(("street", "yard", "wood", "lake")):
+        save(tmp_path / f"a/{name}.jpg", photo(n))
+        save(tmp_path / f"b/mask{n}of_street{n}.png", blocks(n))
+    with pytest.raises(DataError, match="4 images and 4 masks, but no mask has a name"):
+        suggest(str(tmp_path), 1)
 
 
 def test_copies_of_a_data_set_are_not_paired_twice(tmp_path: Path) -> None:
@@ -317,36 +378,24 @@ def test_rare_values(
 
 
 COLORED = [[0, 0, 0], [128, 64, 128], [0, 0, 142]]
+BY_VALUE = "Pixel Value, Class\n0, sky\n1, on\n2, 007\n"
+CVAT = "# label:color_rgb:parts:actions\nsky:0,0,0::\non:128,64,128::\n007:0,0,142::\n"
+BY_COLOR = "name,r,g,b\nsky,0,0,0\non,128,64,128\n007,0,0,142\n"
+BOTH = "id\tname\tred\tgreen\tblue\n9\tsky\t0\t0\t0\n8\ton\t128\t64\t128\n7\t007\t0\t0\t142\n"
 TABLES = [
-    pytest.param(
-        "_classes.csv", "Pixel Value, Class\n0, sky\n1, on\n2, 007\n", False, id="Roboflow"
-    ),
-    pytest.param(
-        "labelmap.txt",
-        "# label:color_rgb:parts:actions\nsky:0,0,0::\non:128,64,128::\n007:0,0,142::\n",
-        True,
-        id="CVAT",
-    ),
-    pytest.param(
-        "class_dict.csv",
-        "name,r,g,b\nsky,0,0,0\non,128,64,128\n007,0,0,142\n",
-        True,
-        id="class_dict",
-    ),
-    pytest.param(
-        "colors.tsv",
-        "id\tname\tred\tgreen\tblue\n9\tsky\t0\t0\t0\n8\ton\t128\t64\t128\n7\t007\t0\t0\t142\n",
-        True,
-        id="numbers and colours",
-    ),
+    pytest.param("_classes.csv", BY_VALUE, "grey", id="Roboflow"),
+    pytest.param("labelmap.txt", CVAT, "colours", id="CVAT, colours"),
+    pytest.param("labelmap.txt", CVAT, "palette", id="CVAT, palette"),
+    pytest.param("class_dict.csv", BY_COLOR, "colours", id="class_dict, colours"),
+    pytest.param("class_dict.csv", BY_COLOR, "palette", id="class_dict, palette"),
+    pytest.param("colors.tsv", BOTH, "colours", id="numbers and colours"),
+    pytest.param("colors.tsv", BOTH, "palette", id="numbers and colours, palette"),
+    pytest.param("names.txt", "id;name\n0;sky\n1;on\n2;007\n", "grey", id="semicolons"),
 ]
 
 
-@pytest.mark.parametrize("mode", ["grey", "palette", "colours"])
-@pytest.mark.parametrize(("file", "table", "has_colors"), TABLES)
-def test_names_are_read(file: str, table: str, has_colors: bool, mode: str, tmp_path: Path) -> None:
-    if has_colors == (mode == "grey"):
-        pytest.skip("a table of colours names no numbers, and one of numbers no colours")
+@pytest.mark.parametrize(("file", "table", "mode"), TABLES)
+def test_names_are_read(file: str, table: str, mode: str, tmp_path: Path) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     for path in (tmp_path / "m").iterdir():
         mask = np.array(Image.open(path))
