@@ -207,12 +207,17 @@ def _split_of(picture: Picture) -> str:
     return SPLIT_OF[picture.split.lower()] if picture.split else ""
 
 
+def without_numbers(name: str) -> str:
+    """Return a name with each number or hash as 0: equal for names of one kind."""
+    return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", name)
+
+
 def _sample(pictures: list[Picture]) -> list[Picture]:
     """Return files of every kind of path, and others evenly."""
     kinds: dict[tuple, Picture] = {}
     for picture in pictures:
         path = "/".join([*picture.dirs, picture.stem])
-        kinds.setdefault((re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", path), picture.suffix), picture)
+        kinds.setdefault((without_numbers(path), picture.suffix), picture)
     chosen = list(kinds.values())
     chosen = chosen[:: len(chosen) // SAMPLED + 1]
     return list({p.path: p for p in [*chosen, *pictures[:: len(pictures) // SAMPLED + 1]]}.values())
@@ -230,7 +235,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     for mask in pictures:
         if mask.suffix.lower() in mask_suffixes:
             core = next((core for core in _cores(mask.stem) if _others(by_core, core, mask)), "")
-            kind = (mask.dirs, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", mask.stem), mask.suffix)
+            kind = (mask.dirs, without_numbers(mask.stem), mask.suffix)
             kinds[kind].append((len(core) / max(1, len(mask.stem)), mask))
     most = max(4, 4 * SAMPLED // max(1, len(kinds)))
     masks = [
@@ -463,6 +468,8 @@ def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Lay
             groups[picture.dirs, picture.suffix].append(picture)
         found = [_try(s, groups, mask_suffixes) for s in _propose(pictures, mask_suffixes)]
         layouts += [layout for layout in found if layout]
+        if any(2 * len(x.pairs) == len(paths) and len(x.words) > 1 for x in layouts):
+            break  # every file is used, and the splits are known
     return layouts
 
 

@@ -9,6 +9,7 @@ description's comments mark guesses, name the files that it leaves out, and say 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,15 @@ from PIL import Image
 from dataset.decoding import decode_photo
 from dataset.description import Description, parse_description
 from dataset.find_classes import class_lines, count_values, quoted
-from dataset.find_layout import SPLIT_OF, Layout, Search, explain_failure, look_at, search_layout
+from dataset.find_layout import (
+    SPLIT_OF,
+    Layout,
+    Search,
+    explain_failure,
+    look_at,
+    search_layout,
+    without_numbers,
+)
 from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
 from dataset.masks import Masks
 from dataset.matching import find_samples
@@ -159,10 +168,17 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
     """Return a comment that counts and names the images and masks that are left out."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
+    # Files of one folder whose names differ in numbers only are of one kind.
+    alike: dict[tuple, list[Path]] = defaultdict(list)
     for path in paths:
-        look = look_at(path)
-        kind = "damaged file" if look.error else "mask" if look.is_mask else "image"
-        kinds[kind].append(path.relative_to(root).as_posix())
+        alike[path.parent, without_numbers(path.stem), path.suffix].append(path)
+    for files in alike.values():
+        looks = [look_at(path) for path in files[:: len(files) // 3 + 1]]
+        if all(look.error for look in looks):
+            kind = "damaged file"
+        else:
+            kind = "mask" if 2 * sum(look.is_mask for look in looks) > len(looks) else "image"
+        kinds[kind] += [path.relative_to(root).as_posix() for path in files]
     named = {kind: names for kind, names in kinds.items() if names}
     if not named:
         return []
