@@ -43,14 +43,15 @@ class FileValues(NamedTuple):
     Attributes:
         path: The file.
         kind: `bit`, `grey`, `palette` or `color`.
-        values: Number of pixels, and of those on thin lines between others, of each value.
+        values: Number of pixels of each value, of those on thin lines, and of those that lie
+            between the values around as well.
         palette: The packed colour of each index in use.
         error: Why the file cannot be read, or "".
     """
 
     path: str
     kind: str
-    values: dict[int, tuple[int, int]]
+    values: dict[int, tuple[int, int, int]]
     palette: dict[int, int]
     error: str = ""
 
@@ -96,7 +97,7 @@ def _read_file(path: str) -> FileValues:
         return FileValues(path, "", {}, {}, f"holds {len(values)} {what}, which are no labels")
     rare = values[counts < EDGE_SHARE_OF_FILE * mask.size]
     thin = _thin_pixels(mask, in_colors, rare)
-    found = {v: (n, thin.get(v, 0)) for v, n in zip(values.tolist(), counts.tolist())}
+    found = {v: (n, *thin.get(v, (0, 0))) for v, n in zip(values.tolist(), counts.tolist())}
     used = {}
     if mode in ("P", "PA"):
         palette = [*palette, *[0] * (768 - len(palette))]
@@ -107,33 +108,33 @@ def _read_file(path: str) -> FileValues:
     return FileValues(path, kind, found, used)
 
 
-def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, int]:
-    """Count the pixels of rare values that lie on thin lines, and between the values around."""
+def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Count the pixels of rare values on thin lines, and those between the values around as well.
+
+    A pixel is on a thin line if one of its four neighbours has another value.
+    """
     if not len(rare):
         return {}
     inner = np.ones(mask.shape, bool)
-    for axis in (0, 1):
-        same = np.diff(mask.astype(np.int64), axis=axis) == 0
-        ends = [(1, 0), (0, 0)] if axis == 0 else [(0, 0), (1, 0)]
-        inner &= np.pad(same, ends, constant_values=True)
-        inner &= np.pad(same, [end[::-1] for end in ends], constant_values=True)
+    same = mask[1:] == mask[:-1]
+    inner[1:] &= same
+    inner[:-1] &= same
+    same = mask[:, 1:] == mask[:, :-1]
+    inner[:, 1:] &= same
+    inner[:, :-1] &= same
+    on_line = np.isin(mask, rare) & ~inner
+    channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    else:
-        channels = [mask]
-    # A blurred edge has a value between its neighbours' in every channel that differs by more than
-    # rounding can hide.
-    within, strictly = np.ones(mask.shape, bool), np.zeros(mask.shape, bool)
+    # A blurred edge has a value between its neighbours' in one channel at least.
+    between = np.zeros(mask.shape, bool)
     kernel = np.ones((7, 7), np.uint8)
     for channel in channels:
         least, most = cv2.erode(channel, kernel), cv2.dilate(channel, kernel)
-        is_between = (least < channel) & (channel < most)
-        within &= is_between | (cv2.subtract(most, least) <= 24)
-        strictly |= is_between
-    values, counts = np.unique(
-        mask[np.isin(mask, rare) & ~inner & within & strictly], return_counts=True
-    )
-    return dict(zip(values.tolist(), counts.tolist()))
+        between |= (least < channel) & (channel < most)
+    lines = Counter(mask[on_line].tolist())
+    both = Counter(mask[on_line & between].tolist())
+    return {value: (count, both[value]) for value, count in lines.items()}
 
 
 def count_values(paths: list[str], workers: int) -> Values:
@@ -151,23 +152,14 @@ def count_values(paths: list[str], workers: int) -> Values:
     files, in_colors, notes = _choose_reading(files)
 
     pixels: Counter[int] = Counter()
-    thin: Counter[int] = Counter()
     where: dict[int, list[str]] = defaultdict(list)
     colors: dict[int, int] = {}
     for file in files:
-        for value, (count, thin_count) in file.values.items():
+        for value, (count, _, _) in file.values.items():
             pixels[value] += count
-            thin[value] += thin_count
             where[value].append(file.path)
         colors.update(file.palette)
-    total = sum(pixels.values())
-    suspects = {v: n / total for v, n in pixels.items() if thin[v] >= 0.9 * n}
-    many = [v for v, share in suspects.items() if share < EDGE_SHARE_OF_MANY]
-    if len(many) >= EDGE_VALUES and sum(suspects[v] for v in many) < EDGE_SHARE_OF_ALL:
-        edges = many
-    else:
-        most = max(1, EDGE_FILES * len(files))
-        edges = [v for v, n in suspects.items() if n < EDGE_SHARE and len(where[v]) <= most]
+    edges = _suspect_edges(files, pixels, where)
     same = _same_values(files, in_colors)
     if same:
         notes.append(
@@ -177,6 +169,35 @@ def count_values(paths: list[str], workers: int) -> Values:
     return Values(
         in_colors, dict(pixels), {v: where[v] for v in sorted(edges)}, colors, same, notes
     )
+
+
+def _suspect_edges(
+    files: list[FileValues], pixels: Counter[int], where: dict[int, list[str]]
+) -> set[int]:
+    """Return the values that probably come from blurred edges."""
+    on_line: Counter[int] = Counter()
+    between: Counter[int] = Counter()
+    for file in files:
+        for value, counts in file.values.items():
+            on_line[value] += counts[1]
+            between[value] += counts[2]
+    total, most = sum(pixels.values()), max(1, EDGE_FILES * len(files))
+    share = {value: count / total for value, count in pixels.items()}
+    thin = [value for value, count in pixels.items() if between[value] >= 0.9 * count]
+    many = [value for value in thin if share[value] < EDGE_SHARE_OF_MANY]
+    if len(many) >= EDGE_VALUES and sum(share[value] for value in many) < EDGE_SHARE_OF_ALL:
+        edges = set(many)
+    else:
+        edges = {v for v in thin if share[v] < EDGE_SHARE and len(where[v]) <= most}
+    # In masks with several such values, sharpening and rounding leave others like them.
+    blurred = {f.path for f in files if len(edges & f.values.keys()) >= EDGE_VALUES // 2}
+    return edges | {
+        value
+        for value, count in pixels.items()
+        if 2 * on_line[value] > count
+        and share[value] < EDGE_SHARE
+        and blurred.issuperset(where[value])
+    }
 
 
 def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) -> None:
@@ -254,13 +275,14 @@ def _by_color(file: FileValues) -> FileValues:
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()
-    thin: Counter[int] = Counter()
-    for value, (count, thin_count) in file.values.items():
+    on_line: Counter[int] = Counter()
+    for value, (count, line_count, _) in file.values.items():
         grey = 255 * value if file.kind == "bit" else value
         color = file.palette[value] if file.kind == "palette" else pack(grey, grey, grey)
         values[color] += count
-        thin[color] += thin_count
-    return file._replace(values={v: (n, thin[v]) for v, n in values.items()}, palette={})
+        on_line[color] += line_count
+    counts = {value: (count, on_line[value], 0) for value, count in values.items()}
+    return file._replace(values=counts, palette={})
 
 
 def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:

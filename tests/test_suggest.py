@@ -311,10 +311,24 @@ def test_an_image_without_a_mask_is_named(tmp_path: Path) -> None:
 # Values
 
 
-def drawn_large(seed: int, of: str, is_blurred: bool) -> np.ndarray:
+def smooth(mask: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(mask, (3, 3), 1)
+
+
+def scale(mask: np.ndarray) -> np.ndarray:
+    small = cv2.resize(mask, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(small, mask.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def sharpen(mask: np.ndarray) -> np.ndarray:  # leaves values beyond those of the classes as well
+    large = Image.fromarray(mask).resize((384, 384), Image.Resampling.LANCZOS)
+    return np.array(large.resize((256, 256), Image.Resampling.BICUBIC))
+
+
+def drawn_large(seed: int, of: str, blur: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
     mask = cv2.resize(blocks(seed), None, fx=8, fy=8, interpolation=cv2.INTER_NEAREST)
     mask = np.array([0, 100, 200], np.uint8)[mask] if of == "grey" else COLORS[mask]
-    return cv2.GaussianBlur(mask, (3, 3), 1) if is_blurred else mask
+    return blur(mask) if blur else mask
 
 
 COLORS = np.array([[10, 0, 200], [128, 64, 128], [70, 20, 30]], np.uint8)
@@ -322,10 +336,11 @@ COLORS = np.array([[10, 0, 200], [128, 64, 128], [70, 20, 30]], np.uint8)
 
 @pytest.mark.processes
 @pytest.mark.parametrize("of", ["grey", "colours"])
-def test_blurred_edges_are_no_classes(of: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blur", [smooth, scale, sharpen])
+def test_blurred_edges_are_no_classes(blur: Callable, of: str, tmp_path: Path) -> None:
     for n in range(24):
         save(tmp_path / f"i/{n:02}.jpg", cv2.resize(photo(n), (256, 256)))
-        save(tmp_path / f"m/{n:02}.png", drawn_large(n, of, n == 13))
+        save(tmp_path / f"m/{n:02}.png", drawn_large(n, of, blur if n == 13 else None))
     found = suggest(str(tmp_path), 1)
     raw = yaml.safe_load(found.text)
     assert len(raw["classes"]) == 3 and len(raw["ignore"]) > 3
@@ -341,7 +356,7 @@ def test_blurred_edges_are_no_classes(of: str, tmp_path: Path) -> None:
 def test_edges_in_all_masks_are_no_classes(tmp_path: Path) -> None:
     for n in range(6):
         save(tmp_path / f"i/{n}.jpg", cv2.resize(photo(n), (256, 256)))
-        save(tmp_path / f"m/{n}.png", drawn_large(n, "grey", True))
+        save(tmp_path / f"m/{n}.png", drawn_large(n, "grey", smooth))
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert [entry["labels"] for entry in raw["classes"].values()] == [[0], [100], [200]]
 
@@ -586,5 +601,8 @@ def test_values_are_counted_with_thin_pixels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", mask)
     (file,) = read_values([str(tmp_path / "a.png")])
     assert file == FileValues(
-        str(tmp_path / "a.png"), "grey", {0: (5000, 0), 3: (1, 0), 5: (20, 20), 9: (4979, 0)}, {}
+        str(tmp_path / "a.png"),
+        "grey",
+        {0: (5000, 0, 0), 3: (1, 1, 0), 5: (20, 20, 20), 9: (4979, 0, 0)},
+        {},
     )
