@@ -38,11 +38,11 @@ from dataset.folders import ade20k
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.source import DataSource, ShardOptions
-from dataset.suggest import draw, suggest
+from dataset.suggest import suggest
 from dataset.unused import find_unused
 from dataset.workers import available_cores
 from errors import DataError, UserError
-from files import check_outputs, check_writable, output_file, write_file, write_image
+from files import check_outputs, check_writable, write_file, write_image
 from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet
 
@@ -348,13 +348,13 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
         if written.exists():
             raise DataError(f"{written} exists: name another file as second argument")
         check_writable(written)
-    text = suggest(folder, workers or available_cores())
-    # The description appears last, so that the same command can be given again after a full disk.
-    with output_file(path) as unfinished:
-        write_file(unfinished, text)
-        root, description = open_description(str(unfinished))
-        assert description is not None
-        draw(description, root, str(path.with_suffix(".png")))
+    text, sheet = suggest(folder, workers or available_cores())
+    write_image(path.with_suffix(".png"), sheet)
+    try:
+        write_file(path, text)
+    except BaseException:  # leave nothing behind, so that the same command can be given again
+        path.with_suffix(".png").unlink()
+        raise
     print(f"{text}\nwritten to {path}, and samples drawn in {path.with_suffix('.png')}")
     return 0
 

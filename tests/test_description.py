@@ -669,11 +669,11 @@ def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
         cv2.imwrite(str(tmp_path / f"img_{number:03}.png"), photo)
         cv2.imwrite(str(tmp_path / f"img_{number:03}_L.png"), colors[index][..., ::-1])
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nwood shed,128,0,0\npond,0,128,0\n")
-    raw = yaml.safe_load(suggest(str(tmp_path), 1))
-    assert raw["train"] == {"images": "img_{stem}.png", "masks": "img_{stem}_L.png"}
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
+    assert raw["train"] == {"images": "{stem}.png", "masks": "{stem}_L.png"}
     assert raw["val"] == {"fraction": 0.15}
     assert set(raw["classes"]) == {"wood shed", "pond"} and raw["ignore"] == [[0, 0, 0]]
-    text = suggest(str(tmp_path), 1)
+    text = suggest(str(tmp_path), 1).text
     assert text.count("# A guess") == 2 and "0.694% of the pixels" in text
 
 
@@ -718,12 +718,12 @@ def test_a_suggestion_takes_photos_of_every_extension(tmp_path: Path) -> None:
         photo = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
         photo.save(tmp_path / f"photos/{number}{suffix}")
         Image.fromarray(np.eye(24, dtype=np.uint8)).save(tmp_path / f"masks/{number}.png")
-    raw = yaml.safe_load(suggest(str(tmp_path), 1))
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"] == {"images": "photos/{stem}", "masks": "masks/{stem}.png"}
     photo.save(tmp_path / "photos/logo.jpeg")  # which has no mask
-    assert yaml.safe_load(suggest(str(tmp_path), 1))["train"] == raw["train"]
+    assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"] == raw["train"]
     photo.save(tmp_path / "photos/0.png")  # which of the two is it?
-    raw = yaml.safe_load(suggest(str(tmp_path), 1))
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"]["images"] in [f"photos/{{stem}}{suffix}" for suffix in (".jpg", ".png")]
 
 
@@ -731,7 +731,7 @@ def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture)
     with pytest.raises(DataError, match="there is no folder"):
         suggest(str(tmp_path / "none"), 1)
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((9, 9, 3), np.uint8))
-    with pytest.raises(DataError, match=": 1 photos and 0 masks, but no mask has a name"):
+    with pytest.raises(DataError, match=": 1 images and 0 masks, but no mask has a name"):
         suggest(str(tmp_path), 1)
     (tmp_path / "mine.png").write_bytes(b"a picture of somebody's")
     for name, reason in (("mine.yaml", "mine.png exists"), ("mine", "to write, a .yaml")):

@@ -1,0 +1,487 @@
+"""Find what the masks of a folder hold: their values, how to read them, and names of classes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import yaml
+from PIL import Image
+
+from dataset.decoding import decode_colors, decode_mask
+from dataset.description import MAX_VALUE, pack, unpack
+from dataset.folders import visible_files
+from dataset.labels import IGNORED
+from dataset.workers import in_processes
+from errors import DataError
+
+CHUNK = 64
+MOST_CLASSES = IGNORED - 1
+MOST_VALUES = 4000  # different values in all masks
+RARE = 0.2  # share of the pixels below which black, white and 0 may stand for "ignored"
+# Nearly all pixels of a suspected edge lie on thin lines, between the values around them. Either it
+# is in few files and covers next to nothing, or there are many such values, as in masks that were
+# all blurred, and together they cover little.
+EDGE_FILES, EDGE_SHARE = 0.1, 0.005
+EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
+EDGE_SHARE_OF_FILE = 0.05  # only for speed: a larger value is not examined
+WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
+IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
+
+
+class FileValues(NamedTuple):
+    """The values of one mask.
+
+    Attributes:
+        path: The file.
+        kind: `bit`, `grey`, `palette` or `color`.
+        values: Number of pixels of each value, of those on thin lines, and of those that lie
+            between the values around as well.
+        palette: The packed colour of each index in use.
+        error: Why the file cannot be read, or "".
+    """
+
+    path: str
+    kind: str
+    values: dict[int, tuple[int, int, int]]
+    palette: dict[int, int]
+    error: str = ""
+
+
+class Values(NamedTuple):
+    """The values of all masks, and how to read them.
+
+    Attributes:
+        in_colors: Whether values are packed colours.
+        pixels: Number of pixels of each value.
+        edges: The files with each suspected edge.
+        colors: The colour that palettes show each value in.
+        same: Values with the same meaning as another one, which they map to.
+        notes: Comments for the description.
+    """
+
+    in_colors: bool
+    pixels: dict[int, int]
+    edges: dict[int, list[str]]
+    colors: dict[int, int]
+    same: dict[int, int]
+    notes: list[str]
+
+
+def read_values(paths: list[str]) -> list[FileValues]:
+    """Read the values of masks."""
+    return [_read_file(path) for path in paths]
+
+
+def _read_file(path: str) -> FileValues:
+    try:
+        data = Path(path).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            mode, palette = image.mode, image.getpalette("RGB") or []
+        in_colors = mode not in ("1", "L", "LA", "P", "PA") and not mode.startswith("I")
+        mask = decode_colors(data) if in_colors else decode_mask(data, MAX_VALUE)
+    except (ValueError, OSError) as error:
+        reason = "not an image" if "identify" in str(error) else " ".join(str(error).split())
+        return FileValues(path, "", {}, {}, reason)
+    values, counts = np.unique(mask, return_counts=True)
+    if len(values) > MOST_VALUES:
+        what = "colours" if in_colors else "values"
+        return FileValues(path, "", {}, {}, f"holds {len(values)} {what}, which are no labels")
+    rare = values[counts < EDGE_SHARE_OF_FILE * mask.size]
+    thin = _thin_pixels(mask, in_colors, rare)
+    found = {v: (n, *thin.get(v, (0, 0))) for v, n in zip(values.tolist(), counts.tolist())}
+    used = {}
+    if mode in ("P", "PA"):
+        palette = [*palette, *[0] * (768 - len(palette))]
+        used = {v: pack(*palette[3 * v : 3 * v + 3]) for v in found}
+        kind = "palette"
+    else:
+        kind = "bit" if mode == "1" else "color" if in_colors else "grey"
+    return FileValues(path, kind, found, used)
+
+
+def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Count the pixels of rare values on thin lines, and those between the values around as well.
+
+    A pixel is on a thin line if one of its four neighbours has another value.
+    """
+    if not len(rare):
+        return {}
+    inner = np.ones(mask.shape, bool)
+    same = mask[1:] == mask[:-1]
+    inner[1:] &= same
+    inner[:-1] &= same
+    same = mask[:, 1:] == mask[:, :-1]
+    inner[:, 1:] &= same
+    inner[:, :-1] &= same
+    on_line = np.isin(mask, rare) & ~inner
+    channels = [mask]
+    if in_colors:
+        channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
+    # A blurred edge has a value between its neighbours' in one channel at least.
+    between = np.zeros(mask.shape, bool)
+    kernel = np.ones((7, 7), np.uint8)
+    for channel in channels:
+        least, most = cv2.erode(channel, kernel), cv2.dilate(channel, kernel)
+        between |= (least < channel) & (channel < most)
+    lines = Counter(mask[on_line].tolist())
+    both = Counter(mask[on_line & between].tolist())
+    return {value: (count, both[value]) for value, count in lines.items()}
+
+
+def count_values(paths: list[str], workers: int) -> Values:
+    """Count the values of all masks and decide how to read them.
+
+    Raises:
+        DataError: Masks cannot be read, differ in kind, or hold too many values or only one.
+    """
+    chunks = {n: (read_values, paths[n : n + CHUNK]) for n in range(0, len(paths), CHUNK)}
+    parts = dict(in_processes(chunks, workers))
+    files: list[FileValues] = [file for n in sorted(parts) for file in parts[n]]
+    if broken := [file for file in files if file.error]:
+        count = f"{len(broken)} of {len(files)} masks cannot be read, first " * (len(broken) > 1)
+        raise DataError(f"{count}{broken[0].path}: {broken[0].error}; copy or export it again")
+    files, in_colors, notes = _choose_reading(files)
+
+    pixels: Counter[int] = Counter()
+    where: dict[int, list[str]] = defaultdict(list)
+    colors: dict[int, int] = {}
+    for file in files:
+        for value, (count, _, _) in file.values.items():
+            pixels[value] += count
+            where[value].append(file.path)
+        colors.update(file.palette)
+    edges = _suspect_edges(files, pixels, where)
+    same = _same_values(files, in_colors)
+    if same:
+        notes.append(
+            "# A guess: masks hold either 0 and 1 or 0 and 255, and 1 and 255 mean the same."
+        )
+    _check_count(paths, len(pixels) - len(edges) - len(same), len(edges), in_colors)
+    return Values(
+        in_colors, dict(pixels), {v: where[v] for v in sorted(edges)}, colors, same, notes
+    )
+
+
+def _suspect_edges(
+    files: list[FileValues], pixels: Counter[int], where: dict[int, list[str]]
+) -> set[int]:
+    """Return the values that probably come from blurred edges."""
+    on_line: Counter[int] = Counter()
+    between: Counter[int] = Counter()
+    for file in files:
+        for value, counts in file.values.items():
+            on_line[value] += counts[1]
+            between[value] += counts[2]
+    total, most = sum(pixels.values()), max(1, EDGE_FILES * len(files))
+    share = {value: count / total for value, count in pixels.items()}
+    thin = [value for value, count in pixels.items() if between[value] >= 0.9 * count]
+    many = [value for value in thin if share[value] < EDGE_SHARE_OF_MANY]
+    if len(many) >= EDGE_VALUES and sum(share[value] for value in many) < EDGE_SHARE_OF_ALL:
+        edges = set(many)
+    else:
+        edges = {v for v in thin if share[v] < EDGE_SHARE and len(where[v]) <= most}
+    # In masks with several such values, sharpening and rounding leave others like them.
+    blurred = {f.path for f in files if len(edges & f.values.keys()) >= EDGE_VALUES // 2}
+    return edges | {
+        value
+        for value, count in pixels.items()
+        if 2 * on_line[value] > count
+        and share[value] < EDGE_SHARE
+        and blurred.issuperset(where[value])
+    }
+
+
+def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) -> None:
+    what = "colours" if in_colors else "values"
+    if edges > MOST_VALUES // 4:
+        raise DataError(
+            f"{paths[0]} and the other masks hold {edges} {what} on blurred edges; "
+            "export the masks without smoothing"
+        )
+    if classes < 2:
+        raise DataError(
+            f"{paths[0]} and the other masks hold {classes} {what}, and a class is told from "
+            "another by two or more"
+        )
+    # Two values of these may turn out to be ignored.
+    if classes > MOST_CLASSES + 2:
+        raise DataError(
+            f"{paths[0]} and the other masks hold {classes} {what}, and {MOST_CLASSES} classes are "
+            "the most; they may tell objects apart rather than classes, or have to be merged"
+        )
+
+
+def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:
+    """Return the values as they are to be read, whether they are colours, and comments."""
+    by_kind = {file.kind: file for file in reversed(files)}
+    if "color" in by_kind and len(by_kind) > 1:
+        other = next(file for kind, file in by_kind.items() if kind != "color")
+        values = {v for file in files if file.kind == "color" for v in file.values}
+        shown = {v for f in files if f.kind != "color" for v in _by_color(f).values}
+        if not shown <= values:
+            raise DataError(
+                f"{by_kind['color'].path} is in colours, and {other.path} is "
+                f"{'grey' if other.kind != 'palette' else 'a palette of other colours'}: "
+                "masks have to be of one kind"
+            )
+        return [_by_color(file) for file in files], True, []
+    if "color" in by_kind:
+        return files, True, []
+    first: dict[int, tuple[int, str]] = {}
+    for file in files:
+        for value, color in file.palette.items():
+            known, path = first.setdefault(value, (color, file.path))
+            if known != color:
+                return _read_palettes(files, value, path, file.path, set(by_kind))
+    notes = []
+    if "palette" in by_kind and len(by_kind) > 1:
+        grey = next(file for kind, file in by_kind.items() if kind != "palette")
+        notes.append(
+            f"# A guess: {by_kind['palette'].path} has a palette, {grey.path} has none; both are "
+            "read by number."
+        )
+    return files, False, notes
+
+
+def _read_palettes(
+    files: list[FileValues], value: int, first: str, second: str, kinds: set[str]
+) -> tuple[list[FileValues], bool, list[str]]:
+    """Read palettes that differ by colour, if the colours recur.
+
+    Raises:
+        DataError: They do not, or some masks have no palette.
+    """
+    differ = f"{first} and {second} show value {value} in different colours"
+    uses = Counter(color for file in files for color in set(file.palette.values()))
+    if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
+        raise DataError(
+            f"{differ}, and the colours do not say what it means: export the masks with one palette"
+        )
+    note = f"# A guess: masks are read by colour, as {differ}."
+    return [_by_color(file) for file in files], True, [note]
+
+
+def _by_color(file: FileValues) -> FileValues:
+    """Return a file's values as the colours that they are shown in."""
+    if file.kind == "color":
+        return file
+    values: Counter[int] = Counter()
+    on_line: Counter[int] = Counter()
+    for value, (count, line_count, _) in file.values.items():
+        grey = 255 * value if file.kind == "bit" else value
+        color = file.palette[value] if file.kind == "palette" else pack(grey, grey, grey)
+        values[color] += count
+        on_line[color] += line_count
+    counts = {value: (count, on_line[value], 0) for value, count in values.items()}
+    return file._replace(values=counts, palette={})
+
+
+def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
+    """Return {1: 255} if masks hold either 0 and 1 or 0 and 255, but never both."""
+    kinds = {frozenset(file.values) for file in files}
+    has = [any(v in kind for kind in kinds) for v in (1, 255)]
+    if in_colors or not all(has) or any({1, 255} <= kind for kind in kinds):
+        return {}
+    return {1: 255} if set().union(*kinds) <= {0, 1, 255} else {}
+
+
+# Names
+
+
+def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
+    """Find a table that names colours or values, and return it with the file's name.
+
+    Tables of `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt` are known. A
+    table of colours serves masks with a palette as well.
+    """
+    best: tuple[dict[int, str], str] = {}, ""
+    needed = values.pixels.keys() - values.edges.keys()
+    for _, path in visible_files(root):
+        if path.suffix.lower() not in (".csv", ".txt", ".tsv"):
+            continue
+        by_color, by_value = _read_table(path)
+        by_palette = {v: by_color[c] for v, c in values.colors.items() if c in by_color}
+        tables = [by_color] if values.in_colors else [by_value, by_palette]
+        for names in tables:
+            count = len(names.keys() & needed)
+            if 2 * count > len(needed) and count > len(best[0].keys() & needed):
+                best = names, path.relative_to(root).as_posix()
+    return best
+
+
+def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the names by colour and by value in a file, if it is such a table."""
+    by_color: dict[int, str] = {}
+    by_value: dict[int, str] = {}
+    place: dict[str, int] = {}  # of the columns that a header names
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
+        cells = _cells(line)
+        lower = [cell.lower() for cell in cells]
+        header = {_COLUMNS[cell]: n for n, cell in enumerate(lower) if cell in _COLUMNS}
+        if "name" in header and len(header) > 1 and not by_color and not by_value:
+            place = header
+            continue
+        cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())  # `road:128,64,128::`
+        if cvat:
+            row = dict(zip(("name", "r", "g", "b"), cvat.groups()))
+        elif place and max(place.values()) < len(cells):
+            row = {column: cells[n] for column, n in place.items()}
+        else:
+            row = _guess_columns(cells)
+        name = row.get("name", "")
+        numbers = {k: int(v) for k, v in row.items() if k != "name" and v.isascii() and v.isdigit()}
+        if not name:
+            continue
+        if numbers.keys() >= {"r", "g", "b"} and max(numbers[c] for c in "rgb") < 256:
+            by_color.setdefault(pack(*(numbers[c] for c in "rgb")), name)
+        if "value" in numbers:
+            by_value.setdefault(numbers["value"], name)
+    return by_color, by_value
+
+
+_COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
+_COLUMNS |= dict.fromkeys(
+    ("name", "class", "label", "class name", "class_name", "category"), "name"
+)
+_COLUMNS |= dict.fromkeys(("pixel value", "pixel_value", "pixel", "value"), "value")
+_COLUMNS |= dict.fromkeys(("id", "index"), "value")
+_COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "value")
+
+
+def _cells(line: str) -> list[str]:
+    """Split a line at the separator that it has."""
+    for separator in ("\t", ";", ","):
+        if separator in line:
+            cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+            cells = [cell.strip() for cell in cells]
+            if separator == "\t":  # CamVid's: `64 128 64<tabs>Animal`
+                cells = [p for c in cells if c for p in (c.split() if c[0].isdigit() else [c])]
+            return cells
+    return [part for part in re.split(r"\s+(?=\d+(?:\s|$))|(?<=\d)\s+", line.strip()) if part]
+
+
+def _guess_columns(cells: list[str]) -> dict[str, str]:
+    """Return a row of a table without header: a name beside one number or three."""
+    numbers = [n for n, cell in enumerate(cells) if cell.isascii() and cell.isdigit()]
+    names = [n for n in range(len(cells)) if n not in numbers and cells[n]]
+    if len(names) != 1 or cells[names[0]].startswith("#"):
+        return {}
+    row = {"name": cells[names[0]]}
+    if len(numbers) == 3:
+        return row | dict(zip("rgb", (cells[n] for n in numbers)))
+    return row | {"value": cells[numbers[0]]} if len(numbers) == 1 else {}
+
+
+# The description's lines
+
+
+def class_lines(root: Path, values: Values) -> list[str]:
+    """Return the description's lines for `classes` and `ignore`.
+
+    Raises:
+        DataError: There are more classes than a network here can have.
+    """
+    total = sum(values.pixels.values())
+    names, table = find_names(root, values)
+    in_colors = values.in_colors
+    ignored: list[tuple[int, str]] = []
+    for value in _ignored_values(values, names):
+        share = values.pixels[value] / total
+        ignored.append((value, f"{_label(value, in_colors)} has {share:.3%} of the pixels"))
+    left_out = {value for value, _ in ignored} | values.edges.keys()
+    by_name: dict[str, list[int]] = defaultdict(list)
+    unnamed = False
+    for value in sorted(values.pixels.keys() - left_out):
+        of = values.same.get(value, value)
+        text = str(_label(of, in_colors)).strip("[]").replace(", ", "_")
+        unnamed |= of not in names
+        by_name[names.get(of) or f"class_{text}"].append(value)
+    if not 2 <= len(by_name) <= MOST_CLASSES:
+        raise DataError(
+            f"the masks below {root} have {len(by_name)} classes, and a description has 2 to "
+            f"{MOST_CLASSES}; merge values, or give names to two"
+        )
+
+    lines = [*values.notes]
+    if table:
+        lines.append(f"# Names are those of {table}.")
+        absent = sorted({n for v, n in names.items() if v not in values.pixels} - by_name.keys())
+        if absent:
+            lines.append(f"# No mask has {_some(absent)}.")
+    if unnamed:
+        lines.append("# Fill in: names such as class_1 are blanks.")
+    lines.append("classes:")
+    for name, labels in by_name.items():
+        share = sum(values.pixels[value] for value in labels) / total
+        shown = ", ".join(str(_label(value, in_colors)) for value in labels)
+        lines.append(f"  {quoted_name(name)}: {{labels: [{shown}]}} # {share:.3%} of the pixels")
+    if values.edges:
+        files = sorted({path for paths in values.edges.values() for path in paths})
+        share = sum(values.pixels[value] for value in values.edges) / total
+        shown = [Path(path).relative_to(root).as_posix() for path in files]
+        lines += [
+            f"# A guess: {len(values.edges)} values are suspected edges, blurred when the mask was",
+            f"# scaled or smoothed. They have {share:.3%} of the pixels, in {len(files)} files: "
+            f"{_some(shown)}.",
+        ]
+    guesses = ", ".join(text for _, text in ignored)
+    note = f" # A guess: {guesses}" if guesses else ""
+    shown = ", ".join(str(_label(v, in_colors)) for v in [*(v for v, _ in ignored), *values.edges])
+    return [*lines, f"ignore: [{shown}]{note}"]
+
+
+def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
+    """Return the values that probably stand for "no class": rare ones that are black or white.
+
+    A table that names a value decides instead. 0 and 255 among grey levels that are not numbers of
+    classes, such as 0, 128 and 255, are classes.
+    """
+    pixels = {v: n for v, n in values.pixels.items() if v not in values.edges}
+    total = sum(pixels.values())
+    by_name = [v for v in sorted(pixels) if names.get(v, "").lower() in IGNORED_NAMES]
+    if values.in_colors:
+        levels = {unpack(v) for v in pixels}
+        is_grey = all(len(set(level)) == 1 for level in levels)
+        numbers = {level[0] for level in levels} if is_grey else {1, 2}
+        empty = {0, VOC_BORDER} | ({WHITE} if 0 not in pixels or is_grey else set())
+    else:
+        numbers, empty = set(pixels), {0, 255}
+    inner = sorted(numbers - {0, 255})
+    counted = 1 in numbers or any(b - a == 1 for a, b in pairwise(inner))
+    rare = [v for v in sorted(pixels) if v in empty and pixels[v] < RARE * total]
+    rare = [v for v in rare if v not in names]
+    if not counted or values.same or len(pixels) - len(rare) - len(by_name) < 2:
+        rare = []
+    return sorted({*rare, *by_name}) if len(pixels) - len(by_name) >= 2 else rare
+
+
+def _label(value: int, in_colors: bool) -> int | list[int]:
+    return list(unpack(value)) if in_colors else value
+
+
+def quoted_name(name: str) -> str:
+    """Return a class name as YAML reads it back as text; plain words stay without quotes."""
+    is_plain = re.fullmatch(r"[A-Za-z][\w ]*", name) and yaml.safe_load(f"{name}: 0") == {name: 0}
+    return name if is_plain else quoted(name)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes, as YAML reads it back."""
+    # JSON's escapes differ from YAML's beyond 16 bits.
+    return yaml.safe_dump(text, default_style='"', width=10**6, allow_unicode=True).strip()
+
+
+def _some(items: Iterable[Any]) -> str:
+    """Return the first five of some names, and how many more there are."""
+    items = list(items)
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return ", ".join(map(str, items[:5])) + more

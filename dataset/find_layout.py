@@ -1,0 +1,546 @@
+"""Find which images and masks below a folder belong together, by their names and pixels.
+
+Every way to read the names is tried: which folder or word is the split, which folders are part of
+the name, and which words at a name's start and end only say what the file is. The layout that pairs
+the most images wins. A layout becomes templates of `dataset.matching`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES
+
+WORDS = {
+    "train": ("training", "train", "trn", "tr"),
+    "val": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("testing", "test", "tst", "ts"),
+}
+SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+MARK = "\0"  # stands for the split's word
+# A hash, a number, a word (of camel case, too), a split's word in `trainannot` or `imagestrain`, or
+# any other character.
+TOKEN = re.compile(
+    r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
+    r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
+    r"|(?<![A-Za-z])(?i:images|masks|labels)(?=(?i:train|val|test))"
+    r"|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|."
+)
+HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
+SPLIT_IN_NAME = re.compile(
+    rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
+)
+# Words of masks that tell objects apart rather than classes, and of outdated folders.
+NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
+NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
+OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
+
+MOST_VALUES = 1000  # values of a mask that is still one
+SAMPLED = 150  # files whose partners are looked for
+CANDIDATES = 60  # layouts that are tried on all files
+LOOKED_AT = 7  # files of a kind whose pixels tell images from masks
+
+
+class Picture(NamedTuple):
+    """A picture file, its path taken apart; `dirs` and `stem` hold MARK for the split's word."""
+
+    path: Path
+    dirs: tuple[str, ...]
+    split: str
+    stem: str
+    suffix: str
+
+
+class Side(NamedTuple):
+    """The images or the masks of a layout: `before/{dir}/after/{head}{stem}{tail}{suffix}`.
+
+    If all files have one name, such as `label.png`, that is `head`, and folders tell them apart.
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    deep: bool  # whether there are folders between `before` and `after`
+    head: str
+    tail: str
+    suffix: str  # "" is any
+    has_stem: bool = True
+
+    def template(self, word: str) -> str:
+        """Return the template of a split's paths, given the split's word."""
+        suffix = self.suffix
+        if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
+            suffix = ".*"  # a tail such as `.rf` would be taken for the extension
+        middle = ["{dir}"] if self.deep else []
+        name = f"{self.head}{{stem}}{self.tail}{suffix}"
+        if not self.has_stem:
+            middle, name = ["{name}"], f"{self.head}{suffix}"
+        return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
+
+    def words(self) -> list[str]:
+        """Return the words of the fixed text in lower case."""
+        text = "/".join([*self.before, *self.after, self.head, self.tail])
+        return [word.lower() for word in TOKEN.findall(text)]
+
+    def version(self) -> int:
+        """Return the highest number after a `v` in the fixed text, 0 without one."""
+        text = "/".join([*self.before, *self.after, self.head, self.tail])
+        return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
+
+
+Pair = tuple[Picture, Picture]
+
+
+class Layout(NamedTuple):
+    """A way to pair images and masks.
+
+    Attributes:
+        images: The images' paths.
+        masks: The masks' paths.
+        pairs: Images and masks of the splits in `words`.
+        words: The words of each split in the paths of images and of masks. Without splits the only
+            key is `train`.
+        covered: Number of pairs, those of a test split included.
+        alone: Number of images that fit but have no mask.
+        twice: Number of files that fit but have the name of another one.
+    """
+
+    images: Side
+    masks: Side
+    pairs: list[Pair]
+    words: dict[str, tuple[str, str]]
+    covered: int
+    alone: int
+    twice: int
+
+
+class Look(NamedTuple):
+    """What the pixels of a file look like."""
+
+    is_mask: bool
+    is_grey: bool
+    values: int
+    error: str = ""
+
+
+@functools.lru_cache(100_000)
+def look_at(path: Path) -> Look:
+    """Tell whether a picture's pixels look like labels: few values, in areas."""
+    try:
+        with Image.open(path) as image:
+            is_grey = image.mode in ("L", "LA", "P", "1", "I;16", "I")
+            pixels = np.array(image)
+    except Exception as error:  # Pillow's plugins raise what they like
+        return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
+    if pixels.ndim == 3:  # grey and alpha, or colours
+        colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
+        pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
+    same = (pixels[:, 1:] == pixels[:, :-1]).mean() if pixels.shape[1] > 1 else 1.0
+    values = len(np.unique(pixels))
+    is_mask = values <= 64 or (values <= MOST_VALUES and same > 0.75)
+    return Look(is_mask and path.suffix.lower() in MASK_SUFFIXES, is_grey, values)
+
+
+def is_lossy_mask(path: Path) -> bool:
+    """Tell whether a picture looks like a mask that lossy compression has changed.
+
+    Nearly all pixels are close to one of a few values, and so are their neighbours.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB")).astype(np.int32)
+    except Exception:  # Pillow's plugins raise what they like
+        return False
+    coarse = (pixels + 8) // 16 @ np.array([1, 17, 289])
+    counts = np.sort(np.unique(coarse, return_counts=True)[1])[::-1]
+    near = np.abs(np.diff(pixels, axis=1)).max(2) <= 8
+    return bool(counts[:24].sum() > 0.85 * coarse.size and near.mean() > 0.7)
+
+
+# Paths
+
+
+def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
+    """Take a path apart; look for the split's word in `folders`, and else in `names`."""
+    dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
+    if "folders" in splits_in:
+        whole = [place for place, part in enumerate(dirs) if part.lower() in SPLIT_OF]
+        for place in whole or range(len(dirs)):
+            tokens = TOKEN.findall(dirs[place])
+            found = [token for token in tokens if token.lower() in SPLIT_OF]
+            if found:
+                split = found[0]
+                tokens[tokens.index(split)] = MARK
+                dirs[place] = "".join(tokens)
+                break
+    if "names" in splits_in and not split:
+        match = SPLIT_IN_NAME.search(stem)
+        if match:
+            split, stem = match[0], f"{stem[: match.start()]}{MARK}{stem[match.end() :]}"
+    return Picture(path, tuple(dirs), split, stem, path.suffix)
+
+
+def _cores(stem: str) -> list[str]:
+    """Return the parts of a name that an image and its mask may have in common.
+
+    Those with digits come first, as numbers tell files apart; the longest are first among equals.
+    """
+    starts = [match.start() for match in TOKEN.finditer(stem)]
+    ends = [*starts[1:], len(stem)]
+    cores = {stem[start:end] for start in starts[:8] for end in ends[-8:] if start < end}
+    return sorted(
+        (core for core in cores if MARK not in core),
+        key=lambda core: (any(map(str.isdigit, core)), len(core)),
+        reverse=True,
+    )
+
+
+def _split_of(picture: Picture) -> str:
+    return SPLIT_OF[picture.split.lower()] if picture.split else ""
+
+
+def without_numbers(name: str) -> str:
+    """Return a name with each number or hash as 0: equal for names of one kind."""
+    return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", name)
+
+
+def _sample(pictures: list[Picture]) -> list[Picture]:
+    """Return files of every kind of path, and others evenly."""
+    kinds: dict[tuple, Picture] = {}
+    for picture in pictures:
+        path = "/".join([*picture.dirs, picture.stem])
+        kinds.setdefault((without_numbers(path), picture.suffix), picture)
+    chosen = list(kinds.values())
+    chosen = chosen[:: len(chosen) // SAMPLED + 1]
+    return list({p.path: p for p in [*chosen, *pictures[:: len(pictures) // SAMPLED + 1]]}.values())
+
+
+def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Side, Side]]:
+    """Return pairs of path patterns that a sample of the names suggests, likeliest first."""
+    by_core: dict[str, list[Picture]] = defaultdict(list)
+    for image in _sample(pictures):
+        if image.suffix.lower() in IMAGE_SUFFIXES:
+            for core in _cores(image.stem):
+                by_core[core].append(image)
+    # Keep a few masks of each kind of path: those with the longest part in common with an image.
+    kinds: dict[tuple, list[tuple[float, Picture]]] = defaultdict(list)
+    for mask in pictures:
+        if mask.suffix.lower() in mask_suffixes:
+            core = next((core for core in _cores(mask.stem) if _others(by_core, core, mask)), "")
+            kind = (mask.dirs, without_numbers(mask.stem), mask.suffix)
+            kinds[kind].append((len(core) / max(1, len(mask.stem)), mask))
+    most = max(4, 4 * SAMPLED // max(1, len(kinds)))
+    masks = [
+        mask
+        for kind in kinds.values()
+        for _, mask in sorted(kind, key=lambda scored: scored[0], reverse=True)[:most]
+    ]
+    votes: Counter[tuple[Side, Side]] = Counter()
+    for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
+        # An image and a mask have their longest common part in common.
+        patterns, seen = set(), set()
+        for core in _cores(mask.stem):
+            images = _others(by_core, core, mask)
+            for image in images[:: len(images) // 8 + 1]:
+                if image.path not in seen:
+                    seen.add(image.path)
+                    patterns |= _patterns(image, mask, core)
+        votes.update(patterns)
+    votes.update(_fixed_names(pictures))
+    return [sides for sides, _ in votes.most_common(CANDIDATES)]
+
+
+def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
+    """Return other files of the same split whose names hold a mask's core."""
+    split = _split_of(mask)
+    return [i for i in by_core.get(core, ()) if i.path != mask.path and _split_of(i) == split]
+
+
+def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]]:
+    """Return what the paths of an image and its mask are patterns of, given their common name."""
+    core = core.strip("_-. ") or core
+    ends = []
+    for stem in (image.stem, mask.stem):
+        head, _, tail = stem.partition(core)
+        ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
+    # Equal folders may be part of the name: none of them, or one run of equal folders.
+    runs = [(len(image.dirs), len(mask.dirs), 0)]
+    for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
+        same = [MARK not in part for part in image.dirs[a : a + size]]
+        for first in range(size):
+            if same[first] and (first == 0 or not same[first - 1]):
+                length = (same[first:] + [False]).index(False)
+                runs.append((a + first, b + first, length))
+    patterns = set()
+    for a, b, size in runs:
+        places = ((image.dirs, a, *ends[0]), (mask.dirs, b, *ends[1]))
+        for suffixes in ((image.suffix, mask.suffix), ("", mask.suffix), ("", "")):
+            sides = [
+                Side(dirs[:at], dirs[at + size :], size > 0, head, tail, suffix)
+                for (dirs, at, head, tail), suffix in zip(places, suffixes)
+            ]
+            if sides[0] != sides[1]:
+                patterns.add((sides[0], sides[1]))
+                if sides[1].tail == image.suffix and not sides[0].suffix:  # `x.jpg`, `x.jpg.png`
+                    patterns.add((sides[0], sides[1]._replace(tail=".*")))
+    return patterns
+
+
+def _fixed_names(pictures: list[Picture]) -> Counter[tuple[Side, Side]]:
+    """Return patterns of folders that hold one image and its masks, under names that recur."""
+    folders: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        folders[picture.dirs].append(picture)
+    votes: Counter[tuple[Side, Side]] = Counter()
+    for dirs, members in folders.items():
+        start = 1 + max((place for place, part in enumerate(dirs) if MARK in part), default=-1)
+        if start < len(dirs) and len(members) <= 8 and len(folders) > 1:
+            sides = [
+                Side(dirs[:start], (), True, p.stem, "", p.suffix, has_stem=False) for p in members
+            ]
+            votes.update((image, mask) for image in sides for mask in sides if image != mask)
+    return votes
+
+
+Key = tuple[str, tuple[str, ...], str]
+Groups = dict[tuple[tuple[str, ...], str], list[Picture]]
+
+
+def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, Picture], int]:
+    """Return the files that fit, by split, folders and name, and how many names come again."""
+    named: dict[Key, Picture] = {}
+    twice, fixed = 0, len(side.before) + len(side.after)
+    wild = "*" in side.head + side.tail
+    ends = (re.escape(end).replace(r"\*", "[^/]*") for end in (side.head, side.tail))
+    regex = re.compile("(.+?)".join(ends))
+    for (dirs, suffix), pictures in groups.items():
+        end = len(dirs) - len(side.after)
+        if dirs[: len(side.before)] != side.before or dirs[end:] != side.after:
+            continue
+        if len(dirs) < fixed or (len(dirs) > fixed and not side.deep):
+            continue
+        middle = dirs[len(side.before) : end]
+        if any(MARK in part for part in middle) or suffix.lower() not in suffixes:
+            continue
+        if side.suffix not in ("", suffix):
+            continue
+        for picture in pictures:
+            stem = picture.stem
+            if not side.has_stem:
+                core = "/" if stem == side.head and middle else ""
+            elif wild:
+                match = regex.fullmatch(stem)
+                core = match[1] if match else ""
+            elif stem.startswith(side.head) and stem.endswith(side.tail):
+                core = stem[len(side.head) : len(stem) - len(side.tail)]
+            else:
+                continue
+            if core and MARK not in core:
+                key = (_split_of(picture), middle, core)
+                twice += key in named
+                named.setdefault(key, picture)
+    return named, twice
+
+
+def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> Layout | None:
+    """Pair all files by two patterns; None if that pairs none."""
+    masks, masks_twice = _fitting(sides[1], groups, mask_suffixes)
+    paths = {mask.path for mask in masks.values()}
+    images, images_twice = _fitting(sides[0], groups, IMAGE_SUFFIXES)
+    images = {key: image for key, image in images.items() if image.path not in paths}
+    pairs = [(image, masks[key]) for key, image in images.items() if key in masks]
+    if not pairs:
+        return None
+    # A template has one word for a split: the most frequent one.
+    words: dict[str, tuple[str, str]] = {}
+    for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
+        words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
+    covered = sum(words.get(_split_of(a)) == (a.split, b.split) for a, b in pairs)
+    if "train" in words and ("val" in words or "test" in words):
+        covered -= sum(not a.split for a, _ in pairs)
+        words = {"train": words["train"], "val": words.get("val") or words["test"]}
+    else:
+        words = {"train": next(iter(words.values()))}
+        covered = sum((a.split, b.split) in words.values() for a, b in pairs)
+    used = [(a, b) for a, b in pairs if (a.split, b.split) in words.values()]
+    shown = set(words.values())
+    alone = sum(
+        image.split in {a for a, _ in shown} for key, image in images.items() if key not in masks
+    )
+    return _tightened(Layout(*sides, used, words, covered, alone, masks_twice + images_twice))
+
+
+def _tightened(layout: Layout) -> Layout:
+    """Write out the folders that all pairs have in common instead of `{dir}`."""
+    if not layout.images.deep:
+        return layout
+    image = layout.images
+    middles = [a.dirs[len(image.before) : len(a.dirs) - len(image.after)] for a, _ in layout.pairs]
+    first, last = min(middles), max(middles)
+    shared = 0
+    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
+        shared += 1
+    if not image.has_stem:
+        shared = min(shared, min(map(len, middles)) - 1)  # `{name}` stands for a folder at least
+    deep = any(len(middle) > shared for middle in middles)
+    sides = [
+        side._replace(before=side.before + first[:shared], deep=deep)
+        for side in (layout.images, layout.masks)
+    ]
+    return layout._replace(images=sides[0], masks=sides[1])
+
+
+def _holds_copies(layout: Layout) -> bool:
+    """Tell whether folders of the name hold the same images again, as versions of a data set do."""
+    if not layout.images.deep:
+        return False
+    by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for image, _ in layout.pairs:
+        by_name[image.split, image.stem].append(image.path)
+    again = [paths for paths in by_name.values() if len(paths) > 1]
+    if 2 * len(again) <= len(by_name):
+        return False
+    sample = again[:: len(again) // 5 + 1]
+    return all(len({path.read_bytes() for path in paths[:2]}) == 1 for paths in sample)
+
+
+# The choice
+
+
+class Search(NamedTuple):
+    """The best layout, and what else could have been chosen."""
+
+    layout: Layout
+    others: list[Layout]  # which pair as many
+
+
+def _rank(layout: Layout, most: int) -> tuple:
+    """Return what makes one layout better than another, the most important first."""
+    images, masks = layout.images, layout.masks
+    looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
+    colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
+    many = 2 * layout.covered >= most
+    # In names, train may be a class beside car: nearly all names have to have a split's word.
+    in_names = any(MARK in side.head + side.tail for side in (images, masks))
+    are_splits = layout.covered >= (0.8 if in_names else 0.5) * most
+    return (
+        layout.twice == 0,
+        many and not NOT_SEMANTIC & set(masks.words()),
+        are_splits and len(layout.words) > 1,
+        layout.covered,
+        -layout.alone,
+        all(look.is_grey for look in looks),  # labels rather than their colours
+        not OUTDATED & {*images.words(), *masks.words()},
+        sum(colored),
+        masks.version() + images.version(),
+        -sum(look.values for look in looks),
+        bool(images.suffix) + bool(masks.suffix),
+        not images.deep,
+        -"".join([*images[3:5], *masks[3:5]]).count("*"),
+        -sum(map(len, [*images[3:5], *masks[3:5]])),
+    )
+
+
+def _evenly(pictures: Iterable[Picture]) -> list[Path]:
+    paths = [picture.path for picture in pictures]
+    return paths[:: len(paths) // LOOKED_AT + 1]
+
+
+def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Layout]:
+    """Return all layouts that pair anything, judged by names alone."""
+    layouts, seen = [], set()
+    for splits_in in (("folders", "names"), ("folders",), ()):
+        pictures = [take_apart(root, path, splits_in) for path in paths]
+        marks = tuple((p.dirs, p.stem) for p in pictures)
+        if marks in seen:
+            continue
+        seen.add(marks)
+        groups: Groups = defaultdict(list)
+        for picture in pictures:
+            groups[picture.dirs, picture.suffix].append(picture)
+        found = [_try(s, groups, mask_suffixes) for s in _propose(pictures, mask_suffixes)]
+        layouts += [layout for layout in found if layout]
+        if any(2 * len(x.pairs) == len(paths) and len(x.words) > 1 for x in layouts):
+            break  # every file is used, and the splits are known
+    return layouts
+
+
+def _has_masks(layout: Layout) -> bool:
+    """Tell whether the pixels of a layout's files are those of images and masks."""
+    masks = [look_at(path) for path in _evenly(b for _, b in layout.pairs)]
+    masks = [look for look in masks if not look.error]
+    images = [look_at(path) for path in _evenly(a for a, _ in layout.pairs)]
+    are_masks = 2 * sum(look.is_mask for look in masks) > len(masks)
+    return are_masks and 2 * sum(look.is_mask for look in images) <= len(images)
+
+
+def search_layout(root: Path, paths: list[Path]) -> Search | None:
+    """Find the layout that pairs the most images; None if no mask belongs to an image."""
+    layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
+    # A single pair among several files is chance.
+    layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
+    layouts = [x for x in layouts if not _holds_copies(x)]
+    if not layouts:
+        return None
+    most = max(layout.covered for layout in layouts)
+    layouts.sort(key=lambda layout: _rank(layout, most), reverse=True)
+    best = layouts[0]
+    # Others give the same images other masks.
+    chosen = {image.path: mask.path for image, mask in best.pairs}
+    others: dict[Path, Layout] = {}
+    for layout in layouts[1:]:
+        differ = [b.path for a, b in layout.pairs if chosen.get(a.path, b.path) != b.path]
+        if differ and layout.covered >= best.covered:
+            others.setdefault(min(differ), layout)
+    return Search(best, list(others.values()))
+
+
+def explain_failure(root: Path, paths: list[Path]) -> str:
+    """Return why no mask belongs to an image, as far as it can be known."""
+    for layout in sorted(_layouts(root, paths, IMAGE_SUFFIXES | MASK_SUFFIXES), key=_not_covered):
+        masks = [mask.path for _, mask in layout.pairs]
+        sample = _evenly(mask for _, mask in layout.pairs)
+        errors = [look_at(path).error for path in sample]
+        images_fit = not all(look_at(path).error for path in _evenly(a for a, _ in layout.pairs))
+        first = min(masks)
+        if all(errors) and images_fit:
+            return (
+                f"{len(masks)} masks cannot be decoded, first {first.relative_to(root)} "
+                f"({'not an image' if 'identify' in errors[0] else errors[0]}); "
+                "copy or export them again"
+            )
+        lossy = first.suffix.lower() in (".jpg", ".jpeg", ".webp")
+        if lossy and all(is_lossy_mask(path) for path in sample):
+            kind = "WebPs" if first.suffix.lower() == ".webp" else "JPEGs"
+            reason = "a mask has to be a PNG, TIFF, BMP or GIF"
+            if kind == "JPEGs":
+                reason = "JPEG changes the values near every border, so that labels are lost"
+            return (
+                f"{len(masks)} masks are {kind}, first {first.relative_to(root)}; {reason}: "
+                "export them again as PNG"
+            )
+    looks = [look_at(path) for path in paths]
+    broken = [path for path, look in zip(paths, looks) if look.error]
+    masks = sum(look.is_mask for look in looks)
+    reason = (
+        f"{len(paths) - masks - len(broken)} images and {masks} masks, but no mask has a name that "
+        "belongs to an image's"
+    )
+    if broken:
+        reason += f"; {len(broken)} files cannot be decoded, first {broken[0].relative_to(root)}"
+    return reason
+
+
+def _not_covered(layout: Layout) -> tuple:
+    """Sort by coverage; the masks are rather on the side that has words of its own."""
+    hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
+    hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}
+    return (-layout.covered, not hints & set(layout.masks.words()))
