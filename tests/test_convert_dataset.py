@@ -834,3 +834,47 @@ def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.Monke
     while errors := errors[1:]:
         with pytest.raises(DataError, match=r"owner/name: cannot fetch id2label.json.*--names"):
             convert_dataset._names("owner/name", None)
+
+
+@pytest.mark.parametrize("overlap", ["area", "order"])
+def test_cvats_levels_decide_and_not_the_files_order(
+    photos: Path, tmp_path: Path, overlap: str
+) -> None:
+    # In the file the small box comes first, and lies on the higher level.
+    shapes = ""
+    for label, (left, top, side), level in (("car", CAR, 5), ("road", ROAD, 2)):
+        sides = f'xtl="{left}" ytl="{top}" xbr="{left + side}" ybr="{top + side}"'
+        shapes += f'<box label="{label}" {sides} z_order="{level}"/>'
+    images = "".join(
+        f'<image id="{n}" name="{n}.jpg" width="{SIZE[1]}" height="{SIZE[0]}">{shapes}</image>'
+        for n in range(COUNT)
+    )
+    labels = "<label><name>road</name></label><label><name>car</name></label>"
+    source = tmp_path / "cvat.xml"
+    source.write_text(f"<annotations><meta>{labels}</meta>{images}</annotations>")
+    arguments = [source, "--images", photos, "--out", tmp_path / "out", "--overlap", overlap]
+    assert convert(*arguments) == 0
+    for mask in masks_of(tmp_path / "out")[1].values():
+        np.testing.assert_array_equal(mask, drawn((ROAD, 1), (CAR, 2)))
+
+
+def test_labelmes_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path: Path) -> None:
+    source = labelme(tmp_path / "labelled", [shape("pond", "circle", [[24, 24], [24, 36]])])
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    rows, columns = np.indices(SIZE) + 0.5
+    distance = np.hypot(rows - 24, columns - 24)
+    for mask in masks_of(tmp_path / "out")[1].values():
+        assert (mask[distance < 11] == 1).all()
+        assert (mask[distance > 13] == 0).all()
+
+
+def test_yolos_boxes_are_counted_and_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    source = write_yolo(tmp_path / "labels")
+    with (source / "2.txt").open("a") as file:
+        file.write("0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.2 0.2\n")
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    line = "left out, because they have no area: 2 (2.txt: line 4, a box; 2.txt: line 5, a box)"
+    assert line in capsys.readouterr().err
+    np.testing.assert_array_equal(
+        next(m for n, m in masks_of(tmp_path / "out")[1].items() if n.endswith("/2")), expected(2)
+    )
