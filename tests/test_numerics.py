@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import loss, numerics, train_step
+from training.schema import OptimizerConfig
 
 SMALL = ["--steps", "3", "--resumed-steps", "4", "--size", "32", "--batch", "4"]
 
@@ -45,10 +46,11 @@ def test_a_run_that_goes_on_differently_is_told(
 ) -> None:
     train = numerics.train
 
-    def other_seed(config: dict[str, Any], **changes: Any) -> list[float]:
-        return train(config, **changes | ({"seed": 3} if "load_path" in changes else {}))
+    def other_rate(config: dict[str, Any], **changes: Any) -> list[float]:
+        other = {"optimizer": OptimizerConfig(lr=0.5)} if "load_path" in changes else {}
+        return train(config, **changes | other)
 
-    monkeypatch.setattr(numerics, "train", other_seed)
+    monkeypatch.setattr(numerics, "train", other_rate)
     monkeypatch.setattr(numerics, "loss_rows", lambda size: ())
     monkeypatch.setattr(numerics, "precision_rows", lambda config, steps: ())
     assert numerics.main(SMALL) == 1

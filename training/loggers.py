@@ -180,6 +180,9 @@ def build_loggers(
         # Offline, W&B 0.18 otherwise asks its server about every table and waits for the answer.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         _restore_get_url()
+    if "mlflow" in config.loggers:
+        # MLflow 3 refuses folders such as mlruns, which it still reads and writes.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     built = []
     for name, arguments in config.loggers.items():
         # The checkpoint names the first process's run; the others begin their own.
