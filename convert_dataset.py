@@ -54,11 +54,10 @@ from dataset.decoding import decode_mask
 from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
 from dataset.masks import Masks, Segments
-from dataset.workers import in_processes
+from dataset.workers import CHUNK, map_chunks
 from errors import DataError, UserError, one_line
 from files import explain_output, output_folder, write_file
 
-CHUNK = 64
 DESCRIPTION = "data.yaml"
 BACKGROUND = "background"
 SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
@@ -147,13 +146,6 @@ def check_distinct(jobs: Iterable[tuple]) -> None:
             raise DataError(f"{first} and {other} would have the same mask; rename one of them")
 
 
-def run(tasks: Iterable[tuple], total: int, workers: int) -> None:
-    """Run tasks that each take a chunk of photos."""
-    with tqdm(total=total, unit=" photos", desc="convert", disable=None) as bar:
-        for size, _ in in_processes({(i, len(t[1])): t for i, t in enumerate(tasks)}, workers):
-            bar.update(size[1])
-
-
 def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
     """Cut a list into parts."""
     return (jobs[first : first + CHUNK] for first in range(0, len(jobs), CHUNK))
@@ -209,8 +201,8 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
             link(photo, out / "photos" / split / name)
             jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
         check_distinct(jobs)
-        tasks += [(draw_masks, part, drawn, options.overlap == "area") for part in chunks(jobs)]
-    run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
+        tasks += [(part, drawn, options.overlap == "area") for part in chunks(jobs)]
+    map_chunks(draw_masks, tasks, options.workers, "convert", " images")
     skipped = [line for read in found.values() for line in read.skipped]
     if skipped:
         listed = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
@@ -300,11 +292,8 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
         check_distinct(jobs)
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
-        tasks += [
-            (read_panoptic, part, masks.only(str(mask) for mask, _ in part))
-            for part in chunks(jobs)
-        ]
-    run(tasks, sum(len(part) for _, part, *_ in tasks), options.workers)
+        tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunks(jobs)]
+    map_chunks(read_panoptic, tasks, options.workers, "convert", " images")
     return Converted(values, [], [])
 
 

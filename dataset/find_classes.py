@@ -20,10 +20,9 @@ from dataset.decoding import decode_colors, decode_mask
 from dataset.description import MAX_VALUE, pack, unpack
 from dataset.folders import visible_files
 from dataset.labels import IGNORED
-from dataset.workers import in_processes
+from dataset.workers import CHUNK, map_chunks
 from errors import DataError
 
-CHUNK = 64
 MOST_CLASSES = IGNORED - 1
 MOST_VALUES = 4000  # different values in all masks
 RARE = 0.2  # share of the pixels below which black, white and 0 may stand for "ignored"
@@ -143,9 +142,9 @@ def count_values(paths: list[str], workers: int) -> Values:
     Raises:
         DataError: Masks cannot be read, differ in kind, or hold too many values or only one.
     """
-    chunks = {n: (read_values, paths[n : n + CHUNK]) for n in range(0, len(paths), CHUNK)}
-    parts = dict(in_processes(chunks, workers))
-    files: list[FileValues] = [file for n in sorted(parts) for file in parts[n]]
+    chunks = [(paths[n : n + CHUNK],) for n in range(0, len(paths), CHUNK)]
+    parts = map_chunks(read_values, chunks, workers, "read", " masks")
+    files: list[FileValues] = [file for part in parts for file in part]
     if broken := [file for file in files if file.error]:
         count = f"{len(broken)} of {len(files)} masks cannot be read, first " * (len(broken) > 1)
         raise DataError(f"{count}{broken[0].path}: {broken[0].error}; copy or export it again")
