@@ -90,6 +90,7 @@ class LocalFolder:
 
     def __init__(self, path: str):
         self.path = self.scratch = path
+        self._run_lock: FileLock | RecordLock | None = None
 
     def lock(self, run_name: str | None) -> None:
         """Lock the folder for this process, until it ends or calls `release_locks`.
@@ -101,7 +102,7 @@ class LocalFolder:
         os.makedirs(self.path, exist_ok=True)
         owner, path = describe_self(run_name), os.path.join(self.path, LOCK)
         try:
-            self._lock = FileLock(self.path, owner)
+            self._run_lock = FileLock(self.path, owner)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
@@ -111,7 +112,9 @@ class LocalFolder:
                     return Path(path).read_bytes() or None
                 return None
 
-            self._lock = RecordLock(self.path, owner, read, lambda text: _write_over(path, text))
+            self._run_lock = RecordLock(
+                self.path, owner, read, lambda text: _write_over(path, text)
+            )
 
     def probe(self) -> None:
         """Do on small files what a save does; raise an OSError if something of it fails."""
@@ -167,7 +170,12 @@ class LocalFolder:
 
         Then remove the checkpoints in `own`, except for the newest `keep` and `best`. Each step is
         one rename, so whenever the machine fails, `latest` is a whole checkpoint.
+
+        Raises:
+            RunError: Another run has taken over the folder.
         """
+        if self._run_lock:
+            self._run_lock.check()
         os.replace(unfinished, os.path.join(self.path, name))
         self._sync()
         if best:

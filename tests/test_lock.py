@@ -179,3 +179,20 @@ def test_a_second_run_is_refused_while_the_first_lives(
     assert target.names() == ["ep0-ba1-rank0.pt"]
     with other_process(lambda: target.lock("tiny")):  # the run has released the folder
         pass
+
+
+def test_a_folder_without_locks_stops_a_run_that_was_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    target = LocalFolder(str(tmp_path))
+    target.lock("first")
+    (tmp_path / lock.NAME).write_text('{"run": "second", "pid": 7, "host": "b", "token": "other"}')
+    time.sleep(0.5)
+    (tmp_path / "new").write_bytes(b"new")
+    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken over the folder"):
+        target.publish(str(tmp_path / "new"), "ep0-ba2-rank0.pt", keep=1)
+    assert target.names() == []
