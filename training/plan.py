@@ -134,13 +134,27 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _estimated_settings(
+    config: Config, options: argparse.Namespace, section: str
+) -> tuple[int, int, str, bool]:
+    """Return GPUs, batch size, precision and whether to compile, for GPUs that are not here.
+
+    Raises:
+        ConfigError: The batch does not divide among the GPUs.
+    """
+    gpus, batch = options.gpus, getattr(config, section).batch_size
+    if batch % gpus:
+        raise ConfigError(f"{section}.batch_size: {batch} does not divide among {gpus} GPUs")
+    auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
+    precision = auto if config.precision == "auto" else config.precision
+    return gpus, batch, precision, config.compile is not False
+
+
 def estimated(
     config: Config, options: argparse.Namespace, build_network: BuildNetwork
 ) -> dict[str, Any]:
     """Plan for GPUs that are not here."""
-    gpus, batch = options.gpus, config.train_dataset.batch_size
-    if batch % gpus:
-        raise ConfigError(f"train_dataset.batch_size: {batch} does not divide among {gpus} GPUs")
+    gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
     training, validation = options.images or (
         _samples(config, "train"),
         _samples(config, "val"),
@@ -148,9 +162,6 @@ def estimated(
     epoch = (math.floor if config.train_dataset.drop_last else math.ceil)(training / batch)
     if epoch == 0:
         raise ConfigError(f"train_dataset: {training} images do not fill one batch of {batch}")
-    auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
-    precision = auto if config.precision == "auto" else config.precision
-    compiled = config.compile is not False
     footprint = _count(config, build_network, precision, compiled)
     found = estimate(footprint, config, options.gpu, gpus, passes(config), precision, compiled)
     plan = {
@@ -237,13 +248,8 @@ def estimated_evaluation(
     config: Config, options: argparse.Namespace, build_network: BuildNetwork
 ) -> dict[str, Any]:
     """Plan an evaluation for GPUs that are not here; its memory is not estimated."""
-    gpus, batch = options.gpus, config.eval_dataset.batch_size
-    if batch % gpus:
-        raise ConfigError(f"eval_dataset.batch_size: {batch} does not divide among {gpus} GPUs")
+    gpus, batch, precision, compiled = _estimated_settings(config, options, "eval_dataset")
     images = options.images[1] if options.images else _samples(config, "val")
-    auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
-    precision = auto if config.precision == "auto" else config.precision
-    compiled = config.compile is not False
     size = config.eval_dataset.final_size
     footprint = count(build_network(config), size, AUTOCAST.get(precision), compiled)
     found = estimate(footprint, config, options.gpu, gpus, 1.0, precision, compiled)
