@@ -196,7 +196,7 @@ def build_trainer(
         if not config.is_train:
             compared = {k: v for k, v in compared.items() if k.startswith("model.")}
         start.check_config(compared, flatten(Config()), class_infos(config))
-    # A run of the same name goes on in its runs of W&B and MLflow.
+    # A resumed run of the same name continues its W&B and MLflow runs.
     server_runs = {}
     if start and state_path and start.weights.run_name == config.run_name:
         server_runs = start.weights.server_runs

@@ -30,7 +30,7 @@ from segmentation.network import inner
 
 log = logging.getLogger(__name__)
 
-DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")  # of no meaning to other networks
+DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")  # other networks ignore these keys
 _MISSING = object()
 
 

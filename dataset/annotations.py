@@ -163,7 +163,7 @@ def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]
 
 
 def _is_sound(part: list[float], size: tuple[int, int]) -> bool:
-    """Whether a polygon has three points or more, and none far outside the image."""
+    """Return whether a polygon has three points or more, all in or near the image."""
     numbers = all(isinstance(value, int | float) for value in part)
     if not numbers or len(part) < 6 or len(part) % 2:
         return False
@@ -344,7 +344,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
 
 
 def _is_yolo(text: str) -> bool:
-    """Whether every line of a text is a class and numbers."""
+    """Return whether every line of a text is a class and numbers."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     try:
         numbers = [[int(kind), *map(float, values)] for kind, *values in lines]

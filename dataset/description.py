@@ -130,7 +130,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """A loader that refuses a key twice, and keeps the text of keys such as no, 007 and 12:30."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)  # what `<<: *anchor` merges
+        self.flatten_mapping(node)  # resolve merge keys, as in `<<: *anchor`
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.style is None:
                 key.tag = "tag:yaml.org,2002:str"

@@ -1,4 +1,4 @@
-"""Which images a description's split has, and the mask of each, by templates or lists.
+"""The images and masks of a description's split, matched by templates or lists.
 
 A mask belongs to the image whose values fit what its template asks for; see `dataset.templates`.
 """

@@ -51,7 +51,7 @@ class Template:
         for place, token in enumerate(tokens[1:], 1):
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # of `.*`
+        any_suffix = r"\.[^/]*"  # what `.*` matches
         self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
         if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))

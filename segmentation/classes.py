@@ -218,7 +218,7 @@ def label_warning(
 
 def name_classes(names: Sequence[str], most: int = 5) -> str:
     """Return names as a sentence has them: "class pole", or "the classes pole, car and 3 more"."""
-    names = [name.removeprefix("class ") for name in names]  # of an unnamed class 7, the number
+    names = [name.removeprefix("class ") for name in names]  # "class 7" becomes 7
     if len(names) == 1:
         return f"class {names[0]}"
     rest = f" and {len(names) - most} more" if len(names) > most else ""
