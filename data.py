@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -42,7 +42,7 @@ from dataset.shards import Shards
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
-from training.balance import repeat_factors
+from training.balance import needs_counts, repeat_factors
 from training.config import class_infos, data_sources
 from training.processes import LoaderContext, init_worker
 from training.schema import Config
@@ -480,6 +480,27 @@ def build_data(
         counts=counts,
         source=source,
     )
+
+
+def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
+    """Build the data of a run: training, evaluation, and the counts of the training masks.
+
+    An evaluation has no training data. The counts are None unless the config needs them.
+
+    Raises:
+        DataError: The data set is not as it should be, or its labels do not fit.
+        ClassError: Shards were written with other classes than the run's.
+    """
+    sources = data_sources(config)
+    counts = count_training(sources["train"]) if needs_counts(config) else None
+    train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
+    return train, build_data(config, "val", source=sources["val"]), counts
+
+
+def device_transforms(data: Iterable[DataSpec | None]) -> list[DeviceTransform]:
+    """Return the transforms that run on the device, of specs that have ours."""
+    found = (spec.microbatch_transforms for spec in data if spec)
+    return [transform for transform in found if isinstance(transform, DeviceTransform)]
 
 
 def last_batch_of(spec: DataSpec, config: Config) -> int:

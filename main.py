@@ -1,51 +1,73 @@
 """Train or evaluate DeepLabV3+ as a YAML says.
 
 composer main.py yamls/deeplabv3.yaml                             # every GPU of this machine
-composer main.py yamls/deeplabv3.yaml recipe_name=mild seed=1     # keys of the YAML, overridden
-python main.py --help                                             # the keys
-python main.py yamls/deeplabv3.yaml --plan                        # what the run would take
+composer main.py yamls/deeplabv3.yaml recipe_name=mild seed=1     # override keys of the YAML
+python main.py --help                                             # list the keys
+python main.py yamls/deeplabv3.yaml --plan                        # predict time, memory and disk
 """
 
 from __future__ import annotations
 
+import sys
+
+from command_lines import start as prepare_process
+from training.config import read_command_line
+
+if __name__ == "__main__":
+    # Answer --help and report a bad config here, in half a second, before torch is imported.
+    prepare_process()
+    CONFIG = read_command_line(sys.argv[1:])
+
 import copy
 import logging
-import os
-import sys
 import tempfile
-import time
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from command_lines import start
-from errors import (
-    TRY_AGAIN,
-    ClassError,
-    ConfigError,
-    Lost,
-    Stopped,
-    StoreError,
-    UserError,
-    one_line,
+import torch
+from composer import Trainer
+from composer.core import Callback, DataSpec
+from composer.devices import Device
+from composer.loggers import LoggerDestination
+from composer.utils import dist, get_device, reproducibility
+
+from checkpointing.evaluations import EvaluationSchedule
+from checkpointing.lock import release_locks
+from checkpointing.saver import saver_of
+from checkpointing.weights import guarded_unpickling
+from data import build_run_data, device_transforms, last_batch_of
+from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
+from model import ComposerDeepLabV3, build_composer_model, weight_init
+from training.balance import class_weights, named
+from training.bounds import check_evaluates, per_process
+from training.callbacks import build_callbacks, start_lines, summary
+from training.config import class_infos, resolve
+from training.loggers import build_loggers, console_options, log_config
+from training.memory import check_single_images, choose_microbatch
+from training.optimizer import apply_settings, build_optimizer, settings_of
+from training.precision import (
+    Precision,
+    check_build_tools,
+    check_kernels,
+    choose_precision,
+    compile_network,
+    compiles,
 )
-from training.bounds import check_evaluates
-from training.config import class_infos, data_sources, help_text, load, resolve
-from training.schema import Config, compared_values, flatten
+from training.processes import end_with_launcher, explain, report_start
+from training.recipes import build_algorithms
+from training.schedule import build_schedule, check_lengths, resumed_factor
+from training.schema import Config
+from training.start import RunStart, build_saver, find_run_start
+from training.watch import PATIENCE, Watch, join
 
 if TYPE_CHECKING:
-    import torch
-    from composer import Trainer
-    from composer.core import Callback, DataSpec
-    from composer.loggers import LoggerDestination
     from omegaconf import DictConfig
 
-    from checkpointing.resume import Start
-    from model import ComposerDeepLabV3
-    from training.watch import Watch
-
 log = logging.getLogger(__name__)
+
+Data = tuple[DataSpec | None, DataSpec]  # of training and of evaluation
 
 
 def main(
@@ -53,27 +75,25 @@ def main(
     *,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerDestination] = (),
-    data: tuple[DataSpec | None, DataSpec] | None = None,
+    data: Data | None = None,
 ) -> Trainer:
     """Train (or, with `is_train: false`, evaluate) as the config says.
 
     Args:
         config: The YAML as OmegaConf loads it; see training/schema.py for the keys.
-        callbacks: Besides the run's own, and before them.
-        loggers: Besides those of the config.
-        data: For training and evaluation, in place of the config's.
+        callbacks: More callbacks, which run before the run's own.
+        loggers: More loggers.
+        data: Training and evaluation data, in place of the config's.
 
     Returns:
         The trainer after the run; the network is `trainer.state.model.module`.
 
     Raises:
-        UserError: The config, the data set, the model or a checkpoint cannot be used; each has a
-            class of its own in errors.py.
+        UserError: The config, the data set, the model or a checkpoint cannot be used; errors.py
+            has a class for each.
         RunError: Training cannot go on, or was told to stop (`Stopped`).
     """
-    from checkpointing.lock import release_locks
-
-    # The caller's config stays as it is, and later changes to it do not change the run.
+    # Copy the caller's config, so that later changes to it do not change the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
     else:
@@ -81,16 +101,167 @@ def main(
     check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
-        _train_or_evaluate(trainer, config)
+        if dist.get_global_rank() == 0:
+            print("\n".join(start_lines(trainer, config)), flush=True)
+        train_or_evaluate(trainer, config)
     finally:
-        release_locks()  # of save_folder, which another process may use from here on
+        release_locks()  # another process may use save_folder from here on
     return trainer
 
 
-def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
-    from checkpointing.saver import saver_of
-    from training.processes import report_start
+def build_trainer(
+    config: Config,
+    *,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[LoggerDestination] = (),
+    data: Data | None = None,
+) -> Trainer:
+    """Build everything that a run needs before its first step; arguments as of `main`.
 
+    Raises:
+        UserError: As of `main`.
+    """
+    # Set up this process: check the GPU, join the other processes, seed.
+    device, precision = set_up_process(config)
+
+    # Find where the run begins, and lock the folder that it saves to.
+    scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
+    evaluations = EvaluationSchedule(config.eval_interval)
+    saver = build_saver(config, evaluations)
+    start = find_run_start(config, saver, scratch.name)
+    destinations = build_loggers(config, start.server_runs)
+
+    # Open the data before the network: a missing file is found within seconds.
+    train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
+    if train_data is not None:
+        check_lengths(config, len(cast(Sized, train_data.dataloader)))
+
+    # Build the network, with the weights that the run begins from.
+    weights = class_weights(config, counts)
+    config, model = build_model(config, start, precision, weights, (train_data, eval_data))
+    if train_data is not None:
+        check_single_images(config, model.module, last_batch_of(train_data, config))
+
+    # Build the optimizer and the recipe.
+    optimizer = build_optimizer(config.optimizer, model.module)
+    settings = settings_of(optimizer)
+    algorithms, schedule = build_algorithms(config), build_schedule(config)
+
+    # Choose the micro-batch from the plain network; compiling hides its layers.
+    microbatch, first_microbatch = choose_microbatch(
+        config, model.module, precision.composer, device
+    )
+    if compiles(config):
+        compile_network(config, model.module)
+        for transform in device_transforms((train_data, eval_data)):
+            transform.compile()
+
+    # Composer brings the parts together, and loads the state of a run that resumes.
+    with guarded_unpickling():
+        trainer = Trainer(
+            run_name=config.run_name,
+            model=model,
+            train_dataloader=train_data,
+            eval_dataloader=eval_data,
+            eval_interval=evaluations,
+            max_duration=config.max_duration,
+            optimizers=optimizer,
+            # A schedule needs the length of an epoch, which an evaluation alone does not have.
+            schedulers=schedule if config.is_train else None,
+            algorithms=algorithms,
+            # The saver comes last, so that a checkpoint holds what the others did after its step.
+            callbacks=[*callbacks, *build_callbacks(config, saver, destinations)],
+            loggers=[*destinations, *loggers],
+            load_path=start.state_path,
+            spin_dataloaders=False,  # our sampler computes the order of samples from the epoch
+            device=device,
+            precision=precision.composer,
+            device_train_microbatch_size=microbatch,
+            deterministic_mode=config.deterministic,
+            seed=config.seed,
+            python_log_level=config.python_log_level,
+            **console_options(config),
+        )
+    scratch.cleanup()
+
+    # Apply what Composer does not: changed keys of a resumed run, the first micro-batch to try.
+    if start.state_path:
+        record = start.checkpoint and start.checkpoint.weights.config
+        factor = resumed_factor(schedule, trainer.state, config, record)
+        apply_settings(trainer.state, settings, factor)
+    is_one_node = dist.get_world_size() == dist.get_local_world_size() > 1
+    if first_microbatch is not None:
+        trainer.state.device_train_microbatch_size = first_microbatch
+    if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
+        # Within a node, SyncBatchNorm keeps the statistics equal, so DDP need not broadcast them.
+        cast(Any, trainer.state.model).broadcast_buffers = False
+    named_weights = named(weights, class_infos(config)) if weights else None
+    log_config(trainer, config, named_weights)
+    return trainer
+
+
+def set_up_process(config: Config) -> tuple[Device, Precision]:
+    """Check what this machine can compute, join the run's processes, and seed this one.
+
+    Raises:
+        ConfigError: The GPU, the precision or the compiler cannot be used.
+    """
+    check_kernels()
+    missing = check_build_tools(config)
+    if missing and dist.get_local_rank() == 0:
+        log.warning("%s", missing)
+    precision = choose_precision(config.precision)
+    device = get_device(None)
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device, timeout=PATIENCE)
+    reproducibility.seed_all(config.seed)
+    # Images have one size, so cuDNN's search for the fastest kernels pays off.
+    torch.backends.cudnn.benchmark = not config.deterministic
+    return device, precision
+
+
+def build_model(
+    config: Config,
+    start: RunStart,
+    precision: Precision,
+    class_weights: list[float] | None,
+    data: Data,
+) -> tuple[Config, ComposerDeepLabV3]:
+    """Build the model, with the weights to begin from; the data is normalised for its network.
+
+    Returns:
+        The config, with all arguments that rebuild the network, and the model.
+    """
+    keys = asdict(config.model) | {"class_weights": class_weights}
+    del keys["freeze_backbone"]  # an algorithm of the recipe
+    if start.checkpoint:
+        keys["backbone_weights"] = None  # the checkpoint's weights replace them
+    model = build_composer_model(
+        **keys,
+        init_fn=weight_init,
+        cpu_autocast=precision.cpu_autocast,
+        # A compiled network sees one batch size, so the last batch of an evaluation is padded.
+        eval_batch_size=per_process(config.eval_dataset) if compiles(config) else None,
+    )
+    network = model.module
+    if config.model.name != "deeplabv3":
+        sizes = {config.train_dataset.final_size} if config.is_train else set()
+        network.check(config.model.num_classes, sorted(sizes | {config.eval_dataset.final_size}))
+        config = replace(config, model=replace(config.model, arguments=network.arguments))
+        for transform in device_transforms(data):
+            transform.normalise_by(network.mean, network.std)
+    if start.state_path:
+        start.checkpoint.check_network(network)  # Composer loads it with the state of training
+    elif start.checkpoint:
+        from training.initial_weights import load_initial_weights
+
+        load_initial_weights(config, start.checkpoint, network)
+    model.to(memory_format=network.memory_format)  # pyright: ignore (torch's overloads lack it)
+    return config, model
+
+
+def train_or_evaluate(trainer: Trainer, config: Config) -> None:
+    """Train to the end of the run, or evaluate once if the config says `is_train: false`."""
     report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
         trainer.eval()
@@ -98,13 +269,13 @@ def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
 
     saver = saver_of(trainer.state)
     with saver.listening() if saver else nullcontext():
-        first = config.eval_first and trainer.state.timestamp.batch == 0
-        end = trainer.state.max_duration
-        complete = end is not None and trainer.state.timestamp >= end
-        ended = saver is not None and saver.ended is not None
-        if first or complete or ended or (saver and saver.evaluation_due):
+        time, end = trainer.state.timestamp, trainer.state.max_duration
+        is_complete = end is not None and time >= end
+        is_stopped = saver is not None and saver.ended is not None
+        is_due = saver is not None and saver.evaluations.due
+        if is_due or is_complete or is_stopped or (config.eval_first and time.batch == 0):
             trainer.eval()
-        if complete:
+        if is_complete:
             log.warning("nothing is left to train: max_duration=%s is reached", config.max_duration)
         elif saver and saver.ended:
             log.warning("nothing is left to train: stop_after=%s is reached", saver.ended)
@@ -114,311 +285,41 @@ def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
             saver.finish()
 
 
-def build_trainer(
-    config: Config,
-    *,
-    callbacks: Sequence[Callback] = (),
-    loggers: Sequence[LoggerDestination] = (),
-    data: tuple[DataSpec | None, DataSpec] | None = None,
-) -> Trainer:
-    """Do what `main` does before the first step; arguments and errors are those of `main`."""
-    level = (config.python_log_level or "warning").upper()
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-
-    # Only now what takes seconds to import: a wrong config has been answered by here.
-    import torch
-    from composer import Trainer
-    from composer.loggers import ProgressBarLogger
-    from composer.utils import dist, get_device, reproducibility
-    from torch._functorch import config as functorch
-
-    from checkpointing.best import Best
-    from checkpointing.resume import find_start
-    from checkpointing.saver import Checkpoints
-    from checkpointing.weights import guarded_unpickling
-    from data import build_data, count_training, last_batch_of
-    from training.balance import class_weights, named, needs_counts
-    from training.callbacks import build_callbacks
-    from training.loggers import build_loggers
-    from training.memory import check_single_images, first_microbatch
-    from training.optimizer import apply_settings, build_optimizer, settings_of
-    from training.precision import (
-        check_build_tools,
-        check_kernels,
-        choose_precision,
-        compiles,
-    )
-    from training.recipes import build_recipe, check_lengths, resumed_factor
-    from training.watch import PATIENCE
-    from transforms import DeviceTransform
-
-    check_kernels()
-    slower = check_build_tools(config)
-    if slower and dist.get_local_rank() == 0:
-        log.warning("%s", slower)
-    precision, cpu_autocast = choose_precision(config.precision)
-    device = get_device(None)
-    if dist.get_world_size() > 1:
-        dist.initialize_dist(device, timeout=PATIENCE)
-    reproducibility.seed_all(config.seed)
-    scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
-    saver = None
-    if config.save_folder and config.is_train:
-        saver = Checkpoints(
-            config.save_folder,
-            config.save_interval,
-            config.eval_interval,
-            config.save_num_checkpoints_to_keep,
-            config.save_overwrite,
-            config.autoresume,
-            Best(config.best_metric, class_infos(config), config.stop_after),
-            config.save_best,
-            config.run_name,
-        )
-        saver.check()
-    elif config.is_train and dist.get_global_rank() == 0:
-        log.warning("save_folder is empty: this run keeps no checkpoint, so nothing can resume it")
-    start = find_start(
-        config.save_folder if config.autoresume else None,
-        config.load_path,
-        config.load_weights_only or not config.is_train,
-        scratch.name,
-        config.run_name,
-        config.save_overwrite,
-    )
-    state_path = start.state_path if start and config.is_train else None
-    if start is None and not config.is_train and config.autoresume:
-        raise ConfigError(
-            f"save_folder: {config.save_folder} holds no checkpoint to evaluate; give load_path"
-        )
-    if start and (state_path or not config.is_train):
-        compared = compared_values(config)
-        if not config.is_train:
-            compared = {k: v for k, v in compared.items() if k.startswith("model.")}
-        start.check_config(compared, flatten(Config()), class_infos(config))
-    # A resumed run of the same name continues its W&B and MLflow runs.
-    server_runs = {}
-    if start and state_path and start.weights.run_name == config.run_name:
-        server_runs = start.weights.server_runs
-    destinations = build_loggers(config, server_runs)
-    if saver:
-        resumed = start if state_path else None
-        saver.claim(resumed and resumed.where, resumed and resumed.weights.run_name)
-
-    counts = None
-    if data is None:
-        sources = data_sources(config)
-        counts = count_training(sources["train"]) if needs_counts(config) else None
-        train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
-        data = train, build_data(config, "val", source=sources["val"])
-    train_data, eval_data = data
-    if train_data is not None:
-        check_lengths(config, len(cast(Sized, train_data.dataloader)))
-
-    weights = class_weights(config, counts)
-    config, model = _build_model(config, start, data, weights)
-    if train_data is not None:
-        check_single_images(config, model.module, last_batch_of(train_data, config))
-    # torch's overloads of `to` leave out the memory format.
-    model.to(memory_format=model.module.memory_format)  # pyright: ignore
-    model.cpu_autocast = cpu_autocast
-    optimizer = build_optimizer(config.optimizer, model.module)
-    settings = settings_of(optimizer)
-    algorithms, scheduler = build_recipe(config)
-
-    microbatch = config.device_train_microbatch_size
-    if microbatch is None or (microbatch == "auto" and not torch.cuda.is_available()):
-        microbatch = config.train_dataset.batch_size // dist.get_world_size()
-    begin = None
-    if microbatch == "auto" and train_data is not None:
-        share = config.train_dataset.batch_size // dist.get_world_size()
-        begin = first_microbatch(model.module, config, precision, share, device)
-    if compiles(config):
-        functorch.activation_memory_budget = config.activation_memory_budget
-        # Not Composer's way, which compiles DDP's forward pass and leaves evaluation out.
-        model.module.compile(dynamic=False)
-        for spec in filter(None, data):
-            if isinstance(spec.microbatch_transforms, DeviceTransform):
-                spec.microbatch_transforms.compile()
-        model.eval_batch_size = config.eval_dataset.batch_size // dist.get_world_size()
-    shown = config.loggers.get("progress_bar", {}) | config.loggers.get("console", {})
-    torch.backends.cudnn.benchmark = not config.deterministic  # sizes do not change
-    with guarded_unpickling():
-        trainer = Trainer(
-            run_name=config.run_name,
-            model=model,
-            train_dataloader=train_data,
-            eval_dataloader=eval_data,
-            eval_interval=saver.eval_interval if saver else config.eval_interval,
-            max_duration=config.max_duration,
-            optimizers=optimizer,
-            schedulers=scheduler if config.is_train else None,  # needs the length of an epoch
-            algorithms=algorithms,
-            callbacks=[
-                *callbacks,
-                *build_callbacks(config, saver, destinations),
-                *([saver] if saver else []),
-            ],
-            loggers=[*destinations, *loggers],
-            progress_bar="progress_bar" in config.loggers,
-            log_to_console="console" in config.loggers,
-            console_stream=shown.get("stream", "stderr"),
-            console_log_interval=shown.get("log_interval", "1ba"),
-            log_traces=shown.get("log_traces", False),
-            load_path=state_path,
-            spin_dataloaders=False,  # the order of samples does not depend on what was read before
-            device=device,
-            precision=precision,
-            device_train_microbatch_size=microbatch,
-            deterministic_mode=config.deterministic,
-            seed=config.seed,
-            python_log_level=config.python_log_level,
-        )
-    if start and state_path:
-        factor = resumed_factor(scheduler, trainer.state, config, start.weights.config)
-        apply_settings(trainer.state, settings, factor)
-    ranks = dist.get_world_size()
-    in_one_node = ranks == dist.get_local_world_size() > 1
-    if config.model.name == "deeplabv3" and config.model.sync_bn and in_one_node:
-        # Of one node, all have the same statistics: none need be sent around before each pass.
-        cast(Any, trainer.state.model).broadcast_buffers = False
-    if begin is not None:
-        trainer.state.device_train_microbatch_size = begin
-    scratch.cleanup()
-    trainer.logger.log_hyperparameters(asdict(config))
-    if weights is not None:
-        line = named(weights, class_infos(config))
-        trainer.logger.log_hyperparameters({"class_weights": line})
-    for destination in trainer.logger.destinations:
-        if isinstance(destination, ProgressBarLogger):
-            destination.hparams_already_logged_to_console = True  # a hundred lines before the bar
-    return trainer
-
-
-def _build_model(
-    config: Config,
-    start: Start | None,
-    data: tuple[DataSpec | None, DataSpec],
-    weights: list[float] | None,
-) -> tuple[Config, ComposerDeepLabV3]:
-    """Build the network, with the weights to begin from, and have the data normalised as it wants.
-
-    Returns:
-        The config, with all that is needed to build the network again, and the model.
-    """
-    from checkpointing.fitting import load_fitting
-    from model import build_composer_model, weight_init
-    from segmentation.network import Network
-    from transforms import DeviceTransform
-
-    keys: dict[str, Any] = {**asdict(config.model), "class_weights": weights}
-    del keys["freeze_backbone"]  # which is the recipe's
-    if start:
-        keys["backbone_weights"] = None  # the checkpoint has better ones
-    model = build_composer_model(**keys, init_fn=weight_init)
-    network, num_classes = model.module, config.model.num_classes
-    if isinstance(network, Network):
-        sizes = {config.train_dataset.final_size} if config.is_train else set()
-        network.check(num_classes, sorted(sizes | {config.eval_dataset.final_size}))
-        config = replace(config, model=replace(config.model, arguments=network.arguments))
-        for spec in filter(None, data):
-            if isinstance(spec.microbatch_transforms, DeviceTransform):
-                spec.microbatch_transforms.normalise_by(network.mean, network.std)
-    if start and start.state_path and config.is_train:
-        start.check_network(network)
-    elif start:
-        by_name, class_tensors = _compare_classes(config, start, network)
-        classes = class_infos(config) if by_name else None
-        least = config.load_least if config.is_train else 1.0
-        left = load_fitting(
-            network, start.weights, start.where, least, classes, num_classes, class_tensors
-        )
-        if left:
-            log.warning("load_path: %s", left)
-    return config, model
-
-
-def _compare_classes(
-    config: Config, start: Start, network: torch.nn.Module
-) -> tuple[bool, list[str]]:
-    """Compare the run's classes with those of the weights that it begins from.
-
-    Returns:
-        Whether rows of the last layer are taken over by the names of their classes, and the names
-        of the tensors with such rows, if the weights have as many classes but not the same.
-
-    Raises:
-        ClassError: The weights to evaluate are of other classes.
-        ConfigError: The classes are to be matched by name, and the file has no names.
-    """
-    from segmentation.classes import are_named, match_classes
-
-    ours, theirs = class_infos(config), start.weights.classes
-    if config.load_classes_by_name and not are_named(theirs):
-        raise ConfigError(
-            f"load_classes_by_name: {start.where} does not name its classes; leave the key out"
-        )
-    if theirs is not None and len(theirs) != len(ours):
-        return config.load_classes_by_name, []
-    try:
-        if match_classes(ours, theirs, "the run", start.where) is None:
-            return config.load_classes_by_name, []
-        by_name = True
-    except ClassError as error:
-        # An evaluation needs the right row for each class. Training may learn rows anew, as it does
-        # for weights with another number of classes.
-        if not config.is_train:
-            raise ClassError(f"load_path: {error}") from None
-        by_name = config.load_classes_by_name
-        hint = "" if by_name else "; load_classes_by_name=true takes over those of the same name"
-        log.warning("load_path: %s%s", error, hint)
-    return by_name, _class_tensors(config, network)
-
-
-def _class_tensors(config: Config, network: torch.nn.Module) -> list[str]:
-    """Return the names of a network's tensors with a row a class: another class makes them longer.
-
-    Raises:
-        ClassError: Another class changes more than a number of rows.
-    """
-    from segmentation.network import inner
-
-    model = replace(config.model, num_classes=config.model.num_classes + 1)
-    larger = inner(build_network(replace(config, model=model))).state_dict()
-    own = inner(network).state_dict()
-    names = [name for name in own if own[name].shape != larger[name].shape]
-    if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
-        raise ClassError(
-            f"load_path: its classes are in another order, and {config.model.name} has no layer "
-            "with a row a class; list class_names in the order of the checkpoint"
-        )
-    return names
-
-
 def run(
     arguments: list[str],
     *,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerDestination] = (),
 ) -> int:
-    """Run the command line, with more callbacks and loggers as of `main`; return the status."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(help_text())
-        return 0 if arguments else 2
-    if "--plan" in arguments:
-        began = time.perf_counter()
-        from training.plan import main as plan
+    """Run a command line; return the exit status.
 
-        return plan(arguments, build_trainer, build_network, began)
+    Args:
+        arguments: The YAML and overrides such as `seed=1`, `--help`, or `--plan` and its options.
+        callbacks: As of `main`.
+        loggers: As of `main`.
+    """
     try:
-        config = resolve(load(arguments[0], arguments[1:]))
-        check_evaluates(config)
-    except ConfigError as error:
-        return _refuse(error)
+        config = read_command_line(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return run_config(config, callbacks, loggers) if config else run_plan(arguments)
 
-    from training.processes import end_with_launcher
-    from training.watch import join
 
+def run_plan(arguments: list[str]) -> int:
+    """Print what a run would take, without running it; return the exit status."""
+    from training.plan import main as plan
+
+    return plan(arguments, build_trainer)
+
+
+def run_config(
+    config: Config, callbacks: Sequence[Callback] = (), loggers: Sequence[LoggerDestination] = ()
+) -> int:
+    """Run a config together with the other processes of its launcher; return the exit status."""
+    logging.basicConfig(
+        level=(config.python_log_level or "warning").upper(),
+        format="%(levelname)s %(name)s: %(message)s",
+    )
     end_with_launcher()
     try:
         watch = join()
@@ -426,25 +327,20 @@ def run(
         return _refuse(lost, lost.status)
     status = 1
     try:
-        status = _run(config, callbacks, loggers, watch)
+        status = _run_to_end(config, callbacks, loggers, watch)
     finally:
         if watch:
             watch.close(status)
     return status
 
 
-def _run(
+def _run_to_end(
     config: Config,
     callbacks: Sequence[Callback],
     loggers: Sequence[LoggerDestination],
     watch: Watch | None,
 ) -> int:
-    """Do as the config says; return the status."""
-    from composer.utils import dist
-
-    from training.callbacks import summary
-    from training.processes import explain
-
+    """Train or evaluate, and turn what can go wrong into a line and an exit status."""
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
     except Stopped as stop:
@@ -469,33 +365,12 @@ def _run(
     return 0
 
 
-def build_network(config: Config) -> torch.nn.Module:
-    """Build a run's network for planning: without weights, on "meta"."""
-    import torch
-
-    from model import build_composer_model
-
-    keys = asdict(config.model) | {"backbone_weights": None, "sync_bn": False}
-    keys["class_weights"] = None
-    del keys["freeze_backbone"]
-    # Others read numbers off tensors while they are built.
-    with torch.device("meta" if config.model.name == "deeplabv3" else "cpu"):
-        network = build_composer_model(**keys).module.to("meta")
-    # torch's overloads of `to` leave out the memory format.
-    return network.to(memory_format=network.memory_format)  # pyright: ignore
-
-
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
     """Print an error, and return the status. An error that all processes find is printed once."""
-    if watch:
-        is_first = watch.is_first_to_say(str(error))
-    else:  # before the processes have found each other
-        is_first = not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
-    if is_first:
+    if watch is None or watch.is_first_to_say(str(error)):
         print(f"error: {error}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    start()
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_config(CONFIG) if CONFIG else run_plan(sys.argv[1:]))

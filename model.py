@@ -21,15 +21,23 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from checkpointing.weights import Weights, infer_architecture
-from errors import ModelError, WeightsError
-from segmentation.batch_norm import count_batches, share_in_node, stop_counting
+from errors import WeightsError
+from segmentation.batch_norm import count_batches, stop_counting
 from segmentation.deeplab import DeepLabV3, deeplabv3, weight_init
 from segmentation.libraries import foreign_arguments
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 from segmentation.network import Network, current_names, inner, main_logits
-from segmentation.networks import named_network
+from segmentation.networks import create_network, named_network
 
+NETWORK_KEYS = (
+    "num_classes",
+    "backbone_arch",
+    "backbone_weights",
+    "sync_bn",
+    "use_plus",
+    "init_fn",
+)
 PROBED = 251  # a number of classes that no other layer has channels
 
 __all__ = [
@@ -58,12 +66,10 @@ class ComposerDeepLabV3(ComposerClassifier):
         class_weights: Weights of the classes in both; None: all the same.
         fused_loss: `"auto"` computes the loss with Triton kernels on a GPU, `False` with PyTorch's
             operations; both are the same loss.
-
-    Attributes:
-        cpu_autocast: Where set (to `torch.bfloat16`), the forward pass on a CPU runs in that
-            type; Composer has mixed precision for GPUs only.
-        eval_batch_size: If set, pad the last evaluation batch to this many images, so that a
-            compiled model sees one shape.
+        cpu_autocast: Type of the forward pass on a CPU, such as `torch.bfloat16`. Composer has
+            mixed precision for GPUs only.
+        eval_batch_size: Pad the last evaluation batch to this many images, so that a compiled
+            network sees one shape; None leaves it as it is.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         dice_weight: float = 0.0,
         class_weights: Sequence[float] | None = None,
         fused_loss: bool | str = "auto",
+        cpu_autocast: torch.dtype | None = None,
+        eval_batch_size: int | None = None,
     ) -> None:
         metrics = {
             "MIoU": MIoU(num_classes, ignore_index),
@@ -88,8 +96,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         self.fused_loss = fused_loss
         # No buffer: it is no part of what a checkpoint or an average holds.
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
-        self.cpu_autocast: torch.dtype | None = None
-        self.eval_batch_size: int | None = None
+        self.cpu_autocast = cpu_autocast
+        self.eval_batch_size = eval_batch_size
         self._layers = stop_counting(network)  # that `forward` counts the batches of
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
@@ -161,8 +169,9 @@ def build_composer_deeplabv3(
     Its arguments are theirs, but for `upsample`: whether `forward` returns logits of the image's
     size, as the reference does, rather than the decoder's.
     """
-    network = deeplabv3(num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn)
-    network.upsample = upsample
+    network = deeplabv3(
+        num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample
+    )
     return ComposerDeepLabV3(
         network,
         num_classes,
@@ -175,46 +184,21 @@ def build_composer_deeplabv3(
 
 
 def build_composer_model(
-    name: str = "deeplabv3",
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    num_classes: int,
-    backbone_arch: str = "resnet101",
-    backbone_weights: str | None = None,
-    sync_bn: bool = True,
-    use_plus: bool = True,
-    init_fn: Callable[[nn.Module], None] | None = None,
-    **loss: Any,
+    name: str = "deeplabv3", arguments: Mapping[str, Any] | None = None, **keys: Any
 ) -> ComposerDeepLabV3:
-    """Build what a run trains, by the keys below `model`; its logits have the network's stride.
+    """Build the ComposerModel of a run, by the keys below `model`.
 
     Args:
-        name: See `named_network`; `"deeplabv3"` is `deeplabv3`, whose arguments the others are.
-        arguments: Of a network that is not `deeplabv3`.
-        num_classes: Number of classes C.
-        backbone_arch: Of `deeplabv3`.
-        backbone_weights: Of `deeplabv3`; of others, whether they begin with their library's.
-        sync_bn: Whether BatchNorm statistics are shared by the processes of a node.
-        use_plus: Of `deeplabv3`.
-        init_fn: Of `deeplabv3`; other networks are initialised as their library does.
-        **loss: See `ComposerDeepLabV3`.
+        name: See `networks.registry.create_network`.
+        arguments: See `create_network`.
+        **keys: Other arguments of `create_network`, and of `ComposerDeepLabV3`.
 
     Raises:
         ModelError: The network cannot be built.
     """
-    network: nn.Module
-    if name == "deeplabv3":
-        if arguments:
-            raise ModelError("model.arguments: deeplabv3 has keys of its own, beside this one")
-        network = deeplabv3(
-            num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn
-        )
-        network.upsample = False
-    else:
-        network = named_network(name, num_classes, arguments or {}, backbone_weights)
-        if sync_bn:
-            share_in_node(network)
-    return ComposerDeepLabV3(network, num_classes, **loss)
+    of_network = {key: keys.pop(key) for key in NETWORK_KEYS if key in keys}
+    network = create_network(name, arguments, **of_network)
+    return ComposerDeepLabV3(network, of_network["num_classes"], **keys)
 
 
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
@@ -283,8 +267,7 @@ def build_network(
     if network not in (None, name) and weights.config is not None:
         raise WeightsError(f"{where}: its network is {name}, not {network}")
     if (network or name) == "deeplabv3":
-        built = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False)
-        built.upsample = False
+        built = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False, upsample=False)
     else:
         is_said = weights.config is not None
         built = named_network(

@@ -20,6 +20,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
 
 from checkpointing.best import Best
+from checkpointing.evaluations import EvaluationSchedule
 from checkpointing.signals import SignalListener
 from checkpointing.stores import batch_of, is_in_folder, open_folder
 from errors import ConfigError, RunError, Stopped, UserError, one_line
@@ -65,20 +66,19 @@ class Checkpoints(CheckpointSaver):
     Args:
         folder: Folder or object-store URI.
         save_interval: Time string.
-        eval_interval: Time string.
         keep: How many checkpoints to keep; -1 for all.
         overwrite: Begin again in a folder with an earlier run's checkpoints, which go one by one.
         autoresume: The run resumes from what the folder holds.
         best: Which evaluation is the best, and when to end for want of a better one.
         save_best: Keep the checkpoint of the best evaluation.
         run_name: Name of the run, for the lock on the folder.
+        evaluations: The run's schedule of evaluations.
 
     Attributes:
         saved_checkpoints: Where the checkpoints of this run are, oldest first.
         last: Where the newest is, or the one that the run goes on from, or None.
         own: Names of the checkpoints that pruning may remove: those that this run saved to be
             pruned, here or before it was resumed, and with `overwrite` those that it replaces.
-        evaluation_due: Whether the state is that before an evaluation.
         best_name: The name of the checkpoint that is kept as the best, or None.
         ended: The patience that was exhausted, if the run has ended for that.
     """
@@ -87,18 +87,19 @@ class Checkpoints(CheckpointSaver):
         self,
         folder: str,
         save_interval: str,
-        eval_interval: str,
         keep: int,
         overwrite: bool = False,
         autoresume: bool = False,
         best: Best | None = None,
         save_best: bool = False,
         run_name: str | None = None,
+        evaluations: EvaluationSchedule | None = None,
     ):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            return self.stopping or self._save_now or periodic(state, event)
+            # Composer's EMA calls this too, before the callbacks, so it must not change anything.
+            return self.evaluations.postponed or self._save_now or periodic(state, event)
 
         super().__init__(
             ".", remote_file_name=None, latest_remote_file_name=None, save_interval=save_due
@@ -118,19 +119,8 @@ class Checkpoints(CheckpointSaver):
         self._save_now = False
         self._is_fitting = self._fit_ended = False
         self.signals = SignalListener()
-        self.stopping = False  # which all processes agree on
-        self.evaluation_due = False
+        self.evaluations = evaluations or EvaluationSchedule("1ep")
         self._loaded = Timestamp().batch
-        self._evaluate = create_interval_scheduler(
-            eval_interval, checkpoint_events=False, final_events={Event.FIT_END}
-        )
-
-    def eval_interval(self, state: State, event: Event) -> bool:
-        """Whether to evaluate now, for the Trainer."""
-        if not self._evaluate(state, event):
-            return False
-        self.evaluation_due = True
-        return not self.stopping
 
     def check(self) -> None:
         """Lock the folder and try to write to it; for all processes together.
@@ -210,18 +200,18 @@ class Checkpoints(CheckpointSaver):
             raise self._refusal(later[0])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.stopping = self.signals.any_process_signalled(state)
+        self.evaluations.postponed = self.signals.any_process_signalled(state)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
-        if self.stopping:
+        if self.evaluations.postponed:
             self._stop(state)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
         self._stop_if_signalled(state, logger)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self.evaluation_due = False
+        self.evaluations.due = False
         if state.timestamp.batch == 0:  # of which there is no checkpoint
             return
         if self.best.improved(state) and self.save_best:
@@ -315,7 +305,7 @@ class Checkpoints(CheckpointSaver):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "evaluation_due": self.evaluation_due,
+            "evaluation_due": self.evaluations.due,
             "best": self.best.state_dict(),
             "best_name": self.best_name,
             "ended": self.ended,
@@ -323,7 +313,7 @@ class Checkpoints(CheckpointSaver):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.evaluation_due = state.get("evaluation_due", False)
+        self.evaluations.due = state.get("evaluation_due", False)
         self.best.load_state_dict(state.get("best", {}))
         self.best_name = state.get("best_name")
         if self._is_own:

@@ -82,6 +82,7 @@ def deeplabv3(
     sync_bn: bool = True,
     use_plus: bool = True,
     init_fn: Callable[[nn.Module], None] | None = None,
+    upsample: bool = True,
 ) -> DeepLabV3:
     """Build DeepLabV3(+) with output stride 8.
 
@@ -93,6 +94,7 @@ def deeplabv3(
         sync_bn: Whether BatchNorm statistics are shared by the processes of a node.
         use_plus: DeepLabV3+ (with the stride-4 decoder) rather than DeepLabV3.
         init_fn: Applied to every module; to those of the head alone where the backbone has weights.
+        upsample: See `DeepLabV3`.
 
     Raises:
         ModelError: The backbone is not such a ResNet, or the weights cannot be had or do not fit.
@@ -102,7 +104,7 @@ def deeplabv3(
         _load_backbone_weights(backbone, backbone_arch, backbone_weights)
     features = IntermediateLayerGetter(backbone, {"layer1": "layer1", "layer4": "layer4"})
     classifier = head(num_classes, 256, backbone.inplanes, use_plus)
-    network = DeepLabV3(features, classifier)
+    network = DeepLabV3(features, classifier, upsample)
     if init_fn is not None:
         (network.classifier if backbone_weights else network).apply(init_fn)
     if sync_bn:

@@ -13,11 +13,12 @@ from typing import Any
 
 from dataset.paths import ADE20K, FOLDERS, find_root
 from errors import ConfigError
+from training.keys import fields_of
+from training.recipes import RECIPES, recipe_section
 from training.schema import (
     LIBRARIES,
     LOGGERS,
     PRECISIONS,
-    RECIPES,
     SCHEDULES,
     Config,
     DatasetConfig,
@@ -162,8 +163,8 @@ def _check_network(model: ModelConfig) -> None:
 
 def _check_numbers(section: Any, prefix: str = "") -> None:
     """Hold all numbers against the bounds that stand with their keys in the schema."""
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+    for field, value in fields_of(section):
+        name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             _check_numbers(value, f"{name}.")
         for number in value if isinstance(value, list) else [value]:
@@ -239,8 +240,9 @@ def times(config: Config) -> tuple[list[str], list[str]]:
         durations.append("model.freeze_backbone")
     if config.recipe_name in RECIPES:
         durations.append(f"{config.recipe_name}.max_duration")
-        names = ("half_life", "update_interval")
-        intervals += [f"{config.recipe_name}.ema.{name}" for name in names]
+        if recipe_section(config).ema is not None:
+            names = ("half_life", "update_interval")
+            intervals += [f"{config.recipe_name}.ema.{name}" for name in names]
     return durations, intervals
 
 
@@ -253,13 +255,12 @@ def _check_times(config: Config) -> None:
             raise ConfigError(
                 f"{name}: {text!r} is not a time; write a number and a unit, as in 25ep or 1000ba"
             )
-    if config.recipe_name is not None:
-        ema = getattr(config, config.recipe_name).ema
-        if ema.half_life[-2:] != ema.update_interval[-2:]:
-            raise ConfigError(
-                f"{config.recipe_name}.ema: half_life ({ema.half_life}) and update_interval "
-                f"({ema.update_interval}) must have the same unit"
-            )
+    ema = recipe_section(config).ema
+    if ema is not None and ema.half_life[-2:] != ema.update_interval[-2:]:
+        raise ConfigError(
+            f"{config.recipe_name}.ema: half_life ({ema.half_life}) and update_interval "
+            f"({ema.update_interval}) must have the same unit"
+        )
 
 
 def _check_batch_sizes(config: Config, processes: int) -> None:
@@ -343,6 +344,11 @@ def _seen_from(path: str) -> str:
     if os.path.isabs(path):
         return path
     return f"{path}, seen from {os.getcwd()} or from the YAML's folder"
+
+
+def per_process(dataset: DatasetConfig) -> int:
+    """Return the images of one process in a batch."""
+    return dataset.batch_size // world_size()
 
 
 def world_size() -> int:

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,12 @@ from segmentation.metrics import (
     table_as_csv,
 )
 from segmentation.network import main_logits
-from training.config import class_infos
+from training.composer_internals import train_data_spec
+from training.config import class_infos, network_label
 from training.label_check import LabelCheck
 from training.loggers import server_runs_of
 from training.pictures import Curves, Pictures, save_to_run
+from training.precision import choose_precision, compiles, devices
 from training.report import Report
 from training.schema import Config
 
@@ -211,11 +213,51 @@ def build_callbacks(
         ),
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
+        # Last, so that a checkpoint holds what the others did after the same step.
+        *([saver] if saver else []),
     ]
 
 
+def start_lines(trainer: Trainer, config: Config) -> list[str]:
+    """Return the lines that a run prints at its start."""
+    state, processes = trainer.state, dist.get_world_size()
+    saver, batch = saver_of(state), state.timestamp.batch.value
+    precision = choose_precision(config.precision).name
+    compiled = ", compiled" if compiles(config) else ""
+    parameters = sum(weight.numel() for weight in state.model.parameters()) / 1e6
+    weights = config.load_path or config.model.backbone_weights or "random"
+    origin = f"batch 0, with weights: {weights}"
+    if batch:
+        origin = f"batch {batch}, resumed from {(saver and saver.last) or config.load_path}"
+    (evaluator,) = state.evaluators
+    images = f"{_count_images(evaluator.dataloader.dataloader)} for validation"
+    lines = {
+        "device": f"{devices(processes)}, {precision}{compiled}",
+        "network": f"{network_label(config)}, {parameters:.1f} million parameters",
+        "start": origin,
+    }
+    if config.is_train:
+        train = train_data_spec(trainer).dataloader
+        images = f"{_count_images(train)} for training, {images}"
+        size, micro = config.train_dataset.batch_size, state.device_train_microbatch_size
+        lines |= {
+            "batch": f"{size} images, {size // processes} per process in micro-batches of {micro}",
+            "recipe": f"{config.recipe_name or 'baseline'}, {config.max_duration}, "
+            f"{state.dataloader_len or '?'} batches per epoch",
+        }
+    lines["images"] = f"{images}, {config.model.num_classes} classes"
+    order = ("device", "batch", "network", "images", "recipe", "start")
+    return [f"{name + ':':<9} {lines[name]}" for name in order if name in lines]
+
+
+def _count_images(dataloader: Any) -> int | str:
+    """Return the images of a data loader; a caller's own may not know."""
+    dataset = getattr(dataloader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else "?"
+
+
 def summary(trainer: Trainer) -> str:
-    """Say what a run reached and left behind, a line each."""
+    """Return what a run reached and left behind, a line each."""
     lines = []
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")

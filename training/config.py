@@ -13,6 +13,7 @@ import difflib
 import io
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigError
-from training.bounds import check, lookup, times, world_size
-from training.schema import RECIPES, Config, EvalDatasetConfig, TrainDatasetConfig, flatten
+from training.bounds import check, check_evaluates, lookup, times, world_size
+from training.keys import fields_of, flatten
+from training.recipes import RECIPES, recipe_section
+from training.schema import Config, EvalDatasetConfig, TrainDatasetConfig
 from training.yaml_text import quote_text
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
         ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
     """
     raw = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
-    raw = _without_empty_sections(cast("dict[str, Any]", raw), Config, "")
+    raw = _without_empty_sections(cast("dict[str, Any]", raw), Config(), "")
     merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
     typed = cast(Config, OmegaConf.to_object(merged))
     for name, value in flatten(typed).items():
@@ -130,8 +133,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
         _describe(typed, raw)
     if typed.grad_accum is not None:
         typed.device_train_microbatch_size = _microbatch_size(typed)
-    if typed.recipe_name in RECIPES:
-        typed.max_duration = getattr(typed, typed.recipe_name).max_duration
+    if typed.recipe_name in (None, *RECIPES):
+        typed.max_duration = recipe_section(typed).max_duration
     _normalise_times(typed)
     check(typed, with_data)
     return typed
@@ -203,6 +206,38 @@ def class_infos(config: Config) -> list[ClassInfo]:
     return load_classes(config.class_names, config.model.num_classes)
 
 
+def network_label(config: Config) -> str:
+    """Return the name of a run's network for people, such as `DeepLabV3+ on resnet101`."""
+    model = config.model
+    if model.name != "deeplabv3":
+        return model.name
+    return f"DeepLabV3{'+' if model.use_plus else ''} on {model.backbone_arch}"
+
+
+def read_command_line(arguments: list[str]) -> Config | None:
+    """Return the config that a command line of main.py asks for, or None if it asks for a plan.
+
+    Args:
+        arguments: The YAML and overrides such as `seed=1`.
+
+    Raises:
+        SystemExit: As argparse does: after `--help`, and after the line about a bad config.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text())
+        raise SystemExit(0 if arguments else 2)
+    if "--plan" in arguments:
+        return None
+    try:
+        config = resolve(load(arguments[0], arguments[1:]))
+        check_evaluates(config)
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a node find it too
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config
+
+
 def _microbatch_size(config: Config) -> int | str:
     """Return the `device_train_microbatch_size` that `grad_accum` stands for."""
     parts = config.grad_accum
@@ -226,27 +261,31 @@ def _set(config: Config, name: str, value: Any) -> None:
     setattr(lookup(config, section) if section else config, leaf, value)
 
 
-def _without_empty_sections(raw: dict[str, Any], schema: type, prefix: str) -> dict[str, Any]:
+def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> dict[str, Any]:
     """Refuse unknown keys, and drop sections left empty, which mean their defaults."""
-    hints = get_type_hints(schema)
+    known_hints = get_type_hints(type(defaults))
+    hints = {field.name: known_hints[field.name] for field, _ in fields_of(defaults)}
     result = {}
     for name, value in raw.items():
         if name not in hints:
-            if schema is EvalDatasetConfig and name in get_type_hints(TrainDatasetConfig):
+            if name in known_hints and value is None:  # a run's record of a section it has not
+                continue
+            is_eval = isinstance(defaults, EvalDatasetConfig)
+            if is_eval and name in get_type_hints(TrainDatasetConfig):
                 raise ConfigError(f"{prefix}{name}: only train_dataset has this key; leave it out")
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
             known = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
             raise ConfigError(f"unknown key {prefix}{name}; {known}")
-        section = hints[name]
-        if dataclasses.is_dataclass(section) or name == "loggers":
+        section, default = hints[name], getattr(defaults, name)
+        if dataclasses.is_dataclass(default) or name == "loggers":
             if value is None:
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
             if name == "loggers":  # a logger left empty, as in the reference's YAML, is on
                 value = {key: {} if given is None else given for key, given in value.items()}
-            if dataclasses.is_dataclass(section):
-                value = _without_empty_sections(value, cast(type, section), f"{prefix}{name}.")
+            if dataclasses.is_dataclass(default):
+                value = _without_empty_sections(value, default, f"{prefix}{name}.")
         elif value is None and section is not Any and not _may_be_empty(section):
             raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
         elif list in _kinds(section) and not isinstance(value, (list, type(None))):
@@ -268,26 +307,21 @@ def _may_be_empty(hint: Any) -> bool:
 def help_text() -> str:
     """Return the keys of the YAML with their defaults and meanings, a line each."""
 
-    def lines(schema: type, prefix: str) -> list[str]:
+    def lines(section: Any, prefix: str) -> list[str]:
         result = []
-        hints = get_type_hints(schema)
-        for field in dataclasses.fields(schema):
-            if dataclasses.is_dataclass(hints[field.name]):
-                result += lines(hints[field.name], f"{prefix}{field.name}.")
+        for field, default in fields_of(section):
+            if dataclasses.is_dataclass(default):
+                result += lines(default, f"{prefix}{field.name}.")
                 continue
-            default = field.default
-            if default is dataclasses.MISSING:
-                assert field.default_factory is not dataclasses.MISSING
-                default = field.default_factory() or None
-            shown = {None: "(empty)", True: "true", False: "false"}.get(
-                default if default is None or isinstance(default, bool) else "", str(default)
-            )
+            shown = "(empty)" if default in (None, [], {}) else str(default)
+            if isinstance(default, bool):
+                shown = shown.lower()
             result.append(f"  {prefix + field.name:<39} {shown:<14} {field.metadata['meaning']}")
         return result
 
     head = "usage: composer main.py CONFIG [key=value ...] [--plan]\n\n"
     head += "keys of CONFIG, defaults, meanings:\n"
-    return head + "\n".join(lines(Config, ""))
+    return head + "\n".join(lines(Config(), ""))
 
 
 def _one_line(error: Exception) -> str:

@@ -10,10 +10,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Literal
 
-from composer import loggers
+from composer import Trainer, loggers
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
@@ -160,6 +161,34 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
     "comet_ml": loggers.CometMLLogger,
     "neptune": loggers.NeptuneLogger,
 }
+
+
+def console_options(config: Config) -> dict[str, Any]:
+    """Return the Trainer's arguments for the progress bar and the console."""
+    options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
+    return {
+        "progress_bar": "progress_bar" in config.loggers,
+        "log_to_console": "console" in config.loggers,
+        "console_stream": options.get("stream", "stderr"),
+        "console_log_interval": options.get("log_interval", "1ba"),
+        "log_traces": options.get("log_traces", False),
+    }
+
+
+def log_config(trainer: Trainer, config: Config, class_weights: str | None) -> None:
+    """Send a run's config to its loggers, but not to the progress bar.
+
+    Args:
+        trainer: The run's.
+        config: The run's.
+        class_weights: The weights of the classes, if the run counted them.
+    """
+    trainer.logger.log_hyperparameters(asdict(config))
+    if class_weights is not None:
+        trainer.logger.log_hyperparameters({"class_weights": class_weights})
+    for destination in trainer.logger.destinations:
+        if isinstance(destination, loggers.ProgressBarLogger):
+            destination.hparams_already_logged_to_console = True  # a hundred lines before the bar
 
 
 def build_loggers(

@@ -26,7 +26,9 @@ from torch.utils.flop_counter import flop_registry
 
 from errors import ConfigError, ModelError, one_line
 from segmentation.batch_norm import SyncBatchNorm2d
+from training.bounds import per_process
 from training.precision import compiles
+from training.recipes import recipe_section
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -71,8 +73,8 @@ class Footprint(NamedTuple):
 
     def step(self, images: int, config: Config, ranks: int = 1) -> float:
         """Memory of a step that takes so many images at once, of a GPU's context aside."""
-        recipe = config.recipe_name
-        average, climb = recipe is not None, recipe in ("medium", "hot")
+        recipe = recipe_section(config)
+        average, climb = recipe.ema is not None, recipe.sam is not None
         # Weights, gradients, moments, the average, SAM's way back, DDP's buckets.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
@@ -81,7 +83,7 @@ class Footprint(NamedTuple):
 
     def checkpoint(self, config: Config) -> int:
         """Bytes of a checkpoint: weights, moments and the average."""
-        average = config.recipe_name is not None
+        average = recipe_section(config).ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 
 
@@ -312,18 +314,33 @@ def free_memory(device: Device) -> float:
     return float(free.item())
 
 
-def first_microbatch(
-    network: nn.Module, config: Config, precision: str, images: int, device: Device
-) -> int:
-    """Return how many images `auto` should begin with, so as not to compile sizes in vain.
+def choose_microbatch(
+    config: Config, network: nn.Module, precision: str, device: Device
+) -> tuple[int | str, int | None]:
+    """Choose how many images a process takes at once, of its share of a batch.
 
     Args:
-        network: Not compiled yet.
         config: The run's.
+        network: The run's, not compiled yet.
         precision: Composer's name of it.
-        images: A GPU's share of a batch.
-        device: The GPU.
+        device: What the process computes on.
+
+    Returns:
+        Composer's `device_train_microbatch_size`, and with `auto` on a GPU how many images to begin
+        with: starting near the largest that fit saves compiling for those that do not.
     """
+    chosen, share = config.device_train_microbatch_size, per_process(config.train_dataset)
+    if chosen is None or (chosen == "auto" and not torch.cuda.is_available()):
+        return share, None
+    if chosen != "auto" or not config.is_train:
+        return chosen, None
+    return chosen, _first_microbatch(network, config, precision, share, device)
+
+
+def _first_microbatch(
+    network: nn.Module, config: Config, precision: str, images: int, device: Device
+) -> int:
+    """Return how many of a GPU's images fit into its memory, by an estimate."""
     size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
     try:
         footprint = count(network, size, dtype, compiles(config))

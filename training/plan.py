@@ -40,7 +40,7 @@ from training.measure import BuildTrainer, measure, measure_evaluation
 from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.plan_text import text
 from training.precision import choose_precision, compiles, devices
-from training.recipes import in_batches
+from training.schedule import in_batches
 from training.schema import Config
 
 DISK_BYTES = 2**27  # written to see how fast a disk is

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import torch
 import torch.version
+from torch import nn
+from torch._functorch import config as functorch
 
 from errors import ConfigError
 from segmentation.build_tools import missing_build_tools
@@ -63,8 +66,25 @@ def _capability(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def choose_precision(name: str) -> tuple[str, torch.dtype | None]:
-    """Choose Composer's precision, and the CPU autocast dtype (Composer has no CPU autocast).
+class Precision(NamedTuple):
+    """The arithmetic of a run.
+
+    Args:
+        composer: Composer's name of it, for a GPU.
+        cpu_autocast: The type of the forward pass on a CPU, for which Composer has no autocast.
+    """
+
+    composer: str
+    cpu_autocast: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        """The name as in the YAML."""
+        return self.composer if self.cpu_autocast is None else "amp_bf16"
+
+
+def choose_precision(name: str) -> Precision:
+    """Choose the precision of a run on this machine, by its name in the YAML.
 
     Raises:
         ConfigError: This machine does not compute in that precision.
@@ -74,12 +94,12 @@ def choose_precision(name: str) -> tuple[str, torch.dtype | None]:
             # Not emulated: a V100 or T4 takes bf16 only slowly.
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "amp_bf16" if native else "amp_fp16"
-        return name, None
+        return Precision(name)
     if name == "amp_fp16":
         raise ConfigError("precision: amp_fp16 needs a GPU; use auto, fp32 or amp_bf16 here")
     if name == "auto":
         name = "amp_bf16" if _cpu_has_bf16() else "fp32"
-    return "fp32", torch.bfloat16 if name == "amp_bf16" else None
+    return Precision("fp32", torch.bfloat16 if name == "amp_bf16" else None)
 
 
 def compiles(config: Config) -> bool:
@@ -87,6 +107,13 @@ def compiles(config: Config) -> bool:
     if config.compile != "auto":
         return config.compile is True
     return torch.cuda.is_available() and missing_build_tools(gpu=True) is None
+
+
+def compile_network(config: Config, network: nn.Module) -> None:
+    """Have a run's network compiled when it is first called."""
+    functorch.activation_memory_budget = config.activation_memory_budget
+    # Composer would compile DDP's forward pass instead, and leave evaluation out.
+    network.compile(dynamic=False)
 
 
 def check_build_tools(config: Config) -> str | None:

@@ -1,183 +1,156 @@
-"""The recipes: which algorithms and which learning-rate schedule a run trains with.
+"""The three recipes, and the algorithms that each adds to a training step.
 
-| recipe | EMA | SAM            | MixUp | schedule | duration   |
-|--------|-----|----------------|-------|----------|------------|
-| none   |     |                |       | cosine   | 128 epochs |
-| mild   | yes |                |       | constant | 25 epochs  |
-| medium | yes | every 2nd step | yes   | constant | 90 epochs  |
-| hot    | yes | every step     | yes   | cosine   | 240 epochs |
-
-The numbers are keys of the YAML, below the recipe's name. Published as "5x faster or +4.6 mIoU" at
-https://www.mosaicml.com/blog/mosaic-image-segmentation.
+Published as "5x faster or +4.6 mIoU" at https://www.mosaicml.com/blog/mosaic-image-segmentation.
+Every number here is the default of a key below the recipe's name, as in `hot.sam.rho`.
 """
+
+# ruff: noqa: RUF009 (key() and absent_section() make a dataclasses.field)
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
-from dataclasses import asdict
-from types import SimpleNamespace
-from typing import Any, cast
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from composer import optim
-from composer.algorithms import GradientClipping
-from composer.core import Algorithm, State, Time, TimeUnit
+from training.keys import APPLIED, absent_section, key
 
-from errors import ConfigError
-from training.algorithms import EMA, SAM, FreezeBackbone, MixUp, SeedMicrobatch, UnusedWeights
-from training.schema import Config
+if TYPE_CHECKING:
+    from composer.core import Algorithm
 
-log = logging.getLogger(__name__)
+    from training.schema import Config
 
 
-def build_recipe(config: Config) -> tuple[list[Algorithm], EpochSchedule]:
-    """Build the algorithms of `config.recipe_name`, in the order they run, and the schedule."""
+@dataclass
+class EMAConfig:
+    """An exponential moving average of the weights, which evaluation and checkpoints use."""
+
+    half_life: str = key(APPLIED, "1000ba", "half-life of the averaged weights")
+    update_interval: str = key(APPLIED, "10ba", "time between updates of the average")
+
+
+@dataclass
+class SAMConfig:
+    """Sharpness-aware minimisation (https://arxiv.org/abs/2010.01412)."""
+
+    rho: float = key(APPLIED, 0.3, "radius of SAM's neighbourhood in weight space", "(0, inf)")
+    interval: int = key(APPLIED, 2, "steps from one SAM step to the next", "[1, inf)")
+
+
+@dataclass
+class MixUpConfig:
+    """MixUp, which blends the images of a batch in pairs (https://arxiv.org/abs/1710.09412)."""
+
+    alpha: float = key(
+        APPLIED, 0.2, "MixUp's coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]"
+    )
+
+
+@dataclass
+class RecipeConfig:
+    """The keys of one recipe."""
+
+    max_duration: str = key(APPLIED, "", "duration of the recipe")
+    ema: EMAConfig | None = absent_section()
+    sam: SAMConfig | None = absent_section()
+    mixup: MixUpConfig | None = absent_section()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training recipe.
+
+    Args:
+        max_duration: Length of the run, as a Composer time string.
+        schedule: Name of the learning-rate schedule, if `schedule.name` is empty.
+        ema: Settings of the moving average, or None to train without it.
+        sam: Settings of sharpness-aware minimisation, or None to train without it.
+        mixup: Settings of MixUp, or None to train without it.
+    """
+
+    max_duration: str
+    schedule: str
+    ema: EMAConfig | None = None
+    sam: SAMConfig | None = None
+    mixup: MixUpConfig | None = None
+
+    def section(self) -> RecipeConfig:
+        """Return the keys of this recipe with their defaults."""
+        algorithms = copy.deepcopy((self.ema, self.sam, self.mixup))
+        return RecipeConfig(self.max_duration, *algorithms)
+
+
+BASELINE = Recipe("128ep", "cosine")
+RECIPES = {
+    "mild": Recipe("25ep", "constant", EMAConfig("1000ba", "10ba")),
+    "medium": Recipe(
+        "90ep", "constant", EMAConfig("1000ba", "10ba"), SAMConfig(0.3, 2), MixUpConfig(0.2)
+    ),
+    "hot": Recipe(
+        "240ep", "cosine", EMAConfig("2000ba", "1ba"), SAMConfig(0.3, 1), MixUpConfig(0.5)
+    ),
+}
+
+
+def recipe_section(config: Config) -> RecipeConfig:
+    """Return the keys of a run's recipe; the baseline has no algorithms."""
+    if config.recipe_name is None:
+        return RecipeConfig(config.max_duration)
+    return getattr(config, config.recipe_name)
+
+
+def build_algorithms(config: Config) -> list[Algorithm]:
+    """Build a run's algorithms, in the order in which Composer runs them before a forward pass.
+
+    An algorithm's module is imported only if the config asks for the algorithm.
+    """
+    from training.seeding import SeedMicrobatch
+
+    # The others draw random numbers, so the seeding comes first.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
+        from training.freeze import UnusedWeights
+
         algorithms.append(UnusedWeights())
     if config.model.freeze_backbone is not None:
+        from training.freeze import FreezeBackbone
+
         algorithms.append(FreezeBackbone(config.model.freeze_backbone))
     if config.optimizer.clip_norm is not None:
+        from composer.algorithms import GradientClipping
+
         algorithms.append(GradientClipping("norm", config.optimizer.clip_norm))
-    if config.recipe_name is None:
-        return algorithms, build_schedule(config)
-    recipe = getattr(config, config.recipe_name)
-    algorithms.append(EMA(recipe.ema.half_life, recipe.ema.update_interval))
-    if config.recipe_name in ("medium", "hot"):
+
+    recipe = recipe_section(config)
+    if recipe.ema is not None:
+        from training.ema import EMA
+
+        algorithms.append(EMA(recipe.ema.half_life, recipe.ema.update_interval))
+    if recipe.sam is not None:
+        from training.sam import SAM
+
         algorithms.append(SAM(recipe.sam.rho, recipe.sam.interval))
+    if recipe.mixup is not None:
+        from training.mixup import MixUp
+
         algorithms.append(MixUp(recipe.mixup.alpha))
-    return algorithms, build_schedule(config)
+    return algorithms
 
 
-class EpochSchedule(optim.ComposerScheduler):
-    """A schedule over epochs that follows the epochs done, whatever a batch was.
-
-    Composer's schedules count batches. After a resume with another batch size or another number of
-    images, an epoch has another number of batches, and the batches done say little about the
-    progress. If neither changed, this is Composer's schedule, to the bit.
-
-    Args:
-        schedule: Composer's.
-        batch_size: Images in a batch over all ranks.
-    """
-
-    def __init__(self, schedule: optim.ComposerScheduler, batch_size: int):
-        self.schedule, self.batch_size = schedule, batch_size
-
-    def __call__(self, state: State, ssr: float = 1.0) -> float:
-        """Return the factor of the learning rate at the state's time."""
-        batch = self.scheduled_batch(state)
-        if batch == state.timestamp.batch.value:
-            return self.schedule(state)
-        return self._at(state, batch, state.timestamp.sample.value)
-
-    def scheduled_batch(self, state: State) -> int:
-        """Return how many of today's batches make up the epochs done, if the run counts epochs."""
-        now, length = state.timestamp, state.dataloader_len
-        assert state.max_duration is not None
-        if length is None or state.max_duration.unit != TimeUnit.EPOCH:
-            return now.batch.value
-        before = now.epoch.value * int(length)
-        if before + now.batch_in_epoch.value == now.batch.value:
-            return now.batch.value
-        return before + -(-now.sample_in_epoch.value // self.batch_size)
-
-    def before_last_batch(self, state: State) -> float:
-        """Return the factor that Composer computes before a batch, for the batch after it."""
-        sample = state.timestamp.sample.value - self.batch_size
-        return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
-
-    def _at(self, state: State, batch: int, sample: int) -> float:
-        moment = SimpleNamespace(
-            timestamp=state.timestamp.copy(batch=batch, sample=sample),
-            max_duration=state.max_duration,
-            dataloader_len=state.dataloader_len,
+def recipe_table() -> str:
+    """Return the recipes as the Markdown table of the documentation."""
+    lines = [
+        "| `recipe_name` | duration | learning rate | EMA | SAM | MixUp |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, recipe in {"(empty)": BASELINE, **RECIPES}.items():
+        ema, sam, mixup = recipe.ema, recipe.sam, recipe.mixup
+        cells = (
+            name,
+            recipe.max_duration,
+            recipe.schedule,
+            f"half-life {ema.half_life}, every {ema.update_interval}" if ema else "no",
+            f"rho {sam.rho}, every {sam.interval} steps" if sam else "no",
+            f"alpha {mixup.alpha}" if mixup else "no",
         )
-        return self.schedule(cast(State, moment))
-
-
-def resumed_factor(
-    schedule: EpochSchedule, state: State, config: Config, record: Mapping[str, Any] | None
-) -> float | None:
-    """Return the schedule's factor for a resumed run's next step.
-
-    None means that nothing changed, so that the checkpoint's learning rate holds.
-
-    Args:
-        schedule: The run's.
-        state: The trainer's, with a checkpoint loaded.
-        config: The run's.
-        record: The config that the checkpoint records.
-    """
-    ours = json.loads(json.dumps(asdict(config)))
-    keys = ("optimizer", "schedule", "max_duration")
-    is_same = record is not None and all(record.get(key) == ours[key] for key in keys)
-    if is_same and schedule.scheduled_batch(state) == state.timestamp.batch.value:
-        return None
-    return schedule.before_last_batch(state)
-
-
-def build_schedule(config: Config) -> EpochSchedule:
-    """Build the schedule that `config.schedule` names, or the recipe's own."""
-    schedule = config.schedule
-    recipes_own = "constant" if config.recipe_name in ("mild", "medium") else "cosine"
-    arguments: dict[str, Any] = {
-        "cosine": {"alpha_f": schedule.final},
-        "poly": {"alpha_f": schedule.final, "power": schedule.power},
-        "linear": {"alpha_f": schedule.final},
-        "constant": {},
-    }[name := schedule.name or recipes_own]
-    plain, with_warmup = {
-        "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
-        "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),
-        "linear": (optim.LinearScheduler, optim.LinearWithWarmupScheduler),
-        "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
-    }[name]
-    if schedule.warmup.startswith("0"):
-        composers = plain(**arguments)
-    else:
-        composers = with_warmup(schedule.warmup, **arguments)
-    return EpochSchedule(composers, config.train_dataset.batch_size)
-
-
-def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
-    """Return a time string, in `ep`, `ba` or `sp`, in batches."""
-    time = Time.from_timestring(text)
-    per_unit = {
-        TimeUnit.EPOCH: batches_per_epoch,
-        TimeUnit.BATCH: 1,
-        TimeUnit.SAMPLE: 1 / batch_size,
-    }
-    return time.value * per_unit[time.unit]
-
-
-def check_lengths(config: Config, batches_per_epoch: int) -> None:
-    """Compare times that only the length of an epoch makes comparable.
-
-    An average that is evaluated although it will hardly have moved is warned about.
-
-    Raises:
-        ConfigError: The warm-up does not end before the run.
-    """
-
-    def batches(text: str) -> float:
-        return in_batches(text, batches_per_epoch, config.train_dataset.batch_size)
-
-    length = batches(config.max_duration)
-    if batches(config.schedule.warmup) >= length:
-        raise ConfigError(
-            f"schedule.warmup: {config.schedule.warmup} is not less than the run's {length:.0f}ba"
-        )
-    if config.recipe_name is None:
-        return
-    half_life = getattr(config, config.recipe_name).ema.half_life
-    if batches(half_life) > length:
-        log.warning(
-            "%s.ema.half_life=%s is longer than the run (%dba): evaluation scores the averaged "
-            "weights, which will hardly have moved; a tenth of the run would be %dba",
-            config.recipe_name,
-            half_life,
-            length,
-            max(length // 10, 1),
-        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from segmentation.classes import ClassInfo
 from segmentation.metrics import MIoU, class_table
+from training.config import network_label
 from training.pictures import Curves, Pictures, save_to_run
 from training.precision import devices
 from training.schema import Config
@@ -99,10 +100,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
         f"batch {time.batch.value}, epoch {time.epoch.value}; to {config.max_duration}"
     )
     facts["Recipe"] = config.recipe_name or "none"
-    facts["Network"] = config.model.name
-    if config.model.name == "deeplabv3":
-        plus = "+" if config.model.use_plus else ""
-        facts["Network"] = f"DeepLabV3{plus} on {config.model.backbone_arch}"
+    facts["Network"] = network_label(config)
     facts["Data"] = str(config.train_dataset.path)
     seconds = time.total_wct.total_seconds()
     if seconds:

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-RECIPES = ("mild", "medium", "hot")
+from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
+from training.recipes import BASELINE, RECIPES, RecipeConfig
+
 # Composer's loggers, and the package that each needs besides (an extra of Composer's of that name).
 LOGGERS = {
     "progress_bar": None,
@@ -32,35 +33,6 @@ LIBRARIES = {
     "timm": "timm",
 }
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
-
-
-# What a resumed run does with a key whose value differs from the one in the checkpoint's record.
-APPLIED = "applied"  # it trains on with the new value
-COMPARED = "compared"  # it is refused
-FREE = "free"  # it may differ: the key does not enter the training
-
-
-def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
-    """Return a config key.
-
-    Args:
-        on_resume: `APPLIED`, `COMPARED` or `FREE`.
-        default: Its default.
-        meaning: The line that `main.py --help` prints for it.
-        bounds: Interval that a number, or each number of a list, has to be in; `[0, 1)` includes 0
-            and excludes 1.
-    """
-    metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def section(schema: type) -> Any:
-    """Return a section of keys."""
-    return dataclasses.field(default_factory=schema)
 
 
 @dataclass
@@ -206,85 +178,6 @@ class ScheduleConfig:
 
 
 @dataclass
-class EMAConfig:
-    """The moving average of the weights."""
-
-    half_life: str = key(APPLIED, "1000ba", "half-life of the averaged weights")
-    update_interval: str = key(APPLIED, "10ba", "time between updates of the average")
-
-
-@dataclass
-class SAMConfig:
-    """Sharpness-aware minimisation."""
-
-    rho: float = key(
-        APPLIED, 0.3, "radius of the neighbourhood (sharpness-aware minimisation)", "(0, inf)"
-    )
-    interval: int = key(APPLIED, 2, "steps between two sharpness-aware ones", "[1, inf)")
-
-
-@dataclass
-class MixUpConfig:
-    """Blending photos in pairs."""
-
-    alpha: float = key(
-        APPLIED, 0.2, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]"
-    )
-
-
-@dataclass
-class HotEMAConfig(EMAConfig):
-    """The hot recipe's."""
-
-    half_life: str = key(APPLIED, "2000ba", "half-life of the averaged weights")
-    update_interval: str = key(APPLIED, "1ba", "time between updates of the average")
-
-
-@dataclass
-class HotSAMConfig(SAMConfig):
-    """The hot recipe's."""
-
-    interval: int = key(APPLIED, 1, "steps between two sharpness-aware ones", "[1, inf)")
-
-
-@dataclass
-class HotMixUpConfig(MixUpConfig):
-    """The hot recipe's."""
-
-    alpha: float = key(
-        APPLIED, 0.5, "the mixing coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]"
-    )
-
-
-@dataclass
-class MildConfig:
-    """The recipe for short runs."""
-
-    max_duration: str = key(APPLIED, "25ep", "duration of the mild recipe")
-    ema: EMAConfig = section(EMAConfig)
-
-
-@dataclass
-class MediumConfig:
-    """The recipe for longer runs."""
-
-    max_duration: str = key(APPLIED, "90ep", "duration of the medium recipe")
-    ema: EMAConfig = section(EMAConfig)
-    sam: SAMConfig = section(SAMConfig)
-    mixup: MixUpConfig = section(MixUpConfig)
-
-
-@dataclass
-class HotConfig:
-    """The recipe for the longest runs."""
-
-    max_duration: str = key(APPLIED, "240ep", "duration of the hot recipe")
-    ema: HotEMAConfig = section(HotEMAConfig)
-    sam: HotSAMConfig = section(HotSAMConfig)
-    mixup: HotMixUpConfig = section(HotMixUpConfig)
-
-
-@dataclass
 class Config:
     """The whole YAML."""
 
@@ -296,8 +189,12 @@ class Config:
         "seed of the weights, the order of the data and the augmentation",
         f"[0, {MAX_SEED}]",
     )
-    max_duration: str = key(APPLIED, "128ep", "duration without a recipe, as in 128ep or 20000ba")
-    recipe_name: str | None = key(COMPARED, None, "mild, medium or hot; empty: the plain baseline")
+    max_duration: str = key(
+        APPLIED, BASELINE.max_duration, "duration without a recipe, as in 128ep or 20000ba"
+    )
+    recipe_name: str | None = key(
+        COMPARED, None, f"{', '.join(RECIPES)}; empty: the plain baseline"
+    )
     device_train_microbatch_size: int | str | None = key(
         APPLIED,
         "auto",
@@ -340,9 +237,9 @@ class Config:
     )
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
-    mild: MildConfig = section(MildConfig)
-    medium: MediumConfig = section(MediumConfig)
-    hot: HotConfig = section(HotConfig)
+    mild: RecipeConfig = section(RECIPES["mild"].section)
+    medium: RecipeConfig = section(RECIPES["medium"].section)
+    hot: RecipeConfig = section(RECIPES["hot"].section)
     loggers: dict[str, Any] = key(
         FREE, dict, f"any of {', '.join(LOGGERS)}, each with its arguments"
     )
@@ -371,34 +268,6 @@ class Config:
         FREE, False, "go on from the newest whole checkpoint in save_folder, if any"
     )
     python_log_level: str | None = key(FREE, "warning", "debug, info, warning or error")
-
-
-def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of all keys by their dotted names, as in `optimizer.lr`."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{prefix}{field.name}"
-        is_section = dataclasses.is_dataclass(value)
-        values |= flatten(value, f"{name}.") if is_section else {name: value}
-    return values
-
-
-def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
-    """Return for each key by its dotted name what a resumed run does with another value.
-
-    Evaluation trains nothing, so all keys of `eval_dataset` are free but those that say what the
-    labels mean.
-    """
-    kinds: dict[str, str] = {}
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            kinds |= on_resume(value, f"{name}.")
-        elif prefix == "eval_dataset." and field.name not in ("ignore_background", "ignore_label"):
-            kinds[name] = FREE
-        else:
-            kinds[name] = field.metadata["on_resume"]
-    return kinds
 
 
 def compared_values(config: Config) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""When a run evaluates, with and without checkpoints."""
+
+from __future__ import annotations
+
+from composer.core import Event, State
+from composer.utils import create_interval_scheduler
+
+
+class EvaluationSchedule:
+    """A schedule of evaluations for Composer's `eval_interval`: every interval, and at the end.
+
+    Args:
+        interval: Time between two evaluations, as a Composer time string.
+
+    Attributes:
+        due: Whether the weights as they are still have to be evaluated.
+        postponed: Whether the run was told to stop. It then leaves evaluations to the run that
+            resumes it.
+    """
+
+    def __init__(self, interval: str) -> None:
+        self.due = False
+        self.postponed = False
+        self._is_time = create_interval_scheduler(
+            interval, checkpoint_events=False, final_events={Event.FIT_END}
+        )
+
+    def __call__(self, state: State, event: Event) -> bool:
+        """Return whether Composer should evaluate now."""
+        if not self._is_time(state, event):
+            return False
+        self.due = True
+        return not self.postponed

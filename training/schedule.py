@@ -1,0 +1,150 @@
+"""The learning-rate schedule of a run, in epochs that survive another batch size."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any, cast
+
+from composer import optim
+from composer.core import State, Time, TimeUnit
+
+from errors import ConfigError
+from training.recipes import BASELINE, RECIPES, recipe_section
+from training.schema import Config
+
+log = logging.getLogger(__name__)
+
+
+class EpochSchedule(optim.ComposerScheduler):
+    """A schedule over epochs that follows the epochs done, whatever a batch was.
+
+    Composer's schedules count batches. After a resume with another batch size or another number of
+    images, an epoch has another number of batches, and the batches done say little about the
+    progress. If neither changed, this is Composer's schedule, to the bit.
+
+    Args:
+        schedule: Composer's.
+        batch_size: Images in a batch over all ranks.
+    """
+
+    def __init__(self, schedule: optim.ComposerScheduler, batch_size: int):
+        self.schedule, self.batch_size = schedule, batch_size
+
+    def __call__(self, state: State, ssr: float = 1.0) -> float:
+        """Return the factor of the learning rate at the state's time."""
+        batch = self.scheduled_batch(state)
+        if batch == state.timestamp.batch.value:
+            return self.schedule(state)
+        return self._at(state, batch, state.timestamp.sample.value)
+
+    def scheduled_batch(self, state: State) -> int:
+        """Return how many of today's batches make up the epochs done, if the run counts epochs."""
+        now, length = state.timestamp, state.dataloader_len
+        assert state.max_duration is not None
+        if length is None or state.max_duration.unit != TimeUnit.EPOCH:
+            return now.batch.value
+        before = now.epoch.value * int(length)
+        if before + now.batch_in_epoch.value == now.batch.value:
+            return now.batch.value
+        return before + -(-now.sample_in_epoch.value // self.batch_size)
+
+    def before_last_batch(self, state: State) -> float:
+        """Return the factor that Composer computes before a batch, for the batch after it."""
+        sample = state.timestamp.sample.value - self.batch_size
+        return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
+
+    def _at(self, state: State, batch: int, sample: int) -> float:
+        moment = SimpleNamespace(
+            timestamp=state.timestamp.copy(batch=batch, sample=sample),
+            max_duration=state.max_duration,
+            dataloader_len=state.dataloader_len,
+        )
+        return self.schedule(cast(State, moment))
+
+
+def resumed_factor(
+    schedule: EpochSchedule, state: State, config: Config, record: Mapping[str, Any] | None
+) -> float | None:
+    """Return the schedule's factor for a resumed run's next step.
+
+    None means that nothing changed, so that the checkpoint's learning rate holds.
+
+    Args:
+        schedule: The run's.
+        state: The trainer's, with a checkpoint loaded.
+        config: The run's.
+        record: The config that the checkpoint records.
+    """
+    ours = json.loads(json.dumps(asdict(config)))
+    keys = ("optimizer", "schedule", "max_duration")
+    is_same = record is not None and all(record.get(key) == ours[key] for key in keys)
+    if is_same and schedule.scheduled_batch(state) == state.timestamp.batch.value:
+        return None
+    return schedule.before_last_batch(state)
+
+
+def build_schedule(config: Config) -> EpochSchedule:
+    """Build the schedule that `config.schedule` names, or the recipe's own."""
+    schedule = config.schedule
+    recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
+    arguments: dict[str, Any] = {
+        "cosine": {"alpha_f": schedule.final},
+        "poly": {"alpha_f": schedule.final, "power": schedule.power},
+        "linear": {"alpha_f": schedule.final},
+        "constant": {},
+    }[name := schedule.name or recipe.schedule]
+    plain, with_warmup = {
+        "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
+        "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),
+        "linear": (optim.LinearScheduler, optim.LinearWithWarmupScheduler),
+        "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
+    }[name]
+    if schedule.warmup.startswith("0"):
+        composers = plain(**arguments)
+    else:
+        composers = with_warmup(schedule.warmup, **arguments)
+    return EpochSchedule(composers, config.train_dataset.batch_size)
+
+
+def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
+    """Return a time string, in `ep`, `ba` or `sp`, in batches."""
+    time = Time.from_timestring(text)
+    per_unit = {
+        TimeUnit.EPOCH: batches_per_epoch,
+        TimeUnit.BATCH: 1,
+        TimeUnit.SAMPLE: 1 / batch_size,
+    }
+    return time.value * per_unit[time.unit]
+
+
+def check_lengths(config: Config, batches_per_epoch: int) -> None:
+    """Compare times that only the length of an epoch makes comparable.
+
+    An average that is evaluated although it will hardly have moved is warned about.
+
+    Raises:
+        ConfigError: The warm-up does not end before the run.
+    """
+
+    def batches(text: str) -> float:
+        return in_batches(text, batches_per_epoch, config.train_dataset.batch_size)
+
+    length = batches(config.max_duration)
+    if batches(config.schedule.warmup) >= length:
+        raise ConfigError(
+            f"schedule.warmup: {config.schedule.warmup} is not less than the run's {length:.0f}ba"
+        )
+    ema = recipe_section(config).ema
+    if ema is not None and batches(ema.half_life) > length:
+        log.warning(
+            "%s.ema.half_life=%s is longer than the run (%dba): evaluation scores the averaged "
+            "weights, which will hardly have moved; a tenth of the run would be %dba",
+            config.recipe_name,
+            ema.half_life,
+            length,
+            max(length // 10, 1),
+        )

@@ -1,0 +1,108 @@
+"""Where a run begins, and the folder that it saves to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from composer.utils import dist
+
+from checkpointing.best import Best
+from checkpointing.evaluations import EvaluationSchedule
+from checkpointing.resume import Start, find_start
+from checkpointing.saver import Checkpoints
+from errors import ConfigError
+from training.config import class_infos
+from training.keys import flatten
+from training.schema import Config, compared_values
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run begins from.
+
+    Args:
+        checkpoint: The file with its first weights, or None for the config's own.
+        state_path: Local path of the checkpoint, if the run resumes its state of training.
+        server_runs: IDs of the runs of W&B and MLflow that a resumed run goes on with.
+    """
+
+    checkpoint: Start | None = None
+    state_path: str | None = None
+    server_runs: Mapping[str, str] = field(default_factory=dict)
+
+
+def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
+    """Build what saves a run's checkpoints, and lock its folder; None without `save_folder`.
+
+    Raises:
+        ConfigError: Another live run writes to the folder, or it cannot be written.
+    """
+    if not config.is_train:
+        return None
+    if not config.save_folder:
+        if dist.get_global_rank() == 0:
+            log.warning(
+                "save_folder is empty: this run keeps no checkpoint, so nothing can resume it"
+            )
+        return None
+    saver = Checkpoints(
+        config.save_folder,
+        config.save_interval,
+        config.save_num_checkpoints_to_keep,
+        config.save_overwrite,
+        config.autoresume,
+        Best(config.best_metric, class_infos(config), config.stop_after),
+        config.save_best,
+        config.run_name,
+        evaluations,
+    )
+    saver.check()
+    return saver
+
+
+def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> RunStart:
+    """Find what a run begins from, and check that its config fits.
+
+    The order: the newest checkpoint in `save_folder` with `autoresume`, then `load_path`, then the
+    weights that `model.backbone_weights` names.
+
+    Args:
+        config: The run's.
+        saver: What saves its checkpoints, if anything does.
+        scratch: Local folder to download to.
+
+    Raises:
+        ConfigError: A checkpoint cannot be read, or the config contradicts its record.
+        WeightsError: `load_path` is damaged.
+    """
+    start = find_start(
+        config.save_folder if config.autoresume else None,
+        config.load_path,
+        config.load_weights_only or not config.is_train,
+        scratch,
+        config.run_name,
+        config.save_overwrite,
+    )
+    if start is None and not config.is_train and config.autoresume:
+        raise ConfigError(
+            f"save_folder: {config.save_folder} holds no checkpoint to evaluate; give load_path"
+        )
+    state_path = start.state_path if start and config.is_train else None
+    if start and (state_path or not config.is_train):
+        compared = compared_values(config)
+        if not config.is_train:
+            compared = {k: v for k, v in compared.items() if k.startswith("model.")}
+        start.check_config(compared, flatten(Config()), class_infos(config))
+
+    resumed = start if state_path else None
+    if saver:
+        saver.claim(resumed and resumed.where, resumed and resumed.weights.run_name)
+    server_runs: Mapping[str, Any] = {}
+    if resumed and resumed.weights.run_name == config.run_name:
+        server_runs = resumed.weights.server_runs
+    return RunStart(start, state_path, server_runs)
