@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from checkpointing.saver import on_first_process
-from dataset.checks import check_labels, check_shard_classes
 from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
 from dataset.description import Description
@@ -42,6 +41,7 @@ from dataset.shards import Shards
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
+from extras.preparation.verify import check_labels, check_shard_classes
 from training.balance import repeat_factors
 from training.config import class_infos, data_sources
 from training.processes import LoaderContext, init_worker
@@ -496,7 +496,9 @@ def check_dataloader() -> None:
     Raises:
         SystemExit: Training on it would fail, or the command line is wrong.
     """
-    from dataset.report import main  # which takes half a second that training need not wait
+    from extras.preparation.check_command import (
+        main,  # which takes half a second that training need not wait
+    )
 
     if status := main(sys.argv[1:], build_ade20k_dataspec):
         sys.exit(status)

@@ -407,7 +407,7 @@ def run(
         return 0 if arguments else 2
     if "--plan" in arguments:
         began = time.perf_counter()
-        from training.plan import main as plan
+        from extras.planning.plan import main as plan
 
         return plan(arguments, build_trainer, build_network, began)
     try:

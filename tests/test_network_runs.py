@@ -128,7 +128,7 @@ def test_a_network_that_cannot_be_exported_is_one_line(
     def fail(*args: Any) -> None:
         raise RuntimeError("no such\noperator")
 
-    monkeypatch.setattr("segmentation.deployed._export_onnx", fail)
+    monkeypatch.setattr("extras.sharing.exporters._export_onnx", fail)
     path = str(run[1] / "latest-rank0.pt")
     assert export.main([path, "--to", "onnx", "--out", str(tmp_path / "m.onnx")]) == 1
     said = capsys.readouterr().err
