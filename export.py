@@ -82,9 +82,9 @@ from extras.sharing.hub import check_repo, push
 from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from files import check_outputs, output_file, output_folder, write_file
 from model import DeepLabV3, build_network, complete
+from networks.base import Network
 from predict import Segmenter
 from segmentation.classes import ClassInfo, rename_classes
-from segmentation.network import Network
 from transforms import resize_image
 
 ONNX = ("onnx", "onnxruntime")

@@ -308,7 +308,7 @@ def _build_model(
     """
     from checkpointing.fitting import load_fitting
     from model import build_composer_model, weight_init
-    from segmentation.network import Network
+    from networks.base import Network
     from transforms import DeviceTransform
 
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": weights}
@@ -381,7 +381,7 @@ def _class_tensors(config: Config, network: torch.nn.Module) -> list[str]:
     Raises:
         ClassError: Another class changes more than a number of rows.
     """
-    from segmentation.network import inner
+    from networks.base import inner
 
     model = replace(config.model, num_classes=config.model.num_classes + 1)
     larger = inner(build_network(replace(config, model=model))).state_dict()

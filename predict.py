@@ -72,7 +72,7 @@ from transforms import resize_image
 
 if TYPE_CHECKING:
     from model import DeepLabV3
-    from segmentation.network import Network
+    from networks.base import Network
 
 log = logging.getLogger(__name__)
 

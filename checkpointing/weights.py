@@ -37,7 +37,7 @@ from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, 
 SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# The same for a network that is not DeepLabV3, and what `segmentation.network.Network` adds.
+# The same for a network that is not DeepLabV3, and what `networks.base.Network` adds.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
 # What other projects call the part of a file that holds averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)

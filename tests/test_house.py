@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("extras", "training", "checkpointing", "dataset", "segmentation")
+PACKAGES = ("extras", "training", "checkpointing", "dataset", "networks", "segmentation")
 COMMANDS = {"main", "model", "data", "transforms", "download_ade20k"}
 COMMANDS |= {"convert_ade20k", "convert_dataset", "evaluate", "predict", "export"}
 SHARED = {"errors", "files", "command_lines"}  # modules of the root that every package may import
 # What each package may import besides those; the root may import everything.
 BELOW = {
-    "extras": {"training", "checkpointing", "dataset", "segmentation"},
-    "training": {"checkpointing", "dataset", "segmentation"},
-    "checkpointing": {"segmentation"},
-    "dataset": {"segmentation"},
+    "extras": {"training", "checkpointing", "dataset", "networks", "segmentation"},
+    "training": {"checkpointing", "dataset", "networks", "segmentation"},
+    "checkpointing": {"networks", "segmentation"},
+    "dataset": {"networks", "segmentation"},
+    "networks": {"segmentation"},
     "segmentation": set(),
     "files": set(),
     "command_lines": {"dataset"},

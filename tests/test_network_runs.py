@@ -22,8 +22,8 @@ from checkpointing.fitting import load_fitting
 from checkpointing.weights import load_weights
 from errors import ConfigError, WeightsError
 from model import build_network, deeplabv3
+from networks.registry import named_network
 from segmentation.classes import load_classes
-from segmentation.networks import named_network
 
 pytestmark = pytest.mark.trains
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from errors import ConfigError, ModelError, one_line
-from segmentation.batch_norm import SyncBatchNorm2d
+from networks.batch_norm import SyncBatchNorm2d
 from training.precision import compiles
 from training.schema import Config
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from errors import ModelError
-from segmentation import libraries
-from segmentation.deeplab import DeepLabV3, head
-from segmentation.depthwise import replace_dilated
-from segmentation.network import Network
-from segmentation.openmmlab import mmseg_network
+from networks import libraries
+from networks.base import Network
+from networks.deeplab import DeepLabV3, head
+from networks.depthwise import replace_dilated
+from networks.mmseg import mmseg_network
 
 
 def named_network(
