@@ -35,16 +35,16 @@ from dataset.description import Description
 from dataset.folders import FOLDERS, Sample, ade20k
 from dataset.folders import list_samples as list_samples  # part of the public interface
 from dataset.labels import IGNORED, Labels
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
 from extras.preparation.verify import check_labels, check_shard_classes
-from training.balance import repeat_factors
+from training.class_weights import repeat_factors
 from training.config import class_infos, data_sources
-from training.processes import LoaderContext, init_worker
+from training.distributed import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
 
@@ -325,7 +325,7 @@ def build_ade20k_dataspec(
             place of `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the photos below which a class is rare, and training takes
-            those that show it more often; see `training.balance.repeat_factors`.
+            those that show it more often; see `training.class_weights.repeat_factors`.
         counts: Of the training masks, where they are known; else they are counted for that.
         source: The split. It takes the place of the arguments that say where the data set is and
             what its masks hold.

@@ -59,7 +59,7 @@ from segmentation.metrics import (
     table_as_csv,
 )
 from training.config import class_infos, load, resolve
-from training.processes import full_shared_memory
+from training.distributed import full_shared_memory
 from training.schema import Config
 
 log = logging.getLogger(__name__)

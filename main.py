@@ -30,8 +30,8 @@ from errors import (
     UserError,
     one_line,
 )
-from training.bounds import check_evaluates
 from training.config import class_infos, data_sources, help_text, load, resolve
+from training.config_checks import check_evaluates
 from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def main(
 
 def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
     from checkpointing.saver import saver_of
-    from training.processes import report_start
+    from training.distributed import report_start
 
     report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
@@ -137,10 +137,10 @@ def build_trainer(
     from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling
     from data import build_data, count_training, last_batch_of
-    from training.balance import class_weights, named, needs_counts
     from training.callbacks import build_callbacks
+    from training.class_weights import class_weights, named, needs_counts
     from training.loggers import build_loggers
-    from training.memory import check_single_images, first_microbatch
+    from training.microbatch import check_single_images, first_microbatch
     from training.optimizer import apply_settings, build_optimizer, settings_of
     from training.precision import (
         check_build_tools,
@@ -306,7 +306,7 @@ def _build_model(
     Returns:
         The config, with all that is needed to build the network again, and the model.
     """
-    from checkpointing.fitting import load_fitting
+    from checkpointing.partial_load import load_fitting
     from model import build_composer_model, weight_init
     from networks.base import Network
     from transforms import DeviceTransform
@@ -416,7 +416,7 @@ def run(
     except ConfigError as error:
         return _refuse(error)
 
-    from training.processes import end_with_launcher
+    from training.distributed import end_with_launcher
     from training.watch import join
 
     end_with_launcher()
@@ -443,7 +443,7 @@ def _run(
     from composer.utils import dist
 
     from training.callbacks import summary
-    from training.processes import explain
+    from training.distributed import explain
 
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)

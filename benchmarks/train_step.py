@@ -56,7 +56,7 @@ from extras.planning.estimate import GPUS, estimate
 from extras.planning.plan import passes
 from model import deeplabv3
 from training.config import resolve
-from training.memory import AUTOCAST, count
+from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 

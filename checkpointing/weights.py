@@ -129,7 +129,8 @@ class _Inert:
 def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
 
-    Of other projects' files the tensors keep their names, which `checkpointing.fitting` compares.
+    Of other projects' files the tensors keep their names, which `checkpointing.partial_load`
+    compares.
 
     A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
     then what is given in any case.

@@ -21,7 +21,7 @@ from run_helpers import file_limit
 import convert_dataset
 from dataset.decoding import decode_image
 from dataset.description import open_description
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import list_described
 from errors import DataError
 from extras.preparation import check_command

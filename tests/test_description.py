@@ -35,7 +35,7 @@ from dataset.description import (
     unpack,
 )
 from dataset.labels import Labels
-from dataset.masks import Masks, UnknownValues
+from dataset.mask_decoder import Masks, UnknownValues
 from dataset.matching import find_samples
 from errors import ConfigError, DataError, UserError
 from extras.preparation import check_command

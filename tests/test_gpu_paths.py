@@ -47,7 +47,7 @@ from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictio
 from training.algorithms import EMA, MixUp, _climbed
 from training.composer_internals import ClosureGradScaler, EMAParameters
 from training.config import resolve
-from training.memory import CONTEXT, count
+from training.microbatch import CONTEXT, count
 from training.optimizer import DecoupledSGDW
 from training.precision import check_kernels, choose_precision
 from transforms import DeviceTransform

@@ -18,7 +18,7 @@ import evaluate
 import export
 import main
 import predict
-from checkpointing.fitting import load_fitting
+from checkpointing.partial_load import load_fitting
 from checkpointing.weights import load_weights
 from errors import ConfigError, WeightsError
 from model import build_network, deeplabv3

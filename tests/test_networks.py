@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import predict
-from checkpointing.fitting import load_fitting
+from checkpointing.partial_load import load_fitting
 from checkpointing.weights import load_weights, save_weights
 from errors import ConfigError, ModelError, UserError, WeightsError
 from model import build_composer_model, deeplabv3

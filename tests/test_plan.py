@@ -23,7 +23,7 @@ from extras.planning.measure import _store
 from extras.planning.plan import lengths, passes
 from model import build_composer_deeplabv3, deeplabv3
 from training.config import resolve
-from training.memory import GIB, Footprint, count, first_microbatch, fitting
+from training.microbatch import GIB, Footprint, count, first_microbatch, fitting
 from training.schema import Config
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -98,7 +98,7 @@ def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ModelError, match=r"cannot be counted without data: .*"):
         count(Thresholds(3, 5, 1), SIZE, None)
-    monkeypatch.setattr("training.memory.free_memory", lambda device: pytest.fail("was asked"))
+    monkeypatch.setattr("training.microbatch.free_memory", lambda device: pytest.fail("was asked"))
     device: Any = None
     assert first_microbatch(Thresholds(3, 5, 1), Config(), "fp32", 24, device) == 24
     frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))

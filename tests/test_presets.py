@@ -17,7 +17,7 @@ from PIL import Image
 import main as program
 from data import build_ade20k_dataspec
 from dataset.description import parse_description, read_description
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import list_described
 from extras.preparation import check_command
 from training.config import resolve

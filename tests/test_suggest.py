@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import build_ade20k_dataspec
 from dataset.description import Description, open_description, parse_description
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
 from errors import DataError, OutputError
 from extras.preparation import check_command

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigError
-from training.bounds import check, lookup, times, world_size
+from training.config_checks import check, lookup, times, world_size
 from training.schema import RECIPES, Config, EvalDatasetConfig, TrainDatasetConfig, flatten
 from training.yaml_text import quote_text
 

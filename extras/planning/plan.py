@@ -36,9 +36,9 @@ from errors import ConfigError, UserError, whole
 from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
 from extras.planning.plan_text import text
-from training.balance import repeat_factors
+from training.class_weights import repeat_factors
 from training.config import data_sources, load, resolve
-from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
+from training.microbatch import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.precision import choose_precision, compiles, devices
 from training.recipes import in_batches
 from training.schema import Config

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from command_lines import parse_data
-from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from dataset.color_jitter import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.description import SPLITS, is_description, open_description
 from dataset.folders import ade20k
 from dataset.labels import Labels
