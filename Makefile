@@ -17,7 +17,7 @@ export VENV TORCH PYTHON
 .PHONY: demo test check lint quick install lock image
 
 demo: $(VENV)/.train
-	@$(PY) -m dataset.synthetic demo/data
+	@$(PY) -m extras.preparation.synthetic demo/data
 	@$(PY) main.py yamls/demo.yaml
 	@echo
 	@echo 'Next, segment an image of yours, or describe a folder of yours for training:'

@@ -45,7 +45,7 @@ from streaming.base.util import bytes_to_int
 from dataset.decoding import decode_mask, decode_photo
 from dataset.description import as_yaml, describe_labels, open_description
 from dataset.folders import FOLDERS, Sample, ade20k
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.shards import DESCRIPTION, cached_shards, is_missing, open_shards, read_shard
 from dataset.source import DataSource
 from dataset.workers import available_cores, map_chunks

@@ -36,8 +36,14 @@ import yaml
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec
-from dataset import report
-from dataset.annotations import (
+from dataset.decoding import decode_mask
+from dataset.description import as_yaml
+from dataset.labels import IGNORED, Labels
+from dataset.mask_decoder import Masks, Segments
+from dataset.workers import CHUNK, map_chunks
+from errors import DataError, UserError, one_line
+from extras.preparation import check_command
+from extras.preparation.annotations import (
     BACKGROUND_NAME,
     IGNORED_NAME,
     MALFORMED,
@@ -50,12 +56,6 @@ from dataset.annotations import (
     read_annotations,
     reading,
 )
-from dataset.decoding import decode_mask
-from dataset.description import as_yaml
-from dataset.labels import IGNORED, Labels
-from dataset.masks import Masks, Segments
-from dataset.workers import CHUNK, map_chunks
-from errors import DataError, UserError, one_line
 from files import explain_output, output_folder, write_file
 
 DESCRIPTION = "data.yaml"
@@ -461,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"written to {file}; checking it", file=sys.stderr)
-    return report.main([str(file)], build_ade20k_dataspec)
+    return check_command.main([str(file)], build_ade20k_dataspec)
 
 
 if __name__ == "__main__":

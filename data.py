@@ -29,22 +29,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from checkpointing.saver import on_first_process
-from dataset.checks import check_labels, check_shard_classes
 from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
 from dataset.description import Description
 from dataset.folders import FOLDERS, Sample, ade20k
 from dataset.folders import list_samples as list_samples  # part of the public interface
 from dataset.labels import IGNORED, Labels
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.shards import Shards
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
-from training.balance import needs_counts, repeat_factors
+from extras.preparation.verify import check_labels, check_shard_classes
+from training.class_weights import needs_counts, repeat_factors
 from training.config import class_infos, data_sources
-from training.processes import LoaderContext, init_worker
+from training.distributed import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
 
@@ -325,7 +325,7 @@ def build_ade20k_dataspec(
             place of `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the photos below which a class is rare, and training takes
-            those that show it more often; see `training.balance.repeat_factors`.
+            those that show it more often; see `training.class_weights.repeat_factors`.
         counts: Of the training masks, where they are known; else they are counted for that.
         source: The split. It takes the place of the arguments that say where the data set is and
             what its masks hold.
@@ -517,7 +517,9 @@ def check_dataloader() -> None:
     Raises:
         SystemExit: Training on it would fail, or the command line is wrong.
     """
-    from dataset.report import main  # which takes half a second that training need not wait
+    from extras.preparation.check_command import (
+        main,  # which takes half a second that training need not wait
+    )
 
     if status := main(sys.argv[1:], build_ade20k_dataspec):
         sys.exit(status)

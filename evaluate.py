@@ -37,7 +37,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec, open_dataset
-from dataset.checks import shard_classes
 from dataset.description import parse_description, read_description
 from dataset.folders import ade20k
 from dataset.labels import Labels
@@ -45,6 +44,7 @@ from dataset.shards import DESCRIPTION
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import ConfigError, UserError, exit_status
+from extras.preparation.verify import shard_classes
 from files import check_outputs, check_writable, write_file
 from predict import Segmenter, segmenter_from
 from segmentation.classes import label_warning, match_classes
@@ -59,7 +59,7 @@ from segmentation.metrics import (
     table_as_csv,
 )
 from training.config import class_infos, load, resolve
-from training.processes import full_shared_memory
+from training.distributed import full_shared_memory
 from training.schema import Config
 
 log = logging.getLogger(__name__)

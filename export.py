@@ -12,8 +12,8 @@
 | `torchscript` | `torch.jit.load`                     | PyTorch                       |
 | `pt2`         | `torch.export.load`                  | PyTorch                       |
 | `safetensors` | `checkpointing.weights.load_weights` | this code; to train on        |
-| `web`         | a browser, from any static host      | segmentation/web.py tells     |
-| `hub`         | any of these, from Hugging Face      | segmentation/card.py tells    |
+| `web`         | a browser, from any static host      | extras/sharing/web.py tells   |
+| `hub`         | any of these, from Hugging Face      | extras/sharing/card.py tells  |
 
 The first three take `image`, (N, 3, H, W) uint8 RGB of any N, H and W, and give `logits`,
 (N, C, H, W) float32; normalisation and upsampling are inside. All have metadata: `classes`, a JSON
@@ -48,7 +48,6 @@ import yaml
 from torch import Tensor
 
 import evaluate
-from checkpointing.hub import check_repo, push
 from checkpointing.stores import checkpoint_in
 from checkpointing.weights import (
     Weights,
@@ -65,10 +64,7 @@ from errors import (
     exit_status,
     one_line,
 )
-from files import check_outputs, output_file, output_folder, write_file
-from model import DeepLabV3, build_network, complete
-from predict import Segmenter
-from segmentation.card import (
+from extras.sharing.card import (
     CARD,
     PICTURE,
     Card,
@@ -81,10 +77,14 @@ from segmentation.card import (
     seconds_a_photo,
     write_card,
 )
+from extras.sharing.exporters import Deployed, export
+from extras.sharing.hub import check_repo, push
+from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
+from files import check_outputs, output_file, output_folder, write_file
+from model import DeepLabV3, build_network, complete
+from networks.base import Network
+from predict import Segmenter
 from segmentation.classes import ClassInfo, rename_classes
-from segmentation.deployed import Deployed, export
-from segmentation.network import Network
-from segmentation.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from transforms import resize_image
 
 ONNX = ("onnx", "onnxruntime")
@@ -255,7 +255,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
 
 
 def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> None:
-    """Write the page of segmentation/web.py."""
+    """Write the page of extras/sharing/web.py."""
     photos = options.photo
     if len(source.classes) > 256:
         raise UserError("the page's masks have 8 bits, for 256 classes")

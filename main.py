@@ -40,12 +40,13 @@ from checkpointing.weights import guarded_unpickling
 from data import build_run_data, device_transforms, last_batch_of
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
-from training.balance import class_weights, named
-from training.bounds import check_evaluates, per_process
 from training.callbacks import build_callbacks, start_lines, summary
+from training.class_weights import class_weights, named
 from training.config import class_infos, resolve
+from training.config_checks import check_evaluates, per_process
+from training.distributed import end_with_launcher, explain, report_start
 from training.loggers import build_loggers, console_options, log_config
-from training.memory import check_single_images, choose_microbatch
+from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
 from training.precision import (
     Precision,
@@ -55,7 +56,6 @@ from training.precision import (
     compile_network,
     compiles,
 )
-from training.processes import end_with_launcher, explain, report_start
 from training.recipes import build_algorithms
 from training.schedule import build_schedule, check_lengths, resumed_factor
 from training.schema import Config
@@ -307,7 +307,7 @@ def run(
 
 def run_plan(arguments: list[str]) -> int:
     """Print what a run would take, without running it; return the exit status."""
-    from training.plan import main as plan
+    from extras.planning.plan import main as plan
 
     return plan(arguments, build_trainer)
 

@@ -22,13 +22,13 @@ from torchmetrics import Metric, MetricCollection
 
 from checkpointing.weights import Weights, infer_architecture
 from errors import WeightsError
-from segmentation.batch_norm import count_batches, stop_counting
-from segmentation.deeplab import DeepLabV3, deeplabv3, weight_init
-from segmentation.libraries import foreign_arguments
+from networks.base import Network, current_names, inner, main_logits
+from networks.batch_norm import count_batches, stop_counting
+from networks.deeplab import DeepLabV3, deeplabv3, weight_init
+from networks.libraries import foreign_arguments
+from networks.registry import create_network, named_network
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
-from segmentation.network import Network, current_names, inner, main_logits
-from segmentation.networks import create_network, named_network
 
 NETWORK_KEYS = (
     "num_classes",

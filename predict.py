@@ -56,10 +56,7 @@ from errors import (
     exit_status,
     one_line,
 )
-from files import check_outputs, explain_output, write_image
-from segmentation.classes import ClassInfo, rename_classes
-from segmentation.drawing import VideoOverlay, draw_overlay
-from segmentation.video import (
+from extras.video import (
     VIDEO_SUFFIXES,
     Camera,
     Frame,
@@ -68,11 +65,14 @@ from segmentation.video import (
     load_pyav,
     read_comment,
 )
+from files import check_outputs, explain_output, write_image
+from segmentation.classes import ClassInfo, rename_classes
+from segmentation.drawing import VideoOverlay, draw_overlay
 from transforms import resize_image
 
 if TYPE_CHECKING:
     from model import DeepLabV3
-    from segmentation.network import Network
+    from networks.base import Network
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.colors import (
+from dataset.color_jitter import (
     IMAGENET_CHANNEL_MEAN,
     IMAGENET_CHANNEL_STD,
     distort_colors,

@@ -2,13 +2,13 @@
 
     python -m benchmarks.counted                    # the working tree, a minute
     python -m benchmarks.counted --commit 98f566d   # a commit's files
-    python -m benchmarks.counted --memory           # besides: how far off training/memory.py is
+    python -m benchmarks.counted --memory           # besides: how far off training/microbatch.py is
 
 A launch is an operation of PyTorch that is no view, run on tensors without data; what is compiled
 is counted as the loops that Inductor makes of it on a CPU. Bytes are those of operands and results,
 of a batch of 16 at 512 pixels. `--memory` compares an image's share of a pass at its peak, as
-training/memory.py counts it, with what AOTAutograd's partition of the compiled network keeps for
-the way back, which leaves out what operations take while they run.
+training/microbatch.py counts it, with what AOTAutograd's partition of the compiled network keeps
+for the way back, which leaves out what operations take while they run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compiled_transform(result: Any) -> tuple[int, float]:
     """Count Inductor's loops for one image, and what they move for all."""
     from torch._inductor import config, metrics
 
-    imported("dataset.colors")._any = lambda change: True  # as on a GPU
+    imported("dataset.color_jitter", "dataset.colors")._any = lambda change: True  # as on a GPU
     raw = torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     numbers = [torch.full((), number) for number in (17, 0)]
     torch._dynamo.reset()
@@ -109,7 +109,7 @@ def kept(arch: str, size: int, budget: float) -> tuple[float, float]:
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    memory = imported("training.memory")
+    memory = imported("training.microbatch", "training.memory")
     with torch.device("meta"):
         network: nn.Module = imported("model").deeplabv3(150, arch)
         network.upsample = False  # pyright: ignore[reportArgumentType]

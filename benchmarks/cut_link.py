@@ -184,7 +184,7 @@ def node(settings: str) -> int:
 @contextmanager
 def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
     """Make a folder, and the config of a run of 40 steps on photos in it."""
-    from dataset.synthetic import make
+    from extras.preparation.synthetic import make
 
     with tempfile.TemporaryDirectory() as folder:
         make(f"{folder}/folders", training=16, validation=4, size=48)

@@ -22,9 +22,9 @@ import torch
 
 from errors import one_line
 from model import ComposerDeepLabV3, build_composer_model
-from segmentation.network import Network
-from segmentation.networks import named_network
-from segmentation.openmmlab import configs
+from networks.base import Network
+from networks.mmseg import configs
+from networks.registry import named_network
 from training.optimizer import DecoupledSGDW
 
 CLASSES = 11

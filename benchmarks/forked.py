@@ -118,7 +118,7 @@ def shrink(
     import torchvision.models.resnet as resnet
 
     from checkpointing import weights
-    from segmentation import deeplab
+    from networks import deeplab
 
     head = deeplab.DepthwiseSeparableASPPHead
 

@@ -89,7 +89,7 @@ def measure(arch: str, size: int) -> dict[str, Any]:
     from model import build_composer_deeplabv3
 
     try:
-        from segmentation.batch_norm import share_statistics
+        from networks.batch_norm import share_statistics
     except ImportError:
         share_statistics = None
     model = build_composer_deeplabv3(150, arch, sync_bn=False, dice_weight=1.0, upsample=False)

@@ -60,7 +60,7 @@ def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, 
 def make_data(folder: str) -> None:
     """Make the photos, as folders and as shards."""
     from convert_ade20k import main as convert
-    from dataset.synthetic import make
+    from extras.preparation.synthetic import make
 
     make(f"{folder}/folders", training=24, validation=6, size=48)
     arguments = ["--path", f"{folder}/folders", "--out", f"{folder}/shards"]

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import kill_resume
 from benchmarks.commits import unpack
 from benchmarks.kill_resume import RECIPES, tensors
-from dataset.synthetic import make
+from extras.preparation.synthetic import make
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOCOLS = ("paper", "square")

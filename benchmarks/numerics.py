@@ -34,7 +34,7 @@ from benchmarks.device_transform import make_batch
 from benchmarks.kill_resume import largest_difference
 from benchmarks.numbers import make_config
 from benchmarks.train_step import never_evaluate, release
-from dataset.synthetic import make
+from extras.preparation.synthetic import make
 from training.config import resolve
 from training.pictures import Curves
 from transforms import DeviceTransform

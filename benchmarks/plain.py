@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data import build_data
 from model import deeplabv3, weight_init
-from segmentation.depthwise import DilatedDepthwiseConv2d
+from networks.depthwise import DilatedDepthwiseConv2d
 from training.recipes import build_recipe
 from training.schema import Config
 

@@ -26,7 +26,7 @@ import torch
 import main
 status = main.run(sys.argv[2:])
 if torch.cuda.is_available():
-    from training.measure import peak_memory
+    from extras.planning.measure import peak_memory
     most = peak_memory()
 else:
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = list(args.overrides)
         if args.config == str(DEMO):
-            from dataset.synthetic import make
+            from extras.preparation.synthetic import make
 
             make(f"{folder}/data")
             overrides += [f"{section}.path={folder}/data" for section in SECTIONS]

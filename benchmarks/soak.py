@@ -85,7 +85,7 @@ class World:
 
     def _make_data(self) -> None:
         from convert_ade20k import main as convert
-        from dataset.synthetic import make
+        from extras.preparation.synthetic import make
 
         make(str(self.folder / "photos"), training=240, validation=16, size=64)
         self.data = f"s3://{BUCKET}/shards"

@@ -52,11 +52,11 @@ from benchmarks import plain
 from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
 from data import build_data
+from extras.planning.estimate import GPUS, estimate
+from extras.planning.plan import passes
 from model import deeplabv3
 from training.config import resolve
-from training.estimate import GPUS, estimate
-from training.memory import AUTOCAST, count
-from training.plan import passes
+from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
@@ -269,7 +269,7 @@ def operations(args: argparse.Namespace) -> int:
 
 
 def data_sheet(name: str) -> str | None:
-    """Return the name that `training.estimate` has for a GPU of CUDA's name."""
+    """Return the name that `extras.planning.estimate` has for a GPU of CUDA's name."""
     short = re.sub("[ -]|SXM[0-9]|PCIE", "", name)
     known = [gpu for gpu in GPUS if gpu.replace("-", "") in short]
     return max(known, key=len, default=None)

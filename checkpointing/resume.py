@@ -25,8 +25,8 @@ from checkpointing.stores import (
 )
 from checkpointing.weights import Weights, check_checkpoint, infer_architecture, load_weights
 from errors import ClassError, ConfigError, WeightsError, one_line
+from networks.base import inner
 from segmentation.classes import ClassInfo, first_difference, match_classes
-from segmentation.network import inner
 
 log = logging.getLogger(__name__)
 

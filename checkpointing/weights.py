@@ -37,7 +37,7 @@ from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, 
 SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# The same for a network that is not DeepLabV3, and what `segmentation.network.Network` adds.
+# The same for a network that is not DeepLabV3, and what `networks.base.Network` adds.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
 # What other projects call the part of a file that holds averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
@@ -129,7 +129,8 @@ class _Inert:
 def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
 
-    Of other projects' files the tensors keep their names, which `checkpointing.fitting` compares.
+    Of other projects' files the tensors keep their names, which `checkpointing.partial_load`
+    compares.
 
     A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
     then what is given in any case.

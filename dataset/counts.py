@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.source import Chunk, DataSource
 from dataset.workers import map_chunks
 from errors import DataError

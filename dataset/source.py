@@ -10,7 +10,7 @@ from pathlib import Path
 from dataset.description import Description
 from dataset.folders import ade20k
 from dataset.labels import Labels
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import list_splits, require
 from dataset.paths import Sample, find_root
 from dataset.samples import Listing, Samples

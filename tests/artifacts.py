@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from checkpointing.weights import save_weights
-from dataset.synthetic import TEXTURES, make
+from extras.preparation.synthetic import TEXTURES, make
 from model import DeepLabV3, deeplabv3
 from segmentation.classes import load_classes
 

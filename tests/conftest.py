@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from benchmarks.forked import shrink
-from dataset.synthetic import make
+from extras.preparation.synthetic import make
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 

@@ -28,7 +28,7 @@ from dataset.source import DataSource, ShardOptions
 from errors import ConfigError, DataError
 from model import ComposerDeepLabV3
 from segmentation.losses import segmentation_loss
-from training.balance import auto_weights, class_weights, repeat_factors
+from training.class_weights import auto_weights, class_weights, repeat_factors
 from training.config import resolve
 
 

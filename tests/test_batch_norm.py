@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from segmentation.batch_norm import (
+from networks.batch_norm import (
     SyncBatchNorm2d,
     count_batches,
     share_statistics,

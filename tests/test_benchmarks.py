@@ -40,7 +40,7 @@ from benchmarks.forked import shrink
 from benchmarks.stopwatch import PARTS
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
-from segmentation.depthwise import DilatedDepthwiseConv2d
+from networks.depthwise import DilatedDepthwiseConv2d
 from training.schema import Config, ModelConfig
 
 pytestmark = pytest.mark.trains

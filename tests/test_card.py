@@ -18,9 +18,9 @@ from PIL import Image
 
 import export
 from checkpointing.weights import load_weights, save_weights
+from extras.sharing.card import CARD, MARK
 from model import deeplabv3
 from predict import Segmenter
-from segmentation.card import CARD, MARK
 from segmentation.classes import load_classes
 from training.config import load, resolve
 
@@ -204,8 +204,8 @@ def test_no_network(
 def test_a_token_that_may_not_write(
     the_hub: Hub, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from checkpointing.hub import push
     from errors import UserError
+    from extras.sharing.hub import push
 
     the_hub.writable = False
     with pytest.raises(UserError, match=r"may the token write there\? the hub says 403") as caught:

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from errors import ClassError, ConfigError
 from training import config
-from training.bounds import check_evaluates
 from training.config import load, resolve
+from training.config_checks import check_evaluates
 
 YAMLS = Path(__file__).parent.parent / "yamls"
 

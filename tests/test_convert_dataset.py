@@ -19,13 +19,13 @@ from PIL import Image
 from run_helpers import file_limit
 
 import convert_dataset
-from dataset import report
-from dataset.annotations import Shape, draw, photo_size, read_annotations
 from dataset.decoding import decode_image
 from dataset.description import open_description
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import list_described
 from errors import DataError
+from extras.preparation import check_command
+from extras.preparation.annotations import Shape, draw, photo_size, read_annotations
 
 pytest.importorskip("pycocotools")
 pytestmark = pytest.mark.processes
@@ -37,7 +37,7 @@ COUNT = 8
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
-"""segmentation/depthwise.py against PyTorch's convolution in fp64."""
+"""networks/depthwise.py against PyTorch's convolution in fp64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from segmentation import depthwise
-from segmentation.depthwise import DilatedDepthwiseConv2d
+from networks import depthwise
+from networks.depthwise import DilatedDepthwiseConv2d
 
 CHANNELS = 80  # a chunk of 64 and a rest
 

@@ -23,7 +23,7 @@ import main as program
 from checkpointing.weights import load_weights
 from convert_ade20k import convert
 from data import build_ade20k_dataspec, build_data
-from dataset import decoding, report
+from dataset import decoding
 from dataset.decoding import decode_colors
 from dataset.description import (
     as_yaml,
@@ -35,15 +35,16 @@ from dataset.description import (
     unpack,
 )
 from dataset.labels import Labels
-from dataset.masks import Masks, UnknownValues
+from dataset.mask_decoder import Masks, UnknownValues
 from dataset.matching import find_samples
-from dataset.suggest import suggest
-from dataset.synthetic import TEXTURES, make
 from errors import ConfigError, DataError, UserError
+from extras.preparation import check_command
+from extras.preparation.suggest import suggest
+from extras.preparation.synthetic import TEXTURES, make
 from segmentation.classes import load_classes
 from training.config import class_infos, load, resolve
 
-check = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
+check = functools.partial(check_command.main, build_dataspec=build_ade20k_dataspec)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_a_layout_gives_the_batches_of_ade20ks(
 def test_each_layout_is_checked(
     layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     assert check([str(laid_out[layout]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["problems"] and not found["oddities"]
@@ -195,7 +196,7 @@ def test_shards_hold_the_merged_labels(
     for layout in ("merged", "colors"):
         out = tmp_path / layout
         assert convert(str(laid_out[layout]), str(out), workers=1) == {"train": 9, "val": 4}
-        beside = report.find_source(str(out), None, Labels())
+        beside = check_command.find_source(str(out), None, Labels())
         assert beside.path == str(out) and beside.shards is not None
         assert [info.name for info in beside.description.classes] == NAMES
         spec = {"is_streaming": True, "path": str(out)}
@@ -632,7 +633,7 @@ def test_a_suggestion_needs_no_edit(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     file = tmp_path / "found.yaml"
     folder = laid_out[layout].parent
     assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0

@@ -19,7 +19,7 @@ import predict
 from checkpointing.weights import check_checkpoint, load_weights
 from errors import ClassError, WeightsError
 from model import build_network, complete
-from segmentation.network import Network
+from networks.base import Network
 
 LRASPP = "torchvision:lraspp_mobilenet_v3_large"
 STATE = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2)}

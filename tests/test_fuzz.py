@@ -41,12 +41,12 @@ import predict
 from checkpointing.resume import newest_checkpoint
 from checkpointing.weights import load_weights, save_weights
 from data import build_ade20k_dataspec, check_dataloader
-from dataset import report
 from dataset.decoding import decode_colors, decode_image, decode_mask, decode_photo
 from dataset.description import parse_description, read_description
 from dataset.shards import Shards
-from dataset.synthetic import make
 from errors import ConfigError, DataError, UserError, escape_names
+from extras.preparation import check_command
+from extras.preparation.synthetic import make
 from model import deeplabv3
 from predict import Segmenter
 from segmentation.classes import load_classes
@@ -253,7 +253,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dic
 def call(command: str, words: list[str]) -> int:
     """Run a command here; return its exit status."""
     run: dict[str, Callable[[list[str]], int]] = COMMANDS | {
-        "data": lambda words: report.main(words, build_ade20k_dataspec),
+        "data": lambda words: check_command.main(words, build_ade20k_dataspec),
         "convert_dataset": convert_dataset.main,
         "plan": program.run,
     }
@@ -279,7 +279,7 @@ def test_any_value_of_any_option(
     """Given what it needs, a command does it or says in a line why not."""
     place = Path(tempfile.mkdtemp(dir=tmp_path))  # a place for each case
     monkeypatch.chdir(place)
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     words = BASE[command].split()
     for option in data.draw(st.lists(st.sampled_from(OPTIONS[command].split()), max_size=2)):
         words += [option, data.draw(OPTION_VALUES)]
@@ -601,7 +601,7 @@ def test_harmed_annotations(
     change: Callable[[bytes], bytes],
 ) -> None:
     """They are converted to masks that can be trained on, or a line says why not."""
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     place = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(annotations, place, dirs_exist_ok=True)
     source = place / kind

@@ -47,7 +47,7 @@ from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictio
 from training.algorithms import EMA, MixUp, _climbed
 from training.composer_internals import ClosureGradScaler, EMAParameters
 from training.config import resolve
-from training.memory import CONTEXT, count
+from training.microbatch import CONTEXT, count
 from training.optimizer import DecoupledSGDW
 from training.precision import check_kernels, choose_precision
 from transforms import DeviceTransform
@@ -320,8 +320,8 @@ def test_a_plan_measures_a_gpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9 * 2**30)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr("training.plan.get_device", lambda _: PretendedGPU())
-    monkeypatch.setattr("training.measure.LOADER_SECONDS", 0.1)
+    monkeypatch.setattr("extras.planning.plan.get_device", lambda _: PretendedGPU())
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(tiny | {"precision": "auto"}))  # which is YAML
     assert program.run([str(file), "--plan", "--json"]) == 0

@@ -431,7 +431,10 @@ def test_make_installs_once(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(RECORDER)
         (tmp_path / name).chmod(0o755)
-    demo = [".venv  python -m dataset.synthetic demo/data", ".venv  python main.py yamls/demo.yaml"]
+    demo = [
+        ".venv  python -m extras.preparation.synthetic demo/data",
+        ".venv  python main.py yamls/demo.yaml",
+    ]
     assert make(tmp_path, "demo") == [".venv  install.sh ", *demo]
     assert make(tmp_path, "demo") == demo
     assert make(tmp_path, "test")[0] == ".venv  install.sh dev"

@@ -54,7 +54,7 @@ def test_a_logger_that_cannot_start_is_one_line_before_training(
 ) -> None:
     error = ServiceError("503\nService Unavailable.")
     monkeypatch.setitem(loggers_module.CLASSES, name, lambda: Failing(step, error))
-    monkeypatch.setattr("training.bounds.importlib.util.find_spec", lambda package: True)
+    monkeypatch.setattr("training.config_checks.importlib.util.find_spec", lambda package: True)
     tiny["loggers"] = {name: {}}
     with pytest.raises(ConfigError) as caught:
         build_trainer(resolve(tiny))

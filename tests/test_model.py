@@ -23,11 +23,11 @@ import model as model_module
 import segmentation
 from errors import ModelError
 from model import ComposerDeepLabV3, build_composer_deeplabv3, deeplabv3, weight_init
+from networks.base import cross_entropy
+from networks.batch_norm import SyncBatchNorm2d
+from networks.pooling import ImagePool
 from segmentation import losses
-from segmentation.batch_norm import SyncBatchNorm2d
 from segmentation.losses import MixedTarget
-from segmentation.network import cross_entropy
-from segmentation.pooling import ImagePool
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -18,12 +18,12 @@ import evaluate
 import export
 import main
 import predict
-from checkpointing.fitting import load_fitting
+from checkpointing.partial_load import load_fitting
 from checkpointing.weights import load_weights
 from errors import ConfigError, WeightsError
 from model import build_network, deeplabv3
+from networks.registry import named_network
 from segmentation.classes import load_classes
-from segmentation.networks import named_network
 
 pytestmark = pytest.mark.trains
 
@@ -128,7 +128,7 @@ def test_a_network_that_cannot_be_exported_is_one_line(
     def fail(*args: Any) -> None:
         raise RuntimeError("no such\noperator")
 
-    monkeypatch.setattr("segmentation.deployed._export_onnx", fail)
+    monkeypatch.setattr("extras.sharing.exporters._export_onnx", fail)
     path = str(run[1] / "latest-rank0.pt")
     assert export.main([path, "--to", "onnx", "--out", str(tmp_path / "m.onnx")]) == 1
     said = capsys.readouterr().err

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import nn
 
 import predict
-from checkpointing.fitting import load_fitting
+from checkpointing.partial_load import load_fitting
 from checkpointing.weights import load_weights, save_weights
 from errors import ConfigError, ModelError, UserError, WeightsError
 from model import build_composer_model, deeplabv3
+from networks.base import Network, backbone_of, current_names
+from networks.registry import named_network
 from segmentation.losses import MixedTarget
-from segmentation.network import Network, backbone_of, current_names
-from segmentation.networks import named_network
 from training.config import resolve
 
 pytestmark = pytest.mark.trains

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from errors import ModelError
-from segmentation import openmmlab, openmmlab_operators
-from segmentation.networks import named_network
-from segmentation.openmmlab_operators import (
+from networks import mmseg, mmseg_operators
+from networks.mmseg_operators import (
     COLLECT,
     DISTRIBUTE,
     EXTENSION,
@@ -24,6 +23,7 @@ from segmentation.openmmlab_operators import (
     provide_extension,
     psa_mask,
 )
+from networks.registry import named_network
 
 SHAPES = [
     pytest.param((1, 1), (1, 1), id="one place"),
@@ -130,8 +130,8 @@ def test_psa_mask_is_replaced_only_where_the_operator_is_missing(
     from mmcv.ops import psa_mask as module
 
     monkeypatch.setattr(module, "psa_mask", "the operator")
-    monkeypatch.setattr(openmmlab_operators, "lacks_operators", lambda: not compiled)
-    openmmlab_operators.replace_psa_mask()
+    monkeypatch.setattr(mmseg_operators, "lacks_operators", lambda: not compiled)
+    mmseg_operators.replace_psa_mask()
     assert module.psa_mask == ("the operator" if compiled else psa_mask)
 
 
@@ -148,7 +148,7 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
 def test_a_network_that_needs_an_operator_is_refused_before_training(
     arguments: dict[str, Any], where: str
 ) -> None:
-    openmmlab.import_mmseg()
+    mmseg.import_mmseg()
     if not isinstance(sys.modules[EXTENSION], MissingOperators):
         pytest.skip("this mmcv-full has compiled operators")
     network = named_network("mmseg:fcn/fcn_r50-d8_512x512_80k_ade20k", 3, arguments)
@@ -176,7 +176,7 @@ def test_operators_that_mmcv_lacks_on_gpus(
 ) -> None:
     assert named_network(f"mmseg:{name}", 3, arguments).name == f"mmseg:{name}"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(openmmlab, "lacks_operators", lambda: True)
+    monkeypatch.setattr(mmseg, "lacks_operators", lambda: True)
     if part is None:
         named_network(f"mmseg:{name}", 3, arguments)
     else:

@@ -18,12 +18,12 @@ import main as program
 from benchmarks.train_step import release, standing_bytes
 from data import build_data
 from errors import ModelError
+from extras.planning.estimate import GPUS, estimate
+from extras.planning.measure import _store
+from extras.planning.plan import lengths, passes
 from model import build_composer_deeplabv3, deeplabv3
 from training.config import resolve
-from training.estimate import GPUS, estimate
-from training.measure import _store
-from training.memory import GIB, Footprint, count, first_microbatch, fitting
-from training.plan import lengths, passes
+from training.microbatch import GIB, Footprint, count, first_microbatch, fitting
 from training.schema import Config
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -98,7 +98,7 @@ def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ModelError, match=r"cannot be counted without data: .*"):
         count(Thresholds(3, 5, 1), SIZE, None)
-    monkeypatch.setattr("training.memory.free_memory", lambda device: pytest.fail("was asked"))
+    monkeypatch.setattr("training.microbatch.free_memory", lambda device: pytest.fail("was asked"))
     device: Any = None
     assert first_microbatch(Thresholds(3, 5, 1), Config(), "fp32", 24, device) == 24
     frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
@@ -192,7 +192,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
 def test_a_run_is_planned_here_and_nothing_is_left(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.measure.LOADER_SECONDS", 0.2)
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.2)
     for recipe in (None, "medium"):
         override = [f"recipe_name={recipe}", "max_duration=3ep"] if recipe else []
         status, found = plan(capsys, str(config), *override, "--price", "2")
@@ -220,7 +220,7 @@ def test_a_run_is_planned_here_and_nothing_is_left(
 def test_the_screen(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.measure.LOADER_SECONDS", 0.2)
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.2)
     assert program.run([str(config), "--plan"]) == 0
     screen = capsys.readouterr().out
     assert len(screen.splitlines()) < 24
@@ -284,7 +284,7 @@ def test_what_does_not_fit(
     large = "train_dataset.final_size=8192"
     status, found = plan(capsys, str(config), large, "--gpu", "T4")
     assert status == 2 and "not even 2 images" in found["does_not_fit"] and "hours" not in found
-    monkeypatch.setattr("training.plan.measure", lambda *a: pytest.fail("was tried"))
+    monkeypatch.setattr("extras.planning.plan.measure", lambda *a: pytest.fail("was tried"))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**24}))
     status, found = plan(capsys, str(config))
     assert status == 2 and found["memory"]["step"] > found["memory"]["device"] == 2**24

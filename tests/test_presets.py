@@ -16,15 +16,15 @@ from PIL import Image
 
 import main as program
 from data import build_ade20k_dataspec
-from dataset import report
 from dataset.description import parse_description, read_description
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import list_described
+from extras.preparation import check_command
 from training.config import resolve
 
 PRESETS = Path(__file__).parent.parent / "yamls" / "data"
 SIZE = 40
-check = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
+check = functools.partial(check_command.main, build_dataspec=build_ade20k_dataspec)
 RNG = np.random.default_rng(0)
 
 
@@ -194,7 +194,7 @@ def content(path: str) -> tuple[bytes, str]:
 def test_a_preset_is_checked(
     name: str, sets: dict[str, Any], capsys: pytest.CaptureFixture, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     root = sets[name][0]
     assert check([str(PRESETS / f"{name}.yaml"), str(root), "--workers", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -353,7 +353,7 @@ def test_what_is_wrong_is_named(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     name, spoil, path, reason = WRONG[fault]
     root = Path(shutil.copytree(sets[name][0], tmp_path / "set"))
     spoil(root)

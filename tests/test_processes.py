@@ -19,7 +19,7 @@ from benchmarks.forked import Death, run
 from checkpointing.resume import newest_checkpoint
 from errors import DataError, Lost, RunError
 from main import main
-from training.processes import explain
+from training.distributed import explain
 
 pytestmark = [pytest.mark.trains, pytest.mark.processes, pytest.mark.usefixtures("small_network")]
 
@@ -119,7 +119,7 @@ def test_a_full_dev_shm_is_told_from_other_losses(
     line: str | None,
 ) -> None:
     disk = SimpleNamespace(f_frsize=2**20, f_blocks=megabytes, f_bavail=free)
-    monkeypatch.setattr("training.processes.os.statvfs", lambda path: disk)
+    monkeypatch.setattr("training.distributed.os.statvfs", lambda path: disk)
     known = explain(error)
     assert (known is None) is (line is None)
     if line is not None:

@@ -109,7 +109,7 @@ def test_the_model_is_a_composer_classifier(dice_weight: float) -> None:
 def test_check_dataloader_returns_when_all_is_well(
     synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dataset.report.SPEED_SECONDS", 0.01)
+    monkeypatch.setattr("extras.preparation.check_command.SPEED_SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", ["script.py", synthetic, "--num-classes", "12"])
     data.check_dataloader()
     assert "no problem: this can be trained on" in capsys.readouterr().out

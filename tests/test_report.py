@@ -18,25 +18,25 @@ from run_helpers import file_limit
 
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
-from dataset import report
-from dataset.checks import check_labels
 from dataset.folders import ade20k, list_samples
 from dataset.labels import Labels
 from dataset.source import DataSource
-from dataset.synthetic import make
 from dataset.workers import available_cores, in_processes
 from errors import DataError
+from extras.preparation import check_command
+from extras.preparation.synthetic import make
+from extras.preparation.verify import check_labels
 from segmentation.classes import load_classes
 
 pytestmark = pytest.mark.processes
 
 ROOT = "ADEChallengeData2016"
-main = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
+main = functools.partial(check_command.main, build_dataspec=build_ade20k_dataspec)
 
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch):
-    monkeypatch.setattr(report, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, ve
     assert lines[-1].endswith(verdict) or lines[-1].startswith(verdict)
     leaks = [line for line in lines if line.startswith("  ") and "is in both splits" in line]
     counted = re.search(r"(\d+) images? (is|are) in both", verdict)
-    assert len(leaks) == min(report.SHOWN, int(counted[1]) if counted else 0)
+    assert len(leaks) == min(check_command.SHOWN, int(counted[1]) if counted else 0)
 
 
 def test_a_folder_that_is_missing_is_a_problem(path, capsys):
@@ -424,7 +424,7 @@ def test_folders_that_links_lead_to_are_read_once(path, tmp_path):
 
 
 def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "SHOWN", 3)
+    monkeypatch.setattr(check_command, "SHOWN", 3)
     for number in range(1, 9):
         sample(path, number)[1].unlink()
     write(sample(path, 9)[0], b"")

@@ -17,8 +17,8 @@ from composer.core import Time
 
 import data as data_module
 import main as main_module
-from dataset.synthetic import make
 from errors import ConfigError
+from extras.preparation.synthetic import make
 from main import build_trainer, main
 from training.config import resolve
 from training.schema import APPLIED, COMPARED, FREE, Config, flatten, on_resume

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.forked import Death, run, run_ranks
 from benchmarks.kill_resume import make_config, read_log, tensors
-from dataset.synthetic import make
+from extras.preparation.synthetic import make
 
 pytestmark = [pytest.mark.trains, pytest.mark.processes]
 

@@ -12,16 +12,16 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 
 from data import build_data
 from dataset import shards, templates, workers
-from dataset.checks import shard_classes
 from dataset.description import Description, parse_description
 from dataset.folders import ade20k, list_samples
 from dataset.matching import find_samples
 from dataset.samples import Samples
 from dataset.shards import fetch_beside
 from dataset.source import DataSource, ShardOptions
-from dataset.synthetic import make
-from dataset.unused import find_unused
 from errors import ConfigError, DataError, StoreError
+from extras.preparation.synthetic import make
+from extras.preparation.unused import find_unused
+from extras.preparation.verify import shard_classes
 from training.config import data_sources, resolve
 
 CLASSES = {"classes": {"road": [1], "sky": [2]}}

@@ -14,16 +14,16 @@ import yaml
 from PIL import Image
 
 from data import build_ade20k_dataspec
-from dataset import report
-from dataset import suggest as suggestions
 from dataset.description import Description, open_description, parse_description
-from dataset.find_classes import FileValues, read_values
-from dataset.masks import Masks
+from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
-from dataset.suggest import suggest
 from errors import DataError, OutputError
+from extras.preparation import check_command
+from extras.preparation import suggest as suggestions
+from extras.preparation.find_classes import FileValues, read_values
+from extras.preparation.suggest import suggest
 
-check = functools.partial(report.main, build_dataspec=build_ade20k_dataspec)
+check = functools.partial(check_command.main, build_dataspec=build_ade20k_dataspec)
 SIZE = 32
 
 
@@ -577,7 +577,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     arguments = [str(tmp_path / "set"), str(tmp_path / "set.yaml"), "--suggest", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write_file", fail)
+        patch.setattr(check_command, "write_file", fail)
         assert check(arguments) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert check(arguments) == 0

@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torchvision.transforms import ColorJitter
 
-from dataset import colors
-from dataset.colors import (
+from dataset import color_jitter
+from dataset.color_jitter import (
     IMAGENET_CHANNEL_MEAN,
     IMAGENET_CHANNEL_STD,
     distort_colors,
@@ -630,7 +630,7 @@ def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing depends on values that the host would have to wait for."""
-    monkeypatch.setattr(colors, "_any", lambda change: True)
+    monkeypatch.setattr(color_jitter, "_any", lambda change: True)
     torch._dynamo.reset()
     counters.clear()
     yield

@@ -24,10 +24,10 @@ from av.codec.codec import UnknownCodecError
 from run_helpers import file_limit
 
 from errors import DataError
+from extras.video import Camera, Video, VideoWriter
 from predict import Segmenter, main
 from segmentation.classes import ClassInfo
 from segmentation.drawing import VideoOverlay, tint
-from segmentation.video import Camera, Video, VideoWriter
 
 SIZE = (48, 64)  # height and width
 

@@ -20,10 +20,10 @@ from PIL import Image
 
 import export
 from checkpointing.weights import save_weights
-from dataset.synthetic import make
 from errors import UserError
+from extras.preparation.synthetic import make
+from extras.sharing import web
 from predict import Segmenter
-from segmentation import web
 from segmentation.classes import load_classes
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]

@@ -17,7 +17,7 @@ from composer.utils.checkpoint import safe_torch_load
 from safetensors.torch import save_file
 
 from checkpointing import weights as weights_module
-from checkpointing.fitting import load_fitting
+from checkpointing.partial_load import load_fitting
 from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,

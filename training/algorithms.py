@@ -21,8 +21,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Optimizer
 
 from errors import ConfigError
+from networks.base import backbone_of
 from segmentation.losses import MixedTarget
-from segmentation.network import backbone_of
 from training.composer_internals import EMAParameters
 from training.optimizer import laid_out_like
 

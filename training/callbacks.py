@@ -26,6 +26,7 @@ from torch import Tensor
 from checkpointing.saver import Checkpoints, saver_of
 from checkpointing.stores import batch_of
 from errors import RunError
+from networks.base import main_logits
 from segmentation.classes import ClassInfo, classes_to_json
 from segmentation.metrics import (
     MIoU,
@@ -34,7 +35,6 @@ from segmentation.metrics import (
     mean_iou,
     table_as_csv,
 )
-from segmentation.network import main_logits
 from training.composer_internals import train_data_spec
 from training.config import class_infos, network_label
 from training.label_check import LabelCheck

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigError
-from training.bounds import check, check_evaluates, lookup, times, world_size
+from training.config_checks import check, check_evaluates, lookup, times, world_size
 from training.keys import fields_of, flatten
 from training.recipes import RECIPES, recipe_section
 from training.schema import Config, EvalDatasetConfig, TrainDatasetConfig

@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 from torch import nn
 
-from checkpointing.fitting import load_fitting
+from checkpointing.partial_load import load_fitting
 from checkpointing.resume import Start
 from errors import ClassError, ConfigError
+from networks.base import inner
+from networks.registry import create_meta_network
 from segmentation.classes import are_named, match_classes
-from segmentation.network import inner
-from segmentation.networks import create_meta_network
 from training.config import class_infos
 from training.schema import Config
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from errors import ConfigError
-from segmentation.network import backbone_of
+from networks.base import backbone_of
 from training.schema import OptimizerConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
 __all__ = [
     "IMAGENET_CHANNEL_MEAN",

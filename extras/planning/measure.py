@@ -22,8 +22,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch.utils.data import DataLoader
 
-from dataset.report import batches
 from dataset.shards import Shards
+from extras.preparation.check_command import batches
 from training.composer_internals import train_data_spec
 from training.label_check import LabelCheck
 from training.schema import Config

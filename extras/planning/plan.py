@@ -33,12 +33,12 @@ from torch import nn
 from dataset.counts import count_classes
 from dataset.sampler import length_of_repeated
 from errors import ConfigError, UserError, whole
-from training.balance import repeat_factors
+from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
+from extras.planning.measure import BuildTrainer, measure, measure_evaluation
+from extras.planning.plan_text import text
+from training.class_weights import repeat_factors
 from training.config import data_sources, load, resolve
-from training.estimate import GPUS, NO_BF16, assumed, estimate
-from training.measure import BuildTrainer, measure, measure_evaluation
-from training.memory import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
-from training.plan_text import text
+from training.microbatch import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.precision import choose_precision, compiles, devices
 from training.schedule import in_batches
 from training.schema import Config

@@ -1,6 +1,6 @@
 """Make a small data set in ADE20K's layout that a network can learn from scratch in minutes.
 
-    python -m dataset.synthetic demo/data
+    python -m extras.preparation.synthetic demo/data
 
 A scene is cut into areas that textured shapes overlap. The class of a pixel is its texture; each
 surface has two colours of its own, drawn at random, so that colour alone does not give the class.

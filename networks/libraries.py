@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from errors import ModelError, one_line
-from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
 OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # arguments that are Network's
 # What makes a library load a file or an address.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ModelError
-from segmentation.network import Network, cross_entropy
+from networks.base import Network, cross_entropy
 
 MMSEG_IGNORED = 255  # the label that mmsegmentation's own losses leave out
 

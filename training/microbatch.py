@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from errors import ConfigError, ModelError, one_line
-from segmentation.batch_norm import SyncBatchNorm2d
-from training.bounds import per_process
+from networks.batch_norm import SyncBatchNorm2d
+from training.config_checks import per_process
 from training.precision import compiles
 from training.recipes import recipe_section
 from training.schema import Config

@@ -3,7 +3,7 @@
 // is the class. onnxruntime-web runs the network, on the GPU where the browser has WebGPU.
 
 const element = (id) => document.getElementById(id);
-const about = await (await fetch("network.json")).json(); // what segmentation/web.py wrote
+const about = await (await fetch("network.json")).json(); // what extras/sharing/web.py wrote
 let segmented = null; // the last photo: {name, width, height, classes}
 let network = null; // {run, backend}
 let busy = true;

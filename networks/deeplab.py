@@ -21,11 +21,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
 
 from errors import ModelError
-from segmentation.batch_norm import share_in_node
-from segmentation.depthwise import replace_dilated
-from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from segmentation.openmmlab import import_mmseg
-from segmentation.pooling import ImagePool
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from networks.batch_norm import share_in_node
+from networks.depthwise import replace_dilated
+from networks.mmseg import import_mmseg
+from networks.pooling import ImagePool
 
 _heads = import_mmseg()
 ASPPHead, DepthwiseSeparableASPPHead = _heads.ASPPHead, _heads.DepthwiseSeparableASPPHead

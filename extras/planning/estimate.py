@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from training.memory import CONTEXT, GIB, MARGIN, Footprint, fitting
+from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
 # Of what a data sheet promises.

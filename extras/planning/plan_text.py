@@ -1,4 +1,4 @@
-"""A plan of training/plan.py as a screen of text."""
+"""A plan of extras/planning/plan.py as a screen of text."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from checkpointing.weights import SCORES, Weights
 from errors import WeightsError
+from networks.base import current_names, inner
 from segmentation.classes import ClassInfo, class_key
-from segmentation.network import current_names, inner
 
 # Beginnings of names in other projects' files, and what they may be called here.
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))

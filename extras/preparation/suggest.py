@@ -2,7 +2,7 @@
 
     python data.py FOLDER --suggest          # writes FOLDER's name + .yaml, and a picture
 
-`dataset.find_layout` pairs images and masks, and `dataset.find_classes` reads the masks. The
+`find_layout` pairs images and masks, and `find_classes` reads the masks. The
 description's comments mark guesses, name the files that it leaves out, and say what to fill in.
 """
 
@@ -21,8 +21,12 @@ from PIL import Image
 
 from dataset.decoding import decode_photo
 from dataset.description import Description, parse_description
-from dataset.find_classes import class_lines, count_values, quoted
-from dataset.find_layout import (
+from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
+from dataset.mask_decoder import Masks
+from dataset.matching import find_samples
+from errors import ConfigError, DataError
+from extras.preparation.find_classes import class_lines, count_values, quoted
+from extras.preparation.find_layout import (
     SPLIT_OF,
     Layout,
     Search,
@@ -31,10 +35,6 @@ from dataset.find_layout import (
     search_layout,
     without_numbers,
 )
-from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
-from dataset.masks import Masks
-from dataset.matching import find_samples
-from errors import ConfigError, DataError
 from segmentation.drawing import sample_sheet
 
 SHOWN = 6  # samples in the picture

@@ -31,17 +31,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from command_lines import parse_data
-from dataset.checks import Tally, check, shard_description
-from dataset.colors import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from dataset.color_jitter import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.description import SPLITS, is_description, open_description
 from dataset.folders import ade20k
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.source import DataSource, ShardOptions
-from dataset.suggest import suggest
-from dataset.unused import find_unused
 from dataset.workers import available_cores
 from errors import DataError, UserError
+from extras.preparation.suggest import suggest
+from extras.preparation.unused import find_unused
+from extras.preparation.verify import Tally, check, shard_description
 from files import check_outputs, check_writable, write_file, write_image
 from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet

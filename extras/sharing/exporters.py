@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from files import write_file
-from segmentation.deeplab import DeepLabV3
-from segmentation.network import Network
+from networks.base import Network
+from networks.deeplab import DeepLabV3
 
 OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
 

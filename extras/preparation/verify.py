@@ -19,7 +19,7 @@ import numpy as np
 
 from dataset.decoding import decode_image, decode_photo
 from dataset.description import SPLITS, Description, parse_description, read_description
-from dataset.masks import Masks, UnknownValues
+from dataset.mask_decoder import Masks, UnknownValues
 from dataset.samples import Finding
 from dataset.shards import DESCRIPTION, fetch_beside, read_shard
 from dataset.source import Chunk, DataSource, ShardChunk

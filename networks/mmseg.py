@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from errors import ModelError, one_line
-from segmentation.libraries import OF_NETWORK, call, without_own
-from segmentation.network import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from segmentation.openmmlab_heads import MMSegNetwork
-from segmentation.openmmlab_operators import lacks_operators, provide_extension, replace_psa_mask
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from networks.libraries import OF_NETWORK, call, without_own
+from networks.mmseg_heads import MMSegNetwork
+from networks.mmseg_operators import lacks_operators, provide_extension, replace_psa_mask
 
 # The backward pass of whose GroupNorm crashes on a CPU (torch 2.13.0) where channels come last.
 CONTIGUOUS = ("PoolFormer",)

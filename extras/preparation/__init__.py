@@ -1,0 +1,1 @@
+"""Check and describe data sets, and read what labelling tools write."""

@@ -1,0 +1,1 @@
+"""Export networks: files for other programs, a model card, a web page and a hub."""
