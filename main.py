@@ -21,11 +21,13 @@ if __name__ == "__main__":
 import copy
 import logging
 import tempfile
+import time
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec
@@ -40,6 +42,8 @@ from checkpointing.weights import guarded_unpickling
 from data import build_run_data, device_transforms, last_batch_of
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
+from networks.base import Network
+from networks.registry import create_meta_network
 from training.callbacks import build_callbacks, start_lines, summary
 from training.class_weights import class_weights, named
 from training.config import class_infos, resolve
@@ -232,7 +236,7 @@ def build_model(
     Returns:
         The config, with all arguments that rebuild the network, and the model.
     """
-    keys = asdict(config.model) | {"class_weights": class_weights}
+    keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
     del keys["freeze_backbone"]  # an algorithm of the recipe
     if start.checkpoint:
         keys["backbone_weights"] = None  # the checkpoint's weights replace them
@@ -244,13 +248,13 @@ def build_model(
         eval_batch_size=per_process(config.eval_dataset) if compiles(config) else None,
     )
     network = model.module
-    if config.model.name != "deeplabv3":
+    if isinstance(network, Network):
         sizes = {config.train_dataset.final_size} if config.is_train else set()
         network.check(config.model.num_classes, sorted(sizes | {config.eval_dataset.final_size}))
         config = replace(config, model=replace(config.model, arguments=network.arguments))
         for transform in device_transforms(data):
             transform.normalise_by(network.mean, network.std)
-    if start.state_path:
+    if start.checkpoint and start.state_path:
         start.checkpoint.check_network(network)  # Composer loads it with the state of training
     elif start.checkpoint:
         from training.initial_weights import load_initial_weights
@@ -309,7 +313,11 @@ def run_plan(arguments: list[str]) -> int:
     """Print what a run would take, without running it; return the exit status."""
     from extras.planning.plan import main as plan
 
-    return plan(arguments, build_trainer)
+    def build_meta_network(config: Config) -> torch.nn.Module:
+        return create_meta_network(**asdict(config.model))
+
+    age = time.time() - psutil.Process().create_time()
+    return plan(arguments, build_trainer, build_meta_network, time.perf_counter() - age)
 
 
 def run_config(

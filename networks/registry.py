@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from errors import ModelError
+from networks import libraries
 from networks.base import Network
 from networks.batch_norm import share_in_node
 from networks.deeplab import DeepLabV3, deeplabv3, head
 from networks.depthwise import replace_dilated
 from networks.mmseg import mmseg_network
-from networks import libraries
 
 
 def create_network(

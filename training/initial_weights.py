@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 
@@ -80,7 +81,7 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     Raises:
         ClassError: Another class changes more than a number of rows.
     """
-    model = asdict(config.model) | {"num_classes": config.model.num_classes + 1}
+    model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()
     own = inner(network).state_dict()
     names = [name for name in own if own[name].shape != larger[name].shape]
