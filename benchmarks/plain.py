@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data import build_data
 from model import deeplabv3, weight_init
 from networks.depthwise import DilatedDepthwiseConv2d
-from training.recipes import build_recipe
+from training.schedule import build_schedule
 from training.schema import Config
 
 
@@ -93,7 +93,7 @@ def build_trainer(
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
         ),
-        schedulers=build_recipe(config)[1],
+        schedulers=build_schedule(config),
         algorithms=composers_recipe(config),
         callbacks=[
             *callbacks,

@@ -51,7 +51,8 @@ from model import deeplabv3
 from predict import Segmenter
 from segmentation.classes import load_classes
 from training.config import help_text, load, resolve
-from training.recipes import build_recipe, check_lengths
+from training.recipes import build_algorithms
+from training.schedule import build_schedule, check_lengths
 from training.schema import Config
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -114,7 +115,8 @@ def test_any_value_of_any_key_is_taken_or_refused(tiny: dict[str, Any], data: An
             assume(False)
     try:
         typed = resolve(config)
-        build_recipe(typed)
+        build_algorithms(typed)
+        build_schedule(typed)
         check_lengths(typed, batches_per_epoch=4)
     except UserError as error:
         one_line(error)

@@ -23,8 +23,8 @@ from extras.planning.measure import _store
 from extras.planning.plan import lengths, passes
 from model import build_composer_deeplabv3, deeplabv3
 from training.config import resolve
-from training.microbatch import GIB, Footprint, count, first_microbatch, fitting
-from training.schema import Config
+from training.microbatch import GIB, Footprint, choose_microbatch, count, fitting
+from training.schema import Config, TrainDatasetConfig
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -100,7 +100,10 @@ def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         count(Thresholds(3, 5, 1), SIZE, None)
     monkeypatch.setattr("training.microbatch.free_memory", lambda device: pytest.fail("was asked"))
     device: Any = None
-    assert first_microbatch(Thresholds(3, 5, 1), Config(), "fp32", 24, device) == 24
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = Config(train_dataset=TrainDatasetConfig(batch_size=24), compile=False)
+    assert choose_microbatch(config, Thresholds(3, 5, 1), "fp32", device) == ("auto", 24)
+    monkeypatch.undo()
     frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
     whole = count(frozen, SIZE, None)
     frozen[0].requires_grad_(False)

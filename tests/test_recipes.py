@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,8 +16,9 @@ from composer.optim import ConstantScheduler, CosineAnnealingScheduler
 
 from errors import ConfigError
 from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
-from training.config import resolve
-from training.recipes import build_recipe, build_schedule, check_lengths
+from training.config import help_text, resolve
+from training.recipes import build_algorithms, recipe_table
+from training.schedule import build_schedule, check_lengths
 
 EXPECTED = {
     None: ([SeedMicrobatch], CosineAnnealingScheduler),
@@ -27,7 +30,8 @@ EXPECTED = {
 
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_a_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: str | None) -> None:
-    algorithms, scheduler = build_recipe(resolve({**tiny, "recipe_name": recipe}))
+    config = resolve({**tiny, "recipe_name": recipe})
+    algorithms, scheduler = build_algorithms(config), build_schedule(config)
     kinds, schedule = EXPECTED[recipe]
     assert [type(algorithm) for algorithm in algorithms] == kinds
     assert type(scheduler.schedule) is schedule
@@ -40,7 +44,7 @@ def test_the_numbers_of_a_recipe_are_keys_of_the_yaml(tiny: dict[str, Any]) -> N
         "sam": {"rho": 0.5, "interval": 3},
         "mixup": {"alpha": 0.9},
     }
-    _, ema, sam, mixup = build_recipe(resolve(tiny))[0]
+    _, ema, sam, mixup = build_algorithms(resolve(tiny))
     assert ema.smoothing == pytest.approx(2 ** (-2 / 7))
     assert (sam.rho, sam.interval, mixup.alpha) == (0.5, 3, 0.9)
 
@@ -84,7 +88,7 @@ def test_the_schedule_is_the_recipes_or_what_the_config_says(
 
 def test_clipping_is_part_of_any_recipe(tiny: dict[str, Any]) -> None:
     tiny |= {"optimizer": {"lr": 0.1, "clip_norm": 2.5}, "recipe_name": "mild"}
-    algorithms, _ = build_recipe(resolve(tiny))
+    algorithms = build_algorithms(resolve(tiny))
     assert [type(a) for a in algorithms] == [SeedMicrobatch, GradientClipping, EMA]
     clipping = cast(GradientClipping, algorithms[1])
     assert (clipping.clipping_type, clipping.clipping_threshold) == ("norm", 2.5)
@@ -158,3 +162,21 @@ def test_the_schedule_follows_the_epochs_done(
     assert found == pytest.approx(factors)
     # The next step's learning rate, as Composer sets it after the batch before.
     assert schedule.before_last_batch(cast(State, state)) == pytest.approx(factors[0])
+
+
+def test_a_recipe_has_no_keys_of_algorithms_that_it_lacks(tiny: dict[str, Any]) -> None:
+    tiny |= {"recipe_name": "mild", "mild": {"sam": {"rho": 0.1}}}
+    with pytest.raises(ConfigError, match=r"unknown key mild\.sam"):
+        resolve(tiny)
+    assert "mild.sam.rho" not in help_text() and "hot.sam.rho" in help_text()
+
+
+def test_a_recorded_config_can_be_read_again(tiny: dict[str, Any]) -> None:
+    """A run records None for the algorithms that a recipe lacks."""
+    config = resolve({**tiny, "recipe_name": "medium"})
+    assert resolve(asdict(config)) == config
+
+
+def test_the_documentation_shows_the_table_of_recipes() -> None:
+    page = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+    assert recipe_table() in page

@@ -243,21 +243,21 @@ def scalars(thing: Any) -> dict[str, str]:
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return everything that a run with this config trains with, as a trainer holds it."""
     seen: dict[str, Any] = {}
-    build_model = main_module._build_model
+    build_model = main_module.build_model
     build_dataspec = data_module.build_ade20k_dataspec
 
-    def look_at_model(config: Config, *arguments: Any) -> Any:
+    def look_at_model(config: Config, start: Any, precision: Any, weights: Any, data: Any) -> Any:
         model = config.model
-        seen["loss"] = [model.cross_entropy_weight, model.dice_weight, arguments[-1]]
+        seen["loss"] = [model.cross_entropy_weight, model.dice_weight, weights]
         seen["sync_bn"] = model.sync_bn
-        return build_model(config, *arguments)
+        return build_model(config, start, precision, weights, data)
 
     def look_at_dataset(**options: Any) -> Any:
         if options["split"] == "train":
             seen["cache_limit"] = options["cache_limit"]
         return build_dataspec(**options)
 
-    patch.setattr(main_module, "_build_model", look_at_model)
+    patch.setattr(main_module, "build_model", look_at_model)
     patch.setattr(data_module, "build_ade20k_dataspec", look_at_dataset)
     try:
         trainer = build_trainer(resolve(config))
