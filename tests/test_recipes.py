@@ -13,9 +13,12 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler
 
 from errors import ConfigError
-from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
 from training.config import resolve
+from training.ema import EMA
+from training.mixup import MixUp
 from training.recipes import build_recipe, build_schedule, check_lengths
+from training.sam import SAM
+from training.seeding import SeedMicrobatch
 
 EXPECTED = {
     None: ([SeedMicrobatch], CosineAnnealingScheduler),

@@ -25,8 +25,8 @@ from composer.algorithms import GradientClipping
 from composer.core import Algorithm, State, Time, TimeUnit
 
 from errors import ConfigError
-from training.algorithms import EMA, SAM, FreezeBackbone, MixUp, SeedMicrobatch, UnusedWeights
 from training.schema import Config
+from training.seeding import SeedMicrobatch
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +35,25 @@ def build_recipe(config: Config) -> tuple[list[Algorithm], EpochSchedule]:
     """Build the algorithms of `config.recipe_name`, in the order they run, and the schedule."""
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
+        from training.freeze import UnusedWeights
+
         algorithms.append(UnusedWeights())
     if config.model.freeze_backbone is not None:
+        from training.freeze import FreezeBackbone
+
         algorithms.append(FreezeBackbone(config.model.freeze_backbone))
     if config.optimizer.clip_norm is not None:
         algorithms.append(GradientClipping("norm", config.optimizer.clip_norm))
     if config.recipe_name is None:
         return algorithms, build_schedule(config)
+    from training.ema import EMA
+
     recipe = getattr(config, config.recipe_name)
     algorithms.append(EMA(recipe.ema.half_life, recipe.ema.update_interval))
     if config.recipe_name in ("medium", "hot"):
+        from training.mixup import MixUp
+        from training.sam import SAM
+
         algorithms.append(SAM(recipe.sam.rho, recipe.sam.interval))
         algorithms.append(MixUp(recipe.mixup.alpha))
     return algorithms, build_schedule(config)
