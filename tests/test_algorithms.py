@@ -1,4 +1,4 @@
-"""The algorithms of the recipes against Composer's, and a resumed run against an uninterrupted one."""
+"""Algorithms of the recipes against Composer's, and resumed runs against uninterrupted ones."""
 
 import os
 import socket
