@@ -25,8 +25,6 @@ from errors import ModelError, WeightsError
 from networks.base import Network, current_names, inner, main_logits
 from networks.batch_norm import count_batches, share_in_node, stop_counting
 from networks.deeplab import DeepLabV3, deeplabv3, weight_init
-from networks.libraries import foreign_arguments
-from networks.registry import named_network
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 
@@ -211,6 +209,8 @@ def build_composer_model(
         )
         network.upsample = False
     else:
+        from networks.registry import named_network
+
         network = named_network(name, num_classes, arguments or {}, backbone_weights)
         if sync_bn:
             share_in_node(network)
@@ -234,6 +234,9 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
     """
     if weights.config is not None or network in (None, "deeplabv3"):
         return weights
+    from networks.libraries import foreign_arguments
+    from networks.registry import named_network
+
     arguments, name = foreign_arguments(network, weights.beside, weights.state, where)
     built = named_network(name, PROBED, arguments)
     own, state = inner(built).state_dict(), _named_as(weights.state, inner(built))
@@ -286,6 +289,8 @@ def build_network(
         built = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False)
         built.upsample = False
     else:
+        from networks.registry import named_network
+
         is_said = weights.config is not None
         built = named_network(
             network or name, weights.num_classes, arguments, None, is_said, network

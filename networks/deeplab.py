@@ -24,7 +24,7 @@ from errors import ModelError
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
-from networks.mmseg import import_mmseg
+from networks.mmseg_operators import import_mmseg
 
 _heads = import_mmseg()
 ASPPHead, DepthwiseSeparableASPPHead = _heads.ASPPHead, _heads.DepthwiseSeparableASPPHead
