@@ -39,7 +39,8 @@ from data import build_ade20k_dataspec
 from dataset.decoding import decode_mask
 from dataset.description import as_yaml
 from dataset.labels import IGNORED, Labels
-from dataset.mask_decoder import Masks, Segments
+from dataset.mask_decoder import Masks
+from dataset.panoptic import Segments
 from dataset.workers import CHUNK, map_chunks
 from errors import DataError, UserError, one_line
 from extras.preparation import check_command

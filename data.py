@@ -37,11 +37,9 @@ from dataset.folders import list_samples as list_samples  # part of the public i
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
-from dataset.shards import Shards
-from dataset.source import DataSource, ShardOptions
+from dataset.source import DataSource, ShardOptions, check_labels
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
-from extras.preparation.verify import check_labels, check_shard_classes
 from training.class_weights import needs_counts, repeat_factors
 from training.config import class_infos, data_sources
 from training.distributed import LoaderContext, init_worker
@@ -230,6 +228,8 @@ class StreamingADE20k(_Samples):
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
         super().__init__(transforms, seed, Masks(labels or Labels()))
+        from dataset.shards import Shards
+
         self.shards = Shards(remote, local, split, **cache)
 
     def __len__(self) -> int:
@@ -466,6 +466,8 @@ def build_data(
     if source.shards is None:
         check_labels(source)
     else:
+        from dataset.shard_classes import check_shard_classes
+
         # Shards hold class indices, whose order the config cannot change any more.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))

@@ -40,11 +40,11 @@ from data import build_ade20k_dataspec, open_dataset
 from dataset.description import parse_description, read_description
 from dataset.folders import ade20k
 from dataset.labels import Labels
+from dataset.shard_classes import shard_classes
 from dataset.shards import DESCRIPTION
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import ConfigError, UserError, exit_status
-from extras.preparation.verify import shard_classes
 from files import check_outputs, check_writable, write_file
 from predict import Segmenter, segmenter_from
 from segmentation.classes import label_warning, match_classes

@@ -25,7 +25,6 @@ from errors import WeightsError
 from networks.base import Network, current_names, inner, main_logits
 from networks.batch_norm import count_batches, stop_counting
 from networks.deeplab import DeepLabV3, deeplabv3, weight_init
-from networks.libraries import foreign_arguments
 from networks.registry import create_network, named_network
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
@@ -218,6 +217,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
     """
     if weights.config is not None or network in (None, "deeplabv3"):
         return weights
+    from networks.libraries import foreign_arguments
+
     arguments, name = foreign_arguments(network, weights.beside, weights.state, where)
     built = named_network(name, PROBED, arguments)
     own, state = inner(built).state_dict(), _named_as(weights.state, inner(built))

@@ -16,17 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.color_jitter import (
-    IMAGENET_CHANNEL_MEAN,
-    IMAGENET_CHANNEL_STD,
-    distort_colors,
-    equal_steps,
-    uniform_per_sample,
-)
+from dataset.color_jitter import distort_colors, equal_steps, uniform_per_sample
 from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
 from dataset.labels import IGNORED, PADDING, Labels
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
 __all__ = [
+    "IMAGENET_CHANNEL_MEAN",
+    "IMAGENET_CHANNEL_STD",
     "DeviceTransform",
     "RandomCrop",
     "Resize",

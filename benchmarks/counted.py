@@ -89,7 +89,7 @@ def passes(arch: str) -> Iterator[tuple[str, int]]:
     with Launches() as forward:
         model(batch)
     yield "counters of a forward pass", forward.counters
-    algorithms = imported("training.algorithms", "algorithms")
+    algorithms = imported("training.ema", "training.algorithms", "algorithms")
     ema: Any = algorithms.EMA("100ba")
     ema.ema_model, ema.smoothing = algorithms.EMAParameters(model), 0.9
     with Launches() as update:

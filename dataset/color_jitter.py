@@ -5,15 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-
-__all__ = [
-    "IMAGENET_CHANNEL_MEAN",
-    "IMAGENET_CHANNEL_STD",
-    "distort_colors",
-    "uniform_per_sample",
-]
-
 
 def uniform_per_sample(
     image: Tensor, seed: int | Tensor, epoch: int | Tensor, steps: int | Tensor

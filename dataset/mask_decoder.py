@@ -7,11 +7,9 @@ checked in one pass, whatever it holds.
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -20,9 +18,11 @@ import torch
 from dataset.decoding import decode_colors, decode_mask
 from dataset.description import MAX_VALUE, Description, unpack
 from dataset.labels import Labels
-from errors import DataError
 
-COLORS = 2**24
+if TYPE_CHECKING:
+    from dataset.panoptic import Segments
+
+COLORS = 2**24  # of three bytes
 
 
 class UnknownValues(ValueError):
@@ -68,8 +68,11 @@ class Masks:
         Raises:
             DataError: The file of the segments cannot be read.
         """
-        source = description.sources[split]
-        segments = Segments(Path(root, source.segments)) if source.segments else None
+        source, segments = description.sources[split], None
+        if source.segments:
+            from dataset.panoptic import Segments
+
+            segments = Segments(Path(root, source.segments))
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
@@ -163,54 +166,3 @@ def _look_up(table: torch.Tensor, mask: np.ndarray) -> np.ndarray:
     """As `table[mask]`, several times as fast as NumPy does it."""
     flat = torch.from_numpy(mask.astype(np.int32, copy=False)).view(-1)
     return torch.index_select(table, 0, flat).numpy().reshape(mask.shape)
-
-
-class Segments:
-    """Which category each segment of each mask is of, from the JSON of COCO's panoptic format.
-
-    Raises:
-        DataError: The file cannot be read or is of another kind.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        self.places: dict[str, tuple[int, int]] = {}
-        numbers: list[tuple[int, int]] = []
-        try:
-            with open(path, encoding="utf-8") as file:
-                annotations = json.load(file)["annotations"]
-            for annotation in annotations:
-                first = len(numbers)
-                numbers += [(s["id"], s["category_id"]) for s in annotation["segments_info"]]
-                self.places[os.path.basename(annotation["file_name"])] = first, len(numbers)
-            self.numbers = np.array(numbers, np.int64).reshape(-1, 2)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DataError(f"{path}: not JSON of COCO's panoptic format") from error
-        ids = self.numbers[:, 0]
-        if wrong := ids[(ids < 0) | (ids >= COLORS)].tolist():
-            raise DataError(
-                f"{path}: segment id {wrong[0]} does not fit the three bytes of a PNG's pixel"
-            )
-
-    def only(self, paths: Iterable[str]) -> Segments:
-        """Return the same for a few masks alone."""
-        names = {os.path.basename(path) for path in paths} & self.places.keys()
-        few = copy.copy(self)
-        few.places, parts, end = {}, [self.numbers[:0]], 0
-        for name in names:
-            part = self.numbers[slice(*self.places[name])]
-            parts.append(part)
-            few.places[name] = end, end + len(part)
-            end += len(part)
-        few.numbers = np.concatenate(parts)
-        return few
-
-    def of(self, path: str) -> list[tuple[int, int]]:
-        """Return number and category of each segment of a mask; ValueError if it is not listed."""
-        name = os.path.basename(path)
-        if name not in self.places:
-            raise ValueError(f"has no segments in {self.path}")
-        first, end = self.places[name]
-        return [(number, category) for number, category in self.numbers[first:end].tolist()]

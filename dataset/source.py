@@ -6,17 +6,22 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dataset.description import Description
 from dataset.folders import ade20k
 from dataset.labels import Labels
-from dataset.mask_decoder import Masks
+from dataset.mask_decoder import Masks, UnknownValues
 from dataset.matching import list_splits, require
 from dataset.paths import Sample, find_root
 from dataset.samples import Listing, Samples
-from dataset.shards import Shards, cached_shards, open_shards, read_shard
 from dataset.workers import chunked
 from errors import DataError
+
+if TYPE_CHECKING:
+    from dataset.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class DataSource:
         Raises:
             DataError: They are missing or damaged.
         """
+        from dataset.shards import Shards
+
         assert self.shards is not None
         return Shards(self.path, split=self.split, **dataclasses.asdict(self.shards))
 
@@ -111,6 +118,8 @@ class DataSource:
                 (FileChunk(part), masks.only(sample.mask_path for sample in part))
                 for part in chunked(samples)
             ]
+        from dataset.shards import open_shards
+
         path, local = self.path, self.shards.local
         shards = open_shards(path, local, self.split).shards
         return [
@@ -149,10 +158,14 @@ class ShardChunk:
 
     def open(self) -> Shards:
         """Return the shards that it is one of."""
+        from dataset.shards import cached_shards
+
         return cached_shards(self.path, self.local, self.split)
 
     def masks(self) -> Iterator[tuple[str, bytes]]:
         """Yield what to call each mask, and its file's content."""
+        from dataset.shards import read_shard
+
         shards = self.open()
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
@@ -170,3 +183,27 @@ def read_file(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+
+
+def check_labels(source: DataSource, max_masks: int = 64) -> None:
+    """Take a quick look, before training, at whether labels fit the masks of a split in folders.
+
+    Args:
+        source: The split.
+        max_masks: How many masks to look at, spread evenly over the split.
+
+    Raises:
+        DataError: A mask cannot be read, or holds a label that is no class.
+    """
+    samples, masks = source.samples(), source.masks()
+    for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
+        mask_path = samples[position].mask_path
+        try:
+            masks.decode(Path(mask_path).read_bytes(), mask_path)
+        except UnknownValues as error:
+            mend = "name it under classes, or ignore"
+            if source.description.built_in is not None:
+                mend = "set model.num_classes, or ignore_label"
+            raise DataError(f"{mask_path}: {error}: {mend}") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{mask_path}: {error}") from error

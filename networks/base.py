@@ -33,7 +33,8 @@ class Network(nn.Module):
     Args:
         network: What computes.
         name: What it was built as, as of the key `model.name`.
-        arguments: With which it can be built again, from these alone; see `model.named_network`.
+        arguments: With which it can be built again, from these alone; see
+            `networks.registry.named_network`.
         mean: Of the normalisation, a number a channel, of values from 0 to 255.
         std: Likewise.
         size_divisor: What the photos' sides have to be multiples of.

@@ -1,8 +1,8 @@
-"""Networks by name: of torchvision, segmentation_models.pytorch, transformers, or of one's own.
+"""Helpers for building networks of other libraries, and functions of one's own.
 
-Each builder takes what follows the colon in `model.name`, and gives a `Network`. A file that names
-a network is not its user: `from_file` tells a builder to load nothing by name or address, and to
-run no code but the library's own.
+Each library has a module with a function `build`, which takes what follows the colon in
+`model.name` and returns a `Network`. A file that names a network is not its user: `from_file` tells
+`build` to load nothing by name or address, and to run no code but the library's own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from errors import ModelError, one_line
@@ -111,176 +109,7 @@ def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in OF_NETWORK}
 
 
-def torchvision_network(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> Network:
-    """Build a segmentation network of torchvision; `pretrained` names its backbone's weights."""
-    from torchvision import models
-
-    known = models.list_models(module=models.segmentation)
-    if name not in known:
-        raise unknown("torchvision", name, known)
-    options = {"weights_backbone": pretrained, **without_own(arguments)}
-    if from_file:
-        options |= {"weights": None, "weights_backbone": None}
-    whole = f"torchvision:{name}"
-    network = call(whole, models.get_model_builder(name), num_classes=num_classes, **options)
-    return Network(network, whole, arguments)
-
-
-def smp_network(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> Network:
-    """Build a network of segmentation_models.pytorch, `Unet` for one."""
-    whole = f"smp:{name}"
-    smp = require("segmentation_models_pytorch", whole, "smp")
-    known = [k for k in vars(smp) if _is_network(getattr(smp, k), smp)]
-    if name not in known:
-        raise unknown("smp", name, known)
-    encoder = str(arguments.get("encoder_name", "resnet34"))
-    weights = "imagenet" if pretrained else None
-    options = {"encoder_weights": weights, **without_own(arguments)}
-    if from_file:
-        options["encoder_weights"] = None
-    network = call(whole, getattr(smp, name), classes=num_classes, **options)
-    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-    if options["encoder_weights"]:
-        said = call(
-            whole, smp.encoders.get_preprocessing_params, encoder, options["encoder_weights"]
-        )
-        factor = 255 / said["input_range"][1]
-        mean, std = ([factor * value for value in said[key]] for key in ("mean", "std"))
-    return Network(network, whole, arguments, mean, std, size_divisor=32)
-
-
-def _is_network(value: Any, smp: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, smp.base.SegmentationModel)
-
-
-def hf_network(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> Network:
-    """Build a network for semantic segmentation of transformers, from a hub's name or a folder."""
-    whole = f"hf:{name}"
-    transformers = require("transformers", whole, "hf")
-    auto = transformers.AutoModelForSemanticSegmentation
-    kind = transformers.AutoConfig
-    safe = dict(trust_remote_code=False)
-    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-    if from_file and "config" not in arguments:
-        raise ModelError(f"{whole}: the file does not hold the config itself")
-    if "config" in arguments:  # as the lines below record it
-        said = _without_pretrained(arguments["config"])
-        config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
-        config.num_labels = num_classes
-    else:
-        options = {**without_own(arguments), "num_labels": num_classes, **safe}
-        config = _fetch(whole, kind.from_pretrained, name, **options)
-        mean, std = _hf_normalisation(transformers, name)
-    if "config" in arguments or not pretrained:
-        network = call(whole, auto.from_config, config, **safe)
-    else:
-        more = dict(config=config, ignore_mismatched_sizes=True, **safe)
-        network = _fetch(whole, auto.from_pretrained, name, **more)
-    record = json.loads(config.to_json_string(use_diff=False))
-    for key in ("id2label", "label2id", "transformers_version"):
-        record.pop(key, None)
-    own = {key: arguments[key] for key in OF_NETWORK if key in arguments}
-    record = {"config": _unloading(record), **own}
-    result = Network(network, whole, record, mean, std, size_divisor=32)
-    result.rename = _hf_renaming(network)
-    return result
-
-
-def _hf_renaming(network: Any) -> Callable[[str], str] | None:
-    """Return transformers 5's translation of a tensor's name of transformers 4, if it has one."""
-    try:
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
-    except ImportError:  # transformers 4
-        return None
-    rules = mapping.get_model_conversion_mapping(network)
-    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-    own = network.state_dict().keys()
-
-    def rename(name: str) -> str:
-        return name if name in own else loading.rename_source_key(name, renamings, [])[0]
-
-    return rename
-
-
-def _unloading(config: Any) -> Any:
-    """Return a config without the keys that load anything."""
-    if not isinstance(config, Mapping):
-        return config
-    return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
-
-
-def _without_pretrained(config: Any) -> Any:
-    """Return a config none of whose parts loads weights, as some do if told nothing."""
-    if not isinstance(config, Mapping):
-        return config
-    parts = {key: _without_pretrained(value) for key, value in config.items()}
-    return {**parts, "use_pretrained_backbone": False} if "model_type" in config else parts
-
-
-def timm_features(
-    name: str, arguments: Mapping[str, Any], pretrained: str | None
-) -> tuple[Any, dict[str, Any]]:
-    """Build a backbone of timm's that gives features of stride 4 and its last ones.
-
-    Returns:
-        The backbone, and the arguments with the `output_stride` that it has.
-    """
-    whole = f"timm:{name}"
-    timm = require("timm", whole, "timm")
-    if not timm.is_model(name.partition(".")[0]):
-        raise unknown("timm", name, timm.list_models())
-    options: dict[str, Any] = {"features_only": True, **without_own(arguments)}
-
-    def build(**more: Any) -> Any:
-        return timm.create_model(name, **options, **more)
-
-    with torch.device("meta"):  # which strides it has costs no weights there
-        if "output_stride" not in options:
-            try:
-                build(output_stride=8)
-                options["output_stride"] = 8
-            except Exception:  # timm's ways of saying that a network has no such argument
-                pass
-        strides = call(whole, build).feature_info.reduction()
-    if 4 not in strides:
-        raise ModelError(f"model.name={whole} has no features of stride 4, but of {strides}")
-    places = (strides.index(4), len(strides) - 1)
-    options = {"pretrained": bool(pretrained), **options}
-    backbone = _fetch(whole, build, out_indices=places)
-    if "output_stride" in options:
-        arguments = {**arguments, "output_stride": options["output_stride"]}
-    return backbone, dict(arguments)
-
-
-def timm_normalisation(name: str) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation that a network of timm's wants, of values up to 255."""
-    timm = importlib.import_module("timm")
-    said = timm.get_pretrained_cfg(name)
-    mean = said.mean if said else (0.485, 0.456, 0.406)
-    std = said.std if said else (0.229, 0.224, 0.225)
-    return [255 * value for value in mean], [255 * value for value in std]
-
-
-def _fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
     """Call what may download; say where it cannot."""
     try:
         return load(*args, **arguments)
@@ -291,21 +120,6 @@ def _fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) ->
         ) from error
     except Exception as error:
         raise ModelError(f"model.name={name} cannot be built: {one_line(error)}") from error
-
-
-def _hf_normalisation(transformers: Any, name: str) -> tuple[Any, Any]:
-    """Return mean and standard deviation that a network's image processor says."""
-    try:
-        said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        said = {}
-    if not said.get("do_normalize", True):
-        return (0.0,) * 3, (1 / said.get("rescale_factor", 1 / 255),) * 3
-    if "image_mean" not in said or "image_std" not in said:
-        return IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-    factor = 1 / said.get("rescale_factor", 1 / 255)
-    mean, std = ([factor * value for value in said[key]] for key in ("image_mean", "image_std"))
-    return mean, std
 
 
 def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Network:

@@ -11,8 +11,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from networks.libraries import OF_NETWORK, call, without_own
 from networks.mmseg_heads import MMSegNetwork
-from networks.mmseg_operators import lacks_operators, provide_extension, replace_psa_mask
+from networks.mmseg_operators import import_mmseg, lacks_operators, root_handlers_kept
 
 # The backward pass of whose GroupNorm crashes on a CPU (torch 2.13.0) where channels come last.
 CONTIGUOUS = ("PoolFormer",)
@@ -33,38 +32,8 @@ IN_TORCH = ("CrissCrossAttention", "PSAMask")
 OPERATOR_ON_GPU = ("FocalLoss",)
 
 
-@contextmanager
-def _root_handlers_kept() -> Iterator[None]:
-    """Undo what mmcv's loggers do: they have the root's handlers drop all that is no error."""
-    levels = {handler: handler.level for handler in logging.root.handlers}
-    try:
-        yield
-    finally:
-        for handler, level in levels.items():
-            handler.setLevel(level)
-
-
-@_root_handlers_kept()
-def import_mmseg() -> Any:
-    """Import mmsegmentation's models, and take back what mmcv does to torch.
-
-    mmcv announces its version 2.0 at every import. It also sets a function `_check_balance` in all
-    modules named torch*: torch.ops lists it among its namespaces of operators, and torch.compile
-    fails at the first that is none.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        provide_extension()
-        from mmseg import models
-    replace_psa_mask()
-    if "_check_balance" in torch.ops._dir:
-        torch.ops._dir.remove("_check_balance")
-        delattr(torch.ops, "_check_balance")
-    return models
-
-
-@_root_handlers_kept()
-def mmseg_network(
+@root_handlers_kept()
+def build(
     name: str,
     num_classes: int,
     arguments: Mapping[str, Any],

@@ -8,9 +8,12 @@ mmsegmentation imports mmcv.ops, although only PSANet and DCN layers call a comp
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +46,36 @@ class MissingOperators(types.ModuleType):
     def get_compiling_cuda_version() -> str:
         """Return what mmcv itself returns when it was compiled without CUDA."""
         return "not available"
+
+
+@contextmanager
+def root_handlers_kept() -> Iterator[None]:
+    """Undo what mmcv's loggers do: they have the root's handlers drop all that is no error."""
+    levels = {handler: handler.level for handler in logging.root.handlers}
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+@root_handlers_kept()
+def import_mmseg() -> Any:
+    """Import mmsegmentation's models, and take back what mmcv does to torch.
+
+    mmcv announces its version 2.0 at every import. It also sets a function `_check_balance` in all
+    modules named torch*: torch.ops lists it among its namespaces of operators, and torch.compile
+    fails at the first that is none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        provide_extension()
+        from mmseg import models
+    replace_psa_mask()
+    if "_check_balance" in torch.ops._dir:
+        torch.ops._dir.remove("_check_balance")
+        delattr(torch.ops, "_check_balance")
+    return models
 
 
 def provide_extension() -> None:

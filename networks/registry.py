@@ -6,6 +6,7 @@ the libraries' own registries are built, and nothing is loaded from a path or an
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ from errors import ModelError
 from networks import libraries
 from networks.base import Network
 from networks.batch_norm import share_in_node
-from networks.deeplab import DeepLabV3, deeplabv3, head
+from networks.deeplab import deeplabv3
 from networks.depthwise import replace_dilated
-from networks.mmseg import mmseg_network
+
+# Each has a module here, which loads when a network of it is named.
+LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
 
 
 def create_network(
@@ -119,9 +122,10 @@ def named_network(
     kind, _, rest = name.partition(":")
     if from_file:
         arguments = libraries.plain(arguments, name)
-    if kind in BUILDERS:
+    if kind in LIBRARIES:
+        build = importlib.import_module(f"networks.{kind}").build
         given = (rest, num_classes, arguments, pretrained, from_file)
-        network = libraries.call(name, BUILDERS[kind], *given)
+        network = libraries.call(name, build, *given)
     elif from_file and name != vouched:
         raise ModelError(
             f"the file names a function, {name}, as its network; to have that code run, say so: "
@@ -131,28 +135,3 @@ def named_network(
         network = libraries.own_network(name, num_classes, arguments)
     replace_dilated(network)
     return network
-
-
-def timm_deeplabv3(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> Network:
-    """Build DeepLabV3+ on a backbone of timm's, with its output stride 8 where it can have that."""
-    whole = f"timm:{name}"
-    backbone, arguments = libraries.timm_features(name, arguments, pretrained)
-    low, high = backbone.feature_info.channels()
-    network = DeepLabV3(backbone, head(num_classes, low, high), upsample=False)
-    mean, std = libraries.timm_normalisation(name)
-    return Network(network, whole, arguments, mean, std, size_divisor=32)
-
-
-BUILDERS: dict[str, Callable[..., Network]] = {
-    "mmseg": mmseg_network,
-    "torchvision": libraries.torchvision_network,
-    "smp": libraries.smp_network,
-    "hf": libraries.hf_network,
-    "timm": timm_deeplabv3,
-}

@@ -1,4 +1,4 @@
-"""algorithms.py against Composer's algorithms, and a resumed run against an uninterrupted one."""
+"""Algorithms of the recipes against Composer's, and resumed runs against uninterrupted ones."""
 
 import os
 import socket
@@ -25,8 +25,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from segmentation.losses import MixedTarget, segmentation_loss
 from segmentation.metrics import MIoU
-from training.algorithms import EMA, SAM, MixUp, SeedMicrobatch
 from training.composer_internals import ClosureGradScaler
+from training.ema import EMA
+from training.mixup import MixUp
+from training.sam import SAM
+from training.seeding import SeedMicrobatch
 
 RECIPES = ["none", "mild", "medium", "hot"]
 CLASSES = 5

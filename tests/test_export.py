@@ -23,8 +23,8 @@ from run_helpers import file_limit
 import export
 from checkpointing.weights import load_weights
 from command_lines import EXPORT_SUFFIXES
-from dataset.color_jitter import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from export import Deployed, compare, main
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from predict import Segmenter
 
 pytestmark = pytest.mark.slow

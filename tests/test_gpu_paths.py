@@ -44,12 +44,14 @@ from errors import ConfigError
 from predict import Segmenter, highest_class
 from segmentation import losses
 from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictions
-from training.algorithms import EMA, MixUp, _climbed
 from training.composer_internals import ClosureGradScaler, EMAParameters
 from training.config import resolve
+from training.ema import EMA
 from training.microbatch import CONTEXT, count
+from training.mixup import MixUp
 from training.optimizer import DecoupledSGDW
 from training.precision import check_kernels, choose_precision
+from training.sam import _climbed
 from transforms import DeviceTransform
 
 pytestmark = [

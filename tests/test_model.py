@@ -25,7 +25,7 @@ from errors import ModelError
 from model import ComposerDeepLabV3, build_composer_deeplabv3, deeplabv3, weight_init
 from networks.base import cross_entropy
 from networks.batch_norm import SyncBatchNorm2d
-from networks.pooling import ImagePool
+from networks.deeplab import ImagePool
 from segmentation import losses
 from segmentation.losses import MixedTarget
 

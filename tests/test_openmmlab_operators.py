@@ -148,7 +148,7 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
 def test_a_network_that_needs_an_operator_is_refused_before_training(
     arguments: dict[str, Any], where: str
 ) -> None:
-    mmseg.import_mmseg()
+    mmseg_operators.import_mmseg()
     if not isinstance(sys.modules[EXTENSION], MissingOperators):
         pytest.skip("this mmcv-full has compiled operators")
     network = named_network("mmseg:fcn/fcn_r50-d8_512x512_80k_ade20k", 3, arguments)

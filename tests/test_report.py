@@ -20,12 +20,11 @@ from convert_ade20k import convert
 from data import build_ade20k_dataspec
 from dataset.folders import ade20k, list_samples
 from dataset.labels import Labels
-from dataset.source import DataSource
+from dataset.source import DataSource, check_labels
 from dataset.workers import available_cores, in_processes
 from errors import DataError
 from extras.preparation import check_command
 from extras.preparation.synthetic import make
-from extras.preparation.verify import check_labels
 from segmentation.classes import load_classes
 
 pytestmark = pytest.mark.processes

@@ -16,12 +16,12 @@ from dataset.description import Description, parse_description
 from dataset.folders import ade20k, list_samples
 from dataset.matching import find_samples
 from dataset.samples import Samples
+from dataset.shard_classes import shard_classes
 from dataset.shards import fetch_beside
 from dataset.source import DataSource, ShardOptions
 from errors import ConfigError, DataError, StoreError
 from extras.preparation.synthetic import make
 from extras.preparation.unused import find_unused
-from extras.preparation.verify import shard_classes
 from training.config import data_sources, resolve
 
 CLASSES = {"classes": {"road": [1], "sky": [2]}}

@@ -9,10 +9,17 @@ from typing import cast
 
 from composer import Trainer
 from composer.algorithms.ema.ema import EMAParameters
-from composer.core import DataSpec
+from composer.core import DataSpec, State
 from composer.trainer._scaler import ClosureGradScaler
+from torch import nn
 
-__all__ = ["TRAINER_METHODS", "ClosureGradScaler", "EMAParameters", "train_data_spec"]
+__all__ = [
+    "TRAINER_METHODS",
+    "ClosureGradScaler",
+    "EMAParameters",
+    "train_data_spec",
+    "without_ddp",
+]
 
 # Methods of Trainer that benchmarks.stopwatch times.
 TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")
@@ -21,3 +28,8 @@ TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_l
 def train_data_spec(trainer: Trainer) -> DataSpec:
     """Return the DataSpec that a trainer trains on."""
     return cast(DataSpec, trainer._train_data_spec)
+
+
+def without_ddp(state: State) -> nn.Module:
+    """Return the model without DistributedDataParallel around it."""
+    return cast(nn.Module, state.model.module) if state.is_model_ddp else state.model

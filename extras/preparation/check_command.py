@@ -31,18 +31,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from command_lines import parse_data
-from dataset.color_jitter import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from dataset.description import SPLITS, is_description, open_description
 from dataset.folders import ade20k
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
+from dataset.shard_classes import shard_description
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import DataError, UserError
 from extras.preparation.suggest import suggest
 from extras.preparation.unused import find_unused
-from extras.preparation.verify import Tally, check, shard_description
+from extras.preparation.verify import Tally, check
 from files import check_outputs, check_writable, write_file, write_image
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet
 

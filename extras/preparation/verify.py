@@ -1,7 +1,8 @@
 """What can be wrong with a data set: names, decoding, sizes and labels of files, hashes of shards.
 
 `check()` looks at every file in parallel and returns a `Tally` for each split, of which
-report.py makes the report; convert_ade20k.py reads what it wrote back with the same functions.
+check_command.py makes the report. convert_ade20k.py reads what it wrote back with the same
+functions.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +18,13 @@ import cv2
 import numpy as np
 
 from dataset.decoding import decode_image, decode_photo
-from dataset.description import SPLITS, Description, parse_description, read_description
-from dataset.mask_decoder import Masks, UnknownValues
+from dataset.description import SPLITS
+from dataset.mask_decoder import Masks
 from dataset.samples import Finding
-from dataset.shards import DESCRIPTION, fetch_beside, read_shard
+from dataset.shards import read_shard
 from dataset.source import Chunk, DataSource, ShardChunk
 from dataset.workers import decoder_complaint, map_chunks
-from errors import ClassError, DataError, one_line
-from segmentation.classes import ClassInfo, first_difference, match_classes
+from errors import DataError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -143,93 +142,3 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         alias = "" if name == other else f" as {other}"
         val.find(name, f"is in both splits, in train{alias}", fatal=False)
     return tallies
-
-
-def shard_description(path: str, retries: int = 2) -> Description | None:
-    """Return the description that shards were written from, which lies beside them.
-
-    Args:
-        path: Folder or URL of the shards.
-        retries: How often to ask the store again.
-
-    Returns:
-        The description, or None if nothing describes them.
-
-    Raises:
-        ConfigError: The description is not valid.
-        DataError: The store does not say whether there is one.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = fetch_beside(path, DESCRIPTION, folder, retries)
-        if file is None:
-            return None
-        return parse_description(read_description(file), f"{path}/{DESCRIPTION}")
-
-
-def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
-    """Return the classes that the shards of a run were written with.
-
-    If the store does not answer and the cache has the split, a run can go on without them.
-
-    Returns:
-        Names and colours in the order of the class indices, or None if they are not known.
-
-    Raises:
-        ConfigError: The description of the shards is not valid.
-        DataError: The store does not say whether there is one.
-    """
-    assert source.shards is not None
-    local = source.shards.local
-    is_cached = local is not None and Path(local, source.split, "index.json").exists()
-    try:
-        description = shard_description(source.path, 0 if is_cached else 2)
-    except DataError as error:
-        if not is_cached:
-            raise
-        log.warning("%s; going on with the cache, without a look at its classes", error)
-        return None
-    return None if description is None else description.classes
-
-
-def check_shard_classes(source: DataSource, classes: Sequence[ClassInfo]) -> None:
-    """Compare the classes that shards were written with and those of a run.
-
-    Args:
-        source: The shards.
-        classes: The run's, in the order of the class indices.
-
-    Raises:
-        ClassError: They have other names, or the same names in another order.
-    """
-    ours = shard_classes(source)
-    where = f"{source.path}/{DESCRIPTION}"
-    if match_classes(ours, classes, where, "the run") is not None:
-        assert ours is not None
-        raise ClassError(
-            f"{first_difference(ours, classes, where, 'the run')}; give the run's classes in the "
-            "order of the shards"
-        )
-
-
-def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Take a quick look, before training, at whether labels fit the masks of a split in folders.
-
-    Args:
-        source: The split.
-        max_masks: How many masks to look at, spread evenly over the split.
-
-    Raises:
-        DataError: A mask cannot be read, or holds a label that is no class.
-    """
-    samples, masks = source.samples(), source.masks()
-    for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
-        mask_path = samples[position].mask_path
-        try:
-            masks.decode(Path(mask_path).read_bytes(), mask_path)
-        except UnknownValues as error:
-            mend = "name it under classes, or ignore"
-            if source.description.built_in is not None:
-                mend = "set model.num_classes, or ignore_label"
-            raise DataError(f"{mask_path}: {error}: {mend}") from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{mask_path}: {error}") from error

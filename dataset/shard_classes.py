@@ -1,0 +1,82 @@
+"""The classes that shards were written with, compared with those of a run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataset.description import Description, parse_description, read_description
+from dataset.shards import DESCRIPTION, fetch_beside
+from dataset.source import DataSource
+from errors import ClassError, DataError
+from segmentation.classes import ClassInfo, first_difference, match_classes
+
+log = logging.getLogger(__name__)
+
+
+def shard_description(path: str, retries: int = 2) -> Description | None:
+    """Return the description that shards were written from, which lies beside them.
+
+    Args:
+        path: Folder or URL of the shards.
+        retries: How often to ask the store again.
+
+    Returns:
+        The description, or None if nothing describes them.
+
+    Raises:
+        ConfigError: The description is not valid.
+        DataError: The store does not say whether there is one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = fetch_beside(path, DESCRIPTION, folder, retries)
+        if file is None:
+            return None
+        return parse_description(read_description(file), f"{path}/{DESCRIPTION}")
+
+
+def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
+    """Return the classes that the shards of a run were written with.
+
+    If the store does not answer and the cache has the split, a run can go on without them.
+
+    Returns:
+        Names and colours in the order of the class indices, or None if they are not known.
+
+    Raises:
+        ConfigError: The description of the shards is not valid.
+        DataError: The store does not say whether there is one.
+    """
+    assert source.shards is not None
+    local = source.shards.local
+    is_cached = local is not None and Path(local, source.split, "index.json").exists()
+    try:
+        description = shard_description(source.path, 0 if is_cached else 2)
+    except DataError as error:
+        if not is_cached:
+            raise
+        log.warning("%s; going on with the cache, without a look at its classes", error)
+        return None
+    return None if description is None else description.classes
+
+
+def check_shard_classes(source: DataSource, classes: Sequence[ClassInfo]) -> None:
+    """Compare the classes that shards were written with and those of a run.
+
+    Args:
+        source: The shards.
+        classes: The run's, in the order of the class indices.
+
+    Raises:
+        ClassError: They have other names, or the same names in another order.
+    """
+    ours = shard_classes(source)
+    where = f"{source.path}/{DESCRIPTION}"
+    if match_classes(ours, classes, where, "the run") is not None:
+        assert ours is not None
+        raise ClassError(
+            f"{first_difference(ours, classes, where, 'the run')}; give the run's classes in the "
+            "order of the shards"
+        )

@@ -1,0 +1,98 @@
+"""Networks for semantic segmentation of transformers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from errors import ModelError
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
+from networks.libraries import LOADING, OF_NETWORK, call, fetch, require, without_own
+
+
+def build(
+    name: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: str | None,
+    from_file: bool,
+) -> Network:
+    """Build a network for semantic segmentation of transformers, from a hub's name or a folder."""
+    whole = f"hf:{name}"
+    transformers = require("transformers", whole, "hf")
+    auto = transformers.AutoModelForSemanticSegmentation
+    kind = transformers.AutoConfig
+    safe = dict(trust_remote_code=False)
+    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+    if from_file and "config" not in arguments:
+        raise ModelError(f"{whole}: the file does not hold the config itself")
+    if "config" in arguments:  # as the lines below record it
+        said = _without_pretrained(arguments["config"])
+        config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
+        config.num_labels = num_classes
+    else:
+        options = {**without_own(arguments), "num_labels": num_classes, **safe}
+        config = fetch(whole, kind.from_pretrained, name, **options)
+        mean, std = _normalisation(transformers, name)
+    if "config" in arguments or not pretrained:
+        network = call(whole, auto.from_config, config, **safe)
+    else:
+        more = dict(config=config, ignore_mismatched_sizes=True, **safe)
+        network = fetch(whole, auto.from_pretrained, name, **more)
+    record = json.loads(config.to_json_string(use_diff=False))
+    for key in ("id2label", "label2id", "transformers_version"):
+        record.pop(key, None)
+    own = {key: arguments[key] for key in OF_NETWORK if key in arguments}
+    record = {"config": _unloading(record), **own}
+    result = Network(network, whole, record, mean, std, size_divisor=32)
+    result.rename = _renaming(network)
+    return result
+
+
+def _renaming(network: Any) -> Callable[[str], str] | None:
+    """Return transformers 5's translation of a tensor's name of transformers 4, if it has one."""
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping")
+    except ImportError:  # transformers 4
+        return None
+    rules = mapping.get_model_conversion_mapping(network)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    own = network.state_dict().keys()
+
+    def rename(name: str) -> str:
+        return name if name in own else loading.rename_source_key(name, renamings, [])[0]
+
+    return rename
+
+
+def _unloading(config: Any) -> Any:
+    """Return a config without the keys that load anything."""
+    if not isinstance(config, Mapping):
+        return config
+    return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
+
+
+def _without_pretrained(config: Any) -> Any:
+    """Return a config none of whose parts loads weights, as some do if told nothing."""
+    if not isinstance(config, Mapping):
+        return config
+    parts = {key: _without_pretrained(value) for key, value in config.items()}
+    return {**parts, "use_pretrained_backbone": False} if "model_type" in config else parts
+
+
+def _normalisation(transformers: Any, name: str) -> tuple[Any, Any]:
+    """Return mean and standard deviation that a network's image processor says."""
+    try:
+        said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        said = {}
+    if not said.get("do_normalize", True):
+        return (0.0,) * 3, (1 / said.get("rescale_factor", 1 / 255),) * 3
+    if "image_mean" not in said or "image_std" not in said:
+        return IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+    factor = 1 / said.get("rescale_factor", 1 / 255)
+    mean, std = ([factor * value for value in said[key]] for key in ("image_mean", "image_std"))
+    return mean, std

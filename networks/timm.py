@@ -1,0 +1,72 @@
+"""DeepLabV3+ on timm's backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from errors import ModelError
+from networks.base import Network
+from networks.deeplab import DeepLabV3, head
+from networks.libraries import call, fetch, require, unknown, without_own
+
+
+def build(
+    name: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: str | None,
+    from_file: bool,
+) -> Network:
+    """Build DeepLabV3+ on a backbone of timm's, with its output stride 8 where it can have that."""
+    whole = f"timm:{name}"
+    timm = require("timm", whole, "timm")
+    backbone, arguments = _features(timm, name, arguments, pretrained)
+    low, high = backbone.feature_info.channels()
+    network = DeepLabV3(backbone, head(num_classes, low, high), upsample=False)
+    mean, std = _normalisation(timm, name)
+    return Network(network, whole, arguments, mean, std, size_divisor=32)
+
+
+def _features(
+    timm: Any, name: str, arguments: Mapping[str, Any], pretrained: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """Build a backbone of timm's that gives features of stride 4 and its last ones.
+
+    Returns:
+        The backbone, and the arguments with the `output_stride` that it has.
+    """
+    whole = f"timm:{name}"
+    if not timm.is_model(name.partition(".")[0]):
+        raise unknown("timm", name, timm.list_models())
+    options: dict[str, Any] = {"features_only": True, **without_own(arguments)}
+
+    def create(**more: Any) -> Any:
+        return timm.create_model(name, **options, **more)
+
+    with torch.device("meta"):  # which strides it has costs no weights there
+        if "output_stride" not in options:
+            try:
+                create(output_stride=8)
+                options["output_stride"] = 8
+            except Exception:  # timm's ways of saying that a network has no such argument
+                pass
+        strides = call(whole, create).feature_info.reduction()
+    if 4 not in strides:
+        raise ModelError(f"model.name={whole} has no features of stride 4, but of {strides}")
+    places = (strides.index(4), len(strides) - 1)
+    options = {"pretrained": bool(pretrained), **options}
+    backbone = fetch(whole, create, out_indices=places)
+    if "output_stride" in options:
+        arguments = {**arguments, "output_stride": options["output_stride"]}
+    return backbone, dict(arguments)
+
+
+def _normalisation(timm: Any, name: str) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation that a network of timm's wants, of values up to 255."""
+    said = timm.get_pretrained_cfg(name)
+    mean = said.mean if said else (0.485, 0.456, 0.406)
+    std = said.std if said else (0.229, 0.224, 0.225)
+    return [255 * value for value in mean], [255 * value for value in std]

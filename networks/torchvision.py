@@ -1,0 +1,30 @@
+"""Segmentation networks of torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchvision import models
+
+from networks.base import Network
+from networks.libraries import call, unknown, without_own
+
+
+def build(
+    name: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: str | None,
+    from_file: bool,
+) -> Network:
+    """Build a segmentation network of torchvision; `pretrained` names its backbone's weights."""
+    known = models.list_models(module=models.segmentation)
+    if name not in known:
+        raise unknown("torchvision", name, known)
+    options = {"weights_backbone": pretrained, **without_own(arguments)}
+    if from_file:
+        options |= {"weights": None, "weights_backbone": None}
+    whole = f"torchvision:{name}"
+    network = call(whole, models.get_model_builder(name), num_classes=num_classes, **options)
+    return Network(network, whole, arguments)

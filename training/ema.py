@@ -1,0 +1,93 @@
+"""The moving average of the weights that is evaluated and saved as the model."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import composer.algorithms
+import torch
+from composer.core import Event, State
+from composer.loggers import Logger
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from training.composer_internals import EMAParameters, without_ddp
+
+
+class EMA(composer.algorithms.EMA):
+    """Keeps an exponential moving average of the weights and evaluates and saves it as the model.
+
+    Composer's algorithm and checkpoint layout, except that the average is updated by one fused
+    operation, keeps the same names with and without DDP (Composer's average silently stops when a
+    run is resumed with one rank instead of several, or the reverse), and is not updated with the
+    weights of a checkpoint that was just saved (Composer's, where a batch interval's checkpoint
+    meets an epoch's update).
+
+    The average is the model's weights in what a `CheckpointSaver` saves when its `save_interval`
+    says so. In a checkpoint saved otherwise the model has the training weights and this
+    algorithm's state (`ema_weights_active` False) the average; it resumes just as well.
+
+    Args:
+        half_life: Time string in batches or epochs after which a weight counts half.
+        update_interval: Time string between updates, in the same unit; None for 1.
+    """
+
+    smoothing: float  # never None: there always is a half-life
+
+    def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
+        super().__init__(half_life=half_life, update_interval=update_interval)
+
+    def match(self, event: Event, state: State) -> bool:
+        """Run at updates and wherever the weights may have to be exchanged."""
+        if event == self.update_event and not self.ema_started:
+            self.ema_model = EMAParameters(without_ddp(state))
+            self.ema_started = True
+        return super().match(event, state)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Update the average, or exchanges it with the training weights."""
+        network = without_ddp(state)
+        if event == Event.INIT:
+            self.ema_model = EMAParameters(network)  # for a checkpoint to be loaded into
+            return
+        if event in self.move_device_events:  # a checkpoint is loaded onto the CPU
+            self.ema_model.move_params_to_device(network)
+        if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):
+            self._activate(network, average=False)
+        if event in (Event.EVAL_START, *self.checkpoint_events):
+            self._activate(network, average=True)
+        if event == self.update_event:
+            self._update(network)
+
+    def _activate(self, network: nn.Module, average: bool) -> None:
+        if self.ema_weights_active != average:
+            self.ema_model.swap_params(network)
+            self.ema_weights_active = average
+
+    @torch.no_grad()
+    def _update(self, network: nn.Module) -> None:
+        stored = self.ema_model.named_parameters_dict | self.ema_model.named_buffers_dict
+        values = dict(chain(network.named_parameters(), network.named_buffers()))
+        names = stored.keys() & values.keys()
+        floats = [name for name in names if stored[name].is_floating_point()]
+        average = [stored[name] for name in floats]
+        torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
+        # BatchNorm's counters, rounded down as Composer's; together, for they are 100 and more.
+        others = [name for name in names if not stored[name].is_floating_point()]
+        for name in [name for name in others if stored[name].ndim]:  # a table, not a counter
+            stored[name].copy_(values[name])
+            others.remove(name)
+        if others:
+            counters = [stored[name] for name in others]
+            now = torch.stack([values[name] for name in others])
+            mean = torch.stack(counters) * self.smoothing + now * (1 - self.smoothing)
+            torch._foreach_copy_(counters, list(mean.to(now.dtype).unbind()))
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+        """Load a checkpoint's state; one of Composer's EMA, written under DDP, too."""
+        names = self.ema_model.named_parameters_dict.keys()
+        super().load_state_dict(state, strict)
+        if names.isdisjoint(self.ema_model.named_parameters_dict):
+            for stored in (self.ema_model.named_parameters_dict, self.ema_model.named_buffers_dict):
+                consume_prefix_in_state_dict_if_present(stored, "module.")

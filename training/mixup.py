@@ -1,0 +1,46 @@
+"""MixUp with two index targets in place of dense ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+
+from segmentation.losses import MixedTarget
+
+
+class MixUp(Algorithm):
+    """Blends each photo of a micro-batch with another (Zhang et al. 2018, arXiv:1710.09412).
+
+    Photos and random numbers are those of Composer's MixUp. The target becomes a
+    `losses.MixedTarget`, both index targets and the coefficient, for which Composer's makes three
+    dense (N, C, H, W) tensors.
+
+    Args:
+        alpha: The other photo's weight is min(z, 1 - z) for a z drawn from Beta(alpha, alpha);
+            0 mixes nothing.
+
+    Raises:
+        ValueError: `alpha` is negative.
+    """
+
+    def __init__(self, alpha: float = 0.2):
+        if alpha < 0:
+            raise ValueError(f"MixUp needs alpha >= 0, not {alpha}")
+        self.alpha = alpha
+
+    def match(self, event: Event, state: State) -> bool:
+        """Run before each training forward pass."""
+        return event == Event.BEFORE_FORWARD
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Replace the micro-batch by the mixed one."""
+        image, target = state.batch
+        z = np.random.beta(self.alpha, self.alpha) if self.alpha else 0.0
+        mixing = float(min(z, 1 - z))
+        other = torch.randperm(len(image))
+        if image.is_cuda:  # the host waits for a copy from memory that is not pinned
+            other = other.pin_memory().to(image.device, non_blocking=True)
+        mixed = torch.lerp(image, image[other], mixing)
+        state.batch = (mixed, MixedTarget(target, target[other], mixing))
