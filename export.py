@@ -48,6 +48,7 @@ import yaml
 from torch import Tensor
 
 import evaluate
+from checkpointing.rebuild import build_network, complete
 from checkpointing.stores import checkpoint_in
 from checkpointing.weights import (
     Weights,
@@ -81,8 +82,8 @@ from extras.sharing.exporters import Deployed, export
 from extras.sharing.hub import check_repo, push
 from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from files import check_outputs, output_file, output_folder, write_file
-from model import DeepLabV3, build_network, complete
 from networks.base import Network
+from networks.deeplab import DeepLabV3
 from predict import Segmenter
 from segmentation.classes import ClassInfo, rename_classes
 from transforms import resize_image

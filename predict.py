@@ -71,8 +71,8 @@ from segmentation.drawing import VideoOverlay, draw_overlay
 from transforms import resize_image
 
 if TYPE_CHECKING:
-    from model import DeepLabV3
     from networks.base import Network
+    from networks.deeplab import DeepLabV3
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,10 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
-            from model import build_network, complete  # seconds that an ONNX file does not need
+            from checkpointing.rebuild import (  # seconds that an ONNX file does not need
+                build_network,
+                complete,
+            )
 
             found = complete(load_weights(path, weights), str(path), network)
             built = build_network(found, str(path), network)

@@ -33,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +56,7 @@ from data import build_data
 from extras.planning.estimate import GPUS, estimate
 from extras.planning.plan import passes
 from model import deeplabv3
+from networks.registry import create_meta_network
 from training.config import resolve
 from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
@@ -280,7 +282,7 @@ def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, 
     found = {}
     settings = config(args, "none")
     compiled = compiles(settings)
-    network = program.build_network(settings)
+    network = create_meta_network(**asdict(settings.model))
     footprint = count(network, args.size, AUTOCAST.get(precision), compiled)
     for recipe in args.recipes:
         step = estimate(

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from errors import ModelError
-from networks import libraries
 from networks.base import Network
 from networks.batch_norm import share_in_node
 from networks.deeplab import deeplabv3
@@ -119,6 +118,9 @@ def named_network(
     Raises:
         ModelError: It cannot be built, or may not.
     """
+    # A run of deeplabv3 needs none of this.
+    from networks import libraries
+
     kind, _, rest = name.partition(":")
     if from_file:
         arguments = libraries.plain(arguments, name)

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from benchmarks.stopwatch import PARTS
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
 from networks.depthwise import DilatedDepthwiseConv2d
+from networks.registry import create_meta_network
 from training.schema import Config, ModelConfig
 
 pytestmark = pytest.mark.trains
@@ -432,7 +434,8 @@ def test_small_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: a network of so many BatchNorms counts them in one operation."""
     found = dict(counted.passes("resnet50"))
     assert found["counters of a forward pass"] == 1
-    layers = sum(1 for name, _ in program.build_network(CONFIG).named_buffers() if "mean" in name)
+    network = create_meta_network(**asdict(CONFIG.model))
+    layers = sum(1 for name, _ in network.named_buffers() if "mean" in name)
     assert layers > 20 and found["an update of the average"] < layers / 2
     monkeypatch.setattr(counted, "SIZE", 32)
     monkeypatch.delattr("transforms.DeviceTransform.compile")

@@ -24,8 +24,8 @@ from PIL import Image
 from run_helpers import file_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from checkpointing.rebuild import build_network
 from checkpointing.weights import load_weights
-from model import build_network
 from segmentation.classes import load_classes
 from segmentation.drawing import prediction_sheet
 from segmentation.losses import MixedTarget

@@ -16,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import export
 import predict
+from checkpointing.rebuild import build_network, complete
 from checkpointing.weights import check_checkpoint, load_weights
 from errors import ClassError, WeightsError
-from model import build_network, complete
 from networks.base import Network
 
 LRASPP = "torchvision:lraspp_mobilenet_v3_large"

@@ -17,6 +17,7 @@ import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ import main as program
 import model
 from benchmarks import camvid, device_transform, loss, train_step
 from errors import ConfigError
+from networks.registry import create_meta_network
 from predict import Segmenter, highest_class
 from segmentation import losses
 from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictions
@@ -171,7 +173,7 @@ def test_auto_microbatch_begins_where_it_fits(
     gpu: None, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the count, before anything was tried: nothing is compiled in vain."""
-    network = program.build_network(resolve(tiny))
+    network = create_meta_network(**asdict(resolve(tiny).model))
     footprint = count(network, 32, torch.bfloat16)
     room = footprint.step(2, resolve(tiny)) + CONTEXT + 1
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (room, 80 * 2**30))
@@ -377,7 +379,7 @@ def test_a_step_stays_on_its_gpu(
     fake_cuda: FakeTensorMode, tiny: dict[str, Any], mixes: bool
 ) -> None:
     """All of it but autograd's engine, which asks for a real context."""
-    network = program.build_network(resolve(tiny))
+    network = create_meta_network(**asdict(resolve(tiny).model))
     with fake_cuda:
         _take_a_step(on_cuda(network), mixes)
 

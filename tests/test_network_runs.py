@@ -19,9 +19,10 @@ import export
 import main
 import predict
 from checkpointing.partial_load import load_fitting
+from checkpointing.rebuild import build_network
 from checkpointing.weights import load_weights
 from errors import ConfigError, WeightsError
-from model import build_network, deeplabv3
+from model import deeplabv3
 from networks.registry import named_network
 from segmentation.classes import load_classes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from extras.planning.estimate import GPUS, estimate
 from extras.planning.measure import _store
 from extras.planning.plan import lengths, passes
 from model import build_composer_deeplabv3, deeplabv3
+from networks.registry import create_meta_network
 from training.config import resolve
 from training.microbatch import GIB, Footprint, choose_microbatch, count, fitting
 from training.schema import Config, TrainDatasetConfig
@@ -312,7 +314,7 @@ def test_the_store_is_timed(synthetic: str, tiny: dict[str, Any], tmp_path: Path
 
 def test_the_network_of_a_plan_is_that_of_a_run(tiny: dict[str, Any]) -> None:
     config = resolve(tiny)
-    planned = program.build_network(config)
+    planned = create_meta_network(**asdict(config.model))
     assert all(p.is_meta for p in planned.parameters())
     built = build_composer_deeplabv3(12, "resnet50").module
     shapes = {name: value.shape for name, value in built.state_dict().items()}

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from checkpointing import weights as weights_module
 from checkpointing.partial_load import load_fitting
+from checkpointing.rebuild import build_network
 from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,
@@ -26,7 +27,7 @@ from checkpointing.weights import (
     save_weights,
 )
 from errors import WeightsError
-from model import build_network, deeplabv3
+from model import deeplabv3
 from segmentation.classes import load_classes
 
 pytestmark = pytest.mark.trains

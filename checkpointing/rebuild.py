@@ -1,0 +1,97 @@
+"""A network rebuilt from a file of weights, for evaluation, prediction and export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from checkpointing.weights import Weights, infer_architecture
+from errors import WeightsError
+from networks.base import Network, current_names, inner
+from networks.deeplab import DeepLabV3, deeplabv3
+from networks.libraries import foreign_arguments
+from networks.registry import named_network
+
+PROBED = 251  # a number of classes that no other layer has channels
+
+
+def complete(weights: Weights, where: str, network: str | None) -> Weights:
+    """Return another project's weights with the network and the number of classes that they are of.
+
+    The network is built with a number of classes that no layer has otherwise. The tensors of that
+    many rows are those with a row a class, and the file's tell how many classes there are.
+
+    Args:
+        weights: What `load_weights` gave. With a config, or without `network`, they are complete.
+        where: What to call them in an error.
+        network: What the user says that it is.
+
+    Raises:
+        WeightsError: They are not of this network, or its layers differ in their number of classes.
+        ModelError: The network cannot be built.
+    """
+    if weights.config is not None or network in (None, "deeplabv3"):
+        return weights
+    arguments, name = foreign_arguments(network, weights.beside, weights.state, where)
+    built = named_network(name, PROBED, arguments)
+    own, state = inner(built).state_dict(), _named_as(weights.state, inner(built))
+    counts = {
+        len(state[key])
+        for key, tensor in own.items()
+        if tensor.ndim and len(tensor) == PROBED and key in state and state[key].ndim
+        if state[key].shape[1:] == tensor.shape[1:]
+    }
+    if len(counts) != 1:
+        found = (
+            f"has layers of {sorted(counts)} classes" if counts else "has no layer of its classes"
+        )
+        raise WeightsError(f"{where}: {found}, as {network} would; --network names another")
+    model = {"name": network, "arguments": built.arguments, "num_classes": counts.pop()}
+    return replace(weights, config={"model": model})
+
+
+def _named_as(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return tensors without the beginning that all their names share and the network's do not."""
+    own, state = network.state_dict(), dict(state)
+    while state and not own.keys() & state.keys():
+        first = {name.partition(".")[0] for name in state}
+        if len(first) > 1 or not all("." in name for name in state):
+            break
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    return state
+
+
+def build_network(
+    weights: Weights, where: str = "these weights", network: str | None = None
+) -> DeepLabV3 | Network:
+    """Build a network in evaluation mode with these weights; its logits have its own stride.
+
+    Args:
+        weights: What `load_weights` gave.
+        where: What to call them in an error.
+        network: What the user says that it is: a function of one's own is called only then.
+
+    Raises:
+        WeightsError: They do not fit.
+        ModelError: They name a network that cannot be built, or may not.
+    """
+    weights = complete(weights, where, network)
+    name, arguments = weights.network
+    built: DeepLabV3 | Network
+    if network not in (None, name) and weights.config is not None:
+        raise WeightsError(f"{where}: its network is {name}, not {network}")
+    if (network or name) == "deeplabv3":
+        built = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False, upsample=False)
+    else:
+        is_said = weights.config is not None
+        built = named_network(
+            network or name, weights.num_classes, arguments, None, is_said, network
+        )
+    try:
+        inner(built).load_state_dict(_named_as(current_names(built, weights.state), inner(built)))
+    except RuntimeError as error:
+        problem = " ".join(str(error).split("\n\t")[1].split())
+        raise WeightsError(f"{where}: {problem}") from error
+    return built.eval()
