@@ -48,13 +48,17 @@ def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
             yield field, value
 
 
+def is_section(value: Any) -> bool:
+    """Return whether a value is a section of keys, rather than a value of a key."""
+    return dataclasses.is_dataclass(value)
+
+
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
     """Return the values of all keys by their dotted names, as in `optimizer.lr`."""
     values: dict[str, Any] = {}
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
-        is_section = dataclasses.is_dataclass(value)
-        values |= flatten(value, f"{name}.") if is_section else {name: value}
+        values |= flatten(value, f"{name}.") if is_section(value) else {name: value}
     return values
 
 
@@ -67,7 +71,7 @@ def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
+        if is_section(value):
             kinds |= on_resume(value, f"{name}.")
         elif prefix == "eval_dataset." and field.name not in ("ignore_background", "ignore_label"):
             kinds[name] = FREE
