@@ -1,4 +1,4 @@
-"""The documentation: generated pages are up to date, and links, keys, options and commands exist."""
+"""The documentation: generated pages are up to date; links, keys, options and commands exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def configuration_page() -> str:
         "",
         "    python main.py --help      # the same list on the command line",
         "",
-        "All keys of a run's YAML. Override any of them on the command line, as in `optimizer.lr=0.01`.",
+        "All keys of a run's YAML. You may override them on the command line: `optimizer.lr=0.01`.",
         "[Checkpoints and resume](resume.md) says which keys you may change when you resume.",
     ]
 

@@ -42,7 +42,7 @@ class ModelConfig:
     name: str = key(
         COMPARED,
         "deeplabv3",
-        "or mmseg:, torchvision:, smp:, hf:, timm: and a name of theirs, or module:function",
+        "deeplabv3, or LIBRARY:NAME with mmseg, torchvision, smp, hf or timm, or module:function",
     )
     arguments: dict[str, Any] | None = key(
         COMPARED, None, "arguments of a network other than deeplabv3"
@@ -52,13 +52,13 @@ class ModelConfig:
     backbone_weights: str | None = key(
         FREE,
         "IMAGENET1K_V2",
-        "IMAGENET1K_V1, IMAGENET1K_V2, a path or URL, or none (empty); of others: theirs, or none",
+        "IMAGENET1K_V1, IMAGENET1K_V2, a path or a URL; empty: start from random weights",
     )
     freeze_backbone: str | None = key(
-        APPLIED, None, "time that the backbone is kept as it is, as in 2ep"
+        APPLIED, None, "freeze the backbone for this long, for example 2ep"
     )
     sync_bn: bool = key(APPLIED, True, "share BatchNorm statistics between the processes of a node")
-    use_plus: bool = key(COMPARED, True, "DeepLabV3+ rather than DeepLabV3")
+    use_plus: bool = key(COMPARED, True, "true: DeepLabV3+; false: DeepLabV3")
     cross_entropy_weight: float = key(
         APPLIED, 0.375, "weight of the cross entropy in the loss", "[0, inf)"
     )
@@ -66,12 +66,12 @@ class ModelConfig:
     fused_loss: bool | str = key(
         FREE,
         "auto",
-        "auto: Triton kernels on a GPU; false: PyTorch's operations, for the same loss",
+        "auto: compute the loss with Triton kernels on a GPU; false: with PyTorch's operations",
     )
     class_weights: Any = key(
         APPLIED,
         None,
-        "of the loss: auto (by share of pixels), a list, or {name: weight}; empty: all 1",
+        "weights in the loss: auto (from the share of pixels), a list, or {name: weight}",
     )
 
 
@@ -79,37 +79,39 @@ class ModelConfig:
 class DatasetConfig:
     """A data set, and how its samples are made."""
 
-    is_streaming: bool = key(FREE, False, "MDS shards (Streaming) rather than folders")
+    is_streaming: bool = key(FREE, False, "true: read MDS shards; false: read folders")
     path: str | None = key(
         APPLIED,
         None,
-        "folder that holds ADEChallengeData2016, or the shards (also s3://...), or data's root",
+        "folder that holds ADEChallengeData2016 or described data, or folder or URL of the shards",
     )
-    local: str | None = key(FREE, None, "streaming: local folder that caches the shards")
+    local: str | None = key(FREE, None, "shards: local folder for the cache")
     base_size: int = key(
         APPLIED,
         512,
-        "length of the shorter side before the random resize, pixels",
+        "side of the square that images are resized to first, pixels",
         f"[1, {MAX_SIDE}]",
     )
-    min_resize_scale: float = key(APPLIED, 0.5, "smallest random resize factor", "(0, 100]")
-    max_resize_scale: float = key(APPLIED, 2.0, "largest random resize factor", "(0, 100]")
+    min_resize_scale: float = key(APPLIED, 0.5, "smallest factor of the random resize", "(0, 100]")
+    max_resize_scale: float = key(APPLIED, 2.0, "largest factor of the random resize", "(0, 100]")
     final_size: int = key(
-        APPLIED, 512, "side of the square that the network gets, pixels", f"[16, {MAX_SIDE}]"
+        APPLIED, 512, "side of the crop that the network gets, pixels", f"[16, {MAX_SIDE}]"
     )
-    ignore_background: bool = key(COMPARED, True, "label 0 is ignored and label k is class k - 1")
-    ignore_label: int | None = key(COMPARED, None, "a further label value to ignore", "[0, 255]")
-    batch_size: int = key(APPLIED, 128, "images a step, over all GPUs", f"[1, {2**20}]")
-    drop_last: bool = key(APPLIED, True, "leave out an epoch's last incomplete batch")
+    ignore_background: bool = key(COMPARED, True, "ignore label 0; label k is class k - 1")
+    ignore_label: int | None = key(COMPARED, None, "one more label to ignore", "[0, 255]")
+    batch_size: int = key(APPLIED, 128, "images per step, over all GPUs", f"[1, {2**20}]")
+    drop_last: bool = key(APPLIED, True, "leave out the last batch of an epoch if it is not full")
     num_workers: int | str = key(
-        FREE, "auto", "loader processes per GPU; auto fits the machine", "[0, 256]"
+        FREE, "auto", "loader processes per GPU; auto: one per core, at most 8", "[0, 256]"
     )
-    cache_limit: str | None = key(APPLIED, None, "streaming: most the cache may take, as in 100gb")
-    predownload: int | None = key(FREE, None, "streaming: samples to download ahead", "[1, inf)")
-    download_retry: int = key(FREE, 6, "streaming: times to retry a failed download", "[0, 1000]")
-    download_timeout: float = key(FREE, 60.0, "streaming: seconds to wait for a shard", "(0, inf)")
+    cache_limit: str | None = key(
+        APPLIED, None, "shards: largest size of the cache, for example 100gb"
+    )
+    predownload: int | None = key(FREE, None, "shards: samples to download ahead", "[1, inf)")
+    download_retry: int = key(FREE, 6, "shards: retries of a failed download", "[0, 1000]")
+    download_timeout: float = key(FREE, 60.0, "shards: seconds to wait for an answer", "(0, inf)")
     validate_hash: str | None = key(
-        FREE, "auto", "streaming: verify shards: auto, or a hash as sha1"
+        FREE, "auto", "shards: verify them with this hash; auto: the first that they list"
     )
 
 
@@ -120,17 +122,17 @@ class TrainDatasetConfig(DatasetConfig):
     max_class_share: float = key(
         APPLIED,
         0.75,
-        "share of a crop above which one class has it drawn again, up to ten times; 1: never",
+        "draw a crop again, up to 10 times, while one class has more than this share; 1: never",
         "(0, 1]",
     )
     rare_class_sampling: float | None = key(
         APPLIED,
         None,
-        "photos of a class in a smaller share than this come up more often, as 0.01",
+        "repeat images of classes that are in less than this share of the images",
         "(0, 1]",
     )
     shuffle_seed: int | None = key(
-        COMPARED, None, "seed of the order of samples; empty: the run's seed", f"[0, {MAX_SEED}]"
+        COMPARED, None, "seed of the order of samples; empty: seed", f"[0, {MAX_SEED}]"
     )
 
 
@@ -139,31 +141,31 @@ class EvalDatasetConfig(DatasetConfig):
     """The data set of evaluation, which sees every image once, in order, and not in crops."""
 
     # Without effect, but the reference's YAMLs have them.
-    base_size: int = key(FREE, 512, "without effect", f"[1, {MAX_SIDE}]")
-    min_resize_scale: float = key(FREE, 0.5, "without effect", "(0, 100]")
-    max_resize_scale: float = key(FREE, 2.0, "without effect", "(0, 100]")
-    drop_last: bool = key(FREE, False, "without effect")
+    base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
+    min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
+    max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")
+    drop_last: bool = key(FREE, False, "has no effect")
 
 
 @dataclass
 class OptimizerConfig:
     """Which optimizer, and of which weights."""
 
-    name: str = key(COMPARED, "sgdw", "sgdw or adamw, with weight decay apart from the gradient")
+    name: str = key(COMPARED, "sgdw", "sgdw or adamw, both with decoupled weight decay")
     lr: float = key(APPLIED, 0.08, "learning rate", "(0, inf)")
     momentum: float = key(APPLIED, 0.9, "sgdw: momentum", "[0, 1)")
     betas: list[float] = key(
-        APPLIED, [0.9, 0.999], "adamw: decay of the two moving averages", "[0, 1)"
+        APPLIED, [0.9, 0.999], "adamw: decay rates of the two moving averages", "[0, 1)"
     )
     weight_decay: float = key(
-        APPLIED, 5.0e-5, "decoupled weight decay, a fraction per step", "[0, 1)"
+        APPLIED, 5.0e-5, "decoupled weight decay, as a fraction per step", "[0, 1)"
     )
-    no_decay: list[str] = key(COMPARED, [], "what does not decay: any of norm, bias")
+    no_decay: list[str] = key(COMPARED, [], "parameters without weight decay: norm, bias, or both")
     head_lr_scale: float = key(
-        COMPARED, 1.0, "learning rate outside the backbone, relative to lr", "(0, inf)"
+        COMPARED, 1.0, "learning rate outside the backbone, as a multiple of lr", "(0, inf)"
     )
     clip_norm: float | None = key(
-        APPLIED, None, "longest gradient, in the 2-norm over all weights", "(0, inf)"
+        APPLIED, None, "clip the gradient to this norm (2-norm over all weights)", "(0, inf)"
     )
 
 
@@ -171,26 +173,32 @@ class OptimizerConfig:
 class ScheduleConfig:
     """How the learning rate goes on from `optimizer.lr`."""
 
-    name: str | None = key(APPLIED, None, "cosine, poly, constant or linear; empty: the recipe's")
-    warmup: str = key(APPLIED, "0ba", "time in which it rises from 0 to optimizer.lr")
-    final: float = key(APPLIED, 0.0, "where it ends, relative to optimizer.lr", "[0, inf)")
-    power: float = key(APPLIED, 0.9, "poly: the power of what is left of the run", "(0, inf)")
+    name: str | None = key(
+        APPLIED, None, "cosine, poly, constant or linear; empty: the one of the recipe"
+    )
+    warmup: str = key(APPLIED, "0ba", "time of the linear warm-up from 0 to optimizer.lr")
+    final: float = key(
+        APPLIED, 0.0, "final learning rate, as a multiple of optimizer.lr", "[0, inf)"
+    )
+    power: float = key(APPLIED, 0.9, "poly: exponent", "(0, inf)")
 
 
 @dataclass
 class Config:
     """The whole YAML."""
 
-    run_name: str | None = key(COMPARED, None, "name of the run; empty: $RUN_NAME, else made up")
-    is_train: bool = key(FREE, True, "train; false: evaluate once")
+    run_name: str | None = key(
+        COMPARED, None, "name of the run; empty: $RUN_NAME, or a generated name"
+    )
+    is_train: bool = key(FREE, True, "true: train; false: evaluate once")
     seed: int = key(
         COMPARED,
         17,
-        "seed of the weights, the order of the data and the augmentation",
+        "seed of the weights, the order of samples and the augmentation",
         f"[0, {MAX_SEED}]",
     )
     max_duration: str = key(
-        APPLIED, BASELINE.max_duration, "duration without a recipe, as in 128ep or 20000ba"
+        APPLIED, BASELINE.max_duration, "duration without a recipe, for example 128ep or 20000ba"
     )
     recipe_name: str | None = key(
         COMPARED, None, f"{', '.join(RECIPES)}; empty: the plain baseline"
@@ -198,42 +206,46 @@ class Config:
     device_train_microbatch_size: int | str | None = key(
         APPLIED,
         "auto",
-        "images a GPU takes at once; auto: as many as fit its memory; empty: all",
+        "images that a GPU computes at once; auto: as many as fit; empty: its whole share",
         "[1, inf)",
     )
     grad_accum: int | str | None = key(
-        APPLIED, None, "older name: parts that a GPU takes its images in, auto or a number"
+        APPLIED, None, "older key: number of micro-batches per step, or auto"
     )
     precision: str = key(APPLIED, "auto", "auto, fp32, amp_bf16 or amp_fp16")
-    compile: bool | str = key(FREE, "auto", "torch.compile the model; auto: on a GPU")
+    compile: bool | str = key(
+        FREE, "auto", "compile the network with torch.compile; auto: on a GPU"
+    )
     activation_memory_budget: float = key(
         FREE,
         1.0,
-        "compiled: share of the activations to keep; less makes room for more images",
+        "compiled: share of the activations to keep in memory",
         "[0, 1]",
     )
-    deterministic: bool = key(FREE, False, "the same bits in every run on a GPU too, but slower")
+    deterministic: bool = key(FREE, False, "use deterministic GPU operations, which are slower")
     model: ModelConfig = section(ModelConfig)
     data: Any = key(
         COMPARED,
         None,
-        "description of the data set (a YAML, or its keys here); empty: ADE20K's layout",
+        "description of the data set, as a YAML file or as keys here; empty: ADE20K's layout",
     )
     train_dataset: TrainDatasetConfig = section(TrainDatasetConfig)
     eval_dataset: EvalDatasetConfig = section(EvalDatasetConfig)
     eval_interval: str = key(FREE, "1ep", "time between evaluations")
     eval_first: bool = key(FREE, False, "also evaluate before the first step")
     train_metrics_interval: int = key(
-        FREE, 0, "batches between two scores of a training batch; 0: never", "[0, inf)"
+        FREE, 0, "batches from one training score to the next; 0: never", "[0, inf)"
     )
     pictures: int = key(
-        FREE, 4, "validation photos to draw at each evaluation; 0: none", "[0, 100]"
+        FREE, 4, "validation images to draw at each evaluation; 0: none", "[0, 100]"
     )
     class_table_csv: bool = key(
-        FREE, False, "write each evaluation's class table below save_folder"
+        FREE, False, "write the class table of each evaluation below save_folder"
     )
     class_names: str | None = key(
-        COMPARED, None, "file with a class name a line; empty: ADE20K's if 150"
+        COMPARED,
+        None,
+        "file with one class name per line; empty: the names of ADE20K if there are 150 classes",
     )
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
@@ -243,29 +255,35 @@ class Config:
     loggers: dict[str, Any] = key(
         FREE, dict, f"any of {', '.join(LOGGERS)}, each with its arguments"
     )
-    save_folder: str | None = key(FREE, None, "where checkpoints go: a folder or s3://...")
+    save_folder: str | None = key(
+        FREE, None, "folder or URL (s3://...) for checkpoints, pictures and the report"
+    )
     save_interval: str = key(FREE, "1ep", "time between checkpoints")
-    save_num_checkpoints_to_keep: int = key(FREE, 1, "newest checkpoints to keep; -1: all")
+    save_num_checkpoints_to_keep: int = key(
+        FREE, 1, "number of newest checkpoints to keep; -1: all"
+    )
     save_best: bool = key(FREE, False, "also keep the checkpoint of the best evaluation")
     best_metric: str = key(
-        APPLIED, "MIoU", "what the best has the most of: MIoU, or IoU/NAME of a class"
+        APPLIED, "MIoU", "metric of the best evaluation: MIoU, or IoU/NAME for a class"
     )
     stop_after: str | None = key(
-        APPLIED, None, "time without a better evaluation after which a run ends"
+        APPLIED, None, "end the run after this time without a better evaluation"
     )
-    save_overwrite: bool = key(FREE, False, "replace what an earlier run left in save_folder")
+    save_overwrite: bool = key(
+        FREE, False, "replace the checkpoints of an earlier run in save_folder"
+    )
     load_path: str | None = key(FREE, None, "checkpoint to begin from, or to evaluate")
     load_weights_only: bool = key(
-        FREE, False, "take only the weights from load_path, and start anew"
+        FREE, False, "load only the weights of load_path, and start at batch 0"
     )
     load_least: float = key(
-        FREE, 0.5, "share of the tensors that have to fit, of weights alone", "[0, 1]"
+        FREE, 0.5, "weights only: smallest share of the tensors that has to fit", "[0, 1]"
     )
     load_classes_by_name: bool = key(
-        FREE, False, "of weights alone: also take over classes that have the same name"
+        FREE, False, "weights only: keep the weights of classes that have the same name"
     )
     autoresume: bool = key(
-        FREE, False, "go on from the newest whole checkpoint in save_folder, if any"
+        FREE, False, "resume from the newest whole checkpoint in save_folder, if there is one"
     )
     python_log_level: str | None = key(FREE, "warning", "debug, info, warning or error")
 
