@@ -343,7 +343,7 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """Return the arguments of `model.deeplabv3` that give a network for these weights.
+    """Return the arguments of `networks.deeplab.deeplabv3` that give a network for these weights.
 
     Args:
         state: Tensors by name, as `Weights.state`.
