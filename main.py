@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from command_lines import start
+from command_lines import name_node, start
 from errors import (
     TRY_AGAIN,
     ClassError,
@@ -32,6 +32,14 @@ from errors import (
 )
 from training.bounds import check_evaluates
 from training.config import class_infos, data_sources, help_text, load, resolve
+from training.launcher import (
+    REFUSED,
+    end_with_launcher,
+    is_torchrun,
+    note_refusal,
+    wait_for_nodes,
+    was_refused,
+)
 from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
@@ -73,6 +81,7 @@ def main(
     """
     from checkpointing.lock import release_locks
 
+    name_node(os.environ)
     # The caller's config stays as it is, and later changes to it do not change the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
@@ -89,9 +98,7 @@ def main(
 
 def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
     from checkpointing.saver import saver_of
-    from training.processes import report_start
 
-    report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
         trainer.eval()
         return
@@ -410,16 +417,18 @@ def run(
         from training.plan import main as plan
 
         return plan(arguments, build_trainer, build_network, began)
+    end_with_launcher()
+    if was_refused():  # by an earlier attempt of torchrun, which printed the error
+        return REFUSED
     try:
         config = resolve(load(arguments[0], arguments[1:]))
         check_evaluates(config)
     except ConfigError as error:
+        wait_for_nodes(error)
         return _refuse(error)
 
-    from training.processes import end_with_launcher
     from training.watch import join
 
-    end_with_launcher()
     try:
         watch = join()
     except Lost as lost:
@@ -487,10 +496,10 @@ def build_network(config: Config) -> torch.nn.Module:
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
     """Print an error, and return the status. An error that all processes find is printed once."""
-    if watch:
-        is_first = watch.is_first_to_say(str(error))
-    else:  # before the processes have found each other
-        is_first = not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
+    if status == REFUSED and (watch is None or is_torchrun()):
+        is_first = note_refusal(str(error))
+    else:
+        is_first = watch is None or watch.is_first_to_say(str(error))
     if is_first:
         print(f"error: {error}", file=sys.stderr)
     return status
