@@ -1,8 +1,8 @@
 """How main.py works with the program that started it: `composer` or `torchrun`.
 
-torchrun starts the processes again after any failure. If the first attempt already refused to run, a
-person has to fix the cause, and this module makes the further attempts end at once and in silence.
-Once an attempt has run, the same error may come from a store that is away, and is tried again.
+torchrun starts the processes again after any failure. If the first attempt refused to run, a person
+has to fix the cause, and this module makes the further attempts end at once and in silence. Once an
+attempt has run, the same error may come from a store that is away, and is tried again.
 """
 
 from __future__ import annotations
