@@ -171,7 +171,7 @@ def run(
         seconds = time.monotonic() - start
     texts = [Path(output).read_text() for output in outputs]
     statuses = [process.wait() for process in processes]
-    return Outcome(statuses, lost, back, seconds, texts, _samples(folder))
+    return Outcome(statuses, lost, back, seconds, texts, samples(folder))
 
 
 def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
@@ -187,7 +187,7 @@ def _checkpoints(folder: str) -> set[str]:
     return {path.name for path in Path(folder, "saved").glob("ep*-rank0.pt")}
 
 
-def _samples(folder: str) -> dict[int, set[str]]:
+def samples(folder: str) -> dict[int, set[str]]:
     """Return the digests of each step's images; a later attempt replaces an earlier one."""
     attempts: dict[int, dict[int, set[str]]] = {}
     for line in Path(folder, "samples").read_text().splitlines():
@@ -196,27 +196,31 @@ def _samples(folder: str) -> dict[int, set[str]]:
     return {step: found[max(found)] for step, found in attempts.items()}
 
 
-def node(settings: str) -> int:
-    """Train on a node, as `run` says."""
+def recorder(path: Path) -> Any:
+    """Return a callback that adds each step's number, attempt and digests to a file."""
     from composer.core import Callback
 
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    class Recorder(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            images = [image.numpy().tobytes() for image in state.batch[0]]
+            digests = [hashlib.sha1(image).hexdigest() for image in images]
+            with open(path, "a") as file:
+                print(state.timestamp.batch.value, attempt, *digests, file=file)
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            time.sleep(0.2)  # time for a cut
+
+    return Recorder()
+
+
+def node(settings: str) -> int:
+    """Train on a node, as `run` says."""
     from benchmarks.forked import shrink
     from command_lines import start
     from main import run as run_main
     from training import watch
-
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-
-    class Pace(Callback):
-        def batch_start(self, state: Any, logger: Any) -> None:
-            digests = [
-                hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in state.batch[0]
-            ]
-            with open(Path(settings).with_name("samples"), "a") as file:
-                print(state.timestamp.batch.value, attempt, *digests, file=file)
-
-        def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)
 
     start()
     shrink()
@@ -226,7 +230,7 @@ def node(settings: str) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(said["config"], file)  # which is YAML
         file.flush()
-        return run_main([file.name], callbacks=[Pace()])
+        return run_main([file.name], callbacks=[recorder(Path(settings).with_name("samples"))])
 
 
 @contextmanager

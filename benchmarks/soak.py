@@ -4,8 +4,8 @@
     python -m benchmarks.soak --memory          # memory and open files over 2,000 steps
 
 torchrun starts two processes, which train on shards in an S3 server (SeaweedFS). Checkpoints go
-there too, and the cache holds four shards, so that the store is asked all the time. One run after the
-other, of every recipe in turn, is struck at random batches: each kind of strike once before any
+there too, and the cache holds four shards, so that the store is asked all the time. One run after
+the other, of every recipe in turn, is struck at random batches: each kind of strike once before any
 comes again. torchrun starts lost processes again. If torchrun itself ends too soon, the benchmark
 gives the same command again. It compares the weights, the averages and the optimizer's state at the
 end. The disk that gets full is a small
