@@ -16,14 +16,14 @@ from composer.utils import dist
 
 # SIGHUP comes when the terminal closes. The kernel sends SIGUSR1 when the launcher dies.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# Seconds in which torchrun passes on a signal that a scheduler also sent to this process itself.
+# Seconds in which a launcher passes on a signal that a scheduler also sent to this process itself.
 ECHO = 5.0
 
 
 class SignalListener:
     """Remembers that this process got one of `SIGNALS`; the same one again ends it at once.
 
-    Under torchrun, a signal that comes again within `ECHO` seconds counts once.
+    Under a launcher, a signal that comes again within `ECHO` seconds counts once.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class SignalListener:
             return
 
         times: dict[int, float] = {}  # when each signal came first
-        echo = ECHO if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        echo = ECHO if "LOCAL_RANK" in os.environ else 0.0
 
         def receive(number: int, frame: Any) -> None:
             if number in times:
