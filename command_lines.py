@@ -35,6 +35,7 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
     if parse is not None:
         parse(sys.argv[1:])
     share_cores(os.environ)
+    name_node(os.environ)
     # mmcv imports torch.utils.cpp_extension, which warns if there is a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -54,6 +55,12 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
     processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if processes > 1 or cores < (os.cpu_count() or 1):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def name_node(environment: MutableMapping[str, str]) -> None:
+    """Set the one variable that Composer reads and torchrun does not set: the node's number."""
+    if "GROUP_RANK" in environment:
+        environment.setdefault("NODE_RANK", environment["GROUP_RANK"])
 
 
 def parse_evaluate(arguments: list[str]) -> argparse.Namespace:

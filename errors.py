@@ -25,6 +25,10 @@ class ConfigError(UserError):
     """A config that cannot be run; the message names the key."""
 
 
+class UnevenBatch(ConfigError):
+    """A batch size that does not divide among the processes there are; more of them may come."""
+
+
 class DataError(UserError):
     """A data set that is not as training needs it; the message names the file."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 
+from command_lines import name_node
 from command_lines import start as prepare_process
 from training.config import read_command_line
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 import copy
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Sequence, Sized
@@ -48,7 +50,8 @@ from training.callbacks import build_callbacks, start_lines, summary
 from training.class_weights import class_weights, named
 from training.config import class_infos, resolve
 from training.config_checks import check_evaluates, per_process
-from training.distributed import end_with_launcher, explain, report_start
+from training.distributed import explain
+from training.launcher import REFUSED, is_torchrun, note_refusal
 from training.loggers import build_loggers, console_options, log_config
 from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
@@ -97,6 +100,7 @@ def main(
             has a class for each.
         RunError: Training cannot go on, or was told to stop (`Stopped`).
     """
+    name_node(os.environ)
     # Copy the caller's config, so that later changes to it do not change the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
@@ -266,7 +270,6 @@ def build_model(
 
 def train_or_evaluate(trainer: Trainer, config: Config) -> None:
     """Train to the end of the run, or evaluate once if the config says `is_train: false`."""
-    report_start(trainer.state.timestamp.batch.value)
     if not config.is_train:
         trainer.eval()
         return
@@ -328,7 +331,6 @@ def run_config(
         level=(config.python_log_level or "warning").upper(),
         format="%(levelname)s %(name)s: %(message)s",
     )
-    end_with_launcher()
     try:
         watch = join()
     except Lost as lost:
@@ -375,7 +377,11 @@ def _run_to_end(
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
     """Print an error, and return the status. An error that all processes find is printed once."""
-    if watch is None or watch.is_first_to_say(str(error)):
+    if status == REFUSED and (watch is None or is_torchrun()):
+        is_first = note_refusal(str(error))
+    else:
+        is_first = watch is None or watch.is_first_to_say(str(error))
+    if is_first:
         print(f"error: {error}", file=sys.stderr)
     return status
 

@@ -1,18 +1,22 @@
-"""Cut the link between two nodes that train together, and see what becomes of the run.
+"""Cut the link between two nodes that train together, and compare with an undisturbed run.
 
-    python -m benchmarks.cut_link                # for 10 s, for 30 s, for good; 6 minutes, as root
-    python -m benchmarks.cut_link --seconds 30   # and for good
+    python -m benchmarks.cut_link                # for 10 s, 30 s and for good; 10 minutes, as root
+    python -m benchmarks.cut_link --seconds 30   # for 30 s and for good
 
-Two network namespaces with a cable between them stand for the nodes. Each begins `launch/run.sh`
-with one process, of DeepLabV3+ with a ResNet of four blocks on generated photos of 32 pixels, on
-the CPU with gloo. Once there is a checkpoint, packets go astray on the cable, unnoticed by either
-end. Where the run ends, its weights, averages and optimizer's state are compared with those of one
-that nothing disturbed.
+Two network namespaces with a cable between them stand for the nodes. Each runs torchrun with one
+process. It trains DeepLabV3+ with a ResNet of four blocks on generated images of 32 pixels, on the
+CPU with gloo. After the first checkpoint the cable loses all packets, and neither end is told.
+
+The run whose link comes back is compared by its weights, averages and optimizer state, and by the
+samples of each step. A link that is cut for good is cut twice: once with `--nnodes=2`, where the
+processes must end within 60 s, and once with `--nnodes=1:2` and a killed second node, where the
+first node must go on alone within 90 s, with the same samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -29,16 +33,19 @@ from benchmarks.kill_resume import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
+JOIN = 120  # seconds for which torchrun waits for a node that is lost
 NOBODY = "02:00:00:00:00:09"  # an Ethernet address that neither end has
 
 
 class Outcome(NamedTuple):
     """What became of a run."""
 
-    statuses: list[int]  # of run.sh on each node
+    statuses: list[int]  # of torchrun on each node
+    lost: float | None  # seconds from the cut until each node has said that the other is lost
     back: float | None  # seconds from the cut to the next checkpoint
     ended: float  # seconds from the cut to the end of both nodes
     outputs: list[str]
+    samples: dict[int, set[str]]  # digests of the images of each step, as it was last computed
 
     def lines(self, beginning: str) -> list[list[str]]:
         """Return the lines of each node's output that begin so."""
@@ -74,10 +81,7 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-            for process in inside.stdout.split():  # if this ends early
-                with suppress(ProcessLookupError):
-                    os.kill(int(process), signal.SIGKILL)
+            self.kill(self.names.index(name))  # if this ends early
             ip("netns", "delete", name)  # and its end of the cable
 
     def cut(self) -> None:
@@ -91,49 +95,72 @@ class Nodes:
         for i, (name, cable) in enumerate(zip(self.names, self.cables, strict=True)):
             ip("-n", name, "neighbor", "delete", self.addresses[1 - i], "dev", cable)
 
-    def start(self, i: int, settings: str, output: str) -> subprocess.Popen[bytes]:
-        """Begin a node's run.sh."""
+    def kill(self, i: int) -> None:
+        """Kill all processes of a node."""
+        inside = subprocess.run(["ip", "netns", "pids", self.names[i]], capture_output=True)
+        for process in inside.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+
+    def start(self, i: int, nodes: str, settings: str, output: str) -> subprocess.Popen[bytes]:
+        """Start torchrun on a node."""
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": self.cables[i],
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
-        where = ["--master_addr", self.addresses[0], "--master_port", str(PORT)]
-        command = ["ip", "netns", "exec", self.names[i], str(ROOT / "launch/run.sh")]
-        command += ["--nproc", "1", "--world_size", "2", "--node_rank", str(i), *where]
-        command += ["--module_mode", "benchmarks.cut_link", "--node", settings]
+        command = ["ip", "netns", "exec", self.names[i]]
+        command += [str(Path(sys.executable).with_name("torchrun")), f"--nnodes={nodes}"]
+        command += ["--nproc-per-node=1", "--max-restarts=3", f"--local-addr={self.addresses[i]}"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.addresses[0]}:{PORT}"]
+        command += [f"--rdzv-conf=is_host={1 - i},join_timeout={JOIN},last_call_timeout=5"]
+        command += ["-m", "benchmarks.cut_link", "--settings", settings]
         with open(output, "wb") as file:
             return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
 
-def run(folder: str, cut: float | None, config: dict[str, Any], **settings: Any) -> Outcome:
+def run(
+    folder: str, cut: float | None, config: dict[str, Any], alone: bool = False, **settings: Any
+) -> Outcome:
     """Have two nodes train.
 
     Args:
         folder: Where checkpoints and outputs go.
         cut: Seconds for which the link is cut; 0 not at all, None for good.
         config: What the YAML says.
-        **settings: Of training/watch.py: INTERVAL and ATTEMPTS, if not its own.
+        alone: Kill the second node when the link is cut; the first one may go on alone.
+        **settings: INTERVAL and ATTEMPTS of training/watch.py, if not its own.
     """
     os.makedirs(folder)
     config = {**config, "save_folder": f"{folder}/saved", "autoresume": True}
     Path(f"{folder}/settings").write_text(json.dumps({"config": config, "watch": settings}))
     outputs = [f"{folder}/{i}.out" for i in range(2)]
-    back = None
+    back = lost = None
     with Nodes() as nodes:
-        processes = [nodes.start(i, f"{folder}/settings", outputs[i]) for i in range(2)]
+        number = "1:2" if alone else "2"
+        processes = [nodes.start(i, number, f"{folder}/settings", outputs[i]) for i in range(2)]
 
         def ended() -> bool:
-            return all(process.poll() is not None for process in processes)
+            # Without its rendezvous, the second torchrun waits as long as TCP does: 15 minutes.
+            first = processes[:1] if cut is None else processes
+            return all(process.poll() is not None for process in first)
+
+        def is_lost() -> bool:
+            return all("error: " in Path(output).read_text() for output in outputs[: 2 - alone])
 
         wait_for(lambda: ended() or _checkpoints(folder))
         start, before = time.monotonic(), _checkpoints(folder)
         if cut != 0:
             nodes.cut()
+            if alone:
+                nodes.kill(1)
             time.sleep(1)  # for a checkpoint that is being written
             before = _checkpoints(folder)
+        if cut is None:
+            wait_for(lambda: ended() or is_lost())
+            lost = time.monotonic() - start
         if cut:
             time.sleep(cut - 1)
             nodes.mend()
@@ -143,7 +170,8 @@ def run(folder: str, cut: float | None, config: dict[str, Any], **settings: Any)
         wait_for(ended)
         seconds = time.monotonic() - start
     texts = [Path(output).read_text() for output in outputs]
-    return Outcome([process.returncode for process in processes], back, seconds, texts)
+    statuses = [process.wait() for process in processes]
+    return Outcome(statuses, lost, back, seconds, texts, samples(folder))
 
 
 def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
@@ -159,18 +187,42 @@ def _checkpoints(folder: str) -> set[str]:
     return {path.name for path in Path(folder, "saved").glob("ep*-rank0.pt")}
 
 
-def node(settings: str) -> int:
-    """Train on a node, as `run` says."""
+def samples(folder: str) -> dict[int, set[str]]:
+    """Return the digests of each step's images; a later attempt replaces an earlier one."""
+    attempts: dict[int, dict[int, set[str]]] = {}
+    for line in Path(folder, "samples").read_text().splitlines():
+        step, attempt, *digests = line.split()
+        attempts.setdefault(int(step), {}).setdefault(int(attempt), set()).update(digests)
+    return {step: found[max(found)] for step, found in attempts.items()}
+
+
+def recorder(path: Path) -> Any:
+    """Return a callback that adds each step's number, attempt and digests to a file."""
     from composer.core import Callback
 
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    class Recorder(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            images = [image.numpy().tobytes() for image in state.batch[0]]
+            digests = [hashlib.sha1(image).hexdigest() for image in images]
+            with open(path, "a") as file:
+                print(state.timestamp.batch.value, attempt, *digests, file=file)
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            time.sleep(0.2)  # time for a cut
+
+    return Recorder()
+
+
+def node(settings: str) -> int:
+    """Train on a node, as `run` says."""
     from benchmarks.forked import shrink
+    from command_lines import start
     from main import run as run_main
     from training import watch
 
-    class Pace(Callback):
-        def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)
-
+    start()
     shrink()
     said = json.loads(Path(settings).read_text())
     for name, value in said["watch"].items():
@@ -178,7 +230,7 @@ def node(settings: str) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(said["config"], file)  # which is YAML
         file.flush()
-        return run_main([file.name], callbacks=[Pace()])
+        return run_main([file.name], callbacks=[recorder(Path(settings).with_name("samples"))])
 
 
 @contextmanager
@@ -202,36 +254,39 @@ def main() -> int:
     """Print the table; 1 if a run neither came back the same nor ended."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="(10 30)")
-    parser.add_argument("--node", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.node:
-        return node(arguments.node)
-    print("| link cut for | statuses | retries | back after | ended after | difference |")
-    print("|---|---|---|---|---|---|", flush=True)
+    if arguments.settings:
+        return node(arguments.settings)
+    print(
+        "| link cut for | statuses | lost after | back after | ended after | difference | samples |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
     failed = False
     with made_config() as (folder, config):
         undisturbed = run(f"{folder}/0", 0, config)
         assert undisturbed.statuses == [0, 0], undisturbed.outputs
-        for cut in [*arguments.seconds, None]:
-            outcome = run(f"{folder}/{cut}", cut, config)
+        for cut, alone in [
+            *((cut, False) for cut in arguments.seconds),
+            (None, False),
+            (None, True),
+        ]:
+            outcome = run(f"{folder}/{cut}{alone}", cut, config, alone)
             difference = None
             if cut:
-                difference = largest_difference(f"{folder}/{cut}/saved", f"{folder}/0/saved")
-            failed |= outcome.ended > 60 if cut is None else difference != 0
-            retries = [
-                sum("; again" in line for line in lines) for lines in outcome.lines("run.sh")
-            ]
-            row = [f"{cut:g} s" if cut else "good", outcome.statuses, retries]
-            row += [
-                f"{outcome.back:.1f} s" if outcome.back else "",
-                f"{outcome.ended:.1f} s",
-                difference,
-            ]
+                difference = largest_difference(f"{folder}/{cut}{alone}/saved", f"{folder}/0/saved")
+            same = outcome.samples == undisturbed.samples
+            if cut is None and not alone:
+                failed |= outcome.lost is None or outcome.lost > 60
+            else:
+                limit = 90 if alone else 300
+                failed |= not same or bool(difference) or (outcome.back or limit) >= limit
+            name = f"{cut:g} s" if cut else "good, node 1 killed" if alone else "good"
+            times = [f"{t:.1f} s" if t else "" for t in outcome[1:4]]
+            row = [name, outcome.statuses, *times, difference, "same" if same else "other"]
             print("|", " | ".join(map(str, row)), "|", flush=True)
-            for i, lines in enumerate(
-                zip(*map(outcome.lines, ("error: ", "run.sh: ")), strict=True)
-            ):
-                print("", *(f"node {i}: {line}" for line in lines[0] + lines[1]), sep="\n")
+            for i, lines in enumerate(outcome.lines("error: ")):
+                print("", *(f"node {i}: {line}" for line in lines), sep="\n")
     return int(failed)
 
 

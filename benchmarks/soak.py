@@ -3,11 +3,12 @@
     python -m benchmarks.soak --minutes 20      # the table, as Markdown
     python -m benchmarks.soak --memory          # memory and open files over 2,000 steps
 
-Two processes train by composer's launcher, on shards in an S3 server (SeaweedFS), with checkpoints
-there too and a cache of four shards, so that the store is asked all the time. One run after the
-other, of every recipe in turn, is struck at random batches: each kind of strike once before any
-comes again. Whenever a run ends too soon, the same command is given again. Compared are the
-weights, the averages and the optimizer's state at the end. The disk that gets full is a small
+torchrun starts two processes, which train on shards in an S3 server (SeaweedFS). Checkpoints go
+there too, and the cache holds four shards, so that the store is asked all the time. One run after
+the other, of every recipe in turn, is struck at random batches: each kind of strike once before any
+comes again. torchrun starts lost processes again. If torchrun itself ends too soon, the benchmark
+gives the same command again. It compares the weights, the averages and the optimizer's state at the
+end. The disk that gets full is a small
 tmpfs, which takes root; the clock that is set back is set_back.c's, which takes a C compiler.
 """
 
@@ -144,7 +145,7 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
         return False
     ranks, loaders = run.processes()
     victims = {DEATHS[0]: [rng.choice(ranks)], DEATHS[1]: [run.launcher]}
-    victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: ranks}
+    victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: [run.launcher]}  # as a scheduler does
     for process in victims[kind]:
         process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
     return run.until(lambda: len(run.endings) > before)

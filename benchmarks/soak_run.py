@@ -1,4 +1,4 @@
-"""A run of soak.py: the command is given again whenever it ends too soon."""
+"""A run of soak.py: torchrun starts its processes again, and this module starts torchrun again."""
 
 from __future__ import annotations
 
@@ -68,11 +68,12 @@ class Run:
         folder: Of the config and the logs.
         config: What the YAML says.
         environment: Variables to set.
-        ranks: How many processes; None: one, without composer's launcher.
+        ranks: Number of processes; None: one, without torchrun.
 
     Attributes:
         newest: The number of batches done, by all of its attempts.
-        endings: Status and last words of each attempt that ended.
+        endings: Status of torchrun, or "again" if torchrun went on, and last words of each attempt
+            that ended.
         gap: The longest time without a new batch since `watch` was called.
     """
 
@@ -94,14 +95,18 @@ class Run:
         self.gap = 0.0
         self.endings: list[str] = []
         self.is_done = False
-        self.sessions: set[int] = set()  # one an attempt
+        self.sessions: set[int] = set()  # torchrun and each process that trains have their own
+        self._trained: set[int] = set()  # processes of the attempt in progress
+        self._read = 0  # bytes of the output that belong to earlier attempts
         self.start()
 
     def start(self) -> None:
         """Give the command, as the README has it."""
         self.attempt += 1
+        self._trained, self._read = set(), 0
         self.log = self.folder / f"{self.attempt}-rank0.txt"
-        launcher = [str(Path(sys.executable).with_name("composer")), "-n", str(self.ranks)]
+        launcher = [str(Path(sys.executable).with_name("torchrun")), "--max-restarts=100"]
+        launcher += [f"--nproc-per-node={self.ranks}", "--standalone"]
         command = launcher if self.ranks else [sys.executable]
         command += ["main.py", str(self.config), "autoresume=true"]
         logger = {"filename": str(self.folder / f"{self.attempt}-rank{{rank}}.txt")}
@@ -146,6 +151,12 @@ class Run:
         if batch > self.newest:
             self.newest, self.moved = batch, now
         self.gap = max(self.gap, now - self.moved)
+        ranks = {rank.pid for rank in self.processes()[0]}
+        self.sessions |= ranks
+        if self.ranks and len(ranks) == self.ranks and not ranks & self._trained:
+            if self._trained:
+                self.endings.append(f"again: {self._last_words()}")
+            self._trained = ranks
         status = self.process.poll()
         if status is None or self.is_done:
             return
@@ -156,10 +167,13 @@ class Run:
 
     def _last_words(self) -> str:
         """Return the line that says why an attempt ended, and that a traceback was there."""
-        text = self._output.read_text(errors="replace")
+        output = self._output.read_bytes()
+        text = output[self._read :].decode(errors="replace")
+        self._read = len(output)
         said = [line for line in text.splitlines() if line.startswith(("error: ", "stopped after"))]
         words = re.split(r" \(|;", said[0])[0] if said else "nothing was said"
-        return f"TRACEBACK, {words}" if "Traceback (most" in text else words
+        in_main = 'main.py", line' in text  # torchrun prints a traceback of its own when it ends
+        return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:
         """Begin to measure `gap`."""

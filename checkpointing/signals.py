@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,12 +14,17 @@ import torch
 from composer.core import State
 from composer.utils import dist
 
-# SIGUSR1 is what the kernel sends when the launcher dies (see `processes.end_with_launcher`).
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP comes when the terminal closes. The kernel sends SIGUSR1 when the launcher dies.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Seconds in which a launcher passes on a signal that a scheduler also sent to this process itself.
+ECHO = 5.0
 
 
 class SignalListener:
-    """Remembers that this process got one of `SIGNALS`; the same one again ends it at once."""
+    """Remembers that this process got one of `SIGNALS`; the same one again ends it at once.
+
+    Under a launcher, a signal that comes again within `ECHO` seconds counts once.
+    """
 
     def __init__(self) -> None:
         self.received_signal: str | None = None
@@ -30,15 +36,25 @@ class SignalListener:
             yield
             return
 
+        times: dict[int, float] = {}  # when each signal came first
+        echo = ECHO if "LOCAL_RANK" in os.environ else 0.0
+
         def receive(number: int, frame: Any) -> None:
-            signal.signal(number, signal.SIG_DFL)
+            if number in times:
+                if time.monotonic() - times[number] >= echo:
+                    signal.signal(number, signal.SIG_DFL)
+                    signal.raise_signal(number)
+                return
+            times[number] = time.monotonic()
             self.received_signal = signal.Signals(number).name
             line = f"{self.received_signal}: saving a checkpoint after this batch\n"
             # Not print: the signal may have come within one. The terminal may be closed by now.
             with suppress(OSError):
                 os.write(2, line.encode())
 
-        before = {number: signal.signal(number, receive) for number in SIGNALS}
+        # Under nohup, SIGHUP stays ignored.
+        numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, receive) for number in numbers}
         try:
             yield
         finally:

@@ -1,19 +1,20 @@
-"""Two nodes whose link is cut for good; benchmarks/cut_link.py has the rest of it."""
+"""A node that dies for good; benchmarks/cut_link.py has the rest of it."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.cut_link import Nodes, made_config, run
+from benchmarks.cut_link import Nodes, made_config, recorder, run, samples
+from main import main
 
-pytestmark = [pytest.mark.trains, pytest.mark.processes]
+pytestmark = [pytest.mark.trains, pytest.mark.processes, pytest.mark.usefixtures("small_network")]
 
 QUICK = {"INTERVAL": 1, "ATTEMPTS": 2}  # a machine is lost after 3 s
-LOST = ("error: process 1 at 10.77.0.2 ", "error: process 0 at 10.77.0.1 ")
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +27,19 @@ def made() -> Iterator[tuple[str, dict[str, Any]]]:
         pytest.skip(f"no network namespaces here: {error}")
     with made_config() as (folder, config):
         config["mild"]["max_duration"] = "12ba"
-        config["model"]["sync_bn"] = False  # which is of a node, and the undisturbed run has one
         yield folder, config
 
 
-def test_a_run_ends_when_it_is_for_good(
-    made: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_other_node_goes_on_alone(made: tuple[str, dict[str, Any]]) -> None:
     folder, config = made
-    monkeypatch.setenv("RUN_REJOIN", "2")
-    outcome = run(f"{folder}/good", None, config, **QUICK)
-    assert outcome.statuses == [75, 75], outcome.outputs
-    assert outcome.back is None
-    for lines, lost in zip(outcome.lines("error: "), LOST, strict=True):
-        assert len(lines) == 1 and lines[0].startswith(lost)
-    for lines in outcome.lines("run.sh: "):
-        assert lines[-1].startswith("run.sh: the nodes are not together within 2 s: ")
+    outcome = run(f"{folder}/alone", None, config, alone=True, **QUICK)
+    assert outcome.statuses[0] == 0, outcome.outputs
+    assert outcome.back is not None and outcome.back < 90
+    (line,) = outcome.lines("error: ")[0]
+    assert line.startswith("error: process 1 at 10.77.0.2 has not answered for 3 s")
+    # Each step has the images of a run of one process, augmented in the same way.
+    path = Path(folder, "one")
+    path.mkdir()
+    main(config, callbacks=[recorder(path / "samples")])
+    assert outcome.samples == samples(str(path))
+    assert [len(images) for images in outcome.samples.values()] == [4] * 12

@@ -123,21 +123,47 @@ def test_strangers_are_no_processes(exits: list[int]) -> None:
     store = torch_dist.HashStore()
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(Watch, store, 0, 2)
-        port = int(store.get("watch"))
+        port = int(store.get("watch").split()[0])
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with socket.create_connection(("127.0.0.1", port)):
             pass
         with socket.create_connection(("127.0.0.1", port)) as reset:
             reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        silent = socket.create_connection(("127.0.0.1", port))
+        with socket.create_connection(("127.0.0.1", port)) as guesser:  # the rank, but no token
+            guesser.sendall((1).to_bytes(4, "big"))
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(9)]
+        began = time.monotonic()
         second = threads.submit(Watch, store, 1, 2)
         watches = [first.result(20), second.result(20)]
+    assert time.monotonic() - began < 4  # and not 5 s for each that is silent
     assert list(watches[0]._peers.values()) == ["process 1 at 127.0.0.1"]
-    silent.close()
+    for stranger in silent:
+        stranger.close()
     watches[1].close(3)
     assert causes(watches[:1])[0][1] == 3
     watches[0].close(3)
+
+
+def test_an_attempt_does_not_meet_an_earlier_one(exits: list[int]) -> None:
+    """torchrun keeps one store for all attempts: it has the port and the keys of an earlier one."""
+    store = torch_dist.HashStore()
+    with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor(2) as threads:
+        closed = socket.create_server(("127.0.0.1", 0))
+        store.set("watch", f"{closed.getsockname()[1]} {'0' * 16}")
+        closed.close()
+        second = threads.submit(Watch, store, 1, 2)
+        time.sleep(0.5)
+        store.set("watch", f"{stranger.getsockname()[1]} {'0' * 16}")
+        peer, _ = stranger.accept()
+        peer.close()
+        assert not second.done()
+        watches = [threads.submit(Watch, store, 0, 2).result(20), second.result(20)]
+    store.set("rank", "of the first attempt")
+    watches[0].store.set("rank", "of this one")
+    assert watches[1].store.get("rank") == b"of this one"
+    for one in watches:
+        one.close(0)
 
 
 def test_what_all_processes_find_is_said_once_a_node(
@@ -152,7 +178,7 @@ def test_what_all_processes_find_is_said_once_a_node(
         def add(self, name: str, amount: int) -> int:
             raise RuntimeError("Connection reset by peer")
 
-    monkeypatch.setattr(three[1], "_store", Gone())
+    monkeypatch.setattr(three[1], "store", Gone())
     for local_rank, is_first in (("0", True), ("1", False)):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert three[1].is_first_to_say("another line") is is_first
@@ -167,7 +193,7 @@ def test_processes_that_do_not_come_together_are_one_line(
     settings = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(watch, "PATIENCE", 1.0)
+    monkeypatch.setattr(watch, "TOGETHER", 1.0)
     with pytest.raises(
         Lost, match=rf"2 processes did not come together at 127\.0\.0\.1:{port} \("
     ) as caught:

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from errors import ConfigError
 from training.config_checks import check, check_evaluates, lookup, times, world_size
 from training.keys import fields_of, flatten
+from training.launcher import REFUSED, end_with_launcher, note_refusal, wait_for_nodes, was_refused
 from training.recipes import RECIPES, recipe_section
 from training.schema import Config, EvalDatasetConfig, TrainDatasetConfig
 from training.yaml_text import quote_text
@@ -228,13 +229,17 @@ def read_command_line(arguments: list[str]) -> Config | None:
         raise SystemExit(0 if arguments else 2)
     if "--plan" in arguments:
         return None
+    end_with_launcher()
+    if was_refused():  # by an earlier attempt of torchrun, which printed the error
+        raise SystemExit(REFUSED)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
         check_evaluates(config)
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a node find it too
+        wait_for_nodes(error)
+        if note_refusal(str(error)):
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(REFUSED) from None
     return config
 
 

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from dataset.paths import ADE20K, FOLDERS, find_root
-from errors import ConfigError
+from errors import ConfigError, UnevenBatch
 from training.keys import fields_of
 from training.recipes import RECIPES, recipe_section
 from training.schema import (
@@ -267,7 +267,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
     for name in ("train_dataset", "eval_dataset"):
         batch_size = getattr(config, name).batch_size
         if batch_size % processes and (config.is_train or name == "eval_dataset"):
-            raise ConfigError(
+            raise UnevenBatch(
                 f"{name}.batch_size: {batch_size} images do not divide among "
                 f"{processes} processes; use {max(batch_size // processes, 1) * processes}"
             )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 from multiprocessing.context import ForkContext, ForkProcess
 
@@ -66,21 +64,6 @@ def full_shared_memory(error: Exception) -> str | None:
         return None
     shown = f"{size >> 10} KB" if size < 2**20 else f"{size >> 20} MB"
     return f"{SHARED_MEMORY} is full ({shown}): docker run --shm-size 16g"
-
-
-def report_start(batch: int) -> None:
-    """Tell launch/run.sh, if it began this process, the batch, and how nodes find each other."""
-    if "RUN_START_FILE" in os.environ and dist.get_local_rank() == 0:
-        nodes = dist.get_world_size() // dist.get_local_world_size()
-        place = [os.environ.get(name, "") for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")]
-        with open(os.environ["RUN_START_FILE"], "w") as file:
-            print(batch, nodes, *place, file=file)
-
-
-def end_with_launcher() -> None:
-    """Have the kernel send SIGUSR1 when composer's launcher, if one started this process, ends."""
-    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # PR_SET_PDEATHSIG
 
 
 class LoaderContext(ForkContext):

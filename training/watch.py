@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import selectors
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -22,9 +24,12 @@ from composer.utils import dist, get_device
 from torch.distributed.rendezvous import rendezvous
 
 from errors import Lost, one_line
+from training.launcher import REFUSED, is_torchrun, note_refusal
 
 # Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
 PATIENCE = 1800.0
+# Seconds for all processes to start. torchrun starts them together; by hand it takes longer.
+TOGETHER = 300.0 if is_torchrun() else PATIENCE
 # A machine is asked every 4 seconds, and lost when it has not answered four times: after 20 s.
 INTERVAL, ATTEMPTS = 4, 4
 # Seconds for a process to end by itself, as it does when its own collective fails.
@@ -42,11 +47,11 @@ def join() -> Watch | None:
         return None
     patience = timedelta(seconds=PATIENCE)
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=patience))
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=TOGETHER)))
         watch = Watch(store, rank, ranks)
         backend = get_device(None).dist_backend
         torch_dist.init_process_group(
-            backend, timeout=patience, world_size=ranks, rank=rank, store=store
+            backend, timeout=patience, world_size=ranks, rank=rank, store=watch.store
         )
     except (RuntimeError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -62,13 +67,16 @@ class Watch:
         store: Where the first process says which port the others connect to.
         rank: The process's number.
         ranks: How many there are.
+
+    Attributes:
+        store: The part of the store for this attempt. torchrun keeps one store for all attempts.
     """
 
     def __init__(self, store: torch_dist.Store, rank: int, ranks: int):
-        self._store = store
         self._heard, self._closed = threading.Event(), threading.Event()
         self._cause: Lost | None = None
-        peers = _accept(store, ranks) if rank == 0 else _connect(store, rank)
+        peers, token = _accept(store, ranks) if rank == 0 else _connect(store, rank)
+        self.store = torch_dist.PrefixStore(token, store)
         for peer in peers:
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -91,7 +99,7 @@ class Watch:
     def is_first_to_say(self, text: str) -> bool:
         """Return whether no other process of this node has asked about the same text."""
         try:
-            return self._store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
+            return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
         except RuntimeError:  # the first process has ended, and its store with it
             return dist.get_local_rank() == 0
 
@@ -127,6 +135,10 @@ class Watch:
         self._tell(cause.status, str(cause))
         if self._closed.wait(GRACE):
             return
+        if cause.status == REFUSED:
+            note_refusal(
+                str(cause)
+            )  # so that torchrun's next attempt ends at once on this node too
         if dist.get_local_rank() == 0:
             print(f"error: {cause}", file=sys.stderr, flush=True)
         for loader in multiprocessing.active_children():
@@ -134,35 +146,61 @@ class Watch:
         os._exit(cause.status)
 
 
-def _accept(store: torch_dist.Store, ranks: int) -> dict[socket.socket, str]:
-    """Return the connections to all other processes, and what to call these."""
+def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, str], str]:
+    """Return the connections to all other processes with their names, and this attempt's token."""
     peers: dict[int, tuple[socket.socket, str]] = {}
+    token = secrets.token_hex(8)
+
+    def greet(peer: socket.socket, host: str) -> None:
+        """Keep a peer that sends the token and its rank. A port scanner does neither."""
+        said = b""
+        with suppress(OSError):
+            peer.settimeout(5)
+            while len(said) < len(token) + 4 and (part := peer.recv(100)):
+                said += part
+            rank = int.from_bytes(said[len(token) :], "big")
+            if said.startswith(token.encode()) and 0 < rank < ranks:
+                peer.sendall(b"1")
+                peers[rank] = peer, f"process {rank} at {host}"
+                return
+        peer.close()
+
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
+    end = time.monotonic() + TOGETHER
     with socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=dual) as server:
-        store.set("watch", str(server.getsockname()[1]))
-        server.settimeout(PATIENCE)
+        store.set("watch", f"{server.getsockname()[1]} {token}")
+        server.settimeout(0.1)
         while len(peers) < ranks - 1:
-            peer, address = server.accept()
-            # A process of the run says its rank at once. A port scanner says nothing, or hangs up.
-            peer.settimeout(5)
-            rank = 0
-            with suppress(OSError):
-                rank = int.from_bytes(peer.recv(4), "big")
-            if 0 < rank < ranks:
-                host = address[0].removeprefix("::ffff:")
-                peers[rank] = peer, f"process {rank} at {host}"
-            else:
-                peer.close()
-    return dict(peers.values())
+            try:
+                peer, address = server.accept()
+            except TimeoutError:
+                if time.monotonic() > end:
+                    raise
+                continue
+            host = address[0].removeprefix("::ffff:")
+            # In a thread, so that a stranger who says nothing delays nobody.
+            threading.Thread(target=greet, args=(peer, host), daemon=True).start()
+    return dict(peers.values()), token
 
 
-def _connect(store: torch_dist.Store, rank: int) -> dict[socket.socket, str]:
-    """Return the connection to the first process, and what to call it."""
-    host, port = os.environ["MASTER_ADDR"], int(store.get("watch"))
-    peer = socket.create_connection((host, port), timeout=PATIENCE)
-    peer.sendall(rank.to_bytes(4, "big"))
-    return {peer: f"process 0 at {host}"}
+def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, str], str]:
+    """Return the connection to the first process with its name, and this attempt's token."""
+    host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
+    while True:
+        # The port may be that of an earlier attempt, until the first process sets its own.
+        port, token = store.get("watch").decode().split()
+        try:
+            peer = socket.create_connection((host, int(port)), timeout=5)
+            peer.sendall(token.encode() + rank.to_bytes(4, "big"))
+            if peer.recv(1) == b"1":
+                return {peer: f"process 0 at {host}"}, token
+            peer.close()
+            raise ConnectionRefusedError(f"port {port} belongs to another program")
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def _last_words(peer: socket.socket, name: str) -> Lost | None:

@@ -1,0 +1,140 @@
+"""torchrun: its environment, refusals that are not tried again, and signals that come twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main as main_module
+from checkpointing import signals
+from checkpointing.signals import SIGNALS, SignalListener
+from command_lines import name_node
+from errors import ConfigError, Lost, UnevenBatch
+from training import launcher
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Change to a process of an attempt of torchrun on this node."""
+
+    def change(number: int, local_rank: int, rank: int | None = None) -> None:
+        folder = tmp_path / f"attempt_{number}" / str(local_rank)
+        settings = {"RESTART_COUNT": number, "RUN_ID": "x", "ERROR_FILE": folder / "error.json"}
+        for name, value in settings.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+        monkeypatch.setenv("RANK", str(local_rank if rank is None else rank))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param({}, None, id="one process"),
+        pytest.param({"NODE_RANK": "2"}, "2", id="composer"),
+        pytest.param({"GROUP_RANK": "1"}, "1", id="torchrun"),
+        pytest.param({"GROUP_RANK": "1", "NODE_RANK": "2"}, "2", id="the user's own"),
+    ],
+)
+def test_the_node_has_the_name_that_composer_reads(before: dict[str, str], after: Any) -> None:
+    environment = dict(before)
+    name_node(environment)
+    assert environment.get("NODE_RANK") == after
+
+
+def test_a_refusal_is_printed_once_a_node_and_not_tried_again(
+    attempt: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["yamls/deeplabv3.yaml", "no_such_key=1"]
+    for number in range(4):
+        for local_rank in (1, 0):  # the first to end is the one to say so, whatever its rank
+            attempt(number, local_rank)
+            assert main_module.run(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: unknown key no_such_key")
+
+
+def test_two_errors_of_the_first_attempt_are_both_printed(
+    attempt: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for local_rank in range(4):
+        attempt(0, local_rank)
+        assert main_module._refuse(ConfigError(f"disk {local_rank % 2}")) == 2
+    assert capsys.readouterr().err == "error: disk 0\nerror: disk 1\n"
+
+
+def test_an_error_of_a_later_attempt_is_tried_again(
+    attempt: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config ran before, so that a store may be away."""
+    for number in (1, 2):
+        for local_rank in (0, 1):
+            attempt(number, local_rank)
+            assert main_module._refuse(ConfigError("save_folder: cannot read")) == 2
+            assert not launcher.was_refused()
+    assert capsys.readouterr().err == "error: save_folder: cannot read\n" * 2
+
+
+def test_a_lost_process_is_tried_again(attempt: Any) -> None:
+    attempt(0, 0)
+    lost = Lost("process 1 ended")
+    assert main_module._refuse(lost, lost.status) == 75
+    assert not launcher.was_refused()
+
+
+def test_a_batch_that_does_not_divide_waits_for_another_node(
+    attempt: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(signal, "pause", lambda: waited.append(os.environ["RANK"]))
+    error = UnevenBatch("train_dataset.batch_size: 6 images do not divide among 4 processes")
+    for number, rank in ((0, 0), (1, 0), (1, 1), (2, 0)):
+        attempt(number, 0, rank)
+        launcher.wait_for_nodes(error)
+        launcher.wait_for_nodes(ConfigError("unknown key"))
+    assert waited == ["0", "1", "0"]  # and not in the first attempt
+    assert capsys.readouterr().out == f"waiting for another node: {error}\n" * 2
+
+
+def test_without_torchrun_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for local_rank, is_first in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert launcher.note_refusal("no such key") is is_first
+    assert not launcher.was_refused()
+    launcher.wait_for_nodes(UnevenBatch("batch"))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_the_launcher_passes_on_counts_once(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    listener = SignalListener()
+    before = signal.getsignal(number)
+    with listener.listening():
+        signal.raise_signal(number)  # from the scheduler
+        signal.raise_signal(number)  # from the launcher
+        assert listener.received_signal == number.name
+        assert callable(signal.getsignal(number))
+        # The same signal again, some seconds later, ends the process.
+        ended: list[int] = []
+        monkeypatch.setattr(signals, "ECHO", 0.0)
+        monkeypatch.setattr(signals.time, "monotonic", lambda: float("inf"))
+        monkeypatch.setattr(signal, "raise_signal", ended.append)
+        os.kill(os.getpid(), number)
+        assert ended == [number] and signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalListener().listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
