@@ -46,6 +46,7 @@ from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
 from networks.base import Network
 from networks.registry import create_meta_network
+from training.algorithms import build_algorithms
 from training.callbacks import build_callbacks, start_lines, summary
 from training.class_weights import class_weights, named
 from training.config import class_infos, resolve
@@ -63,7 +64,6 @@ from training.precision import (
     compile_network,
     compiles,
 )
-from training.recipes import build_algorithms
 from training.schedule import build_schedule, check_lengths, resumed_factor
 from training.schema import Config
 from training.start import RunStart, build_saver, find_run_start

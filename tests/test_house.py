@@ -27,7 +27,7 @@ LAYERS = (
 PACKAGES = {"extras", "training", "checkpointing", "dataset", "networks", "segmentation"}
 SHARED = {"command_lines", "files", "errors"}
 # The functions of the training path that hand over to extras: for `--plan`, and for `data.py PATH`.
-HANDING_OVER = {"main.run", "data.check_dataloader"}
+HANDING_OVER = {"main.run_plan", "data.check_dataloader"}
 
 
 class Import(NamedTuple):
@@ -145,7 +145,7 @@ def house(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text('"""A package."""\n')
         (tmp_path / name / "room.py").write_text('"""A module."""\n')
-    (tmp_path / "main.py").write_text("def run():\n    import extras.planning.room\n")
+    (tmp_path / "main.py").write_text("def run_plan():\n    import extras.planning.room\n")
     (tmp_path / "training" / "room.py").write_text("import dataset.room, networks, errors\n")
     assert not find_faults(tmp_path)
     return tmp_path

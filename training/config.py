@@ -27,7 +27,7 @@ from errors import ConfigError
 from training.config_checks import check, check_evaluates, lookup, times, world_size
 from training.keys import fields_of, flatten
 from training.launcher import REFUSED, end_with_launcher, note_refusal, wait_for_nodes, was_refused
-from training.recipes import RECIPES, recipe_section
+from training.recipes import RECIPES
 from training.schema import Config, EvalDatasetConfig, TrainDatasetConfig
 from training.yaml_text import quote_text
 
@@ -135,7 +135,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     if typed.grad_accum is not None:
         typed.device_train_microbatch_size = _microbatch_size(typed)
     if typed.recipe_name in (None, *RECIPES):
-        typed.max_duration = recipe_section(typed).max_duration
+        typed.max_duration = typed.recipe.max_duration
     _normalise_times(typed)
     check(typed, with_data)
     return typed

@@ -14,7 +14,7 @@ from typing import Any
 from dataset.paths import ADE20K, FOLDERS, find_root
 from errors import ConfigError, UnevenBatch
 from training.keys import fields_of
-from training.recipes import RECIPES, recipe_section
+from training.recipes import RECIPES
 from training.schema import (
     LIBRARIES,
     LOGGERS,
@@ -240,7 +240,7 @@ def times(config: Config) -> tuple[list[str], list[str]]:
         durations.append("model.freeze_backbone")
     if config.recipe_name in RECIPES:
         durations.append(f"{config.recipe_name}.max_duration")
-        if recipe_section(config).ema is not None:
+        if config.recipe.ema is not None:
             names = ("half_life", "update_interval")
             intervals += [f"{config.recipe_name}.ema.{name}" for name in names]
     return durations, intervals
@@ -255,7 +255,7 @@ def _check_times(config: Config) -> None:
             raise ConfigError(
                 f"{name}: {text!r} is not a time; write a number and a unit, as in 25ep or 1000ba"
             )
-    ema = recipe_section(config).ema
+    ema = config.recipe.ema
     if ema is not None and ema.half_life[-2:] != ema.update_interval[-2:]:
         raise ConfigError(
             f"{config.recipe_name}.ema: half_life ({ema.half_life}) and update_interval "

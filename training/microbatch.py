@@ -28,7 +28,6 @@ from errors import ConfigError, ModelError, one_line
 from networks.batch_norm import SyncBatchNorm2d
 from training.config_checks import per_process
 from training.precision import compiles
-from training.recipes import recipe_section
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Footprint(NamedTuple):
 
     def step(self, images: int, config: Config, ranks: int = 1) -> float:
         """Memory of a step that takes so many images at once, of a GPU's context aside."""
-        recipe = recipe_section(config)
+        recipe = config.recipe
         average, climb = recipe.ema is not None, recipe.sam is not None
         # Weights, gradients, moments, the average, SAM's way back, DDP's buckets.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
@@ -83,7 +82,7 @@ class Footprint(NamedTuple):
 
     def checkpoint(self, config: Config) -> int:
         """Bytes of a checkpoint: weights, moments and the average."""
-        average = recipe_section(config).ema is not None
+        average = config.recipe.ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 
 

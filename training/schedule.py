@@ -13,7 +13,7 @@ from composer import optim
 from composer.core import State, Time, TimeUnit
 
 from errors import ConfigError
-from training.recipes import BASELINE, RECIPES, recipe_section
+from training.recipes import BASELINE, RECIPES
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def check_lengths(config: Config, batches_per_epoch: int) -> None:
         raise ConfigError(
             f"schedule.warmup: {config.schedule.warmup} is not less than the run's {length:.0f}ba"
         )
-    ema = recipe_section(config).ema
+    ema = config.recipe.ema
     if ema is not None and batches(ema.half_life) > length:
         log.warning(
             "%s.ema.half_life=%s is longer than the run (%dba): evaluation scores the averaged "

@@ -287,6 +287,13 @@ class Config:
     )
     python_log_level: str | None = key(FREE, "warning", "debug, info, warning or error")
 
+    @property
+    def recipe(self) -> RecipeConfig:
+        """The keys of the chosen recipe; the baseline has no algorithms."""
+        if self.recipe_name is None:
+            return RecipeConfig(self.max_duration)
+        return getattr(self, self.recipe_name)
+
 
 def compared_values(config: Config) -> dict[str, Any]:
     """Return the values that have to be those of the checkpoint which a run resumes from."""
