@@ -51,7 +51,6 @@ import evaluate
 from checkpointing.stores import checkpoint_in
 from checkpointing.weights import (
     Weights,
-    infer_architecture,
     load_weights,
     save_weights,
     to_metadata,
@@ -83,6 +82,7 @@ from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_p
 from files import check_outputs, output_file, output_folder, write_file
 from model import DeepLabV3, build_network, complete
 from networks.base import Network
+from networks.deeplab import infer_architecture
 from predict import Segmenter
 from segmentation.classes import ClassInfo, rename_classes
 from transforms import resize_image

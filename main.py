@@ -31,7 +31,7 @@ from errors import (
     one_line,
 )
 from training.config import class_infos, data_sources, help_text, load, resolve
-from training.config_checks import check_evaluates
+from training.config_checks import check_evaluates, world_size
 from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
@@ -133,12 +133,10 @@ def build_trainer(
     from torch._functorch import config as functorch
 
     from checkpointing.best import Best
-    from checkpointing.resume import find_start
     from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling
     from data import build_data, count_training, last_batch_of
     from training.callbacks import build_callbacks
-    from training.class_weights import class_weights, named, needs_counts
     from training.loggers import build_loggers
     from training.microbatch import check_single_images, first_microbatch
     from training.optimizer import apply_settings, build_optimizer, settings_of
@@ -149,7 +147,6 @@ def build_trainer(
         compiles,
     )
     from training.recipes import build_recipe, check_lengths, resumed_factor
-    from training.watch import PATIENCE
     from transforms import DeviceTransform
 
     check_kernels()
@@ -159,6 +156,8 @@ def build_trainer(
     precision, cpu_autocast = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
+        from training.watch import PATIENCE
+
         dist.initialize_dist(device, timeout=PATIENCE)
     reproducibility.seed_all(config.seed)
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
@@ -178,14 +177,18 @@ def build_trainer(
         saver.check()
     elif config.is_train and dist.get_global_rank() == 0:
         log.warning("save_folder is empty: this run keeps no checkpoint, so nothing can resume it")
-    start = find_start(
-        config.save_folder if config.autoresume else None,
-        config.load_path,
-        config.load_weights_only or not config.is_train,
-        scratch.name,
-        config.run_name,
-        config.save_overwrite,
-    )
+    start = None
+    if config.autoresume or config.load_path:
+        from checkpointing.resume import find_start
+
+        start = find_start(
+            config.save_folder if config.autoresume else None,
+            config.load_path,
+            config.load_weights_only or not config.is_train,
+            scratch.name,
+            config.run_name,
+            config.save_overwrite,
+        )
     state_path = start.state_path if start and config.is_train else None
     if start is None and not config.is_train and config.autoresume:
         raise ConfigError(
@@ -208,14 +211,18 @@ def build_trainer(
     counts = None
     if data is None:
         sources = data_sources(config)
-        counts = count_training(sources["train"]) if needs_counts(config) else None
+        counts = count_training(config, sources["train"])
         train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
         data = train, build_data(config, "val", source=sources["val"])
     train_data, eval_data = data
     if train_data is not None:
         check_lengths(config, len(cast(Sized, train_data.dataloader)))
 
-    weights = class_weights(config, counts)
+    weights = None
+    if config.model.class_weights is not None and config.is_train:
+        from training.class_weights import class_weights
+
+        weights = class_weights(config, counts)
     config, model = _build_model(config, start, data, weights)
     if train_data is not None:
         check_single_images(config, model.module, last_batch_of(train_data, config))
@@ -287,6 +294,8 @@ def build_trainer(
     scratch.cleanup()
     trainer.logger.log_hyperparameters(asdict(config))
     if weights is not None:
+        from training.class_weights import named
+
         line = named(weights, class_infos(config))
         trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
@@ -306,7 +315,6 @@ def _build_model(
     Returns:
         The config, with all that is needed to build the network again, and the model.
     """
-    from checkpointing.partial_load import load_fitting
     from model import build_composer_model, weight_init
     from networks.base import Network
     from transforms import DeviceTransform
@@ -327,6 +335,8 @@ def _build_model(
     if start and start.state_path and config.is_train:
         start.check_network(network)
     elif start:
+        from checkpointing.partial_load import load_fitting
+
         by_name, class_tensors = _compare_classes(config, start, network)
         classes = class_infos(config) if by_name else None
         least = config.load_least if config.is_train else 1.0
@@ -417,13 +427,16 @@ def run(
         return _refuse(error)
 
     from training.distributed import end_with_launcher
-    from training.watch import join
 
     end_with_launcher()
-    try:
-        watch = join()
-    except Lost as lost:
-        return _refuse(lost, lost.status)
+    watch = None
+    if world_size() > 1:
+        from training.watch import join
+
+        try:
+            watch = join()
+        except Lost as lost:
+            return _refuse(lost, lost.status)
     status = 1
     try:
         status = _run(config, callbacks, loggers, watch)

@@ -20,11 +20,11 @@ from composer.models import ComposerClassifier
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from checkpointing.weights import Weights, infer_architecture
+from checkpointing.weights import Weights
 from errors import ModelError, WeightsError
 from networks.base import Network, current_names, inner, main_logits
 from networks.batch_norm import count_batches, share_in_node, stop_counting
-from networks.deeplab import DeepLabV3, deeplabv3, weight_init
+from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture, weight_init
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 

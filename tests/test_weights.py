@@ -21,12 +21,12 @@ from checkpointing.partial_load import load_fitting
 from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,
-    infer_architecture,
     load_weights,
     save_weights,
 )
 from errors import WeightsError
 from model import build_network, deeplabv3
+from networks.deeplab import infer_architecture
 from segmentation.classes import load_classes
 
 pytestmark = pytest.mark.trains

@@ -8,7 +8,6 @@ import torch
 import torch.version
 
 from errors import ConfigError
-from segmentation.build_tools import missing_build_tools
 from training.schema import Config
 
 
@@ -86,7 +85,11 @@ def compiles(config: Config) -> bool:
     """Return whether a run compiles the model here; `auto` needs a GPU and the build tools."""
     if config.compile != "auto":
         return config.compile is True
-    return torch.cuda.is_available() and missing_build_tools(gpu=True) is None
+    if not torch.cuda.is_available():
+        return False
+    from segmentation.build_tools import missing_build_tools
+
+    return missing_build_tools(gpu=True) is None
 
 
 def check_build_tools(config: Config) -> str | None:
@@ -99,6 +102,10 @@ def check_build_tools(config: Config) -> str | None:
         ConfigError: `compile: true`, and the machine lacks something.
     """
     gpu = torch.cuda.is_available()
+    if not gpu and config.compile is not True:
+        return None
+    from segmentation.build_tools import missing_build_tools
+
     missing = missing_build_tools(gpu)
     if missing and config.compile is True:
         raise ConfigError(f"compile: true needs {missing}; or set compile=false")
