@@ -43,9 +43,9 @@ from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 
 from dataset.decoding import decode_mask, decode_photo
-from dataset.description import as_yaml, describe_labels, open_description
-from dataset.folders import FOLDERS, Sample, ade20k
+from dataset.description import ade20k, as_yaml, describe_labels, open_description
 from dataset.mask_decoder import Masks
+from dataset.paths import FOLDERS, Sample
 from dataset.shards import DESCRIPTION, cached_shards, is_missing, open_shards, read_shard
 from dataset.source import DataSource
 from dataset.workers import available_cores, map_chunks
@@ -331,7 +331,7 @@ def convert(
     """Write every split of a data set as shards, and verifies them.
 
     Args:
-        path: Folder of the data set, see `dataset.folders.list_samples`, or its description's file.
+        path: Folder of the data set, see `data.list_samples`, or its description's file.
         out: Folder, or URL of any store that Streaming can write to; each split has a folder there.
         compression: As Streaming names it, 'zstd' or 'zstd:7' say; None: none.
         hashes: Hashes of each shard to write to the index.

@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from checkpointing.saver import on_first_process
 from dataset.decoding import decode_photo
-from dataset.description import Description
-from dataset.folders import FOLDERS, Sample, ade20k
-from dataset.folders import list_samples as list_samples  # part of the public interface
+from dataset.description import Description, ade20k
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
+from dataset.matching import list_samples as list_samples  # part of the public interface
+from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
 from dataset.workers import available_cores, use_one_core
@@ -133,7 +133,7 @@ class ADE20k(_Samples):
     """Photos and masks from folders, as (3, H, W) and (H, W) uint8 tensors.
 
     Args:
-        datadir: See `dataset.folders.list_samples`; of a described data set, its root.
+        datadir: See `list_samples`; of a described data set, its root.
         split: 'train' or 'val'.
         both_transforms: Transforms the (photo, mask) pair: what `build_ade20k_transformations`
             returns, or anything that takes a pair of Pillow images.

@@ -37,8 +37,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec, open_dataset
-from dataset.description import parse_description, read_description
-from dataset.folders import ade20k
+from dataset.description import ade20k, parse_description, read_description
 from dataset.labels import Labels
 from dataset.shard_classes import shard_classes
 from dataset.shards import DESCRIPTION

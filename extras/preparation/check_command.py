@@ -31,8 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from command_lines import parse_data
-from dataset.description import SPLITS, is_description, open_description
-from dataset.folders import ade20k
+from dataset.description import SPLITS, ade20k, is_description, open_description
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.shard_classes import shard_description
