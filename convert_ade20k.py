@@ -43,14 +43,14 @@ from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 
 from dataset.decoding import decode_mask, decode_photo
-from dataset.description import as_yaml, describe_labels, open_description
-from dataset.folders import FOLDERS, Sample, ade20k
+from dataset.description import ade20k, as_yaml, describe_labels, open_description
 from dataset.mask_decoder import Masks
+from dataset.paths import FOLDERS, Sample
 from dataset.shards import DESCRIPTION, cached_shards, is_missing, open_shards, read_shard
 from dataset.source import DataSource
 from dataset.workers import available_cores, map_chunks
 from errors import DataError, UserError, one_line
-from files import check_outputs, explain_output, write_file
+from files import check_outputs, explain_output, is_remote, write_file
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +331,7 @@ def convert(
     """Write every split of a data set as shards, and verifies them.
 
     Args:
-        path: Folder of the data set, see `dataset.folders.list_samples`, or its description's file.
+        path: Folder of the data set, see `data.list_samples`, or its description's file.
         out: Folder, or URL of any store that Streaming can write to; each split has a folder there.
         compression: As Streaming names it, 'zstd' or 'zstd:7' say; None: none.
         hashes: Hashes of each shard to write to the index.
@@ -354,9 +354,9 @@ def convert(
     if unknown := [name for name in hashes if not is_hash(name)]:
         raise DataError(f"hash {unknown[0]!r} is none of Streaming's, such as sha1 or xxh64")
     out = out.rstrip("/")
-    is_remote = "://" in out
-    folder, is_our_staging = out, is_remote and staging is None
-    if is_remote:
+    to_store = is_remote(out)
+    folder, is_our_staging = out, to_store and staging is None
+    if to_store:
         if staging is None:
             key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
             staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
@@ -370,22 +370,22 @@ def convert(
     splits = {source.split: list(source.samples()) for source in sources}
     description = sources[0].description
     is_described = description.built_in is None
-    if is_described and not is_remote:
+    if is_described and not to_store:
         check_outputs([os.path.join(out, DESCRIPTION)], [path])
     is_new = not os.path.isdir(folder)
     with _only_one(folder):
         for source in sources:
             split = source.split
-            remote = f"{out}/{split}" if is_remote else None
+            remote = f"{out}/{split}" if to_store else None
             masks = source.masks() if is_described else None
             target = Target(os.path.join(folder, split), remote, *options, workers, masks)
             convert_split(splits[split], out, split, target)
         if is_described:
             text = as_yaml(describe_labels(description.classes))
             write_file(Path(folder, DESCRIPTION), text)
-            if is_remote:
+            if to_store:
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
-    if is_remote:  # everything is uploaded
+    if to_store:  # everything is uploaded
         for split in splits:
             _remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:

@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,22 +29,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from checkpointing.saver import on_first_process
-from dataset.counts import Counts, count_classes
 from dataset.decoding import decode_photo
-from dataset.description import Description
-from dataset.folders import FOLDERS, Sample, ade20k
-from dataset.folders import list_samples as list_samples  # part of the public interface
+from dataset.description import Description, ade20k
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
+from dataset.matching import list_samples as list_samples  # part of the public interface
+from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
-from training.class_weights import needs_counts, repeat_factors
 from training.config import class_infos, data_sources
 from training.distributed import LoaderContext, init_worker
 from training.schema import Config
 from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
+
+if TYPE_CHECKING:
+    from dataset.counts import Counts
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class ADE20k(_Samples):
     """Photos and masks from folders, as (3, H, W) and (H, W) uint8 tensors.
 
     Args:
-        datadir: See `dataset.folders.list_samples`; of a described data set, its root.
+        datadir: See `list_samples`; of a described data set, its root.
         split: 'train' or 'val'.
         both_transforms: Transforms the (photo, mask) pair: what `build_ade20k_transformations`
             returns, or anything that takes a pair of Pillow images.
@@ -362,6 +363,9 @@ def build_ade20k_dataspec(
         order_seed = seed if shuffle_seed is None else shuffle_seed
         factors = None
         if rare_class_sampling:
+            from dataset.counts import count_classes
+            from training.class_weights import repeat_factors
+
             if counts is None:
                 counts = count_classes(source)
             factors = repeat_factors(counts.present, rare_class_sampling)
@@ -435,12 +439,17 @@ def _default_workers() -> int:
     return min(8, max(1, available_cores() // dist.get_local_world_size()))
 
 
-def count_training(source: DataSource) -> Counts:
-    """Count the training masks of a run, on the first process for all of them.
+def count_training(config: Config, source: DataSource) -> Counts | None:
+    """Count the training masks, if the config needs counts: on the first process, for all.
 
     Raises:
         DataError: A mask is not as it should be.
     """
+    counted = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
+    if not config.is_train or not counted:
+        return None
+    from dataset.counts import count_classes
+
     return on_first_process(lambda: count_classes(source))
 
 
@@ -494,7 +503,7 @@ def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | 
         ClassError: Shards were written with other classes than the run's.
     """
     sources = data_sources(config)
-    counts = count_training(sources["train"]) if needs_counts(config) else None
+    counts = count_training(config, sources["train"])
     train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
     return train, build_data(config, "val", source=sources["val"]), counts
 

@@ -37,15 +37,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec, open_dataset
-from dataset.description import parse_description, read_description
-from dataset.folders import ade20k
+from dataset.description import ade20k, parse_description, read_description
 from dataset.labels import Labels
 from dataset.shard_classes import shard_classes
 from dataset.shards import DESCRIPTION
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import ConfigError, UserError, exit_status
-from files import check_outputs, check_writable, write_file
+from files import check_outputs, check_writable, is_remote, write_file
 from predict import Segmenter, segmenter_from
 from segmentation.classes import label_warning, match_classes
 from segmentation.metrics import (
@@ -165,11 +164,11 @@ def data_source(
         arguments.update(path=(raw or {}).get("root"), is_streaming=False)
     described = None if raw is None else parse_description(raw, options.data or "data")
     if options.path:
-        streaming = "://" in options.path or Path(options.path, "val", "index.json").is_file()
+        streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
     if not arguments.get("path"):
         raise ConfigError("no validation set: the checkpoint does not say; give --path or --config")
-    if "://" in arguments["path"] and not arguments.get("local"):
+    if is_remote(arguments["path"]) and not arguments.get("local"):
         raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
     if described is not None and len(described.classes) != len(segmenter.classes):
         counts = f"{len(described.classes)} classes, and the model {len(segmenter.classes)}"

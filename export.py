@@ -52,7 +52,6 @@ from checkpointing.rebuild import build_network, complete
 from checkpointing.stores import checkpoint_in
 from checkpointing.weights import (
     Weights,
-    infer_architecture,
     load_weights,
     save_weights,
     to_metadata,
@@ -83,7 +82,7 @@ from extras.sharing.hub import check_repo, push
 from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from files import check_outputs, output_file, output_folder, write_file
 from networks.base import Network
-from networks.deeplab import DeepLabV3
+from networks.deeplab import DeepLabV3, infer_architecture
 from predict import Segmenter
 from segmentation.classes import ClassInfo, rename_classes
 from transforms import resize_image

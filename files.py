@@ -38,6 +38,11 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
+def is_remote(path: PathLike) -> bool:
+    """Return whether a path is a URL such as s3://bucket/folder, rather than of a file system."""
+    return "://" in os.fspath(path)
+
+
 def write_file(path: PathLike, data: bytes | str) -> None:
     """Write bytes, or text as UTF-8, to a file that appears complete or not at all.
 

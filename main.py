@@ -145,7 +145,9 @@ def build_trainer(
         check_lengths(config, len(cast(Sized, train_data.dataloader)))
 
     # Build the network, with the weights that the run begins from.
-    weights = class_weights(config, counts)
+    weights = None
+    if config.is_train and config.model.class_weights is not None:
+        weights = class_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     if train_data is not None:
         check_single_images(config, model.module, last_batch_of(train_data, config))

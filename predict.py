@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
-from dataset.folders import IMAGE_SUFFIXES
+from dataset.paths import IMAGE_SUFFIXES
 from errors import (
     ClassError,
     DataError,

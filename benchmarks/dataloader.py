@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from data import ADE20k, build_ade20k_dataspec
-from dataset.folders import FOLDERS
+from dataset.paths import FOLDERS
 from dataset.sampler import EpochSampler
 
 SIZE, BATCH = 512, 8

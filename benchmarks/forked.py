@@ -117,7 +117,6 @@ def shrink(
     """Make resnet50 a network of 4 million parameters, or runs are about writing them."""
     import torchvision.models.resnet as resnet
 
-    from checkpointing import weights
     from networks import deeplab
 
     head = deeplab.DepthwiseSeparableASPPHead
@@ -130,8 +129,8 @@ def shrink(
 
     set_attribute(resnet, "resnet50", small_resnet)
     set_attribute(deeplab, "DepthwiseSeparableASPPHead", small_head)
-    set_item(weights.DEPTHS, (1, 1, 1, 1), "50")
-    set_item(weights.FAMILIES, (16, 16), "resnet{}")
+    set_item(deeplab.DEPTHS, (1, 1, 1, 1), "50")
+    set_item(deeplab.FAMILIES, (16, 16), "resnet{}")
 
 
 def _make_logger(path: str) -> Any:

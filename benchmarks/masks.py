@@ -24,7 +24,8 @@ from benchmarks import dataloader
 from benchmarks.dataloader import BATCH, SIZE, images_per_second
 from data import ADE20k, build_ade20k_dataspec
 from dataset.description import parse_description
-from dataset.folders import Sample, list_samples
+from dataset.matching import list_samples
+from dataset.paths import Sample
 from dataset.sampler import EpochSampler
 
 COLORS = np.random.default_rng(0).permutation(2**24)[:256]

@@ -27,7 +27,7 @@ import export
 import predict
 from benchmarks.forked import Death, run, shrink
 from benchmarks.kill_resume import largest_difference, read_log, same_log
-from dataset.folders import find_root
+from dataset.paths import find_root
 from errors import one_line
 
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -39,7 +39,8 @@ from torch.utils.data import DataLoader, Dataset
 import main as program
 from benchmarks.train_step import machine, never_evaluate, release
 from data import build_data
-from dataset.folders import find_root, list_samples
+from dataset.matching import list_samples
+from dataset.paths import find_root
 from segmentation.metrics import confusion_matrix, mean_iou
 from training.config import resolve
 from training.schema import Config

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from checkpointing.weights import Weights, infer_architecture
+from checkpointing.weights import Weights
 from errors import WeightsError
 from networks.base import Network, current_names, inner
-from networks.deeplab import DeepLabV3, deeplabv3
+from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
 from networks.libraries import foreign_arguments
 from networks.registry import named_network
 

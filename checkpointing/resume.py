@@ -10,23 +10,23 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.utils import get_file
 from torch import nn
 
-from checkpointing.saver import on_first_process
-from checkpointing.stores import (
-    LocalFolder,
-    RemoteFolder,
-    checkpoint_in,
-    open_folder,
-    time_of,
-)
-from checkpointing.weights import Weights, check_checkpoint, infer_architecture, load_weights
+from checkpointing.saver import on_first_process, open_folder
+from checkpointing.stores import checkpoint_in, time_of
+from checkpointing.weights import Weights, check_checkpoint, load_weights
 from errors import ClassError, ConfigError, WeightsError, one_line
+from files import is_remote
 from networks.base import inner
+from networks.deeplab import infer_architecture
 from segmentation.classes import ClassInfo, first_difference, match_classes
+
+if TYPE_CHECKING:
+    from checkpointing.remote_store import RemoteFolder
+    from checkpointing.stores import LocalFolder
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def find_start(
         log.warning("%s; save_overwrite=true replaces it", line)
     if load_path:
         path = local_copy(load_path, scratch)
-        where = load_path if "://" in load_path else path
+        where = load_path if is_remote(load_path) else path
         weights = load_weights(path)
         if weights_only:
             return Start(where, weights, None, False)
@@ -289,7 +289,7 @@ def local_copy(path: str, scratch: str) -> str:
         ConfigError: It cannot be read.
         WeightsError: The folder holds no checkpoint.
     """
-    if "://" not in path:
+    if not is_remote(path):
         return checkpoint_in(path)
     copy = os.path.join(scratch, os.path.basename(path))
 

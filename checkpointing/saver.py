@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from composer.callbacks import CheckpointSaver
@@ -22,8 +22,12 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 from checkpointing.best import Best
 from checkpointing.evaluations import EvaluationSchedule
 from checkpointing.signals import SignalListener
-from checkpointing.stores import batch_of, is_in_folder, open_folder
+from checkpointing.stores import LocalFolder, batch_of, is_in_folder
 from errors import ConfigError, RunError, Stopped, UserError, one_line
+from files import is_remote
+
+if TYPE_CHECKING:
+    from checkpointing.remote_store import RemoteFolder
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,15 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
         if error is not None:
             raise error
     return outcomes[rank - local_rank if of_each_node else 0][0]
+
+
+def open_folder(path: str) -> LocalFolder | RemoteFolder:
+    """Open the folder or the object store that a config's `save_folder` names."""
+    if not is_remote(path):
+        return LocalFolder(path)
+    from checkpointing.remote_store import RemoteFolder
+
+    return RemoteFolder(path)
 
 
 class Checkpoints(CheckpointSaver):

@@ -12,29 +12,20 @@ from __future__ import annotations
 
 import errno
 import glob
-import logging
 import os
 import re
 import tempfile
-import threading
-import time
 from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, cast
-
-from composer.utils import maybe_create_object_store_from_uri, parse_uri
-from composer.utils.object_store import ObjectStore, S3ObjectStore
 
 from checkpointing.lock import NAME as LOCK
 from checkpointing.lock import FileLock, RecordLock, describe_self
-from errors import RunError, WeightsError, one_line
-
-log = logging.getLogger(__name__)
+from errors import WeightsError
+from files import is_remote
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
 # What file systems without symbolic links answer, such as exFAT and some mounted buckets.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -53,7 +44,7 @@ def time_of(name: str) -> tuple[int, int]:
     return (int(match[2]), int(match[1])) if match else (-1, -1)
 
 
-def _newest_first(names: Iterable[str]) -> list[str]:
+def newest_first(names: Iterable[str]) -> list[str]:
     """Return the names that are checkpoints', the newest first."""
     return sorted((name for name in names if NAME.fullmatch(name)), key=time_of, reverse=True)
 
@@ -133,7 +124,7 @@ class LocalFolder:
 
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
-        return _newest_first(os.listdir(self.path) if os.path.isdir(self.path) else [])
+        return newest_first(os.listdir(self.path) if os.path.isdir(self.path) else [])
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last."""
@@ -227,209 +218,6 @@ class LocalFolder:
         return True
 
 
-class Upload(NamedTuple):
-    """A checkpoint on its way to an object store."""
-
-    file: str
-    name: str
-    keep: int
-    best: str | None
-    own: Container[str]
-
-
-class RemoteFolder:
-    """Checkpoints in an object store, uploaded while training goes on.
-
-    An upload that fails is tried again for an hour. A checkpoint that a newer one overtakes before
-    its upload has begun, or while it fails, is dropped unless it is the best, so at most three wait
-    on the local disk.
-
-    Args:
-        uri: Such as s3://bucket/folder.
-    """
-
-    def __init__(self, uri: str):
-        backend, bucket, folder = parse_uri(uri)
-        self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        if backend == "s3":  # botocore's defaults take five minutes to find that nobody answers
-            config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
-            self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
-        else:
-            self.store = cast(ObjectStore, maybe_create_object_store_from_uri(uri))
-        self._folder = tempfile.TemporaryDirectory(prefix="checkpoints-")
-        self.scratch = self._folder.name
-        self._run_lock: RecordLock | None = None
-        self._lock = threading.Condition()
-        self._waiting: list[Upload] = []
-        self._count = 0
-        self._busy = False
-        self._failed: RunError | None = None
-
-    def lock(self, run_name: str | None) -> None:
-        """Lock the folder for this process, until it ends or calls `release_locks`.
-
-        Raises:
-            ConfigError: Another live run writes to the folder.
-            Exception: What the store's client raises.
-        """
-
-        def read() -> bytes | None:
-            path = os.path.join(self.scratch, "lock-read")
-            try:
-                self.store.download_object(f"{self.prefix}{LOCK}", path, overwrite=True)
-            except FileNotFoundError:
-                return None
-            return Path(path).read_bytes()
-
-        def write(text: bytes) -> None:
-            path = os.path.join(self.scratch, "lock-write")
-            Path(path).write_bytes(text)
-            self.store.upload_object(f"{self.prefix}{LOCK}", path)
-
-        self._run_lock = RecordLock(self.path, describe_self(run_name), read, write)
-
-    def remove_unfinished(self) -> None:
-        """Do nothing: an object appears whole."""
-
-    def probe(self) -> None:
-        """Raise what the store's client does unless objects can be written."""
-        with tempfile.NamedTemporaryFile() as file:
-            self.store.upload_object(f"{self.prefix}.probe", file.name)
-        self._delete(".probe")
-
-    def names(self) -> list[str]:
-        """Return the checkpoints, newest first."""
-        names = (key.partition(self.prefix)[2] for key in self.store.list_objects(self.prefix))
-        return _newest_first(names)  # and none of the folders below it
-
-    def latest(self) -> str | None:
-        """Return the name of the checkpoint that was published last."""
-        pointer = os.path.join(self.scratch, "latest")
-        try:
-            self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
-        except FileNotFoundError:
-            return None
-        with open(pointer) as file:
-            return file.read().rpartition("/")[2]
-
-    def fetch(self, name: str, scratch: str) -> str:
-        """Download a checkpoint unless that was done; return its local path."""
-        path = os.path.join(scratch, name)
-        if not os.path.exists(path):
-            self.store.download_object(f"{self.prefix}{name}", path)
-        return path
-
-    def publish(
-        self,
-        unfinished: str,
-        name: str,
-        keep: int,
-        best: str | None = None,
-        own: Container[str] = (),
-    ) -> None:
-        """Upload a finished file in the background, then point at it and remove old ones of `own`.
-
-        Raises:
-            RunError: An earlier upload was given up, or another run has taken over the folder.
-        """
-        self.wait(0)
-        self._count += 1  # one of the same batch may be on its way
-        file = os.path.join(self.scratch, f"{self._count}-{name}")
-        os.replace(unfinished, file)
-        with self._lock:
-            overtaken = [item for item in self._waiting if item.name != best or item.name == name]
-            kept = [item for item in self._waiting if item not in overtaken]
-            self._waiting = [*kept, Upload(file, name, keep, best, own)]
-            if not self._busy:
-                self._busy = True
-                threading.Thread(target=self._work, daemon=True).start()
-        for item in overtaken:
-            os.remove(item.file)
-
-    def point_best(self, name: str | None) -> None:
-        """Point `best-rank0.pt` at a checkpoint, or remove it."""
-        key = f"{self.prefix}{BEST}.symlink"
-        if name:
-            self._point(BEST, name)
-        elif key in self.store.list_objects(key):
-            self._delete(f"{BEST}.symlink")
-
-    def _point(self, pointer: str, name: str) -> None:
-        path = os.path.join(self.scratch, pointer)
-        with open(path, "w") as file:
-            file.write(f"{self.prefix}{name}")
-        self.store.upload_object(f"{self.prefix}{pointer}.symlink", path)
-
-    def wait(self, seconds: float) -> bool:
-        """Whether all that was published is there, after waiting for it.
-
-        Raises:
-            RunError: An upload was given up, or another run has taken over the folder.
-        """
-        if self._run_lock:
-            self._run_lock.check()
-        with self._lock:
-            self._lock.wait_for(lambda: not self._busy, seconds)
-            if self._failed:
-                raise self._failed
-            return not self._busy
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._busy = False
-                    self._lock.notify_all()
-                    return
-                item = self._waiting.pop(0)
-            try:
-                self._upload(item)
-            except RunError as error:
-                with self._lock:
-                    self._failed, self._busy = error, False
-                    self._lock.notify_all()
-                return
-
-    def _upload(self, item: Upload) -> None:
-        name = item.name
-        start, pause = time.monotonic(), 1.0
-        while True:
-            try:
-                self.store.upload_object(f"{self.prefix}{name}", item.file)
-                if item.best:
-                    self._point(BEST, item.best)
-                self._point(LATEST, name)
-                os.remove(item.file)
-                old = outdated(self.names(), name, item.keep, item.best, item.own)
-                break
-            except Exception as error:  # each store's client has its own
-                message = f"cannot upload {self.path}/{name}: {one_line(error)}"
-            if self._waiting and self._waiting[-1].best != name:
-                log.warning("%s; the next checkpoint follows", message)
-                os.remove(item.file)
-                return
-            if time.monotonic() - start > UPLOAD_FOR:
-                kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
-                os.replace(item.file, kept)  # the scratch folder goes with this process
-                raise RunError(f"{message}; given up; it is still at {kept}")
-            log.warning("%s; trying again in %.0f s", message, pause)
-            time.sleep(pause)
-            pause = min(2 * pause, 30)
-        for name in old:
-            self._delete(name)
-
-    def _delete(self, name: str) -> None:
-        """Delete an object. Failure, or a store without delete support, is only logged."""
-        if not isinstance(self.store, S3ObjectStore):
-            log.info("%s/%s stays: Composer cannot delete there", self.path, name)
-            return
-        try:
-            key = self.store.get_key(f"{self.prefix}{name}")
-            self.store.client.delete_object(Bucket=self.store.bucket, Key=key)
-        except Exception as error:
-            log.warning("cannot remove %s/%s: %s", self.path, name, one_line(error))
-
-
 def outdated(
     names: list[str], newest: str, keep: int, best: str | None, own: Container[str]
 ) -> list[str]:
@@ -455,14 +243,9 @@ def _write_over(path: str, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def open_folder(path: str) -> LocalFolder | RemoteFolder:
-    """Open the folder or the object store that a config's `save_folder` names."""
-    return RemoteFolder(path) if "://" in path else LocalFolder(path)
-
-
 def is_in_folder(path: str, folder: str) -> bool:
     """Whether a path or URI names a file directly in a folder."""
     parent, folder = path.rpartition("/")[0] or ".", folder.rstrip("/")
-    if "://" in path or "://" in folder:
+    if is_remote(path) or is_remote(folder):
         return parent == folder
     return os.path.realpath(parent) == os.path.realpath(folder)

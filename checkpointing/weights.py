@@ -32,15 +32,13 @@ from torch.torch_version import TorchVersion
 from checkpointing.stores import checkpoint_in
 from errors import WeightsError, one_line
 from files import write_file
-from segmentation.classes import ClassInfo, classes_from_json, classes_to_json, load_classes
+from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
 SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
 # What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # The same for a network that is not DeepLabV3, and what `networks.base.Network` adds.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# What other projects call the part of a file that holds averaged weights.
-AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 # Classes of options and paths that training scripts save beside the weights.
 OPTIONS = (
     "argparse.Namespace",
@@ -50,20 +48,6 @@ OPTIONS = (
         for name in ("Path", "PosixPath", "PurePosixPath")
     ),
 )
-# (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
-# the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
-DEPTHS: dict[tuple[int, ...], str] = {
-    (3, 4, 6, 3): "50",
-    (3, 4, 23, 3): "101",
-    (3, 8, 36, 3): "152",
-}
-FAMILIES: dict[tuple[int, ...], str] = {
-    (64, 64): "resnet{}",
-    (128, 4): "resnext{}_32x4d",
-    (256, 8): "resnext{}_32x8d",
-    (256, 4): "resnext{}_64x4d",
-    (128, 128): "wide_resnet{}_2",
-}
 
 
 @dataclass(frozen=True)
@@ -157,23 +141,12 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
             f"{path}: no weights in this file: neither itself nor anything directly in it maps "
             "names to tensors"
         )
-    return found if found.config is not None else _with_config_beside(found, path)
+    if found.config is not None:
+        return found
+    from checkpointing.foreign_weights import read_config_beside
 
-
-def _with_config_beside(weights: Weights, path: Path) -> Weights:
-    """Add what `save_pretrained` of transformers or smp left beside a file of weights."""
-    try:
-        beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or of something else
-        return weights
-    if not isinstance(beside, Mapping):
-        return weights
-    labels = beside.get("id2label")
-    names = [str(name) for name in labels.values()] if isinstance(labels, Mapping) else []
-    classes = weights.classes
-    if classes is None and names and not names[0].startswith("LABEL_"):
-        classes = load_classes(names, len(names))
-    return replace(weights, beside=beside, classes=classes)
+    beside, classes = read_config_beside(path)
+    return replace(found, beside=beside, classes=found.classes or classes)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -189,7 +162,11 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     trainer = content.get("state", content)
     is_composers = isinstance(trainer, Mapping) and isinstance(trainer.get("model"), Mapping)
     if not is_composers or (trainer is content and "algorithms" not in trainer):
-        return Weights(*_foreign_state(content, which), classes=_mmseg(content))
+        from checkpointing.foreign_weights import classes_of_mmseg, select_network
+
+        parts = {"": content} | {str(key): part for key, part in content.items()}
+        tensors = {key: _strip_prefixes(part) for key, part in parts.items()}
+        return Weights(*select_network(tensors, which), classes=classes_of_mmseg(content))
     state, found = _strip_prefixes(trainer["model"]), "training"
     algorithms = trainer.get("algorithms", ())
     if isinstance(algorithms, Mapping):  # as Composer wrote them before it kept their order
@@ -213,34 +190,6 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     return Weights(state, found, config, classes, run_name, server_runs)
 
 
-def _foreign_state(content: Mapping[Any, Any], which: str) -> tuple[dict[str, Tensor], str]:
-    """Return the weights in another project's file: the most tensors by name, at its top or below.
-
-    Where the part that holds an average is named so, it replaces the training weights of the same
-    names, unless those are asked for.
-
-    Raises:
-        WeightsError: Several parts have as many tensors.
-    """
-    parts = {"": content} | {str(key): part for key, part in content.items()}
-    tensors = {key: _strip_prefixes(part) for key, part in parts.items()}
-    averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
-    training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
-    most = max(map(len, training.values()))
-    largest = [key for key, part in training.items() if len(part) == most]
-    if not most:
-        return (averages[0], "ema") if averages else ({}, "training")
-    if len(largest) > 1:
-        listed = " and ".join(largest)
-        raise WeightsError(f"it holds several networks, {listed}; save the one that you mean alone")
-    state = training[largest[0]]
-    for part in averages if which == "ema" else []:
-        averaged = {name: tensor for name, tensor in part.items() if name in state}
-        if averaged:
-            return {**state, **averaged}, "ema"
-    return state, "training"
-
-
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
     """Return the tensors of a network by their own names, and nothing else."""
     if not isinstance(state, Mapping):
@@ -254,15 +203,6 @@ def _strip_prefixes(state: Any) -> dict[str, Tensor]:
     if f"{SCORES}weight" in ours:
         return ours
     return {WRAPPERS.sub("", key): value for key, value in plain.items()}
-
-
-def _mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
-    """Return the classes that a checkpoint of mmsegmentation's names."""
-    meta = content.get("meta")
-    names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
-    if not isinstance(names, list | tuple):
-        return None
-    return load_classes([str(name) for name in names], len(names))
 
 
 def save_weights(
@@ -340,37 +280,6 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
     ):
         raise WeightsError("the config in the file's metadata is not one of this project")
     return config
-
-
-def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """Return the arguments of `networks.deeplab.deeplabv3` that give a network for these weights.
-
-    Args:
-        state: Tensors by name, as `Weights.state`.
-        where: What to call them in an error.
-
-    Returns:
-        `num_classes`, `backbone_arch` and `use_plus`.
-
-    Raises:
-        WeightsError: They are not of a DeepLabV3 of this project.
-    """
-    block = re.compile(r"backbone\.layer(\d)\.(\d+)\.conv3\.weight")
-    found = [match.groups() for match in map(block.fullmatch, state) if match]
-    blocks = tuple(sum(layer == str(i) for layer, _ in found) for i in (1, 2, 3, 4))
-    scores = state.get("classifier.conv_seg.weight")
-    conv2 = state.get("backbone.layer1.0.conv2.weight")
-    if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
-        raise WeightsError(
-            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks and "
-            f"{'a' if scores is not None else 'no'} classifier.conv_seg.weight); "
-            "--network names another"
-        )
-    return {
-        "num_classes": scores.shape[0],
-        "backbone_arch": FAMILIES[tuple(conv2.shape[:2])].format(DEPTHS[blocks]),
-        "use_plus": "classifier.c1_bottleneck.conv.weight" in state,
-    }
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:

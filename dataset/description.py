@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dataset.labels import IGNORED, Labels
+from dataset.paths import FOLDERS
 from errors import ConfigError
 from segmentation.classes import ClassInfo, distinct_colors
 
@@ -306,3 +307,11 @@ def as_yaml(raw: Mapping[str, Any]) -> str:
         else:
             lines.append(inline({key: value}).strip()[1:-1])
     return "\n".join(lines) + "\n"
+
+
+def ade20k(labels: Labels | None = None) -> Description:
+    """Return the description of ADE20K's layout, with masks that hold labels as they stand."""
+    sources = {
+        split: Source(f"images/{name}", f"annotations/{name}") for split, name in FOLDERS.items()
+    }
+    return Description(None, sources, 0.0, (), None, False, built_in=labels or Labels())

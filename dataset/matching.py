@@ -9,17 +9,78 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
-from dataset.description import Description, Source
-from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES
-from dataset.samples import Finding, Listing, Samples
+import numpy as np
+
+from dataset.description import Description, Source, ade20k
+from dataset.paths import FOLDERS, IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Sample, find_root
 from dataset.templates import Exclusion, Files, Template, exclusion
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+
+class Samples(Sequence[Sample]):
+    """Samples that share their memory with forked loader processes.
+
+    The text of all names is one array. A list of strings would be copied into every process,
+    because Python counts references inside each string.
+
+    Args:
+        uids: Name of each sample.
+        images: Path of each image below `folders[0]`.
+        masks: Path of each mask below `folders[1]`.
+        folders: What the paths begin with.
+    """
+
+    def __init__(
+        self,
+        uids: Sequence[str] = (),
+        images: Sequence[str] = (),
+        masks: Sequence[str] = (),
+        folders: tuple[str, str] = ("", ""),
+    ) -> None:
+        self._folders, self._length = folders, len(uids)
+        text = "\0".join([*uids, *images, *masks, ""])
+        self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        self._ends = np.append(-1, np.flatnonzero(self._text == 0))  # of each name
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        uid, image, mask = (self._name(place + column * len(self)) for column in range(3))
+        return Sample(uid, self._folders[0] + image, self._folders[1] + mask)
+
+    def _name(self, place: int) -> str:
+        name = self._text[self._ends[place] + 1 : self._ends[place + 1]]
+        return name.tobytes().decode(errors="surrogateescape")
+
+
+class Listing(NamedTuple):
+    """A split's images and masks, and what is wrong with their names.
+
+    Attributes:
+        samples: Images with a mask, sorted by name.
+        findings: What is wrong with the names of files.
+        orphans: Masks that no image of the split belongs to.
+        images: Number of images, with a mask or without.
+    """
+
+    samples: Samples
+    findings: list[Finding]
+    orphans: list[str]
+    images: int
 
 
 class _Pairs(NamedTuple):
@@ -298,3 +359,23 @@ def _existing(root: str, file: str, name: str) -> str | None:
     """Find what a list means: a path below the root, or below the list's own folder."""
     places = [Path(root, name), Path(root, name.lstrip("/")), Path(root, file).parent / name]
     return next((str(place) for place in places if place.is_file()), None)
+
+
+def list_samples(datadir: str, split: str) -> list[Sample]:
+    """List the images of a split and their masks, sorted by name.
+
+    Args:
+        datadir: Folder with `images/{training,validation}` and
+            `annotations/{training,validation}`, or with `ADEChallengeData2016` that has these.
+            There may be folders in them, and files of other kinds, which are left alone.
+        split: 'train' or 'val'.
+
+    Returns:
+        Samples, whose `uid` is the image's path without extension and ADE20K's `ADE_train_`.
+
+    Raises:
+        DataError: There are no images, or images without a mask.
+    """
+    if split not in FOLDERS:
+        raise DataError(f"split is {split!r}; use one of {', '.join(FOLDERS)}")
+    return list(list_described(ade20k(), split, str(find_root(datadir))))

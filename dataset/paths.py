@@ -27,6 +27,14 @@ class Sample(NamedTuple):
     mask_path: str
 
 
+class Finding(NamedTuple):
+    """Something wrong with a file."""
+
+    path: str
+    reason: str
+    fatal: bool  # training would fail; otherwise it is odd, but training works
+
+
 def find_root(path: str | Path) -> Path:
     """Return the folder that holds `images` and `annotations`: `path`, or ADE20K's folder in it."""
     return Path(path) if Path(path, "images").is_dir() else Path(path, ADE20K)

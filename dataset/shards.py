@@ -26,6 +26,7 @@ from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
 from errors import DataError, StoreError, one_line
+from files import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Shards:
         validate_hash: str | None = "auto",
     ):
         if local is None:
-            if not remote or "://" in remote:
+            if not remote or is_remote(remote):
                 raise DataError(f"{remote}: no local folder is given to keep its shards in")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset.description import Description
-from dataset.folders import ade20k
+from dataset.description import Description, ade20k
 from dataset.labels import Labels
 from dataset.mask_decoder import Masks, UnknownValues
-from dataset.matching import list_splits, require
+from dataset.matching import Listing, Samples, list_splits, require
 from dataset.paths import Sample, find_root
-from dataset.samples import Listing, Samples
 from dataset.workers import chunked
 from errors import DataError
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.description import Description
-from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files
-from dataset.samples import Finding
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, list_files
 from errors import ConfigError
 
 _TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")

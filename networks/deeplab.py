@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -20,11 +21,27 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
 
-from errors import ModelError
+from errors import ModelError, WeightsError
+from files import is_remote
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
 from networks.mmseg_operators import import_mmseg
+
+# (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
+# the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
+DEPTHS: dict[tuple[int, ...], str] = {
+    (3, 4, 6, 3): "50",
+    (3, 4, 23, 3): "101",
+    (3, 8, 36, 3): "152",
+}
+FAMILIES: dict[tuple[int, ...], str] = {
+    (64, 64): "resnet{}",
+    (128, 4): "resnext{}_32x4d",
+    (256, 8): "resnext{}_32x8d",
+    (256, 4): "resnext{}_64x4d",
+    (128, 128): "wide_resnet{}_2",
+}
 
 _heads = import_mmseg()
 ASPPHead, DepthwiseSeparableASPPHead = _heads.ASPPHead, _heads.DepthwiseSeparableASPPHead
@@ -177,7 +194,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
                 "and there is no file of that name"
             )
         url = named[weights].url
-    if "://" in url:
+    if is_remote(url):
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
             # One process a node downloads; the others find the file in the cache.
@@ -218,3 +235,34 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
             f"another shape, first {wrong[0]}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
+
+
+def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
+    """Return the arguments of `deeplabv3` that give a network for these weights.
+
+    Args:
+        state: Tensors by name, as `checkpointing.weights.Weights.state`.
+        where: What to call them in an error.
+
+    Returns:
+        `num_classes`, `backbone_arch` and `use_plus`.
+
+    Raises:
+        WeightsError: They are not of a DeepLabV3 of this project.
+    """
+    block = re.compile(r"backbone\.layer(\d)\.(\d+)\.conv3\.weight")
+    found = [match.groups() for match in map(block.fullmatch, state) if match]
+    blocks = tuple(sum(layer == str(i) for layer, _ in found) for i in (1, 2, 3, 4))
+    scores = state.get("classifier.conv_seg.weight")
+    conv2 = state.get("backbone.layer1.0.conv2.weight")
+    if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
+        raise WeightsError(
+            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks and "
+            f"{'a' if scores is not None else 'no'} classifier.conv_seg.weight); "
+            "--network names another"
+        )
+    return {
+        "num_classes": scores.shape[0],
+        "backbone_arch": FAMILIES[tuple(conv2.shape[:2])].format(DEPTHS[blocks]),
+        "use_plus": "classifier.c1_bottleneck.conv.weight" in state,
+    }

@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from segmentation.build_tools import missing_build_tools
-
 EPSILON = 1e-5  # composer.loss.DiceLoss's
 # Elements of a tile. On a CPU, per thread, 1 MiB in fp32: within the L2 cache of current servers.
 # On a GPU, where it is the number of launches that costs, 128 MiB.
@@ -185,10 +183,12 @@ class _SegmentationLoss(torch.autograd.Function):
 def _implementation(logits: Tensor) -> tuple:
     """Return the two passes: Triton's on a GPU if allowed, PyTorch's elsewhere and for fp64."""
     fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
-    if fits and importlib.util.find_spec("triton") and not missing_build_tools(gpu=True):
+    if fits and importlib.util.find_spec("triton"):
         from segmentation import losses_triton
+        from segmentation.build_tools import missing_build_tools
 
-        return losses_triton.forward_sums, losses_triton.backward
+        if not missing_build_tools(gpu=True):
+            return losses_triton.forward_sums, losses_triton.backward
     return forward_sums, backward
 
 

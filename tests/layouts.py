@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dataset.folders import find_root, list_samples
+from dataset.matching import list_samples
+from dataset.paths import find_root
 
 NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"]
 NAMES += ["pedestrian", "bicyclist", "plane"]

@@ -20,9 +20,9 @@ import main as program
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
 from dataset.counts import count_classes
-from dataset.description import open_description
-from dataset.folders import ade20k, list_samples
+from dataset.description import ade20k, open_description
 from dataset.labels import Labels
+from dataset.matching import list_samples
 from dataset.sampler import EpochSampler, length_of_repeated, repeated
 from dataset.source import DataSource, ShardOptions
 from errors import ConfigError, DataError

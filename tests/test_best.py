@@ -19,7 +19,8 @@ from benchmarks.forked import Death, run
 from benchmarks.kill_resume import largest_difference, make_config, make_data
 from benchmarks.s3_server import s3_server
 from checkpointing.best import Best
-from checkpointing.stores import RemoteFolder, batch_of
+from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import batch_of
 from errors import ConfigError
 from main import main
 from segmentation.classes import load_classes

@@ -20,8 +20,9 @@ import convert_ade20k as converter
 from benchmarks.s3_server import BUCKET, s3_server
 from convert_ade20k import convert, main, plan_shards
 from data import StreamingADE20k
-from dataset.folders import ade20k, list_samples
+from dataset.description import ade20k
 from dataset.labels import Labels
+from dataset.matching import list_samples
 from dataset.source import DataSource, ShardOptions
 from errors import DataError
 from extras.preparation.verify import check

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 import data
 from data import ADE20k, build_ade20k_dataspec
-from dataset.folders import FOLDERS, list_samples
 from dataset.labels import IGNORED, PADDING
+from dataset.matching import list_samples
+from dataset.paths import FOLDERS
 from dataset.sampler import EpochSampler, EvalSampler
 from errors import DataError
 from transforms import RandomCrop, build_ade20k_transformations

@@ -18,7 +18,8 @@ import pytest
 from benchmarks.s3_server import S3Server, s3_server
 from checkpointing import lock
 from checkpointing.lock import FileLock, RecordLock, describe_self, release_locks
-from checkpointing.stores import LocalFolder, RemoteFolder
+from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import LocalFolder
 from errors import ConfigError, RunError
 from main import main
 

@@ -18,8 +18,9 @@ from run_helpers import file_limit
 
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
-from dataset.folders import ade20k, list_samples
+from dataset.description import ade20k
 from dataset.labels import Labels
+from dataset.matching import list_samples
 from dataset.source import DataSource, check_labels
 from dataset.workers import available_cores, in_processes
 from errors import DataError

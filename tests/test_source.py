@@ -12,10 +12,8 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 
 from data import build_data
 from dataset import shards, templates, workers
-from dataset.description import Description, parse_description
-from dataset.folders import ade20k, list_samples
-from dataset.matching import find_samples
-from dataset.samples import Samples
+from dataset.description import Description, ade20k, parse_description
+from dataset.matching import Samples, find_samples, list_samples
 from dataset.shard_classes import shard_classes
 from dataset.shards import fetch_beside
 from dataset.source import DataSource, ShardOptions

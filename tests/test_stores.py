@@ -13,7 +13,8 @@ from run_helpers import save_whole
 
 from benchmarks.s3_server import S3Server, s3_server
 from checkpointing import stores
-from checkpointing.stores import LocalFolder, RemoteFolder, checkpoint_in, outdated
+from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import LocalFolder, checkpoint_in, outdated
 from errors import ConfigError, RunError, WeightsError
 from main import main
 

@@ -25,7 +25,7 @@ from benchmarks.faulty_store import FaultyStore
 from benchmarks.s3_server import S3Server, s3_server
 from data import StreamingADE20k
 from dataset import shards
-from dataset.folders import list_samples
+from dataset.matching import list_samples
 from errors import TRY_AGAIN, DataError, StoreError
 
 COLUMNS = {"uid": "str", "x": "jpeg", "y": "png"}

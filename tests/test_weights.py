@@ -22,12 +22,12 @@ from checkpointing.rebuild import build_network
 from checkpointing.weights import (
     check_checkpoint,
     guarded_unpickling,
-    infer_architecture,
     load_weights,
     save_weights,
 )
 from errors import WeightsError
 from model import deeplabv3
+from networks.deeplab import infer_architecture
 from segmentation.classes import load_classes
 
 pytestmark = pytest.mark.trains

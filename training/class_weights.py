@@ -19,12 +19,6 @@ log = logging.getLogger(__name__)
 FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.02147)"
 
 
-def needs_counts(config: Config) -> bool:
-    """Whether a run has to count its training masks before it begins."""
-    counted = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
-    return config.is_train and bool(counted)
-
-
 def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
     """Return the weight of each class in a run's loss, or None where all are the same.
 

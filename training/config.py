@@ -171,8 +171,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 def data_sources(config: Config) -> dict[str, DataSource]:
     """Return a run's training and validation data; a folder that both are in is listed once."""
-    from dataset.description import parse_description
-    from dataset.folders import ade20k
+    from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from dataset.paths import ADE20K, FOLDERS, find_root
 from errors import ConfigError, UnevenBatch
+from files import is_remote
 from training.keys import fields_of
 from training.recipes import RECIPES
 from training.schema import (
@@ -326,7 +327,7 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
 def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:
     if not dataset.path:
         raise ConfigError(f"{name}.path is empty; give the folder or bucket that holds the data")
-    if "://" in dataset.path:
+    if is_remote(dataset.path):
         if not dataset.is_streaming:
             raise ConfigError(f"{name}.path is remote; set {name}.is_streaming=true for MDS shards")
         if not dataset.local:

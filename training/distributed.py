@@ -9,13 +9,16 @@ import re
 import signal
 import threading
 from multiprocessing.context import ForkContext, ForkProcess
+from typing import TYPE_CHECKING
 
 from composer.utils import dist
 
 from checkpointing.signals import SIGNALS
 from dataset.workers import use_one_core
 from errors import Lost, RunError, one_line
-from training.watch import Watch
+
+if TYPE_CHECKING:
+    from training.watch import Watch
 
 SHARED_MEMORY = "/dev/shm"  # where loader processes leave batches for the run
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from errors import OutputError, UserError
-from files import write_file
+from files import is_remote, write_file
 from segmentation.classes import ClassInfo
 from segmentation.drawing import prediction_sheet
 
@@ -50,7 +50,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     """
     path = os.path.join(folder, name)
     try:
-        if "://" in folder:
+        if is_remote(folder):
             store = _store(*parse_uri(folder)[:2], os.environ.get("S3_ENDPOINT_URL"))
             with tempfile.NamedTemporaryFile() as file:
                 file.write(data)

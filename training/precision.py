@@ -11,7 +11,6 @@ from torch import nn
 from torch._functorch import config as functorch
 
 from errors import ConfigError
-from segmentation.build_tools import missing_build_tools
 from training.schema import Config
 
 
@@ -106,7 +105,11 @@ def compiles(config: Config) -> bool:
     """Return whether a run compiles the model here; `auto` needs a GPU and the build tools."""
     if config.compile != "auto":
         return config.compile is True
-    return torch.cuda.is_available() and missing_build_tools(gpu=True) is None
+    if not torch.cuda.is_available():
+        return False
+    from segmentation.build_tools import missing_build_tools
+
+    return missing_build_tools(gpu=True) is None
 
 
 def compile_network(config: Config, network: nn.Module) -> None:
@@ -126,6 +129,10 @@ def check_build_tools(config: Config) -> str | None:
         ConfigError: `compile: true`, and the machine lacks something.
     """
     gpu = torch.cuda.is_available()
+    if not gpu and config.compile is not True:
+        return None
+    from segmentation.build_tools import missing_build_tools
+
     missing = missing_build_tools(gpu)
     if missing and config.compile is True:
         raise ConfigError(f"compile: true needs {missing}; or set compile=false")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.utils import dist
 
 from checkpointing.best import Best
 from checkpointing.evaluations import EvaluationSchedule
-from checkpointing.resume import Start, find_start
 from checkpointing.saver import Checkpoints
 from errors import ConfigError
 from training.config import class_infos
 from training.keys import flatten
 from training.schema import Config, compared_values
+
+if TYPE_CHECKING:
+    from checkpointing.resume import Start
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,12 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         ConfigError: A checkpoint cannot be read, or the config contradicts its record.
         WeightsError: `load_path` is damaged.
     """
+    if not config.autoresume and not config.load_path:
+        if saver:
+            saver.claim(None, None)
+        return RunStart()
+    from checkpointing.resume import find_start
+
     start = find_start(
         config.save_folder if config.autoresume else None,
         config.load_path,

@@ -36,6 +36,7 @@ from errors import ConfigError, UserError, whole
 from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
 from extras.planning.plan_text import text
+from files import is_remote
 from training.class_weights import repeat_factors
 from training.config import data_sources, load, resolve
 from training.microbatch import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
@@ -346,7 +347,7 @@ def _whole(
 
 def _disk(folder: str) -> tuple[float, int | None]:
     """Bytes a second that checkpoints are written with, and how many there is room for."""
-    remote = "://" in folder  # where they go from a local file, while training goes on
+    remote = is_remote(folder)  # where they go from a local file, while training goes on
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())
     try:

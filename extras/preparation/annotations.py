@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dataset.folders import IMAGE_SUFFIXES, visible_files
+from dataset.paths import IMAGE_SUFFIXES, visible_files
 from errors import DataError, one_line
 
 CORNERS = 128  # of the polygon that stands for a circle

@@ -31,8 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from command_lines import parse_data
-from dataset.description import SPLITS, is_description, open_description
-from dataset.folders import ade20k
+from dataset.description import SPLITS, ade20k, is_description, open_description
 from dataset.labels import Labels
 from dataset.sampler import EpochSampler
 from dataset.shard_classes import shard_description
@@ -42,7 +41,7 @@ from errors import DataError, UserError
 from extras.preparation.suggest import suggest
 from extras.preparation.unused import find_unused
 from extras.preparation.verify import Tally, check
-from files import check_outputs, check_writable, write_file, write_image
+from files import check_outputs, check_writable, is_remote, write_file, write_image
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from segmentation.classes import ClassInfo, name_classes, rename_classes
 from segmentation.drawing import sample_sheet
@@ -331,11 +330,11 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
     if is_description(path):
         path, description = open_description(path, second)
         second = None
-    elif "://" in path and second is None:
+    elif is_remote(path) and second is None:
         raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
     else:
         description = shard_description(path)
-    is_streaming = "://" in path or second is not None or any(Path(path).glob("*/index.json"))
+    is_streaming = is_remote(path) or second is not None or any(Path(path).glob("*/index.json"))
     shards = ShardOptions(second) if is_streaming else None
     return DataSource(path, "train", description or ade20k(labels), shards)
 

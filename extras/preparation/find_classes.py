@@ -18,8 +18,8 @@ from PIL import Image
 
 from dataset.decoding import decode_colors, decode_mask
 from dataset.description import MAX_VALUE, pack, unpack
-from dataset.folders import visible_files
 from dataset.labels import IGNORED
+from dataset.paths import visible_files
 from dataset.workers import CHUNK, map_chunks
 from errors import DataError
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES
 
 WORDS = {
     "train": ("training", "train", "trn", "tr"),

@@ -21,9 +21,9 @@ from PIL import Image
 
 from dataset.decoding import decode_photo
 from dataset.description import Description, parse_description
-from dataset.folders import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
 from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
 from errors import ConfigError, DataError
 from extras.preparation.find_classes import class_lines, count_values, quoted
 from extras.preparation.find_layout import (

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dataset.description import SPLITS
-from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files
-from dataset.samples import Finding
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, list_files
 from dataset.source import DataSource
 from dataset.templates import Template, exclusion
 

@@ -20,7 +20,7 @@ import numpy as np
 from dataset.decoding import decode_image, decode_photo
 from dataset.description import SPLITS
 from dataset.mask_decoder import Masks
-from dataset.samples import Finding
+from dataset.paths import Finding
 from dataset.shards import read_shard
 from dataset.source import Chunk, DataSource, ShardChunk
 from dataset.workers import decoder_complaint, map_chunks

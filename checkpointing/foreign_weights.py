@@ -1,0 +1,72 @@
+"""Files of weights that other projects and libraries wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from errors import WeightsError
+from segmentation.classes import ClassInfo, load_classes
+
+# What other projects call the part of a file that holds averaged weights.
+AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
+
+
+def select_network(
+    tensors: Mapping[str, dict[str, Tensor]], which: str
+) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in another project's file: the most tensors by name, at its top or below.
+
+    Where the part that holds an average is named so, it replaces the training weights of the same
+    names, unless those are asked for.
+
+    Raises:
+        WeightsError: Several parts have as many tensors.
+    """
+    averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
+    training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
+    most = max(map(len, training.values()))
+    largest = [key for key, part in training.items() if len(part) == most]
+    if not most:
+        return (averages[0], "ema") if averages else ({}, "training")
+    if len(largest) > 1:
+        listed = " and ".join(largest)
+        raise WeightsError(f"it holds several networks, {listed}; save the one that you mean alone")
+    state = training[largest[0]]
+    for part in averages if which == "ema" else []:
+        averaged = {name: tensor for name, tensor in part.items() if name in state}
+        if averaged:
+            return {**state, **averaged}, "ema"
+    return state, "training"
+
+
+def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
+    """Return the classes that a checkpoint of mmsegmentation's names."""
+    meta = content.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if not isinstance(names, list | tuple):
+        return None
+    return load_classes([str(name) for name in names], len(names))
+
+
+def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] | None]:
+    """Return the `config.json` that `save_pretrained` left beside a file, and its classes.
+
+    Without such a file, the config is empty.
+    """
+    try:
+        beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or of something else
+        return {}, None
+    if not isinstance(beside, Mapping):
+        return {}, None
+    labels = beside.get("id2label")
+    names = [str(name) for name in labels.values()] if isinstance(labels, Mapping) else []
+    if not names or names[0].startswith("LABEL_"):
+        return beside, None
+    return beside, load_classes(names, len(names))
