@@ -71,8 +71,6 @@ def main(
             class of its own in errors.py.
         RunError: Training cannot go on, or was told to stop (`Stopped`).
     """
-    from checkpointing.lock import release_locks
-
     # The caller's config stays as it is, and later changes to it do not change the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
@@ -83,12 +81,15 @@ def main(
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
         _train_or_evaluate(trainer, config)
     finally:
-        release_locks()  # of save_folder, which another process may use from here on
+        if config.save_folder:
+            from checkpointing.lock import release_locks
+
+            release_locks()  # of save_folder, which another process may use from here on
     return trainer
 
 
 def _train_or_evaluate(trainer: Trainer, config: Config) -> None:
-    from checkpointing.saver import saver_of
+    from training.callbacks import saver_of
     from training.distributed import report_start
 
     report_start(trainer.state.timestamp.batch.value)
@@ -132,8 +133,6 @@ def build_trainer(
     from composer.utils import dist, get_device, reproducibility
     from torch._functorch import config as functorch
 
-    from checkpointing.best import Best
-    from checkpointing.saver import Checkpoints
     from checkpointing.weights import guarded_unpickling
     from data import build_data, count_training, last_batch_of
     from training.callbacks import build_callbacks
@@ -163,6 +162,9 @@ def build_trainer(
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
     saver = None
     if config.save_folder and config.is_train:
+        from checkpointing.best import Best
+        from checkpointing.saver import Checkpoints
+
         saver = Checkpoints(
             config.save_folder,
             config.save_interval,
