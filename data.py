@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from checkpointing.saver import on_first_process
 from dataset.decoding import decode_photo
 from dataset.description import Description, ade20k
 from dataset.labels import IGNORED, Labels
@@ -448,6 +447,7 @@ def count_training(config: Config, source: DataSource) -> Counts | None:
     counted = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
     if not config.is_train or not counted:
         return None
+    from checkpointing.saver import on_first_process
     from dataset.counts import count_classes
 
     return on_first_process(lambda: count_classes(source))
@@ -475,6 +475,7 @@ def build_data(
     if source.shards is None:
         check_labels(source)
     else:
+        from checkpointing.saver import on_first_process
         from dataset.shard_classes import check_shard_classes
 
         # Shards hold class indices, whose order the config cannot change any more.
@@ -506,6 +507,19 @@ def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | 
     counts = count_training(config, sources["train"])
     train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
     return train, build_data(config, "val", source=sources["val"]), counts
+
+
+def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
+    """Return the weight of each class in a run's loss, or None if all classes weigh the same.
+
+    Raises:
+        ConfigError: See `training.class_weights.class_weights`.
+    """
+    if config.model.class_weights is None or not config.is_train:
+        return None
+    from training.class_weights import class_weights
+
+    return class_weights(config, counts)
 
 
 def device_transforms(data: Iterable[DataSpec | None]) -> list[DeviceTransform]:

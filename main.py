@@ -38,21 +38,17 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 
 from checkpointing.evaluations import EvaluationSchedule
-from checkpointing.lock import release_locks
-from checkpointing.saver import saver_of
-from checkpointing.weights import guarded_unpickling
-from data import build_run_data, device_transforms, last_batch_of
+from data import build_run_data, device_transforms, last_batch_of, loss_weights
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
 from networks.base import Network
 from networks.registry import create_meta_network
 from training.algorithms import build_algorithms
-from training.callbacks import build_callbacks, start_lines, summary
-from training.class_weights import class_weights, named
-from training.config import class_infos, resolve
+from training.callbacks import build_callbacks, saver_of, start_lines, summary
+from training.config import resolve
 from training.config_checks import check_evaluates, per_process
-from training.distributed import explain
-from training.launcher import REFUSED, is_torchrun, note_refusal
+from training.distributed import explain, join_processes
+from training.launcher import COLLECTIVE_TIMEOUT, REFUSED, is_torchrun, note_refusal
 from training.loggers import build_loggers, console_options, log_config
 from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
@@ -66,11 +62,18 @@ from training.precision import (
 )
 from training.schedule import build_schedule, check_lengths, resumed_factor
 from training.schema import Config
-from training.start import RunStart, build_saver, find_run_start
-from training.watch import PATIENCE, Watch, join
+from training.start import (
+    RunStart,
+    build_saver,
+    find_run_start,
+    guarded_loading,
+    release_save_folder,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,7 @@ def main(
             print("\n".join(start_lines(trainer, config)), flush=True)
         train_or_evaluate(trainer, config)
     finally:
-        release_locks()  # another process may use save_folder from here on
+        release_save_folder(config)  # another process may use it from here on
     return trainer
 
 
@@ -145,9 +148,7 @@ def build_trainer(
         check_lengths(config, len(cast(Sized, train_data.dataloader)))
 
     # Build the network, with the weights that the run begins from.
-    weights = None
-    if config.is_train and config.model.class_weights is not None:
-        weights = class_weights(config, counts)
+    weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     if train_data is not None:
         check_single_images(config, model.module, last_batch_of(train_data, config))
@@ -167,7 +168,7 @@ def build_trainer(
             transform.compile()
 
     # Composer brings the parts together, and loads the state of a run that resumes.
-    with guarded_unpickling():
+    with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
             model=model,
@@ -205,8 +206,7 @@ def build_trainer(
     if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
         # Within a node, SyncBatchNorm keeps the statistics equal, so DDP need not broadcast them.
         cast(Any, trainer.state.model).broadcast_buffers = False
-    named_weights = named(weights, class_infos(config)) if weights else None
-    log_config(trainer, config, named_weights)
+    log_config(trainer, config, weights)
     return trainer
 
 
@@ -223,7 +223,7 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     precision = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
-        dist.initialize_dist(device, timeout=PATIENCE)
+        dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
     reproducibility.seed_all(config.seed)
     # Images have one size, so cuDNN's search for the fastest kernels pays off.
     torch.backends.cudnn.benchmark = not config.deterministic
@@ -334,7 +334,7 @@ def run_config(
         format="%(levelname)s %(name)s: %(message)s",
     )
     try:
-        watch = join()
+        watch = join_processes()
     except Lost as lost:
         return _refuse(lost, lost.status)
     status = 1

@@ -296,6 +296,12 @@ class Checkpoints(CheckpointSaver):
             problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
 
+    def best_path(self) -> str | None:
+        """Return where the best checkpoint is, or None if it was not saved."""
+        if self.best_name and batch_of(self.best_name) == self.best.batch:
+            return f"{self.target.path}/{self.best_name}"
+        return None
+
     def finish(self) -> None:
         """Wait until all checkpoints are where they belong; for all processes together."""
         # Not in one go: the other processes would give up waiting for the first.
@@ -333,11 +339,6 @@ class Checkpoints(CheckpointSaver):
             self.own = [*self.own, *state.get("own", [])]
         if self.best.patience is not None and state.get("ended") == self.best.patience:
             self.ended = self.best.patience
-
-
-def saver_of(state: State) -> Checkpoints | None:
-    """Return what saves a run's checkpoints, if anything does."""
-    return next((c for c in state.callbacks if isinstance(c, Checkpoints)), None)
 
 
 def _name(state: State) -> str:

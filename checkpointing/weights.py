@@ -29,7 +29,6 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from checkpointing.stores import checkpoint_in
 from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
@@ -127,6 +126,8 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
             a training state, or holds no weights.
     """
+    from checkpointing.stores import checkpoint_in
+
     path = _existing(checkpoint_in(path))
     if path.suffix == ".safetensors":
         found = _read_safetensors(path)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
@@ -23,8 +23,6 @@ from composer.utils import (
 )
 from torch import Tensor
 
-from checkpointing.saver import Checkpoints, saver_of
-from checkpointing.stores import batch_of
 from errors import RunError
 from networks.base import main_logits
 from segmentation.classes import ClassInfo, classes_to_json
@@ -41,11 +39,12 @@ from training.label_check import LabelCheck
 from training.loggers import server_runs_of
 from training.pictures import Curves, Pictures, save_to_run
 from training.precision import choose_precision, compiles, devices
-from training.report import Report
 from training.schema import Config
 
 if TYPE_CHECKING:
     from composer import Trainer
+
+    from checkpointing.saver import Checkpoints
 
 
 log = logging.getLogger(__name__)
@@ -203,19 +202,27 @@ def build_callbacks(
     callbacks += [pictures, curves] if pictures else [curves]
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
+    if folder and config.is_train:  # an evaluation leaves the page of the run that trained
+        from training.report import Report
+
+        callbacks.append(Report(config, classes, folder, curves, pictures))
     return [
         *callbacks,
-        # An evaluation alone has no curves: it leaves the page of the run that trained.
-        *(
-            [Report(config, classes, folder, curves, pictures)]
-            if folder and config.is_train
-            else []
-        ),
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
         # Last, so that a checkpoint holds what the others did after the same step.
         *([saver] if saver else []),
     ]
+
+
+def saver_of(state: State) -> Checkpoints | None:
+    """Return the callback that saves a run's checkpoints, or None.
+
+    It is found by name, as Composer finds it in a checkpoint, so that a run that saves nothing need
+    not import it.
+    """
+    found = (c for c in state.callbacks if type(c).__qualname__ == "Checkpoints")
+    return cast("Checkpoints | None", next(found, None))
 
 
 def start_lines(trainer: Trainer, config: Config) -> list[str]:
@@ -271,11 +278,13 @@ def summary(trainer: Trainer) -> str:
     saver = saver_of(trainer.state)
     if saver and saver.ended:
         lines.append(f"ended early: {saver.best.metric} was no better for {saver.ended}")
-    if saver and saver.best_name and batch_of(saver.best_name) == saver.best.batch:
-        best, path = saver.best, f"{saver.target.path}/{saver.best_name}"
+    if saver and (path := saver.best_path()):
+        best = saver.best
         lines.append(f"best {best.metric}: {best.value:.2f} after batch {best.batch}, {path}")
     if trainer.saved_checkpoints:
         lines.append(f"checkpoint: {trainer.saved_checkpoints[-1]}")
-    lines += [f"pictures: {c.latest}" for c in callbacks if isinstance(c, Pictures) and c.latest]
-    lines += [f"report: {c.latest}" for c in callbacks if isinstance(c, Report) and c.latest]
+    for callback in callbacks:
+        name = type(callback).__qualname__
+        if name in ("Pictures", "Report") and (latest := getattr(callback, "latest", None)):
+            lines.append(f"{name.lower()}: {latest}")
     return "\n".join(lines)

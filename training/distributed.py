@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 SHARED_MEMORY = "/dev/shm"  # where loader processes leave batches for the run
 
 
+def join_processes() -> Watch | None:
+    """Have the processes of a run find each other and watch each other, if there are several.
+
+    Raises:
+        Lost: They are not all there in time.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    from training.watch import join
+
+    return join()
+
+
 def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunError | None:
     """Return a RunError, or what came of a lost process, in a line; None for other errors."""
     full = full_shared_memory(error)

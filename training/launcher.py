@@ -19,6 +19,8 @@ from errors import ConfigError, UnevenBatch
 
 # The status of an error that a person has to fix: starting again gives the same error.
 REFUSED = 2
+# Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
+COLLECTIVE_TIMEOUT = 1800.0
 
 
 def is_torchrun() -> bool:

@@ -20,6 +20,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from errors import ConfigError, one_line
+from training.config import class_infos
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -175,17 +176,20 @@ def console_options(config: Config) -> dict[str, Any]:
     }
 
 
-def log_config(trainer: Trainer, config: Config, class_weights: str | None) -> None:
+def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None) -> None:
     """Send a run's config to its loggers, but not to the progress bar.
 
     Args:
         trainer: The run's.
         config: The run's.
-        class_weights: The weights of the classes, if the run counted them.
+        weights: The weights of the classes in its loss, or None.
     """
     trainer.logger.log_hyperparameters(asdict(config))
-    if class_weights is not None:
-        trainer.logger.log_hyperparameters({"class_weights": class_weights})
+    if weights is not None:
+        from training.class_weights import named
+
+        line = named(weights, class_infos(config))
+        trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
         if isinstance(destination, loggers.ProgressBarLogger):
             destination.hparams_already_logged_to_console = True  # a hundred lines before the bar

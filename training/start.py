@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from composer.utils import dist
 
-from checkpointing.best import Best
 from checkpointing.evaluations import EvaluationSchedule
-from checkpointing.saver import Checkpoints
 from errors import ConfigError
 from training.config import class_infos
 from training.keys import flatten
@@ -19,6 +18,7 @@ from training.schema import Config, compared_values
 
 if TYPE_CHECKING:
     from checkpointing.resume import Start
+    from checkpointing.saver import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
                 "save_folder is empty: this run keeps no checkpoint, so nothing can resume it"
             )
         return None
+    from checkpointing.best import Best
+    from checkpointing.saver import Checkpoints
+
     saver = Checkpoints(
         config.save_folder,
         config.save_interval,
@@ -114,3 +117,20 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
     if resumed and resumed.weights.run_name == config.run_name:
         server_runs = resumed.weights.server_runs
     return RunStart(start, state_path, server_runs)
+
+
+def guarded_loading(start: RunStart) -> AbstractContextManager[None]:
+    """Within, Composer may load the state that a run resumes, and nothing in it can run code."""
+    if start.state_path is None:
+        return nullcontext()
+    from checkpointing.weights import guarded_unpickling
+
+    return guarded_unpickling()
+
+
+def release_save_folder(config: Config) -> None:
+    """Release the lock on the folder that a run saves to, if there is one."""
+    if config.save_folder:
+        from checkpointing.lock import release_locks
+
+        release_locks()

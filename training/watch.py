@@ -24,12 +24,10 @@ from composer.utils import dist, get_device
 from torch.distributed.rendezvous import rendezvous
 
 from errors import Lost, one_line
-from training.launcher import REFUSED, is_torchrun, note_refusal
+from training.launcher import COLLECTIVE_TIMEOUT, REFUSED, is_torchrun, note_refusal
 
-# Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
-PATIENCE = 1800.0
 # Seconds for all processes to start. torchrun starts them together; by hand it takes longer.
-TOGETHER = 300.0 if is_torchrun() else PATIENCE
+TOGETHER = 300.0 if is_torchrun() else COLLECTIVE_TIMEOUT
 # A machine is asked every 4 seconds, and lost when it has not answered four times: after 20 s.
 INTERVAL, ATTEMPTS = 4, 4
 # Seconds for a process to end by itself, as it does when its own collective fails.
@@ -45,7 +43,7 @@ def join() -> Watch | None:
     ranks = dist.get_world_size()
     if ranks == 1:
         return None
-    patience = timedelta(seconds=PATIENCE)
+    patience = timedelta(seconds=COLLECTIVE_TIMEOUT)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=TOGETHER)))
         watch = Watch(store, rank, ranks)
