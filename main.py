@@ -32,14 +32,7 @@ from errors import (
 )
 from training.bounds import check_evaluates
 from training.config import class_infos, data_sources, help_text, load, resolve
-from training.launcher import (
-    REFUSED,
-    end_with_launcher,
-    is_torchrun,
-    note_refusal,
-    wait_for_nodes,
-    was_refused,
-)
+from training.launcher import end_with_launcher, is_first_to_refuse, wait_for_nodes, was_refused
 from training.schema import Config, compared_values, flatten
 
 if TYPE_CHECKING:
@@ -419,7 +412,7 @@ def run(
         return plan(arguments, build_trainer, build_network, began)
     end_with_launcher()
     if was_refused():  # by an earlier attempt of torchrun, which printed the error
-        return REFUSED
+        return 2
     try:
         config = resolve(load(arguments[0], arguments[1:]))
         check_evaluates(config)
@@ -496,10 +489,11 @@ def build_network(config: Config) -> torch.nn.Module:
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
     """Print an error, and return the status. An error that all processes find is printed once."""
-    if status == REFUSED and (watch is None or is_torchrun()):
-        is_first = note_refusal(str(error))
-    else:
-        is_first = watch is None or watch.is_first_to_say(str(error))
+    is_first = is_first_to_refuse(str(error)) if status == 2 else None
+    if is_first is None and watch:
+        is_first = watch.is_first_to_say(str(error))
+    elif is_first is None:  # before the processes have found each other
+        is_first = not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
     if is_first:
         print(f"error: {error}", file=sys.stderr)
     return status
