@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 from collections.abc import Callable
 
 # Exit status of a run that goes on when its command is given again: EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
+# Signals that ask a run to stop after its batch. SIGHUP comes when the terminal closes. The kernel
+# sends SIGUSR1 when the launcher dies.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class UserError(ValueError):

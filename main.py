@@ -42,13 +42,13 @@ from data import build_run_data, device_transforms, last_batch_of, loss_weights
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
 from networks.base import Network
-from networks.registry import create_meta_network
-from training.algorithms import build_algorithms
+from networks.deeplab import create_meta_network
+from training.build_recipe import build_algorithms, build_schedule, check_lengths, resumed_factor
 from training.callbacks import build_callbacks, saver_of, start_lines, summary
 from training.config import resolve
 from training.config_checks import check_evaluates, per_process
 from training.distributed import explain, join_processes
-from training.launcher import COLLECTIVE_TIMEOUT, REFUSED, is_torchrun, note_refusal
+from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 from training.loggers import build_loggers, console_options, log_config
 from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
@@ -60,7 +60,6 @@ from training.precision import (
     compile_network,
     compiles,
 )
-from training.schedule import build_schedule, check_lengths, resumed_factor
 from training.schema import Config
 from training.start import (
     RunStart,
@@ -379,9 +378,8 @@ def _run_to_end(
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
     """Print an error, and return the status. An error that all processes find is printed once."""
-    if status == REFUSED and (watch is None or is_torchrun()):
-        is_first = note_refusal(str(error))
-    else:
+    is_first = is_first_to_refuse(str(error)) if status == 2 else None
+    if is_first is None:
         is_first = watch is None or watch.is_first_to_say(str(error))
     if is_first:
         print(f"error: {error}", file=sys.stderr)

@@ -21,8 +21,7 @@ from torchmetrics import Metric, MetricCollection
 
 from networks.base import Network, main_logits
 from networks.batch_norm import count_batches, stop_counting
-from networks.deeplab import DeepLabV3, deeplabv3, weight_init
-from networks.registry import create_network
+from networks.deeplab import DeepLabV3, create_network, deeplabv3, weight_init
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 
@@ -182,7 +181,7 @@ def build_composer_model(
     """Build the ComposerModel of a run, by the keys below `model`.
 
     Args:
-        name: See `networks.registry.create_network`.
+        name: See `networks.deeplab.create_network`.
         arguments: See `create_network`.
         **keys: Other arguments of `create_network`, and of `ComposerDeepLabV3`.
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data import build_data
 from model import deeplabv3, weight_init
 from networks.depthwise import DilatedDepthwiseConv2d
-from training.schedule import build_schedule
+from training.build_recipe import build_schedule
 from training.schema import Config
 
 

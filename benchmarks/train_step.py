@@ -56,7 +56,7 @@ from data import build_data
 from extras.planning.estimate import GPUS, estimate
 from extras.planning.plan import passes
 from model import deeplabv3
-from networks.registry import create_meta_network
+from networks.deeplab import create_meta_network
 from training.config import resolve
 from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles

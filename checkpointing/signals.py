@@ -14,8 +14,8 @@ import torch
 from composer.core import State
 from composer.utils import dist
 
-# SIGHUP comes when the terminal closes. The kernel sends SIGUSR1 when the launcher dies.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from errors import SIGNALS
+
 # Seconds in which a launcher passes on a signal that a scheduler also sent to this process itself.
 ECHO = 5.0
 

@@ -1,6 +1,6 @@
 """The images and masks of a description's split, matched by templates or lists.
 
-A mask belongs to the image whose values fit what its template asks for; see `dataset.templates`.
+A mask belongs to the image whose values fit what its template asks for; see `dataset.paths`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from dataset.description import Description, Source, ade20k
-from dataset.paths import FOLDERS, IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Sample, find_root
-from dataset.templates import Exclusion, Files, Template, exclusion
+from dataset.paths import (
+    FOLDERS,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    Exclusion,
+    Files,
+    Finding,
+    Sample,
+    Template,
+    exclusion,
+    find_root,
+)
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -119,7 +129,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         raise ConfigError("the description does not say where photos and masks are: add train, val")
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
-    pairs = find(source, split, root, exclusion(description, root))
+    pairs = find(source, split, root, exclusion(description.exclude, root))
     keep_prefix = description.built_in is not None  # ADE20K's prefix counts in the order of names
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)

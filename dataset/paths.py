@@ -1,4 +1,8 @@
-"""Which files a folder holds, and which of them can be images and masks.
+"""Paths of images and masks: what a folder holds, and templates.
+
+A template is a path below the root in which `{stem}` stands for a name, `{dir}/` for any folders
+(or none), `{name}` for both, `**/` for folders and `*` for a part of a name that do not matter. A
+folder stands for all the files in it and below, and a path without extension has any.
 
 Only the standard library is imported here, so that a wrong config is reported quickly.
 """
@@ -7,12 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import ConfigError
+
 log = logging.getLogger(__name__)
 
+_TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
 ADE20K = "ADEChallengeData2016"  # the folder in ADE20K's archive
 FOLDERS = {"train": "training", "val": "validation"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -95,3 +103,142 @@ def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
     for name in list_files(folder):
         path = Path(folder, name)
         yield path.relative_to(folder).with_suffix("").as_posix(), path
+
+
+class Template:
+    """A template, or a folder.
+
+    Args:
+        text: The template.
+        root: What it is below.
+        suffixes: Extensions of the files, where the template has none.
+        where: What to call it in an error.
+
+    Attributes:
+        folder: The folder that all files which fit are in.
+        fields: Those of `stem`, `dir` and `name` that it asks for.
+        has_suffix: Whether it names an extension.
+
+    Raises:
+        ConfigError: It asks for something else.
+    """
+
+    def __init__(self, text: str, root: str, suffixes: Iterable[str], where: str) -> None:
+        tokens = _TOKEN.split(os.path.normpath(text).removeprefix("./"))
+        if len(tokens) == 1:
+            tokens = _TOKEN.split(f"{tokens[0]}/{{name}}")
+        self.is_simple = len(tokens) == 3
+        fixed, slash, rest = tokens[0].rpartition("/")
+        self.text, self.folder = text, Path(root, fixed + slash)
+        self.fields: set[str] = set()
+        parts = [re.escape(rest)]
+        for place, token in enumerate(tokens[1:], 1):
+            parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
+        pattern = "".join(parts)
+        any_suffix = r"\.[^/]*"  # what `.*` matches
+        self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
+        if pattern.endswith(any_suffix) or not self.has_suffix:
+            ends = "|".join(map(re.escape, sorted(suffixes)))
+            pattern = f"{pattern.removesuffix(any_suffix)}(?i:{ends})"
+        self.regex = re.compile(pattern)
+
+    def _pattern(self, token: str, where: str) -> str:
+        if token == "**/":
+            return "(?:.+/)?"
+        if token == "*":
+            return "[^/]*"
+        field = token.strip("{}/")
+        if field not in ("stem", "dir", "name"):
+            raise ConfigError(f"{where}: {{{field}}} is none of {{stem}}, {{dir}} and {{name}}")
+        slash = "/" if token.endswith("/") else ""
+        if field in self.fields:
+            return "(?:(?P=dir)/)?" if field == "dir" and slash else f"(?P={field}){slash}"
+        self.fields.add(field)
+        if field == "dir" and slash:
+            return "(?:(?P<dir>.+?)/)?"
+        lazy = "" if self.is_simple else "?"  # a single field ends in one place only
+        return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
+
+    def _name(self, match: re.Match[str]) -> str:
+        """Return the folders and the name of a file that fits."""
+        if "name" in self.fields:
+            return match["name"]
+        values = match.groupdict()
+        folder = values.get("dir") or ""
+        if "dir" not in self.fields:
+            folder = match.string.rpartition("/")[0]
+        stem = values.get("stem") or Path(match.string).stem
+        return f"{folder}/{stem}" if folder else stem
+
+    def matches(self, path: str) -> bool:
+        """Return whether a file, given by its whole path, fits."""
+        folder = os.path.join(self.folder, "")
+        return path.startswith(folder) and self.regex.fullmatch(path[len(folder) :]) is not None
+
+    def files(self, is_excluded: Exclusion = None, with_folders: bool = True) -> Files:
+        """Return the files that fit, by their names, with the folders that these are in or not."""
+        folder = os.path.join(self.folder, "")
+        below = list_files(folder)
+        if is_excluded:
+            below = [path for path in below if not is_excluded(folder + path)]
+        # Few operations for each file: a data set may have several hundred thousand.
+        if self.fields == {"name"}:
+            names = [match and match[1] for match in map(self.regex.fullmatch, below)]
+        else:
+            names = [match and self._name(match) for match in map(self.regex.fullmatch, below)]
+        if None in names:
+            below = [path for path, name in zip(below, names) if name is not None]
+        kept = list(filter(None, names))
+        if not with_folders:
+            kept = [name.rpartition("/")[2] for name in kept]
+        return Files.of(kept, below, folder)
+
+
+class Files(NamedTuple):
+    """Files by their names, and those whose name another file has before them.
+
+    Attributes:
+        paths: Path of each file below `folder`, by its name.
+        same: Name and path of each file whose name another one has.
+        folder: What the paths begin with.
+    """
+
+    paths: dict[str, str]
+    same: list[tuple[str, str]]
+    folder: str
+
+    @classmethod
+    def of(cls, names: list[str], paths: list[str], folder: str) -> Files:
+        """Return files, given their names and their paths."""
+        first, same = dict(zip(names, paths)), []
+        if len(first) < len(names):
+            first = {}
+            for name, path in zip(names, paths):
+                if first.setdefault(name, path) != path:
+                    same.append((name, path))
+        return cls(first, same, folder)
+
+    def path(self, name: str) -> str:
+        """Return the whole path of a file."""
+        return self.folder + self.paths[name]
+
+    def findings(self) -> list[tuple[str, Finding]]:
+        """Return a finding for each file that has the name of another one."""
+        return [
+            (name, Finding(self.folder + path, f"same name as {self.path(name)}", True))
+            for name, path in self.same
+        ]
+
+
+Exclusion = Callable[[str], bool] | None
+
+
+def exclusion(exclude: Collection[str], root: str) -> Exclusion:
+    """Return a function that tells whether the description leaves out a file; None: it has none."""
+    if not exclude:
+        return None
+    files = {os.path.normpath(os.path.join(root, text)) for text in exclude}
+    templates = [
+        Template(text, root, IMAGE_SUFFIXES | MASK_SUFFIXES, "exclude") for text in exclude
+    ]
+    return lambda path: path in files or any(template.matches(path) for template in templates)

@@ -41,8 +41,8 @@ from benchmarks.forked import shrink
 from benchmarks.stopwatch import PARTS
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
+from networks.deeplab import create_meta_network
 from networks.depthwise import DilatedDepthwiseConv2d
-from networks.registry import create_meta_network
 from training.schema import Config, ModelConfig
 
 pytestmark = pytest.mark.trains

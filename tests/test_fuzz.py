@@ -50,9 +50,8 @@ from extras.preparation.synthetic import make
 from model import deeplabv3
 from predict import Segmenter
 from segmentation.classes import load_classes
-from training.algorithms import build_algorithms
+from training.build_recipe import build_algorithms, build_schedule, check_lengths
 from training.config import help_text, load, resolve
-from training.schedule import build_schedule, check_lengths
 from training.schema import Config
 
 pytestmark = pytest.mark.usefixtures("small_network")

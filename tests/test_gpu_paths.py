@@ -42,7 +42,7 @@ import main as program
 import model
 from benchmarks import camvid, device_transform, loss, train_step
 from errors import ConfigError
-from networks.registry import create_meta_network
+from networks.deeplab import create_meta_network
 from predict import Segmenter, highest_class
 from segmentation import losses
 from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictions

@@ -11,9 +11,9 @@ import pytest
 
 import main as main_module
 from checkpointing import signals
-from checkpointing.signals import SIGNALS, SignalListener
+from checkpointing.signals import SignalListener
 from command_lines import name_node
-from errors import ConfigError, Lost, UnevenBatch
+from errors import SIGNALS, ConfigError, Lost, UnevenBatch
 from training import launcher
 
 
@@ -31,59 +31,46 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return change
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        pytest.param({}, None, id="one process"),
-        pytest.param({"NODE_RANK": "2"}, "2", id="composer"),
-        pytest.param({"GROUP_RANK": "1"}, "1", id="torchrun"),
-        pytest.param({"GROUP_RANK": "1", "NODE_RANK": "2"}, "2", id="the user's own"),
-    ],
-)
-def test_the_node_has_the_name_that_composer_reads(before: dict[str, str], after: Any) -> None:
-    environment = dict(before)
-    name_node(environment)
-    assert environment.get("NODE_RANK") == after
+def test_the_node_has_the_name_that_composer_reads() -> None:
+    for before, name in (({}, None), ({"GROUP_RANK": "1"}, "1"), ({"NODE_RANK": "2"}, "2")):
+        environment = dict(before)
+        name_node(environment)
+        assert environment.get("NODE_RANK") == name
 
 
 def test_a_refusal_is_printed_once_a_node_and_not_tried_again(
     attempt: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["yamls/deeplabv3.yaml", "no_such_key=1"]
     for number in range(4):
         for local_rank in (1, 0):  # the first to end is the one to say so, whatever its rank
             attempt(number, local_rank)
-            assert main_module.run(command) == 2
+            assert main_module.run(["yamls/deeplabv3.yaml", "no_such_key=1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: unknown key no_such_key")
 
 
-def test_two_errors_of_the_first_attempt_are_both_printed(
-    attempt: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "errors", "printed", "is_final"),
+    [
+        pytest.param(0, [ConfigError("disk 0"), ConfigError("disk 1")] * 2, 2, True, id="two"),
+        # The config ran before, so that a store may be away.
+        pytest.param(1, [ConfigError("cannot read")] * 2, 1, False, id="a later attempt"),
+        pytest.param(0, [Lost("process 1 ended")], 1, False, id="a lost process"),
+    ],
+)
+def test_only_errors_of_the_first_attempt_are_final(
+    attempt: Any,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    errors: list[ConfigError | Lost],
+    printed: int,
+    is_final: bool,
 ) -> None:
-    for local_rank in range(4):
-        attempt(0, local_rank)
-        assert main_module._refuse(ConfigError(f"disk {local_rank % 2}")) == 2
-    assert capsys.readouterr().err == "error: disk 0\nerror: disk 1\n"
-
-
-def test_an_error_of_a_later_attempt_is_tried_again(
-    attempt: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The config ran before, so that a store may be away."""
-    for number in (1, 2):
-        for local_rank in (0, 1):
-            attempt(number, local_rank)
-            assert main_module._refuse(ConfigError("save_folder: cannot read")) == 2
-            assert not launcher.was_refused()
-    assert capsys.readouterr().err == "error: save_folder: cannot read\n" * 2
-
-
-def test_a_lost_process_is_tried_again(attempt: Any) -> None:
-    attempt(0, 0)
-    lost = Lost("process 1 ended")
-    assert main_module._refuse(lost, lost.status) == 75
-    assert not launcher.was_refused()
+    for local_rank, error in enumerate(errors):
+        attempt(number, local_rank)
+        main_module._refuse(error, getattr(error, "status", 2))
+    assert len(capsys.readouterr().err.splitlines()) == printed
+    assert launcher.was_refused() is is_final
 
 
 def test_a_batch_that_does_not_divide_waits_for_another_node(
@@ -98,15 +85,6 @@ def test_a_batch_that_does_not_divide_waits_for_another_node(
         launcher.wait_for_nodes(ConfigError("unknown key"))
     assert waited == ["0", "1", "0"]  # and not in the first attempt
     assert capsys.readouterr().out == f"waiting for another node: {error}\n" * 2
-
-
-def test_without_torchrun_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    for local_rank, is_first in (("0", True), ("1", False)):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert launcher.note_refusal("no such key") is is_first
-    assert not launcher.was_refused()
-    launcher.wait_for_nodes(UnevenBatch("batch"))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -131,10 +109,8 @@ def test_a_signal_that_the_launcher_passes_on_counts_once(
     assert signal.getsignal(number) is before
 
 
-def test_a_run_under_nohup_outlives_its_terminal() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with SignalListener().listening():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    with SignalListener().listening():
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL

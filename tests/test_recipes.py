@@ -15,13 +15,12 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler
 
 from errors import ConfigError
-from training.algorithms import build_algorithms
+from training.build_recipe import build_algorithms, build_schedule, check_lengths
 from training.config import help_text, resolve
 from training.ema import EMA
 from training.mixup import MixUp
 from training.recipes import recipe_table
 from training.sam import SAM
-from training.schedule import build_schedule, check_lengths
 from training.seeding import SeedMicrobatch
 
 EXPECTED = {

@@ -33,7 +33,6 @@ from segmentation.metrics import (
     mean_iou,
     table_as_csv,
 )
-from training.composer_internals import train_data_spec
 from training.config import class_infos, network_label
 from training.label_check import LabelCheck
 from training.loggers import server_runs_of
@@ -244,8 +243,7 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
         "start": origin,
     }
     if config.is_train:
-        train = train_data_spec(trainer).dataloader
-        images = f"{_count_images(train)} for training, {images}"
+        images = f"{_count_images(state.train_dataloader)} for training, {images}"
         size, micro = config.train_dataset.batch_size, state.device_train_microbatch_size
         lines |= {
             "batch": f"{size} images, {size // processes} per process in micro-batches of {micro}",

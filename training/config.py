@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from errors import ConfigError
 from training.config_checks import check, check_evaluates, lookup, times, world_size
 from training.keys import fields_of, flatten
-from training.launcher import REFUSED, end_with_launcher, note_refusal, wait_for_nodes, was_refused
+from training.launcher import end_with_launcher, is_first_to_refuse, wait_for_nodes, was_refused
 from training.recipes import RECIPES
 from training.schema import Config, EvalDatasetConfig, TrainDatasetConfig
 from training.yaml_text import quote_text
@@ -230,15 +230,16 @@ def read_command_line(arguments: list[str]) -> Config | None:
         return None
     end_with_launcher()
     if was_refused():  # by an earlier attempt of torchrun, which printed the error
-        raise SystemExit(REFUSED)
+        raise SystemExit(2)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
         check_evaluates(config)
     except ConfigError as error:
         wait_for_nodes(error)
-        if note_refusal(str(error)):
+        is_first = is_first_to_refuse(str(error))
+        if is_first or (is_first is None and os.environ.get("LOCAL_RANK", "0") == "0"):
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(REFUSED) from None
+        raise SystemExit(2) from None
     return config
 
 

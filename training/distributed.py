@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from composer.utils import dist
 
-from checkpointing.signals import SIGNALS
 from dataset.workers import use_one_core
-from errors import Lost, RunError, one_line
+from errors import SIGNALS, Lost, RunError, one_line
 
 if TYPE_CHECKING:
     from training.watch import Watch

@@ -12,7 +12,7 @@ from checkpointing.partial_load import load_fitting
 from checkpointing.resume import Start
 from errors import ClassError, ConfigError
 from networks.base import inner
-from networks.registry import create_meta_network
+from networks.deeplab import create_meta_network
 from segmentation.classes import are_named, match_classes
 from training.config import class_infos
 from training.schema import Config

@@ -17,15 +17,8 @@ from pathlib import Path
 
 from errors import ConfigError, UnevenBatch
 
-# The status of an error that a person has to fix: starting again gives the same error.
-REFUSED = 2
 # Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
 COLLECTIVE_TIMEOUT = 1800.0
-
-
-def is_torchrun() -> bool:
-    """Return whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def end_with_launcher() -> None:
@@ -35,19 +28,19 @@ def end_with_launcher() -> None:
 
 
 def was_refused() -> bool:
-    """Return whether a process of this node refused to run in the first attempt."""
+    """Return whether a process of this node refused to run in torchrun's first attempt."""
     folder = _folder()
     return folder is not None and any(folder.glob("refused-0-*"))
 
 
-def note_refusal(text: str) -> bool:
+def is_first_to_refuse(text: str) -> bool | None:
     """Note that this node refuses to run; return whether this process is the first to say so.
 
-    Without a folder for notes, as under `composer`, the first local rank is the one to say so.
+    Return None without torchrun, which keeps a folder for such notes.
     """
     folder = _folder()
     if folder is None:
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        return None
     name = f"refused-{_attempt()}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     with suppress(FileExistsError):
         (folder / name).touch(exist_ok=False)
@@ -61,11 +54,10 @@ def wait_for_nodes(error: ConfigError) -> None:
     torchrun ends this process when a node joins. The first attempt does not wait, because the user
     chose its number of processes.
     """
-    if not isinstance(error, UnevenBatch) or _attempt() == 0:
-        return
-    if os.environ["RANK"] == "0":
-        print(f"waiting for another node: {error}", flush=True)
-    signal.pause()
+    if isinstance(error, UnevenBatch) and _attempt() > 0:
+        if os.environ["RANK"] == "0":
+            print(f"waiting for another node: {error}", flush=True)
+        signal.pause()
 
 
 def _attempt() -> int:
@@ -73,6 +65,5 @@ def _attempt() -> int:
 
 
 def _folder() -> Path | None:
-    """Return the folder of this node's torchrun, which all attempts share; None without it."""
     attempt = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
     return attempt.parent if attempt.name.startswith("attempt_") else None

@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader
 from errors import OutputError, UserError
 from files import is_remote, write_file
 from segmentation.classes import ClassInfo
-from segmentation.drawing import prediction_sheet
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +127,8 @@ class Pictures(Callback):
             target, prediction = self._predict(state, spec, batch)
             targets.append(target)
             predictions.append(prediction)
+        from segmentation.drawing import prediction_sheet
+
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
         # With this shape and type every one of Composer's loggers takes an image.
         logger.log_images(

@@ -24,10 +24,10 @@ from composer.utils import dist, get_device
 from torch.distributed.rendezvous import rendezvous
 
 from errors import Lost, one_line
-from training.launcher import COLLECTIVE_TIMEOUT, REFUSED, is_torchrun, note_refusal
+from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 
 # Seconds for all processes to start. torchrun starts them together; by hand it takes longer.
-TOGETHER = 300.0 if is_torchrun() else COLLECTIVE_TIMEOUT
+TOGETHER = 300.0 if "TORCHELASTIC_RUN_ID" in os.environ else COLLECTIVE_TIMEOUT
 # A machine is asked every 4 seconds, and lost when it has not answered four times: after 20 s.
 INTERVAL, ATTEMPTS = 4, 4
 # Seconds for a process to end by itself, as it does when its own collective fails.
@@ -133,10 +133,8 @@ class Watch:
         self._tell(cause.status, str(cause))
         if self._closed.wait(GRACE):
             return
-        if cause.status == REFUSED:
-            note_refusal(
-                str(cause)
-            )  # so that torchrun's next attempt ends at once on this node too
+        if cause.status == 2:
+            is_first_to_refuse(str(cause))  # torchrun's next attempt ends at once on this node too
         if dist.get_local_rank() == 0:
             print(f"error: {cause}", file=sys.stderr, flush=True)
         for loader in multiprocessing.active_children():
@@ -148,57 +146,40 @@ def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, st
     """Return the connections to all other processes with their names, and this attempt's token."""
     peers: dict[int, tuple[socket.socket, str]] = {}
     token = secrets.token_hex(8)
-
-    def greet(peer: socket.socket, host: str) -> None:
-        """Keep a peer that sends the token and its rank. A port scanner does neither."""
-        said = b""
-        with suppress(OSError):
-            peer.settimeout(5)
-            while len(said) < len(token) + 4 and (part := peer.recv(100)):
-                said += part
-            rank = int.from_bytes(said[len(token) :], "big")
-            if said.startswith(token.encode()) and 0 < rank < ranks:
-                peer.sendall(b"1")
-                peers[rank] = peer, f"process {rank} at {host}"
-                return
-        peer.close()
-
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
-    end = time.monotonic() + TOGETHER
     with socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=dual) as server:
         store.set("watch", f"{server.getsockname()[1]} {token}")
-        server.settimeout(0.1)
+        server.settimeout(TOGETHER)
         while len(peers) < ranks - 1:
-            try:
-                peer, address = server.accept()
-            except TimeoutError:
-                if time.monotonic() > end:
-                    raise
-                continue
-            host = address[0].removeprefix("::ffff:")
-            # In a thread, so that a stranger who says nothing delays nobody.
-            threading.Thread(target=greet, args=(peer, host), daemon=True).start()
+            peer, address = server.accept()
+            with suppress(OSError):
+                # A process says token and rank at once, and tries again. A port scanner does not.
+                peer.settimeout(0.5)
+                said, rank = peer.recv(16), int.from_bytes(peer.recv(4), "big")
+                if said == token.encode() and 0 < rank < ranks:
+                    peer.sendall(b"1")
+                    peers[rank] = peer, f"process {rank} at {address[0].removeprefix('::ffff:')}"
+                    continue
+            peer.close()
     return dict(peers.values()), token
 
 
 def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, str], str]:
     """Return the connection to the first process with its name, and this attempt's token."""
     host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
-    while True:
+    while time.monotonic() < end:
         # The port may be that of an earlier attempt, until the first process sets its own.
         port, token = store.get("watch").decode().split()
-        try:
+        with suppress(OSError):
             peer = socket.create_connection((host, int(port)), timeout=5)
+            peer.settimeout(30)  # the first process may have many port scanners to turn away
             peer.sendall(token.encode() + rank.to_bytes(4, "big"))
             if peer.recv(1) == b"1":
                 return {peer: f"process 0 at {host}"}, token
             peer.close()
-            raise ConnectionRefusedError(f"port {port} belongs to another program")
-        except OSError:
-            if time.monotonic() > end:
-                raise
         time.sleep(0.2)
+    raise TimeoutError(f"process 0 does not answer at {host}:{port}")
 
 
 def _last_words(peer: socket.socket, name: str) -> Lost | None:

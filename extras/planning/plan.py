@@ -37,11 +37,11 @@ from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
 from extras.planning.plan_text import text
 from files import is_remote
+from training.build_recipe import in_batches
 from training.class_weights import repeat_factors
 from training.config import data_sources, load, resolve
 from training.microbatch import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
 from training.precision import choose_precision, compiles, devices
-from training.schedule import in_batches
 from training.schema import Config
 
 DISK_BYTES = 2**27  # written to see how fast a disk is

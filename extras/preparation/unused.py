@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dataset.description import SPLITS
-from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, list_files
+from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
-from dataset.templates import Template, exclusion
 
 # Images that nothing here reads, and files that often lie beside images.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
@@ -91,7 +90,7 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     orphans = {file for listing in listings for file in listing.orphans if real(file) not in used}
     reported = {real(finding.path) for listing in listings for finding in listing.findings}
     skipped = used | reported | {real(file) for file in (*orphans, *own)}
-    is_excluded = exclusion(source.description, root)
+    is_excluded = exclusion(source.description.exclude, root)
     files = [os.path.join(root, file) for file in list_files(root)]
     files = [file for file in files if real(file) not in skipped]
     if is_excluded:

@@ -1,4 +1,4 @@
-"""The learning-rate schedule of a run, in epochs that survive another batch size."""
+"""The parts of a run's recipe: its algorithms, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,50 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from composer import optim
-from composer.core import State, Time, TimeUnit
+from composer.core import Algorithm, State, Time, TimeUnit
 
 from errors import ConfigError
 from training.recipes import BASELINE, RECIPES
 from training.schema import Config
+from training.seeding import SeedMicrobatch
 
 log = logging.getLogger(__name__)
+
+
+def build_algorithms(config: Config) -> list[Algorithm]:
+    """Build a run's algorithms, in the order in which Composer runs them before a forward pass.
+
+    An algorithm's module is imported only if the config asks for the algorithm.
+    """
+    # The others draw random numbers, so the seeding comes first.
+    algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
+    if config.model.name != "deeplabv3":
+        from training.freeze import UnusedWeights
+
+        algorithms.append(UnusedWeights())
+    if config.model.freeze_backbone is not None:
+        from training.freeze import FreezeBackbone
+
+        algorithms.append(FreezeBackbone(config.model.freeze_backbone))
+    if config.optimizer.clip_norm is not None:
+        from composer.algorithms import GradientClipping
+
+        algorithms.append(GradientClipping("norm", config.optimizer.clip_norm))
+
+    recipe = config.recipe
+    if recipe.ema is not None:
+        from training.ema import EMA
+
+        algorithms.append(EMA(recipe.ema.half_life, recipe.ema.update_interval))
+    if recipe.sam is not None:
+        from training.sam import SAM
+
+        algorithms.append(SAM(recipe.sam.rho, recipe.sam.interval))
+    if recipe.mixup is not None:
+        from training.mixup import MixUp
+
+        algorithms.append(MixUp(recipe.mixup.alpha))
+    return algorithms
 
 
 class EpochSchedule(optim.ComposerScheduler):
