@@ -123,7 +123,8 @@ def exists(dotted: str) -> bool:
         return True
     path = module.with_suffix(".py")
     source = path.read_text() if path.is_file() else ""
-    return re.search(rf"(?m)^ *(?:(?:class|def) )?{parts[count]}\b", source) is not None
+    pattern = rf"(?m)^ *(?:(?:class|def) )?{parts[count]}\b|^from .* import .*\b{parts[count]}\b"
+    return re.search(pattern, source) is not None
 
 
 def test_dotted_names_in_backticks_exist() -> None:
