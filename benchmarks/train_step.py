@@ -53,7 +53,7 @@ from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
 from data import build_data
 from extras.planning.estimate import GPUS, estimate
-from extras.planning.plan import passes
+from extras.planning.length import passes
 from model import deeplabv3
 from training.config import resolve
 from training.microbatch import AUTOCAST, count
