@@ -134,10 +134,10 @@ def build_trainer(
     from torch._functorch import config as functorch
 
     from checkpointing.weights import guarded_unpickling
-    from data import build_data, count_training, last_batch_of
+    from data import build_data
     from training.callbacks import build_callbacks
     from training.loggers import build_loggers
-    from training.microbatch import check_single_images, first_microbatch
+    from training.microbatch import check_single_images, first_microbatch, last_batch_of
     from training.optimizer import apply_settings, build_optimizer, settings_of
     from training.precision import (
         check_build_tools,
@@ -213,7 +213,10 @@ def build_trainer(
     counts = None
     if data is None:
         sources = data_sources(config)
-        counts = count_training(config, sources["train"])
+        if config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling:
+            from training.class_weights import count_training
+
+            counts = count_training(config, sources["train"])
         train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
         data = train, build_data(config, "val", source=sources["val"])
     train_data, eval_data = data

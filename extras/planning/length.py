@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.counts import count_classes
 from dataset.sampler import length_of_repeated
 from errors import ConfigError
 from files import is_remote
-from training.class_weights import repeat_factors
+from training.class_weights import sample_factors
 from training.config import data_sources
 from training.microbatch import Footprint
 from training.recipes import in_batches
@@ -57,7 +56,7 @@ def count_samples(config: Config, split: str) -> int:
     source = data_sources(config)[split]
     rare = config.train_dataset.rare_class_sampling
     if split == "train" and rare:
-        return length_of_repeated(repeat_factors(count_classes(source).present, rare))
+        return length_of_repeated(sample_factors(source, rare))
     if source.shards is None:
         return len(source.samples())
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
