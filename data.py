@@ -13,10 +13,8 @@ from command_lines import parse_data, start
 if __name__ == "__main__":
     start(parse_data)  # before the slow imports
 
-import hashlib
-import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,111 +22,29 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
-from dataset.decoding import decode_photo
 from dataset.description import Description, ade20k
+from dataset.encoded import EncodedSamples, Transforms, collate
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
 from dataset.matching import list_samples as list_samples  # part of the public interface
 from dataset.paths import FOLDERS, Sample
-from dataset.sampler import EpochSampler, EvalSampler, Item, random_keys, random_order
+from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
 from dataset.workers import available_cores, use_one_core
 from errors import DataError
+from training.build_recipe import count_training
 from training.config import class_infos, data_sources
 from training.distributed import LoaderContext, init_worker
 from training.schema import Config
-from transforms import DeviceTransform, PairTransform, build_ade20k_transformations
+from transforms import DeviceTransform, build_ade20k_transformations
 
 if TYPE_CHECKING:
     from dataset.counts import Counts
 
-log = logging.getLogger(__name__)
 
-Transforms = tuple[Callable | None, Callable | None, Callable | None]  # of pair, photo, mask
-
-
-class _Samples(Dataset):
-    """What `ADE20k` and `StreamingADE20k` share: from encoded files to training's samples."""
-
-    def __init__(self, transforms: Transforms, seed: int, masks: Masks) -> None:
-        self.both_transforms, self.image_transforms, self.target_transforms = transforms
-        self.seed, self.masks = seed, masks
-        self.sampler: EpochSampler | None = None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
-        raise NotImplementedError
-
-    def prefetch(self, index: int) -> None:
-        """Prepare for a sample that will be read soon."""
-
-    def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return an epoch's samples in its order."""
-        return items[random_order(len(items), seed, epoch)]
-
-    def __getitem__(self, item: int | Item) -> tuple[Any, Any]:
-        """Return a sample: of epoch 0 by its index, or by what a sampler gives."""
-        item = Item(*item) if isinstance(item, tuple) else Item(0, item)
-        if item.prefetch >= 0:
-            self.prefetch(item.prefetch % len(self))
-        repetition, index = divmod(item.index, len(self))
-        uid, photo, mask, names = self.read(index)
-        if repetition > 0:  # which is cropped and coloured in its own way
-            uid = f"{uid}#{repetition}"
-        try:
-            labels = self.masks.decode(mask, names[1])
-        except ValueError as error:
-            raise DataError(f"{names[1]}: {error}") from error
-        try:
-            return self._transform(uid, photo, labels, item.epoch)
-        except ValueError as error:
-            raise DataError(f"{names[0]}: {error}") from error
-
-    def _transform(self, uid: str, photo: bytes, labels: np.ndarray, epoch: int) -> tuple[Any, Any]:
-        def load_image(reduction: int = 1) -> np.ndarray:
-            return decode_photo(photo, labels.shape, reduction)
-
-        if isinstance(self.both_transforms, PairTransform):
-            name = f"{self.seed}/{epoch}/{uid}".encode(errors="surrogateescape")
-            key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-            rng = np.random.Generator(np.random.Philox(key=key))
-            image, target = self.both_transforms.apply(load_image, labels, rng)
-            image, target = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(target)
-        else:
-            image, target = Image.fromarray(load_image()), Image.fromarray(labels)
-            if self.both_transforms:
-                image, target = self.both_transforms((image, target))
-        if self.image_transforms:
-            image = self.image_transforms(image)
-        if self.target_transforms:
-            target = self.target_transforms(target)
-        return image, target
-
-    def resume_with(self, sampler: EpochSampler) -> None:
-        """Save and restore this sampler's place in the epoch.
-
-        Composer asks the data set for it, not the sampler.
-        """
-        self.sampler = sampler
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:
-        """Return what Composer saves in a checkpoint, having seen `num_samples` of the epoch."""
-        return {"epoch": self.sampler.epoch if self.sampler else 0, "sample_in_epoch": num_samples}
-
-    def load_state_dict(self, state: dict[str, int] | None) -> None:
-        """Go on from there; having this, Composer loads no samples only to skip them."""
-        if self.sampler and state:
-            self.sampler.resume(state["epoch"], state["sample_in_epoch"])
-
-
-class ADE20k(_Samples):
+class ADE20k(EncodedSamples):
     """Photos and masks from folders, as (3, H, W) and (H, W) uint8 tensors.
 
     Args:
@@ -181,7 +97,7 @@ class ADE20k(_Samples):
             raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
-class StreamingADE20k(_Samples):
+class StreamingADE20k(EncodedSamples):
     """Photos and masks from MDS shards, transformed as `ADE20k`'s.
 
     Shards have the columns `uid`, `x` (the encoded photo) and `y` (the encoded mask). Samples can
@@ -251,13 +167,6 @@ class StreamingADE20k(_Samples):
         place = random_order(len(self.shards.shards), seed, epoch).argsort()  # of each shard
         group = place[self.shards.shard_of(items % len(self))] // at_once
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
-
-
-def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Make a batch: photos (N, 3, H, W), channels-last in memory as they were, labels (N, H, W)."""
-    images, targets = zip(*samples)
-    images = default_collate([image.permute(1, 2, 0) for image in images])
-    return images.permute(0, 3, 1, 2), default_collate(list(targets))
 
 
 def build_ade20k_dataspec(
@@ -359,23 +268,14 @@ def build_ade20k_dataspec(
         distance = 8 * batch_size if predownload is None else predownload
     sampler: EpochSampler | EvalSampler
     if is_train:
-        order_seed = seed if shuffle_seed is None else shuffle_seed
         factors = None
         if rare_class_sampling:
-            from dataset.counts import count_classes
-            from training.class_weights import repeat_factors
+            from training.class_weights import sample_factors
 
-            if counts is None:
-                counts = count_classes(source)
-            factors = repeat_factors(counts.present, rare_class_sampling)
+            factors = sample_factors(source, rare_class_sampling, counts)
+        order_seed = seed if shuffle_seed is None else shuffle_seed
         sampler = EpochSampler(
-            dataset,
-            batch_size,
-            order_seed,
-            shuffle,
-            drop_last,
-            distance,
-            repeat_factors=factors,
+            dataset, batch_size, order_seed, shuffle, drop_last, distance, repeat_factors=factors
         )
         dataset.resume_with(sampler)
         if len(sampler) < (batch_size if drop_last else 1):
@@ -438,21 +338,6 @@ def _default_workers() -> int:
     return min(8, max(1, available_cores() // dist.get_local_world_size()))
 
 
-def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the training masks, if the config needs counts: on the first process, for all.
-
-    Raises:
-        DataError: A mask is not as it should be.
-    """
-    counted = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
-    if not config.is_train or not counted:
-        return None
-    from checkpointing.saver import on_first_process
-    from dataset.counts import count_classes
-
-    return on_first_process(lambda: count_classes(source))
-
-
 def build_data(
     config: Config, split: str, counts: Counts | None = None, source: DataSource | None = None
 ) -> DataSpec:
@@ -461,7 +346,7 @@ def build_data(
     Args:
         config: The run's.
         split: 'train' or 'val'.
-        counts: What `count_training` found, where rare classes need it.
+        counts: What `class_weights.count_training` found, where rare classes need it.
         source: The split, if it is open already.
 
     Raises:
@@ -495,45 +380,15 @@ def build_data(
 
 
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
-    """Build the data of a run: training, evaluation, and the counts of the training masks.
+    """Build a run's training data, its evaluation data, and the counts of its training masks.
 
-    An evaluation has no training data. The counts are None unless the config needs them.
-
-    Raises:
-        DataError: The data set is not as it should be, or its labels do not fit.
-        ClassError: Shards were written with other classes than the run's.
+    An evaluation has no training data. The counts are None unless the config needs them. Errors are
+    those of `build_data`.
     """
     sources = data_sources(config)
     counts = count_training(config, sources["train"])
     train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
     return train, build_data(config, "val", source=sources["val"]), counts
-
-
-def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
-    """Return the weight of each class in a run's loss, or None if all classes weigh the same.
-
-    Raises:
-        ConfigError: See `training.class_weights.class_weights`.
-    """
-    if config.model.class_weights is None or not config.is_train:
-        return None
-    from training.class_weights import class_weights
-
-    return class_weights(config, counts)
-
-
-def device_transforms(data: Iterable[DataSpec | None]) -> list[DeviceTransform]:
-    """Return the transforms that run on the device, of specs that have ours."""
-    found = (spec.microbatch_transforms for spec in data if spec)
-    return [transform for transform in found if isinstance(transform, DeviceTransform)]
-
-
-def last_batch_of(spec: DataSpec, config: Config) -> int:
-    """Return the images of this process in an epoch's last batch; 0 if it is as large as others."""
-    sampler = getattr(spec.dataloader, "sampler", None)
-    if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
-        return 0
-    return len(sampler) % (config.train_dataset.batch_size // dist.get_world_size())
 
 
 def check_dataloader() -> None:
@@ -542,9 +397,7 @@ def check_dataloader() -> None:
     Raises:
         SystemExit: Training on it would fail, or the command line is wrong.
     """
-    from extras.preparation.check_command import (
-        main,  # which takes half a second that training need not wait
-    )
+    from extras.preparation.check_command import main
 
     if status := main(sys.argv[1:], build_ade20k_dataspec):
         sys.exit(status)

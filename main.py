@@ -38,19 +38,25 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 
 from checkpointing.evaluations import EvaluationSchedule
-from data import build_run_data, device_transforms, last_batch_of, loss_weights
+from data import build_run_data
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
 from networks.base import Network
 from networks.deeplab import create_meta_network
-from training.build_recipe import build_algorithms, build_schedule, check_lengths, resumed_factor
+from training.build_recipe import (
+    build_algorithms,
+    build_schedule,
+    check_lengths,
+    loss_weights,
+    resumed_factor,
+)
 from training.callbacks import build_callbacks, saver_of, start_lines, summary
 from training.config import resolve
 from training.config_checks import check_evaluates, per_process
 from training.distributed import explain, join_processes
 from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 from training.loggers import build_loggers, console_options, log_config
-from training.microbatch import check_single_images, choose_microbatch
+from training.microbatch import check_single_images, choose_microbatch, last_batch_of
 from training.optimizer import apply_settings, build_optimizer, settings_of
 from training.precision import (
     Precision,
@@ -68,6 +74,7 @@ from training.start import (
     guarded_loading,
     release_save_folder,
 )
+from transforms import device_transforms
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -26,13 +26,10 @@ if __name__ == "__main__":
 
 import argparse
 import collections
-import glob
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,34 +37,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
-from dataset.paths import IMAGE_SUFFIXES
 from errors import (
     ClassError,
-    DataError,
     ModelError,
     UserError,
     WeightsError,
     exit_status,
     one_line,
 )
-from extras.video import (
-    VIDEO_SUFFIXES,
-    Camera,
-    Frame,
-    Video,
-    VideoWriter,
-    load_pyav,
-    read_comment,
+from extras.prediction_files import (
+    COMMENT,
+    check_predictions,
+    find_photos,
+    is_video,
+    save_index,
 )
-from files import check_outputs, explain_output, write_image
+from extras.video import load_pyav
+from extras.video_prediction import segment_camera, segment_video
+from files import explain_output, write_image
 from segmentation.classes import ClassInfo, rename_classes
-from segmentation.drawing import VideoOverlay, draw_overlay
+from segmentation.drawing import draw_overlay
+from segmentation.views import highest_class, window_starts
 from transforms import resize_image
 
 if TYPE_CHECKING:
@@ -77,9 +72,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
-COMMENT = "Written by predict.py"  # in every output, by which a later call knows it
 JPEG_SIDE = 65_500  # pixels that a JPEG may be wide and high
-BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
 
 
 class Segmenter:
@@ -242,68 +235,6 @@ class Segmenter:
         return total / count
 
 
-def window_starts(length: int, window: int) -> list[int]:
-    """Where windows begin along a side: a third overlapping, the last one flush with the end.
-
-    All are multiples of 8 where `length` and `window` are.
-    """
-    step = max(window * 2 // 3 // 8 * 8, 8)
-    last = max(length - window, 0)
-    return [*range(0, last, step), last]
-
-
-def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest mean probability at every pixel of a photo.
-
-    Each view's logits are resized to the size that the network saw and from there to the photo's,
-    bilinearly, as mmsegmentation does. Both resizes are linear and separable, so rows and columns
-    of a view have one matrix each, and only a band of rows is ever held at the photo's size.
-
-    Args:
-        views: Logits (C, h, w), and height and width of what the network saw.
-        size: Height H and width W of the photo.
-
-    Returns:
-        (H, W) int64 class indices.
-    """
-    height, width = size
-    bands = []
-    step = max(1, BAND_ELEMENTS // (len(views[0][0]) * width))
-    matrices = [
-        (
-            resize_matrix((logits.shape[1], seen[0], height), logits.device),
-            resize_matrix((logits.shape[2], seen[1], width), logits.device).T,
-        )
-        for logits, seen in views
-    ]
-    for top in range(0, height, step):
-        total = None
-        for (logits, _), (rows, columns) in zip(views, matrices):
-            scores = rows[top : top + step] @ logits.float() @ columns
-            if len(views) > 1:
-                scores = scores.softmax(0)
-            total = scores if total is None else total + scores
-        assert total is not None
-        bands.append(total.argmax(0))
-    return torch.cat(bands)
-
-
-def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Return the matrix of successive bilinear resizes (align_corners=False) of one side.
-
-    Args:
-        lengths: Length of the side before the first resize and after each.
-        device: Where it is needed.
-
-    Returns:
-        (last length, first length) float32.
-    """
-    matrix = torch.eye(lengths[0], device=device)[None]
-    for length in lengths[1:]:
-        matrix = F.interpolate(matrix, length, mode="linear", align_corners=False)
-    return matrix[0].T
-
-
 def find_device(name: str | None) -> torch.device:
     """Return a device by its name; None: a GPU if there is one. ModelError: it is not there."""
     try:
@@ -368,56 +299,6 @@ def _onnx_network(
     return run, from_metadata(metadata, {})
 
 
-def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
-    """Find every image and video that is named: files, folders with all below them, glob patterns.
-
-    Returns:
-        Each path, and a name for its outputs, without extension. No two outputs have one path: two
-        files that differ only in their extension or in upper case get two names, and a video, whose
-        indices go to a folder of its name, gets another name than every folder of images.
-    """
-    files: dict[Path, str] = {}  # by their resolved paths
-    paths: dict[Path, Path] = {}
-    for argument in arguments:
-        found = (
-            [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        )
-        for place in map(Path, found or [argument]):
-            inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-            for path in inside:
-                known = path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
-                wanted = not place.is_dir() or known
-                if not wanted or path.resolve() in files:
-                    continue
-                name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
-                files[path.resolve()], paths[path.resolve()] = name, path
-
-    # Videos get their names last, when all folders of images are known.
-    taken: set[str] = set()
-    for is_video in (False, True):
-        for key, name in files.items():
-            if _is_video(paths[key]) is not is_video:
-                continue
-            unique, number = name, 2
-            while unique.casefold() in taken:
-                unique, number = f"{name}_{number}", number + 1
-            taken.add(unique.casefold())
-            files[key] = unique
-        taken |= {str(folder) for name in set(taken) for folder in Path(name).parents}
-    return [(paths[key], name) for key, name in files.items()]
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def save_index(prediction: np.ndarray, path: Path) -> None:
-    """Write class indices (H, W) as a grey PNG: 8 bits for uint8, 16 bits for uint16."""
-    info = PngInfo()
-    info.add_text("Comment", COMMENT)
-    write_image(path, Image.fromarray(prediction), pnginfo=info)
-
-
 def main(arguments: list[str]) -> int:
     """Run the command line.
 
@@ -428,19 +309,19 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     is_camera = bool(CAMERA.fullmatch(options.photos[0]))
     photos = [] if is_camera else find_photos(options.photos)
-    has_videos = any(_is_video(path) for path, _ in photos)
+    has_videos = any(is_video(path) for path, _ in photos)
     out, counts = Path(options.out), collections.Counter()
     try:
         if has_videos or is_camera:
             load_pyav()
-        _check_outputs(photos, options, is_camera)
+        check_predictions(photos, options, is_camera)
         segmenter = segmenter_from(options)
         with explain_output(out):
             out.mkdir(parents=True, exist_ok=True)
         if is_camera:
-            return _segment_camera(segmenter, options)
+            return segment_camera(segmenter, options)
         for path, name in tqdm(photos, unit="file", disable=len(photos) < 2):
-            segment = _segment_video if _is_video(path) else _segment_photo
+            segment = segment_video if is_video(path) else _segment_photo
             counts[segment(segmenter, path, out / name, options)] += 1
     except (UserError, OSError) as error:
         tqdm.write(f"error: {one_line(error)}", sys.stderr)
@@ -449,45 +330,6 @@ def main(arguments: list[str]) -> int:
     notes = "".join(f", {count} {how}" for how, count in counts.items())
     print(f"{done} of {len(photos)} {what} segmented into {out}/{notes}")
     return 1 if counts or not photos else 0
-
-
-def _check_outputs(
-    photos: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
-) -> None:
-    """Raise UserError if an output would overwrite an input or a file that is not predict.py's."""
-    outputs = [(name, _is_video(path)) for path, name in photos]
-    outputs += [("camera", True)] if is_camera else []
-    files, folders = [], []
-    for name, is_video in outputs:
-        target = os.path.join(options.out, name)
-        if "overlay" in options.write:
-            files.append(Path(f"{target}{'.mp4' if is_video else '.jpg'}"))
-        if "index" in options.write and is_video:
-            folders.append(Path(target))
-        elif "index" in options.write:
-            files.append(Path(f"{target}.png"))
-    existing = [file for folder in folders for file in folder.glob("*.png") if file.stem.isdigit()]
-    check_outputs([*files, *existing], [path for path, _ in photos])
-    for path in [*files, *existing]:
-        if path.exists() and not _is_our_output(path):
-            raise UserError(
-                f"{path} would be overwritten, and predict.py did not write it; "
-                "choose another --out"
-            )
-
-
-def _is_our_output(path: Path) -> bool:
-    """Return whether an earlier call of predict.py wrote a file."""
-    if _is_video(path):
-        return read_comment(path) == COMMENT
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Comment" if path.suffix == ".png" else "comment") in (
-                COMMENT,
-                COMMENT.encode(),
-            )
-    except (OSError, ValueError):
-        return False
 
 
 def _segment_photo(
@@ -514,74 +356,6 @@ def _segment_photo(
             return "without overlay"
         write_image(f"{target}.jpg", picture, quality=92, subsampling=0, comment=COMMENT)
     return ""
-
-
-def _segment_video(
-    segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
-) -> str:
-    """Segment a video as `_segment_photo` does an image; the frames' indices go to a folder."""
-    done, problem = 0, None
-    try:
-        video = Video(path, options.every)
-        frames = tqdm(video, path.name, video.length, leave=False, unit="frame")
-        with VideoWriter(Path(f"{target}.mp4"), video.rate, COMMENT) as writer:
-            try:
-                for _ in _segment_frames(segmenter, frames, writer, target, options.write):
-                    done += 1
-            except DataError as error:  # the frames before the damage become a complete video
-                problem = error
-    except DataError as error:
-        problem = error
-    if problem is None:
-        return ""
-    tqdm.write(f"{'' if done else 'skipped '}{path}: {problem}", sys.stderr)
-    return "cut short" if done else "skipped"
-
-
-def _segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
-    """Segment what a camera shows until it ends or Ctrl-C; return the exit status."""
-    target, done, problem = Path(options.out, "camera"), 0, None
-    if threading.current_thread() is threading.main_thread():
-        # Composer's handler of Ctrl-C would end the process before the video is complete.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        camera = Camera(options.photos[0], options.every)
-        frames = tqdm(camera, "camera", leave=False, unit="frame")
-        with VideoWriter(Path(f"{target}.mp4"), camera.rate, COMMENT) as writer:
-            try:
-                for _ in _segment_frames(segmenter, frames, writer, target, options.write):
-                    done += 1
-            except KeyboardInterrupt:
-                pass
-            except DataError as error:
-                problem = error
-    except KeyboardInterrupt:
-        pass
-    except DataError as error:
-        problem = error
-    if problem is not None:
-        tqdm.write(f"error: camera: {problem}", sys.stderr)
-    print(f"{done} frames segmented into {options.out}/")
-    return 0 if problem is None else 1
-
-
-def _segment_frames(
-    segmenter: Segmenter,
-    frames: Iterable[Frame],
-    writer: VideoWriter,
-    target: Path,
-    kinds: Sequence[str],
-) -> Iterator[None]:
-    """Segment frames into a video and a folder of indices; yield when each is done."""
-    draw = None
-    for number, time, photo in frames:
-        prediction = segmenter(photo)
-        if "overlay" in kinds:
-            draw = draw or VideoOverlay(segmenter.classes, *photo.shape[:2])
-            writer.write(draw(photo, prediction), time)
-        if "index" in kinds:
-            save_index(prediction, target / f"{number:06}.png")
-        yield
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:

@@ -8,16 +8,17 @@ larger than needed, and only the crop is resized. On the device, one batch at a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dataset.color_jitter import distort_colors, equal_steps, uniform_per_sample
 from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
+from dataset.encoded import LoadImage, PairTransform
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
@@ -25,6 +26,7 @@ __all__ = [
     "IMAGENET_CHANNEL_MEAN",
     "IMAGENET_CHANNEL_STD",
     "DeviceTransform",
+    "PairTransform",
     "RandomCrop",
     "Resize",
     "build_ade20k_transformations",
@@ -37,8 +39,6 @@ __all__ = [
 
 
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
-
-LoadImage = Callable[[int], np.ndarray]
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -71,32 +71,6 @@ def _nearest(length: int, resized: int) -> np.ndarray:
     steps = np.full(resized, length / resized)
     steps[0] /= 2
     return np.add.accumulate(steps).astype(np.intp)
-
-
-class PairTransform:
-    """What is done to a photo and its mask together, both as arrays."""
-
-    def apply(
-        self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Transform a sample.
-
-        Args:
-            load_image: Gives the photo, (H, W, 3) uint8, at 1/1, 1/2,
-                1/4 or 1/8 of its size (see `decode_photo`), or at its size in any case.
-            mask: (H, W) uint8.
-            rng: The only source of randomness.
-
-        Returns:
-            tuple[np.ndarray, np.ndarray]: (final_size, final_size, 3) and (final_size, final_size).
-        """
-        raise NotImplementedError
-
-    def __call__(self, sample: tuple) -> tuple[np.ndarray, np.ndarray]:
-        """Transform a pair of Pillow images or arrays, at random as the system's entropy has it."""
-        image, mask = sample
-        image = image.convert("RGB") if isinstance(image, Image.Image) else image
-        return self.apply(lambda _: np.asarray(image), np.asarray(mask), np.random.default_rng())
 
 
 class Resize(PairTransform):
@@ -306,3 +280,9 @@ class DeviceTransform:
         if self.distort:
             image = distort_colors(image, inside, uniform.transpose(0, 1))
         return image.sub_(self.mean).mul_(self.scale).mul_(inside)
+
+
+def device_transforms(data: Iterable[Any]) -> list[DeviceTransform]:
+    """Return the transforms that run on the device, of the DataSpecs that have ours."""
+    found = (spec.microbatch_transforms for spec in data if spec)
+    return [transform for transform in found if isinstance(transform, DeviceTransform)]

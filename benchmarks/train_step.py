@@ -54,7 +54,7 @@ from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
 from data import build_data
 from extras.planning.estimate import GPUS, estimate
-from extras.planning.plan import passes
+from extras.planning.length import passes
 from model import deeplabv3
 from networks.deeplab import create_meta_network
 from training.config import resolve

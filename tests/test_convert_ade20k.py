@@ -25,6 +25,7 @@ from dataset.labels import Labels
 from dataset.matching import list_samples
 from dataset.source import DataSource, ShardOptions
 from errors import DataError
+from extras.preparation import shard_writer
 from extras.preparation.verify import check
 
 pytestmark = pytest.mark.processes
@@ -200,7 +201,7 @@ def test_files_of_an_interrupted_run_with_other_options_are_removed(path, out, m
     def fail(*arguments):
         raise DataError("interrupted here")
 
-    monkeypatch.setattr(converter, "_verify", fail)
+    monkeypatch.setattr(shard_writer, "_verify", fail)
     with pytest.raises(DataError, match="interrupted here"):
         write(path, out, size_limit="5kb")
     count = len(list((out / "train").glob("*.mds")))
@@ -212,7 +213,7 @@ def test_files_of_an_interrupted_run_with_other_options_are_removed(path, out, m
 
 def test_what_a_bad_disk_did_is_found_and_repaired_by_the_next_run(path, out, monkeypatch):
     """A shard that is not what was written fails the verification, and no index is written."""
-    write_shards = converter._write_shards
+    write_shards = shard_writer._write_shards
 
     def write_and_damage(*arguments):
         entries = write_shards(*arguments)
@@ -223,7 +224,7 @@ def test_what_a_bad_disk_did_is_found_and_repaired_by_the_next_run(path, out, mo
         (out / "train/shard.00002.mds").unlink()
         return entries
 
-    monkeypatch.setattr(converter, "_write_shards", write_and_damage)
+    monkeypatch.setattr(shard_writer, "_write_shards", write_and_damage)
     with pytest.raises(
         DataError, match=r"train/shard\.00001\.mds: .*Checksum failure.*.and 1 more"
     ):
@@ -339,7 +340,7 @@ def test_files_of_others_stay(path, out, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(converter, "_verify", interrupt)
+        patch.setattr(shard_writer, "_verify", interrupt)
         write(path, out, size_limit="5kb")
     (out / "train/.finished/notes.txt").write_text("mine")
     write(path, out, size_limit="20kb")

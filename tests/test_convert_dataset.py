@@ -24,8 +24,9 @@ from dataset.description import open_description
 from dataset.mask_decoder import Masks
 from dataset.matching import list_described
 from errors import DataError
-from extras.preparation import check_command
-from extras.preparation.annotations import Shape, draw, photo_size, read_annotations
+from extras.preparation import check_command, converters
+from extras.preparation.annotation_formats import read_annotations
+from extras.preparation.annotations import Shape, draw, photo_size
 
 pytest.importorskip("pycocotools")
 pytestmark = pytest.mark.processes
@@ -368,8 +369,8 @@ def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None
     names = [shape.name for shape in found.photos[1].shapes]
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
     (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # as Windows' editor writes it
-    assert convert_dataset.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
-    assert list(convert_dataset.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
+    assert converters.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
+    assert list(converters.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
         with pytest.raises(DataError, match=f"1.txt: class {number} is none of the 6 with a name"):
@@ -410,7 +411,7 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     halves = {"validation": rows(range(5)), "test": rows(range(5, COUNT))}
     datasets.DatasetDict(halves).save_to_disk(str(shared))
     options = argparse.Namespace(source=f"hf://{shared}", names=None, columns=None, ignore=set())
-    convert_dataset.convert_hugging_face(options, tmp_path / "both")
+    converters.convert_hugging_face(options, tmp_path / "both")
     kept = sorted((tmp_path / "both/photos/val").iterdir())
     assert [file.read_bytes() for file in kept] == [
         (photos / f"{number}.jpg").read_bytes() for number in range(COUNT)
@@ -830,10 +831,10 @@ def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.Monke
         raise errors[0]
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert convert_dataset._names("owner/name", None) == {}
+    assert converters._names("owner/name", None) == {}
     while errors := errors[1:]:
         with pytest.raises(DataError, match=r"owner/name: cannot fetch id2label.json.*--names"):
-            convert_dataset._names("owner/name", None)
+            converters._names("owner/name", None)
 
 
 @pytest.mark.parametrize("overlap", ["area", "order"])

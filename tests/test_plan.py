@@ -20,8 +20,8 @@ from benchmarks.train_step import release, standing_bytes
 from data import build_data
 from errors import ModelError
 from extras.planning.estimate import GPUS, estimate
+from extras.planning.length import lengths, passes
 from extras.planning.measure import _store
-from extras.planning.plan import lengths, passes
 from model import build_composer_deeplabv3, deeplabv3
 from networks.registry import create_meta_network
 from training.config import resolve

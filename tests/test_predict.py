@@ -88,7 +88,7 @@ def test_it_is_the_network(segmenter: Segmenter, photo: np.ndarray):
 def test_highest_class_is_two_resizes_and_argmax(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(predict, "BAND_ELEMENTS", 3 * size[1] * 7)  # bands of seven rows
+    monkeypatch.setattr("segmentation.views.BAND_ELEMENTS", 3 * size[1] * 7)  # bands of seven rows
     torch.manual_seed(0)
     views = [(torch.randn(3, 8, 12), (32, 45)), (torch.randn(3, 16, 22), (64, 88))]
     full = [

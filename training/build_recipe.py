@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from composer import optim
 from composer.core import Algorithm, State, Time, TimeUnit
@@ -16,6 +16,10 @@ from errors import ConfigError
 from training.recipes import BASELINE, RECIPES
 from training.schema import Config
 from training.seeding import SeedMicrobatch
+
+if TYPE_CHECKING:
+    from dataset.counts import Counts
+    from dataset.source import DataSource
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,33 @@ def build_algorithms(config: Config) -> list[Algorithm]:
 
         algorithms.append(MixUp(recipe.mixup.alpha))
     return algorithms
+
+
+def count_training(config: Config, source: DataSource) -> Counts | None:
+    """Count a run's training masks, if its class weights or its sampling need the counts.
+
+    Raises:
+        DataError: A mask is not as it should be.
+    """
+    needed = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
+    if not needed or not config.is_train:
+        return None
+    from training import class_weights
+
+    return class_weights.count_training(config, source)
+
+
+def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
+    """Return the weight of each class in a run's loss, or None if all classes weigh the same.
+
+    Raises:
+        ConfigError: See `training.class_weights.class_weights`.
+    """
+    if config.model.class_weights is None or not config.is_train:
+        return None
+    from training.class_weights import class_weights
+
+    return class_weights(config, counts)
 
 
 class EpochSchedule(optim.ComposerScheduler):

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataset.counts import Counts
+from checkpointing.saver import on_first_process
+from dataset.counts import Counts, count_classes
+from dataset.source import DataSource
 from errors import ConfigError
 from segmentation.classes import ClassInfo
 from training.config import class_infos
@@ -17,6 +19,15 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.02147)"
+
+
+def count_training(config: Config, source: DataSource) -> Counts | None:
+    """Count the training masks of a run, on the first process for all of them.
+
+    Raises:
+        DataError: A mask is not as it should be.
+    """
+    return on_first_process(lambda: count_classes(source)) if config.is_train else None
 
 
 def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
@@ -62,6 +73,14 @@ def auto_weights(pixels: np.ndarray) -> list[float]:
     """
     share = pixels / max(pixels.sum(), 1)
     return (1 / np.log(1.02 + share)).tolist()
+
+
+def sample_factors(
+    source: DataSource, threshold: float, counts: Counts | None = None
+) -> np.ndarray:
+    """Return `repeat_factors` of a split, whose masks are counted if `counts` is None."""
+    counts = count_classes(source) if counts is None else counts
+    return repeat_factors(counts.present, threshold)
 
 
 def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:

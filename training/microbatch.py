@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from composer.core import DataSpec
 from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from dataset.sampler import EpochSampler
 from errors import ConfigError, ModelError, one_line
 from networks.batch_norm import SyncBatchNorm2d
 from training.config_checks import per_process
@@ -185,6 +187,14 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
     except Exception as error:  # a network that cannot be tried without data: training will tell
         log.info("not known whether one image can be trained on alone: %s", one_line(error))
     return True
+
+
+def last_batch_of(spec: DataSpec, config: Config) -> int:
+    """Return the images of this process in an epoch's last batch; 0 if it is as large as others."""
+    sampler = getattr(spec.dataloader, "sampler", None)
+    if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
+        return 0
+    return len(sampler) % (config.train_dataset.batch_size // dist.get_world_size())
 
 
 def check_single_images(config: Config, network: nn.Module, last_batch: int) -> None:

@@ -14,66 +14,97 @@ import contextlib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from composer.utils import dist, get_device
 from torch import nn
 
-from dataset.counts import count_classes
-from dataset.sampler import length_of_repeated
 from errors import ConfigError, UserError, whole
 from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
+from extras.planning.length import (
+    count_samples,
+    evaluation_totals,
+    lengths,
+    passes,
+    run_totals,
+)
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
-from extras.planning.plan_text import text
-from files import is_remote
-from training.build_recipe import in_batches
-from training.class_weights import repeat_factors
-from training.config import data_sources, load, resolve
-from training.microbatch import AUTOCAST, CONTEXT, Footprint, count, fitting, free_memory
+from training.config import load, resolve
+from training.microbatch import AUTOCAST, CONTEXT, GIB, Footprint, count, fitting, free_memory
 from training.precision import choose_precision, compiles, devices
 from training.schema import Config
 
-DISK_BYTES = 2**27  # written to see how fast a disk is
 BuildNetwork = Callable[[Config], nn.Module]  # without pretrained weights, on "meta"
 
 
-class Length(NamedTuple):
-    """How much there is to do."""
+class Plan(dict[str, Any]):
+    """What a run takes, as `--json` prints it; `str` gives the same as a screen of text."""
 
-    epoch: int  # steps
-    steps: int
-    evaluations: int
-    checkpoints: int
+    def __str__(self) -> str:
+        batch, compiled = self["batch"], ", compiled" if self["compiled"] else ""
+        rows = [
+            ("device", f"{self['device']}, {self['precision']}{compiled}"),
+            (
+                "batch",
+                f"{batch['images']} images, {batch['a_process']} a process, "
+                f"{batch['at_once']} at once",
+            ),
+        ]
+        if memory := self.get("memory"):
+            line = f"{memory['step'] / GIB:.2f} GiB of {memory['device'] / GIB:.1f}"
+            if "counted" in memory:
+                line += f"; {memory['counted'] / GIB:.2f} counted for the step itself"
+            rows.append(("memory", line))
+        if "hours" in self:
+            rows += self._speed() + self._length()
+            parts = ", ".join(f"{name} {_time(part)}" for name, part in self["hours_of"].items())
+            rows.append(("time", f"{_time(self['hours'])}: {parts}"))
+        if "cost" in self:
+            rows.append(("cost", f"{self['cost']:.2f}"))
+        if self["does_not_fit"]:
+            rows.append(("DOES NOT FIT", self["does_not_fit"]))
+        lines = [f"plan of {self['config']}, recipe {self['recipe']}", ""]
+        lines += [f"{name:<13} {value}" for name, value in rows]
+        if "assumed" in self:
+            lines += ["", "assumed:", *(f"- {line}" for line in self["assumed"])]
+        return "\n".join(lines)
+
+    def _speed(self) -> list[tuple[str, str]]:
+        speed = self["speed"]
+        rate = f"{speed['images_per_second']:.1f} images/s"
+        if "step" not in speed:  # of an evaluation
+            return [("speed", rate)]
+        rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
+        if "at_most" in speed:
+            peak = f"{speed['at_most']:.0f} if all of the data sheet were reached"
+            return [("step", f"{rate} ({peak})")]
+        loader = f"{speed['loader']:.1f} images/s, {speed['loader_processes']} processes"
+        rows = [("step", rate), ("network", f"{speed['network']:.1f} images/s"), ("loader", loader)]
+        if "store" in speed:
+            size = f"the data set has {speed['data_set'] / 1e9:.2f} GB"
+            rows.append(("store", f"{speed['store'] / 1e6:.0f} MB/s; {size}"))
+        return [*rows, ("limited by", speed["limit"])]
+
+    def _length(self) -> list[tuple[str, str]]:
+        length = self["length"]
+        if "images" in length:
+            return [("length", f"1 evaluation of {length['images']} images")]
+        saved = self["checkpoint"]
+        room = "" if saved["free"] is None else f"; {saved['free'] / 1e9:.0f} GB are free"
+        return [
+            ("length", f"{length['steps']} steps, {length['epoch']} an epoch"),
+            ("", f"{length['evaluations']} evaluations, {length['checkpoints']} checkpoints"),
+            ("checkpoint", f"{saved['bytes'] / 1e9:.2f} GB, {saved['at_once']} of them{room}"),
+        ]
 
 
-def lengths(config: Config, epoch: int) -> Length:
-    """Return a run's steps, evaluations and checkpoints, given the steps of an epoch."""
-
-    def steps(text: str) -> int:
-        return max(1, math.ceil(in_batches(text, epoch, config.train_dataset.batch_size)))
-
-    total = steps(config.max_duration)
-    # One is due at the end, too.
-    evaluations = math.ceil(total / steps(config.eval_interval)) + config.eval_first
-    checkpoints = math.ceil(total / steps(config.save_interval)) if config.save_folder else 0
-    return Length(epoch, total, evaluations, checkpoints)
-
-
-def passes(config: Config) -> float:
-    """Return the forward and backward passes of a step, mean over the recipe."""
-    sam = getattr(getattr(config, str(config.recipe_name), None), "sam", None)
-    return 1 + 1 / sam.interval if sam else 1.0
+def _time(hours: float) -> str:
+    return f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def main(
@@ -108,11 +139,11 @@ def main(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plan = {"config": options.config, "recipe": config.recipe_name or "none"} | plan
+    plan = Plan({"config": options.config, "recipe": config.recipe_name or "none"} | plan)
     if options.price is not None and "hours" in plan:
         plan["cost"] = plan["hours"] * options.price
     if dist.get_global_rank() == 0:
-        print(json.dumps(plan, indent=2) if options.json else text(plan))
+        print(json.dumps(plan, indent=2) if options.json else plan)
     return 2 if plan["does_not_fit"] else 0
 
 
@@ -157,8 +188,8 @@ def estimated(
     """Plan for GPUs that are not here."""
     gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
     training, validation = options.images or (
-        _samples(config, "train"),
-        _samples(config, "val"),
+        count_samples(config, "train"),
+        count_samples(config, "val"),
     )
     epoch = (math.floor if config.train_dataset.drop_last else math.ceil)(training / batch)
     if epoch == 0:
@@ -187,23 +218,32 @@ def estimated(
         "at_most": batch / found.fastest,
         "limit": "network",
     }
-    return plan | {"speed": speed} | _whole(config, footprint, length, seconds)
+    return plan | {"speed": speed} | run_totals(config, footprint, length, seconds)
+
+
+def _this_machine(config: Config) -> tuple[int, str, float]:
+    """Return this machine's processes, the precision of the config, and the free bytes of each."""
+    ranks, device = dist.get_world_size(), get_device(None)
+    if ranks > 1:
+        dist.initialize_dist(device)
+    precision, cpu_autocast = choose_precision(config.precision)
+    if torch.cuda.is_available():
+        free = free_memory(device) - CONTEXT
+    else:
+        free = float(psutil.virtual_memory().available)
+    return ranks, precision if cpu_autocast is None else "amp_bf16", free
 
 
 def measured(
     config: Config, build_trainer: BuildTrainer, build_network: BuildNetwork, began: float
 ) -> dict[str, Any]:
     """Plan for this machine, by some steps of the run."""
-    ranks, on_gpu, device = dist.get_world_size(), torch.cuda.is_available(), get_device(None)
-    if ranks > 1:
-        dist.initialize_dist(device)
-    precision, cpu_autocast = choose_precision(config.precision)
-    precision = precision if cpu_autocast is None else "amp_bf16"
+    ranks, precision, free = _this_machine(config)
     footprint = _count(config, build_network, precision, compiles(config))
     batch = config.train_dataset.batch_size
     images = batch // ranks
-    free = free_memory(device) - CONTEXT if on_gpu else float(psutil.virtual_memory().available)
-    at_once, fits = fitting(footprint, config, images, free, ranks, adapts=on_gpu)
+    adapts = torch.cuda.is_available()
+    at_once, fits = fitting(footprint, config, images, free, ranks, adapts)
     plan: dict[str, Any] = {
         "device": devices(ranks),
         "precision": precision,
@@ -242,7 +282,7 @@ def measured(
         seconds["download"] = max(0.0, size / rate - length.epoch * step)
         if seconds["download"]:
             speed["limit"] = "store, in the first epoch"
-    return plan | {"speed": speed} | _whole(config, footprint, length, seconds)
+    return plan | {"speed": speed} | run_totals(config, footprint, length, seconds)
 
 
 def estimated_evaluation(
@@ -250,7 +290,7 @@ def estimated_evaluation(
 ) -> dict[str, Any]:
     """Plan an evaluation for GPUs that are not here; its memory is not estimated."""
     gpus, batch, precision, compiled = _estimated_settings(config, options, "eval_dataset")
-    images = options.images[1] if options.images else _samples(config, "val")
+    images = options.images[1] if options.images else count_samples(config, "val")
     size = config.eval_dataset.final_size
     footprint = count(build_network(config), size, AUTOCAST.get(precision), compiled)
     found = estimate(footprint, config, options.gpu, gpus, 1.0, precision, compiled)
@@ -262,41 +302,26 @@ def estimated_evaluation(
         "batch": {"images": batch, "a_process": batch // gpus, "at_once": batch // gpus},
         "assumed": [line for line in assumed(options.gpu, compiled) if "memory: " not in line],
     }
-    return plan | _evaluation_course(images, rate, {"evaluation": images / rate})
+    return plan | evaluation_totals(images, rate, {"evaluation": images / rate})
 
 
 def measured_evaluation(
     config: Config, build_trainer: BuildTrainer, began: float
 ) -> dict[str, Any]:
     """Plan an evaluation for this machine, by its first batches."""
-    ranks, on_gpu, device = dist.get_world_size(), torch.cuda.is_available(), get_device(None)
-    if ranks > 1:
-        dist.initialize_dist(device)
-    precision, cpu_autocast = choose_precision(config.precision)
-    free = free_memory(device) - CONTEXT if on_gpu else float(psutil.virtual_memory().available)
+    ranks, precision, free = _this_machine(config)
     with contextlib.redirect_stdout(sys.stderr):
         found = measure_evaluation(config, build_trainer, began)
     batch = config.eval_dataset.batch_size
     plan = {
         "device": devices(ranks),
-        "precision": precision if cpu_autocast is None else "amp_bf16",
+        "precision": precision,
         "compiled": compiles(config),
         "batch": {"images": batch, "a_process": batch // ranks, "at_once": batch // ranks},
         "memory": {"step": found.memory, "device": free},
     }
     seconds = {"start": found.start, "evaluation": found.evaluation}
-    return plan | _evaluation_course(found.images, found.images / found.evaluation, seconds)
-
-
-def _evaluation_course(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the part of a plan that says how long an evaluation takes."""
-    return {
-        "speed": {"images_per_second": rate},
-        "length": {"images": images, **Length(0, 0, 1, 0)._asdict()},
-        "hours": sum(seconds.values()) / 3600,
-        "hours_of": {name: value / 3600 for name, value in seconds.items()},
-        "does_not_fit": None,
-    }
+    return plan | evaluation_totals(found.images, found.images / found.evaluation, seconds)
 
 
 def _count(config: Config, build: BuildNetwork, precision: str, compiled: bool) -> Footprint:
@@ -306,57 +331,3 @@ def _count(config: Config, build: BuildNetwork, precision: str, compiled: bool) 
 
 def _too_large(at_once: int) -> str:
     return f"not even {at_once} images at once; a smaller final_size or backbone_arch would help"
-
-
-def _samples(config: Config, split: str) -> int:
-    """Return how many samples an epoch of a split has."""
-    source = data_sources(config)[split]
-    rare = config.train_dataset.rare_class_sampling
-    if split == "train" and rare:
-        return length_of_repeated(repeat_factors(count_classes(source).present, rare))
-    if source.shards is None:
-        return len(source.samples())
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
-        options = replace(source.shards, local=folder if source.shards.local else None)
-        return len(replace(source, shards=options).open_shards())
-
-
-def _whole(
-    config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Say what a run takes from start to end, and whether the disk holds what it leaves."""
-    size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
-    # An old one goes when the next is whole.
-    kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
-    kept += bool(kept) and config.save_best
-    saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
-    problem = None
-    if kept and config.save_folder:
-        rate, saved["free"] = _disk(config.save_folder)
-        seconds = seconds | {"checkpoints": length.checkpoints * size / rate}
-        if saved["free"] is not None and saved["free"] < kept * size:
-            problem = "save_folder has no room for the checkpoints; keep fewer"
-    return {
-        "length": length._asdict(),
-        "checkpoint": saved,
-        "hours": sum(seconds.values()) / 3600,
-        "hours_of": {name: value / 3600 for name, value in seconds.items()},
-        "does_not_fit": problem,
-    }
-
-
-def _disk(folder: str) -> tuple[float, int | None]:
-    """Bytes a second that checkpoints are written with, and how many there is room for."""
-    remote = is_remote(folder)  # where they go from a local file, while training goes on
-    here = Path(tempfile.gettempdir() if remote else folder).absolute()
-    here = next(path for path in (here, *here.parents) if path.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=here) as file:
-            began = time.perf_counter()
-            file.write(bytes(DISK_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-            rate = DISK_BYTES / (time.perf_counter() - began)
-    except OSError as error:
-        raise ConfigError(f"save_folder: cannot write to {folder}: {error.strerror}") from None
-    return rate, None if remote else shutil.disk_usage(here).free

@@ -1,4 +1,4 @@
-"""What labelling tools write: which shapes are on which photo, whatever the file they come in.
+"""Shapes on images, as any labelling tool writes them, and masks drawn from them.
 
 Shapes are drawn by pycocotools, COCO's own library: one rule for polygons of every tool, and the
 only reader of COCO's compressed run lengths. It has no dependencies but NumPy. (datumaro reads as
@@ -8,11 +8,7 @@ CVAT out.) Reading LabelMe, CVAT and YOLO takes a few lines each.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
-import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,19 +21,12 @@ from PIL import Image
 from dataset.paths import IMAGE_SUFFIXES, visible_files
 from errors import DataError, one_line
 
-CORNERS = 128  # of the polygon that stands for a circle
 BEYOND = 16  # times a photo's longer side: no outline goes further, whatever a file says
 # LabelMe's names for pixels that are ignored, and for those of no class.
 IGNORED_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
-RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Shapes of LabelMe and CVAT, and types of CVAT's labels, that have no area.
-WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
 # What reading raises where a file's parts are of other types than its format says.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
-
-
-Names = list[str] | dict[int, str] | None  # of YOLO's classes
 
 
 class Shape(NamedTuple):
@@ -76,26 +65,6 @@ class Annotations(NamedTuple):
     skipped: list[str]
 
 
-def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
-    """Read COCO's instances, CVAT's XML for images, or a folder of LabelMe's or YOLO's files.
-
-    Args:
-        source: The file or folder; of YOLO also its data.yaml.
-        names: Names of YOLO's classes, where no data.yaml has them.
-        images: Folder of the images, which tells YOLO's labels from other text files.
-
-    Raises:
-        DataError: It is missing, or of another kind.
-    """
-    path = Path(source)
-    with reading(path):
-        found = _read(path, names, images)
-        found = found._replace(classes=[name for name in found.classes if name not in RESERVED])
-        if not all(isinstance(name, str) for name in found.classes):
-            raise ValueError("a class has no name")
-    return found
-
-
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Say in a line, as a DataError, what is wrong with a file of annotations that is read."""
@@ -112,261 +81,12 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not of a format that is known ({one_line(error)})") from error
 
 
-def _read(path: Path, names: Names, images: Path | None) -> Annotations:
-    if path.is_dir():
-        files = [file for _, file in visible_files(path)]
-        if any(file.suffix == ".json" for file in files):
-            return _labelme([file for file in files if file.suffix == ".json"], path)
-        return _yolo(path, files, names, images)
-    if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
-        return _yolo(path.parent, [f for _, f in visible_files(path.parent)], names, images)
-    if path.suffix.lower() == ".xml":
-        return _cvat(ElementTree.fromstring(path.read_bytes()))
-    return _coco(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _coco(found: dict[str, Any]) -> Annotations:
-    """Read COCO's instances: https://cocodataset.org/#format-data."""
-    names = _by_id(found["categories"], "name")
-    sizes = {image["id"]: (image["height"], image["width"]) for image in found["images"]}
-    shapes: dict[int, list[Shape]] = {number: [] for number in _by_id(found["images"], "file_name")}
-    skipped, used = [], set()
-    for place, annotation in enumerate(found["annotations"]):
-        where = f"annotation {annotation.get('id', place)}"
-        image, category = annotation["image_id"], annotation["category_id"]
-        if image not in shapes:
-            raise DataError(f"{where}: image {image} is not among the images")
-        if category not in names:
-            raise DataError(f"{where}: category {category} is not among the categories")
-        used.add(category)
-        outline = annotation["segmentation"]
-        if isinstance(outline, list):
-            outline = _sound_parts(outline, sizes[image])
-        if outline:
-            shapes[image].append(Shape(names[category], outline))
-        else:
-            skipped.append(f"{where}: no outline of three points or more within its image")
-    # Roboflow's exports list the root of their categories, which no shape can have.
-    roots = {category.get("supercategory") for category in found["categories"]}
-    classes = [name for number, name in names.items() if number in used or name not in roots]
-    photos = [
-        Annotated(_unix(image["file_name"]), sizes[image["id"]], shapes[image["id"]])
-        for image in found["images"]
-    ]
-    return Annotations(photos, classes, skipped)
-
-
-def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the polygons of COCO's outline that can be drawn; a flat list is one polygon."""
-    parts = [outline] if outline and not isinstance(outline[0], list) else outline
-    return [part for part in parts if _is_sound(part, size)]
-
-
-def _is_sound(part: list[float], size: tuple[int, int]) -> bool:
+def is_sound(part: list[float], size: tuple[int, int]) -> bool:
     """Return whether a polygon has three points or more, all in or near the image."""
     numbers = all(isinstance(value, int | float) for value in part)
     if not numbers or len(part) < 6 or len(part) % 2:
         return False
     return bool(np.abs(np.asarray(part, float)).max() < BEYOND * max(size))
-
-
-def _unix(path: str) -> str:
-    """Return a path with the separators of Unix."""
-    return path.replace("\\", "/")
-
-
-def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
-    """Return a value of each of COCO's entries by its id, which is of that one alone."""
-    found: dict[int, Any] = {}
-    for entry in entries:
-        if found.setdefault(entry["id"], entry[key]) != entry[key]:
-            raise ValueError(f"id {entry['id']} is of {found[entry['id']]} and of {entry[key]}")
-    return found
-
-
-def _labelme(files: list[Path], root: Path) -> Annotations:
-    """Read LabelMe's JSON, a file for each image: https://github.com/wkentaro/labelme."""
-    photos, skipped = [], []
-    for file in files:
-        with reading(file):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            shapes, size = [], (found["imageHeight"], found["imageWidth"])
-            for shape in found["shapes"]:
-                kind, points = shape.get("shape_type") or "polygon", shape["points"]
-                if kind == "mask":  # a PNG, of the box whose corners are the points
-                    picture = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
-                    left, top = map(int, points[0])
-                    runs = _run_lengths(np.asarray(picture) > 0, left, top, size)
-                    shapes.append(Shape(shape["label"], runs))
-                    continue
-                outline = _outline(kind, points)
-                if outline:
-                    shapes.append(Shape(shape["label"], [outline]))
-                else:
-                    skipped.append(f"{file.name}: {shape['label']}, a {kind}")
-            # Its path is as seen from the JSON's folder.
-            name = Path(_unix(found["imagePath"])).name
-            photo = (file.parent.relative_to(root) / name).as_posix()
-            photos.append(Annotated(photo, size, shapes))
-    return Annotations(photos, sorted({s.name for p in photos for s in p.shapes}), skipped)
-
-
-def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
-    """Return a shape of LabelMe's, or of X-AnyLabeling's, as a polygon; None if it has no area."""
-    if kind == "rectangle" and len(points) == 2:
-        (left, top), (right, bottom) = points
-        return [left, top, right, top, right, bottom, left, bottom]
-    if kind == "circle":
-        (x, y), edge = points
-        radius = math.dist((x, y), edge)
-        return _ellipse(x, y, radius, radius)
-    if kind in ("polygon", "rectangle", "rotation"):
-        return [float(v) for point in points for v in point] if len(points) > 2 else None
-    if kind not in WITHOUT_AREA:
-        raise ValueError(f"a shape of the unknown type {kind}")
-    return None
-
-
-def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
-    angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
-    return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], 1).ravel().tolist()
-
-
-def _turned(outline: list[float], degrees: float) -> list[float]:
-    """Turn a box or an ellipse clockwise about its middle."""
-    if not degrees:
-        return outline
-    points, angle = np.reshape(outline, (-1, 2)), math.radians(degrees)
-    middle, (sin, cos) = points.mean(0), (math.sin(angle), math.cos(angle))
-    return ((points - middle) @ [[cos, sin], [-sin, cos]] + middle).ravel().tolist()
-
-
-def _cvat(root: ElementTree.Element) -> Annotations:
-    """Read CVAT's XML for images: https://docs.cvat.ai/docs/manual/advanced/xml_format/."""
-    photos, skipped = [], []
-    for image in root.iter("image"):
-        size, where = (int(image.attrib["height"]), int(image.attrib["width"])), image.get("name")
-        shapes = []
-        for element in image:
-            outline = _cvat_outline(element.tag, element.attrib, size)
-            if outline is None:
-                if element.tag != "tag":  # a tag is of the whole image, and no shape
-                    skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
-                continue
-            if not element.get("label"):
-                raise ValueError(f"{where}: a {element.tag} has no label")
-            level = int(element.get("z_order", 0))
-            shapes.append(Shape(element.attrib["label"], outline, level))
-        photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
-    if not photos and root.find(".//track") is not None:
-        raise ValueError("it holds the tracks of a video; export the task as CVAT for images 1.1")
-    if not photos:
-        raise ValueError("it holds no <image>")
-    # The parts of a skeleton are listed as labels, too; they have a parent.
-    areas = [
-        label.findtext("name")
-        for label in root.iter("label")
-        if label.findtext("type") not in WITHOUT_AREA and label.find("parent") is None
-    ]
-    drawn = sorted({shape.name for photo in photos for shape in photo.shapes})
-    classes = [name for name in areas if name]
-    classes += [name for name in drawn if name not in classes]
-    return Annotations(photos, classes, skipped)
-
-
-def _cvat_outline(
-    kind: str, values: dict[str, str], size: tuple[int, int]
-) -> list[list[float]] | dict[str, Any] | None:
-    """Return a shape of CVAT's as a polygon or run lengths; None if it has no area."""
-    if kind == "polygon":
-        return [[float(v) for v in values["points"].replace(";", ",").split(",")]]
-    degrees = float(values.get("rotation", 0))
-    if kind == "box":
-        left, top, right, bottom = (float(values[name]) for name in ("xtl", "ytl", "xbr", "ybr"))
-        return [_turned([left, top, right, top, right, bottom, left, bottom], degrees)]
-    if kind == "ellipse":
-        ellipse = _ellipse(*(float(values[name]) for name in ("cx", "cy", "rx", "ry")))
-        return [_turned(ellipse, degrees)]
-    if kind != "mask":
-        return None
-    # Its run lengths are by rows within a box; COCO's go by columns over the whole.
-    runs = [int(run) for run in values["rle"].split(",")]
-    width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
-    if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
-        raise ValueError(f"run lengths do not fill a box of {width}x{height}")
-    inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
-    return _run_lengths(inside, left, top, size)
-
-
-def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Return COCO's run lengths of an area within a box."""
-    whole, (height, width) = np.zeros(size, np.uint8), inside.shape
-    whole[top : top + height, left : left + width] = inside
-    flat = whole.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()
-    return {"size": list(size), "counts": counts if not flat[0] else [0, *counts]}
-
-
-def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> Annotations:
-    """Read YOLO's polygons, a text for each image: https://docs.ultralytics.com/datasets/segment/.
-
-    The data.yaml with the names may lie in the folder, or in one of the two above it.
-    """
-    classes = by_number(_yolo_names(root) if names is None else names)
-    stems = {Path(name).stem for name, _ in find_photos(images)} if images else set()
-    photos, skipped = [], []
-    for file in files:
-        if file.suffix != ".txt":
-            continue
-        with reading(file):
-            text = file.read_text(encoding="utf-8")
-            if file.stem not in stems and not _is_yolo(text):
-                skipped.append(f"{file.relative_to(root)}: a text file that labels no image")
-                continue
-            shapes = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if not line.strip():
-                    continue
-                kind, *values = line.split()
-                if len(values) < 6:  # a box has four, which is no outline
-                    skipped.append(f"{file.relative_to(root)}: line {number}, a box")
-                    continue
-                if int(kind) not in classes:
-                    raise DataError(
-                        f"{file}: class {kind} is none of the {len(classes)} with a name"
-                    )
-                shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
-        photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
-    if not photos:
-        raise DataError(f"{root} has neither LabelMe's JSON nor YOLO's text files")
-    return Annotations(photos, list(classes.values()), skipped)
-
-
-def _is_yolo(text: str) -> bool:
-    """Return whether every line of a text is a class and numbers."""
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    try:
-        numbers = [[int(kind), *map(float, values)] for kind, *values in lines]
-    except ValueError:
-        return False
-    return bool(numbers)
-
-
-def _yolo_names(root: Path) -> Any:
-    for folder in (root, root.parent, root.parent.parent):
-        for config in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            with reading(config):
-                found = yaml.safe_load(config.read_text(encoding="utf-8"))
-                if isinstance(found, dict) and "names" in found:
-                    return found["names"]
-    raise DataError(f"{root} has no data.yaml with names, here or above: give --names")
-
-
-def by_number(names: Any) -> dict[int, str]:
-    """Return YOLO's names, a list or a mapping from numbers, by their class numbers."""
-    pairs = names.items() if isinstance(names, dict) else enumerate(names)
-    return dict(sorted((int(number), str(name)) for number, name in pairs))
 
 
 def photo_size(path: Path) -> tuple[int, int]:
@@ -420,7 +140,7 @@ def draw(
                 runs = coco.frPyObjects(runs, *size)
         else:
             for part in runs:
-                if not _is_sound(part, size):
+                if not is_sound(part, size):
                     raise ValueError(f"an outline of {len(part) // 2} points, or far outside")
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))

@@ -7,234 +7,57 @@ the most images wins. A layout becomes templates of `dataset.matching`.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES
+from extras.preparation.file_names import (
+    MARK,
+    SAMPLED,
+    SPLIT_OF,
+    Layout,
+    Picture,
+    Side,
+    is_lossy_mask,
+    look_at,
+    sample_pictures,
+    split_of,
+    stem_cores,
+    take_apart,
+    without_numbers,
+)
 
-WORDS = {
-    "train": ("training", "train", "trn", "tr"),
-    "val": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("testing", "test", "tst", "ts"),
-}
-SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-MARK = "\0"  # stands for the split's word
-# A hash, a number, a word (of camel case, too), a split's word in `trainannot` or `imagestrain`, or
-# any other character.
-TOKEN = re.compile(
-    r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
-    r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
-    r"|(?<![A-Za-z])(?i:images|masks|labels)(?=(?i:train|val|test))"
-    r"|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|."
-)
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-SPLIT_IN_NAME = re.compile(
-    rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
-)
 # Words of masks that tell objects apart rather than classes, and of outdated folders.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
-MOST_VALUES = 1000  # values of a mask that is still one
-SAMPLED = 150  # files whose partners are looked for
 CANDIDATES = 60  # layouts that are tried on all files
 LOOKED_AT = 7  # files of a kind whose pixels tell images from masks
-
-
-class Picture(NamedTuple):
-    """A picture file, its path taken apart; `dirs` and `stem` hold MARK for the split's word."""
-
-    path: Path
-    dirs: tuple[str, ...]
-    split: str
-    stem: str
-    suffix: str
-
-
-class Side(NamedTuple):
-    """The images or the masks of a layout: `before/{dir}/after/{head}{stem}{tail}{suffix}`.
-
-    If all files have one name, such as `label.png`, that is `head`, and folders tell them apart.
-    """
-
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-    deep: bool  # whether there are folders between `before` and `after`
-    head: str
-    tail: str
-    suffix: str  # "" is any
-    has_stem: bool = True
-
-    def template(self, word: str) -> str:
-        """Return the template of a split's paths, given the split's word."""
-        suffix = self.suffix
-        if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
-            suffix = ".*"  # a tail such as `.rf` would be taken for the extension
-        middle = ["{dir}"] if self.deep else []
-        name = f"{self.head}{{stem}}{self.tail}{suffix}"
-        if not self.has_stem:
-            middle, name = ["{name}"], f"{self.head}{suffix}"
-        return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
-
-    def words(self) -> list[str]:
-        """Return the words of the fixed text in lower case."""
-        text = "/".join([*self.before, *self.after, self.head, self.tail])
-        return [word.lower() for word in TOKEN.findall(text)]
-
-    def version(self) -> int:
-        """Return the highest number after a `v` in the fixed text, 0 without one."""
-        text = "/".join([*self.before, *self.after, self.head, self.tail])
-        return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
-
-
-Pair = tuple[Picture, Picture]
-
-
-class Layout(NamedTuple):
-    """A way to pair images and masks.
-
-    Attributes:
-        images: The images' paths.
-        masks: The masks' paths.
-        pairs: Images and masks of the splits in `words`.
-        words: The words of each split in the paths of images and of masks. Without splits the only
-            key is `train`.
-        covered: Number of pairs, those of a test split included.
-        alone: Number of images that fit but have no mask.
-        twice: Number of files that fit but have the name of another one.
-    """
-
-    images: Side
-    masks: Side
-    pairs: list[Pair]
-    words: dict[str, tuple[str, str]]
-    covered: int
-    alone: int
-    twice: int
-
-
-class Look(NamedTuple):
-    """What the pixels of a file look like."""
-
-    is_mask: bool
-    is_grey: bool
-    values: int
-    error: str = ""
-
-
-@functools.lru_cache(100_000)
-def look_at(path: Path) -> Look:
-    """Tell whether a picture's pixels look like labels: few values, in areas."""
-    try:
-        with Image.open(path) as image:
-            is_grey = image.mode in ("L", "LA", "P", "1", "I;16", "I")
-            pixels = np.array(image)
-    except Exception as error:  # Pillow's plugins raise what they like
-        return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
-    if pixels.ndim == 3:  # grey and alpha, or colours
-        colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
-        pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
-    same = (pixels[:, 1:] == pixels[:, :-1]).mean() if pixels.shape[1] > 1 else 1.0
-    values = len(np.unique(pixels))
-    is_mask = values <= 64 or (values <= MOST_VALUES and same > 0.75)
-    return Look(is_mask and path.suffix.lower() in MASK_SUFFIXES, is_grey, values)
-
-
-def is_lossy_mask(path: Path) -> bool:
-    """Tell whether a picture looks like a mask that lossy compression has changed.
-
-    Nearly all pixels are close to one of a few values, and so are their neighbours.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB")).astype(np.int32)
-    except Exception:  # Pillow's plugins raise what they like
-        return False
-    coarse = (pixels + 8) // 16 @ np.array([1, 17, 289])
-    counts = np.sort(np.unique(coarse, return_counts=True)[1])[::-1]
-    near = np.abs(np.diff(pixels, axis=1)).max(2) <= 8
-    return bool(counts[:24].sum() > 0.85 * coarse.size and near.mean() > 0.7)
 
 
 # Paths
 
 
-def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
-    """Take a path apart; look for the split's word in `folders`, and else in `names`."""
-    dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
-    if "folders" in splits_in:
-        whole = [place for place, part in enumerate(dirs) if part.lower() in SPLIT_OF]
-        for place in whole or range(len(dirs)):
-            tokens = TOKEN.findall(dirs[place])
-            found = [token for token in tokens if token.lower() in SPLIT_OF]
-            if found:
-                split = found[0]
-                tokens[tokens.index(split)] = MARK
-                dirs[place] = "".join(tokens)
-                break
-    if "names" in splits_in and not split:
-        match = SPLIT_IN_NAME.search(stem)
-        if match:
-            split, stem = match[0], f"{stem[: match.start()]}{MARK}{stem[match.end() :]}"
-    return Picture(path, tuple(dirs), split, stem, path.suffix)
-
-
-def _cores(stem: str) -> list[str]:
-    """Return the parts of a name that an image and its mask may have in common.
-
-    Those with digits come first, as numbers tell files apart; the longest are first among equals.
-    """
-    starts = [match.start() for match in TOKEN.finditer(stem)]
-    ends = [*starts[1:], len(stem)]
-    cores = {stem[start:end] for start in starts[:8] for end in ends[-8:] if start < end}
-    return sorted(
-        (core for core in cores if MARK not in core),
-        key=lambda core: (any(map(str.isdigit, core)), len(core)),
-        reverse=True,
-    )
-
-
-def _split_of(picture: Picture) -> str:
-    return SPLIT_OF[picture.split.lower()] if picture.split else ""
-
-
-def without_numbers(name: str) -> str:
-    """Return a name with each number or hash as 0: equal for names of one kind."""
-    return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", name)
-
-
-def _sample(pictures: list[Picture]) -> list[Picture]:
-    """Return files of every kind of path, and others evenly."""
-    kinds: dict[tuple, Picture] = {}
-    for picture in pictures:
-        path = "/".join([*picture.dirs, picture.stem])
-        kinds.setdefault((without_numbers(path), picture.suffix), picture)
-    chosen = list(kinds.values())
-    chosen = chosen[:: len(chosen) // SAMPLED + 1]
-    return list({p.path: p for p in [*chosen, *pictures[:: len(pictures) // SAMPLED + 1]]}.values())
-
-
 def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Side, Side]]:
     """Return pairs of path patterns that a sample of the names suggests, likeliest first."""
     by_core: dict[str, list[Picture]] = defaultdict(list)
-    for image in _sample(pictures):
+    for image in sample_pictures(pictures):
         if image.suffix.lower() in IMAGE_SUFFIXES:
-            for core in _cores(image.stem):
+            for core in stem_cores(image.stem):
                 by_core[core].append(image)
     # Keep a few masks of each kind of path: those with the longest part in common with an image.
     kinds: dict[tuple, list[tuple[float, Picture]]] = defaultdict(list)
     for mask in pictures:
         if mask.suffix.lower() in mask_suffixes:
-            core = next((core for core in _cores(mask.stem) if _others(by_core, core, mask)), "")
+            core = next(
+                (core for core in stem_cores(mask.stem) if _others(by_core, core, mask)), ""
+            )
             kind = (mask.dirs, without_numbers(mask.stem), mask.suffix)
             kinds[kind].append((len(core) / max(1, len(mask.stem)), mask))
     most = max(4, 4 * SAMPLED // max(1, len(kinds)))
@@ -247,7 +70,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
         # An image and a mask have their longest common part in common.
         patterns, seen = set(), set()
-        for core in _cores(mask.stem):
+        for core in stem_cores(mask.stem):
             images = _others(by_core, core, mask)
             for image in images[:: len(images) // 8 + 1]:
                 if image.path not in seen:
@@ -260,8 +83,8 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
 
 def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
     """Return other files of the same split whose names hold a mask's core."""
-    split = _split_of(mask)
-    return [i for i in by_core.get(core, ()) if i.path != mask.path and _split_of(i) == split]
+    split = split_of(mask)
+    return [i for i in by_core.get(core, ()) if i.path != mask.path and split_of(i) == split]
 
 
 def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]]:
@@ -344,7 +167,7 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
             else:
                 continue
             if core and MARK not in core:
-                key = (_split_of(picture), middle, core)
+                key = (split_of(picture), middle, core)
                 twice += key in named
                 named.setdefault(key, picture)
     return named, twice
@@ -363,7 +186,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
-    covered = sum(words.get(_split_of(a)) == (a.split, b.split) for a, b in pairs)
+    covered = sum(words.get(split_of(a)) == (a.split, b.split) for a, b in pairs)
     if "train" in words and ("val" in words or "test" in words):
         covered -= sum(not a.split for a, _ in pairs)
         words = {"train": words["train"], "val": words.get("val") or words["test"]}

@@ -25,7 +25,8 @@ from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
 from errors import ConfigError, DataError
-from extras.preparation.find_classes import class_lines, count_values, quoted
+from extras.preparation.class_names import class_lines, quoted
+from extras.preparation.find_classes import count_values
 from extras.preparation.find_layout import (
     SPLIT_OF,
     Layout,

@@ -1,0 +1,116 @@
+"""How much there is to do in a run, how long it takes in all, and what it leaves on the disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataset.sampler import length_of_repeated
+from errors import ConfigError
+from files import is_remote
+from training.build_recipe import in_batches
+from training.class_weights import sample_factors
+from training.config import data_sources
+from training.microbatch import Footprint
+from training.schema import Config
+
+DISK_BYTES = 2**27  # written to see how fast a disk is
+
+
+class Length(NamedTuple):
+    """How much there is to do."""
+
+    epoch: int  # steps
+    steps: int
+    evaluations: int
+    checkpoints: int
+
+
+def lengths(config: Config, epoch: int) -> Length:
+    """Return a run's steps, evaluations and checkpoints, given the steps of an epoch."""
+
+    def steps(text: str) -> int:
+        return max(1, math.ceil(in_batches(text, epoch, config.train_dataset.batch_size)))
+
+    total = steps(config.max_duration)
+    # One is due at the end, too.
+    evaluations = math.ceil(total / steps(config.eval_interval)) + config.eval_first
+    checkpoints = math.ceil(total / steps(config.save_interval)) if config.save_folder else 0
+    return Length(epoch, total, evaluations, checkpoints)
+
+
+def passes(config: Config) -> float:
+    """Return the forward and backward passes of a step, mean over the recipe."""
+    sam = getattr(getattr(config, str(config.recipe_name), None), "sam", None)
+    return 1 + 1 / sam.interval if sam else 1.0
+
+
+def count_samples(config: Config, split: str) -> int:
+    """Return how many samples an epoch of a split has."""
+    source = data_sources(config)[split]
+    rare = config.train_dataset.rare_class_sampling
+    if split == "train" and rare:
+        return length_of_repeated(sample_factors(source, rare))
+    if source.shards is None:
+        return len(source.samples())
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
+        options = replace(source.shards, local=folder if source.shards.local else None)
+        return len(replace(source, shards=options).open_shards())
+
+
+def run_totals(
+    config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Say what a run takes from start to end, and whether the disk holds what it leaves."""
+    size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
+    # An old one goes when the next is whole.
+    kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
+    kept += bool(kept) and config.save_best
+    saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
+    problem = None
+    if kept and config.save_folder:
+        rate, saved["free"] = _disk(config.save_folder)
+        seconds = seconds | {"checkpoints": length.checkpoints * size / rate}
+        if saved["free"] is not None and saved["free"] < kept * size:
+            problem = "save_folder has no room for the checkpoints; keep fewer"
+    return {
+        "length": length._asdict(),
+        "checkpoint": saved,
+        "hours": sum(seconds.values()) / 3600,
+        "hours_of": {name: value / 3600 for name, value in seconds.items()},
+        "does_not_fit": problem,
+    }
+
+
+def _disk(folder: str) -> tuple[float, int | None]:
+    """Bytes a second that checkpoints are written with, and how many there is room for."""
+    remote = is_remote(folder)  # where they go from a local file, while training goes on
+    here = Path(tempfile.gettempdir() if remote else folder).absolute()
+    here = next(path for path in (here, *here.parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=here) as file:
+            began = time.perf_counter()
+            file.write(bytes(DISK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            rate = DISK_BYTES / (time.perf_counter() - began)
+    except OSError as error:
+        raise ConfigError(f"save_folder: cannot write to {folder}: {error.strerror}") from None
+    return rate, None if remote else shutil.disk_usage(here).free
+
+
+def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return the part of a plan that says how long an evaluation takes."""
+    return {
+        "speed": {"images_per_second": rate},
+        "length": {"images": images, **Length(0, 0, 1, 0)._asdict()},
+        "hours": sum(seconds.values()) / 3600,
+        "hours_of": {name: value / 3600 for name, value in seconds.items()},
+        "does_not_fit": None,
+    }

@@ -1,0 +1,110 @@
+"""The files that predict.py reads and writes."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dataset.paths import IMAGE_SUFFIXES
+from errors import UserError
+from extras.video import VIDEO_SUFFIXES, read_comment
+from files import check_outputs, write_image
+
+COMMENT = "Written by predict.py"  # in every output, by which a later call knows it
+
+
+def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
+    """Find every image and video that is named: files, folders with all below them, glob patterns.
+
+    Returns:
+        Each path, and a name for its outputs, without extension. No two outputs have one path: two
+        files that differ only in their extension or in upper case get two names, and a video, whose
+        indices go to a folder of its name, gets another name than every folder of images.
+    """
+    files: dict[Path, str] = {}  # by their resolved paths
+    paths: dict[Path, Path] = {}
+    for argument in arguments:
+        found = (
+            [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        )
+        for place in map(Path, found or [argument]):
+            inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+            for path in inside:
+                known = path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+                wanted = not place.is_dir() or known
+                if not wanted or path.resolve() in files:
+                    continue
+                name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
+                files[path.resolve()], paths[path.resolve()] = name, path
+
+    # Videos get their names last, when all folders of images are known.
+    taken: set[str] = set()
+    for videos in (False, True):
+        for key, name in files.items():
+            if is_video(paths[key]) is not videos:
+                continue
+            unique, number = name, 2
+            while unique.casefold() in taken:
+                unique, number = f"{name}_{number}", number + 1
+            taken.add(unique.casefold())
+            files[key] = unique
+        taken |= {str(folder) for name in set(taken) for folder in Path(name).parents}
+    return [(paths[key], name) for key, name in files.items()]
+
+
+def is_video(path: Path) -> bool:
+    """Return whether a file is a video by its extension."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def save_index(prediction: np.ndarray, path: Path) -> None:
+    """Write class indices (H, W) as a grey PNG: 8 bits for uint8, 16 bits for uint16."""
+    info = PngInfo()
+    info.add_text("Comment", COMMENT)
+    write_image(path, Image.fromarray(prediction), pnginfo=info)
+
+
+def check_predictions(
+    photos: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
+) -> None:
+    """Raise UserError if an output would overwrite an input or a file that is not predict.py's."""
+    outputs = [(name, is_video(path)) for path, name in photos]
+    outputs += [("camera", True)] if is_camera else []
+    files, folders = [], []
+    for name, is_clip in outputs:
+        target = os.path.join(options.out, name)
+        if "overlay" in options.write:
+            files.append(Path(f"{target}{'.mp4' if is_clip else '.jpg'}"))
+        if "index" in options.write and is_clip:
+            folders.append(Path(target))
+        elif "index" in options.write:
+            files.append(Path(f"{target}.png"))
+    existing = [file for folder in folders for file in folder.glob("*.png") if file.stem.isdigit()]
+    check_outputs([*files, *existing], [path for path, _ in photos])
+    for path in [*files, *existing]:
+        if path.exists() and not _is_our_output(path):
+            raise UserError(
+                f"{path} would be overwritten, and predict.py did not write it; "
+                "choose another --out"
+            )
+
+
+def _is_our_output(path: Path) -> bool:
+    """Return whether an earlier call of predict.py wrote a file."""
+    if is_video(path):
+        return read_comment(path) == COMMENT
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Comment" if path.suffix == ".png" else "comment") in (
+                COMMENT,
+                COMMENT.encode(),
+            )
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,198 @@
+"""The classes of a description: names for the values of masks, as lines of YAML."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from dataset.description import pack, unpack
+from dataset.paths import visible_files
+from errors import DataError
+from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
+
+RARE = 0.2  # share of the pixels below which black, white and 0 may stand for "ignored"
+IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
+# Headings of a table of classes, and what is below them.
+_COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
+_COLUMNS |= dict.fromkeys(
+    ("name", "class", "label", "class name", "class_name", "category"), "name"
+)
+_COLUMNS |= dict.fromkeys(("pixel value", "pixel_value", "pixel", "value"), "value")
+_COLUMNS |= dict.fromkeys(("id", "index"), "value")
+_COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "value")
+
+
+def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
+    """Find a table that names colours or values, and return it with the file's name.
+
+    Tables of `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt` are known. A
+    table of colours serves masks with a palette as well.
+    """
+    best: tuple[dict[int, str], str] = {}, ""
+    needed = values.pixels.keys() - values.edges.keys()
+    for _, path in visible_files(root):
+        if path.suffix.lower() not in (".csv", ".txt", ".tsv"):
+            continue
+        by_color, by_value = _read_table(path)
+        by_palette = {v: by_color[c] for v, c in values.colors.items() if c in by_color}
+        tables = [by_color] if values.in_colors else [by_value, by_palette]
+        for names in tables:
+            count = len(names.keys() & needed)
+            if 2 * count > len(needed) and count > len(best[0].keys() & needed):
+                best = names, path.relative_to(root).as_posix()
+    return best
+
+
+def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the names by colour and by value in a file, if it is such a table."""
+    by_color: dict[int, str] = {}
+    by_value: dict[int, str] = {}
+    place: dict[str, int] = {}  # of the columns that a header names
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
+        cells = _cells(line)
+        lower = [cell.lower() for cell in cells]
+        header = {_COLUMNS[cell]: n for n, cell in enumerate(lower) if cell in _COLUMNS}
+        if "name" in header and len(header) > 1 and not by_color and not by_value:
+            place = header
+            continue
+        cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())  # `road:128,64,128::`
+        if cvat:
+            row = dict(zip(("name", "r", "g", "b"), cvat.groups()))
+        elif place and max(place.values()) < len(cells):
+            row = {column: cells[n] for column, n in place.items()}
+        else:
+            row = _guess_columns(cells)
+        name = row.get("name", "")
+        numbers = {k: int(v) for k, v in row.items() if k != "name" and v.isascii() and v.isdigit()}
+        if not name:
+            continue
+        if numbers.keys() >= {"r", "g", "b"} and max(numbers[c] for c in "rgb") < 256:
+            by_color.setdefault(pack(*(numbers[c] for c in "rgb")), name)
+        if "value" in numbers:
+            by_value.setdefault(numbers["value"], name)
+    return by_color, by_value
+
+
+def _cells(line: str) -> list[str]:
+    """Split a line at the separator that it has."""
+    for separator in ("\t", ";", ","):
+        if separator in line:
+            cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+            cells = [cell.strip() for cell in cells]
+            if separator == "\t":  # CamVid's: `64 128 64<tabs>Animal`
+                cells = [p for c in cells if c for p in (c.split() if c[0].isdigit() else [c])]
+            return cells
+    return [part for part in re.split(r"\s+(?=\d+(?:\s|$))|(?<=\d)\s+", line.strip()) if part]
+
+
+def _guess_columns(cells: list[str]) -> dict[str, str]:
+    """Return a row of a table without header: a name beside one number or three."""
+    numbers = [n for n, cell in enumerate(cells) if cell.isascii() and cell.isdigit()]
+    names = [n for n in range(len(cells)) if n not in numbers and cells[n]]
+    if len(names) != 1 or cells[names[0]].startswith("#"):
+        return {}
+    row = {"name": cells[names[0]]}
+    if len(numbers) == 3:
+        return row | dict(zip("rgb", (cells[n] for n in numbers)))
+    return row | {"value": cells[numbers[0]]} if len(numbers) == 1 else {}
+
+
+def class_lines(root: Path, values: Values) -> list[str]:
+    """Return the description's lines for `classes` and `ignore`.
+
+    Raises:
+        DataError: There are more classes than a network here can have.
+    """
+    total = sum(values.pixels.values())
+    names, table = find_names(root, values)
+    in_colors = values.in_colors
+    ignored: list[tuple[int, str]] = []
+    for value in _ignored_values(values, names):
+        share = values.pixels[value] / total
+        ignored.append((value, f"{_label(value, in_colors)} has {share:.3%} of the pixels"))
+    left_out = {value for value, _ in ignored} | values.edges.keys()
+    by_name: dict[str, list[int]] = defaultdict(list)
+    unnamed = False
+    for value in sorted(values.pixels.keys() - left_out):
+        of = values.same.get(value, value)
+        text = str(_label(of, in_colors)).strip("[]").replace(", ", "_")
+        unnamed |= of not in names
+        by_name[names.get(of) or f"class_{text}"].append(value)
+    if not 2 <= len(by_name) <= MOST_CLASSES:
+        raise DataError(
+            f"the masks below {root} have {len(by_name)} classes, and a description has 2 to "
+            f"{MOST_CLASSES}; merge values, or give names to two"
+        )
+
+    lines = [*values.notes]
+    if table:
+        lines.append(f"# Names are those of {table}.")
+        absent = sorted({n for v, n in names.items() if v not in values.pixels} - by_name.keys())
+        if absent:
+            lines.append(f"# No mask has {list_some(absent)}.")
+    if unnamed:
+        lines.append("# Fill in: names such as class_1 are blanks.")
+    lines.append("classes:")
+    for name, labels in by_name.items():
+        share = sum(values.pixels[value] for value in labels) / total
+        shown = ", ".join(str(_label(value, in_colors)) for value in labels)
+        lines.append(f"  {quoted_name(name)}: {{labels: [{shown}]}} # {share:.3%} of the pixels")
+    if values.edges:
+        files = sorted({path for paths in values.edges.values() for path in paths})
+        share = sum(values.pixels[value] for value in values.edges) / total
+        shown = [Path(path).relative_to(root).as_posix() for path in files]
+        lines += [
+            f"# A guess: {len(values.edges)} values are suspected edges, blurred when the mask was",
+            f"# scaled or smoothed. They have {share:.3%} of the pixels, in {len(files)} files: "
+            f"{list_some(shown)}.",
+        ]
+    guesses = ", ".join(text for _, text in ignored)
+    note = f" # A guess: {guesses}" if guesses else ""
+    shown = ", ".join(str(_label(v, in_colors)) for v in [*(v for v, _ in ignored), *values.edges])
+    return [*lines, f"ignore: [{shown}]{note}"]
+
+
+def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
+    """Return the values that probably stand for "no class": rare ones that are black or white.
+
+    A table that names a value decides instead. 0 and 255 among grey levels that are not numbers of
+    classes, such as 0, 128 and 255, are classes.
+    """
+    pixels = {v: n for v, n in values.pixels.items() if v not in values.edges}
+    total = sum(pixels.values())
+    by_name = [v for v in sorted(pixels) if names.get(v, "").lower() in IGNORED_NAMES]
+    if values.in_colors:
+        levels = {unpack(v) for v in pixels}
+        is_grey = all(len(set(level)) == 1 for level in levels)
+        numbers = {level[0] for level in levels} if is_grey else {1, 2}
+        empty = {0, VOC_BORDER} | ({WHITE} if 0 not in pixels or is_grey else set())
+    else:
+        numbers, empty = set(pixels), {0, 255}
+    inner = sorted(numbers - {0, 255})
+    counted = 1 in numbers or any(b - a == 1 for a, b in pairwise(inner))
+    rare = [v for v in sorted(pixels) if v in empty and pixels[v] < RARE * total]
+    rare = [v for v in rare if v not in names]
+    if not counted or values.same or len(pixels) - len(rare) - len(by_name) < 2:
+        rare = []
+    return sorted({*rare, *by_name}) if len(pixels) - len(by_name) >= 2 else rare
+
+
+def _label(value: int, in_colors: bool) -> int | list[int]:
+    return list(unpack(value)) if in_colors else value
+
+
+def quoted_name(name: str) -> str:
+    """Return a class name as YAML reads it back as text; plain words stay without quotes."""
+    is_plain = re.fullmatch(r"[A-Za-z][\w ]*", name) and yaml.safe_load(f"{name}: 0") == {name: 0}
+    return name if is_plain else quoted(name)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes, as YAML reads it back."""
+    # JSON's escapes differ from YAML's beyond 16 bits.
+    return yaml.safe_dump(text, default_style='"', width=10**6, allow_unicode=True).strip()

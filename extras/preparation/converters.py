@@ -1,0 +1,371 @@
+"""Converters from labelling tools, COCO and Hugging Face to a data set that trains."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from dataset.decoding import decode_mask
+from dataset.labels import IGNORED, Labels
+from dataset.mask_decoder import Masks
+from dataset.panoptic import Segments
+from dataset.workers import CHUNK, map_chunks
+from errors import DataError, one_line
+from extras.preparation.annotation_formats import by_number, read_annotations
+from extras.preparation.annotations import (
+    BACKGROUND_NAME,
+    IGNORED_NAME,
+    MALFORMED,
+    Annotated,
+    Annotations,
+    draw,
+    find_photos,
+    photo_size,
+    reading,
+)
+from files import explain_output, write_file
+
+BACKGROUND = "background"
+SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
+# Names that say that a value of a Hugging Face data set is no class.
+IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
+MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
+
+
+class Converted(NamedTuple):
+    """What was written.
+
+    Attributes:
+        values: The value of each class in the masks, by its name, but for the background's.
+        notes: Lines to print, such as on images that were left out.
+        ignored: Values in the masks that are ignored.
+    """
+
+    values: dict[str, int]
+    notes: list[str]
+    ignored: list[int]
+
+
+def link(photo: Path, target: Path) -> None:
+    """Put a photo into the data set, without a copy where that can be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(photo.resolve(), target)
+    except OSError:
+        with explain_output(target):
+            shutil.copy2(photo, target)
+
+
+def write_mask(mask: np.ndarray, target: Path) -> None:
+    """Write a mask as a PNG."""
+    write_file(target, cv2.imencode(".png", mask)[1].tobytes())
+
+
+def draw_masks(
+    jobs: list[tuple[Path, Annotated, Path]], values: dict[str, int], by_area: bool
+) -> None:
+    """Draw the masks of some photos; each job is a photo, its shapes, and the mask's path."""
+    for photo, annotated, target in jobs:
+        try:
+            size = photo_size(photo)
+            if annotated.size not in (None, size):
+                raise ValueError(
+                    f"is {size[1]}x{size[0]}, its annotation of {annotated.size[::-1]}"
+                )
+            shapes = annotated.shapes
+            if annotated.size is None:  # YOLO's are shares of the sides
+                scale = np.array(size[::-1], float)
+                shapes = [
+                    shape._replace(
+                        outline=[
+                            (np.reshape(part, (-1, 2)) * scale).ravel().tolist()
+                            for part in shape.outline
+                        ]
+                    )
+                    for shape in shapes
+                ]
+            mask = draw(shapes, size, values, by_area)
+        except (OSError, *MALFORMED) as error:
+            raise DataError(f"{photo}: {one_line(error)}") from error
+        write_mask(mask, target)
+
+
+def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
+    """Turn panoptic masks into those of classes; each job is a mask and where it goes."""
+    for mask, target in jobs:
+        try:
+            labels = masks.decode(mask.read_bytes(), str(mask))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{mask}: {error}") from error
+        write_mask(labels, target)
+
+
+def check_distinct(jobs: Iterable[tuple]) -> None:
+    """Raise DataError if two jobs, of an input first and a mask's path last, have one mask.
+
+    Upper case does not count, because some file systems ignore it.
+    """
+    inputs: dict[str, Path] = {}
+    for first, *_, target in jobs:
+        other = inputs.setdefault(str(target).casefold(), first)
+        if other is not first:
+            raise DataError(f"{first} and {other} would have the same mask; rename one of them")
+
+
+def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
+    """Cut a list into parts."""
+    return (jobs[first : first + CHUNK] for first in range(0, len(jobs), CHUNK))
+
+
+def read_names(path: str) -> list[str] | dict[int, str]:
+    """Return the names in a file: a name on each line, or those of YOLO's data.yaml.
+
+    Raises:
+        DataError: The file is not text, or a YAML without names.
+    """
+    if path.lower().endswith((".yaml", ".yml")):
+        with reading(Path(path)):
+            return by_number(yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))["names"])
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        raise DataError(f"--names {path}: {one_line(error)}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert a tool's files: of training, and of validation where there are any."""
+    names = read_names(options.names) if options.names else None
+    folders = {
+        "train": Path(options.images),
+        "val": Path(options.val_images or options.images),
+    }
+    found = {"train": read_annotations(options.source, names, folders["train"])}
+    notes = []
+    if options.val_source:
+        found["val"] = read_annotations(options.val_source, names, folders["val"])
+    else:
+        found, notes = by_split(found["train"])
+    classes = list(dict.fromkeys(name for split in found.values() for name in split.classes))
+    first = int(options.background in classes)
+    classes.sort(key=lambda name: name != options.background)
+    values = {name: place + 1 - first for place, name in enumerate(classes)}
+    if len(classes) >= IGNORED:
+        raise DataError(f"{options.source}: {len(classes)} classes are more than {IGNORED - 1}")
+    drawn = {IGNORED_NAME: 255, BACKGROUND_NAME: 0, **values}
+    tasks = []
+    for split, read in found.items():
+        images = folders[split]
+        find = photo_finder(images, options.source)
+        jobs, seen = [], set()
+        for annotated in read.photos:
+            photo = find(annotated.photo)
+            if photo in seen:
+                raise DataError(f"{options.source} names {annotated.photo} twice")
+            seen.add(photo)
+            name = photo.relative_to(images)
+            link(photo, out / "photos" / split / name)
+            jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
+        check_distinct(jobs)
+        tasks += [(part, drawn, options.overlap == "area") for part in chunks(jobs)]
+    map_chunks(draw_masks, tasks, options.workers, "convert", " images")
+    skipped = [line for read in found.values() for line in read.skipped]
+    if skipped:
+        listed = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+        notes.append(f"left out, because they have no area: {len(skipped)} ({listed})")
+    order = "the smaller on the larger" if options.overlap == "area" else "in the file's order"
+    shapes = [shape.name for read in found.values() for one in read.photos for shape in one.shapes]
+    ignored = [255] if IGNORED_NAME in shapes else []
+    return Converted(values, [f"where shapes overlap, they lie {order}", *notes], ignored)
+
+
+def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
+    """Split annotations by the word in their paths, as in YOLO's labels/train and labels/val.
+
+    Returns:
+        The splits, `train` alone unless there are both, and notes on what belongs to neither.
+    """
+    groups: dict[str | None, list[Annotated]] = {}
+    for annotated in read.photos:
+        words = [part for part in Path(annotated.photo).parts[:-1] if part.lower() in SPLITS]
+        groups.setdefault(words[0].lower() if words else None, []).append(annotated)
+    val = next((word for word in ("val", "valid", "validation", "test") if word in groups), None)
+    if "train" not in groups or val is None:
+        return {"train": read}, []
+    others = {word: found for word, found in groups.items() if word not in ("train", val)}
+    notes = [
+        f"{len(found)} images of {word or 'no split'} are left out, first {found[0].photo}"
+        for word, found in others.items()
+    ]
+    train, validation = (read._replace(photos=groups[word]) for word in ("train", val))
+    return {"train": train, "val": validation._replace(skipped=[])}, notes
+
+
+def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
+    """Return a function from the name of an image in annotations to its path below a folder.
+
+    Raises (the function):
+        DataError: There is no such image, or there are several.
+    """
+    photos = dict(find_photos(images))
+    by_parts: dict[str, set[Path]] = {}
+    for name, path in photos.items():
+        for key in {_without_kind(name), Path(name).name}:
+            by_parts.setdefault(key, set()).add(path)
+
+    def find(name: str) -> Path:
+        whole = photos.get(os.path.normpath(name))
+        if whole is not None:
+            return whole
+        for key in (_without_kind(name), Path(name).name):
+            found = by_parts.get(key, set())
+            if len(found) == 1:
+                return next(iter(found))
+            if found:
+                first, second, *_ = sorted(found)
+                raise DataError(f"{source} names {name}, which may be {first} or {second}")
+        raise DataError(f"{source} names {name}, not in {images}")
+
+    return find
+
+
+def _without_kind(name: str) -> str:
+    """Return a path without the folders that tell images from labels."""
+    parts = [part for part in Path(name).parts if part not in ("images", "labels", "photos", ".")]
+    return "/".join(parts)
+
+
+def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert COCO's panoptic JSON and PNGs."""
+    tasks, values, categories = [], {}, {}
+    for split in ("train", "val") if options.val_source else ("train",):
+        source = Path(options.source if split == "train" else options.val_source)
+        images = Path(options.images if split == "train" else options.val_images or options.images)
+        with reading(source):
+            found = json.loads(source.read_text(encoding="utf-8"))
+            for category in found["categories"]:
+                values.setdefault(str(category["name"]), len(values) + 1)
+                categories[int(category["id"])] = values[str(category["name"])]
+            files = [str(annotation["file_name"]) for annotation in found["annotations"]]
+        folder = Path(options.masks or source.with_suffix(""))
+        photos, jobs = dict(find_photos(images)), []
+        for file in files:
+            name = Path(file).with_suffix("") if Path(file).name else Path(file)
+            if str(name) not in photos:
+                raise DataError(f"{source} names {name}, not in {images}")
+            photo = photos[str(name)]
+            link(photo, out / "photos" / split / f"{name}{photo.suffix}")
+            jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
+        check_distinct(jobs)
+        masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
+        tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunks(jobs)]
+    map_chunks(read_panoptic, tasks, options.workers, "convert", " images")
+    return Converted(values, [], [])
+
+
+def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert a data set of Hugging Face's, or one of that form in a folder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hf:// needs the package datasets: make install WITH=datasets") from error
+    name = options.source.removeprefix("hf://")
+    try:
+        is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
+    except Exception as error:  # the library raises what its many parts do
+        raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
+    found = found if isinstance(found, dict) else {"train": found}
+    names, notes = _names(name, options.names), []
+    pixels: dict[int, int] = {}
+    written: dict[str, int] = {}  # rows by the split that they go to, which two may share
+    for key, rows in found.items():
+        split = str(key)
+        if split not in SPLITS or (split == "test" and len(found) > 2):
+            notes.append(f"split {split} is left out")
+            continue
+        photo_column, mask_column = _columns(rows, datasets.Image, options)
+        for column in (photo_column, mask_column):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        table: Any = rows
+        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
+            number = written.get(SPLITS[split], 0)
+            written[SPLITS[split]] = number + 1
+            content = [_content(row[column]) for column in (photo_column, mask_column)]
+            where = f"{options.source}: {split}, row {place}"
+            try:
+                mask = decode_mask(content[1], 2**16 - 1)
+            except ValueError as error:
+                raise DataError(f"{where}: {error}") from error
+            suffix = ".png" if content[0].startswith(b"\x89PNG") else ".jpg"
+            write_file(out / "photos" / SPLITS[split] / f"{number:08}{suffix}", content[0])
+            write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
+            for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
+                pixels[int(value)] = pixels.get(int(value), 0) + int(count)
+    ignored = {value for value, label in names.items() if label.strip().lower() in IGNORE_NAMES}
+    ignored |= options.ignore
+    total = sum(pixels.values())
+    for value in sorted(ignored & pixels.keys()):
+        notes.append(f"value {value} is ignored, {pixels[value] / total:.2%} of the pixels")
+    if 255 in pixels and 255 not in ignored | names.keys():
+        share = pixels[255] / total
+        notes.append(f"value 255 is a class, {share:.2%} of the pixels; --ignore 255 ignores it")
+    known = sorted((pixels.keys() | names.keys()) - ignored)
+    values = {names.get(value, f"class_{value}"): value for value in known}
+    if len(values) < len(known):
+        raise DataError(f"{options.source}: two values have one name; give --names")
+    return Converted(values, notes, sorted(ignored))
+
+
+def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
+    """Return the names of the columns of photos and masks."""
+    if options.columns:
+        photo, _, mask = options.columns.partition(",")
+        return photo, mask
+    images = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    masks = [name for name in images if any(word in name.lower() for word in MASK_COLUMNS)]
+    photos = [name for name in images if name not in masks]
+    if len(photos) != 1 or len(masks) != 1:
+        listed = ", ".join(images) or "none"
+        raise DataError(f"{options.source}: columns of images: {listed}; give --columns PHOTO,MASK")
+    return photos[0], masks[0]
+
+
+def _content(cell: dict[str, Any]) -> bytes:
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+
+def _names(name: str, file: str | None) -> dict[int, str]:
+    """Return the name of each value: a name a line, or id2label.json as Hugging Face has it."""
+    if file and not file.endswith(".json"):
+        return by_number(read_names(file))
+    path = Path(file or Path(name, "id2label.json"))
+    if not path.is_file() and not Path(name).exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
+        except Exception as error:  # the hub's client passes on those of the network
+            is_missing = isinstance(error, EntryNotFoundError)
+            if is_missing and not isinstance(error, LocalEntryNotFoundError):
+                return {}  # it has none, and numbers have to do
+            raise DataError(
+                f"{name}: cannot fetch id2label.json, the names of its classes "
+                f"({one_line(error)[:160]}); try again, or give --names"
+            ) from error
+    if not file and not path.is_file():
+        return {}
+    with reading(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {int(value): str(label) for value, label in found.items()}

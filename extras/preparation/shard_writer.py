@@ -1,0 +1,280 @@
+"""Write, upload and verify the MDS shards of a split."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+from streaming import MDSWriter
+from streaming.base.storage import CloudDownloader, CloudUploader
+
+from dataset.decoding import decode_mask, decode_photo
+from dataset.mask_decoder import Masks
+from dataset.paths import Sample
+from dataset.shards import cached_shards, is_missing, open_shards, read_shard
+from dataset.workers import map_chunks
+from errors import DataError, one_line
+from files import explain_output, write_file
+
+log = logging.getLogger(__name__)
+
+COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
+UPLOAD_ATTEMPTS = 6  # with waits of 1, 2, 4, ... s: half a minute
+
+
+class Mismatch(DataError):
+    """What is at --out is whole, but not what was to be written there."""
+
+
+class Target(NamedTuple):
+    """Where a split's shards go, and how."""
+
+    folder: str  # where they are written; of a remote one, where they wait to be uploaded
+    remote: str | None
+    compression: str | None
+    hashes: list[str]
+    size_limit: int
+    workers: int
+    masks: Masks | None = None  # of a described data set, whose labels are merged in the shards
+
+    @property
+    def done(self) -> Path:
+        """The notes on shards that are finished."""
+        return Path(self.folder, ".finished")
+
+
+def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
+    """Which samples share a shard, in order: as many as stay under `size_limit` bytes."""
+    shards: list[list[Sample]] = []
+    used = size_limit
+    for sample in samples:
+        size = os.stat(sample.image_path).st_size + os.stat(sample.mask_path).st_size + 64
+        if used + size > size_limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(sample)
+        used += size
+    return shards
+
+
+def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str, Any]:
+    """Write (and uploads) a shard, unless a run before this one did.
+
+    Returns:
+        Its entry in `index.json`.
+
+    Raises:
+        DataError: A file cannot be read or decoded, or a photo and its mask differ in size.
+    """
+    note, inputs = target.done / f"{number:05}.json", _inputs(samples, target)
+    if note.exists():
+        finished = json.loads(note.read_text())
+        if finished["inputs"] == inputs:
+            return finished["entry"]
+        # A run with other options wrote it; its name may differ.
+        _remove_shard(target, finished["entry"])
+    final = Path(target.folder, f"shard.{number:05}.mds")
+    with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
+        writer = MDSWriter(
+            columns=COLUMNS,
+            out=temporary,
+            compression=target.compression,
+            hashes=target.hashes,
+            size_limit=None,
+        )
+        for sample in samples:
+            photo, mask = _read(sample, target.masks)
+            uid = sample.uid.encode(errors="surrogateescape")
+            writer.write({"uid": uid, "x": photo, "y": mask})
+        writer.flush_shard()
+        writer.executor.shutdown()
+        (entry,) = writer.shards
+        for info in filter(None, (entry["raw_data"], entry["zip_data"])):
+            written, info["basename"] = info["basename"], _name(number, info["basename"])
+        # This note says that the shard is ours, should the run end before it is finished.
+        _write(note, {"inputs": None, "entry": entry})
+        os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
+    if target.remote:
+        upload(target, info["basename"])
+    _write(note, {"inputs": inputs, "entry": entry})
+    return entry
+
+
+def _remove_shard(target: Target, entry: dict[str, Any]) -> None:
+    name = (entry["zip_data"] or entry["raw_data"])["basename"]
+    Path(target.folder, name).unlink(missing_ok=True)
+
+
+def _name(number: int, written: str) -> str:
+    return re.sub(r"\d+", f"{number:05}", written, count=1)
+
+
+def _inputs(samples: list[Sample], target: Target) -> str:
+    """Return what changes when a file or an option does that the shard depends on."""
+    files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    rule = [] if target.masks is None else sorted(target.masks.values.items())
+    text = json.dumps([stats, target.compression, target.hashes, *([rule] if rule else [])])
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
+    """Return a sample's two files, which must be what training can use.
+
+    A mask of a described data set becomes one of labels: 0 is ignored, k is class k - 1.
+    """
+    try:
+        photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
+        if masks is None:
+            labels = decode_mask(mask)
+        else:
+            labels = masks.decode(mask, sample.mask_path)
+            mask = cv2.imencode(".png", labels)[1].tobytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{sample.mask_path}: {error}") from error
+    try:
+        decode_photo(photo, labels.shape)
+    except ValueError as error:
+        raise DataError(f"{sample.image_path}: {error}") from error
+    return photo, mask
+
+
+def upload(target: Target, name: str) -> None:
+    """Upload a file of the folder, and removes it there; DataError where the store refuses."""
+    try:
+        _uploader(os.getpid(), target.folder, target.remote).upload_file(name)
+    except Exception as error:
+        raise DataError(f"{target.remote}/{name}: {one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
+    """One for each process: forked ones must not share a connection."""
+    return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
+
+
+def verify_shard(
+    samples: list[Sample], number: int, out: str, cache: str, split: str, target: Target
+) -> str | None:
+    """Read a shard back through Streaming and compares it with the files of its samples.
+
+    Returns:
+        What is wrong with it, None if nothing is. The note on a shard that is wrong is removed, so
+        that the next run writes it again.
+
+    Raises:
+        Mismatch: It is whole, but holds something else.
+    """
+    shards = cached_shards(out, cache, split)
+    name = shards.shards[number].raw_data.basename
+    note = target.done / f"{number:05}.json"
+    try:
+        for sample, found in zip(samples, read_shard(shards, number), strict=True):
+            expected = (sample.uid, *_read(sample, target.masks))
+            if found != expected:
+                note.unlink(missing_ok=True)
+                raise Mismatch(f"sample {found[0]} of {name} is not {sample.image_path}")
+    except Mismatch:
+        raise
+    except DataError as error:
+        note.unlink(missing_ok=True)
+        return str(error)
+    finally:
+        shards.shards[number].evict()
+    return None
+
+
+def convert_split(samples: list[Sample], out: str, split: str, target: Target) -> None:
+    """Write a split's shards, verifies them, and then writes their index."""
+    with tempfile.TemporaryDirectory() as cache:
+        index = Path(cache, split, "index.json")
+        index.parent.mkdir()
+        if _fetch_index(f"{out}/{split}/index.json", index):
+            try:
+                _verify(samples, out, cache, split, target)
+            except Mismatch as error:
+                raise DataError(
+                    f"{out}/{split} is a finished data set already, and another one ({error}): "
+                    "delete it, or use another --out"
+                ) from error
+            log.info("%s/%s is complete and verified, nothing to do", out, split)
+            return
+        entries = _write_shards(samples, split, target)
+        _write(index, {"version": 2, "shards": entries})
+        _verify(samples, out, cache, split, target)
+    # What makes the shards a data set comes last.
+    _write(Path(target.folder, "index.json"), {"version": 2, "shards": entries})
+    if target.remote:
+        upload(target, "index.json")
+    for note in target.done.glob("*.json"):
+        if int(note.stem) >= len(entries):  # an interrupted run with other options had more shards
+            _remove_shard(target, json.loads(note.read_text())["entry"])
+        note.unlink()
+    remove_empty(target.done)
+    log.info("%s/%s: %d samples in %d shards", out, split, len(samples), len(entries))
+
+
+def remove_empty(folder: str | Path) -> None:
+    """Remove a folder unless it holds something, which is not of this project then."""
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+def _fetch_index(remote: str, index: Path) -> bool:
+    """Copy a finished split's index to `index`; False if there is none."""
+    try:
+        CloudDownloader.direct_download(remote, str(index))
+    except Exception as error:
+        if is_missing(error):
+            return False
+        raise DataError(f"{remote}: {one_line(error)}") from error
+    return True
+
+
+def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dict[str, Any]]:
+    if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
+        raise DataError(
+            f"{shards[0]} is there already, and no interrupted conversion wrote it; "
+            "move it away, or use another --out"
+        )
+    target.done.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(samples, target.size_limit)
+    tasks = [(shard, number, _few(target, shard)) for number, shard in enumerate(shards)]
+    return map_chunks(write_shard, tasks, target.workers, f"write {split}")
+
+
+def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Target) -> None:
+    shards = open_shards(out, cache, split)
+    if len(shards) != len(samples):
+        raise Mismatch(f"it has {len(shards):,} samples, not {len(samples):,}")
+    tasks: list[tuple] = []
+    for number, (shard, end) in enumerate(zip(shards.shards, shards.ends)):
+        if (shard.compression, shard.hashes) != (target.compression, target.hashes):
+            raise Mismatch(f"it has compression {shard.compression} and hashes {shard.hashes}")
+        part = samples[end - len(shard) : end]
+        tasks.append((part, number, out, cache, split, _few(target, part)))
+    reasons = map_chunks(verify_shard, tasks, target.workers, f"verify {split}")
+    wrong = [reason for reason in reasons if reason]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0]}{more}; run again")
+
+
+def _few(target: Target, samples: list[Sample]) -> Target:
+    """Return the target with no more than these samples need."""
+    if target.masks is None:
+        return target
+    return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))
+
+
+def _write(file: Path, content: Any) -> None:
+    write_file(file, json.dumps(content, sort_keys=True))
