@@ -253,19 +253,10 @@ def build_ade20k_dataspec(
         description = description or ade20k(labels)
         source = DataSource(path, split, description, options if is_streaming else None)
     labels = source.labels
-    transforms = build_ade20k_transformations(
-        split,
-        base_size,
-        min_resize_scale,
-        max_resize_scale,
-        final_size,
-        max_class_share,
-        labels.classes(),
-    )
+    sizes = (base_size, min_resize_scale, max_resize_scale, final_size)
+    transforms = build_ade20k_transformations(split, *sizes, max_class_share, labels.classes())
     dataset = open_dataset(source, transforms, seed)
-    distance = 0
-    if is_streaming:
-        distance = 8 * batch_size if predownload is None else predownload
+    distance = (8 * batch_size if predownload is None else predownload) if is_streaming else 0
     sampler: EpochSampler | EvalSampler
     if is_train:
         factors = None

@@ -50,20 +50,9 @@ from torch import Tensor
 import evaluate
 from checkpointing.rebuild import build_network, complete
 from checkpointing.stores import checkpoint_in
-from checkpointing.weights import (
-    Weights,
-    load_weights,
-    save_weights,
-    to_metadata,
-)
+from checkpointing.weights import Weights, load_weights, save_weights, to_metadata
 from dataset.decoding import read_photo
-from errors import (
-    OutputError,
-    RunError,
-    UserError,
-    exit_status,
-    one_line,
-)
+from errors import OutputError, RunError, UserError, exit_status, one_line
 from extras.sharing.card import (
     CARD,
     PICTURE,

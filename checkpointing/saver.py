@@ -286,7 +286,7 @@ class Checkpoints(CheckpointSaver):
                 file.flush()
                 os.fsync(file.fileno())
             self.target.publish(unfinished, name, self.keep, self.best_name, tuple(self.own))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UserError) as error:
             with suppress(OSError):
                 os.remove(unfinished)
             if isinstance(error, RunError):

@@ -22,7 +22,7 @@ from pathlib import Path
 from checkpointing.lock import NAME as LOCK
 from checkpointing.lock import FileLock, RecordLock, describe_self
 from errors import WeightsError
-from files import is_remote
+from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
@@ -103,9 +103,7 @@ class LocalFolder:
                     return Path(path).read_bytes() or None
                 return None
 
-            self._run_lock = RecordLock(
-                self.path, owner, read, lambda text: _write_over(path, text)
-            )
+            self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
         """Do on small files what a save does; raise an OSError if something of it fails."""
@@ -194,7 +192,7 @@ class LocalFolder:
         except OSError as error:
             if error.errno not in NO_SYMLINKS:
                 raise
-            _write_over(f"{path}.symlink", name.encode())
+            write_file(f"{path}.symlink", name)
         else:
             os.replace(link, path)
 
@@ -234,13 +232,6 @@ def outdated(
         return []
     older = [name for name in names if name in own and time_of(name) <= time_of(newest)]
     return [name for name in older[keep:] if name != best]
-
-
-def _write_over(path: str, content: bytes) -> None:
-    """Replace a small file in one rename."""
-    unfinished = f"{path}.unfinished"
-    Path(unfinished).write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def is_in_folder(path: str, folder: str) -> bool:

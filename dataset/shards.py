@@ -103,7 +103,6 @@ class Shards:
         for shard in self.shards:
             if wrong := _implausible(shard):
                 raise DataError(f"{self.location}/index.json: {wrong}")
-        for shard in self.shards:
             if not set(COLUMNS) <= set(shard.column_names):
                 raise DataError(f"{self.location}: columns {shard.column_names}, not {COLUMNS}")
             shard.column_encodings = [  # Not Pillow images
@@ -398,5 +397,4 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]
         if get_hash(algorithm, content) != expected:
             raise DataError(f"{path} is damaged: its {algorithm} is not the index's{again}")
     end = int(shards.ends[number])
-    for index in range(end - len(shard), end):
-        yield shards.read(index)[:3]
+    yield from (shards.read(index)[:3] for index in range(end - len(shard), end))

@@ -29,6 +29,21 @@ SHARED = {"command_lines", "files", "errors"}
 # The functions of the training path that hand over to extras: for `--plan`, and for `data.py PATH`.
 HANDING_OVER = {"main.run_plan", "data.check_dataloader"}
 
+MAX_LINES = 400  # of a module
+MAX_BODY = 60  # lines of a function, without its signature and docstring
+# Over a limit, each for a reason of its own.
+LARGE_MODULES = {
+    "main",  # build_trainer
+    "training.schema",  # a key a line
+    "segmentation.losses_triton",  # two kernels, each with a pass of its own
+}
+LONG_FUNCTIONS = {
+    "main.build_trainer",
+    # Triton compiles a kernel from one function. Its values live in registers.
+    "segmentation.losses_triton._forward_kernel",
+    "segmentation.losses_triton._backward_kernel",
+}
+
 
 class Import(NamedTuple):
     """One import in the source of a module."""
@@ -107,6 +122,26 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines from a function's first statement to its last, without the docstring."""
+    statements = function.body[1:] if ast.get_docstring(function, False) else function.body
+    return (statements[-1].end_lineno or 0) - statements[0].lineno + 1 if statements else 0
+
+
+def find_long_ones(root: Path) -> set[str]:
+    """Return the modules and functions that are longer than the limits."""
+    long = set()
+    for name, tree in parse_modules(root).items():
+        source = (root / f"{name.replace('.', '/')}.py").read_text()
+        if len(source.splitlines()) > MAX_LINES:
+            long.add(name)
+        for node in ast.walk(tree):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_function and body_lines(node) > MAX_BODY:
+                long.add(f"{name}.{node.name}")
+    return long
+
+
 def find_faults(root: Path) -> list[str]:
     """Return a line for each module that breaks a rule of the house."""
     trees = parse_modules(root)
@@ -134,6 +169,10 @@ def find_faults(root: Path) -> list[str]:
 
 def test_the_project_keeps_the_rules() -> None:
     assert not find_faults(ROOT)
+
+
+def test_modules_and_functions_are_short() -> None:
+    assert find_long_ones(ROOT) == LARGE_MODULES | LONG_FUNCTIONS
 
 
 @pytest.fixture
@@ -195,3 +234,26 @@ def test_a_circle_is_found(house: Path) -> None:
     (house / "dataset" / "room.py").write_text("def f():\n    import dataset.other\n")
     (house / "dataset" / "other.py").write_text("from dataset import room\n")
     assert find_faults(house) == ["dataset.other and dataset.room: import each other"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        pytest.param("x = 1\n" * 400, set(), id="400 lines"),
+        pytest.param("x = 1\n" * 401, {"dataset.room"}, id="401 lines"),
+        pytest.param("def f():\n" + "    x = 1\n" * 60, set(), id="a body of 60 lines"),
+        pytest.param(
+            "class A:\n    async def f():\n" + "        x = 1\n" * 61,
+            {"dataset.room.f"},
+            id="a method of 61 lines",
+        ),
+        pytest.param(
+            "def f():\n    '''" + "line\n" * 80 + "'''\n" + "    x = 1\n" * 60,
+            set(),
+            id="a long docstring",
+        ),
+    ],
+)
+def test_what_is_too_long_is_found(house: Path, source: str, expected: set[str]) -> None:
+    (house / "dataset" / "room.py").write_text(source)
+    assert find_long_ones(house) == expected
