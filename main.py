@@ -24,10 +24,10 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -55,16 +55,17 @@ from training.config import resolve
 from training.config_checks import check_evaluates, per_process
 from training.distributed import explain, join_processes
 from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
-from training.loggers import build_loggers, console_options, log_config
-from training.microbatch import check_single_images, choose_microbatch, last_batch_of
+from training.loggers import build_loggers, log_config, trainer_options
+from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
 from training.precision import (
     Precision,
     check_build_tools,
     check_kernels,
     choose_precision,
-    compile_network,
+    compile_if_wanted,
     compiles,
+    stop_broadcasts,
 )
 from training.schema import Config
 from training.start import (
@@ -150,28 +151,21 @@ def build_trainer(
 
     # Open the data before the network: a missing file is found within seconds.
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
-    if train_data is not None:
-        check_lengths(config, len(cast(Sized, train_data.dataloader)))
+    check_lengths(config, train_data)
 
     # Build the network, with the weights that the run begins from.
     weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
-    if train_data is not None:
-        check_single_images(config, model.module, last_batch_of(train_data, config))
+    check_single_images(config, model.module, train_data)
 
     # Build the optimizer and the recipe.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
 
-    # Choose the micro-batch from the plain network; compiling hides its layers.
-    microbatch, first_microbatch = choose_microbatch(
-        config, model.module, precision.composer, device
-    )
-    if compiles(config):
-        compile_network(config, model.module)
-        for transform in device_transforms((train_data, eval_data)):
-            transform.compile()
+    # Choose the micro-batch, then compile. The estimate needs the plain network.
+    microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
+    compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
     # Composer brings the parts together, and loads the state of a run that resumes.
     with guarded_loading(start):
@@ -187,31 +181,24 @@ def build_trainer(
             schedulers=schedule if config.is_train else None,
             algorithms=algorithms,
             # The saver comes last, so that a checkpoint holds what the others did after its step.
-            callbacks=[*callbacks, *build_callbacks(config, saver, destinations)],
+            callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
             load_path=start.state_path,
             spin_dataloaders=False,  # our sampler computes the order of samples from the epoch
             device=device,
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
-            deterministic_mode=config.deterministic,
-            seed=config.seed,
-            python_log_level=config.python_log_level,
-            **console_options(config),
+            **trainer_options(config),
         )
     scratch.cleanup()
 
     # Apply what Composer does not: changed keys of a resumed run, the first micro-batch to try.
     if start.state_path:
-        record = start.checkpoint and start.checkpoint.weights.config
-        factor = resumed_factor(schedule, trainer.state, config, record)
+        factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    is_one_node = dist.get_world_size() == dist.get_local_world_size() > 1
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
-    if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
-        # Within a node, SyncBatchNorm keeps the statistics equal, so DDP need not broadcast them.
-        cast(Any, trainer.state.model).broadcast_buffers = False
+    stop_broadcasts(config, trainer.state)
     log_config(trainer, config, weights)
     return trainer
 

@@ -19,7 +19,7 @@ import data
 import main as program
 from convert_ade20k import convert
 from data import build_ade20k_dataspec
-from dataset.counts import count_classes
+from dataset.counts import Counts, count_classes
 from dataset.description import ade20k, open_description
 from dataset.labels import Labels
 from dataset.matching import list_samples
@@ -179,7 +179,7 @@ def test_any_number_of_workers_and_ranks_and_a_resume(
 
 
 def test_rare_photos_come_up_more_often(synthetic: str, present: np.ndarray) -> None:
-    counts = data.Counts(np.zeros(12), present)
+    counts = Counts(np.zeros(12), present)
     spec = build(synthetic, counts=counts)
     taken = np.zeros(16)
     for epoch in range(40):

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,8 +50,9 @@ from extras.preparation.synthetic import make
 from model import deeplabv3
 from predict import Segmenter
 from segmentation.classes import load_classes
-from training.build_recipe import build_algorithms, build_schedule, check_lengths
+from training.build_recipe import build_algorithms, build_schedule, check_times
 from training.config import help_text, load, resolve
+from training.keys import fields_of, is_section
 from training.schema import Config
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -67,17 +68,17 @@ def one_line(error: BaseException) -> None:
 # ---------------------------------------------------------------------------------- configs
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from keys(hints[field.name], f"{prefix}{field.name}.")
+def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
+    """Yield each key with the ends of its bounds, but not the paths of data."""
+    for field, value in fields_of(section):
+        if is_section(value):
+            yield from keys(value, f"{prefix}{field.name}.")
         elif f"{prefix}{field.name}" not in ("data", "train_dataset.path", "eval_dataset.path"):
             bounds = field.metadata["bounds"][1:-1].split(", ")
             yield prefix + field.name, [float(bound) for bound in bounds]
 
 
-KEYS = dict(keys(Config))
+KEYS = dict(keys(Config()))
 
 
 def near(bounds: list[float]) -> SearchStrategy[Any]:
@@ -116,7 +117,7 @@ def test_any_value_of_any_key_is_taken_or_refused(tiny: dict[str, Any], data: An
         typed = resolve(config)
         build_algorithms(typed)
         build_schedule(typed)
-        check_lengths(typed, batches_per_epoch=4)
+        check_times(typed, batches_per_epoch=4)
     except UserError as error:
         one_line(error)
         return

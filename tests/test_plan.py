@@ -23,9 +23,10 @@ from extras.planning.estimate import GPUS, estimate
 from extras.planning.length import lengths, passes
 from extras.planning.measure import _store
 from model import build_composer_deeplabv3, deeplabv3
-from networks.registry import create_meta_network
+from networks.deeplab import create_meta_network
 from training.config import resolve
 from training.microbatch import GIB, Footprint, choose_microbatch, count, fitting
+from training.precision import Precision
 from training.schema import Config, TrainDatasetConfig
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -104,7 +105,7 @@ def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     device: Any = None
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     config = Config(train_dataset=TrainDatasetConfig(batch_size=24), compile=False)
-    assert choose_microbatch(config, Thresholds(3, 5, 1), "fp32", device) == ("auto", 24)
+    assert choose_microbatch(config, Thresholds(3, 5, 1), Precision("fp32"), device) == ("auto", 24)
     monkeypatch.undo()
     frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
     whole = count(frozen, SIZE, None)

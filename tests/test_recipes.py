@@ -15,7 +15,7 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import ConstantScheduler, CosineAnnealingScheduler
 
 from errors import ConfigError
-from training.build_recipe import build_algorithms, build_schedule, check_lengths
+from training.build_recipe import build_algorithms, build_schedule, check_times
 from training.config import help_text, resolve
 from training.ema import EMA
 from training.mixup import MixUp
@@ -101,7 +101,7 @@ def test_clipping_is_part_of_any_recipe(tiny: dict[str, Any]) -> None:
 def test_a_warm_up_ends_before_the_run(tiny: dict[str, Any], warmup: str) -> None:
     tiny |= {"max_duration": "30ba", "schedule": {"warmup": warmup}}
     with pytest.raises(ConfigError, match=f"schedule.warmup: {warmup} is not less than .* 30ba"):
-        check_lengths(resolve(tiny), batches_per_epoch=10)
+        check_times(resolve(tiny), batches_per_epoch=10)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_average_that_outlasts_the_run_is_warned_about(
     ema = {"half_life": half_life, "update_interval": f"1{unit}"}
     tiny |= {"recipe_name": "mild", "mild": {"max_duration": duration, "ema": ema}}
     with caplog.at_level(logging.WARNING):
-        check_lengths(resolve(tiny), batches_per_epoch=10)
+        check_times(resolve(tiny), batches_per_epoch=10)
     assert ("mild.ema.half_life" in caplog.text) == warned
 
 

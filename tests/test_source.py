@@ -11,7 +11,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from data import build_data
-from dataset import shards, templates, workers
+from dataset import paths, shards, workers
 from dataset.description import Description, ade20k, parse_description
 from dataset.matching import Samples, find_samples, list_samples
 from dataset.shard_classes import shard_classes
@@ -217,13 +217,13 @@ def test_a_process_reads_each_folder_once(
         train = {"images": "images/training", "masks": "annotations/training"}
         tiny["data"] = {"train": train, "val": {"fraction": 0.4}, "classes": names, "ignore": [0]}
     read: list[str] = []
-    list_files = templates.list_files
+    list_files = paths.list_files
 
     def note(folder: str) -> list[str]:
         read.append(os.path.relpath(folder, root))
         return list_files(folder)
 
-    monkeypatch.setattr(templates, "list_files", note)
+    monkeypatch.setattr(paths, "list_files", note)
     config = resolve(tiny)
     sources = data_sources(config)
     for split, source in sources.items():

@@ -20,12 +20,7 @@ from torch._inductor import metrics
 from torchvision.transforms import ColorJitter
 
 from dataset import color_jitter
-from dataset.color_jitter import (
-    IMAGENET_CHANNEL_MEAN,
-    IMAGENET_CHANNEL_STD,
-    distort_colors,
-    uniform_per_sample,
-)
+from dataset.color_jitter import distort_colors, uniform_per_sample
 from dataset.decoding import (
     REDUCTIONS,
     decode_colors,
@@ -35,6 +30,7 @@ from dataset.decoding import (
     read_photo,
 )
 from dataset.labels import IGNORED, PADDING, Labels
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from transforms import (
     PADDING_COLOR,
     DeviceTransform,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from composer import optim
-from composer.core import Algorithm, State, Time, TimeUnit
+from composer.core import Algorithm, DataSpec, State, Time, TimeUnit
 
 from errors import ConfigError
 from training.recipes import BASELINE, RECIPES
@@ -189,7 +189,13 @@ def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
     return time.value * per_unit[time.unit]
 
 
-def check_lengths(config: Config, batches_per_epoch: int) -> None:
+def check_lengths(config: Config, train_data: DataSpec | None) -> None:
+    """Compare the times of a run by the length of an epoch; see `check_times`."""
+    if train_data is not None:
+        check_times(config, len(cast(Sized, train_data.dataloader)))
+
+
+def check_times(config: Config, batches_per_epoch: int) -> None:
     """Compare times that only the length of an epoch makes comparable.
 
     An average that is evaluated although it will hardly have moved is warned about.

@@ -196,7 +196,9 @@ def build_callbacks(
     ]
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
-    pictures = Pictures(classes, config.pictures, folder) if config.pictures else None
+    # Nobody would see the pictures of a run without a folder and without loggers.
+    drawn = config.pictures > 0 and (folder or loggers)
+    pictures = Pictures(classes, config.pictures, folder) if drawn else None
     curves = Curves(folder)
     callbacks += [pictures, curves] if pictures else [curves]
     if config.train_metrics_interval:

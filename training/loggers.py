@@ -164,10 +164,13 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
 }
 
 
-def console_options(config: Config) -> dict[str, Any]:
-    """Return the Trainer's arguments for the progress bar and the console."""
+def trainer_options(config: Config) -> dict[str, Any]:
+    """Return the Trainer's arguments that are keys of the config, and those of the console."""
     options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
     return {
+        "seed": config.seed,
+        "deterministic_mode": config.deterministic,
+        "python_log_level": config.python_log_level,
         "progress_bar": "progress_bar" in config.loggers,
         "log_to_console": "console" in config.loggers,
         "console_stream": options.get("stream", "stderr"),

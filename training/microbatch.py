@@ -29,7 +29,7 @@ from dataset.sampler import EpochSampler
 from errors import ConfigError, ModelError, one_line
 from networks.batch_norm import SyncBatchNorm2d
 from training.config_checks import per_process
-from training.precision import compiles
+from training.precision import Precision, compiles
 from training.schema import Config
 
 log = logging.getLogger(__name__)
@@ -197,17 +197,20 @@ def last_batch_of(spec: DataSpec, config: Config) -> int:
     return len(sampler) % (config.train_dataset.batch_size // dist.get_world_size())
 
 
-def check_single_images(config: Config, network: nn.Module, last_batch: int) -> None:
+def check_single_images(config: Config, network: nn.Module, data: DataSpec | None) -> None:
     """Refuse micro-batches of one image, if the network cannot train on them.
 
     Args:
         config: The run's.
         network: The run's, not compiled yet.
-        last_batch: Images of a process in an epoch's last batch; 0 if that is as large as others.
+        data: The run's training data, or None.
 
     Raises:
         ConfigError: Names the key, and a value that works.
     """
+    if data is None:
+        return
+    last_batch = last_batch_of(data, config)
     chosen, size = config.device_train_microbatch_size, config.train_dataset.final_size
     processes = dist.get_world_size()
     batch = config.train_dataset.batch_size // processes
@@ -324,14 +327,14 @@ def free_memory(device: Device) -> float:
 
 
 def choose_microbatch(
-    config: Config, network: nn.Module, precision: str, device: Device
+    config: Config, network: nn.Module, precision: Precision, device: Device
 ) -> tuple[int | str, int | None]:
     """Choose how many images a process takes at once, of its share of a batch.
 
     Args:
         config: The run's.
         network: The run's, not compiled yet.
-        precision: Composer's name of it.
+        precision: The run's.
         device: What the process computes on.
 
     Returns:
@@ -343,7 +346,7 @@ def choose_microbatch(
         return share, None
     if chosen != "auto" or not config.is_train:
         return chosen, None
-    return chosen, _first_microbatch(network, config, precision, share, device)
+    return chosen, _first_microbatch(network, config, precision.composer, share, device)
 
 
 def _first_microbatch(

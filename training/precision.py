@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.version
+from composer.core import State
+from composer.utils import dist
 from torch import nn
 from torch._functorch import config as functorch
 
@@ -65,6 +68,13 @@ def _capability(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
+class CompiledTransform(Protocol):
+    """A transform on the device that can be compiled."""
+
+    def compile(self) -> None:
+        """Compile it when it is first used."""
+
+
 class Precision(NamedTuple):
     """The arithmetic of a run.
 
@@ -112,11 +122,27 @@ def compiles(config: Config) -> bool:
     return missing_build_tools(gpu=True) is None
 
 
-def compile_network(config: Config, network: nn.Module) -> None:
-    """Have a run's network compiled when it is first called."""
+def compile_if_wanted(
+    config: Config, network: nn.Module, transforms: Iterable[CompiledTransform]
+) -> None:
+    """Have a run's network and its transforms compiled when they are first called."""
+    if not compiles(config):
+        return
     functorch.activation_memory_budget = config.activation_memory_budget
     # Composer would compile DDP's forward pass instead, and leave evaluation out.
     network.compile(dynamic=False)
+    for transform in transforms:
+        transform.compile()
+
+
+def stop_broadcasts(config: Config, state: State) -> None:
+    """Within a node, spare DDP the broadcast of BatchNorm's statistics before each forward pass.
+
+    SyncBatchNorm keeps them equal there.
+    """
+    is_one_node = dist.get_world_size() == dist.get_local_world_size() > 1
+    if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
+        cast(Any, state.model).broadcast_buffers = False
 
 
 def check_build_tools(config: Config) -> str | None:

@@ -37,6 +37,11 @@ class RunStart:
     state_path: str | None = None
     server_runs: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def record(self) -> Mapping[str, Any] | None:
+        """The config that the checkpoint records, if there is one."""
+        return self.checkpoint and self.checkpoint.weights.config
+
 
 def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
     """Build what saves a run's checkpoints, and lock its folder; None without `save_folder`.
