@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import kill_resume
-from benchmarks.commits import unpack
 from benchmarks.kill_resume import RECIPES, tensors
 from extras.preparation.synthetic import make
 
@@ -37,6 +36,16 @@ class Numbers(NamedTuple):
     losses: list[float]  # fp32, of each step
     state: str  # a digest of all tensors of the checkpoint
     scores: list[float]  # mIoU in percent, by each protocol
+
+
+def unpack(commit: str, folder: str | Path) -> None:
+    """Write the files of a commit, as git names it, into a folder; SystemExit if there is none."""
+    command = ["git", "archive", f"{commit}^{{tree}}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SystemExit(f"error: {commit}: no commit of {ROOT}: {''.join(reason)}")
+    subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
 
 
 def make_config(

@@ -24,7 +24,7 @@ from extras.planning.length import lengths, passes
 from extras.planning.measure import _store
 from model import build_composer_deeplabv3, deeplabv3
 from networks.deeplab import create_meta_network
-from training.config import resolve
+from training.config import load, resolve
 from training.microbatch import GIB, Footprint, choose_microbatch, count, fitting
 from training.precision import Precision
 from training.schema import Config, TrainDatasetConfig
@@ -211,7 +211,7 @@ def test_a_run_is_planned_here_and_nothing_is_left(
         assert 4 / speed["step"] == speed["images_per_second"] < speed["loader"]
         assert speed["limit"] in ("network", "loader")
         # A checkpoint is what a run of this recipe holds, but for its gradients.
-        run = resolve(program.load(str(config), override))
+        run = resolve(load(str(config), override))
         run.save_folder, run.loggers = None, {}  # the bar wants a real standard output
         trainer = program.build_trainer(run)
         trainer.fit(duration="1ba")

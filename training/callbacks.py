@@ -18,9 +18,7 @@ import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Callback, State
 from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestination
-from composer.utils import (
-    dist,
-)
+from composer.utils import dist
 from torch import Tensor
 
 from errors import RunError
