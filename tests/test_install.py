@@ -357,6 +357,15 @@ def test_pythons(machine: Machine) -> None:
     machine.install()
     assert machine.calls()[-1].endswith("--python /pyenv/3.12")
 
+    machine.program("python3.13", FITS)
+    shutil.rmtree(machine.folder / ".venv")
+    machine.install()
+    assert machine.calls()[-1].endswith("--python /real/python3.13")
+    machine.program("python3", FITS)  # what the user calls Python, though it may be older
+    shutil.rmtree(machine.folder / ".venv")
+    machine.install()
+    assert machine.calls()[-1].endswith("--python /real/python3")
+
     _, error, status = machine.install(PYTHON="python3.11")
     assert (error, status) == ("error: PYTHON=python3.11 is not a Python 3.11, 3.12 or 3.13", 1)
 
