@@ -114,6 +114,11 @@ def test_the_wheel_of_mmcv_is_whole() -> None:
     assert "--find-links wheels" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
+def test_the_lock_is_the_same_wherever_it_is_written() -> None:
+    """uv writes the absolute path of wheels/, which make lock replaces."""
+    assert re.findall(r"file://[^\"]*", (ROOT / "uv.lock").read_text()) == ["file:///wheels"]
+
+
 def test_the_lock_is_of_this_pyproject() -> None:
     (own,) = [
         package for package in LOCK["package"] if package["name"] == PROJECT["project"]["name"]
