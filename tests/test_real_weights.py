@@ -332,6 +332,6 @@ def test_the_page_gives_the_same_classes(
             assert found.shape == expected.shape
             equal.append((found == expected).ravel())
         assert not page.messages
-    # Where the network is unsure, rounding decides: for up to 0.15% of an image when this was written.
+    # Where the network is unsure, rounding decides: up to 0.15% of an image when first measured.
     shares = {path.name: float(part.mean()) for path, part in zip(images, equal, strict=True)}
     assert min(shares.values()) >= 0.995 and np.concatenate(equal).mean() >= 0.999, shares
