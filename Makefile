@@ -39,10 +39,12 @@ quick: $(VENV)/.test
 install: $(LOCK)
 	@./install.sh $(WITH)
 
+# uv writes the absolute path of wheels/ into its lock, which `uv sync --frozen` does not read. A fixed one keeps the lock the same.
 # requirements.txt leaves torch to the image, and its lines need no markers of the platforms that we support anyway.
 PLATFORMS := sys_platform == 'darwin' or sys_platform == 'linux'
 lock: $(VENV)/.test
 	$(VENV)/bin/uv lock
+	sed -i.bak 's|index = "file://[^"]*/wheels"|index = "file:///wheels"|' uv.lock && rm uv.lock.bak
 	{ echo "# Written by make lock: what uv.lock pins beside torch and torchvision, for pip install --no-deps."; \
 	    echo "--find-links wheels"; \
 	    $(VENV)/bin/uv export -q --frozen --no-hashes --no-annotate --no-header --prune torch --prune torchvision \

@@ -93,7 +93,7 @@ print(sys.executable)' 2>/dev/null
 }
 find_python() {
   local candidate
-  for candidate in python3.13 python3.12 python3.11 python3 python \
+  for candidate in python3 python python3.13 python3.12 python3.11 \
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[1-3].*/bin/python; do
     if python=$(fitting "$candidate"); then return; fi
   done

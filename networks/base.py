@@ -47,6 +47,8 @@ class Network(nn.Module):
     """
 
     auxiliary_weight = 0.5  # torchvision's references'
+    # Pad, and resize the logits, at every size. An exported graph has no branch for sizes that fit.
+    always_pads = False
     # Translates a tensor's name in files of the library's older versions.
     rename: Callable[[str], str] | None = None
 
@@ -86,7 +88,8 @@ class Network(nn.Module):
         height, width = image.shape[2:]
         bottom, right = -height % self.size_divisor, -width % self.size_divisor
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        pads = self.size_divisor > 1 and (exported or bottom > 0 or right > 0)
+        always = exported or self.always_pads
+        pads = self.size_divisor > 1 and (always or bottom > 0 or right > 0)
         if pads:
             image = F.pad(image, (0, right, 0, bottom))
         if not self.channels_last:

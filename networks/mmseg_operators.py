@@ -7,6 +7,7 @@ mmsegmentation imports mmcv.ops, although only PSANet and DCN layers call a comp
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import sys
@@ -20,14 +21,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import ModelError
+from errors import ModelError, one_line
+
+log = logging.getLogger(__name__)
 
 EXTENSION = "mmcv._ext"
+REMEDY = "build mmcv-full 1.7.2 from source against this torch"
 COLLECT, DISTRIBUTE = 0, 1  # mmcv's numbers for the two kinds of PSAMask
 
 
 class MissingOperators(types.ModuleType):
-    """A stand-in for mmcv's compiled extension; calling one of its operators raises ModelError."""
+    """A stand-in for mmcv's compiled extension; calling one of its operators raises ModelError.
+
+    Args:
+        reason: Why the operators are missing, for the error.
+    """
+
+    def __init__(
+        self, reason: str = "this mmcv-full was installed without compiled operators"
+    ) -> None:
+        super().__init__(EXTENSION)
+        self._reason = reason
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -35,9 +49,8 @@ class MissingOperators(types.ModuleType):
 
         def operator(*_: Any, **__: Any) -> Any:
             raise ModelError(
-                f"mmcv's operator {name} is missing, because this mmcv-full was installed without "
-                "compiled operators; choose a network that does not need it, or build mmcv-full "
-                "1.7.2 from source against this torch"
+                f"mmcv's operator {name} is missing, because {self._reason}; choose a network "
+                f"that does not need it, or {REMEDY}"
             )
 
         return operator
@@ -79,9 +92,25 @@ def import_mmseg() -> Any:
 
 
 def provide_extension() -> None:
-    """Put the stand-in where mmcv.ops looks for its extension, unless a compiled one is there."""
-    if EXTENSION not in sys.modules and importlib.util.find_spec(EXTENSION) is None:
-        sys.modules[EXTENSION] = MissingOperators(EXTENSION)
+    """Put the stand-in where mmcv.ops looks for its extension, unless a compiled one loads.
+
+    An extension that was compiled against another torch does not load. Most networks need none of
+    its operators, so this only warns.
+    """
+    if EXTENSION in sys.modules:
+        return
+    if importlib.util.find_spec(EXTENSION) is None:
+        sys.modules[EXTENSION] = MissingOperators()
+        return
+    try:
+        importlib.import_module(EXTENSION)
+    except ImportError as error:
+        reason = (
+            f"the compiled operators of this mmcv-full do not load with torch {torch.__version__} "
+            f"({one_line(error)})"
+        )
+        log.warning("%s; networks that need one are refused; %s", reason, REMEDY)
+        sys.modules[EXTENSION] = MissingOperators(reason)
 
 
 def replace_psa_mask() -> None:

@@ -11,8 +11,9 @@ import torch
 from composer import Callback, Trainer
 from composer.core import State
 from composer.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional
 
 import main as program
 import model
@@ -64,7 +65,20 @@ def test_one_graph_for_training_and_one_for_evaluation(tiny: dict[str, Any]) -> 
         assert not counters["recompile_limit"]
 
 
-def test_trains_and_scores_as_without(tiny: dict[str, Any]) -> None:
+def test_trains_and_scores_as_without(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, but for bilinear interpolation, which is replaced here.
+
+    A graph computes it in other operations than PyTorch's kernel. The results differ by 2e-7 of
+    their size, and where that decides a ReLU, the third loss differs by up to 4e-4.
+    """
+
+    def nearest(input: Tensor, size: Any, **_: Any) -> Tensor:
+        return functional.interpolate(input, tuple(size), mode="nearest")
+
+    for module in ("aspp_head", "sep_aspp_head"):
+        monkeypatch.setattr(f"mmseg.models.decode_heads.{module}.resize", nearest)
     scores, losses = [], []
     for compile in (True, False):
         trainer, found = build(tiny, "hot", compile)
@@ -73,10 +87,8 @@ def test_trains_and_scores_as_without(tiny: dict[str, Any]) -> None:
         scores.append({k: float(v) for k, v in trainer.state.eval_metric_values.items()})
         losses.append(found.values)
         trainer.close()
-    # The first step differs by rounding alone, which SAM's two passes a step amplify.
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-    assert scores[0] == pytest.approx(scores[1], rel=2e-3)
+    assert losses[0] == losses[1]
+    assert scores[0] == scores[1]
 
 
 def test_inductor_makes_what_it_is_given() -> None:

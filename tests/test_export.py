@@ -26,6 +26,8 @@ from command_lines import EXPORT_SUFFIXES
 from export import Deployed, compare, main
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from predict import Segmenter
+from segmentation import deployed
+from segmentation.network import Network
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +184,20 @@ def test_a_file_that_differs_is_refused(
     assert main([random_weights(), *options]) == 1
     assert "NOT as in PyTorch" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("upsample", [True, False])
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
+def test_a_network_that_pads_is_exported_for_sizes_that_need_no_padding(
+    tmp_path: Path, kind: str, upsample: bool
+):
+    torch.manual_seed(0)
+    network = Network(torch.nn.Conv2d(3, 5, 4, stride=4), "own", {}, size_divisor=32)
+    model = Deployed(network, upsample).eval()
+    exported = deployed.export(model, kind, tmp_path / "file", {})
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    agreement, difference = compare(model, exported, image, 64)
+    assert agreement >= 0.999 and difference < 1e-3
 
 
 @pytest.mark.parametrize("kind", [["--to", "safetensors"], ["--weights-only"]])

@@ -114,6 +114,11 @@ def test_the_wheel_of_mmcv_is_whole() -> None:
     assert "--find-links wheels" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
+def test_the_lock_is_the_same_wherever_it_is_written() -> None:
+    """uv writes the absolute path of wheels/, which make lock replaces."""
+    assert re.findall(r"file://[^\"]*", (ROOT / "uv.lock").read_text()) == ["file:///wheels"]
+
+
 def test_the_lock_is_of_this_pyproject() -> None:
     (own,) = [
         package for package in LOCK["package"] if package["name"] == PROJECT["project"]["name"]
@@ -356,6 +361,15 @@ def test_pythons(machine: Machine) -> None:
     (versions / "python").chmod(0o755)
     machine.install()
     assert machine.calls()[-1].endswith("--python /pyenv/3.12")
+
+    machine.program("python3.13", FITS)
+    shutil.rmtree(machine.folder / ".venv")
+    machine.install()
+    assert machine.calls()[-1].endswith("--python /real/python3.13")
+    machine.program("python3", FITS)  # what the user calls Python, though it may be older
+    shutil.rmtree(machine.folder / ".venv")
+    machine.install()
+    assert machine.calls()[-1].endswith("--python /real/python3")
 
     _, error, status = machine.install(PYTHON="python3.11")
     assert (error, status) == ("error: PYTHON=python3.11 is not a Python 3.11, 3.12 or 3.13", 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +102,7 @@ def test_values_outside_of_the_map_have_no_part() -> None:
 
 @pytest.mark.parametrize("operator", ["deform_conv_forward", "sigmoid_focal_loss_forward", "nms"])
 def test_a_missing_operator_is_one_line(operator: str) -> None:
-    extension = MissingOperators(EXTENSION)
+    extension = MissingOperators()
     with pytest.raises(ModelError, match=f"operator {operator} is missing.*build mmcv-full") as e:
         getattr(extension, operator)(torch.zeros(1), scale=2)
     assert "\n" not in str(e.value)
@@ -112,15 +114,65 @@ def test_a_compiled_extension_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, EXTENSION, compiled)
     provide_extension()
     assert sys.modules[EXTENSION] is compiled
-    # Nor is one replaced that is installed, but not imported yet.
     monkeypatch.delitem(sys.modules, EXTENSION)
-    spec = importlib.machinery.ModuleSpec(EXTENSION, None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    provide_extension()
-    assert EXTENSION not in sys.modules
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     provide_extension()
     assert isinstance(sys.modules[EXTENSION], MissingOperators) and lacks_operators()
+
+
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+@pytest.fixture
+def mmcv_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which Python looks for mmcv's modules that are not imported yet."""
+    import mmcv
+
+    monkeypatch.setattr(mmcv, "__path__", [str(tmp_path)])
+    # The first line has the old entry, or its absence, restored after the test.
+    monkeypatch.setitem(sys.modules, EXTENSION, types.ModuleType(EXTENSION))
+    del sys.modules[EXTENSION]
+    return tmp_path
+
+
+def test_an_installed_extension_is_kept(mmcv_folder: Path) -> None:
+    (mmcv_folder / "_ext.py").write_text("def nms():\n    return 'compiled'\n")
+    provide_extension()
+    assert sys.modules[EXTENSION].nms() == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        pytest.param(
+            "_ext.py",
+            "raise ImportError('_ext.so: undefined symbol: _ZN3c106detail14torchCheckFail\\n')",
+            "_ext.so: undefined symbol: _ZN3c106detail14torchCheckFail",
+            id="built for another torch",
+        ),
+        pytest.param(
+            "_ext.py",
+            "raise ImportError('libcudart.so.11.0: cannot open shared object file')",
+            "libcudart.so.11.0: cannot open shared object file",
+            id="built for another CUDA",
+        ),
+        pytest.param(f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged"),
+    ],
+)
+def test_an_extension_that_does_not_load_is_one_line(
+    mmcv_folder: Path, caplog: pytest.LogCaptureFixture, file: str, content: str, cause: str
+) -> None:
+    (mmcv_folder / file).write_text(content)
+    provide_extension()
+    (line,) = caplog.messages
+    assert "\n" not in line and re.search(cause, line)
+    what = f"compiled operators of this mmcv-full do not load with torch {torch.__version__}"
+    assert what in line and "build mmcv-full 1.7.2 from source against this torch" in line
+    assert lacks_operators()
+    with pytest.raises(
+        ModelError, match=f"operator nms is missing, because .* do not load.*{cause}"
+    ):
+        sys.modules[EXTENSION].nms(torch.zeros(1))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -28,7 +28,7 @@ class Deployed(nn.Module):
 
     Shape:
         image (N, 3, H, W) uint8 RGB -> logits (N, C, H, W) float32, or the network's own (N, C, h,
-        w) without `upsample`
+        w) without `upsample`. A `Network` that pads gives (N, C, H, W) in any case.
     """
 
     mean: Tensor
@@ -36,6 +36,8 @@ class Deployed(nn.Module):
 
     def __init__(self, network: DeepLabV3 | Network, upsample: bool = True) -> None:
         super().__init__()
+        if isinstance(network, Network):
+            network.always_pads = True
         self.network = network
         self.upsample = upsample
         self.register_buffer("mean", torch.tensor(network.mean).view(1, 3, 1, 1))
