@@ -158,12 +158,10 @@ def build_trainer(
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe.
+    # Build the optimizer and the recipe. Choose the micro-batch before the network is compiled.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
-
-    # Choose the micro-batch, then compile. The estimate needs the plain network.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
