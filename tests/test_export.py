@@ -24,10 +24,9 @@ import export
 from checkpointing.weights import load_weights
 from command_lines import EXPORT_SUFFIXES
 from export import Deployed, compare, main
-from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from extras.sharing import exporters
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 from predict import Segmenter
-from segmentation import deployed
-from segmentation.network import Network
 
 pytestmark = pytest.mark.slow
 
@@ -194,7 +193,7 @@ def test_a_network_that_pads_is_exported_for_sizes_that_need_no_padding(
     torch.manual_seed(0)
     network = Network(torch.nn.Conv2d(3, 5, 4, stride=4), "own", {}, size_divisor=32)
     model = Deployed(network, upsample).eval()
-    exported = deployed.export(model, kind, tmp_path / "file", {})
+    exported = exporters.export(model, kind, tmp_path / "file", {})
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     agreement, difference = compare(model, exported, image, 64)
     assert agreement >= 0.999 and difference < 1e-3

@@ -27,9 +27,10 @@ from torch.nn import functional
 import export
 import main as program
 from errors import UserError, WeightsError
+from extras.sharing import web
+from networks import deeplab
+from networks.registry import named_network
 from predict import Segmenter
-from segmentation import deeplab, web
-from segmentation.networks import named_network
 from training.config import resolve
 
 pytestmark = [pytest.mark.weights, pytest.mark.trains]
