@@ -24,22 +24,12 @@ from checkpointing.weights import Weights
 from errors import ModelError, WeightsError
 from networks.base import Network, current_names, inner, main_logits
 from networks.batch_norm import count_batches, share_in_node, stop_counting
-from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture, weight_init
+from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
+from networks.deeplab import weight_init as weight_init  # part of the public interface
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 
 PROBED = 251  # a number of classes that no other layer has channels
-
-__all__ = [
-    "ComposerDeepLabV3",
-    "DeepLabV3",
-    "build_composer_deeplabv3",
-    "build_composer_model",
-    "build_network",
-    "complete",
-    "deeplabv3",
-    "weight_init",
-]
 
 
 class ComposerDeepLabV3(ComposerClassifier):

@@ -16,26 +16,10 @@ import torch
 from torch import Tensor
 
 from dataset.color_jitter import distort_colors, equal_steps, uniform_per_sample
-from dataset.decoding import REDUCTIONS, decode_image, decode_mask, decode_photo
+from dataset.decoding import REDUCTIONS
 from dataset.encoded import LoadImage, PairTransform
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-
-__all__ = [
-    "IMAGENET_CHANNEL_MEAN",
-    "IMAGENET_CHANNEL_STD",
-    "DeviceTransform",
-    "PairTransform",
-    "RandomCrop",
-    "Resize",
-    "build_ade20k_transformations",
-    "decode_image",
-    "decode_mask",
-    "decode_photo",
-    "resize_image",
-    "resize_mask",
-]
-
 
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 

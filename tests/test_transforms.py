@@ -21,8 +21,6 @@ from torchvision.transforms import ColorJitter
 
 from dataset import color_jitter
 from dataset.color_jitter import (
-    IMAGENET_CHANNEL_MEAN,
-    IMAGENET_CHANNEL_STD,
     distort_colors,
     uniform_per_sample,
 )
@@ -36,6 +34,8 @@ from dataset.decoding import (
 )
 from dataset.labels import IGNORED, PADDING, Labels
 from transforms import (
+    IMAGENET_CHANNEL_MEAN,
+    IMAGENET_CHANNEL_STD,
     PADDING_COLOR,
     DeviceTransform,
     RandomCrop,
