@@ -139,12 +139,7 @@ def build_trainer(
     from training.loggers import build_loggers
     from training.microbatch import check_single_images, first_microbatch, last_batch_of
     from training.optimizer import apply_settings, build_optimizer, settings_of
-    from training.precision import (
-        check_build_tools,
-        check_kernels,
-        choose_precision,
-        compiles,
-    )
+    from training.precision import check_build_tools, check_kernels, choose_precision, compiles
     from training.recipes import build_recipe, check_lengths, resumed_factor
     from transforms import DeviceTransform
 

@@ -42,21 +42,8 @@ from tqdm import tqdm
 
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
-from errors import (
-    ClassError,
-    ModelError,
-    UserError,
-    WeightsError,
-    exit_status,
-    one_line,
-)
-from extras.prediction_files import (
-    COMMENT,
-    check_predictions,
-    find_photos,
-    is_video,
-    save_index,
-)
+from errors import ClassError, ModelError, UserError, WeightsError, exit_status, one_line
+from extras.prediction_files import COMMENT, check_predictions, find_photos, is_video, save_index
 from extras.video import load_pyav
 from extras.video_prediction import segment_camera, segment_video
 from files import explain_output, write_image
@@ -270,9 +257,7 @@ def _torch_network(
     return run
 
 
-def _onnx_network(
-    path: str | os.PathLike[str],
-) -> tuple[Callable[[Tensor], Tensor], Weights]:
+def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tensor], Weights]:
     """Open an ONNX file of `export.py`: the same function, and what the file says of itself."""
     try:
         import onnxruntime

@@ -38,9 +38,7 @@ def measure(device: str, threads: int, batch: int, size: int) -> Iterator[dict]:
         epoch = iter(range(10**9))
         transform = DeviceTransform(distort=distort, epoch=lambda epoch=epoch: next(epoch))
         timer = Timer(
-            "transform(data)",
-            globals={"transform": transform, "data": data},
-            num_threads=threads,
+            "transform(data)", globals={"transform": transform, "data": data}, num_threads=threads
         )
         times = timer.blocked_autorange(min_run_time=5)
         row = {"device": device, "threads": threads, "transform": name}

@@ -63,10 +63,7 @@ class Start:
         return "set it back, or begin another run from its weights with load_weights_only=true"
 
     def check_config(
-        self,
-        values: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        classes: Sequence[ClassInfo],
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:
         """Compare what the checkpoint records with the config of the run that resumes it.
 

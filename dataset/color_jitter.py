@@ -124,11 +124,7 @@ def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
     hue = hue.sub_(6 * torch.floor(hue / 6))
     turned = torch.empty_like(image)
     for channel, lack in enumerate(
-        (
-            2 - (hue - 3).abs_(),
-            (hue - 2).abs_().sub_(1),
-            (hue - 4).abs_().sub_(1),
-        )
+        (2 - (hue - 3).abs_(), (hue - 2).abs_().sub_(1), (hue - 4).abs_().sub_(1))
     ):
         turned[:, channel : channel + 1] = value - lack.clamp_(0, 1).mul_(chroma)
     return turned

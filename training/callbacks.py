@@ -18,21 +18,13 @@ import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Callback, State
 from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestination
-from composer.utils import (
-    dist,
-)
+from composer.utils import dist
 from torch import Tensor
 
 from errors import RunError
 from networks.base import main_logits
 from segmentation.classes import ClassInfo, classes_to_json
-from segmentation.metrics import (
-    MIoU,
-    class_table,
-    confusion_matrix,
-    mean_iou,
-    table_as_csv,
-)
+from segmentation.metrics import MIoU, class_table, confusion_matrix, mean_iou, table_as_csv
 from training.config import class_infos
 from training.label_check import LabelCheck
 from training.loggers import server_runs_of

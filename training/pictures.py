@@ -21,11 +21,7 @@ import torch
 import torch.nn.functional as F
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
-from composer.utils import (
-    dist,
-    maybe_create_object_store_from_uri,
-    parse_uri,
-)
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
 from PIL import Image
 from torch import Tensor, nn

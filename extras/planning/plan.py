@@ -26,13 +26,7 @@ from torch import nn
 
 from errors import ConfigError, UserError, whole
 from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
-from extras.planning.length import (
-    count_samples,
-    evaluation_totals,
-    lengths,
-    passes,
-    run_totals,
-)
+from extras.planning.length import count_samples, evaluation_totals, lengths, passes, run_totals
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
 from training.config import load, resolve
 from training.microbatch import AUTOCAST, CONTEXT, GIB, Footprint, count, fitting, free_memory

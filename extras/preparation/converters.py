@@ -146,10 +146,7 @@ def read_names(path: str) -> list[str] | dict[int, str]:
 def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     """Convert a tool's files: of training, and of validation where there are any."""
     names = read_names(options.names) if options.names else None
-    folders = {
-        "train": Path(options.images),
-        "val": Path(options.val_images or options.images),
-    }
+    folders = {"train": Path(options.images), "val": Path(options.val_images or options.images)}
     found = {"train": read_annotations(options.source, names, folders["train"])}
     notes = []
     if options.val_source:
