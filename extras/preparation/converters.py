@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from dataset.decoding import decode_mask
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
 from dataset.panoptic import Segments
-from dataset.workers import CHUNK, map_chunks
+from dataset.workers import chunked, map_chunks
 from errors import DataError, one_line
 from extras.preparation.annotation_formats import by_number, read_annotations
 from extras.preparation.annotations import (
@@ -122,11 +122,6 @@ def check_distinct(jobs: Iterable[tuple]) -> None:
             raise DataError(f"{first} and {other} would have the same mask; rename one of them")
 
 
-def chunks(jobs: list[Any]) -> Iterator[list[Any]]:
-    """Cut a list into parts."""
-    return (jobs[first : first + CHUNK] for first in range(0, len(jobs), CHUNK))
-
-
 def read_names(path: str) -> list[str] | dict[int, str]:
     """Return the names in a file: a name on each line, or those of YOLO's data.yaml.
 
@@ -174,7 +169,7 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
             link(photo, out / "photos" / split / name)
             jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
         check_distinct(jobs)
-        tasks += [(part, drawn, options.overlap == "area") for part in chunks(jobs)]
+        tasks += [(part, drawn, options.overlap == "area") for part in chunked(jobs)]
     map_chunks(draw_masks, tasks, options.workers, "convert", " images")
     skipped = [line for read in found.values() for line in read.skipped]
     if skipped:
@@ -265,7 +260,7 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
         check_distinct(jobs)
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
-        tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunks(jobs)]
+        tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunked(jobs)]
     map_chunks(read_panoptic, tasks, options.workers, "convert", " images")
     return Converted(values, [], [])
 

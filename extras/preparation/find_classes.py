@@ -15,7 +15,7 @@ from PIL import Image
 from dataset.decoding import decode_colors, decode_mask
 from dataset.description import MAX_VALUE, pack
 from dataset.labels import IGNORED
-from dataset.workers import CHUNK, map_chunks
+from dataset.workers import chunked, map_chunks
 from errors import DataError
 
 MOST_CLASSES = IGNORED - 1
@@ -135,7 +135,7 @@ def count_values(paths: list[str], workers: int) -> Values:
     Raises:
         DataError: Masks cannot be read, differ in kind, or hold too many values or only one.
     """
-    chunks = [(paths[n : n + CHUNK],) for n in range(0, len(paths), CHUNK)]
+    chunks = [(part,) for part in chunked(paths)]
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
     files: list[FileValues] = [file for part in parts for file in part]
     if broken := [file for file in files if file.error]:
