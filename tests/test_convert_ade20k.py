@@ -18,7 +18,7 @@ from streaming.base.compression import decompress
 
 import convert_ade20k as converter
 from benchmarks.s3_server import BUCKET, s3_server
-from convert_ade20k import convert, main, plan_shards
+from convert_ade20k import convert, main
 from data import StreamingADE20k
 from dataset.description import ade20k
 from dataset.labels import Labels
@@ -26,6 +26,7 @@ from dataset.matching import list_samples
 from dataset.source import DataSource, ShardOptions
 from errors import DataError
 from extras.preparation import shard_writer
+from extras.preparation.shard_writer import plan_shards
 from extras.preparation.verify import check
 
 pytestmark = pytest.mark.processes

@@ -1,0 +1,146 @@
+"""What the loss's kernels are compiled to for GPUs that are not here: instructions and registers.
+
+    python -m benchmarks.kernels                  # the working tree
+    python -m benchmarks.kernels --commit HEAD~1  # a commit's files
+
+For 150 classes in bf16 at stride 4, of A100, H100, B200 and RTX 50. "loop" is the innermost loop
+that has an exponential: 4 pixels with all their classes. Work is its instructions times how often
+16 images of 512 pixels go through it, for a warp each; it leaves out what surrounds the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.commits import files_of, imported
+
+CAPABILITIES = (80, 90, 100, 120)
+CLASSES, LOW, SIZE, IMAGES = 150, 128, 512, 16
+SHOWN = ("SHFL", "FADD", "FFMA", "FMUL", "FMNMX", "MUFU", "LDG", "FSEL", "FSETP")
+
+
+class Found(NamedTuple):
+    """A kernel for a GPU; loop: how many of each instruction."""
+
+    registers: int
+    stack: int
+    shared: int
+    loop: collections.Counter[str]
+    rounds: int
+
+
+def loss_kernels() -> Any:
+    """Import the kernels from where they are, or were."""
+    return imported("segmentation.losses_triton", "losses_triton")
+
+
+def compile_for(capability: int, backward: bool, targets: int) -> bytes:
+    """Compile a kernel of the loss."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernels = loss_kernels()
+    kernel: Any = kernels._backward_kernel if backward else kernels._forward_kernel
+    logits = torch.empty(1, CLASSES, LOW, LOW, device="meta", dtype=torch.bfloat16)
+    pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
+    names = ("class_weights", "lse", "nll", "sums", "by_nll", "by_intersection", "by_predicted")
+    floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
+    known = {"logits": logits, "num_targets": targets, "class_weights": None, "width": SIZE}
+    parameters = inspect.signature(kernels._constants).parameters
+    constants = kernels._constants(**{name: known[name] for name in parameters})
+    constants |= dict(zip(("ROWS", "CELLS"), tile(backward)))
+    options = {"num_warps": constants.pop("num_warps")}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
+    types |= dict.fromkeys(names, "*fp32") | dict.fromkeys(constants, "constexpr")
+    types = {name: types[name] for name in kernel.arg_names}
+    # As a launch does: what is a multiple of 16 is known to be.
+    aligned = [n for n, kind in enumerate(types.values()) if kind.startswith("*")]
+    aligned += [list(types).index(name) for name in ("h", "w", "height", "width")]
+    attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, types, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return compile(source, target=target, options=options).asm["cubin"]
+
+
+def tile(backward: bool) -> tuple[int, int]:
+    """Rows and cells of a program."""
+    kernels = loss_kernels()
+    if backward:
+        return kernels.BACKWARD_ROWS, kernels.BACKWARD_CELLS
+    return kernels.FORWARD_ROWS, kernels.FORWARD_CELLS
+
+
+def rounds(backward: bool) -> int:
+    """How often the loop is gone through for all images: rows of pixels times cells."""
+    rows, cells = tile(backward)
+    if not backward:
+        return IMAGES * SIZE * (LOW + 1)
+    scale, programs = SIZE // LOW, (-(-LOW // rows), -(-LOW // cells))
+    # A program's pixels reach to the next row and the next column that it does not own.
+    return IMAGES * programs[0] * programs[1] * scale * (rows + 1) * (cells + 1)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Run one of the tools that come with Triton."""
+    import triton.backends.nvidia
+
+    path = Path(triton.backends.nvidia.__path__[0], "bin", name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read(cubin: bytes, backward: bool) -> Found:
+    """Read registers and the loop from a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        code = tool("cuobjdump", "-sass", file.name)
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
+    lines = re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", code
+    )
+    addresses = [int(address, 16) for address, _, _ in lines]
+    loops = []
+    for place, (_, name, operands) in enumerate(lines):
+        to = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if to and int(to[1], 16) < addresses[place]:
+            body = [other for _, other, _ in lines[addresses.index(int(to[1], 16)) : place + 1]]
+            if any(other.startswith("MUFU.EX2") for other in body):
+                loops.append(body)
+    loop = collections.Counter(name.split(".")[0] for name in min(loops, key=len))
+    return Found(numbers["REG"], numbers["STACK"], numbers["SHARED"], loop, rounds(backward))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--commit", help="compile its files instead")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
+    args = parser.parse_args(argv)
+    with files_of(args.commit):
+        head = ["kernel", "GPU", "registers", "stack", "shared", "loop", *SHOWN, "work, 10^9"]
+        print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        for backward in (False, True):
+            for targets in (1, 2):
+                name = f"{'backward' if backward else 'forward'}, {('index', 'mixed')[targets - 1]}"
+                for capability in args.capabilities:
+                    found = read(compile_for(capability, backward, targets), backward)
+                    total = found.loop.total()
+                    cells = [name, f"sm_{capability}", found.registers, found.stack, found.shared]
+                    cells += [total, *(found.loop[each] for each in SHOWN)]
+                    cells.append(f"{total * found.rounds / 1e9:.2f}")
+                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
