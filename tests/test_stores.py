@@ -12,7 +12,6 @@ import pytest
 from run_helpers import save_whole
 
 from benchmarks.s3_server import S3Server, s3_server
-from checkpointing import stores
 from checkpointing.remote_store import RemoteFolder
 from checkpointing.stores import LocalFolder, checkpoint_in, outdated
 from errors import ConfigError, RunError, WeightsError
@@ -211,7 +210,7 @@ def test_the_best_is_uploaded_although_newer_ones_wait(
 def test_an_upload_that_is_given_up_ends_the_run(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "UPLOAD_FOR", 0)
+    monkeypatch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
     target = RemoteFolder("s3://no-such-bucket/runs")
     (tmp_path / "file").write_bytes(b"checkpoint")
     target.publish(str(tmp_path / "file"), "ep0-ba2-rank0.pt", keep=1)
