@@ -23,7 +23,16 @@ def test_the_notebook_has_no_output_in_the_repository() -> None:
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """In a copy of the project, on a few photos for two batches."""
-    names = ["dataset", "segmentation", "training", "checkpointing", "yamls", "docs"]
+    names = [
+        "dataset",
+        "extras",
+        "networks",
+        "segmentation",
+        "training",
+        "checkpointing",
+        "yamls",
+        "docs",
+    ]
     for name in names:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ROOT.glob("*.py"):
