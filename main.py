@@ -120,7 +120,8 @@ def main(
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
         if dist.get_global_rank() == 0:
-            print("\n".join(start_lines(trainer, config)), flush=True)
+            # The progress bar leaves the cursor within a line, so begin a new one.
+            print("", *start_lines(trainer, config), sep="\n", flush=True)
         train_or_evaluate(trainer, config)
     finally:
         release_save_folder(config)  # another process may use it from here on
