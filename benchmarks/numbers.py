@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import kill_resume
+from benchmarks.commits import ROOT, unpack
 from benchmarks.kill_resume import RECIPES, tensors
 from extras.preparation.synthetic import make
 
-ROOT = Path(__file__).resolve().parent.parent
 PROTOCOLS = ("paper", "square")
 
 
@@ -36,16 +36,6 @@ class Numbers(NamedTuple):
     losses: list[float]  # fp32, of each step
     state: str  # a digest of all tensors of the checkpoint
     scores: list[float]  # mIoU in percent, by each protocol
-
-
-def unpack(commit: str, folder: str | Path) -> None:
-    """Write the files of a commit, as git names it, into a folder; SystemExit if there is none."""
-    command = ["git", "archive", f"{commit}^{{tree}}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SystemExit(f"error: {commit}: no commit of {ROOT}: {''.join(reason)}")
-    subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
 
 
 def make_config(
