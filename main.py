@@ -23,13 +23,11 @@ import copy
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec
@@ -42,7 +40,6 @@ from data import build_run_data
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
 from networks.base import Network
-from networks.deeplab import create_meta_network
 from training.build_recipe import (
     build_algorithms,
     build_schedule,
@@ -310,11 +307,7 @@ def run_plan(arguments: list[str]) -> int:
     """Print what a run would take, without running it; return the exit status."""
     from extras.planning.plan import main as plan
 
-    def build_meta_network(config: Config) -> torch.nn.Module:
-        return create_meta_network(**asdict(config.model))
-
-    age = time.time() - psutil.Process().create_time()
-    return plan(arguments, build_trainer, build_meta_network, time.perf_counter() - age)
+    return plan(arguments, build_trainer)
 
 
 def run_config(

@@ -1,4 +1,4 @@
-"""How much there is to do in a run, how long it takes in all, and what it leaves on the disk."""
+"""The length of a run in steps and hours, and the space that it takes on the disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DISK_BYTES = 2**27  # written to see how fast a disk is
 
 
 class Length(NamedTuple):
-    """How much there is to do."""
+    """The number of steps, evaluations and checkpoints of a run."""
 
     epoch: int  # steps
     steps: int

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+import psutil
 import torch
 from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.loggers import Logger, LoggerDestination
 from torch.utils.data import DataLoader
 
 from dataset.shards import Shards
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 STEPS = 6  # timed, at least
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-BuildTrainer = Callable[..., "Trainer"]  # `main.build_trainer`
+# `main.build_trainer`. It gets a logger that keeps nothing, so that pictures are drawn and timed.
+BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
@@ -76,13 +78,12 @@ class _Watch(Callback):
         self.eval_batches.append(time.perf_counter() - self._began)
 
 
-def measure(config: Config, build_trainer: BuildTrainer, began: float) -> Measured:
+def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
     """Measure the run of a config.
 
     Args:
         config: The run's; a recipe with SAM shortens its interval to 2, to see both kinds of step.
         build_trainer: `main.build_trainer`.
-        began: When the command did, by `time.perf_counter`.
     """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         settings = _leaving_nothing(config, folder)
@@ -92,12 +93,12 @@ def measure(config: Config, build_trainer: BuildTrainer, began: float) -> Measur
         if sam:
             sam.interval = cycle
         watch = _Watch()
-        trainer = build_trainer(settings, callbacks=[watch])
+        trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
         _without_label_check(trainer)
         for evaluator in trainer.state.evaluators:  # Composer evaluates at the end of a `fit`
             evaluator.eval_interval = lambda state, event: False
         trainer.fit(duration=f"{cycle}ba")  # compiles
-        start = time.perf_counter() - began
+        start = seconds_since_start()
         # The loader's processes start anew, which slows the first steps.
         timed = cycle * math.ceil(STEPS / cycle)
         trainer.fit(duration=f"{cycle + timed}ba")
@@ -133,15 +134,14 @@ class MeasuredEvaluation(NamedTuple):
     memory: float  # bytes, the most that the first batches took
 
 
-def measure_evaluation(
-    config: Config, build_trainer: BuildTrainer, began: float
-) -> MeasuredEvaluation:
+def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredEvaluation:
     """Measure the first batches of an evaluation; arguments as of `measure`."""
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         watch = _Watch()
-        trainer = build_trainer(_leaving_nothing(config, folder), callbacks=[watch])
+        settings = _leaving_nothing(config, folder)
+        trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
         _without_label_check(trainer)
-        start = time.perf_counter() - began
+        start = seconds_since_start()
         taken = _evaluation(trainer, watch)
         (evaluator,) = trainer.state.evaluators
         dataset = cast(Sized, cast(DataLoader, evaluator.dataloader.dataloader).dataset)
@@ -173,6 +173,11 @@ def _leaving_nothing(config: Config, folder: str) -> Config:
         if dataset.is_streaming and dataset.local:
             dataset.local = os.path.join(folder, "shards")
     return settings
+
+
+def seconds_since_start() -> float:
+    """Return the age of this process in seconds, with its imports."""
+    return time.time() - psutil.Process().create_time()
 
 
 def peak_memory() -> float:

@@ -16,24 +16,22 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import psutil
 import torch
 from composer.utils import dist, get_device
-from torch import nn
 
 from errors import ConfigError, UserError, whole
 from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
 from extras.planning.length import count_samples, evaluation_totals, lengths, passes, run_totals
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
+from networks.deeplab import create_meta_network
 from training.config import load, resolve
 from training.microbatch import AUTOCAST, CONTEXT, GIB, Footprint, count, fitting, free_memory
 from training.precision import choose_precision, compiles, devices
 from training.schema import Config
-
-BuildNetwork = Callable[[Config], nn.Module]  # without pretrained weights, on "meta"
 
 
 class Plan(dict[str, Any]):
@@ -101,16 +99,12 @@ def _time(hours: float) -> str:
     return f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
-def main(
-    arguments: list[str], build_trainer: BuildTrainer, build_network: BuildNetwork, began: float
-) -> int:
+def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
     """Run the command line; return the exit status.
 
     Args:
         arguments: Those of main.py.
         build_trainer: `main.build_trainer`.
-        build_network: Builds a config's network.
-        began: When the command did, by `time.perf_counter`.
     """
     options, overrides = parser().parse_known_args(arguments)
     logging.getLogger("composer").setLevel(logging.ERROR)
@@ -123,13 +117,13 @@ def main(
             raise ConfigError("--gpus and --images are for estimates: they need --gpu")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
-            plan = estimated_evaluation(config, options, build_network)
+            plan = estimated_evaluation(config, options)
         elif not config.is_train:
-            plan = measured_evaluation(config, build_trainer, began)
+            plan = measured_evaluation(config, build_trainer)
         elif options.gpu:
-            plan = estimated(config, options, build_network)
+            plan = estimated(config, options)
         else:
-            plan = measured(config, build_trainer, build_network, began)
+            plan = measured(config, build_trainer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -176,9 +170,7 @@ def _estimated_settings(
     return gpus, batch, precision, config.compile is not False
 
 
-def estimated(
-    config: Config, options: argparse.Namespace, build_network: BuildNetwork
-) -> dict[str, Any]:
+def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Plan for GPUs that are not here."""
     gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
     training, validation = options.images or (
@@ -188,7 +180,7 @@ def estimated(
     epoch = (math.floor if config.train_dataset.drop_last else math.ceil)(training / batch)
     if epoch == 0:
         raise ConfigError(f"train_dataset: {training} images do not fill one batch of {batch}")
-    footprint = _count(config, build_network, precision, compiled)
+    footprint = _count(config, config.train_dataset.final_size, precision, compiled)
     found = estimate(footprint, config, options.gpu, gpus, passes(config), precision, compiled)
     plan = {
         "device": f"{gpus} x {options.gpu}, estimated",
@@ -228,12 +220,10 @@ def _this_machine(config: Config) -> tuple[int, str, float]:
     return ranks, precision if cpu_autocast is None else "amp_bf16", free
 
 
-def measured(
-    config: Config, build_trainer: BuildTrainer, build_network: BuildNetwork, began: float
-) -> dict[str, Any]:
+def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     """Plan for this machine, by some steps of the run."""
     ranks, precision, free = _this_machine(config)
-    footprint = _count(config, build_network, precision, compiles(config))
+    footprint = _count(config, config.train_dataset.final_size, precision, compiles(config))
     batch = config.train_dataset.batch_size
     images = batch // ranks
     adapts = torch.cuda.is_available()
@@ -249,7 +239,7 @@ def measured(
     if not fits:
         return plan
     with contextlib.redirect_stdout(sys.stderr):
-        found = measure(config, build_trainer, began)
+        found = measure(config, build_trainer)
     plan["batch"]["at_once"] = found.at_once
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
@@ -279,14 +269,12 @@ def measured(
     return plan | {"speed": speed} | run_totals(config, footprint, length, seconds)
 
 
-def estimated_evaluation(
-    config: Config, options: argparse.Namespace, build_network: BuildNetwork
-) -> dict[str, Any]:
+def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Plan an evaluation for GPUs that are not here; its memory is not estimated."""
     gpus, batch, precision, compiled = _estimated_settings(config, options, "eval_dataset")
     images = options.images[1] if options.images else count_samples(config, "val")
     size = config.eval_dataset.final_size
-    footprint = count(build_network(config), size, AUTOCAST.get(precision), compiled)
+    footprint = _count(config, size, precision, compiled)
     found = estimate(footprint, config, options.gpu, gpus, 1.0, precision, compiled)
     rate = gpus * found.evaluation
     plan = {
@@ -299,13 +287,11 @@ def estimated_evaluation(
     return plan | evaluation_totals(images, rate, {"evaluation": images / rate})
 
 
-def measured_evaluation(
-    config: Config, build_trainer: BuildTrainer, began: float
-) -> dict[str, Any]:
+def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     """Plan an evaluation for this machine, by its first batches."""
     ranks, precision, free = _this_machine(config)
     with contextlib.redirect_stdout(sys.stderr):
-        found = measure_evaluation(config, build_trainer, began)
+        found = measure_evaluation(config, build_trainer)
     batch = config.eval_dataset.batch_size
     plan = {
         "device": devices(ranks),
@@ -318,9 +304,10 @@ def measured_evaluation(
     return plan | evaluation_totals(found.images, found.images / found.evaluation, seconds)
 
 
-def _count(config: Config, build: BuildNetwork, precision: str, compiled: bool) -> Footprint:
-    size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
-    return count(build(config), size, dtype, compiled)
+def _count(config: Config, size: int, precision: str, compiled: bool) -> Footprint:
+    """Count what images of `size` pixels take in a run's network."""
+    network = create_meta_network(**asdict(config.model))
+    return count(network, size, AUTOCAST.get(precision), compiled)
 
 
 def _too_large(at_once: int) -> str:
