@@ -9,6 +9,7 @@ Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -24,15 +25,6 @@ from networks.batch_norm import count_batches, stop_counting
 from networks.deeplab import DeepLabV3, create_network, deeplabv3, weight_init
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
-
-NETWORK_KEYS = (
-    "num_classes",
-    "backbone_arch",
-    "backbone_weights",
-    "sync_bn",
-    "use_plus",
-    "init_fn",
-)
 
 __all__ = [
     "ComposerDeepLabV3",
@@ -188,6 +180,7 @@ def build_composer_model(
     Raises:
         ModelError: The network cannot be built.
     """
-    of_network = {key: keys.pop(key) for key in NETWORK_KEYS if key in keys}
+    names = keys.keys() & inspect.signature(create_network).parameters.keys()
+    of_network = {name: keys.pop(name) for name in names}
     network = create_network(name, arguments, **of_network)
     return ComposerDeepLabV3(network, of_network["num_classes"], **keys)

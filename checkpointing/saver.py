@@ -79,13 +79,13 @@ class Checkpoints(CheckpointSaver):
     Args:
         folder: Folder or object-store URI.
         save_interval: Time string.
+        evaluations: The run's schedule of evaluations.
         keep: How many checkpoints to keep; -1 for all.
         overwrite: Begin again in a folder with an earlier run's checkpoints, which go one by one.
         autoresume: The run resumes from what the folder holds.
         best: Which evaluation is the best, and when to end for want of a better one.
         save_best: Keep the checkpoint of the best evaluation.
         run_name: Name of the run, for the lock on the folder.
-        evaluations: The run's schedule of evaluations.
 
     Attributes:
         saved_checkpoints: Where the checkpoints of this run are, oldest first.
@@ -100,13 +100,13 @@ class Checkpoints(CheckpointSaver):
         self,
         folder: str,
         save_interval: str,
+        evaluations: EvaluationSchedule,
         keep: int,
         overwrite: bool = False,
         autoresume: bool = False,
         best: Best | None = None,
         save_best: bool = False,
         run_name: str | None = None,
-        evaluations: EvaluationSchedule | None = None,
     ):
         periodic = create_interval_scheduler(save_interval)
 
@@ -132,7 +132,7 @@ class Checkpoints(CheckpointSaver):
         self._save_now = False
         self._is_fitting = self._fit_ended = False
         self.signals = SignalListener()
-        self.evaluations = evaluations or EvaluationSchedule("1ep")
+        self.evaluations = evaluations
         self._loaded = Timestamp().batch
 
     def check(self) -> None:

@@ -63,13 +63,13 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
     saver = Checkpoints(
         config.save_folder,
         config.save_interval,
+        evaluations,
         config.save_num_checkpoints_to_keep,
         config.save_overwrite,
         config.autoresume,
         Best(config.best_metric, class_infos(config), config.stop_after),
         config.save_best,
         config.run_name,
-        evaluations,
     )
     saver.check()
     return saver
@@ -90,20 +90,18 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         ConfigError: A checkpoint cannot be read, or the config contradicts its record.
         WeightsError: `load_path` is damaged.
     """
-    if not config.autoresume and not config.load_path:
-        if saver:
-            saver.claim(None, None)
-        return RunStart()
-    from checkpointing.resume import find_start
+    start = None
+    if config.autoresume or config.load_path:
+        from checkpointing.resume import find_start
 
-    start = find_start(
-        config.save_folder if config.autoresume else None,
-        config.load_path,
-        config.load_weights_only or not config.is_train,
-        scratch,
-        config.run_name,
-        config.save_overwrite,
-    )
+        start = find_start(
+            config.save_folder if config.autoresume else None,
+            config.load_path,
+            config.load_weights_only or not config.is_train,
+            scratch,
+            config.run_name,
+            config.save_overwrite,
+        )
     if start is None and not config.is_train and config.autoresume:
         raise ConfigError(
             f"save_folder: {config.save_folder} holds no checkpoint to evaluate; give load_path"
