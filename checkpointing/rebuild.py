@@ -71,7 +71,8 @@ def build_network(
     Args:
         weights: What `load_weights` gave.
         where: What to call them in an error.
-        network: What the user says that it is: a function of one's own is called only then.
+        network: The network's name, if the user gives one. A function of your own is called only
+            if its name is given here.
 
     Raises:
         WeightsError: They do not fit.

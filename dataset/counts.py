@@ -1,4 +1,4 @@
-"""How many pixels of each class a split has, and which of its images show the class."""
+"""The pixels of each class in a split, and the images that show the class."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Transforms = tuple[Callable | None, Callable | None, Callable | None]  # of pair
 
 
 class PairTransform:
-    """What is done to a photo and its mask together, both as arrays."""
+    """A transform of an image and its mask together, both as arrays."""
 
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator

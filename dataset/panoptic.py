@@ -16,7 +16,7 @@ MAX_SEGMENTS = 2**24  # A segment's number is a pixel's three bytes.
 
 
 class Segments:
-    """Which category each segment of each mask is of, from the JSON of COCO's panoptic format.
+    """The category of each segment of each mask, from the JSON of COCO's panoptic format.
 
     Raises:
         DataError: The file cannot be read or is of another kind.

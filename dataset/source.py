@@ -199,9 +199,9 @@ def check_labels(source: DataSource, max_masks: int = 64) -> None:
         try:
             masks.decode(Path(mask_path).read_bytes(), mask_path)
         except UnknownValues as error:
-            mend = "name it under classes, or ignore"
+            remedy = "name it under classes, or ignore"
             if source.description.built_in is not None:
-                mend = "set model.num_classes, or ignore_label"
-            raise DataError(f"{mask_path}: {error}: {mend}") from error
+                remedy = "set model.num_classes, or ignore_label"
+            raise DataError(f"{mask_path}: {error}: {remedy}") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{mask_path}: {error}") from error

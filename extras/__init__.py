@@ -1,1 +1,1 @@
-"""What a plain training run never loads: preparing data, planning, sharing and video."""
+"""Features that a plain training run never loads: preparing data, planning, sharing, video."""

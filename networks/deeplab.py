@@ -83,7 +83,7 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """What it is made of, to one pixel; on a GPU, that pixel at the input's size.
+    """Pool the input to one pixel. On a GPU, return that pixel at the input's size.
 
     Resized by interpolation, which the head does with what this returns, the pixel's gradient is a
     sum over all pixels: PyTorch's kernel adds in bf16, one by one, and is off by 9% at 64 x 64.

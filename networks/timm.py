@@ -46,7 +46,7 @@ def _features(
     def create(**more: Any) -> Any:
         return timm.create_model(name, **options, **more)
 
-    with torch.device("meta"):  # which strides it has costs no weights there
+    with torch.device("meta"):  # Reading the strides there allocates no weights.
         if "output_stride" not in options:
             try:
                 create(output_stride=8)

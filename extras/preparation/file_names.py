@@ -108,7 +108,7 @@ class Layout(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What the pixels of a file look like."""
+    """A summary of the pixels of a file."""
 
     is_mask: bool
     is_grey: bool

@@ -53,7 +53,7 @@ class Target(NamedTuple):
 
 
 def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
-    """Which samples share a shard, in order: as many as stay under `size_limit` bytes."""
+    """Group samples into shards, in order: as many per shard as stay under `size_limit` bytes."""
     shards: list[list[Sample]] = []
     used = size_limit
     for sample in samples:

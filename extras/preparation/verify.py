@@ -36,7 +36,7 @@ class Tally:
     photos: int = 0
     masks: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height of each good pair
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # of each label
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # per label
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # masks with it
     findings: list[Finding] = field(default_factory=list)
     images: dict[bytes, str] = field(default_factory=dict)  # names by a hash of the content
