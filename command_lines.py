@@ -235,7 +235,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # the option's name in earlier versions
+        help=argparse.SUPPRESS,  # The name of this option in earlier versions.
     )
     add("--ignore-label", type=whole(0, 255), help="a further label that is ignored")
     add("--class-names", help="file with a class name a line")

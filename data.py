@@ -323,7 +323,6 @@ def build_ade20k_dataspec(
         microbatch_transforms=transform,
         # Composer's defaults are bound methods and form a reference cycle. If workers are still
         # alive when the cycle is collected, each takes 5 s to end. Plain lambdas avoid the cycle.
-        # that wait for 5 s each.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,

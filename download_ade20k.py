@@ -51,7 +51,7 @@ MARKER = ".complete.json"
 
 # Attempts in a row without progress. With pauses of 1, 2, 4, ... s, they take half a minute.
 ATTEMPTS = 6
-TIMEOUT = 60  # seconds without a byte from the server
+TIMEOUT = 60  # Timeout in seconds without a byte from the server.
 CHUNK = 1 << 20
 # JPEG and PNG do not compress, so the files need about the size of the archive, plus rounding up to
 # blocks.

@@ -367,7 +367,7 @@ def main(arguments: list[str]) -> int:
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Report an output that cannot be written now, and not after the last image.
+        # Check now whether the outputs can be written, and not after the last image.
         outputs = [path for path in (options.csv, options.json) if path]
         inputs = (options.model, options.data, options.config, options.classes)
         check_outputs(outputs, [path for path in inputs if path])

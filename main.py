@@ -81,7 +81,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Data = tuple[DataSpec | None, DataSpec]  # the training data and the evaluation data
+Data = tuple[DataSpec | None, DataSpec]  # Training data and evaluation data.
 
 
 def main(
@@ -263,7 +263,7 @@ def build_model(
         The config, completed with all arguments that rebuild the network, and the model.
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
-    del keys["freeze_backbone"]  # FreezeBackbone, an algorithm, reads this key.
+    del keys["freeze_backbone"]  # The algorithm FreezeBackbone reads this key.
     if start.checkpoint:
         # The checkpoint's weights replace them, so do not download them.
         keys["backbone_weights"] = None
@@ -349,7 +349,7 @@ def run(
 
 def run_plan(arguments: list[str]) -> int:
     """Predict a run's time, memory and disk space without running it; return the exit status."""
-    # Import it here: a plain training run never loads extras/.
+    # Import the planner here, because a plain training run never loads extras/.
     from extras.planning.plan import main as plan
 
     return plan(arguments, build_trainer)
@@ -367,7 +367,7 @@ def run_config(
         watch = join_processes()
     except Lost as lost:
         return _refuse(lost, lost.status)
-    # An unexpected error passes through this function; the other ranks then hear of status 1.
+    # An unexpected error passes through this function, and the other ranks then see status 1.
     status = 1
     try:
         status = _run_to_end(config, callbacks, loggers, watch)
@@ -402,7 +402,7 @@ def _run_to_end(
     # NCCL, gloo, the loader and the disk all raise these types; explain() tells them apart.
     except (RuntimeError, OSError) as error:
         known = explain(error, watch)
-        if known is None and isinstance(error, OSError):  # for example a full disk
+        if known is None and isinstance(error, OSError):  # A full disk, for example.
             return _refuse(one_line(error), 1, watch)
         if known is None:
             # An unknown error is probably a bug, so keep its traceback.

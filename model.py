@@ -108,7 +108,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         # find the weights in place.
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(main_logits(outputs).device)
-        # The context also sets which kernels compute the gradient of this loss.
+        # fused_kernels also decides which kernels compute the gradient of this loss.
         with fused_kernels(self.fused_loss is not False):
             losses = segmentation_loss(
                 main_logits(outputs),

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 # mmsegmentation's scales, each used with and without a flip
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-JPEG_SIDE = 65_500  # largest width and height of a JPEG, pixels
+JPEG_SIDE = 65_500  # Largest width and height of a JPEG, pixels.
 
 
 class Segmenter:

@@ -24,9 +24,9 @@ from errors import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # seconds between two renewals of a record
-SILENCE = 30.0  # seconds without a renewal after which its owner counts as dead
-SETTLE = 1.0  # seconds for two runs that start together to see each other's record
+BEAT = 10.0  # Seconds between two renewals of a record.
+SILENCE = 30.0  # An owner counts as dead after this many seconds without a renewal.
+SETTLE = 1.0  # Seconds in which two runs that start together can see each other's record.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []

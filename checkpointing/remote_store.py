@@ -98,7 +98,8 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
         names = (key.partition(self.prefix)[2] for key in self.store.list_objects(self.prefix))
-        return newest_first(names)  # newest_first() drops the objects in folders below this one.
+        # The function newest_first() drops the objects in folders below this one.
+        return newest_first(names)
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last, or None."""

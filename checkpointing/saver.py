@@ -133,7 +133,7 @@ class Checkpoints(CheckpointSaver):
         self.save_best = save_best
         self.run_name = run_name
         self.own: list[str] = []
-        self._is_own = False  # whether the loaded state belongs to this run and folder
+        self._is_own = False  # Whether the loaded state belongs to this run and folder.
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -247,7 +247,9 @@ class Checkpoints(CheckpointSaver):
             # A checkpoint saved before this evaluation does not contain its result.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                self._save_now = False  # The checkpoint that the run resumes already exists.
+                self._save_now = (
+                    False  # No new checkpoint is needed, because the run has resumed from one.
+                )
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
                 self._save_checkpoint(state, logger)

@@ -33,8 +33,8 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-SCORES = "classifier.conv_seg."  # DeepLabV3's layer with a row for each class
-# Prefixes of DistributedDataParallel, torch.compile and the ComposerModel
+SCORES = "classifier.conv_seg."  # DeepLabV3's layer with a row for each class.
+# Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # The same prefixes for other networks, and the prefix of `networks.base.Network`
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")

@@ -46,7 +46,7 @@ class Network(nn.Module):
             returns a tuple of the logits and these outputs, which `auxiliary_loss` takes.
     """
 
-    auxiliary_weight = 0.5  # weight in torchvision's reference scripts
+    auxiliary_weight = 0.5  # The weight of auxiliary losses in torchvision's reference scripts.
     # Pad, and resize the logits, at every size. An exported graph cannot branch on the size.
     always_pads = False
     # Function that translates tensor names from older versions of the library

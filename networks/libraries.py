@@ -20,12 +20,12 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # arguments of the class Network
-# Keys that make a library load a file or an address
+OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class Network.
+# Keys that make a library load a file or an address.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # a string that is neither a path nor an address
+PLAIN = re.compile(r"[\w.+-]*")  # Pattern of a string that is neither a path nor an address.
 
 
 def foreign_arguments(

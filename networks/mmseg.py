@@ -180,7 +180,7 @@ def _initialise(whole: str, segmentor: Any) -> None:
     logging.disable(logging.WARNING)  # mmcv would log a line for each tensor.
     try:
         segmentor.init_weights()
-    except Exception as error:  # A download may fail, or a file may not fit.
+    except Exception as error:  # A download may fail, or the file may not fit the network.
         raise ModelError(
             f"model.name={whole}: its pretrained weights cannot be loaded ({one_line(error)}); "
             "model.backbone_weights= (empty) begins without"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from errors import ModelError
 from networks.base import Network, cross_entropy
 
-MMSEG_IGNORED = 255  # label that mmsegmentation's own losses ignore
+MMSEG_IGNORED = 255  # The label that mmsegmentation's own losses ignore.
 
 Loss = Callable[[Any, Tensor, int], Tensor]
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 EXTENSION = "mmcv._ext"
 REMEDY = "build mmcv-full 1.7.2 from source against this torch"
-COLLECT, DISTRIBUTE = 0, 1  # mmcv's numbers for the two kinds of PSAMask
+COLLECT, DISTRIBUTE = 0, 1  # Numbers in mmcv for the two kinds of PSAMask.
 
 
 class MissingOperators(types.ModuleType):

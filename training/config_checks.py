@@ -27,7 +27,8 @@ from training.schema import (
 )
 
 MAX_RESIZED = 32767  # Largest side in pixels that OpenCV can resize.
-# Keys that have no effect alone, each with the key and the value that it needs; None: any value.
+# Keys that have no effect alone, each with another key and the value that this key must have; None:
+# any value.
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),

@@ -35,7 +35,7 @@ class EMA(composer.algorithms.EMA):
         update_interval: Time string between updates, in the same unit; None: 1.
     """
 
-    smoothing: float  # never None, because there always is a half-life
+    smoothing: float  # This is never None, because there always is a half-life.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)

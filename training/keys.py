@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Role of a key when a resumed run's value differs from the value in the checkpoint's record.
-APPLIED = "applied"  # The run trains with the new value.
-COMPARED = "compared"  # The run is refused.
-FREE = "free"  # The value may differ, because the key does not affect training.
+# Role of a key if a resumed run's value differs from the value in the checkpoint's record.
+APPLIED = "applied"  # Applied: the run trains with the new value.
+COMPARED = "compared"  # Compared: the run is refused.
+FREE = "free"  # Free: the value may differ, because the key does not affect training.
 
 
 def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:

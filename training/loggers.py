@@ -37,7 +37,7 @@ REMEDIES = {
 }
 # Methods of a logger that Composer calls before the first step
 STARTING = ("init", "after_load", "log_hyperparameters")
-MAX_REASON = 240  # Characters of an error message that are kept
+MAX_REASON = 240  # Maximum number of characters of an error that are shown
 
 
 class FileLogger(loggers.FileLogger):
@@ -106,7 +106,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._resumed: dict[str, str] = {}  # parameters of the continued run
+        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run that is continued.
         self._to_resume = server_run
 
     @property

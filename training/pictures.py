@@ -172,8 +172,8 @@ class Curves(Callback):
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        self.train: list[tuple[int, float, float]] = []  # batches done, loss, learning rate
-        self.eval: list[tuple[int, float]] = []  # batches done, mIoU in percent
+        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, and learning rate.
+        self.eval: list[tuple[int, float]] = []  # Batches done, and mIoU in percent.
         self.drawn: bytes | None = None
         self._learning_rate = float("nan")
 

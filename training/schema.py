@@ -23,7 +23,7 @@ LOGGERS = {
     "neptune": "neptune",
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
-MAX_SIDE = 16384  # pixels
+MAX_SIDE = 16384  # Largest side of an image in pixels.
 MAX_SEED = 2**32 - 2**16  # NumPy's seeds have 32 bits, and each rank adds its number to the seed.
 # Libraries of networks, each with the Python package that it needs. The install extra has the name
 # of the library.

@@ -25,9 +25,9 @@ class SeedMicrobatch(Algorithm):
 
     def __init__(self, seed: int):
         self.seed = seed
-        self.samples = 0  # samples of this rank in the batch
-        self.passes = 0  # passes over the batch so far
-        self.microbatch = 0  # index in the global batch
+        self.samples = 0  # Number of this rank's samples in the batch.
+        self.passes = 0  # Number of passes over the batch so far.
+        self.microbatch = 0  # Index of the micro-batch in the global batch.
         self.microbatch_size: float | None = None
 
     def match(self, event: Event, state: State) -> bool:
