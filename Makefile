@@ -1,16 +1,16 @@
 # make demo     set up, then train on generated data (2 to 4 minutes once installed)
 # make test     set up, then run the linters and all tests (12 minutes)
 # make check    set up, then run the linters and the quick tests, without training, processes or servers (2 minutes)
-# make install  only set up; WITH="wandb onnx" adds groups of pyproject.toml
-# make lock     write uv.lock and requirements.txt after a change of pyproject.toml
-# make image    build the Dockerfile's image, and write IMAGE=registry/name into the files that run it
+# make install  only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
+# make lock     update uv.lock and requirements.txt after a change of pyproject.toml
+# make image    build the Docker image, and write IMAGE=registry/name into the files that use it
 #
-# TORCH=2.7.0 installs that torch, for GPUs older than Turing, into .venv-2.7.0; PYTHON=PATH names the Python.
+# TORCH=2.7.0 installs torch 2.7.0, for GPUs older than Turing, into .venv-2.7.0. PYTHON=PATH chooses the Python.
 
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
-# Keep the order of the files. By default xdist sorts them by their number of tests, and long files of few tests come last.
+# Keep the order of the files. By default, xdist sorts them by their number of tests, so slow files with few tests run last.
 PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
 
@@ -39,8 +39,8 @@ quick: $(VENV)/.test
 install: $(LOCK)
 	@./install.sh $(WITH)
 
-# uv writes the absolute path of wheels/ into its lock, which `uv sync --frozen` does not read. A fixed one keeps the lock the same.
-# requirements.txt leaves torch to the image, and its lines need no markers of the platforms that we support anyway.
+# uv writes the absolute path of wheels/ into uv.lock, but `uv sync --frozen` does not read it. A fixed path keeps the file the same.
+# requirements.txt omits torch, which the user's image provides, and the markers of the platforms that we support.
 PLATFORMS := sys_platform == 'darwin' or sys_platform == 'linux'
 lock: $(VENV)/.test
 	$(VENV)/bin/uv lock
@@ -58,7 +58,7 @@ $(VENV)/.test: $(LOCK)
 	@./install.sh dev
 	@touch $(VENV)/.train $@
 
-# One name for the image, here and wherever it is run.
+# The name of the image, here and in the files that use it.
 IMAGE := my-registry/deeplabv3
 image:
 	docker build --tag $(IMAGE) .

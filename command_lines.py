@@ -1,6 +1,6 @@
-"""What a command does before it imports torch: it parses its command line and shares the cores.
+"""The command lines of all commands, parsed before torch is imported.
 
-Only modules that load fast are imported here, so that --help and a wrong flag are answered at once.
+This module imports only what loads fast, so that --help and wrong options are answered at once.
 """
 
 from __future__ import annotations
@@ -29,26 +29,31 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
     """Prepare this process for a command; call this before torch is imported.
 
     Args:
-        parse: Answers --help and ends the process on a wrong command line.
+        parse: Parser of the command line, which answers --help and ends the process if an option is
+            wrong.
     """
     escape_names()
     if parse is not None:
         parse(sys.argv[1:])
     share_cores(os.environ)
     name_node(os.environ)
-    # mmcv imports torch.utils.cpp_extension, which warns if there is a CUDA toolkit and no GPU.
+    # mmcv imports torch.utils.cpp_extension, which warns if there is a CUDA toolkit but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def share_cores(environment: MutableMapping[str, str]) -> None:
-    """Set how OpenMP uses the cores, where the user has set nothing.
+    """Set how OpenMP uses the cores, unless the user has set it.
 
     OpenMP reads these variables when torch is imported:
 
-    - OMP_WAIT_POLICY: a thread that waits sleeps. By default it spins, which takes the core from
+    - OMP_WAIT_POLICY: Waiting threads sleep. By default they spin, which takes the core from
       another process. Two runs on two cores then take several times as long as one after the other.
-    - OMP_NUM_THREADS: the cores, divided among the processes of this machine. It is left alone if
-      one process has all cores, because the number of threads changes the last bits of sums.
+    - OMP_NUM_THREADS: The cores are divided among the processes of this machine. If one process has
+      all cores, the variable stays unset, because the number of threads changes the last bits of
+      sums.
+
+    Args:
+        environment: Environment variables, which are changed.
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     cores = available_cores()
@@ -58,7 +63,7 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
 
 
 def name_node(environment: MutableMapping[str, str]) -> None:
-    """Set the one variable that Composer reads and torchrun does not set: the node's number."""
+    """Set NODE_RANK, the number of this node, which Composer reads and torchrun does not set."""
     if "GROUP_RANK" in environment:
         environment.setdefault("NODE_RANK", environment["GROUP_RANK"])
 
@@ -147,7 +152,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option by which a user vouches for a network."""
+    """Add the option that names the network, and allows a user's own function to run."""
     parser.add_argument(
         "--network",
         metavar="NAME",
@@ -230,7 +235,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # its name in earlier versions
+        help=argparse.SUPPRESS,  # The name of this option in earlier versions.
     )
     add("--ignore-label", type=whole(0, 255), help="a further label that is ignored")
     add("--class-names", help="file with a class name a line")

@@ -2,14 +2,15 @@
 
     python convert_ade20k.py --path ./ade20k --out ./ade20k-mds
     python convert_ade20k.py --path ./ade20k --out s3://bucket/ade20k --compression zstd
-    python convert_ade20k.py --path my.yaml --out ./my-mds    # a data set that this describes
+    python convert_ade20k.py --path my.yaml --out ./my-mds    # a data set with a description
 
-Train on them with `is_streaming: true` and `path` as given to --out. Shards have the columns of
-Streaming's public ADE20K converter: `uid`, `x` (the photo's file, byte for byte) and `y` (the
-mask's). Those of a described data set hold its labels merged, 0 ignored and k class k - 1, and
-`description.yaml` beside the splits names them. Interrupted, it goes on with the next shard when
-run again. Every shard is read back through Streaming and compared with the files; `index.json`,
-without which they are none, is last.
+To train on the shards, set `is_streaming: true`, and `path` to the value of --out. Shards have the
+columns of Streaming's public ADE20K converter: `uid`, `x` (the file of the image, byte for byte)
+and `y` (the file of the mask). For a data set with a description, masks hold merged labels: 0 is
+ignored, and k is class k - 1. `description.yaml` beside the splits names the classes. After an
+interruption, run the command again: it continues with the next shard. Every shard is read back
+through Streaming and compared with the files. `index.json` is written last and marks a split as
+complete.
 Exit status: 0 written and verified, 1 failed, 130 interrupted.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from command_lines import parse_convert_ade20k, start
 
 if __name__ == "__main__":
-    start(parse_convert_ade20k)  # before the slow imports
+    start(parse_convert_ade20k)  # Parse the command line before the slow imports.
 
 import fcntl
 import hashlib
@@ -47,7 +48,7 @@ from files import check_outputs, is_remote, write_file
 
 
 def find_sources(path: str, root: str | None) -> list[DataSource]:
-    """Return the splits of a data set in folders, which may be one alone in ADE20K's layout."""
+    """Return the splits of a data set in folders; in ADE20K's layout, one split may be missing."""
     path, description = open_description(path, root)
     source = DataSource(path, "train", description or ade20k())
     splits = list(FOLDERS)
@@ -67,24 +68,24 @@ def convert(
     staging: str | None = None,
     root: str | None = None,
 ) -> dict[str, int]:
-    """Write every split of a data set as shards, and verifies them.
+    """Write every split of a data set as shards, and verify them.
 
     Args:
-        path: Folder of the data set, see `data.list_samples`, or its description's file.
-        out: Folder, or URL of any store that Streaming can write to; each split has a folder there.
-        compression: As Streaming names it, 'zstd' or 'zstd:7' say; None: none.
-        hashes: Hashes of each shard to write to the index.
-        size_limit: Bytes of a shard before compression, '4mb' say.
-        workers: How many processes; None: one a core.
-        staging: Folder where shards wait to be uploaded and notes are kept of those that were;
-            None: one in the system's temporary folder that depends on `path` and `out`.
-        root: Where a described data set is, if not where its description says.
+        path: Folder of the data set, see `data.list_samples`; or file of its description.
+        out: Folder, or URL of any store that Streaming can write to. Each split has a folder there.
+        compression: Streaming's name of a compression, such as 'zstd' or 'zstd:7'; None: none.
+        hashes: Hashes of each shard that are written to the index.
+        size_limit: Size of a shard before compression, such as '4mb'.
+        workers: Number of processes; None: one per core.
+        staging: Folder for shards that wait for their upload, and for notes about finished uploads;
+            None: a temporary folder whose name depends on `path` and `out`.
+        root: Folder of a data set with a description, if it differs from the description's root.
 
     Returns:
-        How many samples each split has.
+        The number of samples in each split.
 
     Raises:
-        DataError: A file is not as training needs it, an option is wrong, or the store refuses.
+        DataError: A file is unusable for training, an option is wrong, or the store refuses.
     """
     if compression and not is_compression(compression):
         raise DataError(
@@ -124,7 +125,7 @@ def convert(
             write_file(Path(folder, DESCRIPTION), text)
             if to_store:
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
-    if to_store:  # everything is uploaded
+    if to_store:  # All shards are uploaded.
         for split in splits:
             remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:
@@ -134,9 +135,13 @@ def convert(
 
 @contextmanager
 def _only_one(folder: str) -> Iterator[None]:
-    """Hold a lock on the folder itself, which ends with the process and leaves no file behind.
+    """Lock the folder itself; the lock ends with the process and leaves no file behind.
 
-    download_ade20k.py has one too: it runs without anything else of this repository.
+    download_ade20k.py has a copy of this function, because it runs without the rest of the
+    repository.
+
+    Raises:
+        DataError: Another process holds the lock.
     """
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -152,10 +157,12 @@ def _only_one(folder: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = parse_convert_ade20k(arguments)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
+    # Composer's handler would just end the process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     shard_writer.log.setLevel(logging.INFO)
-    logging.getLogger("streaming").setLevel(logging.ERROR)  # that the staging folder is in use
+    # Streaming would warn that the staging folder is in use.
+    logging.getLogger("streaming").setLevel(logging.ERROR)
     try:
         convert(
             options.path,

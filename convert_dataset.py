@@ -1,4 +1,4 @@
-"""Make a data set that trains from what a labelling tool, COCO or Hugging Face has.
+"""Convert the output of a labelling tool, COCO or Hugging Face to a data set for training.
 
     python convert_dataset.py annotations.json --images photos --out my-data    # COCO, instances
     python convert_dataset.py panoptic.json --images photos --out my-data       # COCO, panoptic
@@ -6,11 +6,11 @@
     python convert_dataset.py labelled --images photos --out my-data            # LabelMe, YOLO
     python convert_dataset.py hf://owner/name --out my-data                     # Hugging Face
 
-`my-data` gets photos (links to the files, where the file system has them), masks, and `data.yaml`,
-which describes them; then all is checked as by `data.py`. Where shapes overlap, the smaller lies on
-the larger, or, with `--overlap order`, the later on the earlier (CVAT: the higher on the lower).
-Pixels without a shape are of the class `background`, or ignored with `--background ignore`, as
-those of panoptic masks are.
+The folder `my-data` gets images (as links if the file system has them), masks, and `data.yaml`,
+which describes them. Then the data set is checked as by `data.py`. Where shapes overlap, the
+smaller shape covers the larger one. With `--overlap order`, the later shape covers the earlier one
+(in CVAT, the higher covers the lower). Pixels without a shape get the class `background`. With
+`--background ignore` they are ignored, as in panoptic masks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from command_lines import parse_convert_dataset, start
 
 if __name__ == "__main__":
-    start(parse_convert_dataset)  # before the slow imports
+    start(parse_convert_dataset)  # Parse the command line before the slow imports.
 
 import argparse
 import logging
@@ -67,10 +67,10 @@ def describe(out: Path, converted: Converted, options: argparse.Namespace) -> No
 
 
 def convert(options: argparse.Namespace) -> Path:
-    """Convert as the command line says; return the description's file.
+    """Convert a data set as the command line asks; return the path of its description.
 
     Raises:
-        DataError: Something is not as it should be; the message names it.
+        DataError: An input or option cannot be used; the message names it.
     """
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
@@ -83,7 +83,7 @@ def convert(options: argparse.Namespace) -> Path:
         is_panoptic = b"segments_info" in Path(options.source).read_bytes()
     if options.background is None:
         options.background = "ignore" if is_panoptic else BACKGROUND
-    # The data set appears when it is complete; a failure leaves nothing.
+    # The data set appears when it is complete, and a failure leaves nothing behind.
     with output_folder(out) as unfinished:
         if is_hub:
             converted = convert_hugging_face(options, unfinished)
@@ -99,7 +99,7 @@ def convert(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status, which is that of the check at the end."""
+    """Run the command line; return the exit status of the check at the end."""
     options = parse_convert_dataset(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

@@ -1,9 +1,10 @@
-"""ADE20K, or any data set in its layout, from folders or from MDS shards.
+"""Training and evaluation data: ADE20K, or any data set, in folders or MDS shards.
 
 python data.py PATH                # check a data set before training on it
 python data.py s3://... LOCAL
 
-A sample of training is a function of (seed, epoch, sample id) alone.
+A training sample is a function of its seed, epoch and sample ID alone. A resumed run therefore gets
+the same samples as a run that never stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from command_lines import parse_data, start
 
 if __name__ == "__main__":
-    start(parse_data)  # before the slow imports
+    start(parse_data)  # Parse the command line before the slow imports.
 
 import sys
 from collections.abc import Callable, Sequence
@@ -45,23 +46,22 @@ if TYPE_CHECKING:
 
 
 class ADE20k(EncodedSamples):
-    """Photos and masks from folders, as (3, H, W) and (H, W) uint8 tensors.
+    """A data set in folders: images (3, H, W) and masks (H, W), both uint8 tensors.
 
     Args:
-        datadir: See `list_samples`; of a described data set, its root.
+        datadir: See `list_samples`; the root folder if there is a description.
         split: 'train' or 'val'.
-        both_transforms: Transforms the (photo, mask) pair: what `build_ade20k_transformations`
-            returns, or anything that takes a pair of Pillow images.
-        image_transforms: Then transforms the photo.
-        target_transforms: Then transforms the mask.
+        both_transforms: Transform of the (image, mask) pair: either the result of
+            `build_ade20k_transformations`, or a function of a pair of Pillow images.
+        image_transforms: Transform of the image alone, applied next.
+        target_transforms: Transform of the mask alone, applied next.
         seed: Seed of the random transforms.
-        labels: What the masks hold.
-        description: What the masks hold, and where they and the photos are, in place of ADE20K's
-            layout.
-        source: The split, in place of `datadir`, `split`, `labels` and `description`.
+        labels: Meaning of the labels in the masks.
+        description: Layout of the folders and meaning of the masks; None: ADE20K's layout.
+        source: The opened split; it replaces `datadir`, `split`, `labels` and `description`.
 
     Raises:
-        DataError: Here, if folders or masks are missing; on access, if a file is not as it should.
+        DataError: Folders or masks are missing. A damaged file raises it on access.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class ADE20k(EncodedSamples):
         if source is None:
             source = DataSource(datadir, split, description or ade20k(labels))
         transforms = both_transforms, image_transforms, target_transforms
+        # The source builds the masks' decoder: masks of a description may hold colours or other
+        # values, which become labels.
         super().__init__(transforms, seed, source.masks())
         self.samples: Sequence[Sample] = source.samples()
 
@@ -88,8 +90,10 @@ class ADE20k(EncodedSamples):
         return len(self.samples)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        """Read a sample: its ID, the encoded image and mask, and the names of both files."""
         sample = self.samples[index]
+        # Return the files as they are. `EncodedSamples` decodes them: the mask first, because it
+        # decides how large the image has to be.
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
                 return sample.uid, image.read(), mask.read(), sample[1:]
@@ -98,29 +102,30 @@ class ADE20k(EncodedSamples):
 
 
 class StreamingADE20k(EncodedSamples):
-    """Photos and masks from MDS shards, transformed as `ADE20k`'s.
+    """A data set in MDS shards, with the samples and transforms of `ADE20k`.
 
-    Shards have the columns `uid`, `x` (the encoded photo) and `y` (the encoded mask). Samples can
-    be had in any order, so that it is the order of the same data in folders; only if `cache_limit`
-    is less than the data set, the order goes through as many shards at a time as fit.
+    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The order of
+    samples is that of the same data in folders. If `cache_limit` is smaller than the data set, the
+    order instead takes as many shards at a time as fit in the cache.
 
     Args:
-        remote: Folder or URL (s3://...) with the folders `train` and `val`.
+        remote: Folder or URL (s3://...) that holds the folders `train` and `val`.
         local: Folder of the cache; None reads a `remote` folder in place.
         split: 'train' or 'val'.
-        shuffle: Kept for the reference's scripts; the sampler shuffles.
-        base_size: See `build_ade20k_transformations`, as for the next three.
-        min_resize_scale: Least random scale.
-        max_resize_scale: Greatest random scale.
-        final_size: Side of what comes out, pixels.
-        batch_size: Kept for the reference's scripts.
+        shuffle: Unused, because the sampler shuffles; the reference's scripts pass it.
+        base_size: See `build_ade20k_transformations`.
+        min_resize_scale: Smallest random scale.
+        max_resize_scale: Largest random scale.
+        final_size: Side of the resulting square, pixels.
+        batch_size: Unused; the reference's scripts pass it.
         seed: Seed of the random transforms.
-        labels: What the masks hold.
-        transforms: Of the pair, the photo and the mask, in place of those that the sizes give.
+        labels: Meaning of the labels in the masks.
+        transforms: Transforms of the pair, of the image and of the mask; they replace the
+            transforms that the sizes describe.
         **cache: See `dataset.shards.Shards`.
 
     Raises:
-        DataError: Here or on access, if shards are missing or damaged.
+        DataError: Shards are missing or damaged. Some damage shows only on access.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class StreamingADE20k(EncodedSamples):
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
         super().__init__(transforms, seed, Masks(labels or Labels()))
+        # A run on folders need not import Streaming.
         from dataset.shards import Shards
 
         self.shards = Shards(remote, local, split, **cache)
@@ -152,23 +158,29 @@ class StreamingADE20k(EncodedSamples):
         return len(self.shards)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        """Read a sample: its ID, the encoded image and mask, and the names of both."""
         return self.shards.read(index)
 
     def prefetch(self, index: int) -> None:
-        """Have a sample's shard fetched in the background."""
+        """Start to download a sample's shard in the background."""
         self.shards.prefetch(index)
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return an epoch's samples in its order."""
+        """Return these samples in the order of an epoch."""
         at_once = self.shards.shards_at_once
+        # The whole data set fits in the cache, so use the same random order as for folders.
         if at_once is None:
             return super().order(items, seed, epoch)
-        place = random_order(len(self.shards.shards), seed, epoch).argsort()  # of each shard
+        # Otherwise, a random order over all samples would download a shard for almost every sample.
+        # Shuffle the shards, take a group of them that fits, and shuffle the samples in each group.
+        place = random_order(len(self.shards.shards), seed, epoch).argsort()
         group = place[self.shards.shard_of(items % len(self))] // at_once
+        # lexsort orders by its last key first: by group, and by random numbers within a group.
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
+# The names and the order of the first arguments are those of MosaicML's reference, so that its
+# scripts keep working. Newer arguments come after them.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -201,49 +213,51 @@ def build_ade20k_dataspec(
     source: DataSource | None = None,
     **dataloader_kwargs: Any,
 ) -> DataSpec:
-    """Build a split's data for Composer's Trainer.
+    """Build the DataSpec of a split for Composer's Trainer.
 
-    Batches are photos (N, 3, H, W) and labels (N, H, W), both uint8, until `DeviceTransform` makes
-    them what the model takes. Evaluation sees every sample once and in order.
+    Batches hold images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
+    `DeviceTransform` turns them into the input of the model. Evaluation sees every sample once and
+    in order.
 
     Args:
-        path: Folder of the data set, or root of a described one; of shards, folder or URL.
-        is_streaming: Whether it is MDS shards.
-        local: Folder that shards are kept in; None reads those of a folder in place.
-        batch_size: Samples in a rank's batch.
+        path: Folder of the data set; for shards, a folder or URL.
+        is_streaming: Whether the data set is in MDS shards.
+        local: Folder to cache shards in; None reads a folder of shards in place.
+        batch_size: Number of samples in a batch of one rank.
         split: 'train' or 'val'.
-        drop_last: Whether training leaves out the last, smaller batch.
+        drop_last: Whether training leaves out the last batch of an epoch if it is not full.
         shuffle: Whether training shuffles.
-        base_size: See `build_ade20k_transformations`, as for the next three.
-        min_resize_scale: Least random scale.
-        max_resize_scale: Greatest random scale.
-        final_size: Side of what comes out, pixels.
-        ignore_background: See `dataset.labels.Labels`, as for `num_classes` and `ignore_label`.
-        seed: Seed of order and augmentation.
+        base_size: See `build_ade20k_transformations`.
+        min_resize_scale: Smallest random scale.
+        max_resize_scale: Largest random scale.
+        final_size: Side of the resulting square, pixels.
+        ignore_background: See `dataset.labels.Labels`.
+        seed: Seed of the order of samples and of the augmentation.
         num_classes: Number of classes, 2 to 253.
         ignore_label: A further label to ignore.
         color_distortion: Whether training distorts colours.
-        shuffle_seed: Seed of the order alone; None: `seed`.
-        predownload: How many samples ahead shards are fetched; None: eight batches.
-        cache_limit: See `dataset.shards.Shards`, as for the next three.
-        download_retry: How often to try again.
+        shuffle_seed: Seed of the order of samples alone; None: `seed`.
+        predownload: Number of samples to download ahead; None: eight batches.
+        cache_limit: See `dataset.shards.Shards`.
+        download_retry: Number of retries of a failed download.
         download_timeout: Seconds to wait for an answer.
         validate_hash: Hash to check each downloaded shard with.
-        num_workers: Loader processes; 'auto': one a core that this rank has, eight at most.
-        description: Of a data set that is not in ADE20K's layout; it says what its masks hold, in
-            place of `num_classes`, `ignore_background` and `ignore_label`.
+        num_workers: Number of loader processes; 'auto': one for each core of this rank, at most 8.
+        description: Description of a data set that is not in ADE20K's layout. It replaces
+            `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
-        rare_class_sampling: Share of the photos below which a class is rare, and training takes
-            those that show it more often; see `training.class_weights.repeat_factors`.
-        counts: Of the training masks, where they are known; else they are counted for that.
-        source: The split. It takes the place of the arguments that say where the data set is and
-            what its masks hold.
-        **dataloader_kwargs: For torch's DataLoader. By default workers persist, and memory is
-            pinned if there is a GPU.
+        rare_class_sampling: A class is rare if it is in less than this share of the images.
+            Training repeats images of rare classes; see `training.class_weights.repeat_factors`.
+        counts: Counts of the training masks; None: count the masks if rare classes need it.
+        source: The opened split. It replaces the arguments that say where the data set is and what
+            its masks hold.
+        **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers persist, and
+            memory is pinned if there is a GPU.
 
     Raises:
-        DataError: The data set is not as it should be.
+        DataError: The data set cannot be read, or it is too small for one batch.
     """
+    # Two labels of a uint8 mask are reserved: 254 for ignored pixels and 255 for padding.
     if not 2 <= num_classes < IGNORED:
         raise DataError(f"num_classes is {num_classes}, not in 2..{IGNORED - 1}")
     is_train = split == "train"
@@ -256,25 +270,36 @@ def build_ade20k_dataspec(
     sizes = (base_size, min_resize_scale, max_resize_scale, final_size)
     transforms = build_ade20k_transformations(split, *sizes, max_class_share, labels.classes())
     dataset = open_dataset(source, transforms, seed)
+    # Eight batches give a download time to finish before its sample is needed. The distance counts
+    # samples, and folders have nothing to download.
     distance = (8 * batch_size if predownload is None else predownload) if is_streaming else 0
     sampler: EpochSampler | EvalSampler
     if is_train:
         factors = None
+        # Repeated images make the epoch longer; the sampler repeats each image on average as often
+        # as its factor says.
         if rare_class_sampling:
             from training.class_weights import sample_factors
 
             factors = sample_factors(source, rare_class_sampling, counts)
+        # A separate seed lets an ablation change the order but not the augmentation.
         order_seed = seed if shuffle_seed is None else shuffle_seed
         sampler = EpochSampler(
             dataset, batch_size, order_seed, shuffle, drop_last, distance, repeat_factors=factors
         )
+        # Composer saves and restores the state of the data set, not of the sampler.
         dataset.resume_with(sampler)
+        # Without a full batch on each rank, an epoch would have no step.
         if len(sampler) < (batch_size if drop_last else 1):
             batch = batch_size * sampler.num_replicas
             raise DataError(f"{path}: {len(dataset)} samples do not fill one batch of {batch}")
     else:
+        # Evaluation never drops a batch, so that every image counts once.
         sampler = EvalSampler(dataset, distance)
     workers = _default_workers() if isinstance(num_workers, str) else num_workers
+    # Workers live as long as the run. They learn the epoch from each sample's `Item`, so they need
+    # not be started again for every epoch. Each keeps to one core and leaves the others to the
+    # other workers.
     options = dict(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -289,12 +314,15 @@ def build_ade20k_dataspec(
         num_workers=workers,
         **{**options, **dataloader_kwargs},
     )
+    # The transform runs on micro-batches: the float32 copy is four times as large as the uint8
+    # batch, so it exists only for the images that are being computed. Composer tells the sampler
+    # the epoch.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's defaults are methods of the DataSpec: a cycle, which is collected with workers
-        # that wait for 5 s each.
+        # Composer's defaults are bound methods and form a reference cycle. If workers are still
+        # alive when the cycle is collected, each takes 5 s to end. Plain lambdas avoid the cycle.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
@@ -304,15 +332,16 @@ def build_ade20k_dataspec(
 def open_dataset(
     source: DataSource, transforms: Transforms = (None, None, None), seed: int = 17
 ) -> ADE20k | StreamingADE20k:
-    """Open a split of a data set, folders or MDS shards.
+    """Open a split of a data set in folders or MDS shards.
 
     Args:
-        source: The split.
-        transforms: Of the pair, the image and the mask; without any, samples are Pillow images.
+        source: Location and meaning of the split.
+        transforms: Transforms of the pair, of the image and of the mask. Without any, samples are
+            pairs of Pillow images.
         seed: Seed of the random transforms.
 
     Raises:
-        DataError: The data set is not as it should be.
+        DataError: The data set cannot be read.
     """
     path, split = source.path, source.split
     if source.shards is None:
@@ -325,38 +354,44 @@ def open_dataset(
 
 
 def _default_workers() -> int:
-    """Return how many loader processes this rank has cores for, eight at most."""
+    """Return the number of cores of this rank, at least 1 and at most 8."""
     return min(8, max(1, available_cores() // dist.get_local_world_size()))
 
 
 def build_data(
     config: Config, split: str, counts: Counts | None = None, source: DataSource | None = None
 ) -> DataSpec:
-    """Build a split of a run for this process, after a look at whether its labels fit the model.
+    """Build the DataSpec of one split of a run, after checking that its labels fit the model.
 
     Args:
-        config: The run's.
+        config: Config of the run.
         split: 'train' or 'val'.
-        counts: What `class_weights.count_training` found, where rare classes need it.
+        counts: Result of `training.build_recipe.count_training`, if rare classes need it.
         source: The split, if it is open already.
 
     Raises:
-        DataError: The data set is not as it should be, or its labels do not fit.
-        ClassError: Shards were written with other classes than the run's.
+        DataError: The data set cannot be read, or its labels do not fit the model.
+        ClassError: The shards were written with other classes than the run's.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
+    # The YAML counts the images of all ranks. The config has been checked: the ranks divide them.
     arguments["batch_size"] //= dist.get_world_size()
+    # Look at 64 masks of the split before training: a label without a class would otherwise end the
+    # run in the middle of an epoch.
     if source.shards is None:
         check_labels(source)
     else:
         from checkpointing.saver import on_first_process
         from dataset.shard_classes import check_shard_classes
 
-        # Shards hold class indices, whose order the config cannot change any more.
+        # Shards hold class indices, so the config can no longer change their order. One rank reads
+        # the classes that the shards record, and the others get its answer.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
+    # Schedulers send SIGTERM to every process of a job. The loader must outlive it until the run
+    # has saved a checkpoint, so its processes are forked with the signals blocked.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(
@@ -373,9 +408,16 @@ def build_data(
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
     """Build a run's training data, its evaluation data, and the counts of its training masks.
 
-    An evaluation has no training data. The counts are None unless the config needs them. Errors are
-    those of `build_data`.
+    The errors are those of `build_data`.
+
+    Args:
+        config: Config of the run.
+
+    Returns:
+        The training data (None if the run only evaluates), the evaluation data, and the counts
+            (None unless the config needs them).
     """
+    # If both splits are in one folder, they share a source, so the folder is listed only once.
     sources = data_sources(config)
     counts = count_training(config, sources["train"])
     train = build_data(config, "train", counts, sources["train"]) if config.is_train else None
@@ -386,7 +428,7 @@ def check_dataloader() -> None:
     """Check the data set that the command line names, and print the report.
 
     Raises:
-        SystemExit: Training on it would fail, or the command line is wrong.
+        SystemExit: Training on the data set would fail, or the command line is wrong.
     """
     from extras.preparation.check_command import main
 

@@ -4,11 +4,12 @@
     python download_ade20k.py --path /data/ade20k
     python download_ade20k.py --url http://mirror/ADEChallengeData2016.zip
 
-Interrupt it whenever you like: run again, it goes on where it stopped. The archive is checked
-against its SHA-1 before a file of it is unpacked, the unpacked folder appears all at once, and when
-it is there already nothing happens. The download is `<path>/ADEChallengeData2016.zip.part` until it
-is unpacked. An archive that you put at `<path>/ADEChallengeData2016.zip`, complete or in part, is
-used and stays. Exit status: 0 all there, 1 failed, 130 interrupted.
+You may interrupt it at any time; run it again to continue. The archive is checked against its SHA-1
+before anything is unpacked, and the unpacked folder appears all at once. If the folder already
+exists and is complete, nothing happens. The download is `<path>/ADEChallengeData2016.zip.part`
+until it is unpacked. A complete or partial archive that you put at
+`<path>/ADEChallengeData2016.zip` is used and kept. Exit status: 0 complete, 1 failed, 130
+interrupted.
 """
 
 import argparse
@@ -37,45 +38,48 @@ log = logging.getLogger(__name__)
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 FOLDER = "ADEChallengeData2016"
-# Files in the official archive: how a folder unpacked by other means is known to be whole.
+# Files in the official archive. They tell whether a folder that was unpacked by other means is
+# complete.
 OFFICIAL_COUNTS = {
     "images/training": 20_210,
     "images/validation": 2_000,
     "annotations/training": 20_210,
     "annotations/validation": 2_000,
 }
-# Written last by extract(): the archive's SHA-1 and how many files it had.
+# extract() writes this file last: the archive's SHA-1 and its number of files.
 MARKER = ".complete.json"
 
-ATTEMPTS = 6  # in a row that bring nothing new; with waits of 1, 2, 4, ... s that is half a minute
-TIMEOUT = 60  # seconds without a byte from the server
+# Attempts in a row without progress. With pauses of 1, 2, 4, ... s, they take half a minute.
+ATTEMPTS = 6
+TIMEOUT = 60  # Timeout in seconds without a byte from the server.
 CHUNK = 1 << 20
-# JPEG and PNG do not compress, so the files take about what the archive does, and block rounding.
+# JPEG and PNG do not compress, so the files need about the size of the archive, plus rounding up to
+# blocks.
 UNPACKED_SIZE = 1.2
 BLOCK = 4096
 
 
 class DownloadError(RuntimeError):
-    """The data set cannot be fetched; the message is one line that says what to do."""
+    """An error that prevents the download; the message is one line that says what to do."""
 
 
 class _ConnectionLost(Exception):
-    """The server or the way to it failed in a manner that may pass: try again."""
+    """A failure of the server or the connection that may pass, so that a retry is worthwhile."""
 
 
 def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
-    """Make `<path>/ADEChallengeData2016` hold the whole data set.
+    """Download and unpack the data set to `<path>/ADEChallengeData2016`, if it is not complete.
 
     Args:
-        path: The folder that will contain `ADEChallengeData2016`; it is what training calls `path`.
-        url: Where the archive is, http or https. A mirror needs to hold the same bytes.
-        sha1: The archive's SHA-1, 40 hex digits.
+        path: Folder that will contain `ADEChallengeData2016`; the `path` for training.
+        url: Address of the archive, http or https. A mirror must hold the same bytes.
+        sha1: SHA-1 of the archive, 40 hex digits.
 
     Returns:
         `<path>/ADEChallengeData2016`.
 
     Raises:
-        DownloadError: Server, archive, disk or an incomplete folder in the way.
+        DownloadError: The server, the archive or the disk fails, or an incomplete folder exists.
     """
     if not re.match("https?://", url):
         raise DownloadError(f"{url} is no http or https address")
@@ -97,7 +101,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                 if fetched != archive:
                     fetched.unlink()
                 log.info("%s is complete, train with path=%s", folder, path)
-    except OSError as error:  # a full disk, a folder that may not be written to
+    except OSError as error:  # The disk may be full, or the folder may not be writable.
         raise DownloadError(
             f"{error.filename or path}: {error.strerror or error}; put that right and run again, "
             "what was downloaded is kept"
@@ -106,19 +110,24 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
 
 
 def fetch(url: str, archive: Path, sha1: str) -> Path:
-    """Download `url` to `archive` with the suffix `.part`, going on after what is there.
+    """Download `url` to `archive` with the suffix `.part`; continue an earlier download.
+
+    Args:
+        url: Address of the archive.
+        archive: Path of the archive.
+        sha1: SHA-1 of the archive.
 
     Returns:
-        The downloaded file, or `archive` if the user put the complete one there.
+        The downloaded file, or `archive` if the user put the complete archive there.
 
     Raises:
-        DownloadError: Server or disk.
+        DownloadError: The server or the disk fails, or the archive has another SHA-1.
     """
     part = archive.with_name(f"{archive.name}.part")
     if _size(archive) > 0:
         if _sha1(archive) == sha1:
             return archive
-        if not part.exists():  # the user's file stays as it is
+        if not part.exists():  # Do not change the user's file.
             with _naming(part):
                 shutil.copyfile(archive, part)
     resumed = _size(part) > 0
@@ -127,7 +136,7 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     _download(url, part)
     found = _sha1(part)
     if found != sha1 and resumed:
-        # The first part may be of another version of the file, or of something else altogether.
+        # The first part may belong to another version of the file, or to another file.
         log.warning("the archive that was continued has SHA-1 %s: downloading it afresh", found)
         part.unlink()
         _download(url, part)
@@ -163,12 +172,12 @@ def _download(url: str, archive: Path) -> None:
 
 
 def _download_rest(url: str, archive: Path) -> None:
-    """Request the bytes that are still missing, and append them to the file.
+    """Request the missing bytes, and append them to the file.
 
     Raises:
         DownloadError: The server refuses, or the disk is too small.
-        _ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError: Another attempt
-            may bring more.
+        _ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError: The connection
+            failed; another attempt may continue.
     """
     have = _size(archive)
     headers = {"User-Agent": "ade20k-download/1.0", "Accept-Encoding": "identity"}
@@ -176,7 +185,7 @@ def _download_rest(url: str, archive: Path) -> None:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        if status == 416 and have:  # the server has nothing after our bytes
+        if status == 416 and have:  # The server has nothing after our bytes.
             if content_range == f"bytes */{have}":
                 return
             archive.unlink()
@@ -207,13 +216,19 @@ def _size(file: Path) -> int:
 
 
 def extract(archive: Path, folder: Path, sha1: str) -> None:
-    """Unpacks the archive's `ADEChallengeData2016/` so that `folder` appears all at once.
+    """Unpack the archive's `ADEChallengeData2016/` so that `folder` appears all at once.
+
+    Args:
+        archive: Path of the archive.
+        folder: Folder to create.
+        sha1: SHA-1 of the archive, which is recorded in the folder.
 
     Raises:
-        DownloadError: A damaged or hostile archive, or no room for its files. `folder` is not made.
+        DownloadError: The archive is damaged or hostile, or the disk is too small. `folder` is not
+            created.
     """
     temporary = folder.with_name(f".{FOLDER}.unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # A killed run may have left this folder.
     try:
         with zipfile.ZipFile(archive) as zipped:
             members = _safe_members(zipped)
@@ -222,7 +237,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             for member in tqdm(members, unit=" files", desc="unpack", disable=None):
                 target = temporary / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Reading stops at the size the archive announces, and checks the CRC there.
+                # Reading stops at the size in the archive's directory, and checks the CRC there.
                 final = folder.parent / member.filename
                 with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
                     shutil.copyfileobj(source, out, CHUNK)
@@ -231,9 +246,10 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
         os.rename(temporary / FOLDER, folder)
     except DownloadError:
         raise
-    except Exception as error:  # zipfile has many, also for what it takes for a place in the file
+    # zipfile raises many errors, even OSError if it reads a wrong position from a damaged file.
+    except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # of the disk
+            raise  # The disk failed.
         raise DownloadError(
             f"{archive} cannot be unpacked ({error}): delete it and run again"
         ) from error
@@ -242,7 +258,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
 
 
 def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the files to unpack, plain ones under the folder; refuse a hostile archive."""
+    """Return the regular files under the folder; refuse a hostile archive."""
     members, seen = [], set()
     for member in zipped.infolist():
         name, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
@@ -271,7 +287,7 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _what_is_missing(folder: Path, sha1: str) -> str | None:
-    """Why `folder` is not the whole data set, None if it is."""
+    """Return what is missing in `folder`, or None if the data set is complete."""
     marker = folder / MARKER
     if marker.is_file():
         expected = json.loads(marker.read_text())
@@ -290,9 +306,13 @@ def _what_is_missing(folder: Path, sha1: str) -> str | None:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which ends with the process and leaves no file behind.
+    """Lock the folder; the lock ends with the process and leaves no file behind.
 
-    convert_ade20k.py has one too: this file runs without anything else of the repository.
+    convert_ade20k.py has a copy of this function, because this file runs without the rest of the
+    repository.
+
+    Raises:
+        DownloadError: Another process holds the lock.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -308,7 +328,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Name a file in the errors of writing it, which a full disk does not do itself."""
+    """Add the file's name to errors of a full disk, which do not name it."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Every way in which a command refuses: each message is one line that says what, where and why.
+"""The errors of all commands. Each message is one line that says where, what and why.
 
-Nothing slow is imported here, so that a wrong config is answered before torch is loaded.
+This module imports nothing slow, so that a bad config is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-# Exit status of a run that goes on when its command is given again: EX_TEMPFAIL of sysexits.h.
+# Exit status of a run that can be resumed by the same command (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
 # Signals that ask a run to stop after its batch. SIGHUP comes when the terminal closes. The kernel
 # sends SIGUSR1 when the launcher dies.
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class UserError(ValueError):
-    """Something that a command was given cannot be used; what it says is one line."""
+    """An error in the input of a command; its message is one line."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_printable(message))
@@ -30,47 +30,53 @@ class ConfigError(UserError):
 
 
 class UnevenBatch(ConfigError):
-    """A batch size that does not divide among the processes there are; more of them may come."""
+    """A batch size that does not divide among the processes; more processes may still join."""
 
 
 class DataError(UserError):
-    """A data set that is not as training needs it; the message names the file."""
+    """A data set that training cannot use; the message names the file."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error again with the worker's whole traceback for message.
+        # A DataLoader raises the error of a worker again, with the worker's traceback as its
+        # message.
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
 class StoreError(DataError):
-    """A store that does not give what it gave before, however often it was asked while training."""
+    """A store that stopped answering during training, despite retries."""
 
 
 class ModelError(UserError):
-    """A model that cannot be built: an unknown backbone, or weights that do not fit or exist."""
+    """A model that cannot be built, for example because its weights are missing."""
 
 
 class WeightsError(UserError):
-    """A file of weights that is missing, damaged, unsafe, or of no model of this project."""
+    """A file of weights that is missing, damaged, unsafe, or not for a model of this project."""
 
 
 class ClassError(UserError):
-    """Class names that cannot be read or do not number what the model predicts."""
+    """Class names that cannot be read, or whose number differs from the model's."""
 
 
 class OutputError(OSError):
-    """An output that cannot be finished, mostly because the disk is full; one line names it."""
+    """An output that cannot be completed, mostly because the disk is full; the message names it."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
 
 class Stopped(RunError):
-    """A run that ended on request; the message says how it goes on."""
+    """A run that ended on request; the message says how to resume it."""
 
 
 class Lost(RunError):
-    """A run that has lost one of its processes; `status` is the one to end with."""
+    """A run that lost one of its processes.
+
+    Args:
+        message: One line about the lost process.
+        status: Exit status for this process.
+    """
 
     def __init__(self, message: str, status: int = TRY_AGAIN) -> None:
         super().__init__(message)
@@ -78,19 +84,19 @@ class Lost(RunError):
 
 
 def exit_status(error: BaseException) -> int:
-    """Return 1 if an output could not be finished, and 2 if a command was given bad input."""
+    """Return the exit status: 1 if an output could not be completed, 2 if the input is bad."""
     return 1 if isinstance(error, OutputError) else 2
 
 
 def escape_names() -> None:
-    """Have print escape what cannot be printed, as in names of files that are no text."""
+    """Make print escape characters that it cannot encode, as in file names that are not text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """Return the type of a command-line option: a whole number within bounds."""
+    """Return an argparse type for an integer from `least` to `most`."""
 
     def read(text: str) -> int:
         try:
@@ -107,10 +113,10 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def _printable(text: str) -> str:
-    """Return a text with what a name or a value may hold, line breaks for one, escaped."""
+    """Escape unprintable characters, such as line breaks."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks, or its type where it has none."""
+    """Return the message of an error without line breaks, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

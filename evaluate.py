@@ -4,12 +4,12 @@
     python evaluate.py weights.safetensors --path ade20k --tta --csv classes.csv --json scores.json
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
-The protocol `paper` is mmsegmentation's on ADE20K, so that the numbers can stand beside its
-tables: photos keep their aspect ratio (shorter side `eval_dataset.final_size`, there 512, longer
-at most four times that), and the prediction is brought back to the mask's own resolution and scored
-there. `square` is the evaluation of training: photo and mask become squares of
-`eval_dataset.final_size`. Every pixel with a label counts once, in one confusion matrix over all
-photos and processes.
+The protocol `paper` is that of mmsegmentation on ADE20K, so its numbers are comparable with
+published tables. Images keep their aspect ratio. Their shorter side becomes
+`eval_dataset.final_size` (512 in mmsegmentation), and their longer side is at most four times as
+long. The prediction is scored at the resolution of the mask. The protocol `square` is the
+evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
+Every labelled pixel counts once, in one confusion matrix over all images and ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from command_lines import parse_evaluate, start
 
 if __name__ == "__main__":
-    start(parse_evaluate)  # before the slow imports
+    start(parse_evaluate)  # Parse the command line before the slow imports.
 
 import argparse
 import json
@@ -63,23 +63,23 @@ from training.schema import Config
 
 log = logging.getLogger(__name__)
 
-PENDING = 128  # photos read but not yet segmented: what it takes to find enough of one size
+PENDING = 128  # Images held back while a batch of equal size is collected
 
 
 def evaluate_paper(
     segmenter: Segmenter, dataset: Any, index: Tensor, batch_size: int, num_workers: int = 0
 ) -> Tensor:
-    """Count this process's share in a confusion matrix, at the masks' own resolution.
+    """Count this rank's share of the images, at the resolution of their masks.
 
     Args:
-        segmenter: What predicts.
-        dataset: Pairs of a photo and a mask of labels, as Pillow images of the same size.
-        index: (256,) class index of each label, -1 where it is ignored.
-        batch_size: Photos at once; only those that enter the network in one size can be.
-        num_workers: Processes that read and decode.
+        segmenter: Model that predicts.
+        dataset: Pairs of an image and a mask of labels, as Pillow images of the same size.
+        index: (256,) class index of each label; -1 if the label is ignored.
+        batch_size: Number of images at once; they must have the same size in the network.
+        num_workers: Number of processes that read and decode.
 
     Returns:
-        (C, C) int64 counts of this process, row = class in the mask, column = predicted class.
+        (C, C) int64 counts of this rank; row = class in the mask, column = predicted class.
     """
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
@@ -105,7 +105,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of one kind into lists of up to `count`, holding `PENDING` back at most."""
+    """Group items of the same kind into lists of up to `count`; hold back at most `PENDING`."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -118,19 +118,19 @@ def group_by(
 
 
 def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
-    """Count this process's share in a confusion matrix, as the evaluation of training does.
+    """Count this rank's share of the images, like the evaluation during training.
 
     Args:
-        segmenter: What predicts.
-        spec: The DataSpec that `data.build_ade20k_dataspec` builds for `split="val"`.
+        segmenter: Model that predicts.
+        spec: DataSpec that `data.build_ade20k_dataspec` builds for `split="val"`.
 
     Returns:
-        As `evaluate_paper`.
+        Confusion matrix; see `evaluate_paper`.
     """
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     rank = dist.get_global_rank()
-    # Beyond its share the sampler starts over, so that all processes have the same number.
+    # The sampler repeats samples so that all ranks have equally many; ignore the repeats.
     left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
     with torch.inference_mode():
         for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):
@@ -145,13 +145,17 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 def data_source(
     options: argparse.Namespace, segmenter: Segmenter
 ) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set: `--data` and `--path`, or what `--config` or the checkpoint says.
+    """Return the validation set of the command line, of `--config`, or of the checkpoint.
+
+    Args:
+        options: Command line.
+        segmenter: Model to evaluate.
 
     Returns:
-        The data set, and the keys of `eval_dataset` as `data.build_ade20k_dataspec` takes them.
+        The data set, and the keys of `eval_dataset` as arguments of `data.build_ade20k_dataspec`.
 
     Raises:
-        ConfigError: None of them says, or it has other classes than the model.
+        ConfigError: No validation set is known, or it has other classes than the model.
     """
     config = segmenter.config or {}
     recorded = dict(config.get("eval_dataset") or {})
@@ -212,14 +216,14 @@ def resolve_file(path: str) -> Config:
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Compare what label 0 means here with what it meant in the run's own evaluations.
+    """Compare the meaning of label 0 with its meaning in the run's own evaluations.
 
     Args:
-        arguments: Keys of `eval_dataset`, as they are used now.
-        recorded: The same keys as the checkpoint has them; empty if it has none.
+        arguments: Keys of `eval_dataset` that are used now.
+        recorded: The same keys in the checkpoint; empty if it has none.
 
     Raises:
-        ConfigError: They contradict each other about the same data set.
+        ConfigError: The meanings differ for the same data set.
     """
     ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
     if not recorded or ours == theirs:
@@ -234,18 +238,19 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
 def class_order(
     options: argparse.Namespace, segmenter: Segmenter, source: DataSource
 ) -> list[int] | None:
-    """Match the classes of the validation set with the model's.
+    """Match the classes of the validation set with those of the model.
 
     Args:
-        options: The command line.
-        segmenter: The model.
-        source: The validation set.
+        options: Command line.
+        segmenter: Model to evaluate.
+        source: Validation set.
 
     Returns:
-        The model's class index of each class of the data; None: the same, or no names are known.
+        The model's class index for each class of the data; None if they are the same, or if no
+            names are known.
 
     Raises:
-        ClassError: They have other names.
+        ClassError: The classes have other names.
     """
     recorded = segmenter.config or {}
     own = recorded.get("data")
@@ -253,13 +258,13 @@ def class_order(
     if segmenter.names_given:
         model = segmenter.classes
     elif own is not None:
-        # The run's class_names may have given new names to the classes of its description.
+        # The run's class_names may have renamed the classes of its description.
         model = parse_description(own).classes
     beside = None
     if source.shards is not None:
         beside = shard_classes(source)
     is_described = source.description.built_in is None
-    if beside is not None:  # the order in which the masks of shards were written
+    if beside is not None:  # The masks in the shards were written in this order.
         where, classes = f"{source.path}/{DESCRIPTION}", beside
     elif is_described and (options.data or options.config):
         where, classes = options.data or options.config, source.description.classes
@@ -274,10 +279,14 @@ def class_order(
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score as the command line says; see `_parse`.
+    """Score a checkpoint as the command line asks.
+
+    Args:
+        options: Command line; see `command_lines.parse_evaluate`.
 
     Returns:
-        What `--json` writes; percent throughout. A score without any labelled pixel is None.
+        The result that `--json` writes, with scores in percent. A score without any labelled pixel
+            is None.
     """
     segmenter = segmenter_from(options, amp=options.amp)
     source, arguments = data_source(options, segmenter)
@@ -295,7 +304,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
     if order is not None:
-        matrix[order] = matrix.clone()  # its rows are classes of the data, its columns the model's
+        # Rows are classes of the data, and columns are classes of the model.
+        matrix[order] = matrix.clone()
     warning = label_warning((matrix.sum(1) > 0).tolist(), segmenter.classes, "validation mask")
     if warning and dist.get_global_rank() == 0:
         log.warning("%s: %s", source.path, warning)
@@ -317,7 +327,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return the result as text: a table of the classes, then the three numbers."""
+    """Return the result as text: a table of the classes, then the three scores."""
 
     def percent(value: float | None, width: int = 7) -> str:
         return f"{'-':>{width}}" if value is None else f"{value:{width}.2f}"
@@ -351,12 +361,13 @@ def main(arguments: list[str]) -> int:
     if dist.get_world_size() > 1:
         allows_tf32 = torch.backends.cuda.matmul.allow_tf32
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
-        # Composer's get_device allows TF32, which one process alone does not use.
+        # Composer's get_device allows TF32. A single process does not use it, so restore the
+        # setting.
         torch.backends.cuda.matmul.allow_tf32 = allows_tf32
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # An output that cannot be written is reported now rather than after the last image.
+        # Check now whether the outputs can be written, and not after the last image.
         outputs = [path for path in (options.csv, options.json) if path]
         inputs = (options.model, options.data, options.config, options.classes)
         check_outputs(outputs, [path for path in inputs if path])

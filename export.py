@@ -1,4 +1,4 @@
-"""Export a checkpoint for deployment, with everything inside that a program needs to use it.
+"""Export a checkpoint for deployment, with everything that a program needs to use it.
 
     python export.py runs/first --to onnx                           # its best, as first.onnx
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
@@ -12,14 +12,14 @@
 | `torchscript` | `torch.jit.load`                     | PyTorch                       |
 | `pt2`         | `torch.export.load`                  | PyTorch                       |
 | `safetensors` | `checkpointing.weights.load_weights` | this code; to train on        |
-| `web`         | a browser, from any static host      | extras/sharing/web.py tells   |
-| `hub`         | any of these, from Hugging Face      | extras/sharing/card.py tells  |
+| `web`         | a browser, from any static host      | see extras/sharing/web.py     |
+| `hub`         | any of these, from Hugging Face      | see extras/sharing/card.py    |
 
-The first three take `image`, (N, 3, H, W) uint8 RGB of any N, H and W, and give `logits`,
-(N, C, H, W) float32; normalisation and upsampling are inside. All have metadata: `classes`, a JSON
-list of names and colours; `config`, the run's; `size`, at which it was validated; `mean` and `std`,
-of the normalisation. Each is compared with the PyTorch model on a photo before the export counts as
-done.
+The first three take `image`, (N, 3, H, W) uint8 RGB with any N, H and W. They return `logits`, (N,
+C, H, W) float32, and include normalisation and upsampling. All have metadata: `classes`, a JSON
+list of names and colours; `config`, the config of the run; `size`, the size of its validation
+images; `mean` and `std` of the normalisation. Each file is compared with the PyTorch model on an
+image before the export counts as complete.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 from command_lines import EXPORT_SUFFIXES, parse_export, start
 
 if __name__ == "__main__":
-    start(parse_export)  # before the slow imports
+    start(parse_export)  # Parse the command line before the slow imports.
 
 import argparse
 import functools
@@ -84,20 +84,20 @@ MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
 def compare(
     model: Deployed, exported: Callable[[Tensor], Tensor], photo: np.ndarray, size: int
 ) -> tuple[float, float]:
-    """How an exported file differs from the model it was made of.
+    """Compare an exported file with the model that it was made from.
 
-    It sees the photo in two sizes, neither of them the example's, and in one of them twice in a
-    batch, the second time mirrored.
+    The image is tested in two sizes that differ from the exporter's example. In the second size, it
+    is in a batch with its mirror image.
 
     Args:
-        model: The PyTorch model.
-        exported: The file's function.
+        model: PyTorch model.
+        exported: Function in the exported file.
         photo: (H, W, 3) uint8 RGB.
-        size: Length of the photo's shorter side, in pixels.
+        size: Length of the image's shorter side, pixels.
 
     Returns:
-        The share of pixels with the same class, and the largest difference of a logit, relative to
-        the largest logit where that is above 1.
+        The share of pixels with the same class, and the largest difference of a logit. The
+            difference is relative to the largest logit if that is above 1.
     """
     same, pixels, difference, largest = 0, 0, 0.0, 1.0
     for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
@@ -118,16 +118,16 @@ def compare(
 
 @dataclass(frozen=True)
 class Source:
-    """What a file is made of.
+    """Everything needed to write an exported file.
 
     Attributes:
-        name: The run's, or else the file's.
-        weights: As they were read.
-        network: Which has them.
-        classes: One entry a class index.
-        config: The run's, where it is known.
-        photo: (H, W, 3) uint8 RGB, to compare on.
-        size: Length of its shorter side.
+        name: Name of the run, or of the file if the run is unknown.
+        weights: Weights as read from the file.
+        network: Network with these weights.
+        classes: Name and colour of each class.
+        config: Config of the run, or None.
+        photo: (H, W, 3) uint8 RGB image for the comparison.
+        size: Length of its shorter side, pixels.
     """
 
     name: str
@@ -140,12 +140,17 @@ class Source:
 
     @property
     def normalisation(self) -> dict[str, str]:
-        """Metadata of every format: of RGB values from 0 to 255."""
+        """The metadata of every format about the normalisation of RGB values from 0 to 255."""
         return {"mean": json.dumps(self.network.mean), "std": json.dumps(self.network.std)}
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 1 if the file is not as the model, 2 if that cannot be used."""
+    """Run the command line.
+
+    Returns:
+        0; 1 if the exported file differs from the model; 2 if the model or an option cannot be
+            used.
+    """
     options = parse_export(arguments)
     options.photo = options.photo or [_sample_photo()]
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
@@ -186,7 +191,7 @@ def _stem(model: str) -> str:
 
 
 def _read(options: argparse.Namespace) -> Source:
-    """Read what the command line names."""
+    """Read the files that the command line names."""
     weights = load_weights(options.model, options.weights)
     weights = complete(weights, options.model, options.network)
     classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
@@ -212,10 +217,11 @@ def _write_weights(source: Source, kind: str, path: Path) -> None:
 
 
 def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True) -> None:
-    """Write one of the formats that hold the network, and compare it with the model.
+    """Write a format that contains the network, and compare it with the model.
 
     Raises:
-        RunError: It cannot be exported, or it differs from the model. No file is left.
+        RunError: The network cannot be exported, or the file differs from the model. No file is
+            left.
         OutputError: The disk is full.
     """
     network = source.network
@@ -227,7 +233,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
             agreement, difference = compare(model, exported, source.photo, source.size)
         except (OutputError, UserError):
             raise
-        except Exception as error:  # an exporter's own, of any kind
+        except Exception as error:  # An exporter may raise any error.
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
@@ -253,7 +259,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
-        size = source.weights.eval_size or 512  # predict.py's
+        size = source.weights.eval_size or 512  # The default of predict.py is 512, too.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to look at it, python -m http.server -d {folder}")
@@ -262,7 +268,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
 def _check_folder(
     folder: Path, names: Sequence[str], is_ours: bool, options: argparse.Namespace
 ) -> None:
-    """Raise UserError if files of a folder would overwrite inputs, or files of somebody else."""
+    """Raise UserError if an export would overwrite inputs, or files that no export wrote."""
     paths = [folder / name for name in names]
     check_outputs(paths, _inputs(options))
     for path in paths:
@@ -274,7 +280,7 @@ def _check_folder(
 
 
 def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> None:
-    """Write weights, ONNX, config and card, and push them where a repository is named."""
+    """Write weights, ONNX, config and card, and push them if a repository is named."""
     check_place(folder)
     names = ["model.safetensors", MODEL, PICTURE, CARD]
     if source.config is not None:
@@ -299,7 +305,7 @@ def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> Non
 
 
 def _write_card_alone(options: argparse.Namespace) -> None:
-    """Write the card beside the weights."""
+    """Write the model card beside the weights."""
     weights = Path(checkpoint_in(options.model))
     folder = Path(options.out or weights.parent)
     check_place(folder)
@@ -318,7 +324,7 @@ def _write_card(
     scores: Mapping[str, Any] | None,
     options: argparse.Namespace,
 ) -> None:
-    """Measure what a card says, and write it."""
+    """Measure the numbers on a model card, and write the card."""
     measured, picture = [], None
     for path in files:
         segmenter = Segmenter(
@@ -352,7 +358,7 @@ def _write_card(
 
 
 def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | None:
-    """Return what `--scores` holds, or what `evaluate.py` finds now; None if it cannot."""
+    """Return the scores in `--scores`, or those of `evaluate.py`; None if it cannot run."""
     if options.scores:
         names, which = [c.name for c in source.classes], source.weights.which
         scores = read_scores(options.scores, names, which)
@@ -380,7 +386,7 @@ def _print_size(source: Source, path: Path) -> None:
 
 
 def _sample_photo() -> str:
-    """Return a photo to compare on where none is given: one that matplotlib brings."""
+    """Return the default image for the comparison, from matplotlib's sample data."""
     import matplotlib
 
     return os.path.join(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")

@@ -2,15 +2,15 @@
 
     write_file("scores.json", text)              # text or bytes
     write_image("overlay.jpg", picture, quality=92)
-    with output_file("clip.mp4") as path:        # for a writer that needs a path of its own
+    with output_file("clip.mp4") as path:        # for a writer that needs a path
         encode(path)
     with output_folder("page") as folder:        # several files that belong together
         write_page(folder)
 
-Each output is written beside its place under a hidden name, `.unfinished-...`, and renamed at the
-end. Any exception, KeyboardInterrupt included, removes the unfinished file and leaves an older file
-of that name as it was. Only a process that is killed leaves the hidden file behind. Nothing slow is
-imported here.
+Each output is written under a hidden name, `.unfinished-...`, in the same folder, and renamed at
+the end. Any exception, including KeyboardInterrupt, removes the unfinished file and keeps an older
+file of that name. Only a killed process leaves the hidden file behind. This module imports nothing
+slow.
 """
 
 from __future__ import annotations
@@ -33,22 +33,26 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PathLike = str | os.PathLike[str]
-# The disk or the quota is full, or the file is longer than the process or the file system allows.
+# The disk or the quota is full, or the file is too long for the process or the file system.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 def is_remote(path: PathLike) -> bool:
-    """Return whether a path is a URL such as s3://bucket/folder, rather than of a file system."""
+    """Return whether a path is a URL such as s3://bucket/folder."""
     return "://" in os.fspath(path)
 
 
 def write_file(path: PathLike, data: bytes | str) -> None:
     """Write bytes, or text as UTF-8, to a file that appears complete or not at all.
 
+    Args:
+        path: Path of the file.
+        data: Content of the file.
+
     Raises:
         OutputError: The disk is full.
-        UserError: The file cannot be written there.
+        UserError: The file cannot be written.
     """
     content = data.encode() if isinstance(data, str) else data
     with output_file(path) as unfinished, open(unfinished, "xb") as file:
@@ -56,13 +60,18 @@ def write_file(path: PathLike, data: bytes | str) -> None:
 
 
 def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
-    """Write a PNG or JPEG, by the path's extension; `options` are Pillow's.
+    """Write a PNG or JPEG, chosen by the extension of the path.
 
-    Pillow encodes into memory, because its own writer does not say that a disk is full.
+    Pillow encodes into memory, because its own writer does not report a full disk.
+
+    Args:
+        path: Path of the file.
+        image: Image to write.
+        **options: Pillow's options for `Image.save`.
 
     Raises:
         OutputError: The disk is full.
-        UserError: The file cannot be written there.
+        UserError: The file cannot be written.
     """
     data = io.BytesIO()
     image.save(data, IMAGE_FORMATS[Path(path).suffix.lower()], **options)
@@ -71,14 +80,17 @@ def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
 
 @contextmanager
 def output_file(path: PathLike) -> Iterator[Path]:
-    """Give a path with the same extension to write to; rename that file to `path` at the end.
+    """Yield a temporary path with the same extension, and rename it to `path` at the end.
 
-    Missing parent folders are made. A link is followed. A device or a pipe, such as /dev/stdout,
-    gets the finished bytes.
+    Missing parent folders are created, and a link is followed. A device or a pipe, such as
+    /dev/stdout, receives the complete bytes.
+
+    Args:
+        path: Path of the file.
 
     Raises:
         OutputError: The disk is full.
-        UserError: The file cannot be written there.
+        UserError: The file cannot be written.
     """
     with explain_output(path):
         if _is_stream(path):
@@ -103,9 +115,12 @@ def output_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(path: PathLike) -> Iterator[Path]:
-    """Give an empty folder to fill; at the end it becomes `path`, or its files move there.
+    """Yield an empty folder, and rename it to `path` at the end, or move its files there.
 
-    Files that `path` already holds under other names stay.
+    Files in `path` with other names stay.
+
+    Args:
+        path: Path of the folder.
 
     Raises:
         OutputError: The disk is full.
@@ -113,7 +128,7 @@ def output_folder(path: PathLike) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(path))
     with explain_output(path):
-        # An existing folder may be a mount point, from whose parent nothing can be renamed.
+        # An existing folder may be a mount point. Nothing can be renamed from its parent into it.
         unfinished = _beside(final / "_" if final.is_dir() else final)
         unfinished.mkdir(parents=True)
         try:
@@ -129,13 +144,16 @@ def output_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def explain_output(path: PathLike) -> Iterator[None]:
-    """Turn an OSError of writing into one line that names `path`.
+    """Turn an OSError from writing into one line that names `path`.
 
-    An OSError that names another file, an input for example, passes.
+    An OSError that names another file, such as an input, is raised unchanged.
+
+    Args:
+        path: Path of the output.
 
     Raises:
         OutputError: The disk is full.
-        UserError: Any other reason.
+        UserError: The output cannot be written for another reason.
     """
     try:
         yield
@@ -150,17 +168,21 @@ def explain_output(path: PathLike) -> Iterator[None]:
         hidden = isinstance(name, str) and ".unfinished-" in name
         if not name or hidden or os.path.realpath(name) == os.path.realpath(path):
             raise UserError(f"cannot write {path}: {reason}") from error
-        if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):  # a folder on the way
+        # The file in the error is a parent folder of the output.
+        if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):
             raise UserError(f"cannot write {path}: {name}: {reason}") from error
         raise
 
 
 def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) -> None:
-    """Raise UserError if an output would overwrite an input or another output, or is a folder.
+    """Refuse outputs that would overwrite an input or another output, or that are folders.
 
     Args:
-        outputs: Files that a command is going to write.
-        inputs: Files that it reads.
+        outputs: Paths of the files that a command will write.
+        inputs: Paths of the files that it reads.
+
+    Raises:
+        UserError: An output has a name that it may not have.
     """
     read = {os.path.realpath(path) for path in inputs}
     written = set()
@@ -178,9 +200,14 @@ def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) 
 
 
 def check_writable(path: PathLike) -> None:
-    """Raise UserError or OutputError if a file cannot be written; leave nothing behind.
+    """Check that a file can be written, without leaving anything behind. Its folder must exist.
 
-    The file's folder has to exist.
+    Args:
+        path: Path of the file.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: The file cannot be written.
     """
     if _is_stream(path):
         return
@@ -197,7 +224,7 @@ def check_writable(path: PathLike) -> None:
 
 @contextmanager
 def _final_name_in_errors(unfinished: Path, path: PathLike) -> Iterator[None]:
-    """Let errors of outputs inside this one name `path` in place of the hidden path."""
+    """Replace the hidden path with `path` in the errors of outputs inside this context."""
     try:
         yield
     except (OutputError, UserError) as error:
@@ -216,12 +243,12 @@ def _is_stream(path: PathLike) -> bool:
 
 
 def _beside(final: Path) -> Path:
-    """Return an unused hidden path in the folder of a file, with its extension."""
+    """Return an unused hidden path in the folder of a file, with the same extension."""
     return final.with_name(f".unfinished-{secrets.token_hex(4)}{final.suffix}")
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Move the files of a folder into another one, where they replace those of the same name."""
+    """Move the files of a folder into another one, and replace files with the same name."""
     for path in sorted(source.iterdir()):
         if path.is_dir() and (target / path.name).is_dir():
             _move_into(path, target / path.name)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # ./install.sh [GROUP ...]
 #
-# Set up .venv from uv.lock. Each GROUP is a dependency group of pyproject.toml to install as well, such as wandb or onnx.
-# TORCH=2.7.0 installs that torch into .venv-2.7.0. PYTHON=PATH names the Python, VENV=FOLDER another place.
+# Set up .venv from uv.lock. Each GROUP is an additional dependency group of pyproject.toml, such as wandb or onnx.
+# TORCH=2.7.0 installs torch 2.7.0 into .venv-2.7.0. PYTHON=PATH chooses the Python, and VENV=FOLDER another folder.
 set -euo pipefail
 cd "$(dirname "$0")"
-unset VIRTUAL_ENV # uv would warn about it
+unset VIRTUAL_ENV # uv would warn about this variable.
 venv=${VENV:-.venv${TORCH:+-$TORCH}}
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -15,7 +15,7 @@ fail() {
   exit 1
 }
 
-# Print how much uv has downloaded by its log, for example "1204 of 2950 MB".
+# Print the progress of uv's downloads from its log, for example "1204 of 2950 MB".
 downloaded() {
   awk '
     function mib(text) {
@@ -26,8 +26,8 @@ downloaded() {
     END { if (all >= 1) printf "%d of %d MB", done, all }' "$log"
 }
 
-# step DESCRIPTION COMMAND...: run a command and print one line with its duration. While the command downloads, the line
-# shows the progress; without a terminal, a new line shows it every 20 seconds.
+# step DESCRIPTION COMMAND...: run a command, and print one line with its duration. The line shows the progress of
+# downloads. Without a terminal, a new line shows it every 20 seconds.
 step() {
   local began=$SECONDS shown=$SECONDS pid progress
   printf '%s ... ' "$1"
@@ -64,7 +64,7 @@ explain() {
   fail 'the lines above say why'
 }
 
-# An old uv does not know the settings in pyproject.toml; required-version there makes it fail.
+# An old uv does not know the settings in pyproject.toml, so required-version in that file makes it fail.
 works() { "$1" cache dir >/dev/null 2>&1; }
 
 bring_uv() {
@@ -83,8 +83,8 @@ if [ -z "$uv" ] || ! works "$uv"; then
   works $uv || step 'uv, which installs the rest (5 s)' bring_uv
 fi
 
-# Print the path of a Python if its version fits. Python prints its own path, because uv does not see through the shims
-# of pyenv.
+# Print the path of a Python if its version is supported. Python prints its own path, because uv cannot resolve the
+# shims of pyenv.
 fitting() {
   "$1" -c '
 import sys
@@ -103,7 +103,7 @@ find_python() {
 if [ -n "${PYTHON:-}" ]; then
   python=$(fitting "$PYTHON") || fail "PYTHON=$PYTHON is not a Python 3.11, 3.12 or 3.13"
 elif python=$(fitting "$venv/bin/python"); then
-  : # the Python of the last call
+  : # Use the Python of the last call.
 elif ! find_python; then
   step 'Python 3.13, because this machine has none of 3.11 to 3.13 (10 s)' "$uv" python install --no-bin 3.13
   python=$("$uv" python find --managed-python 3.13)
@@ -118,7 +118,7 @@ for group in $asked; do groups+=(--group "$group"); done
 sync() {
   UV_PROJECT_ENVIRONMENT=$venv "$uv" sync --frozen --python "$python" "${groups[@]}"
 }
-# The first import compiles bytecode, so that later starts are fast, also under PYTHONDONTWRITEBYTECODE.
+# The first import compiles bytecode, so that later starts are fast, even under PYTHONDONTWRITEBYTECODE.
 try_imports() {
   env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import composer, mmcv.runner, streaming, torchvision'
 }

@@ -1,4 +1,4 @@
-"""Train or evaluate DeepLabV3+ as a YAML says.
+"""Train or evaluate a segmentation network as a YAML file describes.
 
 composer main.py yamls/deeplabv3.yaml                             # every GPU of this machine
 composer main.py yamls/deeplabv3.yaml recipe_name=mild seed=1     # override keys of the YAML
@@ -15,7 +15,7 @@ from command_lines import start as prepare_process
 from training.config import read_command_line
 
 if __name__ == "__main__":
-    # Answer --help and report a bad config here, in half a second, before torch is imported.
+    # Answer --help and report a bad config here, within half a second, before torch is imported.
     prepare_process()
     CONFIG = read_command_line(sys.argv[1:])
 
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Data = tuple[DataSpec | None, DataSpec]  # of training and of evaluation
+Data = tuple[DataSpec | None, DataSpec]  # Training data and evaluation data.
 
 
 def main(
@@ -91,37 +91,41 @@ def main(
     loggers: Sequence[LoggerDestination] = (),
     data: Data | None = None,
 ) -> Trainer:
-    """Train (or, with `is_train: false`, evaluate) as the config says.
+    """Train, or evaluate if the config says `is_train: false`.
 
     Args:
         config: The YAML as OmegaConf loads it; see training/schema.py for the keys.
-        callbacks: More callbacks, which run before the run's own.
-        loggers: More loggers.
-        data: Training and evaluation data, in place of the config's.
+        callbacks: Additional callbacks, which run before the run's own.
+        loggers: Additional loggers.
+        data: Training data and evaluation data that replace the config's.
 
     Returns:
         The trainer after the run; the network is `trainer.state.model.module`.
 
     Raises:
-        UserError: The config, the data set, the model or a checkpoint cannot be used; errors.py
-            has a class for each.
-        RunError: Training cannot go on, or was told to stop (`Stopped`).
+        UserError: The config, the data set, the model or a checkpoint cannot be used; errors.py has
+            a class for each.
+        RunError: Training cannot continue, or was asked to stop (`Stopped`).
     """
+    # Composer reads NODE_RANK, which torchrun does not set. The command line has set it already,
+    # but a caller of main() may not have.
     name_node(os.environ)
     # Copy the caller's config, so that later changes to it do not change the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
     else:
         config = resolve(config, with_data=data is None)
+    # An evaluation needs a checkpoint. A plan of one does not, so resolve() does not check this.
     check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
+        # Only one rank prints, because the lines are the same on all ranks.
         if dist.get_global_rank() == 0:
             # The progress bar leaves the cursor within a line, so begin a new one.
             print("", *start_lines(trainer, config), sep="\n", flush=True)
         train_or_evaluate(trainer, config)
     finally:
-        release_save_folder(config)  # another process may use it from here on
+        release_save_folder(config)  # From here on, another process may use the folder.
     return trainer
 
 
@@ -132,38 +136,50 @@ def build_trainer(
     loggers: Sequence[LoggerDestination] = (),
     data: Data | None = None,
 ) -> Trainer:
-    """Build everything that a run needs before its first step; arguments as of `main`.
+    """Build everything that a run needs before its first step.
+
+    The arguments are those of `main`.
 
     Raises:
-        UserError: As of `main`.
+        UserError: See `main`.
     """
-    # Set up this process: check the GPU, join the other processes, seed.
+    # Set up this process: check the GPU, join the other ranks, and seed.
     device, precision = set_up_process(config)
 
-    # Find where the run begins, and lock the folder that it saves to.
+    # Find where the run begins, and lock the folder that it saves to. A checkpoint in an object
+    # store is downloaded to the scratch folder.
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
     evaluations = EvaluationSchedule(config.eval_interval)
     saver = build_saver(config, evaluations)
     start = find_run_start(config, saver, scratch.name)
+    # Build the loggers before the data, so that a wrong argument is reported early.
     destinations = build_loggers(config, start.server_runs)
 
-    # Open the data before the network: a missing file is found within seconds.
+    # Open the data before the network, because a missing file is found within seconds. The training
+    # masks are counted here if class weights or rare-class sampling need the counts.
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
+    # Only the data knows the length of an epoch, so the warm-up is compared with the run here.
     check_lengths(config, train_data)
 
-    # Build the network, with the weights that the run begins from.
+    # Build the network with its initial weights. build_model returns a config that holds all
+    # arguments of the network, so that a checkpoint is enough to rebuild it.
     weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
+    # BatchNorm after global pooling cannot train on a micro-batch of one image.
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe. Choose the micro-batch before the network is compiled.
+    # Build the optimizer and the recipe. Keep a copy of the optimizer's settings, because loading a
+    # checkpoint replaces them.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
+    # Choose the micro-batch before compiling. Its estimate runs the network on tensors without
+    # data.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
-    # Composer brings the parts together, and loads the state of a run that resumes.
+    # Build Composer's Trainer. It loads the state of a run that resumes, with a restricted
+    # unpickler: a checkpoint must not be able to run code.
     with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
@@ -173,25 +189,35 @@ def build_trainer(
             eval_interval=evaluations,
             max_duration=config.max_duration,
             optimizers=optimizer,
-            # A schedule needs the length of an epoch, which an evaluation alone does not have.
+            # A schedule needs the length of an epoch, which an evaluation does not have.
             schedulers=schedule if config.is_train else None,
             algorithms=algorithms,
-            # The saver comes last, so that a checkpoint holds what the others did after its step.
+            # build_callbacks puts the saver last, so a checkpoint holds what the other callbacks
+            # did after the same step.
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
             load_path=start.state_path,
-            spin_dataloaders=False,  # our sampler computes the order of samples from the epoch
+            # Our sampler derives the order of samples from the epoch number, so Composer need not
+            # load a batch of every earlier epoch.
+            spin_dataloaders=False,
             device=device,
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
             **trainer_options(config),
+            # The compile argument is left out. Composer would compile DDP's forward pass, and
+            # evaluation would stay uncompiled.
         )
+    # Composer has loaded the downloaded checkpoint by now.
     scratch.cleanup()
 
-    # Apply what Composer does not: changed keys of a resumed run, the first micro-batch to try.
+    # A checkpoint restores the optimizer's old settings. Apply the keys that the user has changed,
+    # so that a resumed run can, for example, lower its learning rate.
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
+    # The Trainer was built with "auto". Begin with the estimate instead of the whole batch: each
+    # size that does not fit costs a compilation. Composer still halves it if a step runs out of
+    # memory.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)
@@ -200,11 +226,12 @@ def build_trainer(
 
 
 def set_up_process(config: Config) -> tuple[Device, Precision]:
-    """Check what this machine can compute, join the run's processes, and seed this one.
+    """Check what this machine can compute, join the run's ranks, and seed this process.
 
     Raises:
         ConfigError: The GPU, the precision or the compiler cannot be used.
     """
+    # A GPU without kernels in torch's wheel would otherwise fail deep in the first step.
     check_kernels()
     missing = check_build_tools(config)
     if missing and dist.get_local_rank() == 0:
@@ -212,9 +239,13 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     precision = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
+        # The timeout is long, because a rank may have to compile, download or save while the others
+        # wait.
         dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
+    # Seed before the network is built, because its initial weights are random.
     reproducibility.seed_all(config.seed)
-    # Images have one size, so cuDNN's search for the fastest kernels pays off.
+    # Training images all have one size, so cuDNN's search for the fastest kernels pays off. The
+    # search may choose another kernel in the next run, so deterministic runs go without it.
     torch.backends.cudnn.benchmark = not config.deterministic
     return device, precision
 
@@ -226,35 +257,41 @@ def build_model(
     class_weights: list[float] | None,
     data: Data,
 ) -> tuple[Config, ComposerDeepLabV3]:
-    """Build the model, with the weights to begin from; the data is normalised for its network.
+    """Build the model, load its initial weights, and set the data's normalisation to match.
 
     Returns:
-        The config, with all arguments that rebuild the network, and the model.
+        The config, completed with all arguments that rebuild the network, and the model.
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
-    del keys["freeze_backbone"]  # an algorithm of the recipe
+    del keys["freeze_backbone"]  # The algorithm FreezeBackbone reads this key.
     if start.checkpoint:
-        keys["backbone_weights"] = None  # the checkpoint's weights replace them
+        # The checkpoint's weights replace them, so do not download them.
+        keys["backbone_weights"] = None
     model = build_composer_model(
         **keys,
         init_fn=weight_init,
         cpu_autocast=precision.cpu_autocast,
-        # A compiled network sees one batch size, so the last batch of an evaluation is padded.
+        # A compiled network sees only one batch size if the last batch of an evaluation is padded.
         eval_batch_size=per_process(config.eval_dataset) if compiles(config) else None,
     )
     network = model.module
+    # A network of another library brings its own normalisation and its own limits on image sizes.
+    # DeepLabV3 is not a Network; the data's default normalisation is the right one for it.
     if isinstance(network, Network):
         sizes = {config.train_dataset.final_size} if config.is_train else set()
+        # Try a forward pass at each size now, so that a network that does not fit fails in seconds.
         network.check(config.model.num_classes, sorted(sizes | {config.eval_dataset.final_size}))
         config = replace(config, model=replace(config.model, arguments=network.arguments))
         for transform in device_transforms(data):
             transform.normalise_by(network.mean, network.std)
     if start.checkpoint and start.state_path:
-        start.checkpoint.check_network(network)  # Composer loads it with the state of training
+        # Composer loads these weights later, together with the optimizer's state.
+        start.checkpoint.check_network(network)
     elif start.checkpoint:
         from training.initial_weights import load_initial_weights
 
         load_initial_weights(config, start.checkpoint, network)
+    # The loader's batches are channels-last, so the weights get the same layout.
     model.to(memory_format=network.memory_format)  # pyright: ignore (torch's overloads lack it)
     return config, model
 
@@ -266,19 +303,25 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
         return
 
     saver = saver_of(trainer.state)
+    # From here on, a signal such as SIGTERM saves a checkpoint after the batch in progress.
     with saver.listening() if saver else nullcontext():
         time, end = trainer.state.timestamp, trainer.state.max_duration
         is_complete = end is not None and time >= end
         is_stopped = saver is not None and saver.ended is not None
         is_due = saver is not None and saver.evaluations.due
+        # Evaluate before training if an interrupted run left an evaluation due. A finished run is
+        # evaluated too, so that repeating its command prints its score again.
         if is_due or is_complete or is_stopped or (config.eval_first and time.batch == 0):
             trainer.eval()
         if is_complete:
             log.warning("nothing is left to train: max_duration=%s is reached", config.max_duration)
+        # Ask again instead of reusing is_stopped: the evaluation above may have used up the
+        # patience.
         elif saver and saver.ended:
             log.warning("nothing is left to train: stop_after=%s is reached", saver.ended)
         else:
             trainer.fit()
+        # Uploads to an object store run in the background; wait until all have arrived.
         if saver:
             saver.finish()
 
@@ -289,22 +332,24 @@ def run(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerDestination] = (),
 ) -> int:
-    """Run a command line; return the exit status.
+    """Run a command line and return the exit status.
 
     Args:
         arguments: The YAML and overrides such as `seed=1`, `--help`, or `--plan` and its options.
-        callbacks: As of `main`.
-        loggers: As of `main`.
+        callbacks: Additional callbacks; see `main`.
+        loggers: Additional loggers; see `main`.
     """
     try:
         config = read_command_line(arguments)
     except SystemExit as end:
         return int(end.code or 0)
+    # read_command_line returns no config for --plan, which has options of its own.
     return run_config(config, callbacks, loggers) if config else run_plan(arguments)
 
 
 def run_plan(arguments: list[str]) -> int:
-    """Print what a run would take, without running it; return the exit status."""
+    """Predict a run's time, memory and disk space without running it; return the exit status."""
+    # Import the planner here, because a plain training run never loads extras/.
     from extras.planning.plan import main as plan
 
     return plan(arguments, build_trainer)
@@ -313,7 +358,7 @@ def run_plan(arguments: list[str]) -> int:
 def run_config(
     config: Config, callbacks: Sequence[Callback] = (), loggers: Sequence[LoggerDestination] = ()
 ) -> int:
-    """Run a config together with the other processes of its launcher; return the exit status."""
+    """Run a config together with the other ranks of its launcher; return the exit status."""
     logging.basicConfig(
         level=(config.python_log_level or "warning").upper(),
         format="%(levelname)s %(name)s: %(message)s",
@@ -322,6 +367,7 @@ def run_config(
         watch = join_processes()
     except Lost as lost:
         return _refuse(lost, lost.status)
+    # An unexpected error passes through this function, and the other ranks then see status 1.
     status = 1
     try:
         status = _run_to_end(config, callbacks, loggers, watch)
@@ -337,33 +383,41 @@ def _run_to_end(
     loggers: Sequence[LoggerDestination],
     watch: Watch | None,
 ) -> int:
-    """Train or evaluate, and turn what can go wrong into a line and an exit status."""
+    """Train or evaluate, and turn known errors into one line and an exit status.
+
+    The status is 0 for success, 2 for bad input, and 75 for a run that can be started again.
+    """
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
+    # A launcher or a scheduler can restart the run on this status: EX_TEMPFAIL of sysexits.h.
     except Stopped as stop:
         if dist.get_global_rank() == 0:
             print(stop)
         return TRY_AGAIN
+    # StoreError is a UserError too, so it comes first. The store may be back at the next attempt.
     except StoreError as error:
         return _refuse(error, TRY_AGAIN, watch)
     except UserError as error:
         return _refuse(error, 2, watch)
+    # NCCL, gloo, the loader and the disk all raise these types; explain() tells them apart.
     except (RuntimeError, OSError) as error:
         known = explain(error, watch)
-        if known is None and isinstance(error, OSError):  # a full disk, for example
+        if known is None and isinstance(error, OSError):  # A full disk, for example.
             return _refuse(one_line(error), 1, watch)
         if known is None:
+            # An unknown error is probably a bug, so keep its traceback.
             raise
         return _refuse(known, known.status if isinstance(known, Lost) else 1, watch)
     text = summary(trainer)
-    trainer.close()  # and with it the progress bar
+    trainer.close()  # Close the progress bar before the summary is printed.
     if dist.get_global_rank() == 0:
         print(text)
     return 0
 
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
-    """Print an error, and return the status. An error that all processes find is printed once."""
+    """Print an error once, even if all ranks find it, and return the status."""
+    # torchrun restarts refused runs. Notes in its folder keep the later attempts silent.
     is_first = is_first_to_refuse(str(error)) if status == 2 else None
     if is_first is None:
         is_first = watch is None or watch.is_first_to_say(str(error))

@@ -1,7 +1,7 @@
-"""The network, DeepLabV3+ or another, and the ComposerModel that trains it.
+"""The ComposerModel that trains DeepLabV3+ or another network.
 
     network = deeplabv3(num_classes=150, backbone_arch="resnet101")  # a plain nn.Module
-    model = build_composer_deeplabv3(num_classes=150)  # what Composer's Trainer takes
+    model = build_composer_deeplabv3(num_classes=150)  # a ComposerModel, for Composer's Trainer
 
 Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic
 Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
@@ -37,23 +37,24 @@ __all__ = [
 
 
 class ComposerDeepLabV3(ComposerClassifier):
-    """What Composer's Trainer asks of a model, on `(image, target)` batches.
+    """A segmentation network with its loss and metrics, as Composer's Trainer expects it.
 
-    Composer would score every training step; `callbacks.TrainMIoU` does it now and then.
+    Batches are `(image, target)` pairs. Composer would score every training step; the callback
+    `TrainMIoU` scores only some of them.
 
     Args:
-        network: Maps an image (N, 3, H, W) to logits of any resolution; kept as `module`.
+        network: Maps images (N, 3, H, W) to logits of any resolution; kept as `module`.
         num_classes: Number of classes C.
-        ignore_index: The target value of pixels that count in neither loss nor metrics.
+        ignore_index: Target value of pixels that count neither in the loss nor in the metrics.
         cross_entropy_weight: Weight of the cross entropy in the loss.
         dice_weight: Weight of the Dice loss in the loss.
-        class_weights: Weights of the classes in both; None: all the same.
+        class_weights: Weights of the classes in both parts of the loss; None: equal weights.
         fused_loss: `"auto"` computes the loss with Triton kernels on a GPU, `False` with PyTorch's
-            operations; both are the same loss.
+            operations. Both compute the same loss.
         cpu_autocast: Type of the forward pass on a CPU, such as `torch.bfloat16`. Composer has
             mixed precision for GPUs only.
-        eval_batch_size: Pad the last evaluation batch to this many images, so that a compiled
-            network sees one shape; None leaves it as it is.
+        eval_batch_size: Number of images that the last evaluation batch is padded to, so that a
+            compiled network sees one shape; None: no padding.
     """
 
     def __init__(
@@ -68,25 +69,32 @@ class ComposerDeepLabV3(ComposerClassifier):
         cpu_autocast: torch.dtype | None = None,
         eval_batch_size: int | None = None,
     ) -> None:
+        # The metrics read logits of any resolution, like the loss. The tensor (N, C, H, W) at full
+        # size never exists.
         metrics = {
             "MIoU": MIoU(num_classes, ignore_index),
             "CrossEntropy": CrossEntropy(ignore_index),
         }
+        # The collection of training metrics is empty, because Composer would score every step.
         super().__init__(network, num_classes, MetricCollection([]), MetricCollection(metrics))
         self.num_classes: int = num_classes
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
         self.fused_loss = fused_loss
-        # No buffer: it is no part of what a checkpoint or an average holds.
+        # The weights are not a buffer, because neither a checkpoint nor the averaged weights should
+        # hold them.
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.cpu_autocast = cpu_autocast
         self.eval_batch_size = eval_batch_size
-        self._layers = stop_counting(network)  # that `forward` counts the batches of
+        # PyTorch's BatchNorm layers each count their batches, in a hundred tiny operations. Count
+        # all of them at once instead, in forward().
+        self._layers = stop_counting(network)
+        # The score of the last batch is shared by both metrics, so its logits are upsampled once.
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
-        """Return the logits of a batch; in training, with a network's auxiliary outputs after."""
+        """Return the logits of a batch; in training, auxiliary outputs may follow in a tuple."""
         image = batch[0]
         count_batches(self._layers)
         if self.cpu_autocast is not None and image.device.type == "cpu":
@@ -96,8 +104,11 @@ class ComposerDeepLabV3(ComposerClassifier):
 
     def loss(self, outputs: Any, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
         """Return `total` and its parts; see `segmentation.losses.segmentation_loss`."""
+        # Composer moves only parameters and buffers to the device. This copies once; later calls
+        # find the weights in place.
         if self.class_weights is not None:
-            self.class_weights = self.class_weights.to(main_logits(outputs).device)  # once
+            self.class_weights = self.class_weights.to(main_logits(outputs).device)
+        # fused_kernels also decides which kernels compute the gradient of this loss.
         with fused_kernels(self.fused_loss is not False):
             losses = segmentation_loss(
                 main_logits(outputs),
@@ -107,6 +118,8 @@ class ComposerDeepLabV3(ComposerClassifier):
                 dice_weight=self.dice_weight,
                 class_weights=self.class_weights,
             )
+            # A network of another library may return auxiliary outputs in training, each with a
+            # loss.
             if isinstance(outputs, tuple):
                 network = cast(Network, self.module)
                 auxiliary = network.auxiliary_loss(outputs[1:], batch[1], self.ignore_index)
@@ -114,19 +127,25 @@ class ComposerDeepLabV3(ComposerClassifier):
         return losses
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
-        """Return the logits of a batch, which is padded to `eval_batch_size`."""
+        """Return the logits of a batch; the forward pass runs on `eval_batch_size` images."""
+        # Composer passes outputs if it has already computed them.
         if outputs is not None:
             return outputs
         image, target = batch
         missing = (self.eval_batch_size or 0) - len(image)
         if missing <= 0:
             return self.forward(batch)
+        # Pad with images of zeros, and drop their logits again. In evaluation mode BatchNorm uses
+        # no statistics of the batch, so the other images keep their logits.
         padded = F.pad(image, (0, 0) * 3 + (0, missing))
+        # Keep the memory layout of the other batches, because torch.compile would compile again for
+        # another layout.
         padded = padded.contiguous(memory_format=torch.channels_last)
         return self.forward((padded, target))[: len(image)]
 
     def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
-        """Count a batch of an evaluation in a metric; all metrics share one upsampling."""
+        """Count an evaluation batch in a metric; all metrics share one upsampling."""
+        # A weak reference tells whether the logits are the same tensor without keeping them alive.
         if self._scored is None or self._scored[0]() is not outputs:
             score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)
             self._scored = weakref.ref(outputs), score
@@ -148,10 +167,28 @@ def build_composer_deeplabv3(
     class_weights: Sequence[float] | None = None,
     fused_loss: bool | str = "auto",
 ) -> ComposerDeepLabV3:
-    """Build DeepLabV3(+) as a ComposerModel; see `deeplabv3` and `ComposerDeepLabV3`.
+    """Build DeepLabV3(+) as a ComposerModel.
 
-    Its arguments are theirs, but for `upsample`: whether `forward` returns logits of the image's
-    size, as the reference does, rather than the decoder's.
+    The name and the order of the arguments are those of MosaicML's reference; newer arguments
+    follow by keyword. See `deeplabv3` and `ComposerDeepLabV3` for their meaning.
+
+    Args:
+        num_classes: Number of classes C.
+        backbone_arch: See `deeplabv3`.
+        backbone_weights: See `deeplabv3`.
+        sync_bn: See `deeplabv3`.
+        use_plus: See `deeplabv3`.
+        ignore_index: See `ComposerDeepLabV3`.
+        cross_entropy_weight: See `ComposerDeepLabV3`.
+        dice_weight: See `ComposerDeepLabV3`.
+        init_fn: See `deeplabv3`.
+        upsample: Whether `forward` returns logits of the image's size, as in the reference, instead
+            of the decoder's.
+        class_weights: See `ComposerDeepLabV3`.
+        fused_loss: See `ComposerDeepLabV3`.
+
+    Raises:
+        ModelError: The backbone cannot be built, or its weights cannot be loaded.
     """
     network = deeplabv3(
         num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample
@@ -170,16 +207,18 @@ def build_composer_deeplabv3(
 def build_composer_model(
     name: str = "deeplabv3", arguments: Mapping[str, Any] | None = None, **keys: Any
 ) -> ComposerDeepLabV3:
-    """Build the ComposerModel of a run, by the keys below `model`.
+    """Build the ComposerModel of a run from the keys below `model`.
 
     Args:
         name: See `networks.deeplab.create_network`.
         arguments: See `create_network`.
-        **keys: Other arguments of `create_network`, and of `ComposerDeepLabV3`.
+        **keys: Other arguments of `create_network` and `ComposerDeepLabV3`.
 
     Raises:
         ModelError: The network cannot be built.
     """
+    # Two functions share the keys: create_network takes the keys that its signature names, and
+    # ComposerDeepLabV3 the rest.
     names = keys.keys() & inspect.signature(create_network).parameters.keys()
     of_network = {name: keys.pop(name) for name in names}
     network = create_network(name, arguments, **of_network)

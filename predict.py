@@ -1,4 +1,4 @@
-"""Segment photos, videos or a camera with a checkpoint, weights or an exported ONNX model.
+"""Segment images, videos or a camera with a checkpoint, weights or an exported ONNX model.
 
     python predict.py runs/first/latest-rank0.pt street.jpg holiday/ "*.png" --out predictions
     python predict.py model.onnx street.jpg --write overlay,index
@@ -22,7 +22,7 @@ from __future__ import annotations
 from command_lines import CAMERA, parse_predict, start
 
 if __name__ == "__main__":
-    start(parse_predict)  # before the slow imports
+    start(parse_predict)  # Parse the command line before the slow imports.
 
 import argparse
 import collections
@@ -58,41 +58,43 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's, each with and without a flip
-JPEG_SIDE = 65_500  # pixels that a JPEG may be wide and high
+# mmsegmentation's scales, each used with and without a flip
+TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+JPEG_SIDE = 65_500  # Largest width and height of a JPEG, pixels.
 
 
 class Segmenter:
-    """Gives every pixel of a photo its class.
+    """A model that predicts the class of every pixel of an image.
 
-    A photo is resized with its aspect ratio kept, as mmsegmentation tests on ADE20K: its shorter
-    side becomes `size` pixels unless the longer one would exceed four times that. The scores are
-    brought back to the photo's own resolution, and the highest there is the class.
+    Images are resized as in mmsegmentation's tests on ADE20K. The aspect ratio is kept, and the
+    shorter side becomes `size` pixels unless the longer side would exceed four times that. The
+    scores are resized back to the resolution of the image, and the highest score decides the class.
 
     Args:
         path: Composer checkpoint, state dict, safetensors file, or ONNX file of `export.py`.
-        classes: A file of class names or a list of them; None: those in the file, or see
+        classes: File or list of class names; None: the names in the file, or see
             `classes.load_classes`.
-        size: Length of the shorter side in pixels; 0: photos are not resized; None: what the run
-            was validated at, as the file says, or else 512.
-        tta: Average the probabilities over six sizes (x 0.5 to 1.75), with and without a flip.
-        slide: Send windows of `size` (of 512 if that is 0) pixels squared through the network,
-            a third overlapping, rather than the whole photo.
-        weights: `"ema"` or `"training"`, where the file holds both.
-        network: Name of the network, where the file does not say it or it is code of one's own,
-            which is run only when it is named here.
-        device: As torch names it; None: a GPU if there is one.
-        amp: Compute in bf16.
+        size: Length of the shorter side in pixels; 0: no resizing; None: the size of the run's
+            validation images, or 512 if it is unknown.
+        tta: Whether to average the probabilities over six sizes (x 0.5 to 1.75), with and without a
+            flip.
+        slide: Whether to process square windows of side `size` (512 if that is 0) that overlap by a
+            third, instead of the whole image.
+        weights: `"ema"` or `"training"`, if the file holds both.
+        network: Name of the network, if the file does not contain it, or to allow a user's own
+            function to run.
+        device: Name of the device in torch; None: a GPU if there is one.
+        amp: Whether to compute in bf16.
 
     Attributes:
         classes: Name and colour of each class.
-        recorded_classes: The same as the file has them, or None if it has none.
-        names_given: Whether `classes` are the user's.
-        config: The configuration of the run, where the file holds it.
+        recorded_classes: Names and colours in the file, or None.
+        names_given: Whether the user gave the names in `classes`.
+        config: Config of the run, if the file contains it.
 
     Raises:
-        WeightsError: The file cannot be read or is of another network.
-        ModelError: The network cannot be built, or there is no such device.
+        WeightsError: The file cannot be read, or belongs to another network.
+        ModelError: The network cannot be built, or the device does not exist.
         ClassError: The class names cannot be read or do not fit, or there are more than 65,536.
     """
 
@@ -116,7 +118,8 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
-            from checkpointing.rebuild import (  # seconds that an ONNX file does not need
+            # An ONNX file does not need this import, which takes seconds.
+            from checkpointing.rebuild import (
                 build_network,
                 complete,
             )
@@ -139,10 +142,10 @@ class Segmenter:
         self.window = max(self.size or 512, 64) // 8 * 8 if slide else 0
 
     def __call__(self, photo: Photo) -> np.ndarray:
-        """Segment one photo.
+        """Segment an image.
 
         Args:
-            photo: A path, a Pillow image, or an (H, W, 3) uint8 RGB array.
+            photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
 
         Returns:
             (H, W) class indices: uint8, or uint16 if there are more than 256 classes.
@@ -154,17 +157,22 @@ class Segmenter:
         return self.predict([read_photo(photo)])[0].cpu().numpy().astype(dtype)
 
     def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
-        """Draw the photo under the colours of its classes, beside a legend of those found."""
+        """Draw an image under the colours of its classes, beside a legend of these classes.
+
+        Args:
+            photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
+            prediction: (H, W) class indices; None: segment the image first.
+        """
         photo = read_photo(photo)
         prediction = self(photo) if prediction is None else prediction
         return draw_overlay(photo, prediction, self.classes)
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Height and width that a photo has when it enters the network, at each scale."""
+        """Return the height and width of an image in the network, at each scale."""
         sizes = []
         for scale in self.scales:
             factor = scale
-            if self.size:  # the rule and rounding of mmcv.rescale_size
+            if self.size:  # This is the rule and the rounding of mmcv.rescale_size.
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
             # Windows that begin on the grid of the logits add up without resampling.
@@ -175,13 +183,13 @@ class Segmenter:
 
     @torch.inference_mode()
     def predict(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
-        """Segment photos that have the same `network_sizes`, together.
+        """Segment images that have the same `network_sizes`.
 
         Args:
-            photos: (H, W, 3) uint8 RGB each; H and W may differ.
+            photos: (H, W, 3) uint8 RGB images; H and W may differ.
 
         Returns:
-            (H, W) int64 class indices of each, on the device.
+            (H, W) int64 class indices of each image, on the device.
         """
         views = []
         for size in self.network_sizes(*photos[0].shape[:2]):
@@ -196,7 +204,7 @@ class Segmenter:
         ]
 
     def _logits(self, batch: Tensor) -> Tensor:
-        """Logits of photos (N, 3, H, W) uint8; where windows overlap, their mean."""
+        """Return the logits of images (N, 3, H, W) uint8; average them where windows overlap."""
         height, width = batch.shape[2:]
         window = self.window
         if not window or (height <= window and width <= window):
@@ -206,7 +214,8 @@ class Segmenter:
             for left in window_starts(width, window):
                 part = batch[:, :, top : top + window, left : left + window]
                 logits = self.network(part)
-                # Of a coarse network, or one whose logits have a grid of their own.
+                # The logits are coarser than stride 8, or do not divide the window, so resample
+                # them to stride 8.
                 if logits.shape[2] * 8 < part.shape[2] or part.shape[2] % logits.shape[2]:
                     grid = (part.shape[2] // 8, part.shape[3] // 8)
                     logits = F.interpolate(logits, grid, mode="bilinear", align_corners=False)
@@ -223,13 +232,17 @@ class Segmenter:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return a device by its name; None: a GPU if there is one. ModelError: it is not there."""
+    """Return a device by its name; None: a GPU if there is one.
+
+    Raises:
+        ModelError: The device does not exist.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.empty(1, device=device)
-    except Exception as error:  # each kind of device has errors of its own
+    except Exception as error:  # Each kind of device raises errors of its own.
         raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
     return device
 
@@ -237,8 +250,8 @@ def find_device(name: str | None) -> torch.device:
 def _torch_network(
     network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from photos (N, 3, H, W) uint8 to logits; put the network on the device."""
-    # torch's overloads of `to` leave out the memory format.
+    """Move a network to a device; return a function from images (N, 3, H, W) uint8 to logits."""
+    # torch's overloads of `to` lack the memory format.
     network.to(device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
@@ -261,7 +274,7 @@ def _torch_network(
 
 
 def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tensor], Weights]:
-    """Open an ONNX file of `export.py`: the same function, and what the file says of itself."""
+    """Open an ONNX file of `export.py`; return a function to logits, and its metadata."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -272,7 +285,8 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
             path, providers=onnxruntime.get_available_providers()
         )
         metadata = session.get_modelmeta().custom_metadata_map
-    except Exception as error:  # onnxruntime has a class for each status, and no common one
+    # onnxruntime has a class of error for each status, but no common base class.
+    except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:
         raise WeightsError(f"{path}: no class names inside; it was not written by export.py")
@@ -288,7 +302,7 @@ def main(arguments: list[str]) -> int:
     """Run the command line.
 
     Returns:
-        1 if something was skipped or the disk is full, 2 if the model or an option cannot be used.
+        1 if something was skipped or the disk is full; 2 if the model or an option cannot be used.
     """
     options = parse_predict(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
@@ -323,7 +337,7 @@ def _segment_photo(
     """Segment an image into files whose paths begin with `target`.
 
     Returns:
-        "", or in a word what went wrong.
+        "" if it succeeded, or a word for the failure.
     """
     try:
         photo = read_photo(path)
@@ -344,7 +358,7 @@ def _segment_photo(
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
-    """Build the Segmenter that `add_model_options`' options and `model` ask for."""
+    """Build the Segmenter for `model` and the options of `add_model_options`."""
     return Segmenter(
         options.model,
         classes=options.classes,

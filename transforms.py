@@ -1,9 +1,9 @@
-"""What happens to a photo and its mask, from encoded bytes to the model's input.
+"""Transforms of images and masks, from encoded files to the input of the model.
 
-On the CPU, one sample at a time and `uint8` throughout: `RandomCrop` (training) and `Resize`
-(evaluation). The mask is decoded first and the crop chosen on it; then the photo is decoded, no
-larger than needed, and only the crop is resized. On the device, one batch at a time:
-`DeviceTransform` distorts colours, normalises and turns labels into class indices.
+On the CPU, samples are transformed one at a time and stay `uint8`. `RandomCrop` (training) decodes
+the mask, chooses a crop on it, decodes the image no larger than needed, and resizes only the crop.
+`Resize` (evaluation) resizes the whole image. On the device, `DeviceTransform` takes a batch at a
+time: it distorts colours, normalises, and turns labels into class indices.
 """
 
 from __future__ import annotations
@@ -22,43 +22,49 @@ from dataset.encoded import LoadImage, PairTransform
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
+# Images are padded with the mean colour, which normalises to about 0. DeviceTransform then sets
+# padding to exactly 0.
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a photo, bilinearly and antialiased where it shrinks, as Pillow does.
+    """Resize an image as Pillow does: bilinearly, with antialiasing where it shrinks.
 
     Args:
         image: (H, W, 3) uint8.
-        size: Height and width of the result.
+        size: Height and width of the result, pixels.
 
     Returns:
         np.ndarray: (*size, 3) uint8.
     """
     if image.shape[:2] == size:
         return image
+    # OpenCV does not antialias, so it only enlarges.
     if size[0] >= image.shape[0] and size[1] >= image.shape[1]:
         return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # OpenCV does not antialias
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
-    """Every `step`-th pixel of a mask (H, W) resized with Pillow's nearest neighbour."""
+    """Resize a mask (H, W) as Pillow does (nearest); return every `step`-th row and column."""
+    # OpenCV's nearest neighbour would choose other pixels than Pillow's, which the reference uses.
     rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]
 
 
 def _nearest(length: int, resized: int) -> np.ndarray:
-    """Which of `length` pixels each of `resized` ones is, added up as Pillow does, for ties."""
+    """Return the source index of each resized pixel, rounding ties as Pillow does."""
     steps = np.full(resized, length / resized)
+    # Pillow adds the steps up one by one; a product would round differently. The first sample lies
+    # in the middle of the first resized pixel.
     steps[0] /= 2
     return np.add.accumulate(steps).astype(np.intp)
 
 
 class Resize(PairTransform):
-    """Resize photo (bilinear, antialiased) and mask (nearest) to `final_size` squared."""
+    """A resize of image (bilinear) and mask (nearest) to a square of side `final_size`."""
 
     def __init__(self, final_size: int = 512):
         self.final_size = final_size
@@ -66,20 +72,26 @@ class Resize(PairTransform):
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Resize; see `PairTransform.apply`."""
+        """Resize a sample; see `PairTransform.apply`."""
+        # The aspect ratio is not kept, as in the reference. evaluate.py scores images in their own
+        # shape.
         size = (self.final_size, self.final_size)
         return resize_image(load_image(1), size), resize_mask(mask, size)
 
 
 class RandomCrop(PairTransform):
-    """Resize to a square of random size, crop, flip half of the time, pad evenly to `final_size`.
+    """A random resize, crop and flip, padded evenly to a square of side `final_size`.
 
-    The crop's sides are moved to the next whole pixel of the photo (of the photo as it is decoded,
-    if it shrinks to half or less), and only what is inside is resized. The crop is drawn again, up
-    to `retries` times, while one class has more than `max_class_share` of its labelled pixels, as
-    seen on a grid of about 128x128 of them. A share of 1 never draws again.
+    The image is resized to a square of random side, which is cropped if it is larger than
+    `final_size`. The crop is drawn again, up to `retries` times, while one class has more than
+    `max_class_share` of its labelled pixels. The shares are counted on a grid of about 128 x 128
+    pixels. A share of 1 never draws again.
 
-    `is_class` is a (256,) bool: which labels are classes. By default label 0 is not.
+    The sides of the crop lie between whole pixels of the image, so only the pixels inside are
+    resized. If the image shrinks to half or less, this holds for the smaller image that is decoded.
+
+    `is_class` is a (256,) bool array that marks the labels which are classes. By default, all
+    labels but 0 are.
     """
 
     def __init__(
@@ -94,20 +106,26 @@ class RandomCrop(PairTransform):
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
+        # The share of 0.75 and the 10 retries are the reference's.
         self.max_class_share, self.retries = max_class_share, retries
         self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Crop; see `PairTransform.apply`."""
+        """Crop a sample; see `PairTransform.apply`."""
+        # The random numbers are drawn in a fixed order (scale, crops, flip), because a resumed run
+        # must draw the same ones again.
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
+        # The grid is the largest reduction (1, 2, 4 or 8) at which the decoded image is not smaller
+        # than the resized one. libjpeg decodes at such a reduction in less time.
         grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
+        # A small square is taken whole and padded later.
         size = (min(side, self.final_size), min(side, self.final_size))
         rows, columns = self._choose_crop(mask, side, size, grid, rng)
         image, labels = load_image(grid), resize_mask(mask[rows, columns], size)
-        if image.shape[0] == mask.shape[0]:  # Only JPEGs are decoded smaller.
+        if image.shape[0] == mask.shape[0]:  # Only JPEG files are decoded at a smaller size.
             grid = 1
         rows, columns = (slice(s.start // grid, -(-s.stop // grid)) for s in (rows, columns))
         crop = resize_image(image[rows, columns], size)
@@ -123,10 +141,12 @@ class RandomCrop(PairTransform):
         grid: int,
         rng: np.random.Generator,
     ) -> list[slice]:
-        """Rows and columns of the photo for a crop of `size` when it is resized to `side` squared.
+        """Return the rows and columns of the image that give a crop of `size`.
 
-        They begin and end at multiples of `grid`, or at the photo's end.
+        The crop is counted in pixels of the image after its resize to `side` x `side`. Rows and
+        columns begin and end at multiples of `grid`, or at the end of the image.
         """
+        # About 128 x 128 pixels are enough to estimate the shares of the classes.
         step = max(1, size[0] // 128)
         for _ in range(1 + self.retries):
             crop = []
@@ -134,10 +154,12 @@ class RandomCrop(PairTransform):
                 first = int(rng.random() * (side - size[0] + 1))
                 start = round(first * length / side / grid) * grid
                 stop = round((first + size[0]) * length / side / grid) * grid
+                # Rounding may leave no pixel at the end of a small image; keep at least one.
                 start = min(start, (length - 1) // grid * grid)
                 is_end = first + size[0] == side or stop > length
                 crop.append(slice(start, length if is_end else max(stop, start + 1)))
             labels = mask[crop[0], crop[1]]
+            # The crop is the whole square, so another draw would give the same crop.
             if side == size[0] or self.max_class_share >= 1:
                 break
             if self._is_varied(resize_mask(labels, size, step)):
@@ -146,12 +168,14 @@ class RandomCrop(PairTransform):
 
     def _is_varied(self, labels: np.ndarray) -> bool:
         count = np.bincount(labels.ravel(), minlength=256)[self.classes]
+        # A crop without any labelled pixel is drawn again, too.
         return bool(0 < count.max() <= self.max_class_share * count.sum())
 
     def _pad(self, crop: np.ndarray, value: tuple[int, ...]) -> np.ndarray:
         missing = self.final_size - len(crop)
         if missing == 0:
             return crop
+        # The padding is even on all sides: the image stays in the middle.
         before, after = missing // 2, missing - missing // 2
         sides = (before, after, before, after)
         return cv2.copyMakeBorder(crop, *sides, cv2.BORDER_CONSTANT, value=value)
@@ -170,16 +194,16 @@ def build_ade20k_transformations(
 
     Args:
         split: 'train', or 'val', which only resizes.
-        base_size: Side of the square that a photo is resized to, before it is scaled.
-        min_resize_scale: Least random scale.
-        max_resize_scale: Greatest random scale.
-        final_size: Side of what comes out.
+        base_size: Side of the square that an image is resized to before the random scale, pixels.
+        min_resize_scale: Smallest random scale.
+        max_resize_scale: Largest random scale.
+        final_size: Side of the resulting square, pixels.
         max_class_share: See `RandomCrop`.
         is_class: See `RandomCrop`.
 
     Returns:
-        tuple: Transforms of the pair, of the photo and of the mask. The latter two are None: what
-            the reference does there, `DeviceTransform` does.
+        tuple: The transforms of the pair, of the image and of the mask. The latter two are None,
+            because `DeviceTransform` does the work that the reference does there.
     """
     if split == "train":
         sizes = base_size, min_resize_scale, max_resize_scale, final_size
@@ -188,16 +212,17 @@ def build_ade20k_transformations(
 
 
 class DeviceTransform:
-    """The device's half: distort colours (training), normalise, make class indices.
+    """The part of the transforms that runs on the device.
 
-    Random numbers are a function of the seed, the epoch and the sample's pixels: no micro-batch
-    size, number of ranks or resume changes what becomes of a sample.
+    It distorts colours (training only), normalises, and turns labels into class indices. The random
+    numbers depend only on the seed, the epoch and the pixels of the sample. The result is therefore
+    the same for any micro-batch size, any number of ranks, and after a resume.
 
     Args:
-        labels: What the masks hold.
+        labels: Meaning of the labels in the masks.
         distort: Whether to distort colours.
         seed: Seed of the distortion.
-        epoch: Tells the epoch; None: it is always 0.
+        epoch: Function that returns the number of the epoch; None: always 0.
     """
 
     def __init__(
@@ -210,53 +235,63 @@ class DeviceTransform:
         self.labels = labels or Labels()
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
-        # Numbers: torch 2.7 does not compile what reads them off a NamedTuple's properties.
+        # Keep plain numbers: torch 2.7 cannot compile reads from the properties of a NamedTuple.
         self.first, self.num_classes = self.labels.first, self.labels.num_classes
+        # Each sample needs 9 random numbers: whether and how far to change brightness, contrast,
+        # saturation and hue, and when to change contrast.
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set mean and standard deviation of the normalisation, of values from 0 to 255."""
+        """Set the mean and standard deviation of the normalisation, for values from 0 to 255."""
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
+        # Multiplication by the inverse is cheaper than division.
         self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
-        """On a GPU, run as a few kernels rather than 260, for each of which it reads its input."""
+        """Compile for GPUs: a few fused kernels instead of 260 that each read the batch."""
         self._on_gpu = torch.compile(self._transform)
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Transform a batch.
 
         Args:
-            batch: Photos (N, 3, H, W) and labels (N, H, W), both uint8.
+            batch: Images (N, 3, H, W) and labels (N, H, W), both uint8.
 
         Returns:
-            tuple[Tensor, Tensor]: Photos (N, 3, H, W) float32, channels-last, normalised, 0 where
+            tuple[Tensor, Tensor]: Normalised images (N, 3, H, W) float32, channels-last, 0 where
                 padded; class indices (N, H, W) int64, -1 where ignored.
         """
         raw, labels = batch
         self.mean, self.scale = self.mean.to(raw.device), self.scale.to(raw.device)
         self.steps = self.steps.to(raw.device)
-        # Tensors: by a number that changes, each epoch would be compiled anew.
+        # Pass the seed and the epoch as tensors. With Python numbers, each new epoch would be
+        # compiled again.
         seed, epoch = (
             torch.full((), number, dtype=torch.int64, device=raw.device)
             for number in (self.seed, self.epoch())
         )
+        # The transform is compiled for GPUs only; a CPU runs it as it is.
         transform = self._on_gpu if raw.is_cuda else self._transform
         return transform(raw, labels, seed, epoch)
 
     def _transform(
         self, raw: Tensor, labels: Tensor, seed: Tensor, epoch: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # Padding must not count in the mean grey that the contrast is changed against.
         inside = (labels != PADDING)[:, None].float()
         uniform = uniform_per_sample(raw, seed, epoch, self.steps)
         image = torch.empty(raw.shape, device=raw.device, memory_format=torch.channels_last)
-        # One by one on a CPU: what fits its cache is faster, and most steps need not be taken.
+        # On a CPU, take the images one by one: a single image fits the cache, and changes that no
+        # sample of the part needs are skipped.
         parts = len(raw) if raw.device.type == "cpu" else 1
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
-        index = labels - self.first  # Of an ignored label 0 it is 255.
+        # An ignored label 0 wraps around to 255, because labels are uint8.
+        index = labels - self.first
+        # Labels 254 (ignored) and 255 (padding) also end above the largest class index, which is
+        # 252.
         return image, index.long().masked_fill_(index >= self.num_classes, -1)
 
     def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
@@ -267,6 +302,6 @@ class DeviceTransform:
 
 
 def device_transforms(data: Iterable[Any]) -> list[DeviceTransform]:
-    """Return the transforms that run on the device, of the DataSpecs that have ours."""
+    """Return the DeviceTransforms among the transforms of these DataSpecs."""
     found = (spec.microbatch_transforms for spec in data if spec)
     return [transform for transform in found if isinstance(transform, DeviceTransform)]

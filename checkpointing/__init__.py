@@ -1,1 +1,1 @@
-"""What survives a crash: checkpoints, and files of weights."""
+"""Checkpoints and files of weights: saving, finding and loading."""

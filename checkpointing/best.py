@@ -1,4 +1,4 @@
-"""Which evaluation of a run was the best so far, and whether none has been better for too long."""
+"""The best evaluation of a run, and early stopping."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from segmentation.metrics import MIoU, iou_per_class
 
 
 class Best:
-    """Compares the evaluations of a run; what it knows is part of the checkpoints.
+    """A comparison of a run's evaluations, whose state is part of the checkpoints.
 
     Args:
-        metric: `MIoU`, or `IoU/NAME` of a class.
-        classes: The classes.
-        patience: Time string, in `ep` or `ba`, after which a run that got no better ends, or None.
+        metric: `MIoU`, or `IoU/NAME` for a class.
+        classes: Names of the classes.
+        patience: Time string, in `ep` or `ba`, after which a run ends if it does not improve; None:
+            never.
 
     Attributes:
-        value: The best so far, in percent, or None.
-        batch: When that was, in batches.
-        unscored: How many batches since then ended in an evaluation without a score.
-        batches_per_epoch: How long an epoch is.
+        value: Best score so far, in percent, or None.
+        batch: Batch of the best score.
+        unscored: Number of batches since then that led to an evaluation without a score.
+        batches_per_epoch: Number of batches in an epoch.
 
     Raises:
-        ConfigError: There is no such metric.
+        ConfigError: The metric does not exist.
     """
 
     def __init__(self, metric: str, classes: Sequence[ClassInfo], patience: str | None = None):
@@ -50,7 +51,7 @@ class Best:
             self._class = names[metric]
 
     def improved(self, state: State) -> bool:
-        """Take the evaluation that has just ended into account; return whether it is the best."""
+        """Record the evaluation that has just ended; return whether it is the best so far."""
         metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
         if not isinstance(metric, MIoU):
             return False
@@ -60,8 +61,8 @@ class Best:
             value = 100 * float(iou_per_class(metric.total_matrix)[self._class])
         batch = state.timestamp.batch.value
         since, self._evaluated = max(self._evaluated, self.batch), batch
-        # Without labelled pixels, or for a class that is neither in the masks nor predicted, the
-        # score is nan. It is neither better nor worse, so its batches do not use up the patience.
+        # The score is NaN if no pixel is labelled, or if the class is neither in the masks nor
+        # predicted. NaN is neither better nor worse, so these batches do not use up the patience.
         self._is_scored = not math.isnan(value)
         if not self._is_scored:
             self.unscored += batch - since
@@ -72,7 +73,7 @@ class Best:
         return True
 
     def is_long_ago(self, state: State) -> bool:
-        """Whether the run has been no better for as long as `patience`."""
+        """Return whether the run has not improved for `patience`."""
         if self.patience is None or not self._is_scored:
             return False
         patience = Time.from_timestring(self.patience)
@@ -81,14 +82,14 @@ class Best:
         return waited >= patience.value * unit
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
+        """Return the state for a checkpoint."""
         state = {name: getattr(self, name) for name in ("metric", "value", "batch")}
         if self.unscored:
             state |= {"unscored": self.unscored, "evaluated": self._evaluated}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds, unless that is of another metric."""
+        """Load the state of a checkpoint, unless it belongs to another metric."""
         if state.get("metric") == self.metric:
             self.value, self.batch = state["value"], state["batch"]
             self.unscored = state.get("unscored", 0)

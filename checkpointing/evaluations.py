@@ -1,4 +1,4 @@
-"""When a run evaluates, with and without checkpoints."""
+"""The schedule of a run's evaluations, with and without checkpoints."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from composer.utils import create_interval_scheduler
 
 
 class EvaluationSchedule:
-    """A schedule of evaluations for Composer's `eval_interval`: every interval, and at the end.
+    """A schedule of evaluations for Composer's `eval_interval`: at every interval, and at the end.
 
     Args:
         interval: Time between two evaluations, as a Composer time string.
 
     Attributes:
-        due: Whether the weights as they are still have to be evaluated.
-        postponed: Whether the run was told to stop. It then leaves evaluations to the run that
+        due: Whether the current weights still have to be evaluated.
+        postponed: Whether the run was asked to stop. It then leaves evaluations to the run that
             resumes it.
     """
 

@@ -1,4 +1,4 @@
-"""Files of weights that other projects and libraries wrote."""
+"""Reading of weight files that other projects and libraries wrote."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from torch import Tensor
 from errors import WeightsError
 from segmentation.classes import ClassInfo, load_classes
 
-# What other projects call the part of a file that holds averaged weights.
+# Names that other projects give to averaged weights
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 
 
 def select_network(
     tensors: Mapping[str, dict[str, Tensor]], which: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the weights in another project's file: the most tensors by name, at its top or below.
+    """Return the weights in another project's file, and whether they are averaged.
 
-    Where the part that holds an average is named so, it replaces the training weights of the same
-    names, unless those are asked for.
+    The network is the mapping with the most tensors, either the file itself or one of its entries.
+    If an entry is named as an average, it replaces the training weights of the same names.
+
+    Args:
+        tensors: Tensors by name, for the file itself (key "") and each of its entries.
+        which: `"ema"`, or `"training"` to ignore averages.
 
     Raises:
-        WeightsError: Several parts have as many tensors.
+        WeightsError: Several entries have the same number of tensors.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
@@ -46,7 +50,7 @@ def select_network(
 
 
 def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
-    """Return the classes that a checkpoint of mmsegmentation's names."""
+    """Return the classes that a checkpoint of mmsegmentation names, or None."""
     meta = content.get("meta")
     names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
     if not isinstance(names, list | tuple):
@@ -55,13 +59,13 @@ def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
 
 
 def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] | None]:
-    """Return the `config.json` that `save_pretrained` left beside a file, and its classes.
+    """Return the `config.json` that `save_pretrained` wrote beside a file, and its classes.
 
-    Without such a file, the config is empty.
+    The config is empty if there is no such file.
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or of something else
+    except (OSError, ValueError):  # There is no such file, or it belongs to something else.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

@@ -1,6 +1,6 @@
-"""Locks that keep two live runs from writing into one folder of checkpoints.
+"""Locks that keep two live runs from writing to the same folder of checkpoints.
 
-`FileLock` is a lock of the file system. The kernel drops it when the process dies in any way.
+`FileLock` is a lock of the file system. The kernel releases it when the process dies in any way.
 `RecordLock` is for object stores, and for file systems without locks. Its owner renews a record
 every `BEAT` seconds. A record that nobody renews for `SILENCE` seconds belongs to a dead run.
 """
@@ -24,9 +24,9 @@ from errors import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # seconds between two renewals of a record
-SILENCE = 30.0  # seconds without a renewal after which its owner counts as dead
-SETTLE = 1.0  # seconds for two runs that start together to see each other's record
+BEAT = 10.0  # Seconds between two renewals of a record.
+SILENCE = 30.0  # An owner counts as dead after this many seconds without a renewal.
+SETTLE = 1.0  # Seconds in which two runs that start together can see each other's record.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []
@@ -39,13 +39,13 @@ def release_locks() -> None:
 
 
 def describe_self(run_name: str | None) -> dict[str, Any]:
-    """Return what a lock says about its owner: run, host and process."""
+    """Return the description of a lock's owner: run, host and process."""
     owner = {"run": run_name, "host": socket.gethostname(), "pid": os.getpid()}
     return {**owner, "machine": _machine(), "token": uuid.uuid4().hex}
 
 
 def _machine() -> str | None:
-    """Return an identifier of the kernel and the PID namespace, or None where there is none."""
+    """Return an identifier of the kernel and the PID namespace, or None if there is none."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -60,11 +60,11 @@ class FileLock:
 
     Args:
         folder: Existing folder.
-        owner: See `describe_self`.
+        owner: Description of the owner; see `describe_self`.
 
     Raises:
         ConfigError: Another process holds the lock.
-        OSError: The file system has no locks, or the folder cannot be written.
+        OSError: The file system has no locks, or the folder is not writable.
     """
 
     def __init__(self, folder: str, owner: dict[str, Any]):
@@ -81,33 +81,33 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            os.close(self._file)  # the previous owner removed this file before we locked it
+            os.close(self._file)  # The previous owner removed this file before we locked it.
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         _held.append(self)
 
     def check(self) -> None:
-        """Do nothing: nobody can take over this lock."""
+        """Do nothing, because no other run can take over this lock."""
 
     def release(self) -> None:
-        """Remove the file and the lock."""
+        """Remove the file, and with it the lock."""
         with suppress(OSError):
             os.remove(self._path)
         os.close(self._file)
 
 
 class RecordLock:
-    """An exclusive lock by a record that its owner keeps renewing.
+    """An exclusive lock that consists of a record which its owner keeps renewing.
 
     Args:
-        place: Folder or URI that it locks, for messages.
-        owner: See `describe_self`.
-        read: Return the record's bytes, or None if there is none.
-        write: Replace the record.
+        place: Folder or URI that is locked, for messages.
+        owner: Description of the owner; see `describe_self`.
+        read: Function that returns the bytes of the record, or None if there is none.
+        write: Function that replaces the record.
 
     Raises:
-        ConfigError: Another run that is alive holds the lock.
-        Exception: Whatever `read` and `write` raise.
+        ConfigError: Another live run holds the lock.
+        Exception: `read` or `write` raised it.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class RecordLock:
     def release(self) -> None:
         """Stop renewing, and mark the record as released."""
         self._stopping.set()
-        with suppress(Exception):  # a store that is away: the record grows old by itself
+        with suppress(Exception):  # If the store is down, the record expires by itself.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 
     def _wait_for_silence(self) -> None:
-        """Return when no living run holds the lock; raise ConfigError if one does."""
+        """Wait until no live run holds the lock; raise ConfigError if one does."""
         first = self._record()
         end = time.monotonic() + SILENCE
         while (found := self._record()) and not found.get("released") and not _is_gone(found):
@@ -173,7 +173,7 @@ class RecordLock:
                     self._successor = found
                     return
                 self._renew()
-            except Exception as error:  # each store's client has its own
+            except Exception as error:  # The client of each store raises errors of its own.
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
 
 
@@ -184,7 +184,7 @@ def _is_file_at(file: int, path: str) -> bool:
 
 
 def _is_gone(record: dict[str, Any]) -> bool:
-    """Whether the record's owner was this process, or a process of this machine that has ended."""
+    """Return whether the record's owner was this process, or has ended on this machine."""
     if record.get("machine") is None or record["machine"] != _machine():
         return False
     if record["pid"] == os.getpid():

@@ -1,4 +1,4 @@
-"""What of a file's weights fits a network that is not quite theirs, and what is left new of it."""
+"""Loading of the weights in a file that fit a slightly different network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errors import WeightsError
 from networks.base import current_names, inner
 from segmentation.classes import ClassInfo, class_key
 
-# Beginnings of names in other projects' files, and what they may be called here.
+# Prefixes of tensor names in other projects' files, and their replacements here
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
 
 
@@ -25,24 +25,24 @@ def load_fitting(
     num_classes: int | None = None,
     class_tensors: Collection[str] = (),
 ) -> str | None:
-    """Load what fits of a file's weights into a network; the rest of that stays as it is.
+    """Load the tensors of a file that fit a network; the other tensors keep their values.
 
     Args:
-        network: Whose tensors are replaced.
-        weights: What the file holds.
-        where: What to call the file.
-        least: The share of the network's tensors that has to fit.
-        classes: The network's. Given these, the scores of classes that the file has by the same
-            name are taken over too.
-        num_classes: How many the network has; None: as DeepLabV3's last layer.
-        class_tensors: Names of the network's tensors with a row a class, if the file has as many
-            classes but not the same. Their rows are taken over by name, or not at all.
+        network: Network whose tensors are replaced.
+        weights: Content of the file.
+        where: Name of the file in messages.
+        least: Minimum share of the network's tensors that must fit.
+        classes: Classes of the network. If given, rows of classes with the same name in the file
+            are loaded, too.
+        num_classes: Number of classes of the network; None: the rows of DeepLabV3's last layer.
+        class_tensors: Names of the tensors with a row for each class, if the file has as many
+            classes, but other ones. Their rows are matched by class name, or not loaded at all.
 
     Returns:
-        A line about what is left new, or None if nothing is.
+        A line about the tensors that were not loaded, or None.
 
     Raises:
-        WeightsError: Too little fits.
+        WeightsError: Too few tensors fit.
     """
     found = current_names(network, weights.state)
     network = inner(network)
@@ -75,7 +75,7 @@ def load_fitting(
 
 
 def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] | None) -> str:
-    """Say what became of a layer with a row a class."""
+    """Describe what happened to a layer that has a row for each class."""
     if before == now == taken:
         return "classes in another order, matched by name"
     change = f"{before} -> {now} classes" if before != now else "classes of other names"
@@ -85,7 +85,7 @@ def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] 
 
 
 def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:
-    """Return tensors whose names begin otherwise."""
+    """Replace the prefix of tensor names."""
     return {
         after + name.removeprefix(before) if name.startswith(before) else name: tensor
         for name, tensor in state.items()
@@ -97,14 +97,14 @@ def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
 
 
 def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
-    """Whether two tensors are alike but for the number of rows, of which one has a row a class."""
+    """Return whether two tensors differ only in their number of rows, one for each class."""
     return tensor.ndim == own.ndim > 0 and tensor.shape[1:] == own.shape[1:] and len(own) == rows
 
 
 def _same_names(
     before: Sequence[ClassInfo] | None, after: Sequence[ClassInfo]
 ) -> list[tuple[int, int]]:
-    """Return the places, after and before, of the classes that have the same name."""
+    """Return pairs of indices, new and old, of the classes with the same name."""
     places = {class_key(info.name): place for place, info in enumerate(before or ())}
     keys = enumerate(class_key(info.name) for info in after)
     return [(new, places[key]) for new, key in keys if key in places]

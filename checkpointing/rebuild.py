@@ -1,4 +1,4 @@
-"""A network rebuilt from a file of weights, for evaluation, prediction and export."""
+"""Rebuilding of a network from a file of weights, for evaluation, prediction and export."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
 from networks.libraries import foreign_arguments
 from networks.registry import named_network
 
-PROBED = 251  # a number of classes that no other layer has channels
+PROBED = 251  # A number of classes that no other layer has as its number of channels
 
 
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
-    """Return another project's weights with the network and the number of classes that they are of.
+    """Add the network and the number of classes to weights of another project.
 
-    The network is built with a number of classes that no layer has otherwise. The tensors of that
-    many rows are those with a row a class, and the file's tell how many classes there are.
+    The network is built with a number of classes that no layer has otherwise. The tensors with that
+    many rows have a row for each class, so the same tensors in the file tell its number of classes.
 
     Args:
-        weights: What `load_weights` gave. With a config, or without `network`, they are complete.
-        where: What to call them in an error.
-        network: What the user says that it is.
+        weights: Result of `load_weights`. With a config, or without `network`, they are complete.
+        where: Name of the weights in an error.
+        network: Name of the network that the user gives, or None.
 
     Raises:
-        WeightsError: They are not of this network, or its layers differ in their number of classes.
+        WeightsError: The weights do not fit this network, or its layers have different numbers of
+            classes.
         ModelError: The network cannot be built.
     """
     if weights.config is not None or network in (None, "deeplabv3"):
@@ -53,7 +54,7 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
 
 
 def _named_as(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Return tensors without the beginning that all their names share and the network's do not."""
+    """Remove prefixes that all tensor names share, until some match the names in the network."""
     own, state = network.state_dict(), dict(state)
     while state and not own.keys() & state.keys():
         first = {name.partition(".")[0] for name in state}
@@ -69,14 +70,14 @@ def build_network(
     """Build a network in evaluation mode with these weights; its logits have its own stride.
 
     Args:
-        weights: What `load_weights` gave.
-        where: What to call them in an error.
-        network: The network's name, if the user gives one. A function of your own is called only
-            if its name is given here.
+        weights: Result of `load_weights`.
+        where: Name of the weights in an error.
+        network: Name of the network that the user gives, or None. A user's own function is called
+            only if it is named here.
 
     Raises:
-        WeightsError: They do not fit.
-        ModelError: They name a network that cannot be built, or may not.
+        WeightsError: The weights do not fit.
+        ModelError: The weights name a network that cannot be built, or that is not allowed.
     """
     weights = complete(weights, where, network)
     name, arguments = weights.network

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store; `checkpointing.stores` says what holds for every store."""
+"""Checkpoints in an object store; see `checkpointing.stores` for the guarantees of all stores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
-UPLOAD_FOR = 3600.0  # seconds to go on trying to upload a checkpoint
+UPLOAD_FOR = 3600.0  # Seconds after which a failing upload of a checkpoint is given up
 
 
 class Upload(NamedTuple):
-    """A checkpoint on its way to an object store."""
+    """A checkpoint that waits for its upload to an object store."""
 
     file: str
     name: str
@@ -35,20 +35,21 @@ class Upload(NamedTuple):
 
 
 class RemoteFolder:
-    """Checkpoints in an object store, uploaded while training goes on.
+    """Checkpoints in an object store, uploaded in the background during training.
 
-    An upload that fails is tried again for an hour. A checkpoint that a newer one overtakes before
-    its upload has begun, or while it fails, is dropped unless it is the best, so at most three wait
-    on the local disk.
+    A failed upload is tried again for an hour. A checkpoint is dropped if a newer one is saved
+    before its upload begins or while it fails, unless it is the best. At most three checkpoints
+    therefore wait on the local disk.
 
     Args:
-        uri: Such as s3://bucket/folder.
+        uri: URI of the folder, such as s3://bucket/folder.
     """
 
     def __init__(self, uri: str):
         backend, bucket, folder = parse_uri(uri)
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        if backend == "s3":  # botocore's defaults take five minutes to find that nobody answers
+        # With botocore's defaults, it takes five minutes to notice that nobody answers.
+        if backend == "s3":
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
             self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
         else:
@@ -67,7 +68,7 @@ class RemoteFolder:
 
         Raises:
             ConfigError: Another live run writes to the folder.
-            Exception: What the store's client raises.
+            Exception: The store's client raised it.
         """
 
         def read() -> bytes | None:
@@ -86,10 +87,10 @@ class RemoteFolder:
         self._run_lock = RecordLock(self.path, describe_self(run_name), read, write)
 
     def remove_unfinished(self) -> None:
-        """Do nothing: an object appears whole."""
+        """Do nothing, because an object appears complete or not at all."""
 
     def probe(self) -> None:
-        """Raise what the store's client does unless objects can be written."""
+        """Write and delete a small object; raise the error of the store's client if that fails."""
         with tempfile.NamedTemporaryFile() as file:
             self.store.upload_object(f"{self.prefix}.probe", file.name)
         self._delete(".probe")
@@ -97,10 +98,11 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
         names = (key.partition(self.prefix)[2] for key in self.store.list_objects(self.prefix))
-        return newest_first(names)  # and none of the folders below it
+        # The function newest_first() drops the objects in folders below this one.
+        return newest_first(names)
 
     def latest(self) -> str | None:
-        """Return the name of the checkpoint that was published last."""
+        """Return the name of the checkpoint that was published last, or None."""
         pointer = os.path.join(self.scratch, "latest")
         try:
             self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
@@ -110,7 +112,7 @@ class RemoteFolder:
             return file.read().rpartition("/")[2]
 
     def fetch(self, name: str, scratch: str) -> str:
-        """Download a checkpoint unless that was done; return its local path."""
+        """Download a checkpoint if it is not yet there; return its local path."""
         path = os.path.join(scratch, name)
         if not os.path.exists(path):
             self.store.download_object(f"{self.prefix}{name}", path)
@@ -124,13 +126,20 @@ class RemoteFolder:
         best: str | None = None,
         own: Container[str] = (),
     ) -> None:
-        """Upload a finished file in the background, then point at it and remove old ones of `own`.
+        """Upload a finished file in the background, then point to it and remove old checkpoints.
+
+        Args:
+            unfinished: Path of the finished file under its temporary name; the file is moved.
+            name: Name of the checkpoint.
+            keep: Number of newest checkpoints to keep; -1: all.
+            best: Name of the best checkpoint, which is kept too, or None.
+            own: Names of the checkpoints that may be removed.
 
         Raises:
             RunError: An earlier upload was given up, or another run has taken over the folder.
         """
         self.wait(0)
-        self._count += 1  # one of the same batch may be on its way
+        self._count += 1  # A checkpoint with the same name may still be uploading.
         file = os.path.join(self.scratch, f"{self._count}-{name}")
         os.replace(unfinished, file)
         with self._lock:
@@ -144,7 +153,7 @@ class RemoteFolder:
             os.remove(item.file)
 
     def point_best(self, name: str | None) -> None:
-        """Point `best-rank0.pt` at a checkpoint, or remove it."""
+        """Point `best-rank0.pt` at a checkpoint, or remove the pointer."""
         key = f"{self.prefix}{BEST}.symlink"
         if name:
             self._point(BEST, name)
@@ -158,7 +167,7 @@ class RemoteFolder:
         self.store.upload_object(f"{self.prefix}{pointer}.symlink", path)
 
     def wait(self, seconds: float) -> bool:
-        """Whether all that was published is there, after waiting for it.
+        """Wait up to `seconds` for pending uploads; return whether all are done.
 
         Raises:
             RunError: An upload was given up, or another run has taken over the folder.
@@ -199,7 +208,7 @@ class RemoteFolder:
                 os.remove(item.file)
                 old = outdated(self.names(), name, item.keep, item.best, item.own)
                 break
-            except Exception as error:  # each store's client has its own
+            except Exception as error:  # The client of each store raises errors of its own.
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
             if self._waiting and self._waiting[-1].best != name:
                 log.warning("%s; the next checkpoint follows", message)
@@ -207,7 +216,7 @@ class RemoteFolder:
                 return
             if time.monotonic() - start > UPLOAD_FOR:
                 kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
-                os.replace(item.file, kept)  # the scratch folder goes with this process
+                os.replace(item.file, kept)  # The scratch folder is removed when this process ends.
                 raise RunError(f"{message}; given up; it is still at {kept}")
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)
@@ -216,7 +225,7 @@ class RemoteFolder:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete an object. Failure, or a store without delete support, is only logged."""
+        """Delete an object. A failure, or a store that cannot delete, is only logged."""
         if not isinstance(self.store, S3ObjectStore):
             log.info("%s/%s stays: Composer cannot delete there", self.path, name)
             return

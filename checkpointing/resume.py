@@ -1,4 +1,4 @@
-"""Which checkpoint a run begins from: the newest whole one of a folder, or a file that is named."""
+"""The checkpoint from which a run begins: the newest whole one in a folder, or a given file."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")  # other networks ignore these keys
+# Networks other than DeepLabV3 ignore these keys.
+DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins from.
+    """A checkpoint from which a run begins.
 
     Attributes:
-        where: The checkpoint's path or URI.
-        weights: Its weights.
-        state_path: A local path of it where the state of training is wanted too, else None.
-        is_resume: Whether it is the run's own, found in its folder.
+        where: Path or URI of the checkpoint.
+        weights: Weights in the checkpoint.
+        state_path: Local path of the checkpoint if the run also needs the state of training, or
+            None.
+        is_resume: Whether the run saved the checkpoint itself, in its own folder.
     """
 
     where: str
@@ -52,7 +54,7 @@ class Start:
 
     @property
     def _remedy(self) -> str:
-        """Return what a user can do about a difference."""
+        """The advice to a user whose config differs from the record."""
         if self.state_path is None:
             return "set it back"
         if self.is_resume:
@@ -65,20 +67,22 @@ class Start:
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:
-        """Compare what the checkpoint records with the config of the run that resumes it.
+        """Compare the record of the checkpoint with the config of the run that loads it.
 
         Args:
-            values: The config's values of the keys that have to agree, by dotted names. To
-                evaluate, those of `model` are enough.
-            defaults: What a key is that the record is too old to hold.
-            classes: The config's classes.
+            values: Values of the config that must match, by their dotted names. For an evaluation,
+                the keys of `model` are enough.
+            defaults: Default values, for keys that an old record does not hold.
+            classes: Classes of the config.
 
         Raises:
-            ConfigError: A value differs. The line names the key and both values.
+            ConfigError: A value differs. The message names the key and both values.
         """
         for name, theirs in self._recorded(defaults).items():
             if name not in values or name in ("data", "class_names", "model.arguments"):
-                continue  # compared by what they mean: by classes, and in check_network
+                # These keys are compared by their meaning: by the classes below, and in
+                # check_network.
+                continue
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
                 raise ConfigError(
@@ -97,7 +101,7 @@ class Start:
             raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the checkpoint says of the keys in `defaults`, from record and tensors."""
+        """Return the values of the keys in `defaults`, from the checkpoint's record and tensors."""
         recorded: dict[str, Any] = {}
         config = self.weights.config
         if config is not None:
@@ -108,10 +112,12 @@ class Start:
                 recorded[name] = json.loads(json.dumps(default)) if found is _MISSING else found
             recorded["model.name"], _ = self.weights.network
             recorded["model.num_classes"] = self.weights.num_classes
-            if not self.is_resume:  # a run may be continued under another name, elsewhere
+            # A user may continue a run under another name, in another folder.
+            if not self.is_resume:
                 del recorded["run_name"]
         if config is None or recorded["model.name"] == "deeplabv3":
-            with suppress(WeightsError):  # another network's, whose tensors are compared later
+            # The checkpoint holds another network; its tensors are compared later.
+            with suppress(WeightsError):
                 architecture = infer_architecture(self.weights.state, self.where)
                 recorded |= {f"model.{name}": value for name, value in architecture.items()}
         else:
@@ -119,10 +125,10 @@ class Start:
         return recorded
 
     def check_network(self, network: nn.Module) -> None:
-        """Compare the tensors' names and shapes, and the recorded arguments, with a network's.
+        """Compare the checkpoint's tensors and arguments with those of a network.
 
         Raises:
-            ConfigError: They differ.
+            ConfigError: The name or shape of a tensor, or a recorded argument, differs.
         """
         own = {name: tensor.shape for name, tensor in inner(network).state_dict().items()}
         found = {name: tensor.shape for name, tensor in self.weights.state.items()}
@@ -144,10 +150,10 @@ class Start:
 
 
 def _is_same_argument(ours: Any, theirs: Any) -> bool:
-    """Whether two arguments agree.
+    """Return whether two arguments agree.
 
-    A library's own config is recorded whole. Another version of the library has other keys in it,
-    so only the keys that both have are compared.
+    The record contains the complete config of a library's network. Another version of the library
+    has other keys, so only common keys are compared.
     """
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         both = [key for key in ours.keys() & theirs.keys() if not key.endswith("_version")]
@@ -156,7 +162,7 @@ def _is_same_argument(ours: Any, theirs: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as a YAML writes it."""
+    """Return a value as it is written in YAML."""
     if isinstance(value, bool):
         return str(value).lower()
     return "(empty)" if value is None else str(value)
@@ -170,20 +176,24 @@ def find_start(
     run_name: str | None = None,
     overwrite: bool = False,
 ) -> Start | None:
-    """Find what to begin from: the newest checkpoint of a folder, otherwise `load_path`.
+    """Find the checkpoint to begin from: the newest in a folder, otherwise `load_path`.
 
     Args:
         folder: Folder or object-store URI to resume from, or None.
         load_path: Path or URI of a checkpoint or of weights, or None.
-        weights_only: Take only the weights of `load_path`.
-        scratch: Local folder to download to.
-        run_name: Name of the run whose checkpoints `folder` has to hold.
-        overwrite: Pass over another run's checkpoints in `folder`, which this run replaces.
+        weights_only: Whether to take only the weights of `load_path`.
+        scratch: Local folder for downloads.
+        run_name: Name of the run whose checkpoints `folder` must hold.
+        overwrite: Whether to skip checkpoints of another run in `folder`, because this run replaces
+            them.
+
+    Returns:
+        The start, or None if there is no checkpoint.
 
     Raises:
         ConfigError: A folder or file cannot be read, or `folder` belongs to another run.
-        WeightsError: The file is damaged, or holds what is no part of a checkpoint, or weights
-            where a checkpoint is wanted.
+        WeightsError: The file is damaged, contains objects that could run code, or holds only
+            weights although a checkpoint is needed.
     """
     found = newest_checkpoint(folder, scratch) if folder else None
     if found:
@@ -207,9 +217,9 @@ def find_start(
 
 
 def _plainly_named(path: str, scratch: str) -> str:
-    """Return another path of a file, in which Composer finds no placeholder and no store.
+    """Link a file under a path without braces or colons, which Composer would interpret.
 
-    It takes braces for the one, and what is before a colon for the other.
+    Composer replaces placeholders in braces, and takes text before a colon for an object store.
     """
     link = os.path.join(scratch, ".start")
     os.symlink(os.path.abspath(path), link)
@@ -217,14 +227,14 @@ def _plainly_named(path: str, scratch: str) -> str:
 
 
 def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
-    """Find the newest whole checkpoint in a folder, for all processes together.
+    """Find the newest whole checkpoint in a folder; all ranks must call this together.
 
     Args:
         folder: Folder or object-store URI.
-        scratch: Local folder to download to.
+        scratch: Local folder for downloads.
 
     Returns:
-        Where it is and a local path of it, or None if there is none.
+        Its path or URI and its local path, or None if there is no whole checkpoint.
 
     Raises:
         ConfigError: The folder cannot be read.
@@ -234,7 +244,8 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
     def newest() -> str | None:
         try:
             return _newest_whole(target, scratch)
-        except Exception as error:  # what a file system or the client of an object store raises
+        # File systems and the clients of object stores raise errors of their own.
+        except Exception as error:
             raise ConfigError(
                 f"save_folder: cannot read {target.path}: {one_line(error)}"
             ) from None
@@ -248,7 +259,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
 
 def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
     names, latest = target.names(), target.latest()
-    if latest:  # later ones are of another run, or `latest` would name them
+    if latest:  # Later checkpoints belong to another run; otherwise `latest` would name them.
         names = [latest, *(name for name in names if time_of(name) < time_of(latest))]
     for name in names:
         try:
@@ -264,11 +275,12 @@ def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | Non
 
 
 def _damage(path: str) -> str | None:
-    """Return what is wrong with a checkpoint's file by its checksums, or None."""
+    """Check the checksums in a checkpoint's file; return a description of the damage, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except Exception as error:  # zipfile has many, also for what it takes for a place in the file
+    # zipfile raises many errors, even OSError if it reads a wrong position from a damaged file.
+    except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         return one_line(error)
@@ -276,14 +288,17 @@ def _damage(path: str) -> str | None:
 
 
 def local_copy(path: str, scratch: str) -> str:
-    """Fetch a checkpoint that may be remote; return its local path. For all processes together.
+    """Download a checkpoint if it is remote; all ranks must call this together.
 
     Args:
         path: Path or URI of a file, or path of a run's folder.
-        scratch: Local folder to download to.
+        scratch: Local folder for downloads.
+
+    Returns:
+        Its local path.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: The file cannot be read.
         WeightsError: The folder holds no checkpoint.
     """
     if not is_remote(path):
@@ -293,7 +308,7 @@ def local_copy(path: str, scratch: str) -> str:
     def download() -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
-        except Exception as error:  # what the client of an object store raises
+        except Exception as error:  # The client of an object store raises errors of its own.
             raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
         return copy
 

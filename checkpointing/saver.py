@@ -1,7 +1,8 @@
-"""Checkpoints that a run goes on from bit for bit: when they are saved, and which is loaded.
+"""Saving of checkpoints from which a run resumes bit for bit.
 
-Besides the interval, a signal makes one: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run with a
-checkpoint after the batch in progress; the same signal a second time ends it at once.
+A checkpoint is saved at each interval, and when a signal arrives. SIGTERM, SIGINT (Ctrl-C) and
+SIGUSR1 end a run with a checkpoint after the batch in progress. The same signal a second time ends
+the run at once.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ T = TypeVar("T")
 
 
 def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T:
-    """Call a function on the first process; all processes get its result, or its error.
+    """Call a function on the first rank, and give its result or its error to all ranks.
 
     Args:
-        function: What to call; of its errors only the message is kept.
-        of_each_node: Call it on the first process of each node, for the processes of that node.
+        function: Function to call. Only the message of an error is kept.
+        of_each_node: Whether to call it on the first rank of each node, for the ranks of that node.
+
+    Returns:
+        The result of the function.
 
     Raises:
-        UserError, RunError: What the function raised; any other error becomes a RunError.
+        UserError, RunError: The function raised it. Any other error becomes a RunError.
     """
     rank, local_rank = dist.get_global_rank(), dist.get_local_rank()
     outcome: tuple[Any, Exception | None] = (None, None)
@@ -51,7 +55,8 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
             outcome = (function(), None)
         except (UserError, RunError) as error:
             outcome = (None, error)
-        except Exception as error:  # what a file system or the client of an object store raises
+        # File systems and the clients of object stores raise errors of their own.
+        except Exception as error:
             outcome = (None, RunError(one_line(error)))
     outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
     for _, error in outcomes:
@@ -61,7 +66,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
 
 
 def open_folder(path: str) -> LocalFolder | RemoteFolder:
-    """Open the folder or the object store that a config's `save_folder` names."""
+    """Open the folder or object store that `save_folder` names."""
     if not is_remote(path):
         return LocalFolder(path)
     from checkpointing.remote_store import RemoteFolder
@@ -70,30 +75,32 @@ def open_folder(path: str) -> LocalFolder | RemoteFolder:
 
 
 class Checkpoints(CheckpointSaver):
-    """Saves the state of training at an interval, at the end and when the run is told to stop.
+    """A callback that saves checkpoints at an interval, at the end, and on a stop request.
 
-    A checkpoint follows the evaluation that is due after its batch. A stop request saves before it
-    and records `evaluation_due`, so that the resumed run evaluates first. With `save_best` the best
-    evaluation makes a checkpoint too, which stays until there is a better one.
+    A checkpoint follows the evaluation that is due after its batch. A stop request saves before the
+    evaluation and records `evaluation_due`, so that the resumed run evaluates first. With
+    `save_best`, the best evaluation also saves a checkpoint, which is kept until a better one
+    exists.
 
     Args:
         folder: Folder or object-store URI.
         save_interval: Time string.
-        evaluations: The run's schedule of evaluations.
-        keep: How many checkpoints to keep; -1 for all.
-        overwrite: Begin again in a folder with an earlier run's checkpoints, which go one by one.
-        autoresume: The run resumes from what the folder holds.
-        best: Which evaluation is the best, and when to end for want of a better one.
-        save_best: Keep the checkpoint of the best evaluation.
+        evaluations: Schedule of the run's evaluations.
+        keep: Number of newest checkpoints to keep; -1: all.
+        overwrite: Whether to start again in a folder with an earlier run's checkpoints, which are
+            removed one by one.
+        autoresume: Whether the run resumes from the checkpoints in the folder.
+        best: Comparison of the evaluations, which also decides when a run ends early.
+        save_best: Whether to keep the checkpoint of the best evaluation.
         run_name: Name of the run, for the lock on the folder.
 
     Attributes:
-        saved_checkpoints: Where the checkpoints of this run are, oldest first.
-        last: Where the newest is, or the one that the run goes on from, or None.
-        own: Names of the checkpoints that pruning may remove: those that this run saved to be
-            pruned, here or before it was resumed, and with `overwrite` those that it replaces.
-        best_name: The name of the checkpoint that is kept as the best, or None.
-        ended: The patience that was exhausted, if the run has ended for that.
+        saved_checkpoints: Paths of this run's checkpoints, oldest first.
+        last: Path of the newest checkpoint, or of the checkpoint that the run resumes, or None.
+        own: Names of the checkpoints that pruning may remove. This run saved them to be pruned, now
+            or before it was resumed, or replaces them because of `overwrite`.
+        best_name: Name of the checkpoint that is kept as the best, or None.
+        ended: The patience that was used up, if the run ended for that reason.
     """
 
     def __init__(
@@ -111,7 +118,8 @@ class Checkpoints(CheckpointSaver):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            # Composer's EMA calls this too, before the callbacks, so it must not change anything.
+            # Composer's EMA calls this function before the callbacks run, so it must not change
+            # anything.
             return self.evaluations.postponed or self._save_now or periodic(state, event)
 
         super().__init__(
@@ -125,7 +133,7 @@ class Checkpoints(CheckpointSaver):
         self.save_best = save_best
         self.run_name = run_name
         self.own: list[str] = []
-        self._is_own = False  # whether the state that is loaded is this run's, from this folder
+        self._is_own = False  # Whether the loaded state belongs to this run and folder.
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -136,10 +144,10 @@ class Checkpoints(CheckpointSaver):
         self._loaded = Timestamp().batch
 
     def check(self) -> None:
-        """Lock the folder and try to write to it; for all processes together.
+        """Lock the folder and try to write to it; all ranks must call this together.
 
         Raises:
-            ConfigError: Another live run writes to it, or it cannot be written.
+            ConfigError: Another live run writes to the folder, or the folder is not writable.
         """
 
         def probe() -> None:
@@ -148,18 +156,19 @@ class Checkpoints(CheckpointSaver):
                 self.target.probe()
             except ConfigError:
                 raise
-            except Exception as error:  # what a file system or the client of an object store raises
+            # File systems and the clients of object stores raise errors of their own.
+            except Exception as error:
                 problem = f"cannot write to {self.target.path}: {one_line(error)}"
                 raise ConfigError(f"save_folder: {problem}") from None
 
         on_first_process(probe)
 
     def claim(self, start: str | None, run_name: str | None) -> None:
-        """Refuse a folder with checkpoints of another run; for all processes together.
+        """Refuse a folder with checkpoints of another run; all ranks must call this together.
 
         Args:
             start: Path or URI of the checkpoint whose state this run resumes, or None.
-            run_name: Name of the run that saved it.
+            run_name: Name of the run that saved this checkpoint.
 
         Raises:
             ConfigError: The folder holds checkpoints of another run.
@@ -185,7 +194,7 @@ class Checkpoints(CheckpointSaver):
         )
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # Composer's makes the folder, which check() has done
+        pass  # Composer's method creates the folder, but check() has already done that.
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
@@ -195,7 +204,7 @@ class Checkpoints(CheckpointSaver):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
         def point_best() -> str | None:
-            """Have the folder's best be that of the state that the run goes on from, or none."""
+            """Point at the best checkpoint of the resumed state, or remove the pointer."""
             if self.best_name not in self.target.names():
                 self.best_name = None
             self.target.point_best(self.best_name)
@@ -225,7 +234,7 @@ class Checkpoints(CheckpointSaver):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluations.due = False
-        if state.timestamp.batch == 0:  # of which there is no checkpoint
+        if state.timestamp.batch == 0:  # Batch 0 has no checkpoint.
             return
         if self.best.improved(state) and self.save_best:
             self.best_name = _name(state)
@@ -235,9 +244,12 @@ class Checkpoints(CheckpointSaver):
             self._save_now = True
             state.stop_training()
         if self._save_now:
-            self.last_checkpoint_batch = None  # one of before the evaluation does not know of it
+            # A checkpoint saved before this evaluation does not contain its result.
+            self.last_checkpoint_batch = None
             if not self._is_fitting:
-                self._save_now = False  # the checkpoint is there that the run goes on from
+                self._save_now = (
+                    False  # No new checkpoint is needed, because the run has resumed from one.
+                )
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
                 self._save_checkpoint(state, logger)
@@ -263,7 +275,7 @@ class Checkpoints(CheckpointSaver):
         self.last_checkpoint_batch = state.timestamp.batch
         self._save_now = False
         name = _name(state)
-        # What is saved with keep=-1 stays for good, also if the run is resumed with another keep.
+        # Checkpoints saved with keep=-1 stay, even if the run resumes with another value of keep.
         others = [other for other in self.own if other != name]
         self.own = [*others, name] if self.keep > 0 else []
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
@@ -275,7 +287,7 @@ class Checkpoints(CheckpointSaver):
             self.saved_checkpoints = self.saved_checkpoints[-self.keep :]
 
     def _write(self, content: dict[str, Any], name: str) -> None:
-        """Write a checkpoint beside the others, and have it published when it is on the disk."""
+        """Write a checkpoint to a temporary file, and publish it after it is on the disk."""
         kept = f"the last good checkpoint is {self.last or 'none'}"
         if not _is_finite(content["state"]):
             raise RunError(f"{name} is not saved: weights are not finite; {kept}")
@@ -291,36 +303,37 @@ class Checkpoints(CheckpointSaver):
                 os.remove(unfinished)
             if isinstance(error, RunError):
                 raise
-            # Closing its archive, torch raises another error over that of the disk.
+            # When torch closes the archive, it raises another error that hides the disk's error.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
 
     def best_path(self) -> str | None:
-        """Return where the best checkpoint is, or None if it was not saved."""
+        """Return the path of the best checkpoint, or None if it was not saved."""
         if self.best_name and batch_of(self.best_name) == self.best.batch:
             return f"{self.target.path}/{self.best_name}"
         return None
 
     def finish(self) -> None:
-        """Wait until all checkpoints are where they belong; for all processes together."""
-        # Not in one go: the other processes would give up waiting for the first.
+        """Wait until all checkpoints are uploaded; all ranks must call this together."""
+        # Wait in short steps, because the other ranks would time out during one long wait.
         while not on_first_process(lambda: self.target.wait(30)):
             log.warning("waiting for the upload of %s", self.last)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals ask for a stop after the batch in progress; a second one ends at once."""
+        """Turn a signal into a stop after the batch in progress; a second one ends at once."""
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # which all processes raise together
+            except RunError:  # All ranks raise this error together.
                 self.finish()
                 raise
             finally:
                 if dist.get_global_rank() == 0:
                     with suppress(RunError):
-                        self.target.wait(20)  # the launcher kills what is left after 30 s
+                        # The launcher kills the remaining processes after 30 s.
+                        self.target.wait(20)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -346,7 +359,7 @@ def _name(state: State) -> str:
 
 
 def _is_finite(state: dict[str, Any]) -> bool:
-    """Whether weights, averages and the optimizer's state hold only finite numbers."""
+    """Return whether the weights, averages and optimizer state hold only finite numbers."""
     tensors: list[torch.Tensor] = []
 
     def collect(value: Any) -> None:

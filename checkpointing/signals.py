@@ -16,14 +16,15 @@ from composer.utils import dist
 
 from errors import SIGNALS
 
-# Seconds in which a launcher passes on a signal that a scheduler also sent to this process itself.
+# A launcher passes on a signal that the scheduler may have sent to this process, too. A repetition
+# within this many seconds counts as the same signal.
 ECHO = 5.0
 
 
 class SignalListener:
-    """Remembers that this process got one of `SIGNALS`; the same one again ends it at once.
+    """A listener for `SIGNALS`, of which the second ends the process at once.
 
-    Under a launcher, a signal that comes again within `ECHO` seconds counts once.
+    Under a launcher, a signal that is repeated within `ECHO` seconds counts once.
     """
 
     def __init__(self) -> None:
@@ -31,12 +32,12 @@ class SignalListener:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, catch the signals; without effect outside of the main thread."""
+        """Catch the signals in this context; do nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        times: dict[int, float] = {}  # when each signal came first
+        times: dict[int, float] = {}  # Time at which each signal first arrived.
         echo = ECHO if "LOCAL_RANK" in os.environ else 0.0
 
         def receive(number: int, frame: Any) -> None:
@@ -48,11 +49,12 @@ class SignalListener:
             times[number] = time.monotonic()
             self.received_signal = signal.Signals(number).name
             line = f"{self.received_signal}: saving a checkpoint after this batch\n"
-            # Not print: the signal may have come within one. The terminal may be closed by now.
+            # Do not use print, because the signal may arrive during another print. The terminal may
+            # already be closed.
             with suppress(OSError):
                 os.write(2, line.encode())
 
-        # Under nohup, SIGHUP stays ignored.
+        # nohup ignores SIGHUP, so leave it ignored.
         numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, receive) for number in numbers}
         try:
@@ -62,7 +64,7 @@ class SignalListener:
                 signal.signal(number, handler)
 
     def any_process_signalled(self, state: State) -> bool:
-        """Return whether any process got a signal; for all processes together."""
+        """Return whether any rank received a signal; all ranks must call this together."""
         if dist.get_world_size() == 1:
             return self.received_signal is not None
         received = torch.tensor([int(self.received_signal is not None)])

@@ -1,11 +1,12 @@
-"""Where checkpoints are kept: a folder or an object store, in which each is whole or not there.
+"""Stores of checkpoints: folders and object stores in which a checkpoint is complete or absent.
 
-A checkpoint gets its name only when all of it is on the disk or in the store, `best-rank0.pt` and
-`latest-rank0.pt` point at it only then, and only after that an old one goes.
+A checkpoint gets its name only after it is completely on the disk or in the store. Only then do
+`best-rank0.pt` and `latest-rank0.pt` point at it, and only then are old checkpoints removed.
 
-Composer's own saver writes into the file that it replaces, removes `latest-rank0.pt` before it
-makes the new one, forgets old checkpoints when a run resumes, never removes any from an object
-store, and gives up on a store that is away for some seconds.
+Composer's own saver has five problems. It writes into the file that it replaces. It removes
+`latest-rank0.pt` before it creates the new one. It forgets old checkpoints when a run resumes. It
+never removes a checkpoint from an object store. It gives up on a store that is down for a few
+seconds.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-# What file systems without symbolic links answer, such as exFAT and some mounted buckets.
+# Errors of file systems without symbolic links, such as exFAT and some mounted buckets
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def batch_of(name: str) -> int:
-    """Return the number of batches that a checkpoint's name says; -1 for other names."""
+    """Return the number of batches in the name of a checkpoint; -1 for other names."""
     return time_of(name)[0]
 
 
 def time_of(name: str) -> tuple[int, int]:
-    """Return the numbers of batches and epochs that a checkpoint's name says; -1 for other names.
+    """Return the numbers of batches and epochs in the name of a checkpoint; -1 for other names.
 
-    An epoch's last batch may have two checkpoints, the later one of after the epoch's evaluation.
+    The last batch of an epoch may have two checkpoints. The second one is saved after the
+    evaluation at the end of the epoch.
     """
     match = NAME.fullmatch(name)
     return (int(match[2]), int(match[1])) if match else (-1, -1)
 
 
 def newest_first(names: Iterable[str]) -> list[str]:
-    """Return the names that are checkpoints', the newest first."""
+    """Return the names that belong to checkpoints, newest first."""
     return sorted((name for name in names if NAME.fullmatch(name)), key=time_of, reverse=True)
 
 
@@ -53,11 +55,12 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
     """Return the path of a checkpoint's file.
 
     Args:
-        path: The file, or a pointer in a file system without links, or a run's folder: its best
-            checkpoint if it has one, and its newest otherwise. Or a folder of `save_pretrained`.
+        path: Path of the file; of a text file that points to it; of a run's folder, which gives its
+            best checkpoint if it has one, and its newest otherwise; or of a folder written by
+            `save_pretrained`.
 
     Raises:
-        WeightsError: The folder holds none.
+        WeightsError: The folder holds no checkpoint.
     """
     if not os.path.isdir(path):
         folder, name = os.path.split(path)
@@ -65,7 +68,8 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
         return os.path.join(folder, pointed) if pointed else os.fspath(path)
     folder = LocalFolder(os.fspath(path))
     newest = folder.names()[:1]
-    saved = ("model.safetensors", "pytorch_model.bin")  # by save_pretrained, and `--to hub`
+    # written by save_pretrained and by export.py --to hub
+    saved = ("model.safetensors", "pytorch_model.bin")
     for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):
             return found
@@ -73,10 +77,10 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
 
 
 class LocalFolder:
-    """Checkpoints in a folder of this machine or of a shared file system.
+    """Checkpoints in a folder on this machine or on a shared file system.
 
     Args:
-        path: The folder.
+        path: Path of the folder.
     """
 
     def __init__(self, path: str):
@@ -88,7 +92,7 @@ class LocalFolder:
 
         Raises:
             ConfigError: Another live run writes to the folder.
-            OSError: It cannot be written.
+            OSError: The folder is not writable.
         """
         os.makedirs(self.path, exist_ok=True)
         owner, path = describe_self(run_name), os.path.join(self.path, LOCK)
@@ -106,7 +110,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Do on small files what a save does; raise an OSError if something of it fails."""
+        """Try the file operations of a save on small files; raise an OSError if one fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()
@@ -116,7 +120,7 @@ class LocalFolder:
         self._sync()
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed run left half written."""
+        """Remove incomplete files of a run that was killed."""
         for path in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
             os.remove(path)
 
@@ -125,11 +129,11 @@ class LocalFolder:
         return newest_first(os.listdir(self.path) if os.path.isdir(self.path) else [])
 
     def latest(self) -> str | None:
-        """Return the name of the checkpoint that was published last."""
+        """Return the name of the checkpoint that was published last, or None."""
         return self.pointed(LATEST)
 
     def pointed(self, pointer: str) -> str | None:
-        """Return the name of the checkpoint that a pointer names, by link or by text."""
+        """Return the name of the checkpoint that a link or a text file points to, or None."""
         path = os.path.join(self.path, pointer)
         with suppress(OSError):
             return os.path.basename(os.readlink(path))
@@ -155,10 +159,16 @@ class LocalFolder:
         best: str | None = None,
         own: Container[str] = (),
     ) -> None:
-        """Give a finished file its name, and point `latest` at it.
+        """Give a finished file its name, point `latest` at it, and remove old checkpoints.
 
-        Then remove the checkpoints in `own`, except for the newest `keep` and `best`. Each step is
-        one rename, so whenever the machine fails, `latest` is a whole checkpoint.
+        Each step is a single rename, so `latest` is a whole checkpoint whenever the machine fails.
+
+        Args:
+            unfinished: Path of the finished file under its temporary name.
+            name: Name of the checkpoint.
+            keep: Number of newest checkpoints to keep; -1: all.
+            best: Name of the best checkpoint, which is kept too, or None.
+            own: Names of the checkpoints that may be removed.
 
         Raises:
             RunError: Another run has taken over the folder.
@@ -175,14 +185,14 @@ class LocalFolder:
             os.remove(os.path.join(self.path, old))
 
     def point_best(self, name: str | None) -> None:
-        """Point `best-rank0.pt` at a checkpoint, or remove it."""
+        """Point `best-rank0.pt` at a checkpoint, or remove the pointer."""
         if name:
             self._point(BEST, name)
         else:
             self._unpoint(BEST)
 
     def _point(self, pointer: str, name: str) -> None:
-        """Make a link, or where there are no links, the text file that object stores have."""
+        """Create a link, or a text file if the file system has no links."""
         path = os.path.join(self.path, pointer)
         link = f"{path}.unfinished"
         with suppress(FileNotFoundError):
@@ -201,32 +211,33 @@ class LocalFolder:
             Path(self.path, name).unlink(missing_ok=True)
 
     def _sync(self) -> None:
-        """Have the folder's entries on the disk."""
+        """Write the entries of the folder to the disk."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
-        except OSError as error:  # some file systems sync files, but no folders
+        except OSError as error:  # Some file systems can sync files, but not folders.
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         finally:
             os.close(folder)
 
     def wait(self, seconds: float) -> bool:
-        """Whether all that was published is there, after waiting for it."""
+        """Return True, because a folder has no pending uploads."""
         return True
 
 
 def outdated(
     names: list[str], newest: str, keep: int, best: str | None, own: Container[str]
 ) -> list[str]:
-    """Return the checkpoints of a run to remove, so that its newest `keep` and its best are left.
+    """Return the checkpoints to remove, so that the newest `keep` and the best are left.
 
     Args:
         names: All checkpoints of the folder, newest first.
-        newest: The one that was just saved. Later ones stay: an earlier run or attempt left them.
-        keep: How many to keep; -1: all.
-        best: One more to keep.
-        own: Those that this run may remove.
+        newest: The checkpoint that was just saved. Later ones stay, because another run or an
+            earlier attempt left them.
+        keep: Number of newest checkpoints to keep; -1: all.
+        best: Checkpoint that is also kept, or None.
+        own: Names of the checkpoints that this run may remove.
     """
     if keep < 0:
         return []
@@ -235,7 +246,7 @@ def outdated(
 
 
 def is_in_folder(path: str, folder: str) -> bool:
-    """Whether a path or URI names a file directly in a folder."""
+    """Return whether a path or URI names a file directly in a folder."""
     parent, folder = path.rpartition("/")[0] or ".", folder.rstrip("/")
     if is_remote(path) or is_remote(folder):
         return parent == folder

@@ -1,12 +1,12 @@
-"""Weights in and out: checkpoints read without running what they hold, and files of weights alone.
+"""Reading and writing of weights, without running code that a file contains.
 
-    weights = load_weights("latest-rank0.pt")    # Composer's, a plain state dict, or safetensors
-    network = build_network(weights)             # the network that they are of
+    weights = load_weights("latest-rank0.pt")    # a checkpoint, a state dict, or safetensors
+    network = build_network(weights)             # the network with these weights
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
-A `.pt` file is a pickle: loading it can run code. Everything here unpickles with torch's
-`weights_only=True`, which knows tensors, containers and the handful of types in
-`_composer_types` and refuses the rest.
+A `.pt` file is a pickle, so loading it can run code. This module always uses torch's
+`weights_only=True`. It accepts tensors, containers and the few types in `_composer_types`, and
+refuses everything else.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-SCORES = "classifier.conv_seg."  # DeepLabV3's layer that has a row a class
-# What DistributedDataParallel, torch.compile and the ComposerModel put before a parameter's name.
+SCORES = "classifier.conv_seg."  # DeepLabV3's layer with a row for each class.
+# Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# The same for a network that is not DeepLabV3, and what `networks.base.Network` adds.
+# The same prefixes for other networks, and the prefix of `networks.base.Network`
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Classes of options and paths that training scripts save beside the weights.
+# Classes of options and paths that training scripts save with the weights
 OPTIONS = (
     "argparse.Namespace",
     *(
@@ -51,16 +51,16 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one network and what is known about it.
+    """The weights of one network, and what is known about it.
 
     Attributes:
-        state: Tensors by their network's own names, `backbone.*` and `classifier.*`, on the CPU.
-        which: `"ema"` for the moving average of the training weights, else `"training"`.
-        config: The configuration of the run that made them, where the file holds it.
-        classes: Its class names and colours, where the file holds them.
-        run_name: The name of the run, where the file is a checkpoint of Composer's.
-        server_runs: IDs of the runs that its loggers wrote to on a server, by the loggers' names.
-        beside: The `config.json` beside the file, if another library wrote it, otherwise empty.
+        state: Tensors on the CPU by the network's own names, `backbone.*` and `classifier.*`.
+        which: `"ema"` for the moving average of the training weights, otherwise `"training"`.
+        config: Config of the run that made them, if the file contains it.
+        classes: Names and colours of the classes, if the file contains them.
+        run_name: Name of the run, if the file is a Composer checkpoint.
+        server_runs: IDs of the server runs that its loggers wrote to, by the names of the loggers.
+        beside: The `config.json` beside the file if another library wrote it, otherwise empty.
     """
 
     state: dict[str, Tensor]
@@ -73,21 +73,21 @@ class Weights:
 
     @property
     def eval_size(self) -> int | None:
-        """The size that the run was validated at, in pixels, if that is known."""
+        """The size of the run's validation images in pixels, or None if it is unknown."""
         return ((self.config or {}).get("eval_dataset") or {}).get("final_size")
 
     @property
     def network(self) -> tuple[str, Mapping[str, Any]]:
-        """Name and arguments of the network, as of the keys of `model`."""
+        """The name and the arguments of the network, as in the keys of `model`."""
         model = (self.config or {}).get("model") or {}
         return model.get("name") or "deeplabv3", model.get("arguments") or {}
 
     @property
     def num_classes(self) -> int:
-        """How many classes the network predicts.
+        """The number of classes that the network predicts.
 
         Raises:
-            WeightsError: Nothing in the file says.
+            WeightsError: The file does not contain this number.
         """
         if f"{SCORES}weight" in self.state:
             return self.state[f"{SCORES}weight"].shape[0]
@@ -100,7 +100,7 @@ class Weights:
 
 
 class _Inert:
-    """Stands for an object that is not needed: made from anything, it keeps and does nothing."""
+    """A placeholder for pickled objects that are not needed."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -110,21 +110,20 @@ class _Inert:
 
 
 def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
-    """Read a network's weights: a Composer checkpoint, a plain state dict, or a safetensors file.
+    """Read the weights of a network from a checkpoint, a state dict or a safetensors file.
 
-    Of other projects' files the tensors keep their names, which `checkpointing.partial_load`
-    compares.
-
-    A checkpoint of a run with EMA holds two sets of weights; everything else holds one, which is
-    then what is given in any case.
+    The tensors of another project's file keep their names; `checkpointing.partial_load` matches
+    them. A checkpoint of a run with EMA has two sets of weights. Every other file has one set,
+    which is returned for both values of `weights`.
 
     Args:
-        path: The file, or a run's folder: its best checkpoint, else its newest.
+        path: Path of the file, or of a run's folder, which gives its best checkpoint if it has one,
+            and its newest otherwise.
         weights: `"ema"` or `"training"`.
 
     Raises:
-        WeightsError: The file cannot be read, holds something that is neither a tensor nor part of
-            a training state, or holds no weights.
+        WeightsError: The file cannot be read, contains objects that could run code, or contains no
+            weights.
     """
     from checkpointing.stores import checkpoint_in
 
@@ -170,13 +169,14 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         return Weights(*select_network(tensors, which), classes=classes_of_mmseg(content))
     state, found = _strip_prefixes(trainer["model"]), "training"
     algorithms = trainer.get("algorithms", ())
-    if isinstance(algorithms, Mapping):  # as Composer wrote them before it kept their order
+    # Composer wrote a mapping before it kept the order of the algorithms.
+    if isinstance(algorithms, Mapping):
         algorithms = algorithms.items()
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
-            # At a checkpoint Composer's EMA swaps its weights into the model and keeps the training
-            # weights in its own state; `ema_weights_active` says which way round this file has
-            # them.
+            # At a checkpoint, Composer's EMA puts the average into the model, and keeps the
+            # training weights in its own state. The flag `ema_weights_active` says whether this
+            # file has been saved that way.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"
@@ -192,7 +192,7 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
-    """Return the tensors of a network by their own names, and nothing else."""
+    """Return only the tensors of a network, by the network's own names."""
     if not isinstance(state, Mapping):
         return {}
     plain = {
@@ -214,23 +214,24 @@ def save_weights(
     which: str = "training",
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network's weights, with its configuration and class names, as a safetensors file.
+    """Write the weights of a network as a safetensors file, with its config and class names.
 
-    The file appears whole or not at all.
+    The file appears complete or not at all.
 
     Args:
-        path: Where to.
-        state_dict: Tensors by name; the prefixes of wrappers are stripped.
-        config: What the run was configured with; anything JSON can hold.
+        path: Path of the file.
+        state_dict: Tensors by name; prefixes of wrappers are removed.
+        config: Config of the run, in JSON types.
         classes: Names and colours of the classes.
-        which: `"ema"` or `"training"`: what they are.
-        more: Further metadata.
+        which: `"ema"` or `"training"`, the kind of the weights.
+        more: Additional metadata.
     """
     metadata = {"format": "pt", **to_metadata(config, classes, which), **(more or {})}
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    write_file(path, save(tensors, metadata))  # safetensors' save_file makes files private
+    # save_file of safetensors would create a file that only its owner can read.
+    write_file(path, save(tensors, metadata))
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -246,10 +247,10 @@ def _read_safetensors(path: Path) -> Weights:
 def to_metadata(
     config: Mapping[str, Any] | None, classes: Sequence[ClassInfo] | None, which: str
 ) -> dict[str, str]:
-    """Return what a file of weights or an exported one says of itself, as `from_metadata` reads it.
+    """Return the metadata of a file of weights, or of an exported file.
 
-    Besides, for those who read the file without this project, `size`: the length of the shorter
-    side at which the run was validated.
+    `from_metadata` reads it. The entry `size` is for readers without this project: the length of
+    the shorter side of the validation images, in pixels.
     """
     metadata = {"which": which}
     if config is not None:
@@ -263,14 +264,14 @@ def to_metadata(
 
 
 def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weights:
-    """Return weights with what `to_metadata` wrote of them."""
+    """Return weights with the metadata that `to_metadata` wrote."""
     config = _config_from_json(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
     return Weights(state, metadata.get("which", "training"), config, classes)
 
 
 def _config_from_json(text: str) -> Mapping[str, Any]:
-    """Return a run's configuration; WeightsError if the text, another project's, is none."""
+    """Parse the config of a run; raise WeightsError if the text belongs to another project."""
     try:
         config = json.loads(text)
     except ValueError as error:
@@ -284,12 +285,12 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Refuse a training checkpoint that holds anything but what Composer's state needs.
+    """Refuse a training checkpoint that contains more than Composer's state needs.
 
-    Composer unpickles a checkpoint to resume from with no such check, so this comes first.
+    Composer unpickles a checkpoint without such a check, so call this first.
 
     Raises:
-        WeightsError: It holds something else, or is no checkpoint.
+        WeightsError: The file contains another type of object, or is not a checkpoint.
     """
     path = _existing(path)
     content = None if path.suffix == ".safetensors" else _load_pickle(path, inert=False)
@@ -301,16 +302,16 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Check a file as Composer asks, see `guarded_unpickling`."""
+    """Check a file in the form that Composer calls; see `guarded_unpickling`."""
     check_checkpoint(path)
     return True
 
 
 @contextmanager
 def guarded_unpickling() -> Iterator[None]:
-    """Within, have Composer call `check_checkpoint` on every file that it is about to unpickle.
+    """Make Composer call `check_checkpoint` on every file that it is about to unpickle.
 
-    That covers what it downloads from an object store as well.
+    This includes files that Composer downloads from an object store.
     """
     variable = "CHECKPOINT_VALIDATION_FUNCTION"
     before = os.environ.get(variable)
@@ -325,11 +326,11 @@ def guarded_unpickling() -> Iterator[None]:
 
 
 def _composer_types() -> list[Any]:
-    """Return what Composer 0.32's state is made of beyond tensors, numbers, strings and containers.
+    """Return the types in Composer 0.32's state besides tensors and plain Python types.
 
-    NumPy's random state is an array, the elapsed time a timedelta, torch's version a class of its
-    own. Building any of them runs no code of the file's choosing. NumPy 1 and 2 keep the function
-    that makes an array under different names.
+    NumPy's random state is an array, the elapsed time is a timedelta, and torch's version has its
+    own class. No code from the file runs when these are built. NumPy 1 and 2 use different names
+    for the function that creates an array.
     """
     make_array = np.empty(0).__reduce__()[0]
     make_scalar = np.float64(0).__reduce__()[0]
@@ -348,12 +349,12 @@ def _composer_types() -> list[Any]:
 
 
 def _load_pickle(path: Path, inert: bool) -> Any:
-    """Unpickle a file of torch's without running anything that it brings.
+    """Unpickle a file of torch without running code that it contains.
 
     Args:
-        path: The file.
-        inert: Let options, paths, and objects of Composer and torchmetrics pass as placeholders.
-            Composer before 0.13, which the reference was made for, pickled its metrics into its
+        path: Path of the file.
+        inert: Whether to replace options, paths, and objects of Composer and torchmetrics by
+            placeholders. Composer before 0.13, which the reference used, pickled its metrics into
             checkpoints.
     """
     allowed = _composer_types()
@@ -364,9 +365,9 @@ def _load_pickle(path: Path, inert: bool) -> Any:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             allowed += [(_Inert, n) for n in names if n.startswith(("composer.", "torchmetrics."))]
         with torch.serialization.safe_globals(allowed):
-            # Memory-mapped, what is not asked for (the optimizer's state) is not read.
+            # With a memory map, unused parts such as the optimizer's state are not read.
             return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
+    except Exception as error:  # torch raises many kinds of errors for a damaged or unsafe file.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise WeightsError(

@@ -1,8 +1,8 @@
-"""What the project asks of a network, and a network of another library made to give it.
+"""The interface between this project and a network, and a wrapper for other libraries' networks.
 
-Photos go in as (N, 3, H, W), normalised; logits (N, C, h, w) of any h and w come out, as a tensor,
-as `.logits` or as `{"out": ...}`. Besides, a network says by which `mean` and `std` it wants photos
-normalised, and of what number their sides have to be a multiple.
+Normalised images (N, 3, H, W) go in. Logits (N, C, h, w) come out at any resolution: as a tensor,
+as `.logits`, or as `{"out": ...}`. A network also gives the `mean` and `std` of its normalisation,
+and the number that the sides of its images must be a multiple of.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from torch import Tensor, nn
 from errors import ModelError, one_line
 from segmentation.losses import MixedTarget, segmentation_loss
 
-# Of RGB values from 0 to 255, as torchvision's weights want them.
+# Statistics of RGB values from 0 to 255, as torchvision's weights expect them
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-# What libraries call the part of a network that is pretrained on ImageNet.
+# Names that libraries give to the part of a network that is pretrained on ImageNet
 BACKBONES = ("backbone", "encoder")
 
 
 class Network(nn.Module):
-    """A network of another library, or of one's own, as the project takes it.
+    """A wrapper for a network of another library, or for a user's own network.
 
-    Photos are padded, below and to the right, with 0, which normalised is the mean colour; where
-    they had to be, the logits are brought to the photo's size.
+    Images are padded below and to the right with 0, which is the mean colour after normalisation.
+    If an image was padded, its logits are resized to the image and cropped.
 
     Args:
-        network: What computes.
-        name: What it was built as, as of the key `model.name`.
-        arguments: With which it can be built again, from these alone; see
+        network: The wrapped network.
+        name: Name of the network, as in the key `model.name`.
+        arguments: Arguments that are sufficient to rebuild the network; see
             `networks.registry.named_network`.
-        mean: Of the normalisation, a number a channel, of values from 0 to 255.
-        std: Likewise.
-        size_divisor: What the photos' sides have to be multiples of.
-        channels_last: Whether it computes on tensors laid out so. Some call `view` on what they
-            expect to lie otherwise, which `check` finds out.
+        mean: Mean of the normalisation for each channel, for values from 0 to 255.
+        std: Standard deviation of the normalisation, likewise.
+        size_divisor: Number that the sides of the images must be multiples of.
+        channels_last: Whether tensors are channels-last. `check` turns it off if the network calls
+            `view` on a tensor that it expects to be contiguous.
 
     Shape:
-        image (N, 3, H, W) -> logits (N, C, h, w); in training, of a network with auxiliary outputs,
-        a tuple of those logits and the outputs, for `auxiliary_loss`.
+        image (N, 3, H, W) -> logits (N, C, h, w). In training, a network with auxiliary outputs
+            returns a tuple of the logits and these outputs, which `auxiliary_loss` takes.
     """
 
-    auxiliary_weight = 0.5  # torchvision's references'
-    # Pad, and resize the logits, at every size. An exported graph has no branch for sizes that fit.
+    auxiliary_weight = 0.5  # The weight of auxiliary losses in torchvision's reference scripts.
+    # Pad, and resize the logits, at every size. An exported graph cannot branch on the size.
     always_pads = False
-    # Translates a tensor's name in files of the library's older versions.
+    # Function that translates tensor names from older versions of the library
     rename: Callable[[str], str] | None = None
 
     def __init__(
@@ -73,18 +73,18 @@ class Network(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """With which the network can be built again, from these alone."""
+        """The arguments that are sufficient to rebuild the network."""
         own = dict(mean=list(self.mean), std=list(self.std))
         own |= dict(size_divisor=self.size_divisor, channels_last=self.channels_last)
         return {**self._arguments, **own}
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How weights and photos should lie in memory."""
+        """The memory layout for weights and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def forward(self, image: Tensor) -> Any:
-        """Return logits; see the class for their shape."""
+        """Return the logits; see the class for their shape."""
         height, width = image.shape[2:]
         bottom, right = -height % self.size_divisor, -width % self.size_divisor
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
@@ -101,7 +101,7 @@ class Network(nn.Module):
         return (logits, *auxiliary) if auxiliary else logits
 
     def outputs(self, image: Tensor) -> tuple[Any, ...]:
-        """Return the logits and, in training, the auxiliary outputs of photos of fitting size."""
+        """Return the logits and, in training, the auxiliary outputs of images of a fitting size."""
         found = self.network(image)
         if isinstance(found, Mapping) and isinstance(found.get("out"), Tensor):
             auxiliary = [found["aux"]] if self.training and "aux" in found else []
@@ -117,7 +117,7 @@ class Network(nn.Module):
     def auxiliary_loss(
         self, outputs: Sequence[Any], target: Tensor | MixedTarget, ignore_index: int
     ) -> Tensor:
-        """Return the weighted sum of what the auxiliary outputs lose on a target (N, H, W)."""
+        """Return the weighted sum of the auxiliary losses for a target (N, H, W)."""
         if isinstance(target, MixedTarget):
             pairs = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
         else:
@@ -131,14 +131,18 @@ class Network(nn.Module):
         return torch.stack(losses).sum()
 
     def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
-        """Return what each auxiliary output loses, weighted."""
+        """Return the weighted loss of each auxiliary output."""
         return [self.auxiliary_weight * cross_entropy(o, target, ignore_index) for o in outputs]
 
     def check(self, num_classes: int, sizes: Sequence[int]) -> None:
-        """See that the network takes square photos of these sizes and gives logits.
+        """Check that the network accepts square images of these sizes and returns logits.
+
+        Args:
+            num_classes: Number of classes C.
+            sizes: Sides of the images, pixels.
 
         Raises:
-            ModelError: It does not.
+            ModelError: The network fails, or its output has another shape.
         """
         was_training = self.training
         self.eval().to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
@@ -154,7 +158,7 @@ class Network(nn.Module):
             if "model.name" in str(error):
                 raise
             raise self._failed(size, error) from error
-        except Exception as error:  # what any library's network may raise
+        except Exception as error:  # A library's network may raise anything.
             raise self._failed(size, error) from error
         finally:
             self.train(was_training)
@@ -165,7 +169,7 @@ class Network(nn.Module):
         )
 
     def _try(self, num_classes: int, size: int) -> None:
-        """Let two photos through."""
+        """Pass two images through the network."""
         image = torch.zeros(2, 3, size, size, device=next(self.parameters()).device)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = self(image.contiguous(memory_format=torch.channels_last))
@@ -179,7 +183,7 @@ class Network(nn.Module):
 def _top_left(logits: Tensor, height: int, width: int) -> Tensor:
     if not torch.compiler.is_exporting():
         return logits[:, :, :height, :width]
-    # A slice has torch.export guess, from the example's size, whether it is the whole.
+    # For a slice, torch.export guesses from the size of the example whether it is the whole tensor.
     rows, columns = (torch.arange(n, device=logits.device) for n in (height, width))
     return logits.index_select(2, rows).index_select(3, columns)
 
@@ -193,23 +197,23 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def main_logits(outputs: Any) -> Tensor:
-    """Return the logits of what a network gives in training, where auxiliary ones may follow."""
+    """Return the logits from a network's output, without any auxiliary outputs."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def current_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of a file under the names that the network's library has for them today."""
+    """Return the tensors of a file under the names that the current version of the library uses."""
     rename = network.rename if isinstance(network, Network) else None
     return {rename(name) if rename else name: tensor for name, tensor in state.items()}
 
 
 def inner(network: nn.Module) -> nn.Module:
-    """Return a network under its library's own names of the tensors."""
+    """Return the library's own network, without this project's wrapper."""
     return network.network if isinstance(network, Network) else network
 
 
 def backbone_of(network: nn.Module) -> nn.Module | None:
-    """Return the part that is pretrained on ImageNet, or None where none is known."""
+    """Return the part that is pretrained on ImageNet, or None if it is unknown."""
     network = inner(network)
     names = (*BACKBONES, getattr(network, "base_model_prefix", ""))
     found = (getattr(network, name, None) for name in names if name)

@@ -1,7 +1,8 @@
-"""BatchNorm that shares its statistics between processes, within one graph, and counts in one go.
+"""BatchNorm layers that share statistics between ranks, and that count batches together.
 
 torch's SyncBatchNorm refuses CPUs, breaks a compiled graph at every layer, and makes the host wait
-for the device three times a layer and pass. Here a layer is ordinary operations and one all-reduce.
+for the device three times per layer and pass. The layer here consists of ordinary operations and
+one all-reduce.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """As torch's with a momentum, but does not count the batches: `count_batches` does."""
+    """A BatchNorm2d that leaves num_batches_tracked to `count_batches`. It requires a momentum."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalise, and update the running statistics."""
+        """Normalise an image, and update the running statistics."""
         if not self.training:
             return super().forward(image)
         assert self.momentum is not None
@@ -36,16 +37,16 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d whose statistics are over the batches of a process group.
+    """A BatchNorm2d whose statistics cover the batches of a process group.
 
-    It is `torch.nn.SyncBatchNorm`, also without affine parameters, without a momentum (then the
-    running statistics are the mean over all batches), or without running statistics. With a
-    momentum it leaves num_batches_tracked to `count_batches`. Processes may have batches of
-    different sizes, but all have to make the same passes.
+    It equals `torch.nn.SyncBatchNorm`. Affine parameters, the momentum and the running statistics
+    may each be missing; without a momentum, the running statistics are the mean over all batches.
+    With a momentum, it leaves num_batches_tracked to `count_batches`. Ranks may have batches of
+    different sizes, but must all make the same passes.
 
     Args:
-        batch_norm: The layer whose parameters and buffers it takes over.
-        group: The process group.
+        batch_norm: Layer whose parameters and buffers are taken over.
+        group: Process group.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W), of the same type; computed in fp32.
@@ -66,12 +67,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.group_name = group.group_name
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalise, and update the running statistics."""
+        """Normalise an image, and update the running statistics."""
         if not self.training:
             return super().forward(image)
         size = image.numel() // image.shape[1]
         variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
-        # In fp64, where the difference of squares below loses nothing; they are few numbers.
+        # Use fp64, in which the difference of squares below loses no precision. The tensors are
+        # small.
         mean, variance = mean.double(), variance.double()
         own = torch.cat([mean.new_ones(1), mean, variance + mean.square()]) * size
         count, total, squares = all_reduce(own, self.group_name).split([1, *[len(mean)] * 2])
@@ -88,7 +90,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return result.to(image.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics, if there are any, towards a batch's."""
+        """Move the running statistics, if there are any, towards the statistics of a batch."""
         if self.running_mean is None or self.running_var is None:
             return
         share: float | Tensor | None = self.momentum
@@ -100,13 +102,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
-# An operator of its own, with its gradient: DDPOptimizer refuses the higher-order operator that
-# an autograd.Function becomes in a graph.
+# A custom operator with its own gradient: an autograd.Function would become a higher-order operator
+# in the graph, which DDPOptimizer refuses.
 @torch.library.custom_op("deeplab::all_reduce", mutates_args=())
 def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
-    """Sum a tensor over the processes of a group."""
+    """Sum a tensor over the ranks of a group."""
     result = tensor.clone()
-    # torch 2.13 has a type of its own for what is a string.
+    # torch 2.13 annotates this string argument with a type of its own.
     group = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group_name))
     torch.distributed.all_reduce(result, group=group)
     return result
@@ -129,7 +131,7 @@ all_reduce.register_autograd(_backward, setup_context=_save)
 
 
 def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
-    """Make every BatchNorm2d below a module a `SyncBatchNorm2d`."""
+    """Replace every BatchNorm2d below a module with a `SyncBatchNorm2d`."""
     for name, child in module.named_children():
         if type(child) in (nn.BatchNorm2d, BatchNorm2d):
             setattr(module, name, SyncBatchNorm2d(cast(nn.BatchNorm2d, child), group))
@@ -138,7 +140,7 @@ def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -
 
 
 def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
-    """Have the BatchNorms below a module leave counting to `count_batches`, and return them."""
+    """Make the BatchNorm layers below a module leave counting to `count_batches`; return them."""
     layers = []
     for layer in module.modules():
         if not (isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and layer.momentum):
@@ -152,14 +154,14 @@ def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 @torch.no_grad()
 def count_batches(layers: list[nn.BatchNorm2d]) -> None:
-    """Count a batch in each of these layers, in one operation rather than a hundred."""
+    """Count a batch in each of these layers, in one operation instead of a hundred."""
     counters = [layer.num_batches_tracked for layer in layers if layer.training]
     if counters:
         torch._foreach_add_(cast("list[Tensor]", counters), 1)
 
 
 def share_in_node(network: nn.Module) -> None:
-    """Share BatchNorm statistics within each node (across nodes costs more than it gives)."""
+    """Share BatchNorm statistics within each node. Across nodes, the cost exceeds the benefit."""
     per_node = dist.get_local_world_size()
     if per_node == 1:
         return
@@ -167,5 +169,6 @@ def share_in_node(network: nn.Module) -> None:
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    # Each process is a member of its own node's group; torch's type is that of all others too.
+    # This process always belongs to the group of its node, but torch's return type also allows
+    # non-members.
     share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))

@@ -1,4 +1,4 @@
-"""DeepLabV3+: a backbone, torchvision's ResNet for one, and mmsegmentation's head.
+"""DeepLabV3+: a backbone, such as torchvision's ResNet, and mmsegmentation's head.
 
 Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic
 Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
@@ -28,8 +28,9 @@ from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
 from networks.mmseg_operators import import_mmseg
 
-# (blocks, width of the 3x3 convolutions, channels a group) -> torchvision's name. Blocks alone give
-# the depth (He et al. 2016, table 1); the other two tell ResNeXt and Wide ResNet from ResNet.
+# torchvision's name by the number of blocks, and by the width and the channels per group of the 3x3
+# convolutions. The blocks alone give the depth (He et al. 2016, table 1). The other two numbers
+# tell ResNeXt and Wide ResNet from ResNet.
 DEPTHS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "50",
     (3, 4, 23, 3): "101",
@@ -48,17 +49,17 @@ ASPPHead, DepthwiseSeparableASPPHead = _heads.ASPPHead, _heads.DepthwiseSeparabl
 
 
 class DeepLabV3(nn.Module):
-    """A backbone whose features a decode head turns into per-pixel class scores.
+    """A backbone with a decode head that turns its features into class scores for each pixel.
 
     Args:
         backbone: Maps an image to a dict or list of feature maps, finest first.
         classifier: Maps the tuple of those feature maps to logits.
-        upsample: Whether to bring the logits to the size of the image. The loss and the metrics do
-            that themselves, a part of the batch at a time, so training leaves it out.
+        upsample: Whether to resize the logits to the image. Training does not need it, because the
+            loss and the metrics do so themselves, a part of the batch at a time.
 
     Shape:
-        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without `upsample`
-        (H / 8 and W / 8 for DeepLabV3 without the plus).
+        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without `upsample` (H / 8
+            and W / 8 for DeepLabV3 without the plus).
     """
 
     name = "deeplabv3"
@@ -72,7 +73,7 @@ class DeepLabV3(nn.Module):
         self.upsample = upsample
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits; see the class for their shape."""
+        """Return the logits; see the class for their shape."""
         features = self.backbone(image)
         logits = self.classifier(
             tuple(features.values() if isinstance(features, dict) else features)
@@ -83,24 +84,25 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """Pool the input to one pixel. On a GPU, return that pixel at the input's size.
+    """A pooling of the input to one pixel, which is expanded to the input's size on a GPU.
 
-    Resized by interpolation, which the head does with what this returns, the pixel's gradient is a
-    sum over all pixels: PyTorch's kernel adds in bf16, one by one, and is off by 9% at 64 x 64.
-    That of an expanded tensor is added in fp32, and a tensor of the right size is not resized.
+    The head would resize the pixel by interpolation, whose gradient is a sum over all pixels.
+    PyTorch's kernel computes this sum in bf16, one addition at a time, and is off by 9% at 64 x 64.
+    The gradient of an expanded tensor is summed in fp32, and the head does not resize a tensor of
+    the right size.
 
     Shape:
         (N, C, H, W) -> (N, D, 1, 1), or on a GPU (N, D, H, W).
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        """Pool."""
+        """Pool an image."""
         pooled = super().forward(image)
         return pooled.expand(-1, -1, *image.shape[2:]) if image.is_cuda else pooled
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise a layer as the reference does: He et al. 2015, and BatchNorm as identity."""
+    """Initialise a layer as the reference does: He et al. 2015, and BatchNorm as the identity."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -117,20 +119,20 @@ def deeplabv3(
     init_fn: Callable[[nn.Module], None] | None = None,
     upsample: bool = True,
 ) -> DeepLabV3:
-    """Build DeepLabV3(+) with output stride 8.
+    """Build DeepLabV3 or DeepLabV3+ with output stride 8.
 
     Args:
         num_classes: Number of classes C.
-        backbone_arch: A torchvision ResNet with bottleneck blocks, such as `"resnet101"`.
-        backbone_weights: `None`, a torchvision name such as `"IMAGENET1K_V2"`, or the path or
-            URL of a state dict with torchvision's parameter names.
-        sync_bn: Whether BatchNorm statistics are shared by the processes of a node.
-        use_plus: DeepLabV3+ (with the stride-4 decoder) rather than DeepLabV3.
-        init_fn: Applied to every module; to those of the head alone where the backbone has weights.
+        backbone_arch: Name of a torchvision ResNet with bottleneck blocks, such as `"resnet101"`.
+        backbone_weights: None; a torchvision name such as `"IMAGENET1K_V2"`; or the path or URL of
+            a state dict with torchvision's parameter names.
+        sync_bn: Whether the ranks of a node share BatchNorm statistics.
+        use_plus: Whether to build DeepLabV3+, with the stride-4 decoder, instead of DeepLabV3.
+        init_fn: Function applied to every module; if the backbone has weights, only to the head.
         upsample: See `DeepLabV3`.
 
     Raises:
-        ModelError: The backbone is not such a ResNet, or the weights cannot be had or do not fit.
+        ModelError: The backbone is not such a ResNet, or its weights cannot be loaded.
     """
     backbone = _resnet(backbone_arch)
     if backbone_weights:
@@ -146,7 +148,14 @@ def deeplabv3(
 
 
 def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = True) -> nn.Module:
-    """Return DeepLabV3(+)'s head for features of these channels, of stride 4 and of the last."""
+    """Return the head of DeepLabV3(+) for features of stride 4 and of the last layer.
+
+    Args:
+        num_classes: Number of classes C.
+        low_channels: Number of channels of the stride-4 features.
+        channels: Number of channels of the last features.
+        use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
+    """
     arguments: dict[str, Any] = dict(
         in_channels=channels,
         in_index=-1,
@@ -156,7 +165,8 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),  # unused; the default warns
+        # This loss is unused, but mmsegmentation's default would print a warning.
+        loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     )
     if use_plus:
         arguments |= dict(c1_in_channels=low_channels, c1_channels=48)
@@ -167,13 +177,14 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
 
 
 def _resnet(arch: str) -> torchvision.models.ResNet:
-    """Return a torchvision ResNet of this name, dilated to output stride 8."""
+    """Return the torchvision ResNet of this name, dilated to output stride 8."""
     builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
     if builder is None or arch not in torchvision.models.list_models(torchvision.models):
         raise ModelError(f"backbone_arch={arch}: torchvision has no such ResNet; try resnet101")
     try:
         backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
-    except NotImplementedError:  # what torchvision raises where basic blocks meet a dilation
+    # torchvision raises this error because basic blocks cannot be dilated.
+    except NotImplementedError:
         backbone = None
     if backbone is None or not isinstance(backbone.layer1[0], Bottleneck):
         raise ModelError(
@@ -184,7 +195,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load ImageNet weights by torchvision's name, or a state dict from a path or URL, in place."""
+    """Load backbone weights in place, by torchvision's name or from a path or URL."""
     url = weights
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
@@ -197,7 +208,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
     if is_remote(url):
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
-            # One process a node downloads; the others find the file in the cache.
+            # One rank of each node downloads the file; the others find it in the cache.
             with (
                 dist.run_local_rank_zero_first()
                 if dist.is_initialized()
@@ -216,7 +227,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             raise ModelError(f"backbone_weights={weights}: no such file")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a file that is not a state dict
+        # torch raises many kinds of errors for a file that is not a state dict.
+        except Exception as error:
             raise ModelError(
                 f"backbone_weights={weights}: not a PyTorch state dict ({type(error).__name__})"
             ) from error
@@ -238,17 +250,17 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """Return the arguments of `deeplabv3` that give a network for these weights.
+    """Return the arguments of `deeplabv3` that build a network for these weights.
 
     Args:
-        state: Tensors by name, as `checkpointing.weights.Weights.state`.
-        where: What to call them in an error.
+        state: Tensors by name, as in `checkpointing.weights.Weights.state`.
+        where: Name of the weights in an error.
 
     Returns:
         `num_classes`, `backbone_arch` and `use_plus`.
 
     Raises:
-        WeightsError: They are not of a DeepLabV3 of this project.
+        WeightsError: The weights do not belong to a DeepLabV3 of this project.
     """
     block = re.compile(r"backbone\.layer(\d)\.(\d+)\.conv3\.weight")
     found = [match.groups() for match in map(block.fullmatch, state) if match]
@@ -279,18 +291,18 @@ def create_network(
     use_plus: bool = True,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Build a run's network by the keys below `model`; its logits have the network's stride.
+    """Build a run's network from the keys below `model`; its logits have the network's stride.
 
     Args:
         name: `"deeplabv3"`, or a name for `named_network`.
         arguments: Arguments of a network other than `deeplabv3`.
         num_classes: Number of classes C.
         backbone_arch: See `deeplabv3`.
-        backbone_weights: See `deeplabv3`. Other networks begin with their library's weights if it
-            is not None.
-        sync_bn: Whether BatchNorm statistics are shared by the processes of a node.
+        backbone_weights: See `deeplabv3`. If it is not None, other networks begin with the weights
+            of their library.
+        sync_bn: Whether the ranks of a node share BatchNorm statistics.
         use_plus: See `deeplabv3`.
-        init_fn: See `deeplabv3`. Other networks are initialised as their library does.
+        init_fn: See `deeplabv3`. The libraries of other networks initialise them.
 
     Raises:
         ModelError: The network cannot be built.
@@ -317,17 +329,17 @@ def create_meta_network(
     use_plus: bool,
     **_: Any,
 ) -> nn.Module:
-    """Build a network on the device "meta", for its shapes.
+    """Build a network on the device "meta", to learn the shapes of its tensors.
 
     Args:
-        name: See `create_network`, as for the next four.
+        name: See `create_network`.
         arguments: Arguments of a network other than `deeplabv3`.
         num_classes: Number of classes C.
-        backbone_arch: A torchvision ResNet.
-        use_plus: DeepLabV3+ rather than DeepLabV3.
+        backbone_arch: Name of a torchvision ResNet.
+        use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
         **_: Other keys below `model`, which change no shape.
     """
-    # Networks of other libraries read numbers off tensors while they are built.
+    # Networks of other libraries read values from tensors while they are built.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(
             name,
@@ -337,5 +349,5 @@ def create_meta_network(
             sync_bn=False,
             use_plus=use_plus,
         ).to("meta")
-    # torch's overloads of `to` leave out the memory format.
+    # torch's overloads of `to` lack the memory format.
     return network.to(memory_format=network.memory_format)  # pyright: ignore

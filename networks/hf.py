@@ -1,4 +1,4 @@
-"""Networks for semantic segmentation of transformers."""
+"""Networks for semantic segmentation from transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a network for semantic segmentation of transformers, from a hub's name or a folder."""
+    """Build a network for semantic segmentation from transformers, by hub name or folder.
+
+    Args:
+        name: Name on the hub, or path of a folder.
+        num_classes: Number of classes C.
+        arguments: Arguments of the network; see `networks.registry.named_network`.
+        pretrained: Anything but None loads the pretrained weights.
+        from_file: Whether a file names the network; then nothing is downloaded.
+
+    Raises:
+        ModelError: The network cannot be built.
+    """
     whole = f"hf:{name}"
     transformers = require("transformers", whole, "hf")
     auto = transformers.AutoModelForSemanticSegmentation
@@ -28,7 +39,7 @@ def build(
     mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
     if from_file and "config" not in arguments:
         raise ModelError(f"{whole}: the file does not hold the config itself")
-    if "config" in arguments:  # as the lines below record it
+    if "config" in arguments:  # The lines below record this config.
         said = _without_pretrained(arguments["config"])
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
         config.num_labels = num_classes
@@ -52,11 +63,11 @@ def build(
 
 
 def _renaming(network: Any) -> Callable[[str], str] | None:
-    """Return transformers 5's translation of a tensor's name of transformers 4, if it has one."""
+    """Return the function that renames tensors of transformers 4 for version 5, if any."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping")
-    except ImportError:  # transformers 4
+    except ImportError:  # transformers 4 lacks these modules.
         return None
     rules = mapping.get_model_conversion_mapping(network)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
@@ -69,14 +80,14 @@ def _renaming(network: Any) -> Callable[[str], str] | None:
 
 
 def _unloading(config: Any) -> Any:
-    """Return a config without the keys that load anything."""
+    """Return a config without the keys that make transformers load files."""
     if not isinstance(config, Mapping):
         return config
     return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
 
 
 def _without_pretrained(config: Any) -> Any:
-    """Return a config none of whose parts loads weights, as some do if told nothing."""
+    """Return a config with no part that loads weights, which some parts do by default."""
     if not isinstance(config, Mapping):
         return config
     parts = {key: _without_pretrained(value) for key, value in config.items()}
@@ -84,7 +95,7 @@ def _without_pretrained(config: Any) -> Any:
 
 
 def _normalisation(transformers: Any, name: str) -> tuple[Any, Any]:
-    """Return mean and standard deviation that a network's image processor says."""
+    """Return the mean and standard deviation from a network's image processor."""
     try:
         said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:

@@ -1,8 +1,8 @@
-"""Helpers for building networks of other libraries, and functions of one's own.
+"""Helpers for building networks of other libraries and of users.
 
-Each library has a module with a function `build`, which takes what follows the colon in
-`model.name` and returns a `Network`. A file that names a network is not its user: `from_file` tells
-`build` to load nothing by name or address, and to run no code but the library's own.
+Each library has a module with a function `build`. It takes the text after the colon in `model.name`
+and returns a `Network`. A file is not trusted like a user: with `from_file`, `build` loads nothing
+by name or address, and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # arguments that are Network's
-# What makes a library load a file or an address.
+OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class Network.
+# Keys that make a library load a file or an address.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # a string that is neither a path nor an address
+PLAIN = re.compile(r"[\w.+-]*")  # Pattern of a string that is neither a path nor an address.
 
 
 def foreign_arguments(
     network: str, beside: Mapping[str, Any], state: Iterable[str], where: str
 ) -> tuple[dict[str, Any], str]:
-    """Return what a library's own file of weights says of its network.
+    """Return the arguments and the name of the network in a library's own file of weights.
 
     Args:
-        network: The network, as the user names it.
-        beside: The `config.json` beside the file, as `save_pretrained` writes it; or empty.
-        state: Names of the file's tensors.
-        where: The file.
+        network: Name of the network that the user gives.
+        beside: The `config.json` beside the file, as written by `save_pretrained`, or empty.
+        state: Names of the tensors in the file.
+        where: Path of the file.
 
     Returns:
-        Arguments of the network, and its name: of transformers, the folder that has the config.
+        The arguments of the network, and its name. For transformers, the name is the folder that
+            has the config.
+
+    Raises:
+        ModelError: The file contains a string that could be a path or an address.
     """
     kind = network.partition(":")[0]
     if kind == "hf" and "model_type" in beside:
@@ -57,8 +61,13 @@ def foreign_arguments(
 def require(package: str, name: str, group: str | None = None) -> Any:
     """Import a package that only some networks need.
 
+    Args:
+        package: Name of the package.
+        name: Value of `model.name`, for the error.
+        group: Install extra that provides the package; None: the package's own name.
+
     Raises:
-        ModelError: It is not installed; says how to.
+        ModelError: The package is not installed; the message says how to install it.
     """
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"model.name={name} needs {package}; make install WITH={group or package}")
@@ -66,28 +75,28 @@ def require(package: str, name: str, group: str | None = None) -> Any:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
-    """Return the error about a name that a library does not have."""
+    """Return the error for a name that a library does not have."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(f"model.name={kind}:{name}: no such network; there is {', '.join(near)}")
 
 
 def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a library's builder; whatever it raises becomes one line."""
+    """Call a library's builder; turn any error into one line."""
     try:
         return builder(*args, **arguments)
     except ModelError:
         raise
-    except Exception as error:  # a library's own, of any kind
+    except Exception as error:  # A library may raise any error.
         raise ModelError(
             f"model.name={name} cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
-    """Return what a file says of a network, without anything that would load more.
+    """Return the description of a network in a file, without anything that would load more.
 
-    Keys that load weights are left out; their values come with the file.
+    Keys that load weights are removed, because the file contains the weights.
 
     Raises:
         ModelError: A string could be a path or an address.
@@ -105,12 +114,12 @@ def plain(value: Any, where: str, key: str = "") -> Any:
 
 
 def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are the library's."""
+    """Return the arguments that belong to the library."""
     return {name: value for name, value in arguments.items() if name not in OF_NETWORK}
 
 
 def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call what may download; say where it cannot."""
+    """Call a function that may download; explain a failure."""
     try:
         return load(*args, **arguments)
     except OSError as error:
@@ -123,7 +132,7 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
 
 
 def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Network:
-    """Call a function of the user's, `package.module:function`, for a network."""
+    """Build a network with a user's function, named as `package.module:function`."""
     module, _, function = name.partition(":")
     try:
         builder = getattr(importlib.import_module(module), function)

@@ -1,7 +1,7 @@
-"""Networks of mmsegmentation 0.30, from its configs.
+"""Networks of mmsegmentation 0.30, built from its configs.
 
-A config by path is Python, which is run; so only the user may name one. What is kept of it, in
-checkpoints and files of weights, is the network's description, resolved and as data.
+A config in a file is Python code that is executed, so only a user may name one. Checkpoints and
+files of weights keep the resolved description of the network, as data.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from networks.libraries import OF_NETWORK, call, without_own
 from networks.mmseg_heads import MMSegNetwork
 from networks.mmseg_operators import import_mmseg, lacks_operators, root_handlers_kept
 
-# The backward pass of whose GroupNorm crashes on a CPU (torch 2.13.0) where channels come last.
+# Backbones whose GroupNorm crashes in the backward pass on a CPU with channels-last input (torch
+# 2.13.0)
 CONTIGUOUS = ("PoolFormer",)
-# Modules of mmcv.ops that compute in torch operations.
+# Modules of mmcv.ops that are computed by torch operations
 IN_TORCH = ("CrissCrossAttention", "PSAMask")
-# Modules of mmsegmentation that call a compiled operator on GPUs alone.
+# Modules of mmsegmentation that call a compiled operator only on GPUs
 OPERATOR_ON_GPU = ("FocalLoss",)
 
 
@@ -40,18 +41,18 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> MMSegNetwork:
-    """Build a network from a config of mmsegmentation, or from what was recorded of one.
+    """Build a network from a config of mmsegmentation, or from the record of a config.
 
     Args:
-        name: Of a config that it ships, as in `segformer/segformer_mit-b0_512x512_160k_ade20k`, or
-            a path.
-        num_classes: What all its heads get, but for those that find edges.
-        arguments: Change the config's `model`; or have `config`, the whole of it.
-        pretrained: Whether to load what the config names as pretrained.
-        from_file: Whether a file says so, rather than a user.
+        name: Path of a config, or name of a config that mmsegmentation ships, such as
+            `segformer/segformer_mit-b0_512x512_160k_ade20k`.
+        num_classes: Number of classes of all heads, except those that find edges.
+        arguments: Changes to the config's `model`; or `config`, the complete record.
+        pretrained: Anything but None loads the pretrained weights that the config names.
+        from_file: Whether a file names the network, instead of a user.
 
     Raises:
-        ModelError: There is no such config, or it cannot be built.
+        ModelError: The config does not exist, or the network cannot be built.
     """
     whole = f"mmseg:{name}"
     models = import_mmseg()
@@ -88,7 +89,7 @@ def configs() -> Path:
 
 
 def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
-    """Run a config; return its `model`, and mean and standard deviation of its normalisation."""
+    """Run a config; return its `model`, and mean and std of its normalisation."""
     import mmcv
 
     path = Path(name if os.path.isfile(name) else configs() / f"{name.removesuffix('.py')}.py")
@@ -107,7 +108,7 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
 
 
 def _changed(model: Any, changes: Any) -> Any:
-    """Return a config with changes: mappings into mappings, anything else in place of the old."""
+    """Return a config with changes: mappings are merged, and other values are replaced."""
     if not isinstance(model, Mapping):
         return changes
     result = dict(model)
@@ -120,13 +121,14 @@ def _changed(model: Any, changes: Any) -> Any:
 
 
 def _set_classes(model: Any, num_classes: int) -> None:
-    """Set the number of classes of all heads, and BatchNorm of torch's own kind, in place."""
+    """Set the number of classes of all heads, and replace SyncBN by BN, in place."""
     if isinstance(model, dict):
         if "num_classes" in model and model.get("type") != "STDCHead":
             model["num_classes"] = num_classes
         if model.get("type") in ("SyncBN", "MMSyncBN"):
             model["type"] = "BN"
-        if "class_weight" in model:  # of the classes that the config was written for
+        # These weights belong to the classes that the config was written for.
+        if "class_weight" in model:
             del model["class_weight"]
         for part in model.values():
             _set_classes(part, num_classes)
@@ -136,12 +138,13 @@ def _set_classes(model: Any, num_classes: int) -> None:
 
 
 def _from_scratch(model: Any) -> Any:
-    """Return a config without what names pretrained weights."""
+    """Return a config without the names of pretrained weights."""
     if isinstance(model, Mapping):
         named = [key for key in model if key in ("pretrained", "checkpoint_path")]
         named += [key for key in model if key == "init_cfg" and "'Pretrained'" in repr(model[key])]
         kept = {key: _from_scratch(value) for key, value in model.items() if key not in named}
-        if str(model.get("type")).endswith("TIMMBackbone"):  # which loads them if told nothing
+        # The backbone loads pretrained weights by default.
+        if str(model.get("type")).endswith("TIMMBackbone"):
             kept["pretrained"] = False
         return kept
     if isinstance(model, list | tuple):
@@ -150,9 +153,9 @@ def _from_scratch(model: Any) -> Any:
 
 
 def _record(model: Any) -> Any:
-    """Return a config as JSON can hold it; some networks insist on a tuple, others on a list."""
+    """Return a config in JSON types that keeps tuples and lists apart, as networks require."""
     if isinstance(model, Mapping):
-        # Without how weights are initialised: they come with the record.
+        # Leave out the initialisation of weights, because the weights come with the record.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
         parts = [_record(part) for part in model]
@@ -161,7 +164,7 @@ def _record(model: Any) -> Any:
 
 
 def _from_record(model: Any) -> Any:
-    """Return a config that `_record` wrote, or one never recorded, in mmcv's own mappings."""
+    """Return a config as mmcv's own mappings, from a record or from an original config."""
     import mmcv
 
     if isinstance(model, Mapping):
@@ -174,10 +177,10 @@ def _from_record(model: Any) -> Any:
 
 
 def _initialise(whole: str, segmentor: Any) -> None:
-    logging.disable(logging.WARNING)  # a line for each tensor
+    logging.disable(logging.WARNING)  # mmcv would log a line for each tensor.
     try:
         segmentor.init_weights()
-    except Exception as error:  # of a download, or of a file that does not fit
+    except Exception as error:  # A download may fail, or the file may not fit the network.
         raise ModelError(
             f"model.name={whole}: its pretrained weights cannot be loaded ({one_line(error)}); "
             "model.backbone_weights= (empty) begins without"
@@ -187,7 +190,7 @@ def _initialise(whole: str, segmentor: Any) -> None:
 
 
 def _check_operators(whole: str, segmentor: nn.Module) -> None:
-    """Refuse, where there is a GPU, parts that need an operator which mmcv-full lacks for GPUs."""
+    """Refuse networks on a GPU that need an operator which this mmcv-full lacks for GPUs."""
     if not (torch.cuda.is_available() and lacks_operators()):
         return
     for module in segmentor.modules():

@@ -1,4 +1,4 @@
-"""What heads of mmsegmentation's give besides their logits, and what that loses in training."""
+"""Auxiliary outputs of mmsegmentation's heads, and their losses in training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from errors import ModelError
 from networks.base import Network, cross_entropy
 
-MMSEG_IGNORED = 255  # the label that mmsegmentation's own losses leave out
+MMSEG_IGNORED = 255  # The label that mmsegmentation's own losses ignore.
 
 Loss = Callable[[Any, Tensor, int], Tensor]
 
 
 class MMSegNetwork(Network):
-    """A segmentor of mmsegmentation's, with what its heads give besides for their losses.
+    """A segmentor of mmsegmentation, with the auxiliary outputs of its heads.
 
-    A plain cross entropy is computed as the main one is, at the logits' resolution; what is more
-    is left to the head itself.
+    A plain cross entropy is computed like the main loss, at the resolution of the logits. A head
+    computes any other loss itself.
     """
 
     def __init__(self, network: nn.Module, *args: Any, **options: Any) -> None:
@@ -32,7 +32,7 @@ class MMSegNetwork(Network):
         auxiliary = getattr(segmentor, "auxiliary_head", None)
         if auxiliary is not None:
             auxiliary = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
-        # Not children: those they are of the segmentor.
+        # The heads must not become submodules here, because they are submodules of the segmentor.
         self._heads = tuple(heads)
         self._auxiliary = tuple(auxiliary or ())
         self._refines = type(heads[-1]).__name__ == "PointHead"
@@ -42,7 +42,7 @@ class MMSegNetwork(Network):
         self._losses: list[Loss] = [*first, *_losses(main)[1:], *rest]
 
     def outputs(self, image: Tensor) -> tuple[Any, ...]:
-        """Return the logits and, in training, the auxiliary outputs of photos of fitting size."""
+        """Return the logits and, in training, the auxiliary outputs of images of a fitting size."""
         segmentor: Any = self.network
         features = segmentor.extract_feat(image)
         first, *others = self._heads
@@ -63,7 +63,7 @@ class MMSegNetwork(Network):
         return (main, *before, *more, *rest)
 
     def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
-        """Return what each auxiliary output loses, weighted."""
+        """Return the weighted loss of each auxiliary output."""
         return [
             loss(output, target, ignore_index)
             for loss, output in zip(self._losses, outputs, strict=True)
@@ -71,14 +71,15 @@ class MMSegNetwork(Network):
 
 
 def _parts(outputs: Any) -> list[Any]:
-    """Return what a head gives in training, its logits first."""
-    if isinstance(outputs, list):  # K-Net's stages, the last of which is meant
+    """Return the outputs of a head in training, logits first."""
+    # The output is the list of K-Net's stages; the last one is the result.
+    if isinstance(outputs, list):
         return [outputs[-1], *outputs[:-1]]
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 def _losses(head: Any) -> list[Loss]:
-    """Return the losses of what a head gives in training, in the order of `_parts`."""
+    """Return the losses for the outputs of a head, in the order of `_parts`."""
     kind = type(head).__name__
     if kind == "PointHead":
         return [_point_loss(head)]
@@ -126,7 +127,7 @@ def _own_loss(head: Any) -> Loss:
 
 
 def _encoding_loss(head: Any) -> Loss:
-    """Return the loss of which classes EncNet thinks that a photo has."""
+    """Return EncNet's loss for predicting the classes that are present in the image."""
 
     def loss(scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         classes = torch.arange(head.num_classes, device=target.device)
@@ -138,7 +139,7 @@ def _encoding_loss(head: Any) -> Loss:
 
 
 def _points(head: Any, features: Any, logits: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Return PointRend's logits at some points, and where these are, (N, P, 2) of 0 to 1."""
+    """Return PointRend's logits at some points, and the points (N, P, 2) in the range 0 to 1."""
     from mmseg.models.decode_heads.point_head import calculate_uncertainty
 
     selected = head._transform_inputs(features)

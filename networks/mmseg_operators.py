@@ -1,8 +1,8 @@
-"""mmcv's compiled operators: a stand-in where they are missing, and PSAMask in torch operations.
+"""A stand-in for mmcv's compiled operators, and PSAMask in torch operations.
 
-mmcv-full is published as source, and building its operators takes a C++ compiler and minutes. The
-wheel that this project installs leaves them out. Importing mmcv.ops needs them all the same, and
-mmsegmentation imports mmcv.ops, although only PSANet and DCN layers call a compiled operator.
+mmcv-full is published as source. Building its operators takes a C++ compiler and several minutes,
+so the wheel that this project installs leaves them out. mmsegmentation imports mmcv.ops, which
+fails without the operators, although only PSANet and DCN layers call one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 EXTENSION = "mmcv._ext"
 REMEDY = "build mmcv-full 1.7.2 from source against this torch"
-COLLECT, DISTRIBUTE = 0, 1  # mmcv's numbers for the two kinds of PSAMask
+COLLECT, DISTRIBUTE = 0, 1  # Numbers in mmcv for the two kinds of PSAMask.
 
 
 class MissingOperators(types.ModuleType):
     """A stand-in for mmcv's compiled extension; calling one of its operators raises ModelError.
 
     Args:
-        reason: Why the operators are missing, for the error.
+        reason: Reason why the operators are missing, for the error.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class MissingOperators(types.ModuleType):
 
     @staticmethod
     def get_compiling_cuda_version() -> str:
-        """Return what mmcv itself returns when it was compiled without CUDA."""
+        """Return mmcv's own answer if it was compiled without CUDA."""
         return "not available"
 
 
 @contextmanager
 def root_handlers_kept() -> Iterator[None]:
-    """Undo what mmcv's loggers do: they have the root's handlers drop all that is no error."""
+    """Restore the levels of the root logger's handlers, which mmcv raises to errors only."""
     levels = {handler: handler.level for handler in logging.root.handlers}
     try:
         yield
@@ -74,11 +74,11 @@ def root_handlers_kept() -> Iterator[None]:
 
 @root_handlers_kept()
 def import_mmseg() -> Any:
-    """Import mmsegmentation's models, and take back what mmcv does to torch.
+    """Import mmsegmentation's models, and undo mmcv's changes to torch.
 
     mmcv announces its version 2.0 at every import. It also sets a function `_check_balance` in all
-    modules named torch*: torch.ops lists it among its namespaces of operators, and torch.compile
-    fails at the first that is none.
+    modules named torch*. torch.ops then lists it as a namespace of operators, and torch.compile
+    fails because it is not one.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -92,10 +92,10 @@ def import_mmseg() -> Any:
 
 
 def provide_extension() -> None:
-    """Put the stand-in where mmcv.ops looks for its extension, unless a compiled one loads.
+    """Put the stand-in in place of mmcv's extension, unless a compiled extension loads.
 
     An extension that was compiled against another torch does not load. Most networks need none of
-    its operators, so this only warns.
+    its operators, so this only logs a warning.
     """
     if EXTENSION in sys.modules:
         return
@@ -114,7 +114,7 @@ def provide_extension() -> None:
 
 
 def replace_psa_mask() -> None:
-    """Have mmcv's PSAMask compute in torch operations, unless its operator runs on this machine."""
+    """Make mmcv's PSAMask use torch operations, unless its operator runs on this machine."""
     from mmcv.ops import psa_mask as module
 
     if lacks_operators():
@@ -122,7 +122,7 @@ def replace_psa_mask() -> None:
 
 
 def lacks_operators() -> bool:
-    """Return whether mmcv's operators are missing for the device that this machine computes on."""
+    """Return whether mmcv's operators are missing for the device of this machine."""
     if isinstance(sys.modules.get(EXTENSION), MissingOperators):
         return True
     from mmcv.ops import get_compiling_cuda_version
@@ -131,26 +131,27 @@ def lacks_operators() -> bool:
 
 
 def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
-    """Spread each position's attention over the feature map, as mmcv's operator does.
+    """Spread the attention of each position over the feature map, like mmcv's operator.
 
-    A position has one value for each place of a window of `mask_size` around it. The values of
-    places outside of the feature map are dropped; positions outside of the window are 0.
+    A position has one value for each place of a window of `mask_size` around it. Values for places
+    outside of the feature map are dropped. Positions outside of the window get 0.
 
     Args:
-        mask: Of (N, rows * columns, H, W).
+        mask: Attention values (N, rows * columns, H, W).
         kind: COLLECT or DISTRIBUTE.
         mask_size: Rows and columns of the window.
 
     Returns:
         (N, H * W, H, W). COLLECT has the position in the last two dimensions and the place in the
-        second; DISTRIBUTE has them the other way round.
+            second; DISTRIBUTE swaps them.
 
     Reference:
         Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018.
     """
     batch, channels, height, width = mask.shape
     rows, columns = mask_size
-    # Row and column in the window of place [0] seen from position [1]; the middle is at half.
+    # Row and column, in the window, of place [0] as seen from position [1]; the centre of the
+    # window is position [1].
     y, x = (torch.arange(size, device=mask.device) for size in (height, width))
     row = y[:, None] - y + (rows - 1) // 2
     column = x[:, None] - x + (columns - 1) // 2

@@ -1,7 +1,7 @@
-"""Networks by name: of the libraries, of DeepLabV3+ on another backbone, or of one's own.
+"""Networks by name: from a library, DeepLabV3+ on another backbone, or a user's own.
 
-A file may name a network too, but has no code run on its word: of what it names, only networks of
-the libraries' own registries are built, and nothing is loaded from a path or an address.
+A checkpoint may also name a network, but that never causes code to run or a path or address to be
+loaded. Only networks in the registries of the libraries are built for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from networks import libraries
 from networks.base import Network
 from networks.depthwise import replace_dilated
 
-# Each has a module here, which loads when a network of it is named.
+# Libraries with a module of the same name here, which is imported when a network of it is named
 LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
 
 
@@ -27,24 +27,22 @@ def named_network(
     from_file: bool = False,
     vouched: str | None = None,
 ) -> Network:
-    """Build a network of a library's or of one's own.
+    """Build a network of a library, or a user's own network.
 
     Args:
-        name: `mmseg:`, `torchvision:`, `smp:`, `hf:` or `timm:` and a name of theirs, or
-            `package.module:function`, which is called with `num_classes` and the arguments.
+        name: Library and name, such as `smp:Unet`, with one of the libraries `mmseg`,
+            `torchvision`, `smp`, `hf` and `timm`; or `package.module:function`, which is called
+            with `num_classes` and the arguments.
         num_classes: Number of classes C.
-        arguments: The library's; besides, `mean`, `std` and `size_divisor` of `Network`.
-        pretrained: Where not None, begin with the library's weights; for torchvision, their name.
-        from_file: Whether a file says so, rather than a user. Such a network is built from what is
-            installed, without loading anything more: no path or download, and no function of one's
-            own but `vouched`.
-        vouched: The function that the user names as well.
+        arguments: Arguments of the library, and `mean`, `std` and `size_divisor` of `Network`.
+        pretrained: Anything but None loads the library's weights; for torchvision, their name.
+        from_file: Whether a file names the network, instead of a user. The network is then built
+            without paths, downloads or a user's function other than `vouched`.
+        vouched: Function that the user has also named, or None.
 
     Raises:
-        ModelError: It cannot be built, or may not.
+        ModelError: The network cannot be built, or is not allowed.
     """
-    # A run of deeplabv3 needs none of this.
-
     kind, _, rest = name.partition(":")
     if from_file:
         arguments = libraries.plain(arguments, name)

@@ -16,7 +16,18 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a network of segmentation_models.pytorch, `Unet` for one."""
+    """Build a network of segmentation_models.pytorch, such as `Unet`.
+
+    Args:
+        name: Name of a network class.
+        num_classes: Number of classes C.
+        arguments: Arguments of the network; see `networks.registry.named_network`.
+        pretrained: Anything but None loads ImageNet weights into the encoder.
+        from_file: Whether a file names the network; then no weights are loaded.
+
+    Raises:
+        ModelError: The network cannot be built.
+    """
     whole = f"smp:{name}"
     smp = require("segmentation_models_pytorch", whole, "smp")
     known = [k for k in vars(smp) if _is_network(getattr(smp, k), smp)]

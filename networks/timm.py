@@ -1,4 +1,4 @@
-"""DeepLabV3+ on timm's backbones."""
+"""DeepLabV3+ on the backbones of timm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build DeepLabV3+ on a backbone of timm's, with its output stride 8 where it can have that."""
+    """Build DeepLabV3+ on a backbone of timm, with output stride 8 if the backbone supports it.
+
+    Args:
+        name: Name of a timm model.
+        num_classes: Number of classes C.
+        arguments: Arguments of the backbone; see `networks.registry.named_network`.
+        pretrained: Anything but None loads timm's weights into the backbone.
+        from_file: Unused; `named_network` has already removed the keys that load files.
+
+    Raises:
+        ModelError: The network cannot be built.
+    """
     whole = f"timm:{name}"
     timm = require("timm", whole, "timm")
     backbone, arguments = _features(timm, name, arguments, pretrained)
@@ -33,7 +44,7 @@ def build(
 def _features(
     timm: Any, name: str, arguments: Mapping[str, Any], pretrained: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Build a backbone of timm's that gives features of stride 4 and its last ones.
+    """Build a timm backbone that returns its features of stride 4 and its last features.
 
     Returns:
         The backbone, and the arguments with the `output_stride` that it has.
@@ -46,12 +57,12 @@ def _features(
     def create(**more: Any) -> Any:
         return timm.create_model(name, **options, **more)
 
-    with torch.device("meta"):  # Reading the strides there allocates no weights.
+    with torch.device("meta"):  # Reading the strides on this device allocates no weights.
         if "output_stride" not in options:
             try:
                 create(output_stride=8)
                 options["output_stride"] = 8
-            except Exception:  # timm's ways of saying that a network has no such argument
+            except Exception:  # timm raises various errors if a network lacks this argument.
                 pass
         strides = call(whole, create).feature_info.reduction()
     if 4 not in strides:
@@ -65,7 +76,7 @@ def _features(
 
 
 def _normalisation(timm: Any, name: str) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation that a network of timm's wants, of values up to 255."""
+    """Return the mean and standard deviation of a timm network, for values from 0 to 255."""
     said = timm.get_pretrained_cfg(name)
     mean = said.mean if said else (0.485, 0.456, 0.406)
     std = said.std if said else (0.229, 0.224, 0.225)

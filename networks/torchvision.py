@@ -18,7 +18,18 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a segmentation network of torchvision; `pretrained` names its backbone's weights."""
+    """Build a segmentation network of torchvision.
+
+    Args:
+        name: Name of a torchvision segmentation network.
+        num_classes: Number of classes C.
+        arguments: Arguments of the network; see `networks.registry.named_network`.
+        pretrained: Name of the backbone's weights, or None.
+        from_file: Whether a file names the network; then no weights are loaded.
+
+    Raises:
+        ModelError: The network cannot be built.
+    """
     known = models.list_models(module=models.segmentation)
     if name not in known:
         raise unknown("torchvision", name, known)

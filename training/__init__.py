@@ -1,1 +1,1 @@
-"""How a run differs from what Composer does by itself."""
+"""Training: the parts of a run that differ from Composer's defaults."""

@@ -1,4 +1,4 @@
-"""The parts of a run's recipe: its algorithms, and the schedule of its learning rate."""
+"""Builders for a run's recipe: its algorithms and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 def build_algorithms(config: Config) -> list[Algorithm]:
     """Build a run's algorithms, in the order in which Composer runs them before a forward pass.
 
-    An algorithm's module is imported only if the config asks for the algorithm.
+    The module of an algorithm is imported only if the config asks for the algorithm.
     """
-    # The others draw random numbers, so the seeding comes first.
+    # Seed first, because the other algorithms draw random numbers.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
         from training.freeze import UnusedWeights
@@ -64,7 +64,7 @@ def count_training(config: Config, source: DataSource) -> Counts | None:
     """Count a run's training masks, if its class weights or its sampling need the counts.
 
     Raises:
-        DataError: A mask is not as it should be.
+        DataError: A mask cannot be read, or holds an unknown label.
     """
     needed = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
     if not needed or not config.is_train:
@@ -75,7 +75,7 @@ def count_training(config: Config, source: DataSource) -> Counts | None:
 
 
 def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
-    """Return the weight of each class in a run's loss, or None if all classes weigh the same.
+    """Return the weight of each class in a run's loss, or None for equal weights.
 
     Raises:
         ConfigError: See `training.class_weights.class_weights`.
@@ -88,15 +88,15 @@ def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 class EpochSchedule(optim.ComposerScheduler):
-    """A schedule over epochs that follows the epochs done, whatever a batch was.
+    """A schedule that follows the epochs done, even if the batch size changes.
 
-    Composer's schedules count batches. After a resume with another batch size or another number of
-    images, an epoch has another number of batches, and the batches done say little about the
-    progress. If neither changed, this is Composer's schedule, to the bit.
+    Composer's schedules count batches. If a run resumes with another batch size or number of
+    images, the length of an epoch changes, so the number of batches no longer measures progress. If
+    neither changes, the result equals that of Composer's schedule, bit for bit.
 
     Args:
-        schedule: Composer's.
-        batch_size: Images in a batch over all ranks.
+        schedule: Composer's schedule.
+        batch_size: Number of images in a batch over all ranks.
     """
 
     def __init__(self, schedule: optim.ComposerScheduler, batch_size: int):
@@ -110,7 +110,10 @@ class EpochSchedule(optim.ComposerScheduler):
         return self._at(state, batch, state.timestamp.sample.value)
 
     def scheduled_batch(self, state: State) -> int:
-        """Return how many of today's batches make up the epochs done, if the run counts epochs."""
+        """Return the progress so far as a number of batches of the current size.
+
+        A run whose duration is not in epochs counts its batches.
+        """
         now, length = state.timestamp, state.dataloader_len
         assert state.max_duration is not None
         if length is None or state.max_duration.unit != TimeUnit.EPOCH:
@@ -121,7 +124,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the factor that Composer computes before a batch, for the batch after it."""
+        """Return the factor that Composer computed before the last batch, for the next step."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -137,15 +140,15 @@ class EpochSchedule(optim.ComposerScheduler):
 def resumed_factor(
     schedule: EpochSchedule, state: State, config: Config, record: Mapping[str, Any] | None
 ) -> float | None:
-    """Return the schedule's factor for a resumed run's next step.
+    """Return the schedule's factor for the next step of a resumed run.
 
-    None means that nothing changed, so that the checkpoint's learning rate holds.
+    None means that nothing changed, so the learning rate in the checkpoint is right.
 
     Args:
-        schedule: The run's.
-        state: The trainer's, with a checkpoint loaded.
-        config: The run's.
-        record: The config that the checkpoint records.
+        schedule: Schedule of the run.
+        state: State of the trainer, after a checkpoint is loaded.
+        config: Config of the run.
+        record: Config that the checkpoint records.
     """
     ours = json.loads(json.dumps(asdict(config)))
     keys = ("optimizer", "schedule", "max_duration")
@@ -156,7 +159,7 @@ def resumed_factor(
 
 
 def build_schedule(config: Config) -> EpochSchedule:
-    """Build the schedule that `config.schedule` names, or the recipe's own."""
+    """Build the schedule that `config.schedule` names, or the schedule of the recipe."""
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
     arguments: dict[str, Any] = {
@@ -179,7 +182,7 @@ def build_schedule(config: Config) -> EpochSchedule:
 
 
 def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
-    """Return a time string, in `ep`, `ba` or `sp`, in batches."""
+    """Convert a time string in `ep`, `ba` or `sp` to a number of batches."""
     time = Time.from_timestring(text)
     per_unit = {
         TimeUnit.EPOCH: batches_per_epoch,
@@ -190,18 +193,19 @@ def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
 
 
 def check_lengths(config: Config, train_data: DataSpec | None) -> None:
-    """Compare the times of a run by the length of an epoch; see `check_times`."""
+    """Compare the times of a run with the length of an epoch; see `check_times`."""
     if train_data is not None:
         check_times(config, len(cast(Sized, train_data.dataloader)))
 
 
 def check_times(config: Config, batches_per_epoch: int) -> None:
-    """Compare times that only the length of an epoch makes comparable.
+    """Compare times in different units, using the length of an epoch.
 
-    An average that is evaluated although it will hardly have moved is warned about.
+    A warning is logged if the averaged weights, which are evaluated, will hardly move during the
+    run.
 
     Raises:
-        ConfigError: The warm-up does not end before the run.
+        ConfigError: The warm-up is not shorter than the run.
     """
 
     def batches(text: str) -> float:

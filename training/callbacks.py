@@ -1,7 +1,7 @@
-"""What is looked at while training: the loss, the table of classes, training mIoU; and all of it.
+"""Callbacks that watch a run (loss, class table, training mIoU), and the list of all callbacks.
 
-All are Composer callbacks. None makes the training step wait for the device, and none writes from
-any process but the first.
+All are Composer callbacks. None makes the training step wait for the device, and only the first
+rank writes files.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 
 
 class StopAtNonFiniteLoss(Callback):
-    """Ends a run whose loss is NaN or infinite, before it saves or evaluates anything of that.
+    """A callback that ends a run at a NaN or infinite loss, before anything is saved or evaluated.
 
     Args:
-        saver: What saves the run's checkpoints, if any does.
+        saver: Callback that saves the run's checkpoints, or None.
     """
 
     def __init__(self, saver: Checkpoints | None) -> None:
@@ -61,7 +61,7 @@ class StopAtNonFiniteLoss(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has the mean over all processes on the host by now, to log it.
+        # To log the loss, Composer has already copied its mean over all ranks to the host.
         losses = state.total_loss_dict or {}
         wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not wrong:
@@ -75,11 +75,11 @@ class StopAtNonFiniteLoss(Callback):
 
 
 class ClassTable(Callback):
-    """After each evaluation, sends IoU and accuracy of every class to the loggers that take tables.
+    """A callback that logs the IoU and accuracy of every class after each evaluation.
 
     Args:
         classes: Names of the classes.
-        folder: Where `classes/ep{epoch}-ba{batch}.csv` goes below as well, or None.
+        folder: Folder below which `classes/ep{epoch}-ba{batch}.csv` is also written, or None.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], folder: str | None = None):
@@ -92,8 +92,8 @@ class ClassTable(Callback):
         if dist.get_global_rank() != 0 or matrix is None:
             return
         columns, rows = class_table(matrix, self.classes)
-        # Composer's file logger makes tables with pandas; on the console 150 rows would hide the
-        # rest.
+        # Composer's file logger needs pandas for tables. A console logger is left out, because 150
+        # rows would hide its other lines.
         pandas = importlib.util.find_spec("pandas") is not None
         for destination in logger.destinations:
             if not isinstance(destination, ConsoleLogger) and (
@@ -107,16 +107,17 @@ class ClassTable(Callback):
 
 
 class TrainMIoU(Callback):
-    """Logs the mIoU of every `interval`-th training batch as `metrics/train/MIoU`, in percent.
+    """A callback that logs the mIoU of every `interval`-th training batch, in percent.
 
-    It is read off the outputs that the loss is computed from, so it costs no forward pass, and is
-    of augmented crops with dropout: for the trend. Photos that MixUp mixed are scored against the
-    class of the stronger one, and SAM's second pass, with perturbed weights, is left out.
+    The name of the metric is `metrics/train/MIoU`. It is computed from the outputs of the training
+    step, so it needs no extra forward pass. The scores come from augmented crops with dropout, so
+    they only show the trend. Images mixed by MixUp are scored against the class of the heavier
+    image. SAM's second pass, at perturbed weights, is not scored.
 
     Args:
-        interval: Batches between two scores.
+        interval: Number of batches from one score to the next.
         num_classes: Number of classes C.
-        ignore_index: The target of pixels without a label.
+        ignore_index: Target value of pixels without a label.
     """
 
     def __init__(self, interval: int, num_classes: int, ignore_index: int = -1):
@@ -150,17 +151,17 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """Return class indices (N, H, W) to score against: of a mixed target, those that weigh more."""
+    """Return the class indices (N, H, W) to score against; for a mixed target, the heavier ones."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted
 
 
 class RunRecord(Callback):
-    """Puts the configuration and the class names into every checkpoint, as JSON.
+    """A callback that stores the config and the class names in every checkpoint, as JSON.
 
-    `evaluate.py`, `predict.py` and `export.py` read them there and need no YAML. A resumed run
-    reads there in which runs of W&B and MLflow it goes on.
+    `evaluate.py`, `predict.py` and `export.py` read this record, so they need no YAML. A resumed
+    run reads from it which W&B and MLflow runs it continues.
     """
 
     def __init__(
@@ -179,12 +180,19 @@ class RunRecord(Callback):
 def build_callbacks(
     config: Config, saver: Checkpoints | None, loggers: Sequence[LoggerDestination] = ()
 ) -> list[Callback]:
-    """Build what watches a run: its loss, speed, learning rate and memory, and what is drawn."""
+    """Build a run's callbacks: checks and monitors, pictures, report, tables, and the saver.
+
+    Args:
+        config: Config of the run.
+        saver: Callback that saves checkpoints, or None.
+        loggers: All loggers of the run.
+    """
     num_classes = config.model.num_classes
     classes = class_infos(config)
     folder = config.save_folder
     if folder and not config.is_train:
-        # Its pictures and tables are of batch 0, and would replace those of the run that trained.
+        # The pictures and tables of an evaluation have the time of batch 0. In the same folder,
+        # they would replace those of the training run.
         folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
@@ -201,7 +209,8 @@ def build_callbacks(
     callbacks += [pictures, curves] if pictures else [curves]
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
-    if folder and config.is_train:  # an evaluation leaves the page of the run that trained
+    # An evaluation must not overwrite the report of the training run.
+    if folder and config.is_train:
         from training.report import Report
 
         callbacks.append(Report(config, classes, folder, curves, pictures))
@@ -209,7 +218,8 @@ def build_callbacks(
         *callbacks,
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
-        # Last, so that a checkpoint holds what the others did after the same step.
+        # The saver is last, so that a checkpoint holds what the other callbacks did after the same
+        # step.
         *([saver] if saver else []),
     ]
 
@@ -217,8 +227,8 @@ def build_callbacks(
 def saver_of(state: State) -> Checkpoints | None:
     """Return the callback that saves a run's checkpoints, or None.
 
-    It is found by name, as Composer finds it in a checkpoint, so that a run that saves nothing need
-    not import it.
+    It is found by name, as in Composer's checkpoints, so that a run that saves nothing need not
+    import its class.
     """
     found = (c for c in state.callbacks if type(c).__qualname__ == "Checkpoints")
     return cast("Checkpoints | None", next(found, None))
@@ -256,18 +266,19 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
 
 
 def _count_images(dataloader: Any) -> int | str:
-    """Return the images of a data loader; a caller's own may not know."""
+    """Return the number of images of a data loader; a caller's own may not have one."""
     dataset = getattr(dataloader, "dataset", None)
     return len(dataset) if isinstance(dataset, Sized) else "?"
 
 
 def summary(trainer: Trainer) -> str:
-    """Return what a run reached and left behind, a line each."""
+    """Return the results of a run and the paths of its files, one per line."""
     lines = []
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
-        # A caller of main() may have added a Curves of its own, or one that has seen nothing yet.
+        # A caller of main() may have added Curves of its own, or Curves that have no evaluation
+        # yet.
         evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "

@@ -1,4 +1,4 @@
-"""Rare classes: their weight in the loss, and how often their photos are taken."""
+"""Class weights in the loss, and repeat factors for images of rare classes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the training masks of a run, on the first process for all of them.
+    """Count the training masks of a run on the first rank; all ranks get the result.
 
     Raises:
-        DataError: A mask is not as it should be.
+        DataError: A mask cannot be read, or holds an unknown label.
     """
     return on_first_process(lambda: count_classes(source)) if config.is_train else None
 
 
 def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
-    """Return the weight of each class in a run's loss, or None where all are the same.
+    """Return the weight of each class in a run's loss, or None for equal weights.
+
+    Args:
+        config: Config of the run.
+        counts: Counts of the training masks, which `auto` needs.
 
     Raises:
-        ConfigError: They name a class that there is not, or are to be counted from other data than
-            the config's.
+        ConfigError: A weight names an unknown class, or `auto` has no counts because the data does
+            not come from the config.
     """
     given = config.model.class_weights
     if given is None or not config.is_train:
@@ -61,15 +65,15 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 def named(weights: Sequence[float], classes: Sequence[ClassInfo]) -> str:
-    """Return the weights as a line."""
+    """Return the names and weights of the classes as one line."""
     pairs = zip(classes, weights, strict=True)
     return ", ".join(f"{info.name} {weight:.4g}" for info, weight in pairs)
 
 
 def auto_weights(pixels: np.ndarray) -> list[float]:
-    """Weigh classes by their share of the labelled pixels: see `FORMULA`.
+    """Weigh the classes by their share of the labelled pixels; see `FORMULA`.
 
-    From 1.42, of a class that has all pixels, to 50.5, of one that has none.
+    The weights range from 1.42 for a class that has all pixels to 50.5 for a class that has none.
     """
     share = pixels / max(pixels.sum(), 1)
     return (1 / np.log(1.02 + share)).tolist()
@@ -78,20 +82,21 @@ def auto_weights(pixels: np.ndarray) -> list[float]:
 def sample_factors(
     source: DataSource, threshold: float, counts: Counts | None = None
 ) -> np.ndarray:
-    """Return `repeat_factors` of a split, whose masks are counted if `counts` is None."""
+    """Return `repeat_factors` of a split; count its masks if `counts` is None."""
     counts = count_classes(source) if counts is None else counts
     return repeat_factors(counts.present, threshold)
 
 
 def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:
-    """How often an epoch is to take each photo, on average: Gupta, Dollár and Girshick 2019.
+    """Return the average number of times that an epoch takes each image.
 
-    A class in a share f of the photos has the factor max(1, sqrt(threshold / f)), and a photo the
-    largest of its classes' (LVIS, section 4.2, https://arxiv.org/abs/1908.03195).
+    A class in a share f of the images has the factor max(1, sqrt(threshold / f)). An image has the
+    largest factor of its classes (Gupta, Dollár and Girshick 2019, LVIS, section 4.2,
+    https://arxiv.org/abs/1908.03195).
 
     Args:
-        present: (samples, C) bool, whether a photo shows a class.
-        threshold: Share of the photos below which a class is rare.
+        present: (samples, C) bool; whether an image shows a class.
+        threshold: Share of the images below which a class is rare.
 
     Returns:
         (samples,) float64, each 1 or more.

@@ -1,6 +1,6 @@
-"""The private names of Composer that this project uses, in one place.
+"""The private names of Composer that this project uses, collected in one place.
 
-Composer may change them in any version. Everything else that the project uses is documented.
+Composer may change them in any version. All other names that the project uses are documented.
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ def train_data_spec(trainer: Trainer) -> DataSpec:
 
 
 def without_ddp(state: State) -> nn.Module:
-    """Return the model without DistributedDataParallel around it."""
+    """Return the model without its DistributedDataParallel wrapper."""
     return cast(nn.Module, state.model.module) if state.is_model_ddp else state.model

@@ -1,9 +1,9 @@
-"""The config of a run: the YAML, loaded, checked and typed.
+"""The config of a run: loading, checking and typing the YAML.
 
-    config = load("yamls/deeplabv3.yaml", ["recipe_name=mild"])  # what the command line does
-    config = resolve(config)  # what main(config) does
+    config = load("yamls/deeplabv3.yaml", ["recipe_name=mild"])  # the command line does this
+    config = resolve(config)  # main(config) does this
 
-Nothing here imports torch: a wrong config is answered before anything slow begins.
+This module does not import torch, so that a bad config is reported at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dataset.source import DataSource
     from segmentation.classes import ClassInfo
 
-# Keys that name existing files or folders. In a YAML they may be relative to its own folder.
+# Keys that name existing files or folders. In a YAML, they may be relative to its folder.
 INPUT_PATHS = (
     "class_names",
     "data",
@@ -48,7 +48,7 @@ INPUT_PATHS = (
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within, whatever OmegaConf refuses becomes a ConfigError that names the key."""
+    """Turn errors of OmegaConf into a ConfigError that names the key."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -58,7 +58,13 @@ def one_line_errors() -> Iterator[None]:
 
 @one_line_errors()
 def load(path: str, overrides: list[str]) -> DictConfig:
-    """Read a YAML and apply `key=value` overrides; a duration given there beats the recipe's.
+    """Read a YAML and apply `key=value` overrides.
+
+    An overridden `max_duration` also replaces the duration of the recipe.
+
+    Args:
+        path: Path of the YAML.
+        overrides: Overrides such as `seed=1`.
 
     Raises:
         ConfigError: The file is missing or not YAML, or an override is not `key=value`.
@@ -80,7 +86,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
     config = cast(DictConfig, OmegaConf.merge(config, given))
-    # Interpolations that cannot be resolved are for `resolve` to report.
+    # Interpolations may not be resolvable yet; `resolve` reports those that stay so.
     recipe, duration = (
         OmegaConf.select(config, name, throw_on_resolution_failure=False)
         for name in ("recipe_name", "max_duration")
@@ -89,12 +95,12 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         OmegaConf.update(config, f"{recipe}.max_duration", duration, force_add=True)
     for name in [key.removeprefix("loggers.") for key, _, text in pairs if text == "null"]:
         if isinstance(config.get("loggers"), DictConfig):
-            config.loggers.pop(name, None)  # `loggers.wandb=null` takes a logger out
+            config.loggers.pop(name, None)  # loggers.wandb=null removes a logger.
     return config
 
 
 def _find_beside(config: DictConfig, folder: str) -> None:
-    """Make paths that exist only seen from the YAML's folder paths from the working directory."""
+    """Rewrite paths that exist only relative to the YAML's folder."""
     for name in INPUT_PATHS:
         value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
         if isinstance(value, str) and "://" not in value and not os.path.exists(value):
@@ -105,14 +111,14 @@ def _find_beside(config: DictConfig, folder: str) -> None:
 
 @one_line_errors()
 def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
-    """Check a config against the schema and make it a `Config`, with the recipe's duration.
+    """Check a config against the schema, and return it as a `Config` with the recipe's duration.
 
     Args:
         config: The YAML as OmegaConf loads it.
-        with_data: Also check that this machine has the data and whatever else it names.
+        with_data: Whether to check that this machine has the data and files that the config names.
 
     Raises:
-        ConfigError: An unknown key, a value of the wrong type, or one that cannot work.
+        ConfigError: A key is unknown, has a wrong type, or has a value that cannot work.
     """
     raw = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
     raw = _without_empty_sections(cast("dict[str, Any]", raw), Config(), "")
@@ -126,7 +132,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
         if not typed.run_name:
             raise ConfigError("save_folder holds {run_name}, but run_name is empty")
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    if typed.load_path:  # the reference's files have one checkpoint a rank, these have one in all
+    # The reference writes one checkpoint per rank; this project writes one per run.
+    if typed.load_path:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
         typed.model.backbone_weights = None
@@ -142,8 +149,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
-    """Put a description into the config, and what follows from it where the config says nothing."""
-    # Both import numpy and OpenCV, which a config without a description does not need.
+    """Load the data set's description into the config, and fill in the keys that it decides."""
+    # These modules import numpy and OpenCV, so import them only if there is a description.
     from dataset.description import parse_description, read_description
     from segmentation.classes import rename_classes
 
@@ -170,7 +177,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return a run's training and validation data; a folder that both are in is listed once."""
+    """Return the training and validation sources; a folder shared by both is listed once."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
@@ -196,7 +203,7 @@ def class_infos(config: Config) -> list[ClassInfo]:
     """Return the names and colours of a run's classes.
 
     Raises:
-        ClassError: `class_names` cannot be read, or names another number.
+        ClassError: The file of `class_names` cannot be read, or has another number of names.
     """
     from dataset.description import parse_description
     from segmentation.classes import load_classes
@@ -207,7 +214,7 @@ def class_infos(config: Config) -> list[ClassInfo]:
 
 
 def network_label(config: Config) -> str:
-    """Return the name of a run's network for people, such as `DeepLabV3+ on resnet101`."""
+    """Return a readable name of a run's network, such as `DeepLabV3+ on resnet101`."""
     model = config.model
     if model.name != "deeplabv3":
         return model.name
@@ -215,13 +222,14 @@ def network_label(config: Config) -> str:
 
 
 def read_command_line(arguments: list[str]) -> Config | None:
-    """Return the config that a command line of main.py asks for, or None if it asks for a plan.
+    """Return the config of a command line of main.py, or None if it asks for a plan.
 
     Args:
         arguments: The YAML and overrides such as `seed=1`.
 
     Raises:
-        SystemExit: As argparse does: after `--help`, and after the line about a bad config.
+        SystemExit: The command line asks for help, or its config is bad. As with argparse, the text
+            has been printed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
@@ -229,7 +237,7 @@ def read_command_line(arguments: list[str]) -> Config | None:
     if "--plan" in arguments:
         return None
     end_with_launcher()
-    if was_refused():  # by an earlier attempt of torchrun, which printed the error
+    if was_refused():  # An earlier attempt of torchrun has already printed the error.
         raise SystemExit(2)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
@@ -244,7 +252,7 @@ def read_command_line(arguments: list[str]) -> Config | None:
 
 
 def _microbatch_size(config: Config) -> int | str:
-    """Return the `device_train_microbatch_size` that `grad_accum` stands for."""
+    """Return the `device_train_microbatch_size` that equals `grad_accum`."""
     parts = config.grad_accum
     if parts == "auto":
         return "auto"
@@ -255,7 +263,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 
 def _normalise_times(config: Config) -> None:
-    """Make a plain number a number of epochs, as in the reference."""
+    """Turn plain numbers into epochs, as in the reference."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
         text = str(lookup(config, name))
         _set(config, name, f"{text}ep" if text.isdigit() else text)
@@ -267,13 +275,14 @@ def _set(config: Config, name: str, value: Any) -> None:
 
 
 def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> dict[str, Any]:
-    """Refuse unknown keys, and drop sections left empty, which mean their defaults."""
+    """Refuse unknown keys, and drop empty sections, so that their defaults apply."""
     known_hints = get_type_hints(type(defaults))
     hints = {field.name: known_hints[field.name] for field, _ in fields_of(defaults)}
     result = {}
     for name, value in raw.items():
         if name not in hints:
-            if name in known_hints and value is None:  # a run's record of a section it has not
+            # The record of a run may hold an empty section that this recipe lacks.
+            if name in known_hints and value is None:
                 continue
             is_eval = isinstance(defaults, EvalDatasetConfig)
             if is_eval and name in get_type_hints(TrainDatasetConfig):
@@ -287,7 +296,8 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
-            if name == "loggers":  # a logger left empty, as in the reference's YAML, is on
+            # An empty logger, as in the reference's YAML, is on with its defaults.
+            if name == "loggers":
                 value = {key: {} if given is None else given for key, given in value.items()}
             if dataclasses.is_dataclass(default):
                 value = _without_empty_sections(value, default, f"{prefix}{name}.")
@@ -310,7 +320,7 @@ def _may_be_empty(hint: Any) -> bool:
 
 
 def help_text() -> str:
-    """Return the keys of the YAML with their defaults and meanings, a line each."""
+    """Return the keys of the YAML with their defaults and meanings, one per line."""
 
     def lines(section: Any, prefix: str) -> list[str]:
         result = []

@@ -1,4 +1,4 @@
-"""What values of the YAML's keys can work, beyond their types."""
+"""Checks of the values in a YAML, beyond their types."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from training.schema import (
     ModelConfig,
 )
 
-MAX_RESIZED = 32767  # pixels of a side, in OpenCV
-# Keys without an effect of their own: the key that each needs, and its value; None: any.
+MAX_RESIZED = 32767  # Largest side in pixels that OpenCV can resize.
+# Keys that have no effect alone, each with another key and the value that this key must have; None:
+# any value.
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),
@@ -44,15 +45,15 @@ NEEDS: dict[str, tuple[str, Any]] = {
 
 
 def check(config: Config, with_data: bool = True) -> None:
-    """Refuse values of the right type that cannot work.
+    """Refuse values that have the right type but cannot work.
 
     Args:
-        config: What to check.
-        with_data: Also whether this machine has what it names: data, load_path, loggers; and
-            whether batches divide among the processes.
+        config: Config to check.
+        with_data: Whether this machine must also have the data, checkpoint and loggers that the
+            config names, and whether the batches must divide among the ranks.
 
     Raises:
-        ConfigError: Names the key, and what it may be.
+        ConfigError: A value cannot work; the message names the key and what it may be.
     """
     if config.recipe_name is not None and config.recipe_name not in RECIPES:
         raise ConfigError(f"recipe_name: {config.recipe_name} is none of {', '.join(RECIPES)}")
@@ -115,7 +116,7 @@ def check(config: Config, with_data: bool = True) -> None:
 
 
 def _check_needs(config: Config) -> None:
-    """Refuse a key that has no effect because another one is missing or has another value."""
+    """Refuse a key that has no effect because another key is missing or has another value."""
     defaults = Config()
     for name, (other, wanted) in NEEDS.items():
         if lookup(config, name) == lookup(defaults, name):
@@ -130,10 +131,10 @@ def _check_needs(config: Config) -> None:
 
 
 def check_evaluates(config: Config) -> None:
-    """Refuse an evaluation that names no checkpoint, which a plan of it does not need.
+    """Refuse an evaluation that names no checkpoint; only a plan of an evaluation needs none.
 
     Raises:
-        ConfigError: It would score random weights.
+        ConfigError: The evaluation would score random weights.
     """
     if not (config.is_train or config.load_path or config.autoresume):
         raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
@@ -163,7 +164,7 @@ def _check_network(model: ModelConfig) -> None:
 
 
 def _check_numbers(section: Any, prefix: str = "") -> None:
-    """Hold all numbers against the bounds that stand with their keys in the schema."""
+    """Compare all numbers with the bounds that the schema gives for their keys."""
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -176,7 +177,7 @@ def _check_numbers(section: Any, prefix: str = "") -> None:
 def _check_number(number: float, name: str, bounds: str) -> None:
     first, last = bounds[1:-1].split(", ")
     low, high = float(first), float(last)
-    from_low = number > low if bounds[0] == "(" else number >= low  # and NaN is neither
+    from_low = number > low if bounds[0] == "(" else number >= low  # NaN passes neither comparison.
     to_high = number < high if bounds[-1] == ")" else number <= high
     if from_low and to_high and math.isfinite(number):
         return
@@ -233,7 +234,7 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
-    """Return the keys that are durations, and those that are intervals."""
+    """Return the keys that are durations, and the keys that are intervals."""
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
     if config.stop_after is not None:
         intervals.append("stop_after")
@@ -278,7 +279,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
 
 
 def _check_same_labels(config: Config) -> None:
-    """Refuse two data sections in which the same label is another class, or is ignored in one."""
+    """Refuse data sections that give the same label different meanings."""
     train, val = config.train_dataset, config.eval_dataset
     ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
     for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
@@ -291,7 +292,7 @@ def _check_same_labels(config: Config) -> None:
 
 
 def _extra_ignored(dataset: DatasetConfig) -> int | None:
-    """Return the label that `ignore_label` ignores and would not be ignored without it."""
+    """Return the label that is ignored only because of `ignore_label`, or None."""
     known = (255, 0) if dataset.ignore_background else (255,)
     return None if dataset.ignore_label in known else dataset.ignore_label
 
@@ -315,7 +316,8 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
         raise ConfigError(f"{name}.cache_limit: {limit!r} is not bytes, as in 100gb")
-    batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4  # RGB and mask, 8 bits
+    # bytes of 8-bit RGB and mask
+    batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:
         raise ConfigError(
@@ -341,22 +343,22 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
 
 
 def _seen_from(path: str) -> str:
-    """Return a path that does not exist, with the folders it is relative to."""
+    """Describe a path that does not exist, with the folders that it is relative to."""
     if os.path.isabs(path):
         return path
     return f"{path}, seen from {os.getcwd()} or from the YAML's folder"
 
 
 def per_process(dataset: DatasetConfig) -> int:
-    """Return the images of one process in a batch."""
+    """Return the number of images of one rank in a batch."""
     return dataset.batch_size // world_size()
 
 
 def world_size() -> int:
-    """Return the number of processes, as the launcher says."""
+    """Return the number of ranks that the launcher has set."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def lookup(config: Config, name: str) -> Any:
-    """Return the value of a key such as optimizer.lr."""
+    """Return the value of a key such as `optimizer.lr`."""
     return functools.reduce(getattr, name.split("."), config)

@@ -1,4 +1,4 @@
-"""What ends a run before its time, and what it says then: signals, lost processes, a lost loss."""
+"""Handling of lost processes, full shared memory and stop signals."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from errors import SIGNALS, Lost, RunError, one_line
 if TYPE_CHECKING:
     from training.watch import Watch
 
-SHARED_MEMORY = "/dev/shm"  # where loader processes leave batches for the run
+SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches to the run through this folder.
 
 
 def join_processes() -> Watch | None:
-    """Have the processes of a run find each other and watch each other, if there are several.
+    """Connect the processes of a run if there are several, and watch them.
+
+    Returns:
+        The watch, or None if the run has only one process.
 
     Raises:
-        Lost: They are not all there in time.
+        Lost: Some processes did not start in time.
     """
     if dist.get_world_size() == 1:
         return None
@@ -36,14 +39,22 @@ def join_processes() -> Watch | None:
 
 
 def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunError | None:
-    """Return a RunError, or what came of a lost process, in a line; None for other errors."""
+    """Explain an error that has a known cause, such as a lost process.
+
+    Args:
+        error: Error that ended training.
+        watch: Watch over the other processes, or None.
+
+    Returns:
+        An error with a one-line message, or None if the cause is unknown.
+    """
     full = full_shared_memory(error)
     if full:
         return RunError(f"{full}, or train_dataset.num_workers=0 and eval_dataset.num_workers=0")
     if isinstance(error, OSError):
         return None
     text = one_line(error)
-    # A loader process that raised an error, rather than ended, passes on its whole traceback.
+    # A loader process that raised an error, instead of being killed, passes on its traceback.
     if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
@@ -59,16 +70,17 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
 
 
 def full_shared_memory(error: Exception) -> str | None:
-    """Return a line that says so if an error came of a full /dev/shm, otherwise None.
+    """Return one line if an error was caused by a full /dev/shm, otherwise None.
 
-    Containers often have 64 MB of it. PyTorch and NCCL name it where an allocation fails. A write
-    to memory that is not there ends a loader with SIGBUS instead, and Python's own semaphores fail
-    without naming a file: these two count only if /dev/shm is small, or has no room left.
+    Containers often have 64 MB of it. PyTorch and NCCL name it if an allocation fails. Two other
+    signs are vague: SIGBUS, which ends a loader that writes to missing memory, and an error of
+    Python's semaphores, which names no file. They count only if /dev/shm is small or has no space
+    left.
     """
     text = one_line(error)
     try:
         disk = os.statvfs(SHARED_MEMORY)
-    except OSError:  # macOS has none
+    except OSError:  # macOS has no /dev/shm.
         return None
     size, free = disk.f_frsize * disk.f_blocks, disk.f_frsize * disk.f_bavail
     is_full = "No space left" in text and re.search(r"shared memory|/dev/shm", text)
@@ -82,16 +94,16 @@ def full_shared_memory(error: Exception) -> str | None:
 
 
 class LoaderContext(ForkContext):
-    """Forks a loader's processes with the run's signals blocked, for them to outlive those.
+    """A context that forks loader processes with the run's signals blocked.
 
-    Slurm, for one, sends SIGTERM to every process of a job, and the run needs its loaders until
-    its batch is done. Blocking them in the new process would be too late: as it forks, libraries
-    start threads there (PyTorch does once `set_num_threads` was called), and a signal takes any
-    thread that lets it through.
+    Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loaders until
+    its batch is done. Blocking the signals in the new process would be too late. Libraries start
+    threads during the fork (PyTorch does after `set_num_threads`), and any thread that does not
+    block a signal can receive it.
     """
 
     class Process(ForkProcess):
-        """A process of a loader."""
+        """A loader process."""
 
         def start(self) -> None:
             """Fork with the signals blocked."""
@@ -103,7 +115,7 @@ class LoaderContext(ForkContext):
 
 
 def init_worker(worker: int) -> None:
-    """In a process of `LoaderContext`: end when the parent says so."""
+    """Prepare a process of `LoaderContext`: use one core, and end when the parent asks for it."""
     use_one_core(worker)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

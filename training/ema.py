@@ -1,4 +1,4 @@
-"""The moving average of the weights that is evaluated and saved as the model."""
+"""The moving average of the weights, which is evaluated and saved as the model."""
 
 from __future__ import annotations
 
@@ -16,42 +16,44 @@ from training.composer_internals import EMAParameters, without_ddp
 
 
 class EMA(composer.algorithms.EMA):
-    """Keeps an exponential moving average of the weights and evaluates and saves it as the model.
+    """An exponential moving average of the weights, evaluated and saved as the model.
 
-    Composer's algorithm and checkpoint layout, except that the average is updated by one fused
-    operation, keeps the same names with and without DDP (Composer's average silently stops when a
-    run is resumed with one rank instead of several, or the reverse), and is not updated with the
-    weights of a checkpoint that was just saved (Composer's, where a batch interval's checkpoint
-    meets an epoch's update).
+    The algorithm and the checkpoint layout are Composer's, with three differences:
 
-    The average is the model's weights in what a `CheckpointSaver` saves when its `save_interval`
-    says so. In a checkpoint saved otherwise the model has the training weights and this
-    algorithm's state (`ema_weights_active` False) the average; it resumes just as well.
+    - One fused operation updates the average.
+    - Its tensors have the same names with and without DDP. Composer's average silently stops if a
+      run resumes with one rank instead of several, or the reverse.
+    - It is never updated with the weights of a checkpoint that was just saved. Composer does so if
+      a checkpoint and an update fall on the same batch.
+
+    `CheckpointSaver` saves the average as the model's weights at its `save_interval`. In a
+    checkpoint saved at another time, the model has the training weights, and the state of this
+    algorithm has the average (`ema_weights_active` is False). Both kinds resume alike.
 
     Args:
-        half_life: Time string in batches or epochs after which a weight counts half.
-        update_interval: Time string between updates, in the same unit; None for 1.
+        half_life: Time string, in batches or epochs, after which a weight counts half.
+        update_interval: Time string between updates, in the same unit; None: 1.
     """
 
-    smoothing: float  # never None: there always is a half-life
+    smoothing: float  # This is never None, because there always is a half-life.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at updates and wherever the weights may have to be exchanged."""
+        """Return whether the average is updated, or the weights may be exchanged, at this event."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True
         return super().match(event, state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Update the average, or exchanges it with the training weights."""
+        """Update the average, or exchange it with the training weights."""
         network = without_ddp(state)
         if event == Event.INIT:
-            self.ema_model = EMAParameters(network)  # for a checkpoint to be loaded into
+            self.ema_model = EMAParameters(network)  # A checkpoint is loaded into these tensors.
             return
-        if event in self.move_device_events:  # a checkpoint is loaded onto the CPU
+        if event in self.move_device_events:  # A checkpoint is loaded onto the CPU.
             self.ema_model.move_params_to_device(network)
         if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):
             self._activate(network, average=False)
@@ -73,9 +75,11 @@ class EMA(composer.algorithms.EMA):
         floats = [name for name in names if stored[name].is_floating_point()]
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
-        # BatchNorm's counters, rounded down as Composer's; together, for they are 100 and more.
+        # Average the 100 or more BatchNorm counters in one operation, rounding down as Composer
+        # does.
         others = [name for name in names if not stored[name].is_floating_point()]
-        for name in [name for name in others if stored[name].ndim]:  # a table, not a counter
+        # An integer tensor with dimensions is a table and not a counter, so copy it.
+        for name in [name for name in others if stored[name].ndim]:
             stored[name].copy_(values[name])
             others.remove(name)
         if others:
@@ -85,7 +89,7 @@ class EMA(composer.algorithms.EMA):
             torch._foreach_copy_(counters, list(mean.to(now.dtype).unbind()))
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        """Load a checkpoint's state; one of Composer's EMA, written under DDP, too."""
+        """Load the state from a checkpoint, including one that Composer's EMA wrote under DDP."""
         names = self.ema_model.named_parameters_dict.keys()
         super().load_state_dict(state, strict)
         if names.isdisjoint(self.ema_model.named_parameters_dict):

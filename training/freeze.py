@@ -1,4 +1,4 @@
-"""Weights that a step leaves out: a frozen backbone, and parts of some libraries' networks."""
+"""Algorithms for parameters that a step does not use: a frozen backbone, or unused layers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from training.composer_internals import without_ddp
 
 
 class UnusedWeights(Algorithm):
-    """Lets passes leave out some weights, as those of some libraries' networks do.
+    """An algorithm that allows forward passes which do not use every parameter.
 
-    DistributedDataParallel waits for a gradient of each weight where it is not told.
+    Networks of some libraries do this. DistributedDataParallel otherwise waits for the gradient of
+    each parameter.
     """
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Have the trainer tell DistributedDataParallel."""
+        """Tell the trainer to set this option of DistributedDataParallel."""
         return True
 
     def match(self, event: Event, state: State) -> bool:
-        """Do nothing else."""
+        """Return False, because no event needs any work."""
         return False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -35,9 +36,10 @@ class UnusedWeights(Algorithm):
 
 
 class FreezeBackbone(UnusedWeights):
-    """Keeps the backbone as it is for the beginning of a run: weights and BatchNorm's statistics.
+    """An algorithm that freezes the backbone and its BatchNorm statistics at first.
 
-    What a step does follows from the run's time alone, so that a resumed run does the same.
+    Only the time of the run decides whether a step trains the backbone, so a resumed run does the
+    same.
 
     Args:
         duration: Time string.
@@ -48,18 +50,18 @@ class FreezeBackbone(UnusedWeights):
         self.is_frozen = False
 
     def match(self, event: Event, state: State) -> bool:
-        """Run before the trainer wraps the network, and when a batch begins."""
+        """Return whether the trainer is about to wrap the network, or a batch begins."""
         return event in (Event.INIT, Event.BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Freeze the backbone, or let it go."""
+        """Freeze the backbone, or unfreeze it."""
         backbone = backbone_of(cast(nn.Module, without_ddp(state).module))
         if backbone is None:
             raise ConfigError("model.freeze_backbone: no part of this network is known as backbone")
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration
-        if is_frozen:  # the trainer puts all of the network into training mode after an evaluation
+        if is_frozen:  # After an evaluation, the trainer puts the whole network into training mode.
             backbone.eval()
         elif self.is_frozen:
             backbone.train()
@@ -71,14 +73,14 @@ class FreezeBackbone(UnusedWeights):
 
 
 def _prepare_state(optimizer: Optimizer, weights: list[nn.Parameter]) -> None:
-    """Have an optimizer keep a state, all 0, of weights that it has not stepped yet.
+    """Create zero optimizer state for parameters that have not been stepped yet.
 
-    That is what it begins with, and without any torch refuses to load its checkpoint.
+    An optimizer begins with zeros. Without any state, torch refuses to load its checkpoint.
     """
     weights = [weight for weight in weights if not optimizer.state.get(weight)]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # and so no weight decay
+        group["lr"] = 0.0  # A learning rate of 0 also disables weight decay.
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     if weights:

@@ -1,4 +1,4 @@
-"""The weights of another run or project, taken over into a run's network."""
+"""Loading of a run's initial weights from another run or project."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def load_initial_weights(config: Config, start: Start, network: nn.Module) -> None:
-    """Load the weights that a run begins from, as far as they fit its network and classes.
+    """Load the initial weights of a run as far as they fit its network and classes.
 
     Raises:
-        ClassError: The weights to evaluate are of other classes.
-        ConfigError: `load_classes_by_name`, and the file does not name its classes.
-        WeightsError: Fewer tensors fit than `load_least` asks for.
+        ClassError: The run evaluates, and the weights are for other classes.
+        ConfigError: `load_classes_by_name` is set, and the file does not name its classes.
+        WeightsError: Fewer tensors fit than `load_least` requires.
     """
     by_name, class_tensors = _compare_classes(config, start, network)
     left = load_fitting(
@@ -43,14 +43,14 @@ def load_initial_weights(config: Config, start: Start, network: nn.Module) -> No
 
 
 def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[bool, list[str]]:
-    """Compare the run's classes with those of the weights that it begins from.
+    """Compare the classes of the run with the classes of its initial weights.
 
     Returns:
-        Whether rows of the last layer are taken over by the names of their classes, and the names
-        of the tensors with such rows, if the weights have as many classes but not the same.
+        Whether rows of the last layer are matched by class name; and the names of the tensors with
+            such rows, if the weights have as many classes as the run, but not the same ones.
 
     Raises:
-        ClassError: The weights to evaluate are of other classes.
+        ClassError: The run evaluates, and the weights are for other classes.
         ConfigError: The classes are to be matched by name, and the file has no names.
     """
     ours, theirs = class_infos(config), start.weights.classes
@@ -65,8 +65,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
             return config.load_classes_by_name, []
         by_name = True
     except ClassError as error:
-        # An evaluation needs the right row for each class. Training may learn rows anew, as it does
-        # for weights with another number of classes.
+        # An evaluation needs the right row for each class. Training may learn the rows again, as
+        # with weights that have another number of classes.
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name
@@ -76,10 +76,12 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
 
 
 def _class_tensors(config: Config, network: nn.Module) -> list[str]:
-    """Return the names of a network's tensors with a row a class: another class makes them longer.
+    """Return the names of the tensors that have a row for each class.
+
+    They are found by building the network with one more class, which makes them longer.
 
     Raises:
-        ClassError: Another class changes more than a number of rows.
+        ClassError: One more class changes other dimensions, too.
     """
     model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()

@@ -1,4 +1,4 @@
-"""A key of the YAML: its default, its meaning, its bounds, and what a resumed run does with it."""
+"""The properties of a YAML key: default, meaning, bounds, and its role when a run resumes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# What a resumed run does with a key whose value differs from the one in the checkpoint's record.
-APPLIED = "applied"  # it trains on with the new value
-COMPARED = "compared"  # it is refused
-FREE = "free"  # it may differ: the key does not enter the training
+# Role of a key if a resumed run's value differs from the value in the checkpoint's record.
+APPLIED = "applied"  # Applied: the run trains with the new value.
+COMPARED = "compared"  # Compared: the run is refused.
+FREE = "free"  # Free: the value may differ, because the key does not affect training.
 
 
 def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
@@ -17,10 +17,10 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
 
     Args:
         on_resume: `APPLIED`, `COMPARED` or `FREE`.
-        default: Its default.
-        meaning: The line that `main.py --help` prints for it.
-        bounds: Interval that a number, or each number of a list, has to be in; `[0, 1)` includes 0
-            and excludes 1.
+        default: Default value.
+        meaning: Description that `main.py --help` prints.
+        bounds: Interval for a number, or for each number of a list; `[0, 1)` includes 0 and
+            excludes 1.
     """
     metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
     if isinstance(default, list):
@@ -31,17 +31,17 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
 
 
 def section(schema: Callable[[], Any]) -> Any:
-    """Return a section of keys, with the defaults that `schema()` gives."""
+    """Return a section of keys with the defaults that `schema()` returns."""
     return dataclasses.field(default_factory=schema)
 
 
 def absent_section() -> Any:
-    """Return a section that only some of its parents have, such as SAM in a recipe."""
+    """Return a section that only some parents have, such as SAM in a recipe."""
     return dataclasses.field(default=None)
 
 
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Yield the keys and sections of a section with their values, without absent sections."""
+    """Yield the keys and sections of a section with their values; skip absent sections."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if field.metadata or value is not None:
@@ -49,12 +49,12 @@ def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 def is_section(value: Any) -> bool:
-    """Return whether a value is a section of keys, rather than a value of a key."""
+    """Return whether a value is a section of keys."""
     return dataclasses.is_dataclass(value)
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of all keys by their dotted names, as in `optimizer.lr`."""
+    """Return the values of all keys by their dotted names, such as `optimizer.lr`."""
     values: dict[str, Any] = {}
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
@@ -63,10 +63,10 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
-    """Return for each key by its dotted name what a resumed run does with another value.
+    """Return the role of each key when a run resumes, by its dotted name.
 
-    Evaluation trains nothing, so all keys of `eval_dataset` are free but those that say what the
-    labels mean.
+    Evaluation does not affect training, so the keys of `eval_dataset` are free. The exceptions are
+    the keys that define the meaning of the labels.
     """
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):

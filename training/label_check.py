@@ -1,4 +1,4 @@
-"""A check of the labels that a run reads anyway: classes that never occur, masks without labels."""
+"""A check of the labels that a run reads: classes that never occur, and masks without labels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ log = logging.getLogger(__name__)
 
 
 class _Labels:
-    """The labels of one split, noted on the device without waiting for it."""
+    """The labels of one split, counted on the device without waiting for it."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        self._occurs: Tensor | None = None  # (C + 1,); the last entry is for pixels without a class
+        # (C + 1,); the last entry counts pixels without a class.
+        self._occurs: Tensor | None = None
         self._unlabelled: Tensor | None = None
 
     def add(self, target: Any) -> None:
-        """Note the class indices (N, H, W) of a batch, or those that MixUp mixed."""
+        """Count the class indices (N, H, W) of a batch; MixUp: of the first target."""
         target = target if isinstance(target, Tensor) else target.target
         none = (target < 0) | (target >= self.num_classes)
         if self._occurs is None or self._unlabelled is None:
@@ -41,7 +42,7 @@ class _Labels:
         self.pixels += target.numel()
 
     def gather(self) -> tuple[list[bool], float]:
-        """Return whether each class occurs in any process, and the share of unlabelled pixels."""
+        """Return whether each class occurs on any rank, and the share of unlabelled pixels."""
         assert self._occurs is not None and self._unlabelled is not None
         pixels = torch.full_like(self._unlabelled, self.pixels)
         counts = torch.cat([self._occurs[:-1], torch.stack([self._unlabelled, pixels])])
@@ -51,16 +52,17 @@ class _Labels:
 
 
 class LabelCheck(Callback):
-    """Warns, once for each split, about labels from which nothing can be learnt or scored.
+    """A callback that warns about splits from which nothing can be learnt or scored.
 
-    Validation is reported at the end of the first evaluation. Training is reported after the first
-    whole epoch, or at the end of a shorter run, because a class may still come before that. If the
-    crops have fewer than two classes, the first evaluation reports it. After its report, a split is
-    counted no longer.
+    Each split is reported once: validation at the end of the first evaluation, and training after
+    the first whole epoch or at the end of a shorter run, because a class may still come before
+    that. If the crops so far have fewer than two classes, the first evaluation already reports it.
+    A split is not counted after its report.
 
     Args:
         classes: Names of the classes.
-        background_ignored: Whether `ignore_background` ignores label 0, for the hint.
+        background_ignored: Whether `ignore_background` ignores label 0; the warning then gives a
+            hint.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], background_ignored: bool) -> None:
@@ -102,7 +104,7 @@ class LabelCheck(Callback):
         if self._train and self._train.pixels:
             occurs, _ = self._train.gather()
             self._train = None
-            # Random crops are padded, so pixels without a class say nothing about the masks.
+            # Random crops are padded, so their unlabelled pixels say nothing about the masks.
             self._warn("train_dataset", occurs, crops, None)
 
     def _warn(self, section: str, occurs: list[bool], masks: str, unlabelled: float | None) -> None:

@@ -1,8 +1,9 @@
-"""How main.py works with the program that started it: `composer` or `torchrun`.
+"""The interaction of main.py with the program that started it: `composer` or `torchrun`.
 
-torchrun starts the processes again after any failure. If the first attempt refused to run, a person
-has to fix the cause, and this module makes the further attempts end at once and in silence. Once an
-attempt has run, the same error may come from a store that is away, and is tried again.
+torchrun restarts the processes after any failure. If the first attempt refuses the config, a person
+has to fix it, so this module ends the later attempts at once and without output. After an attempt
+has run, the same error may have another cause, such as an object store that is down, so it is tried
+again.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from pathlib import Path
 
 from errors import ConfigError, UnevenBatch
 
-# Seconds that processes wait for each other: one may have to compile, download or save meanwhile.
+# Seconds that ranks wait for each other in a collective, because one may have to compile, download
+# or save.
 COLLECTIVE_TIMEOUT = 1800.0
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send SIGUSR1 to this process when its launcher ends, if it has one."""
+    """Ask the kernel to send SIGUSR1 to this process when its launcher ends."""
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # The constant 1 is PR_SET_PDEATHSIG.
 
 
 def was_refused() -> bool:
@@ -36,7 +38,7 @@ def was_refused() -> bool:
 def is_first_to_refuse(text: str) -> bool | None:
     """Note that this node refuses to run; return whether this process is the first to say so.
 
-    Return None without torchrun, which keeps a folder for such notes.
+    Return None without torchrun, because only torchrun has a folder for such notes.
     """
     folder = _folder()
     if folder is None:
@@ -49,7 +51,7 @@ def is_first_to_refuse(text: str) -> bool | None:
 
 
 def wait_for_nodes(error: ConfigError) -> None:
-    """If a run has lost nodes and its batch does not divide among the rest, wait for another node.
+    """Wait for another node if a run has lost nodes and its batch no longer divides among the rest.
 
     torchrun ends this process when a node joins. The first attempt does not wait, because the user
     chose its number of processes.

@@ -1,7 +1,8 @@
-"""The loggers of a run: Composer's, by their names in the YAML, and what happens if one fails.
+"""The loggers of a run: Composer's loggers by their YAML names, with errors in one line.
 
-A logger of somebody else's service can fail in many ways as it starts: no key, no server, a store
-of another version, packages that do not fit together. Each becomes one line, before training.
+A logger of an external service can fail for many reasons when it starts: a missing key, an
+unreachable server, an incompatible store, or packages that do not fit together. Each failure
+becomes a one-line error before training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from training.schema import Config
 
 log = logging.getLogger(__name__)
 
-# What a user can do if a logger does not start although its arguments are right.
+# Advice for a logger that does not start although its arguments are right
 REMEDIES = {
     "file": "check filename",
     "wandb": "run `wandb login`, or set WANDB_MODE=offline",
@@ -34,19 +35,19 @@ REMEDIES = {
     "comet_ml": "set COMET_API_KEY, and check the network",
     "neptune": "set NEPTUNE_API_TOKEN, and check the network, or use mode: offline",
 }
-# Composer calls these before the first step.
+# Methods of a logger that Composer calls before the first step
 STARTING = ("init", "after_load", "log_hyperparameters")
-MAX_REASON = 240  # characters
+MAX_REASON = 240  # Maximum number of characters of an error that are shown
 
 
 class FileLogger(loggers.FileLogger):
-    """Composer's FileLogger, except that a resumed run adds to its file.
+    """Composer's FileLogger, except that a resumed run appends to its file.
 
-    Composer's own always begins the file anew, whatever `overwrite` says.
+    Composer's logger always truncates the file, whatever `overwrite` says.
 
     Args:
-        overwrite: Whether to begin it anew.
-        **arguments: Composer's.
+        overwrite: Whether to truncate the file.
+        **arguments: Arguments of Composer's FileLogger.
     """
 
     def __init__(self, overwrite: bool = False, **arguments: Any) -> None:
@@ -57,7 +58,7 @@ class FileLogger(loggers.FileLogger):
         self.mode: Literal["w+", "a+"] = "w+" if overwrite else "a+"
 
     def init(self, state: State, logger: Logger) -> None:
-        """Open the file and write what was logged before."""
+        """Open the file, and write the lines that were logged before."""
         self._run_name = state.run_name
         os.makedirs(os.path.dirname(self.filename) or ".", exist_ok=True)
         self.file = open(self.filename, self.mode, buffering=self.buffer_size)  # noqa: SIM115
@@ -65,11 +66,11 @@ class FileLogger(loggers.FileLogger):
 
 
 class WandBLogger(loggers.WandBLogger):
-    """Composer's WandBLogger, except that a resumed run goes on in the same W&B run.
+    """Composer's WandBLogger, except that a resumed run continues the same W&B run.
 
     Args:
-        server_run: ID of the W&B run to go on with, or None.
-        **arguments: Composer's.
+        server_run: ID of the W&B run to continue, or None.
+        **arguments: Arguments of Composer's WandBLogger.
     """
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
@@ -80,13 +81,13 @@ class WandBLogger(loggers.WandBLogger):
 
     @property
     def server_run(self) -> str | None:
-        """ID of the W&B run, once it has begun."""
+        """The ID of the W&B run, or None before it has started."""
         import wandb
 
         return wandb.run.id if wandb.run is not None else None
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config; a resumed run may have changed a value."""
+        """Log the config; a resumed run may change values."""
         if self._enabled:
             import wandb
 
@@ -94,28 +95,28 @@ class WandBLogger(loggers.WandBLogger):
 
 
 class MLFlowLogger(loggers.MLFlowLogger):
-    """Composer's MLFlowLogger, except that a resumed run goes on in the same MLflow run.
+    """Composer's MLFlowLogger, except that a resumed run continues the same MLflow run.
 
-    Composer's own `resume` goes on with any run of the same name.
+    The `resume` option of Composer's logger continues any run with the same name.
 
     Args:
-        server_run: ID of the MLflow run to go on with, or None.
-        **arguments: Composer's.
+        server_run: ID of the MLflow run to continue, or None.
+        **arguments: Arguments of Composer's MLFlowLogger.
     """
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._resumed: dict[str, str] = {}  # parameters of the run that goes on
+        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run that is continued.
         self._to_resume = server_run
 
     @property
     def server_run(self) -> str | None:
-        """ID of the MLflow run, once it has begun."""
+        """The ID of the MLflow run, or None before it has started."""
         return self._run_id
 
     def init(self, state: State, logger: Logger) -> None:
-        """Begin a run, or go on with one."""
-        variable = "MLFLOW_RUN_ID"  # by which Composer and MLflow are told of a run
+        """Start a run, or continue one."""
+        variable = "MLFLOW_RUN_ID"  # Composer and MLflow read the run's ID from this variable.
         if not self._enabled or self._to_resume is None or variable in os.environ:
             super().init(state, logger)
             return
@@ -132,7 +133,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
             del os.environ[variable]
 
     def _parameters_of(self, run: str) -> dict[str, str] | None:
-        """Return what a run has as its parameters, or None if it is deleted or not there."""
+        """Return the parameters of a run, or None if the run is deleted or does not exist."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -145,7 +146,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return None if is_deleted else dict(record.data.params)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config. MLflow cannot change a parameter, so it keeps the first run's value."""
+        """Log the config. MLflow cannot change a parameter, so the first value stays."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
             log.warning("loggers.mlflow keeps the first value of %s", ", ".join(kept))
@@ -165,7 +166,7 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
 
 
 def trainer_options(config: Config) -> dict[str, Any]:
-    """Return the Trainer's arguments that are keys of the config, and those of the console."""
+    """Return the Trainer's arguments that come from the config, including those of the console."""
     options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
     return {
         "seed": config.seed,
@@ -180,12 +181,12 @@ def trainer_options(config: Config) -> dict[str, Any]:
 
 
 def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None) -> None:
-    """Send a run's config to its loggers, but not to the progress bar.
+    """Send the config of a run to its loggers, except to the progress bar.
 
     Args:
-        trainer: The run's.
-        config: The run's.
-        weights: The weights of the classes in its loss, or None.
+        trainer: Trainer of the run.
+        config: Config of the run.
+        weights: Weights of the classes in the loss, or None.
     """
     trainer.logger.log_hyperparameters(asdict(config))
     if weights is not None:
@@ -195,33 +196,34 @@ def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None
         trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
         if isinstance(destination, loggers.ProgressBarLogger):
-            destination.hparams_already_logged_to_console = True  # a hundred lines before the bar
+            # The config would print a hundred lines above the bar.
+            destination.hparams_already_logged_to_console = True
 
 
 def build_loggers(
     config: Config, server_runs: Mapping[str, str] = MappingProxyType({})
 ) -> list[LoggerDestination]:
-    """Build the loggers of the YAML; a failure to start any of them is a ConfigError.
+    """Build the loggers of the YAML.
 
-    The progress bar and the console are the Trainer's: of those, only the arguments are tried.
+    The Trainer itself builds the progress bar and the console, so only their arguments are checked.
 
     Args:
-        config: The run's.
-        server_runs: Runs of W&B and MLflow to go on with, as `server_runs_of` returns them.
+        config: Config of the run.
+        server_runs: W&B and MLflow runs to continue, as `server_runs_of` returns them.
 
     Raises:
-        ConfigError: A logger does not take its arguments, or cannot start.
+        ConfigError: A logger does not accept its arguments, or cannot start.
     """
     if "wandb" in config.loggers:
-        # Offline, W&B 0.18 otherwise asks its server about every table and waits for the answer.
+        # Otherwise an offline W&B 0.18 asks its server about every table, and waits for the answer.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         _restore_get_url()
     if "mlflow" in config.loggers:
-        # MLflow 3 refuses folders such as mlruns, which it still reads and writes.
+        # MLflow 3 refuses folders such as mlruns by default, although it can still use them.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     built = []
     for name, arguments in config.loggers.items():
-        # The checkpoint names the first process's run; the others begin their own.
+        # The checkpoint names the run of the first rank. The other ranks start runs of their own.
         resumed = server_runs.get(name) if dist.get_global_rank() == 0 else None
         more = {} if resumed is None else {"server_run": resumed}
         with explained(name):
@@ -234,17 +236,17 @@ def build_loggers(
 
 
 def _restore_get_url() -> None:
-    """Give wandb's runs the method that Composer 0.32 calls and wandb 0.31 no longer has."""
+    """Restore the method `get_url` of W&B runs, which Composer 0.32 calls and wandb 0.31 lacks."""
     try:
         import wandb
-    except ImportError:  # resolve() has already named the group to install
+    except ImportError:  # resolve() has already told the user which packages to install.
         return
     if not hasattr(wandb.Run, "get_url"):
         setattr(wandb.Run, "get_url", lambda run: run.url)  # noqa: B010 (for pyright)
 
 
 def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:
-    """Return the IDs of the runs that loggers write to on a server, by the loggers' names."""
+    """Return the IDs of the server runs that loggers write to, by the names of the loggers."""
     runs = {}
     for logger in built:
         if isinstance(logger, WandBLogger | MLFlowLogger) and logger.server_run is not None:
@@ -254,10 +256,10 @@ def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Within, whatever a logger raises becomes a ConfigError that says what to do.
+    """Turn any error of a logger into a ConfigError that says what to do.
 
     Args:
-        name: The logger's name in the YAML.
+        name: Name of the logger in the YAML.
     """
     try:
         yield
@@ -270,12 +272,12 @@ def explained(name: str) -> Iterator[None]:
             f"loggers.{name}: its packages do not fit together ({_reason(error)}); "
             f"make install WITH={name}"
         ) from error
-    except Exception as error:  # a service's client has errors of its own
+    except Exception as error:  # The client of a service raises errors of its own.
         raise ConfigError(f"loggers.{name}: {_reason(error)}; {REMEDIES[name]}") from error
 
 
 def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of a logger with its errors explained."""
+    """Wrap a logger's method so that its errors are explained."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with explained(name):

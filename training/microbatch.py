@@ -1,8 +1,9 @@
-"""What a training step takes, counted on tensors without data: memory, operations, bytes moved.
+"""The memory, operations and traffic of a training step, counted on tensors without data.
 
-Nothing is computed and no GPU is asked: a pass over 32 and one over 64 images, a second each, say
-what the weights take and what an image takes. `auto` begins with as many images as fit by that, and
-`main.py --plan` tells a run's memory and speed from it.
+The count runs one pass over 32 images and one over 64, about a second each. It computes no values
+and needs no GPU. The difference tells the cost of an image, and the rest is the fixed cost. With
+`auto`, a run begins with as many images as fit by this count. `main.py --plan` predicts memory and
+speed from it.
 """
 
 from __future__ import annotations
@@ -35,30 +36,31 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CONTEXT = 1.2 * GIB  # CUDA's context, cuDNN's and cuBLAS's workspaces: an assumption
+CONTEXT = 1.2 * GIB  # An assumed size of the CUDA context and the workspaces of cuDNN and cuBLAS.
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-# Images of the two passes; so many that the peak is where all that is kept for the way back is.
+# Batch sizes of the two passes. They are large enough for the saved activations to set the peak.
 FEW_AND_MORE = 32, 64
-MARGIN = 0.05  # of what a step takes: fragments, and what a count leaves out
-# A pixel of an image: fp32 and int64 on the way in, and the copy that Composer keeps of both; the
-# photo that the pass counts itself is taken off.
+MARGIN = 0.05  # Allowance for fragmentation and uncounted memory, as a fraction of a step.
+# Bytes of an input pixel: fp32 image and int64 target, twice because Composer keeps a copy of both.
+# The pass itself counts one fp32 image, which is subtracted.
 INPUT = 2 * (3 * 4 + 8) - 3 * 4
 
 
 class Footprint(NamedTuple):
-    """What a step takes; memory and traffic in bytes.
+    """The costs of a training step; memory and traffic are in bytes.
 
     Args:
-        weights: The parameters.
-        buffers: BatchNorm's statistics.
-        fixed: What a pass takes besides, however many images: weights in its type.
-        image: What each image of a pass takes.
-        saved: Of that, what a pass keeps for the way back.
-        operations: Floating-point operations of an image's convolutions, there and back.
-        traffic: An image's numbers that go to memory and back between convolutions, there and back.
-        normalised: An image's bytes that normalising layers read.
-        norms: How many BatchNorms there are.
-        fewest: How few images the network can train on at once.
+        weights: Size of the parameters.
+        buffers: Size of the BatchNorm statistics.
+        fixed: Memory of a pass that does not depend on the number of images, such as cast weights.
+        image: Memory of a pass for each image.
+        saved: Part of `image` that is kept for the backward pass.
+        operations: Floating-point operations of the convolutions for each image, forward and
+            backward.
+        traffic: Memory traffic between convolutions for each image, forward and backward.
+        normalised: Input size of the normalisation layers for each image.
+        norms: Number of BatchNorm layers.
+        fewest: Smallest number of images that the network can train on at once.
     """
 
     weights: int
@@ -73,17 +75,18 @@ class Footprint(NamedTuple):
     fewest: int = 2
 
     def step(self, images: int, config: Config, ranks: int = 1) -> float:
-        """Memory of a step that takes so many images at once, of a GPU's context aside."""
+        """Return the peak memory of a step with this micro-batch, without the CUDA context."""
         recipe = config.recipe
         average, climb = recipe.ema is not None, recipe.sam is not None
-        # Weights, gradients, moments, the average, SAM's way back, DDP's buckets.
+        # Copies of the weights: the weights themselves, gradients, optimizer moments, EMA, SAM's
+        # saved weights, and DDP's buckets.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
         image = self.image - (1 - config.activation_memory_budget) * self.saved
         return (self.fixed + standing + images * image) * (1 + MARGIN)
 
     def checkpoint(self, config: Config) -> int:
-        """Bytes of a checkpoint: weights, moments and the average."""
+        """Return the size of a checkpoint in bytes: weights, optimizer moments and average."""
         average = config.recipe.ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 
@@ -93,7 +96,7 @@ def _moments(config: Config) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and still there, and what operations do."""
+    """A dispatch mode that counts live tensor bytes, their peak, and the work of each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,17 +136,17 @@ class _Counter(TorchDispatchMode):
 def count(
     network: nn.Module, size: int, dtype: torch.dtype | None, compiled: bool = False
 ) -> Footprint:
-    """Count what passes of a network over images of `size` pixels take.
+    """Count the costs of forward and backward passes over images of `size` x `size` pixels.
 
     Args:
-        network: Not compiled yet; on any device, "meta" too.
-        size: The images' side.
-        dtype: What it computes in under autocast; None for fp32.
-        compiled: Whether it will be compiled; a synchronised BatchNorm then takes no more than
-            another, since its parts are one kernel.
+        network: Network that is not compiled yet, on any device including "meta".
+        size: Side of the images, pixels.
+        dtype: Type of the computation under autocast; None: fp32.
+        compiled: Whether the network will be compiled. A synchronised BatchNorm then takes no more
+            memory than an ordinary one, because its operations are fused into one kernel.
 
     Raises:
-        ModelError: What the network does depends on its numbers.
+        ModelError: The network's operations depend on the values of its tensors.
     """
     with FakeTensorMode(), _told_of_failure():
         empty = _without_data(network).train()
@@ -151,11 +154,11 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
-        for weight in empty.parameters():  # gradients are counted with the weights
+        for weight in empty.parameters():  # Gradients are counted with the weights.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
-    # What grows with the images, an image's; and of the peak what does not.
+    # The differences give the cost of an image; the rest of the peak is the fixed cost.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
     tensors = list(network.parameters()), list(network.buffers())
     weights, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
@@ -165,7 +168,8 @@ def count(
         fixed=round(few["peak"] - FEW_AND_MORE[0] * each["peak"]),
         image=each["peak"] + INPUT * size**2,
         saved=each["saved"],
-        operations=3 * each["operations"],  # each product has two of its size on the way back
+        # The backward pass has two products of the same size for each product.
+        operations=3 * each["operations"],
         traffic=each["traffic"],
         normalised=each["normalised"],
         norms=sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()),
@@ -174,9 +178,9 @@ def count(
 
 
 def takes_one_image(network: nn.Module, size: int) -> bool:
-    """Whether a network can train on one image of `size` pixels, found by trying it without data.
+    """Return whether a network can train on one image, found by a trial without data.
 
-    DeepLabV3's BatchNorm after global pooling cannot: it would normalise a single value.
+    DeepLabV3 cannot: after global pooling, its BatchNorm would normalise a single value.
     """
     try:
         with FakeTensorMode():
@@ -184,13 +188,14 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    except Exception as error:  # a network that cannot be tried without data: training will tell
+    # If the trial without data fails, training itself will show whether one image works.
+    except Exception as error:
         log.info("not known whether one image can be trained on alone: %s", one_line(error))
     return True
 
 
 def last_batch_of(spec: DataSpec, config: Config) -> int:
-    """Return the images of this process in an epoch's last batch; 0 if it is as large as others."""
+    """Return the size of a rank's last batch in an epoch, or 0 if that batch is full."""
     sampler = getattr(spec.dataloader, "sampler", None)
     if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
         return 0
@@ -198,15 +203,15 @@ def last_batch_of(spec: DataSpec, config: Config) -> int:
 
 
 def check_single_images(config: Config, network: nn.Module, data: DataSpec | None) -> None:
-    """Refuse micro-batches of one image, if the network cannot train on them.
+    """Refuse micro-batches of one image if the network cannot train on them.
 
     Args:
-        config: The run's.
-        network: The run's, not compiled yet.
-        data: The run's training data, or None.
+        config: Config of the run.
+        network: Network that is not compiled yet.
+        data: Training data of the run, or None.
 
     Raises:
-        ConfigError: Names the key, and a value that works.
+        ConfigError: A micro-batch would hold one image; the message names a value that works.
     """
     if data is None:
         return
@@ -244,14 +249,14 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
 def _told_of_failure() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a network of one's own may do anything
+    except Exception as error:  # A user's network may raise anything.
         raise ModelError(
             f"model.name: cannot be counted without data: {one_line(error)}"
         ) from error
 
 
 def _without_data(network: nn.Module) -> nn.Module:
-    """Copy a network, but for the contents of its tensors; they are a CPU's, which all have."""
+    """Copy a network to the CPU without the contents of its tensors."""
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(network.parameters(), network.buffers()):
         shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -267,7 +272,7 @@ def _forget(weight: Tensor) -> None:
 def _pass(
     network: nn.Module, size: int, images: int, dtype: torch.dtype | None
 ) -> dict[str, float]:
-    """Count a forward and backward pass over so many images."""
+    """Count a forward and a backward pass over this number of images."""
     with _Counter() as counter:
         photo = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
@@ -291,17 +296,17 @@ def fitting(
     ranks: int = 1,
     adapts: bool = True,
 ) -> tuple[int, bool]:
-    """Return how many of its images a process takes at once, and whether they fit.
+    """Return the micro-batch size of a rank, and whether it fits in memory.
 
-    With `auto` they are all, half, a quarter, ..., whichever fits first.
+    With `auto`, the size is halved until it fits.
 
     Args:
-        footprint: Of the network.
-        config: The run's.
-        images: A process's share of a batch.
-        free: Bytes that it has for a step.
-        ranks: How many processes there are.
-        adapts: Whether `auto` does so; on a CPU it is the whole batch.
+        footprint: Costs of the network.
+        config: Config of the run.
+        images: Number of images of a rank in a batch.
+        free: Memory available for a step, bytes.
+        ranks: Number of ranks.
+        adapts: Whether `auto` may halve the size. On a CPU, `auto` takes the whole batch.
     """
     chosen = config.device_train_microbatch_size
     adapts &= chosen == "auto"
@@ -315,9 +320,9 @@ def fitting(
 
 
 def free_memory(device: Device) -> float:
-    """Bytes of its GPU that a process can have; the fewest of all processes'.
+    """Return the GPU memory in bytes that every rank can use: the minimum over all ranks.
 
-    Out of memory on one GPU alone, while the others wait for it in a collective, ends the run.
+    If a single GPU ran out of memory while the others waited in a collective, the run would end.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:
@@ -329,17 +334,17 @@ def free_memory(device: Device) -> float:
 def choose_microbatch(
     config: Config, network: nn.Module, precision: Precision, device: Device
 ) -> tuple[int | str, int | None]:
-    """Choose how many images a process takes at once, of its share of a batch.
+    """Choose the number of images that a rank computes at once.
 
     Args:
-        config: The run's.
-        network: The run's, not compiled yet.
-        precision: The run's.
-        device: What the process computes on.
+        config: Config of the run.
+        network: Network that is not compiled yet.
+        precision: Precision of the run.
+        device: Device of this rank.
 
     Returns:
-        Composer's `device_train_microbatch_size`, and with `auto` on a GPU how many images to begin
-        with: starting near the largest that fit saves compiling for those that do not.
+        Composer's `device_train_microbatch_size`, and with `auto` on a GPU the first size to try. A
+            first size near the largest that fits saves compilations of sizes that do not fit.
     """
     chosen, share = config.device_train_microbatch_size, per_process(config.train_dataset)
     if chosen is None or (chosen == "auto" and not torch.cuda.is_available()):
@@ -352,7 +357,7 @@ def choose_microbatch(
 def _first_microbatch(
     network: nn.Module, config: Config, precision: str, images: int, device: Device
 ) -> int:
-    """Return how many of a GPU's images fit into its memory, by an estimate."""
+    """Estimate the number of images that fit in the memory of a GPU."""
     size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
     try:
         footprint = count(network, size, dtype, compiles(config))

@@ -1,4 +1,4 @@
-"""The optimizer, by config, and Composer's DecoupledSGDW in two passes over the weights."""
+"""The optimizer of a run, including a fused version of Composer's DecoupledSGDW."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from training.schema import OptimizerConfig
 
 
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
-    """SGD whose weight decay is a fraction per step, scheduled along with the learning rate.
+    """SGD whose weight decay is a fraction per step, scheduled with the learning rate.
 
-    Composer's in arguments, arithmetic and state. It is named as Composer's because checkpoints
-    name the optimizer they belong to. ResNet-101 has some 340 tensors of weights: a step of
-    Composer's is 1,300 launches on a GPU, which has nothing else to do meanwhile, as the trainer
-    has just waited for the loss.
+    Arguments, arithmetic and state are Composer's. The name is Composer's too, because a checkpoint
+    records the name of its optimizer. Composer's step launches about 1,300 kernels for the 340
+    parameters of ResNet-101. The GPU is idle meanwhile, because the trainer has just waited for the
+    loss.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         dampening: float,
         nesterov: bool,
     ) -> None:
-        """Composer's functional step; a list of buffers that is all None is filled."""
+        """Take a step, like Composer's function; fill a list of buffers that is all None."""
         groups = (
             [i for i, buffer in enumerate(momentum_buffer_list) if (buffer is None) == is_new]
             for is_new in (False, True)
@@ -71,10 +71,10 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """Build the optimizer of a network's weights, in as few groups as the config asks for.
+    """Build the optimizer of a network, with as few parameter groups as the config allows.
 
     Raises:
-        ConfigError: There is no backbone to tell the head from.
+        ConfigError: `head_lr_scale` is set, but the network has no known backbone.
     """
     backbone = backbone_of(network)
     if config.head_lr_scale != 1 and backbone is None:
@@ -109,13 +109,13 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
-    """Give a loaded optimizer the config's settings, in place of those in the checkpoint.
+    """Give a loaded optimizer the settings of the config instead of those of the checkpoint.
 
     Args:
-        state: The trainer's, with a checkpoint loaded.
-        settings: What `settings_of` returned before the checkpoint was loaded.
-        factor: The schedule's factor for the learning rate of the next step. None keeps the
-            checkpoint's learning rate, to the bit.
+        state: State of the trainer, after a checkpoint is loaded.
+        settings: Result of `settings_of` from before the checkpoint was loaded.
+        factor: Factor of the learning rate for the next step. None keeps the learning rate of the
+            checkpoint, bit for bit.
     """
     (optimizer,) = state.optimizers
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
@@ -136,7 +136,7 @@ def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]: ...
 
 
 def _flat(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """On a CPU, the tensors as vectors: its fused step copies, there and back, channels-last."""
+    """View CPU tensors as vectors: the fused CPU step would copy channels-last tensors twice."""
     return [t if t is None or t.is_cuda else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
@@ -149,10 +149,10 @@ def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
 
 
 def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor, or where it lies otherwise in memory than the weight, a copy that lies so.
+    """Return the tensor in the memory layout of the weight; copy it only if the layouts differ.
 
-    The fused step walks through memory. A checkpoint of a run without channels_last has momentum
-    that lies otherwise.
+    The fused step walks through memory in order. A checkpoint of a run without channels_last has
+    momentum in another layout.
     """
     if tensor is None or tensor.stride() == weight.stride():
         return tensor

@@ -1,7 +1,6 @@
-"""What a run draws: some photos with their predictions at each evaluation, and its curves.
+"""Callbacks that draw a run: predictions for some validation images, and curves.
 
-Both are Composer callbacks. Neither makes the training step wait for the device, and neither writes
-from any process but the first.
+Neither makes the training step wait for the device, and only the first rank writes files.
 """
 
 from __future__ import annotations
@@ -35,13 +34,18 @@ log = logging.getLogger(__name__)
 
 
 def save_file(data: bytes, folder: str, name: str) -> str | None:
-    """Write a file into a folder or below an object store's URI; it appears whole or not at all.
+    """Write a file into a folder or an object store; it appears complete or not at all.
 
-    What a callback writes is worth less than the run: where it cannot be written, a warning says so
-    and training goes on.
+    The run matters more than this file. If the file cannot be written, a warning is logged and
+    training continues.
+
+    Args:
+        data: Content of the file.
+        folder: Folder, or URI of an object store.
+        name: Path of the file below `folder`.
 
     Returns:
-        Where the file is, or None.
+        The path of the file, or None if it was not written.
     """
     path = os.path.join(folder, name)
     try:
@@ -56,7 +60,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     except (OutputError, UserError) as error:
         log.warning("%s", error)
         return None
-    except Exception as error:  # an object store raises what its client does
+    except Exception as error:  # The client of an object store raises errors of its own.
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
@@ -64,33 +68,36 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
-    """Return a client of an object store: one for all writes, as each S3 client takes 12 MB."""
+    """Return the client of an object store.
+
+    All writes share the client, because each S3 client takes 12 MB.
+    """
     store = maybe_create_object_store_from_uri(f"{backend}://{bucket}/")
     assert store is not None
     return store
 
 
 def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None:
-    """Write a run's file; `{time}` in the name is filled in."""
+    """Write a file of a run; `{time}` in its name becomes the epoch and the batch."""
     time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
     return save_file(data, folder, name.format(time=time))
 
 
 class Pictures(Callback):
-    """At each evaluation, draws some fixed validation photos with their masks and predictions.
+    """A callback that draws some validation images with their masks and predictions.
 
-    The photos are spread evenly over the validation set and the same at every evaluation. They pass
-    through the network once more, on the first process, with the weights that are evaluated: at
-    `EVAL_START` EMA has put its own in place.
+    It draws at each evaluation. The images are spread evenly over the validation set and are always
+    the same. They pass through the network on the first rank, with the weights that are evaluated:
+    EMA exchanges the weights at `EVAL_START`.
 
     Args:
         classes: Names and colours of the classes.
-        count: How many photos.
-        folder: Folder or object-store URI that `pictures/ep{epoch}-ba{batch}.png` goes below; the
-            picture goes to the loggers in any case.
+        count: Number of images.
+        folder: Folder or object-store URI below which `pictures/ep{epoch}-ba{batch}.png` is
+            written; None: only the loggers get the picture.
 
     Attributes:
-        latest: Where the newest picture is, or None.
+        latest: Path of the newest picture, or None.
         sheet: The newest picture, or None.
     """
 
@@ -126,7 +133,7 @@ class Pictures(Callback):
         from segmentation.drawing import prediction_sheet
 
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
-        # With this shape and type every one of Composer's loggers takes an image.
+        # All of Composer's loggers accept an image of this shape and type.
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
@@ -137,12 +144,13 @@ class Pictures(Callback):
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target and the predicted classes of a batch of one, (H, W) each."""
+        """Return the target and the predicted classes of a batch of one image, (H, W) each."""
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # The network itself: DistributedDataParallel's forward waits for the other processes.
-            # Its forward: the compiled call would be compiled again for a batch of one.
+            # Use the network itself, because DistributedDataParallel's forward waits for the other
+            # ranks. Call its forward method, because the compiled call would be compiled again for
+            # a batch of one.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
@@ -151,22 +159,21 @@ class Pictures(Callback):
 
 
 class Curves(Callback):
-    """Keeps `curves.png`: loss, learning rate and mIoU of the whole run, across resumes.
+    """A callback that writes `curves.png`: loss, learning rate and mIoU of the whole run.
 
-    The numbers are part of the checkpoint (12 bytes a batch), so a run that goes on from one draws
-    exactly what it has trained, wherever it goes on.
+    Checkpoints contain the numbers (12 bytes per batch), so a resumed run draws its whole history.
 
     Args:
-        folder: Folder or object-store URI that `curves.png` goes into, or None.
+        folder: Folder or object-store URI for `curves.png`, or None.
 
     Attributes:
-        drawn: What `curves.png` holds, on the first process.
+        drawn: Content of `curves.png` on the first rank, or None.
     """
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        self.train: list[tuple[int, float, float]] = []  # batches done, loss, learning rate
-        self.eval: list[tuple[int, float]] = []  # batches done, mIoU in percent
+        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, and learning rate.
+        self.eval: list[tuple[int, float]] = []  # Batches done, and mIoU in percent.
         self.drawn: bytes | None = None
         self._learning_rate = float("nan")
 
@@ -174,7 +181,7 @@ class Curves(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has the loss of the batch on the host by now, to log it.
+        # To log the loss, Composer has already copied it to the host.
         loss = (state.total_loss_dict or {}).get("loss/train/total", float("nan"))
         self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
 
@@ -203,13 +210,13 @@ class Curves(Callback):
 
 @contextmanager
 def _collected() -> Iterator[None]:
-    """Free what refers to itself and was made within, as a figure's 5 MB, and look at no more.
+    """Free the reference cycles that are created in this context, such as a figure of 5 MB.
 
-    By itself Python frees it so late that most of a hundred MB pile up; to look at all of a run's
-    objects takes a hundred times as long as at those made within.
+    Python's own collection runs so late that about 100 MB pile up. A full collection takes a
+    hundred times as long as a collection of the young objects alone.
     """
     was_enabled = gc.isenabled()
-    gc.disable()  # or some of it would already count as old
+    gc.disable()  # An automatic collection would make some of the objects count as old.
     try:
         yield
     finally:
@@ -221,13 +228,17 @@ def _collected() -> Iterator[None]:
 def draw_curves(
     train: Sequence[tuple[int, float, float]], evaluations: Sequence[tuple[int, float]]
 ) -> bytes:
-    """Loss, learning rate and mIoU over the batches, as a PNG.
+    """Draw the loss, the learning rate and the mIoU over the batches.
 
     Args:
-        train: Batches done, loss, and learning rate, a row a batch.
-        evaluations: Batches done and mIoU in percent, a row an evaluation.
+        train: One row per batch: batches done, loss, and learning rate.
+        evaluations: One row per evaluation: batches done, and mIoU in percent.
+
+    Returns:
+        A PNG file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and no pyplot
+    # The import takes half a second; pyplot is not needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8), dpi=100, layout="constrained")

@@ -1,4 +1,4 @@
-"""What a run computes in, and whether it compiles, as its config and this machine have it."""
+"""The precision of a run, and its compilation, chosen for this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from training.schema import Config
 
 
 def check_kernels() -> None:
-    """Refuse a GPU for which torch's wheel has no kernels, which else ends deep in the first step.
+    """Refuse a GPU for which torch has no kernels; it would otherwise fail in the first step.
 
     Raises:
-        ConfigError: Says so, and what to install.
+        ConfigError: A GPU has no kernels; the message says which torch to install.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return
@@ -44,10 +44,10 @@ def check_kernels() -> None:
 
 
 def _runs(capability: tuple[int, int], built: list[str]) -> bool:
-    """Return whether a GPU runs any of these kernels.
+    """Return whether a GPU can run any of these kernels.
 
-    `sm_80` runs on 8.0 and later 8.x; `compute_80` is compiled by the driver for all that is
-    later; `sm_90a` runs on 9.0 alone.
+    `sm_80` runs on 8.0 and later 8.x. `compute_80` is compiled by the driver for 8.0 and everything
+    later. `sm_90a` runs on 9.0 only.
     """
     for name in built:
         major, minor = made_for = _capability(name)
@@ -63,7 +63,7 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def _capability(name: str) -> tuple[int, int]:
-    """Return the compute capability of `sm_103` or `compute_80`: (10, 3), (8, 0)."""
+    """Return the compute capability in a name: `sm_103` is (10, 3), `compute_80` is (8, 0)."""
     digits = re.sub(r"\D", "", name)
     return int(digits[:-1]), int(digits[-1])
 
@@ -72,15 +72,15 @@ class CompiledTransform(Protocol):
     """A transform on the device that can be compiled."""
 
     def compile(self) -> None:
-        """Compile it when it is first used."""
+        """Mark the transform for compilation at its first call."""
 
 
 class Precision(NamedTuple):
     """The arithmetic of a run.
 
     Args:
-        composer: Composer's name of it, for a GPU.
-        cpu_autocast: The type of the forward pass on a CPU, for which Composer has no autocast.
+        composer: Composer's name of the precision, for a GPU.
+        cpu_autocast: Type of the forward pass on a CPU, because Composer has no autocast there.
     """
 
     composer: str
@@ -88,19 +88,22 @@ class Precision(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name as in the YAML."""
+        """The name of the precision in the YAML."""
         return self.composer if self.cpu_autocast is None else "amp_bf16"
 
 
 def choose_precision(name: str) -> Precision:
-    """Choose the precision of a run on this machine, by its name in the YAML.
+    """Choose the precision of a run on this machine.
+
+    Args:
+        name: Value of `precision` in the YAML.
 
     Raises:
-        ConfigError: This machine does not compute in that precision.
+        ConfigError: This machine cannot compute in that precision.
     """
     if torch.cuda.is_available():
         if name == "auto":
-            # Not emulated: a V100 or T4 takes bf16 only slowly.
+            # Emulated bf16 does not count: it is slow on a V100 or T4.
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "amp_bf16" if native else "amp_fp16"
         return Precision(name)
@@ -112,7 +115,7 @@ def choose_precision(name: str) -> Precision:
 
 
 def compiles(config: Config) -> bool:
-    """Return whether a run compiles the model here; `auto` needs a GPU and the build tools."""
+    """Return whether a run compiles the model; `auto` requires a GPU and the build tools."""
     if config.compile != "auto":
         return config.compile is True
     if not torch.cuda.is_available():
@@ -125,20 +128,20 @@ def compiles(config: Config) -> bool:
 def compile_if_wanted(
     config: Config, network: nn.Module, transforms: Iterable[CompiledTransform]
 ) -> None:
-    """Have a run's network and its transforms compiled when they are first called."""
+    """Mark a run's network and transforms for compilation at their first call."""
     if not compiles(config):
         return
     functorch.activation_memory_budget = config.activation_memory_budget
-    # Composer would compile DDP's forward pass instead, and leave evaluation out.
+    # Composer would compile DDP's forward pass instead, and evaluation would stay uncompiled.
     network.compile(dynamic=False)
     for transform in transforms:
         transform.compile()
 
 
 def stop_broadcasts(config: Config, state: State) -> None:
-    """Within a node, spare DDP the broadcast of BatchNorm's statistics before each forward pass.
+    """Stop DDP from broadcasting BatchNorm statistics before each forward pass on one node.
 
-    SyncBatchNorm keeps them equal there.
+    Within a node, SyncBatchNorm keeps the statistics equal, so the broadcast is not needed.
     """
     is_one_node = dist.get_world_size() == dist.get_local_world_size() > 1
     if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
@@ -146,13 +149,13 @@ def stop_broadcasts(config: Config, state: State) -> None:
 
 
 def check_build_tools(config: Config) -> str | None:
-    """See whether this machine can compile as the config says.
+    """Check whether this machine can compile as the config asks.
 
     Returns:
-        A line about what this run does without, if it lacks something; otherwise None.
+        A line that says what the run does without because a tool is missing, or None.
 
     Raises:
-        ConfigError: `compile: true`, and the machine lacks something.
+        ConfigError: The config has `compile: true`, and a tool is missing.
     """
     gpu = torch.cuda.is_available()
     if not gpu and config.compile is not True:
@@ -174,7 +177,7 @@ def _yaml(value: bool | str) -> str:
 
 
 def devices(ranks: int) -> str:
-    """Return what a run of so many processes computes on: `8 x NVIDIA H100`, `CPU, 2 threads`."""
+    """Describe the devices of a run, such as `8 x NVIDIA H100` or `CPU, 2 threads`."""
     name = f"CPU, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -182,7 +185,7 @@ def devices(ranks: int) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Return whether this CPU multiplies bf16 numbers itself (x86 and Arm Linux name it alike)."""
+    """Return whether this CPU has bf16 instructions; x86 and Arm Linux use the same names."""
     try:
         with open("/proc/cpuinfo") as file:
             return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None

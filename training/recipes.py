@@ -1,7 +1,8 @@
-"""The three recipes: how long each trains, and which algorithms it adds to a training step.
+"""The three recipes: their durations, and the algorithms that they add to a training step.
 
-Published as "5x faster or +4.6 mIoU" at https://www.mosaicml.com/blog/mosaic-image-segmentation.
-Every number here is the default of a key below the recipe's name, as in `hot.sam.rho`.
+MosaicML published them as "5x faster or +4.6 mIoU" at
+https://www.mosaicml.com/blog/mosaic-image-segmentation. Every number here is the default of a key
+below the recipe's name, such as `hot.sam.rho`.
 """
 
 # ruff: noqa: RUF009 (key() and absent_section() make a dataclasses.field)
@@ -16,7 +17,7 @@ from training.keys import APPLIED, absent_section, key
 
 @dataclass
 class EMAConfig:
-    """An exponential moving average of the weights, which evaluation and checkpoints use."""
+    """An exponential moving average of the weights, used for evaluation and checkpoints."""
 
     half_life: str = key(APPLIED, "1000ba", "half-life of the averaged weights")
     update_interval: str = key(APPLIED, "10ba", "time between updates of the average")
@@ -54,11 +55,11 @@ class Recipe:
     """A training recipe.
 
     Args:
-        max_duration: Length of the run, as a Composer time string.
-        schedule: Name of the learning-rate schedule, if `schedule.name` is empty.
-        ema: Settings of the moving average, or None to train without it.
-        sam: Settings of sharpness-aware minimisation, or None to train without it.
-        mixup: Settings of MixUp, or None to train without it.
+        max_duration: Duration of the run, as a Composer time string.
+        schedule: Name of the learning-rate schedule that is used if `schedule.name` is empty.
+        ema: Settings of the moving average; None: no average.
+        sam: Settings of sharpness-aware minimisation; None: no SAM.
+        mixup: Settings of MixUp; None: no MixUp.
     """
 
     max_duration: str
@@ -86,7 +87,7 @@ RECIPES = {
 
 
 def recipe_table() -> str:
-    """Return the recipes as the Markdown table of the documentation."""
+    """Return the recipes as the Markdown table of docs/recipes.md."""
     lines = [
         "| `recipe_name` | duration | learning rate | EMA | SAM | MixUp |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""A run on one page, `report.html`: for people who have no logging service."""
+"""The page `report.html` that describes a run, for people without a logging service."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 class Report(Callback):
-    """At each evaluation, and at the end, writes all that a run has to show into one HTML file.
+    """A callback that writes the results of a run into one HTML file.
 
-    It needs nothing beside it: the images are inside. What it tells of earlier evaluations comes
-    from `curves`, so a run that goes on from a checkpoint tells the whole of it.
+    It writes at each evaluation and at the end. The file contains its images, so it needs no other
+    files. Earlier evaluations come from `curves`, so a resumed run reports its whole history.
 
     Args:
-        config: The run's.
+        config: Config of the run.
         classes: Names and colours of the classes.
-        folder: Folder or object-store URI that `report.html` goes into.
-        curves: The run's, before this one among the callbacks.
-        pictures: The run's, or None.
+        folder: Folder or object-store URI for `report.html`.
+        curves: Callback that draws the curves; it must come before this one in the list of
+            callbacks.
+        pictures: Callback that draws validation images, or None.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Report(Callback):
 
 
 def _facts(config: Config, curves: Curves, state: State) -> str:
-    """Return what the run is and has reached, as the items of a description list."""
+    """Return the facts about a run and its results, as the items of an HTML description list."""
     time, facts = state.timestamp, {}
     if curves.eval:
         facts["mIoU"] = _miou(curves.eval)
@@ -117,7 +118,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
 
 
 def _miou(evaluations: Sequence[tuple[int, float]]) -> str:
-    """Return the newest and the best mIoU. An evaluation without any labelled pixel has none."""
+    """Return the newest and the best mIoU. An evaluation without labelled pixels has no mIoU."""
     scored = [one for one in evaluations if not math.isnan(one[1])]
     if not scored:
         return "-"
@@ -138,7 +139,7 @@ def _jpeg(sheet: Image.Image) -> bytes:
 
 
 def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo]) -> str:
-    """Return the table of classes, with a column's title as the button that sorts by it."""
+    """Return the table of classes as HTML; a click on a column title sorts by the column."""
     columns, rows = found
     head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in columns)
     lines = []
@@ -157,7 +158,7 @@ def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo
 
 
 def _cell(number: float | None, is_percent: bool) -> str:
-    if number is None:  # it never occurs
+    if number is None:  # The class never occurs.
         return '<td data-value="-1">-</td>'
     if not is_percent:
         return f'<td data-value="{number}">{number:,}</td>'

@@ -17,24 +17,24 @@ from training.optimizer import laid_out_like
 
 
 class SAM(Algorithm):
-    """Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412).
+    """Sharpness-aware minimisation (SAM; Foret et al. 2021, https://arxiv.org/abs/2010.01412).
 
-    Every `interval`-th step climbs by `rho` along the gradient, computes the gradient there, and
-    applies that to the weights it started from. Each rank climbs along the gradient of its own part
-    of the batch.
+    Every `interval`-th step moves the weights by `rho` along the gradient, computes the gradient
+    there, and applies it to the original weights. Each rank moves along the gradient of its own
+    part of the batch.
 
-    Composer's SAM wraps the optimizer once a checkpoint has been loaded, then saves the wrapper in
-    its place: momentum and the count of steps are lost on a resume. This one replaces the
-    optimizer's `step` and keeps no state, so the optimizer is saved and loaded as if there were no
-    SAM, and the learning-rate schedule drives its groups. Also unlike Composer's, the weights
-    return to exactly what they were, after a pass that failed too, and a loss of 0 skips no step.
+    Composer's SAM wraps the optimizer after a checkpoint is loaded, and saves the wrapper in its
+    place. A resume therefore loses the momentum and the step count. This version replaces the
+    optimizer's `step` method and keeps no state: the optimizer is saved, loaded and scheduled as
+    without SAM. It also restores the exact weights, even if a pass fails, and a loss of 0 does not
+    skip the step.
 
     Args:
-        rho: Length of the climb, in the 2-norm over all weights.
-        interval: Steps from one climb to the next; a step that climbs takes twice the time.
+        rho: Distance of the move, in the 2-norm over all weights.
+        interval: Number of steps from one SAM step to the next. A SAM step takes twice the time.
 
     Raises:
-        ValueError: `rho` is not above 0, or `interval` is not at least 1.
+        ValueError: `rho` is not above 0, or `interval` is below 1.
     """
 
     def __init__(self, rho: float = 0.05, interval: int = 1):
@@ -44,11 +44,11 @@ class SAM(Algorithm):
         self.interval = interval
 
     def match(self, event: Event, state: State) -> bool:
-        """Run once, before the trainer makes the schedule and the gradient scaler."""
+        """Return whether the trainer is about to build the schedule and the gradient scaler."""
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the optimizer's step."""
+        """Replace the optimizer's `step` method."""
         (optimizer,) = state.optimizers
         plain_step = optimizer.step
 
@@ -57,26 +57,26 @@ class SAM(Algorithm):
                 return plain_step()
             climb = (state.timestamp.batch.value + 1) % self.interval == 0
             loss = closure(ddp_sync=False) if climb else closure()
-            if loss is None:  # the gradient overflowed in fp16
+            if loss is None:  # The gradient overflowed in fp16.
                 return None
             if climb:
                 with _climbed(optimizer, self.rho):
-                    if closure(loss_dict={}) is None:  # this pass's losses are not logged
+                    if closure(loss_dict={}) is None:  # The losses of this pass are not logged.
                         return loss
             plain_step()
             return loss
 
         optimizer.step = MethodType(step, optimizer)
-        # For the trainer, which looks for it on any optimizer: closures in fp16 as well.
+        # The trainer reads this attribute of any optimizer: closures work in fp16, too.
         optimizer._step_supports_amp_closure = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
 def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
-    """Add `rho` times the normalised gradient to the weights, and bring them back at the end.
+    """Add `rho` times the normalised gradient to the weights, and restore them at the end.
 
-    The sum takes the gradient's memory, and the weights' own stays untouched meanwhile: nothing is
-    copied, there or back.
+    The moved weights use the memory of the gradient. The memory of the original weights is
+    untouched, so nothing is copied.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     start = [p.data for p in weights]
@@ -87,7 +87,8 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
         torch._foreach_add_(climbed, start)
     for weight, sum_ in zip(weights, climbed, strict=True):
         weight.grad = None
-        weight.data = sum_.as_strided(weight.shape, weight.stride())  # a compiled graph's guard
+        # A compiled graph checks the strides of the weights.
+        weight.data = sum_.as_strided(weight.shape, weight.stride())
     try:
         yield
     finally:

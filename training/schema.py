@@ -1,4 +1,4 @@
-"""The typed schema of the YAML: every key, its default and what it means."""
+"""The typed schema of the YAML: every key with its default and its meaning."""
 
 # ruff: noqa: RUF009 (key() and section() make a dataclasses.field)
 
@@ -10,7 +10,8 @@ from typing import Any
 from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
 from training.recipes import BASELINE, RECIPES, RecipeConfig
 
-# Composer's loggers, and the package that each needs besides (an extra of Composer's of that name).
+# Composer's loggers, each with the Python package that it needs; None: no extra package. Composer's
+# extra has the same name as the logger.
 LOGGERS = {
     "progress_bar": None,
     "console": None,
@@ -22,9 +23,10 @@ LOGGERS = {
     "neptune": "neptune",
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
-MAX_SIDE = 16384  # pixels
-MAX_SEED = 2**32 - 2**16  # numpy takes 32 bits, and each process one of its own
-# What networks come from, and the package that each needs besides (an extra of the name before it).
+MAX_SIDE = 16384  # Largest side of an image in pixels.
+MAX_SEED = 2**32 - 2**16  # NumPy's seeds have 32 bits, and each rank adds its number to the seed.
+# Libraries of networks, each with the Python package that it needs. The install extra has the name
+# of the library.
 LIBRARIES = {
     "mmseg": None,
     "torchvision": None,
@@ -77,7 +79,7 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """A data set, and how its samples are made."""
+    """A data set, and how its samples are transformed."""
 
     is_streaming: bool = key(FREE, False, "true: read MDS shards; false: read folders")
     path: str | None = key(
@@ -138,9 +140,9 @@ class TrainDatasetConfig(DatasetConfig):
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
-    """The data set of evaluation, which sees every image once, in order, and not in crops."""
+    """The data set of evaluation, which sees every whole image once and in order."""
 
-    # Without effect, but the reference's YAMLs have them.
+    # These keys have no effect, but the reference's YAMLs contain them.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")
@@ -149,7 +151,7 @@ class EvalDatasetConfig(DatasetConfig):
 
 @dataclass
 class OptimizerConfig:
-    """Which optimizer, and of which weights."""
+    """The optimizer, and the parameters that it treats in a special way."""
 
     name: str = key(COMPARED, "sgdw", "sgdw or adamw, both with decoupled weight decay")
     lr: float = key(APPLIED, 0.08, "learning rate", "(0, inf)")
@@ -171,7 +173,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """How the learning rate goes on from `optimizer.lr`."""
+    """The learning rate over time, relative to `optimizer.lr`."""
 
     name: str | None = key(
         APPLIED, None, "cosine, poly, constant or linear; empty: the one of the recipe"
@@ -185,7 +187,7 @@ class ScheduleConfig:
 
 @dataclass
 class Config:
-    """The whole YAML."""
+    """All keys of the YAML."""
 
     run_name: str | None = key(
         COMPARED, None, "name of the run; empty: $RUN_NAME, or a generated name"
@@ -289,13 +291,13 @@ class Config:
 
     @property
     def recipe(self) -> RecipeConfig:
-        """The keys of the chosen recipe; the baseline has no algorithms."""
+        """The keys of the chosen recipe. The baseline has no algorithms."""
         if self.recipe_name is None:
             return RecipeConfig(self.max_duration)
         return getattr(self, self.recipe_name)
 
 
 def compared_values(config: Config) -> dict[str, Any]:
-    """Return the values that have to be those of the checkpoint which a run resumes from."""
+    """Return the values that must equal those of the checkpoint from which a run resumes."""
     kinds = on_resume(config)
     return {name: value for name, value in flatten(config).items() if kinds[name] == COMPARED}

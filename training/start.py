@@ -1,4 +1,4 @@
-"""Where a run begins, and the folder that it saves to."""
+"""The start of a run: its weights, its state, and the folder that it saves to."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run begins from.
+    """The starting point of a run.
 
     Args:
-        checkpoint: The file with its first weights, or None for the config's own.
-        state_path: Local path of the checkpoint, if the run resumes its state of training.
-        server_runs: IDs of the runs of W&B and MLflow that a resumed run goes on with.
+        checkpoint: File with the initial weights; None: the weights that the config names.
+        state_path: Local path of the checkpoint whose state of training the run resumes, or None.
+        server_runs: IDs of the W&B and MLflow runs that a resumed run continues.
     """
 
     checkpoint: Start | None = None
@@ -39,15 +39,18 @@ class RunStart:
 
     @property
     def record(self) -> Mapping[str, Any] | None:
-        """The config that the checkpoint records, if there is one."""
+        """The config that the checkpoint records, or None."""
         return self.checkpoint and self.checkpoint.weights.config
 
 
 def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
-    """Build what saves a run's checkpoints, and lock its folder; None without `save_folder`.
+    """Build the callback that saves checkpoints, and lock its folder.
+
+    Returns:
+        The callback, or None if the run saves nothing.
 
     Raises:
-        ConfigError: Another live run writes to the folder, or it cannot be written.
+        ConfigError: Another live run writes to the folder, or the folder is not writable.
     """
     if not config.is_train:
         return None
@@ -76,19 +79,19 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
 
 
 def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> RunStart:
-    """Find what a run begins from, and check that its config fits.
+    """Find the starting point of a run, and check that the config matches it.
 
-    The order: the newest checkpoint in `save_folder` with `autoresume`, then `load_path`, then the
-    weights that `model.backbone_weights` names.
+    The first of these that exists is used: with `autoresume`, the newest checkpoint in
+    `save_folder`; then `load_path`; then the weights that `model.backbone_weights` names.
 
     Args:
-        config: The run's.
-        saver: What saves its checkpoints, if anything does.
-        scratch: Local folder to download to.
+        config: Config of the run.
+        saver: Callback that saves the run's checkpoints, or None.
+        scratch: Local folder for downloads.
 
     Raises:
         ConfigError: A checkpoint cannot be read, or the config contradicts its record.
-        WeightsError: `load_path` is damaged.
+        WeightsError: The file of `load_path` is damaged.
     """
     start = None
     if config.autoresume or config.load_path:
@@ -123,7 +126,7 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
 
 
 def guarded_loading(start: RunStart) -> AbstractContextManager[None]:
-    """Within, Composer may load the state that a run resumes, and nothing in it can run code."""
+    """Return a context in which Composer loads a checkpoint without executing code from it."""
     if start.state_path is None:
         return nullcontext()
     from checkpointing.weights import guarded_unpickling
@@ -132,7 +135,7 @@ def guarded_loading(start: RunStart) -> AbstractContextManager[None]:
 
 
 def release_save_folder(config: Config) -> None:
-    """Release the lock on the folder that a run saves to, if there is one."""
+    """Release the lock on the folder that a run saves to, if it has one."""
     if config.save_folder:
         from checkpointing.lock import release_locks
 

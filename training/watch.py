@@ -1,9 +1,9 @@
-"""Ends a run's processes within seconds when one of them, or its machine, is lost.
+"""A watch over a run's processes, which ends all of them when one is lost.
 
-A collective would wait half an hour for it: so long another process may compile, download or save.
-Here each process holds a connection to the first, on which nothing is said before the end. Linux
-closes it when a process dies, and asks across it whether the other machine is still there (TCP
-keepalive), however busy the processes themselves are.
+Without it, a collective waits half an hour for a lost process, because a live process may need that
+long to compile, download or save. Each process holds a connection to the first one, and sends
+nothing on it before its end. Linux closes the connection when a process dies. TCP keepalive detects
+within seconds that the other machine is lost, even if the processes are busy.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ from torch.distributed.rendezvous import rendezvous
 from errors import Lost, one_line
 from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 
-# Seconds for all processes to start. torchrun starts them together; by hand it takes longer.
+# Timeout in seconds for all processes to start. torchrun starts them together; a start by hand
+# takes longer.
 TOGETHER = 300.0 if "TORCHELASTIC_RUN_ID" in os.environ else COLLECTIVE_TIMEOUT
-# A machine is asked every 4 seconds, and lost when it has not answered four times: after 20 s.
+# Seconds between two probes of a machine, and number of failed probes. A machine is lost after 20
+# s.
 INTERVAL, ATTEMPTS = 4, 4
-# Seconds for a process to end by itself, as it does when its own collective fails.
+# Time in seconds for a process to end by itself, for example because its own collective fails.
 GRACE = 3.0
 
 
 def join() -> Watch | None:
-    """Have the processes of a run find each other, and watch; None where there is only one.
+    """Connect the processes of a run, and watch them.
+
+    Returns:
+        The watch, or None if the run has only one process.
 
     Raises:
-        Lost: They are not all there in time.
+        Lost: Some processes did not start in time.
     """
     ranks = dist.get_world_size()
     if ranks == 1:
@@ -59,12 +64,12 @@ def join() -> Watch | None:
 
 
 class Watch:
-    """A process's view of the others: the first sees all of them, the others see the first.
+    """The connections of a process: the first process is connected to all others.
 
     Args:
-        store: Where the first process says which port the others connect to.
-        rank: The process's number.
-        ranks: How many there are.
+        store: Store in which the first process publishes its port.
+        rank: Number of this process.
+        ranks: Number of processes.
 
     Attributes:
         store: The part of the store for this attempt. torchrun keeps one store for all attempts.
@@ -82,7 +87,8 @@ class Watch:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ATTEMPTS)
         self._peers = peers
-        os.register_at_fork(after_in_child=self._leave)  # a loader, which may live on for a while
+        # A loader process inherits the connections and may outlive the run, so it closes them.
+        os.register_at_fork(after_in_child=self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _leave(self) -> None:
@@ -90,30 +96,30 @@ class Watch:
             peer.close()
 
     def cause(self, seconds: float = GRACE) -> Lost | None:
-        """Return which process was lost, and how, if that is heard of within some seconds."""
+        """Return which process was lost and why, if the news arrives within some seconds."""
         self._heard.wait(seconds)
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether no other process of this node has asked about the same text."""
+        """Return whether this is the first process of the node that asks about this text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
-        except RuntimeError:  # the first process has ended, and its store with it
+        except RuntimeError:  # The first process has ended, and with it the store.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
-        """Tell the others that this process ends by itself, and with which status."""
+        """Tell the other processes that this one ends by itself, and with which status."""
         self._closed.set()
         self._tell(status, "")
 
     def _tell(self, status: int, text: str) -> None:
         for peer in self._peers:
-            with suppress(OSError):  # it may be the lost one
+            with suppress(OSError):  # The peer may be the lost process.
                 peer.sendall(bytes([status]) + text.encode())
                 peer.shutdown(socket.SHUT_WR)
 
     def _listen(self) -> None:
-        """Hear of each process's end; the first that is not a success ends this one too."""
+        """Wait for the end of each process; the first failure also ends this process."""
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer, selectors.EVENT_READ)
@@ -134,7 +140,8 @@ class Watch:
         if self._closed.wait(GRACE):
             return
         if cause.status == 2:
-            is_first_to_refuse(str(cause))  # torchrun's next attempt ends at once on this node too
+            # On this node, torchrun's next attempt then ends at once.
+            is_first_to_refuse(str(cause))
         if dist.get_local_rank() == 0:
             print(f"error: {cause}", file=sys.stderr, flush=True)
         for loader in multiprocessing.active_children():
@@ -143,7 +150,7 @@ class Watch:
 
 
 def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, str], str]:
-    """Return the connections to all other processes with their names, and this attempt's token."""
+    """Return the connections to the other processes with their names, and this attempt's token."""
     peers: dict[int, tuple[socket.socket, str]] = {}
     token = secrets.token_hex(8)
     dual = socket.has_dualstack_ipv6()
@@ -154,7 +161,8 @@ def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, st
         while len(peers) < ranks - 1:
             peer, address = server.accept()
             with suppress(OSError):
-                # A process says token and rank at once, and tries again. A port scanner does not.
+                # A process sends its token and rank at once, and tries again if refused. A port
+                # scanner does not.
                 peer.settimeout(0.5)
                 said, rank = peer.recv(16), int.from_bytes(peer.recv(4), "big")
                 if said == token.encode() and 0 < rank < ranks:
@@ -169,11 +177,11 @@ def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, st
     """Return the connection to the first process with its name, and this attempt's token."""
     host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
     while time.monotonic() < end:
-        # The port may be that of an earlier attempt, until the first process sets its own.
+        # The store may hold the port of an earlier attempt until the first process sets a new one.
         port, token = store.get("watch").decode().split()
         with suppress(OSError):
             peer = socket.create_connection((host, int(port)), timeout=5)
-            peer.settimeout(30)  # the first process may have many port scanners to turn away
+            peer.settimeout(30)  # The first process may have to turn away many port scanners.
             peer.sendall(token.encode() + rank.to_bytes(4, "big"))
             if peer.recv(1) == b"1":
                 return {peer: f"process 0 at {host}"}, token
@@ -183,7 +191,7 @@ def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, st
 
 
 def _last_words(peer: socket.socket, name: str) -> Lost | None:
-    """Return what became of a process of which something is heard; None if it succeeded."""
+    """Read the last message of a process; return why it ended, or None if it succeeded."""
     said = b""
     try:
         while part := peer.recv(1000):

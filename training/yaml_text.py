@@ -1,8 +1,8 @@
-"""Names in a YAML keep the text that was written, such as 007, 12:30, 1e5 or no.
+"""Quoting of YAML names, so that 007, 12:30, 1e5 or no stay text.
 
-YAML reads these as numbers, times and booleans. Where the schema wants text, `quote_text` puts
-quotes around them before YAML reads the file. Numbers that YAML reads in a surprising way, such as
-017 for 15, are refused elsewhere.
+YAML reads these as numbers, times and booleans. If the schema expects text, `quote_text` adds
+quotes before YAML reads the file. A number that YAML reads in a surprising way, such as 017 as 15,
+is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import yaml
 from errors import ConfigError
 from training.schema import Config
 
-# Arguments of loggers whose values are names.
+# Arguments of loggers whose values are names
 NAMES = {"name", "project", "group", "entity", "tags", "notes", "run_name", "experiment_name"}
-# Keys below which every mapping has names for keys: of classes, mostly.
+# Keys below which the keys of every mapping are names, mostly of classes
 NAMED = ("data", "model.class_weights")
 SURPRISING = re.compile(r"[-+]?0[\d_]*[1-9][\d_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
@@ -27,8 +27,8 @@ def quote_text(text: str, place: str = "") -> str:
     """Return a YAML with quotes around the plain scalars that have to stay text.
 
     Args:
-        text: The YAML. Broken YAML is returned as it is, for its reader to complain about.
-        place: Dotted name of the key whose value the YAML is; empty: it is the whole config.
+        text: The YAML. Broken YAML is returned unchanged, so that its reader reports the error.
+        place: Dotted name of the key that has this YAML as its value; empty: the whole config.
 
     Raises:
         ConfigError: A number has a leading zero, or is written with colons.
@@ -42,7 +42,7 @@ def quote_text(text: str, place: str = "") -> str:
         _collect(root, _hint_of(place), place, scalars, set())
     for end, node in sorted(scalars.items(), reverse=True):
         start = end - len(node.value)
-        if text[start:end] == node.value:  # a plain scalar of several lines is text already
+        if text[start:end] == node.value:  # A plain scalar of several lines is already text.
             quoted = node.value.replace("'", "''")
             text = f"{text[:start]}'{quoted}'{text[end:]}"
     return text
@@ -51,8 +51,8 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect the plain scalars below a node that have to be text, by where they end."""
-    if id(node) in seen:  # an alias
+    """Collect the plain scalars below a node that must be text, by their end position."""
+    if id(node) in seen:  # The node is an alias that has been visited already.
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
@@ -80,13 +80,13 @@ def _collect(
 
 
 def _is_text(hint: Any) -> bool:
-    """Whether a key takes text, and neither numbers nor booleans."""
+    """Return whether a key takes text, but neither numbers nor booleans."""
     kinds = {hint, *get_args(hint)} if hint is not None else set()
     return str in kinds and not kinds & {int, float, bool}
 
 
 def _hint_of(place: str) -> Any:
-    """Return the type of a key, or None where the schema has none."""
+    """Return the type of a key, or None if the schema does not define it."""
     hint: Any = Config
     for name in filter(None, place.split(".")):
         if hint is not str:
