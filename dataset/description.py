@@ -124,7 +124,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
     Args:
         path: A data set or a description file.
-        root: Folder of the described data set. None takes the root in the description.
+        root: Folder of the described data set. If None, the root in the description is used.
 
     Raises:
         ConfigError: The description is wrong, or does not say where the data set is.
@@ -342,7 +342,7 @@ def ade20k(labels: Labels | None = None) -> Description:
     """Return the description of ADE20K's layout, whose masks hold labels directly.
 
     Args:
-        labels: Meaning of the labels. None takes ADE20K's labels.
+        labels: Meaning of the labels. If None, ADE20K's labels.
     """
     sources = {
         split: Source(f"images/{name}", f"annotations/{name}") for split, name in FOLDERS.items()

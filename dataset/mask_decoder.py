@@ -22,7 +22,7 @@ from dataset.labels import Labels
 if TYPE_CHECKING:
     from dataset.panoptic import Segments
 
-COLORS = 2**24  # Number of colours of three bytes.
+COLORS = 2**24  # Number of 24-bit colours.
 
 
 class UnknownValues(ValueError):

@@ -182,7 +182,7 @@ class Template:
         self.fields.add(field)
         if field == "dir" and slash:
             return "(?:(?P<dir>.+?)/)?"
-        # A single placeholder can end in only one place, so it need not be lazy.
+        # A single placeholder can end in only one place, so its pattern need not be lazy.
         lazy = "" if self.is_simple else "?"
         return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
 

@@ -125,11 +125,11 @@ class EpochSampler(DistributedSampler):
         shuffle: Whether to shuffle the samples.
         drop_last: Whether to drop the last, smaller batch. If False, its samples are repeated until
             all ranks have equally many.
-        prefetch_distance: Number of samples to prefetch ahead. 0 turns prefetching off.
-        num_replicas: Number of ranks. None asks Composer.
-        rank: Number of this rank. None asks Composer.
-        repeat_factors: Average number of times that an epoch takes each sample, (n,). None takes
-            each sample once.
+        prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
+        num_replicas: Number of ranks. If None, Composer's.
+        rank: Number of this rank. If None, Composer's.
+        repeat_factors: Average number of times that an epoch takes each sample, (n,). If None,
+            each sample is taken once.
     """
 
     dataset: Ordered
@@ -196,7 +196,7 @@ class EvalSampler(DistributedSampler):
 
     Args:
         dataset: Data set to evaluate.
-        prefetch_distance: Number of samples to prefetch ahead. 0 turns prefetching off.
+        prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
     """
 
     def __init__(self, dataset: Dataset, prefetch_distance: int = 0):

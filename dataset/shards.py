@@ -48,14 +48,14 @@ class Shards:
     Args:
         remote: Folder or URL that contains the split's folder, in any store that Streaming
             supports. None if the shards are in `local`, which is then not changed.
-        local: Folder of the cache. None reads the folder `remote` in place.
+        local: Folder of the cache. If None, the folder `remote` is read in place.
         split: Name of the split's folder.
         cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least
-            recently used shards are deleted first. None sets no limit.
+            recently used shards are deleted first. If None, no limit.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer.
         validate_hash: Hash that checks each downloaded shard. 'auto' takes a hash that the index
-            contains, if it contains one. None skips the check.
+            contains, if it contains one. If None, no check.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -213,7 +213,7 @@ class Shards:
                 os.utime(path)
         uid = sample["uid"]
         uid = uid.decode("utf-8", "surrogateescape") if isinstance(uid, bytes) else str(uid)
-        # The uid has no prefix, as in folders.
+        # Remove the prefix, as for data sets in folders.
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
@@ -374,7 +374,7 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 
     Args:
         path: Folder or URL of the shards.
-        local: Folder of the cache. None reads the folder `path` in place.
+        local: Folder of the cache. If None, the folder `path` is read in place.
         split: Name of the split's folder.
     """
     return Shards(path, local, split, download_retry=2)
