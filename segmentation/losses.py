@@ -301,8 +301,8 @@ def backward(
             p = tile.upsample(low)
             p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
             # Let u be p times the derivative with respect to p. It is `by_predicted * p` for each
-            # class, plus `at_target` for the target's class. Through the softmax, the gradient is u
-            # - p * sum(u).
+            # class, plus `at_target` for the target's class. The softmax turns u into the gradient
+            # u - p * sum(u).
             labels = index[y, :, x]
             at_target = p.gather(1, labels).mul_(slope[y, :, x]).sub_(constant[y, :, x])
             inner = torch.matmul(by_predicted, p) + at_target.sum(1)
