@@ -69,7 +69,7 @@ def compiled_transform(result: Any) -> tuple[int, float]:
     """Return Inductor's loops for one image, and their bytes for all images."""
     from torch._inductor import config, metrics
 
-    # The transform takes this branch on a GPU.
+    # On a GPU, the transform applies every step without a check.
     imported("dataset.color_jitter", "dataset.colors")._any = lambda change: True
     raw = torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     numbers = [torch.full((), number) for number in (17, 0)]

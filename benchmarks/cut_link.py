@@ -149,7 +149,7 @@ def run(
             nodes.cut()
             if alone:
                 nodes.kill(1)
-            time.sleep(1)  # A checkpoint may be in progress.
+            time.sleep(1)  # Wait for a checkpoint that is being written.
             before = _checkpoints(folder)
         if cut:
             time.sleep(cut - 1)

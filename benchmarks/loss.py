@@ -139,7 +139,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     for target in TARGETS:
         memory = {}
         for side in args.sides:
-            # A process each: memory once freed hides what is taken again.
+            # Measure each side in a process of its own, because memory that was freed before hides
+            # new use.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 memory[side] = process.submit(extra_bytes, side, target, args).result()
         for threads in args.threads:
@@ -149,7 +150,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """Return what the figures depend on."""
+    """Return the machine and library versions that the results depend on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if device == "cuda":

@@ -123,7 +123,8 @@ class Stopwatch(Callback):
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._count()
-        self._parts = ["rest", "waiting for data"]  # At the end of an epoch, no part was left.
+        # At the end of an epoch, `after_dataloader` is not called, so reset the parts.
+        self._parts = ["rest", "waiting for data"]
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self._leave()

@@ -175,8 +175,8 @@ class Contender:
         taken = {
             event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
             for event in profiler.key_averages()
-            # Skip operators and annotations on a GPU, because their time includes that of their
-            # kernels.
+            # On a GPU, skip operators and annotations, because their time includes the time of
+            # their kernels.
             if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
         }
         return {name: time / 1e3 / CYCLE for name, time in taken.items() if time}
@@ -190,7 +190,8 @@ class Contender:
         compiled = network._compiled_call_impl is not None
         network._compiled_call_impl = None
         watch = Stopwatch(self.trainer, compile_parts=compiled)
-        self.fit(self.args.warmup if compiled else CYCLE)  # The memory of this contender was idle.
+        # The contender was idle, so it warms up again.
+        self.fit(self.args.warmup if compiled else CYCLE)
         watch.steps = 0
         self.fit(self.args.steps)
         return watch.milliseconds()

@@ -30,7 +30,7 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
 
     Args:
         source: The split whose masks are counted.
-        workers: Number of processes. If None, one per core.
+        workers: Number of processes. If None, one process per core.
 
     Returns:
         The pixel counts and the images that show each class.

@@ -342,7 +342,7 @@ def ade20k(labels: Labels | None = None) -> Description:
     """Return the description of ADE20K's layout, whose masks hold labels directly.
 
     Args:
-        labels: Meaning of the labels. If None, ADE20K's labels.
+        labels: Meaning of the labels. If None, ADE20K's labels are used.
     """
     sources = {
         split: Source(f"images/{name}", f"annotations/{name}") for split, name in FOLDERS.items()

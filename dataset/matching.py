@@ -57,7 +57,8 @@ class Samples(Sequence[Sample]):
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        self._ends = np.append(-1, np.flatnonzero(self._text == 0))  # End of each name.
+        # Position where each name ends.
+        self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:
         return self._length
@@ -121,7 +122,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         root: Folder that contains the paths of the layout.
 
     Returns:
-        The listing of the split. If one split is a fraction of the other, the listings of both.
+        The listings of both splits if one is a fraction of the other, otherwise the listing of the
+        given split.
 
     Raises:
         ConfigError: The description does not say where the images and masks are.
@@ -286,7 +288,7 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     files = masks.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
-        # Usually all names agree, and no loop is needed.
+        # In the usual case all names match, so the loop below is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
     used = dict(zip(reversed(keys), reversed(photos)))  # The first image for each mask.

@@ -116,7 +116,7 @@ def list_files(folder: str | Path) -> list[str]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # The entry is a link to itself.
+    except OSError:  # A link that points to itself raises OSError.
         return False
 
 

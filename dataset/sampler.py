@@ -126,8 +126,8 @@ class EpochSampler(DistributedSampler):
         drop_last: Whether to drop the last, smaller batch. If False, its samples are repeated until
             all ranks have equally many.
         prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
-        num_replicas: Number of ranks. If None, Composer's.
-        rank: Number of this rank. If None, Composer's.
+        num_replicas: Number of ranks. If None, Composer's value is used.
+        rank: Number of this rank. If None, Composer's value is used.
         repeat_factors: Average number of times that an epoch takes each sample, (n,). If None,
             each sample is taken once.
     """

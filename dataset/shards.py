@@ -51,11 +51,11 @@ class Shards:
         local: Folder of the cache. If None, the folder `remote` is read in place.
         split: Name of the split's folder.
         cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least
-            recently used shards are deleted first. If None, no limit.
+            recently used shards are deleted first. If None, the size is not limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer.
         validate_hash: Hash that checks each downloaded shard. 'auto' takes a hash that the index
-            contains, if it contains one. If None, no check.
+            contains, if it contains one. If None, shards are not checked.
 
     Raises:
         DataError: The index or a shard is missing or damaged.

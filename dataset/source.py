@@ -111,7 +111,7 @@ class DataSource:
         """Divide the split into chunks for several processes, each with a decoder for its masks.
 
         Args:
-            samples: Samples of a split in folders. If None, all samples that training uses.
+            samples: Samples of a split in folders. If None, all samples of training are taken.
         """
         masks = self.masks()
         if self.shards is None:

@@ -112,7 +112,7 @@ def map_chunks(
         function: Function that takes the values of one tuple as its arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
-        workers: Number of processes. If None, one per core.
+        workers: Number of processes. If None, one process per core.
         desc: Text in front of the progress bar.
         unit: Unit of the numbers on the progress bar.
 

@@ -81,7 +81,7 @@ class Video:
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for it")
         self._stream.thread_type = "AUTO"
-        wide = self._stream.sample_aspect_ratio or 1  # Aspect ratio of a pixel that is not square.
+        wide = self._stream.sample_aspect_ratio or 1  # Aspect ratio of pixels that are not square.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
@@ -111,7 +111,7 @@ class Video:
                 if number % self.every:
                     continue
                 photo = frame.reformat(format="rgb24", **self._size).to_ndarray()
-                # Rotate the frame as the phone was held.
+                # Rotate the frame to the orientation of the phone.
                 photo = np.rot90(photo, frame.rotation // 90)
                 time = number / self.rate / self.every
                 if frame.pts is not None:

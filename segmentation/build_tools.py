@@ -31,7 +31,8 @@ def missing_build_tools(gpu: bool) -> str | None:
     if compiler is None:
         lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
         packages.append("gcc" if gpu else "g++")
-    # Triton uses this scheme too. Debian's default scheme names another folder.
+    # Triton also uses the scheme posix_prefix, because Debian's default scheme names another
+    # folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not headers.is_file():
         lacks.append(f"Python's headers ({headers})")

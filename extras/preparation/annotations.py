@@ -117,7 +117,7 @@ def photo_size(path: Path) -> tuple[int, int]:
         path: Path of the image.
     """
     with Image.open(path) as image:
-        # Pillow itself rotates a TIFF.
+        # Pillow applies the orientation of a TIFF itself.
         turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size
     return (width, height) if turned else (height, width)

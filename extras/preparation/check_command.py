@@ -289,7 +289,7 @@ def validate(
         build_dataspec: Function that builds the data whose loader is measured.
         source: The training split of the data set.
         class_names: Names of the classes; see `classes.load_classes`.
-        workers: Number of processes. If None, one per core.
+        workers: Number of processes. If None, one process per core.
         picture: Path of the picture with samples to draw, or None.
         own: Pictures that earlier commands drew. They are not part of the data set.
 
@@ -374,8 +374,8 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
 
     Args:
         folder: Folder of the data set.
-        file: Path of the description. If None, a file in the working folder.
-        workers: Number of processes. If None, one per core.
+        file: Path of the description. If None, a file in the working folder is written.
+        workers: Number of processes. If None, one process per core.
 
     Raises:
         DataError: The description cannot be made, or a file with that name exists.

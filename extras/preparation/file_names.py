@@ -32,7 +32,7 @@ SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
 MOST_VALUES = 1000  # Maximum number of different values in a mask.
-SAMPLED = 150  # Number of files for which a partner is searched.
+SAMPLED = 150  # Maximum number of files whose partners are searched.
 
 
 class Picture(NamedTuple):
@@ -62,7 +62,7 @@ class Side(NamedTuple):
     deep: bool  # Whether there are folders between `before` and `after`.
     head: str
     tail: str
-    suffix: str  # An empty suffix matches any.
+    suffix: str  # An empty suffix matches every extension.
     has_stem: bool = True
 
     def template(self, word: str) -> str:

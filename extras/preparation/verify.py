@@ -138,7 +138,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
 
     Args:
         source: A split of the data set.
-        workers: Number of processes. If None, one per core.
+        workers: Number of processes. If None, one process per core.
 
     Returns:
         A tally for each split.
@@ -167,7 +167,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         splits += [split] * (len(chunks) - len(splits))
     for split, tally in zip(splits, map_chunks(check_chunk, chunks, workers, "check")):
         tallies[split].add(tally)
-    # Report a problem with a folder that both splits share only once.
+    # If both splits share a folder, report its problems only once.
     train, val = tallies["train"], tallies["val"]
     val.findings = [finding for finding in val.findings if finding not in train.findings]
     for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):

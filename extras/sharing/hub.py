@@ -59,7 +59,8 @@ def _told(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,  # The HTTP client's exception, which huggingface-hub imports.
+        # This is the exception of the HTTP client that huggingface-hub uses and imports.
+        HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
@@ -79,7 +80,7 @@ def _told(repo: str) -> Iterator[None]:
         said = error.server_message or one_line(error)
         hint = {401: "is the token right? ", 403: "may the token write there? "}.get(status, "")
         raise UserError(f"{where}: {hint}the hub says {status}: {said[:200]}") from error
-    except (OSError, HTTPError) as error:  # The network failed.
+    except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"
         ) from error

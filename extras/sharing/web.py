@@ -53,7 +53,7 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     """Return the folder with the files of onnxruntime-web; download them with npm if necessary.
 
     Args:
-        cache: Folder that keeps the files. If None, a folder in the user's cache.
+        cache: Folder that keeps the files. If None, a folder in the user's cache is used.
 
     Raises:
         UserError: The download failed, or the files do not have the hashes in `SHA256`.
