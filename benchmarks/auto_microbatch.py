@@ -1,8 +1,8 @@
-"""Whether `device_train_microbatch_size: auto` finds a size, at a batch that a GPU cannot hold.
+"""A test of `device_train_microbatch_size: auto` with a batch that a GPU cannot hold.
 
-    python -m benchmarks.auto_microbatch --batch 128 --memory 40      # of GiB, on a larger GPU too
+    python -m benchmarks.auto_microbatch --batch 128 --memory 40      # in GiB; works on larger GPUs
 
-Three steps through main.py's trainer, starting with the whole batch.
+The benchmark takes three steps with main.py's trainer and starts with the whole batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.precision import compiles
 
 
 class PeakOfLaterSteps(Callback):
-    """Forgets the most memory that the first step took, which tried sizes that do not fit."""
+    """A callback that discards the peak memory of the first step, which tries too large sizes."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch == 1:
@@ -36,7 +36,7 @@ class PeakOfLaterSteps(Callback):
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the size found, how long that took, and the step and its memory from then on."""
+    """Return the micro-batch size, the time to find it, and the time and memory of later steps."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
     step = step_arguments(["--arch", args.arch, "--size", str(args.size)])

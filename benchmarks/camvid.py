@@ -1,11 +1,11 @@
-"""CamVid from scratch with each recipe for the same number of minutes: mIoU against time.
+"""Training of each recipe on CamVid from scratch for the same number of minutes: mIoU over time.
 
     python -m benchmarks.camvid --path camvid --minutes 5
     python -m benchmarks.camvid --path camvid --recipes none mild --minutes 1 --json result.json
 
-A schedule has to know the run's length, so each run's steps are timed first and its length set in
-batches; evaluations are not counted. EMA's half-life is a twentieth of the run, a recipe's other
-numbers are its own. `--path` is in ADE20K's layout.
+A schedule needs the length of the run. So each run's steps are timed first, and its length is set
+in batches. Evaluations are not counted. The half-life of EMA is a twentieth of the run; all other
+numbers are the recipe's. `--path` is a folder in ADE20K's layout.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from training.schema import Config
 
 
 class Evaluations(Callback):
-    """Batches, minutes of training and mIoU (percent) at each evaluation."""
+    """A callback that records batches, training minutes and mIoU (percent) at each evaluation."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, float]] = []
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        # In total_wct Composer counts training alone.
+        # Composer counts only training in total_wct.
         self.found.append(
             {
                 "batches": state.timestamp.batch.value,
@@ -48,7 +48,7 @@ class Evaluations(Callback):
 
 
 def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
-    """Return a run of `recipe` over so many batches, evaluated `args.evaluations` times."""
+    """Return the config of a run with `args.evaluations` evaluations."""
     dataset: dict[str, Any] = {
         "path": args.path,
         "base_size": args.base_size,
@@ -82,7 +82,7 @@ def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
 
 
 def seconds_per_step(args: argparse.Namespace, recipe: str) -> float:
-    """Of a short run, whose first half compiles and warms up."""
+    """Return the seconds per step, measured in a short run whose first half is a warm-up."""
     steps = Steps()
     trainer = program.build_trainer(config(args, recipe, 10**6), callbacks=[steps])
     never_evaluate(trainer)
@@ -92,7 +92,7 @@ def seconds_per_step(args: argparse.Namespace, recipe: str) -> float:
 
 
 def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
-    """One recipe for `args.minutes`."""
+    """Train one recipe for `args.minutes`."""
     release()
     seconds = seconds_per_step(args, recipe)
     release()
@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
 
 
 def header(args: argparse.Namespace) -> str:
-    """Return the head of the table in Markdown: a column an evaluation."""
+    """Return the head of the Markdown table, with one column per evaluation."""
     parts = [f"{part}/{args.evaluations}" for part in range(1, args.evaluations + 1)]
     return (
         f"CamVid from scratch, {args.arch}, {args.size} px, batch {args.batch}, lr {args.lr}: "
@@ -122,7 +122,7 @@ def header(args: argparse.Namespace) -> str:
 
 
 def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
-    """Return a recipe's row."""
+    """Return the row of a recipe."""
     scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][:evaluations]
     scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
     cells = [recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores]
@@ -130,7 +130,7 @@ def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
@@ -155,7 +155,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what --json writes."""
+    """Run the command line and return the result that --json writes."""
     args = arguments(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The files of a commit, for benchmarks that show what it did beside the working tree."""
+"""Access to the files of a commit, for benchmarks that compare a commit with the working tree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def unpack(commit: str, folder: str | Path) -> None:
-    """Write the files of a commit, as git names it, into a folder; SystemExit if there is none."""
+    """Write the files of a commit into a folder.
+
+    Args:
+        commit: Any name that git has for the commit.
+        folder: Folder for the files.
+
+    Raises:
+        SystemExit: The commit does not exist.
+    """
     command = ["git", "archive", f"{commit}^{{tree}}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     if done.returncode:
@@ -26,7 +34,11 @@ def unpack(commit: str, folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def files_of(commit: str | None) -> Iterator[str]:
-    """Import a commit's modules rather than the working tree's; yield what to call them."""
+    """Import modules from a commit instead of the working tree, and yield a name for the source.
+
+    Args:
+        commit: The commit, or None for the working tree.
+    """
     if commit is None:
         yield "the working tree"
         return
@@ -41,12 +53,16 @@ def files_of(commit: str | None) -> Iterator[str]:
 
 
 def imported(*names: str) -> Any:
-    """Import the first of these modules that there is: they have moved since."""
+    """Import the first module that exists, because modules have moved over time.
+
+    Args:
+        *names: Names of the module, the newest first.
+    """
     for name in names:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # Not one that it imports in its turn.
+            # Raise if a module that `name` imports is missing.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
     raise SystemExit(f"error: none of these modules is there: {', '.join(names)}")

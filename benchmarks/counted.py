@@ -1,14 +1,16 @@
-"""What the small parts of a training step launch on a GPU and move, counted without one.
+"""Counts of GPU launches and bytes for the small parts of a training step, without a GPU.
 
     python -m benchmarks.counted                    # the working tree, a minute
-    python -m benchmarks.counted --commit 98f566d   # a commit's files
-    python -m benchmarks.counted --memory           # besides: how far off training/microbatch.py is
+    python -m benchmarks.counted --commit 98f566d   # the files of a commit
+    python -m benchmarks.counted --memory           # also the error of training/microbatch.py
 
-A launch is an operation of PyTorch that is no view, run on tensors without data; what is compiled
-is counted as the loops that Inductor makes of it on a CPU. Bytes are those of operands and results,
-of a batch of 16 at 512 pixels. `--memory` compares an image's share of a pass at its peak, as
-training/microbatch.py counts it, with what AOTAutograd's partition of the compiled network keeps
-for the way back, which leaves out what operations take while they run.
+A launch is a PyTorch operation that is not a view, run on tensors without data. For compiled parts,
+the launches are the loops that Inductor generates on a CPU. Bytes are those of operands and
+results, for a batch of 16 at 512 pixels.
+
+`--memory` compares two values for the memory of an image at the peak of a pass. One is the count of
+training/microbatch.py. The other is the memory that AOTAutograd's partition of the compiled network
+keeps for the backward pass, without the temporary memory of operations.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ IMAGES, SIZE = 16, 512
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are no views, and the bytes of what they take and give."""
+    """A dispatch mode that counts operations other than views, and the bytes they move."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,39 +52,40 @@ class Launches(TorchDispatchMode):
 
 
 def transform(distort: bool) -> tuple[int, float]:
-    """Count what the device's half of the data pipeline launches and moves."""
+    """Return the launches and bytes of DeviceTransform."""
     result = imported("transforms").DeviceTransform(distort=distort)
     if hasattr(result, "compile"):
         return compiled_transform(result)
     shape = (IMAGES, SIZE, SIZE)
     raw = torch.empty(*shape, 3, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
     labels = torch.empty(shape, dtype=torch.uint8, device="meta")
-    result((raw, labels))  # moves its constants
+    result((raw, labels))  # The first call moves the constants to the device.
     with Launches() as found:
         result((raw, labels))
     return found.count, found.bytes
 
 
 def compiled_transform(result: Any) -> tuple[int, float]:
-    """Count Inductor's loops for one image, and what they move for all."""
+    """Return Inductor's loops for one image, and their bytes for all images."""
     from torch._inductor import config, metrics
 
-    imported("dataset.color_jitter", "dataset.colors")._any = lambda change: True  # as on a GPU
+    # On a GPU, the transform applies every step without a check.
+    imported("dataset.color_jitter", "dataset.colors")._any = lambda change: True
     raw = torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     numbers = [torch.full((), number) for number in (17, 0)]
     torch._dynamo.reset()
     metrics.reset()
     told = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
-    told.setLevel(logging.INFO)  # or bytes are not counted
+    told.setLevel(logging.INFO)  # Inductor counts bytes only at this log level.
     told.propagate = False
     with config.patch(fx_graph_cache=False):
         torch.compile(result._transform)(raw, raw[:, 0].contiguous(), *numbers)
-    # Seed and epoch are filled in before.
+    # Two more launches fill in the seed and the epoch.
     return metrics.generated_kernel_count + 2, IMAGES * metrics.num_bytes_accessed
 
 
 def passes(arch: str) -> Iterator[tuple[str, int]]:
-    """Count what counting batches, averaging weights and sending buffers around launch."""
+    """Yield the launches for counting batches and averaging weights, and the buffers DDP sends."""
     with torch.device("meta"):
         model = imported("model").build_composer_deeplabv3(150, arch, upsample=False)
     batch = torch.empty(2, 3, 64, 64, device="meta"), None
@@ -101,9 +104,9 @@ def passes(arch: str) -> Iterator[tuple[str, int]]:
 
 
 def kept(arch: str, size: int, budget: float) -> tuple[float, float]:
-    """Return bytes of an image that are kept for the way back: counted, and as partitioned."""
+    """Return the bytes of an image that are kept for the backward pass: counted and partitioned."""
     import torch._functorch.config as functorch
-    import torch._inductor.lowering  # what the decompositions refer to
+    import torch._inductor.lowering  # The decompositions refer to this module.
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._functorch.aot_autograd import aot_function
     from torch._inductor.decomposition import select_decomp_table
@@ -151,7 +154,7 @@ def kept(arch: str, size: int, budget: float) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", default="resnet101")
     parser.add_argument("--commit", help="count in its files instead")

@@ -1,15 +1,16 @@
-"""Cut the link between two nodes that train together, and compare with an undisturbed run.
+"""A test that cuts the link between two nodes and compares the run with an undisturbed run.
 
     python -m benchmarks.cut_link                # for 10 s, 30 s and for good; 10 minutes, as root
 
-Two network namespaces with a cable between them stand for the nodes. Each runs torchrun with one
-process. It trains DeepLabV3+ with a ResNet of four blocks on generated images of 32 pixels, on the
-CPU with gloo. After the first checkpoint the cable loses all packets, and neither end is told.
+Two network namespaces, connected by a virtual cable, act as the nodes. Each runs torchrun with one
+process. The process trains DeepLabV3+ with a ResNet of four blocks on generated images of 32
+pixels, on the CPU with gloo. After the first checkpoint the cable drops all packets, and neither
+end is notified.
 
-The run whose link comes back is compared by its weights, averages and optimizer state, and by the
-samples of each step. A link that is cut for good is cut twice: once with `--nnodes=2`, where the
-processes must end within 60 s, and once with `--nnodes=1:2` and a killed second node, where the
-first node must go on alone within 90 s, with the same samples.
+If the link comes back, the run must match in its weights, averages and optimizer state, and in the
+samples of each step. A link that is cut for good is tested twice. With `--nnodes=2`, the processes
+must end within 60 s. With `--nnodes=1:2` and a killed second node, the first node must continue
+alone within 90 s, with the same samples.
 """
 
 from __future__ import annotations
@@ -32,28 +33,30 @@ from benchmarks.kill_resume import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
-JOIN = 120  # seconds for which torchrun waits for a node that is lost
-NOBODY = "02:00:00:00:00:09"  # an Ethernet address that neither end has
+JOIN = 120  # Seconds that torchrun waits for a lost node.
+NOBODY = "02:00:00:00:00:09"  # An Ethernet address that neither end has.
 
 
 class Outcome(NamedTuple):
-    """What became of a run."""
+    """The result of a run."""
 
-    statuses: list[int]  # of torchrun on each node
-    lost: float | None  # seconds from the cut until each node has said that the other is lost
-    back: float | None  # seconds from the cut to the next checkpoint
-    ended: float  # seconds from the cut to the end of both nodes
+    statuses: list[int]  # Exit status of torchrun on each node.
+    # Seconds from the cut until each node has reported the other as lost.
+    lost: float | None
+    back: float | None  # Seconds from the cut to the next checkpoint.
+    ended: float  # Seconds from the cut to the end of both nodes.
     outputs: list[str]
-    samples: dict[int, set[str]]  # digests of the images of each step, as it was last computed
+    # Digests of the images of each step, from its last attempt.
+    samples: dict[int, set[str]]
 
 
 def ip(*arguments: str) -> None:
-    """Run iproute2's command."""
+    """Run the command `ip` of iproute2."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 class Nodes:
-    """Two network namespaces, with a cable between them."""
+    """Two network namespaces that are connected by a virtual cable."""
 
     def __init__(self) -> None:
         self.names = [f"node-{os.getpid()}-{i}" for i in range(2)]
@@ -73,17 +76,17 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            self.kill(self.names.index(name))  # if this ends early
-            ip("netns", "delete", name)  # and its end of the cable
+            self.kill(self.names.index(name))  # The node still runs if the benchmark ends early.
+            ip("netns", "delete", name)  # This also deletes the node's end of the cable.
 
     def cut(self) -> None:
-        """Have each node send to nobody what it sends to the other."""
+        """Cut the link: each node sends its packets to an address that does not exist."""
         for i, (name, cable) in enumerate(zip(self.names, self.cables, strict=True)):
             to = (self.addresses[1 - i], "lladdr", NOBODY, "dev", cable)
             ip("-n", name, "neighbor", "replace", *to, "nud", "permanent")
 
     def mend(self) -> None:
-        """Have them find each other again."""
+        """Restore the link."""
         for i, (name, cable) in enumerate(zip(self.names, self.cables, strict=True)):
             ip("-n", name, "neighbor", "delete", self.addresses[1 - i], "dev", cable)
 
@@ -116,14 +119,15 @@ class Nodes:
 def run(
     folder: str, cut: float | None, config: dict[str, Any], alone: bool = False, **settings: Any
 ) -> Outcome:
-    """Have two nodes train.
+    """Train on two nodes.
 
     Args:
-        folder: Where checkpoints and outputs go.
-        cut: Seconds for which the link is cut; 0 not at all, None for good.
-        config: What the YAML says.
-        alone: Kill the second node when the link is cut; the first one may go on alone.
-        **settings: INTERVAL and ATTEMPTS of training/watch.py, if not its own.
+        folder: Folder for checkpoints and outputs.
+        cut: Seconds for which the link is cut. 0 does not cut it, None cuts it for good.
+        config: Content of the YAML config.
+        alone: Whether to kill the second node when the link is cut, so that the first continues
+            alone.
+        **settings: Values for INTERVAL and ATTEMPTS in training/watch.py.
     """
     os.makedirs(folder)
     config = {**config, "save_folder": f"{folder}/saved", "autoresume": True}
@@ -135,7 +139,7 @@ def run(
         processes = [nodes.start(i, number, f"{folder}/settings", outputs[i]) for i in range(2)]
 
         def ended() -> bool:
-            # Without its rendezvous, the second torchrun waits as long as TCP does: 15 minutes.
+            # Without its rendezvous, the second torchrun waits for the TCP timeout of 15 minutes.
             first = processes[:1] if cut is None else processes
             return all(process.poll() is not None for process in first)
 
@@ -145,7 +149,7 @@ def run(
             nodes.cut()
             if alone:
                 nodes.kill(1)
-            time.sleep(1)  # for a checkpoint that is being written
+            time.sleep(1)  # Wait for a checkpoint that is being written.
             before = _checkpoints(folder)
         if cut:
             time.sleep(cut - 1)
@@ -165,7 +169,11 @@ def run(
 
 
 def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
-    """Return when something is reached; a RuntimeError when it is not in time."""
+    """Wait until a condition holds.
+
+    Raises:
+        RuntimeError: The condition does not hold in time.
+    """
     end = time.monotonic() + seconds
     while not reached():
         if time.monotonic() > end:
@@ -187,7 +195,7 @@ def samples(folder: str) -> dict[int, set[str]]:
 
 
 def recorder(path: Path) -> Any:
-    """Return a callback that adds each step's number, attempt and digests to a file."""
+    """Return a callback that appends number, attempt and digests of each step to a file."""
     from composer.core import Callback
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -200,13 +208,13 @@ def recorder(path: Path) -> Any:
                 print(state.timestamp.batch.value, attempt, *digests, file=file)
 
         def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)  # time for a cut
+            time.sleep(0.2)  # The pause leaves time for a cut.
 
     return Recorder()
 
 
 def node(settings: str) -> int:
-    """Train on a node, as `run` says."""
+    """Train on a node with the settings of `run`."""
     from benchmarks.forked import shrink
     from command_lines import start
     from main import run as run_main
@@ -218,14 +226,14 @@ def node(settings: str) -> int:
     for name, value in said["watch"].items():
         setattr(watch, name, value)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(said["config"], file)  # which is YAML
+        json.dump(said["config"], file)  # JSON is valid YAML.
         file.flush()
         return run_main([file.name], callbacks=[recorder(Path(settings).with_name("samples"))])
 
 
 @contextmanager
 def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Make a folder, and the config of a run of 40 steps on photos in it."""
+    """Make a folder with generated images, and yield it with the config of a run of 40 steps."""
     from extras.preparation.synthetic import make
 
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +249,7 @@ def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> int:
-    """Print the table; 1 if a run neither came back the same nor ended."""
+    """Print the table; return 1 if a run failed a test."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="(10 30)")
     parser.add_argument("--settings", help=argparse.SUPPRESS)

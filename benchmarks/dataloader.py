@@ -1,12 +1,15 @@
-"""Images a second that one core loads for training: this project's loader beside Pillow's.
+"""Training images per second on one core: this project's loader against Pillow's.
 
-    python -m benchmarks.dataloader            # on data made with ADE20K's size distribution
+    python -m benchmarks.dataloader            # on generated data with ADE20K's image sizes
     python -m benchmarks.dataloader --path ./ade20k --json result.json
 
-The Pillow side is what torchvision and Pillow give when used as one would: decode, resize the whole
-photo, crop with up to 10 `np.unique` retries, flip, ColorJitter's steps, pad, int64 targets. This
-project distorts colours on the device, where it costs next to nothing if that is a GPU (see
-`benchmarks.device_transform`); the third line is with that, and normalisation, on the same core.
+The Pillow side uses torchvision and Pillow in the usual way. It decodes and resizes the whole
+image, and crops with up to 10 retries that call `np.unique`. Then it flips, applies the steps of
+ColorJitter, pads, and converts targets to int64.
+
+This project distorts colours on the device, where the cost is negligible if the device is a GPU
+(see `benchmarks.device_transform`). The third line includes this step and the normalisation, on the
+same core.
 """
 
 from __future__ import annotations
@@ -36,24 +39,24 @@ from dataset.paths import FOLDERS
 from dataset.sampler import EpochSampler
 
 SIZE, BATCH = 512, 8
-# torchvision's annotations leave out the Pillow images that these take.
+# torchvision's type annotations omit the Pillow images that these functions accept.
 TF: Any = functional
 RandomCrop: Any = transforms.RandomCrop
 
 
 def make_data(root: Path, count: int) -> None:
-    """Photos and masks of ADE20K's sizes: mean 516x417, 0.236 megapixels, 90% under 0.39.
+    """Write images and masks with ADE20K's sizes: mean 516x417, 0.236 megapixels, 90% under 0.39.
 
-    About ADE20K's bytes as well (1.5 bits a pixel, masks of some kilobytes): photos are noise with
-    the spectrum of natural images, masks the greatest of smooth random fields, of which one or two
-    have most of the picture.
+    The files also have about ADE20K's bytes: 1.5 bits per pixel, masks of some kilobytes. The
+    images are noise with the spectrum of natural images. The masks are the maximum of smooth random
+    fields, of which one or two cover most of the image.
     """
     rng = np.random.default_rng(0)
     for kind in ("images", "annotations"):
         for split in FOLDERS.values():
             (root / kind / split).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        # A log-normal with the mean and the 90th percentile above.
+        # The area is log-normal with the mean and the 90th percentile of the docstring.
         area = min(0.21e6 * np.exp(0.483 * rng.standard_normal()), 4.41e6)
         aspect = np.exp(0.21 + 0.25 * rng.standard_normal())
         width, height = (max(96, round((area * a) ** 0.5)) for a in (aspect, 1 / aspect))
@@ -65,7 +68,7 @@ def make_data(root: Path, count: int) -> None:
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, slope: float) -> np.ndarray:
-    """Gaussian noise with an amplitude spectrum of 1/f^slope, mean 0 and variance 1."""
+    """Return Gaussian noise with the amplitude spectrum 1/f^slope, mean 0 and variance 1."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**slope
@@ -74,7 +77,7 @@ def _noise(rng: np.random.Generator, height: int, width: int, slope: float) -> n
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise without fine detail."""
+    """Return noise without fine detail."""
     noise = _noise(rng, height // 4, width // 4, 1.8)
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -94,7 +97,7 @@ def _mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 class PillowLoader:
-    """Training samples as torchvision and Pillow make them, from `samples` in a loop."""
+    """A loop over training samples that torchvision and Pillow load."""
 
     def __init__(self, samples: list):
         self.samples = samples
@@ -112,7 +115,7 @@ class PillowLoader:
             yield torch.stack(images), torch.stack(targets)
 
     def load(self, sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load one sample as one would."""
+        """Load one sample in the usual way."""
         image = Image.open(sample.image_path).convert("RGB")
         target = Image.open(sample.mask_path)
         size = [int(SIZE * random.uniform(0.5, 2.0))] * 2
@@ -153,14 +156,14 @@ class PillowLoader:
 
 
 def images_per_second(batches: Iterable) -> float:
-    """Images a second of one pass."""
+    """Return the images per second of one pass."""
     start = time.perf_counter()
     seen = sum(len(images) for images, _ in batches)
     return seen / (time.perf_counter() - start)
 
 
 def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, Any]:
-    """Time passes over the data, of each side in turn; the median of each and the spread."""
+    """Time passes over the data for each side in turn; return the medians and the spread."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     spec = build_ade20k_dataspec(
@@ -188,13 +191,13 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
         sampler.set_epoch(repeat)
         for name, side in sides.items():
             rate = images_per_second(side())
-            if repeat:  # the first pass fills the file cache
+            if repeat:  # The first pass fills the file cache.
                 rates[name].append(rate)
     return results(path, len(samples), rates)
 
 
 def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Put each side's rates together with its median, and its ratio to the first side."""
+    """Return the rates of each side with the median and the ratio to the first side."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     return {
@@ -210,7 +213,7 @@ def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, 
 
 
 def machine() -> dict[str, str]:
-    """Return what the figures depend on."""
+    """Return the machine and library versions that the results depend on."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -242,7 +245,7 @@ def main(
     measure: Callable[[str, int, int, int], dict[str, Any]] = measure,
     images: int = 400,
 ) -> dict[str, Any]:
-    """Run the command line of `measure`; return what --json writes."""
+    """Run the command line for `measure` and return the result that --json writes."""
     doc = inspect.getmodule(measure).__doc__ or ""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")

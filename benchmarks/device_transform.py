@@ -1,9 +1,9 @@
-"""What the device's half of the data pipeline costs: colours, normalisation, class indices.
+"""The cost of the data pipeline's device part: colours, normalisation, class indices.
 
-    python -m benchmarks.device_transform      # on a GPU if there is one, else on the CPU
+    python -m benchmarks.device_transform      # on a GPU if there is one, otherwise on the CPU
     python -m benchmarks.device_transform --batch 32 --json result.json
 
-Milliseconds for a batch as it comes from the loader, already on the device.
+The times are milliseconds for a batch that the loader has put on the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transforms import DeviceTransform
 
 
 def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Photos with a frame of padding, and labels."""
+    """Return images with a strip of padding, and labels."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, size, size)
     images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
@@ -32,7 +32,7 @@ def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.
 
 
 def measure(device: str, threads: int, batch: int, size: int) -> Iterator[dict]:
-    """Training's and evaluation's transform on one device."""
+    """Yield the timing of the training and evaluation transforms on one device."""
     data = make_batch(batch, size, device)
     for name, distort in (("training", True), ("evaluation", False)):
         epoch = iter(range(10**9))
@@ -78,7 +78,8 @@ def main() -> None:
     rows = []
     for run in runs:
         for row in measure(*run, args.batch, args.size):
-            print(line(row), flush=True)  # now: who stops this early has the first
+            # Print at once, so that an interrupted run keeps its first rows.
+            print(line(row), flush=True)
             rows.append(row)
     if args.json:
         result = {"batch": args.batch, "size": args.size, "rows": rows, "machine": machine()}

@@ -1,11 +1,11 @@
-"""Build a network of each family that mmsegmentation ships configs for, and train it for a step.
+"""A test that builds a network of each mmsegmentation family and trains it for one step.
 
     python -m benchmarks.families                          # the table, as Markdown; 10 minutes
     python -m benchmarks.families --families swin segformer
 
-Each is built with 11 classes and without pretrained weights, takes one step of SGD on two random
-photos, is built again from what a checkpoint says of it, and given the first one's weights: in
-evaluation both have to give the same logits. The table says what did not work and why.
+Each network has 11 classes and no pretrained weights. It takes one SGD step on two random images.
+Then it is rebuilt from its checkpoint record and gets the weights of the first network. In
+evaluation mode, both must give the same logits. The table names each failure and its cause.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from networks.registry import named_network
 from training.optimizer import DecoupledSGDW
 
 CLASSES = 11
-# Parts of the names of small networks, the smallest first.
+# Parts of the names of small networks, from the smallest to the largest.
 SMALL = ("_b0", "mit-b0", "s12", "_r18", "-t_", "tiny", "small", "r50-d8", "r50", "base")
-# Position embeddings of the configured size are part of these networks.
+# The position embeddings of these networks have the configured size.
 FIXED = ("beit", "mae")
-SIZES = {"mobilenet_v3": 512}  # whose pooling takes 49 x 49 features
+SIZES = {"mobilenet_v3": 512}  # The pooling of this network needs 49 x 49 features.
 
 
 def families() -> list[str]:
@@ -41,14 +41,14 @@ def families() -> list[str]:
 
 
 def choose(family: str) -> str:
-    """Return the name of a small network's config of a family."""
+    """Return the name of a config of the family with a small network."""
     names = sorted(path.stem for path in (configs() / family).glob("*.py"))
     rank = {n: next((i for i, part in enumerate(SMALL) if part in n), len(SMALL)) for n in names}
     return f"{family}/{min(names, key=lambda name: (rank[name], name))}"
 
 
 def step(model: ComposerDeepLabV3, size: int) -> float:
-    """Train for one step on two random photos; return the loss."""
+    """Train for one step on two random images and return the loss."""
     optimizer = DecoupledSGDW(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5)
     image = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     batch = (image, torch.randint(-1, CLASSES, (2, size, size)))
@@ -63,7 +63,7 @@ def step(model: ComposerDeepLabV3, size: int) -> float:
 
 @torch.no_grad()
 def rebuild(network: Network, size: int) -> float:
-    """Build a network from its own record; return by how much the logits of the two differ."""
+    """Rebuild a network from its own record; return the largest difference of the logits."""
     record = json.loads(json.dumps(network.arguments))
     again = named_network(network.name, CLASSES, record, from_file=True)
     again.load_state_dict(network.state_dict())
@@ -73,7 +73,7 @@ def rebuild(network: Network, size: int) -> float:
 
 
 def measure(family: str, size: int) -> dict[str, Any]:
-    """Return a family's row."""
+    """Return the row of a family."""
     torch.manual_seed(0)
     name = choose(family)
     size = SIZES.get(family, size)
@@ -99,7 +99,7 @@ def measure(family: str, size: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return how many families do not work."""
+    """Print the table; return the number of families that fail."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--families", nargs="+", default=families(), choices=families())
     parser.add_argument("--size", type=int, default=128, help="pixels")
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = measure(family, options.size)
             cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # the table is about these
+        except Exception as error:  # The table reports every failure.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
         print("|", " | ".join(map(str, (family, choose(family), *cells))), "|", flush=True)

@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that has it away, slow, refusing or cutting bodies short."""
+"""A proxy in front of an S3 server that can fail, stall, slow down, refuse, or cut off answers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# Nobody listens; bytes are held back; 50 kB/s; an answer with that status; bodies end early.
+# Faults, in order: no connection, no bytes, 50 kB/s, an answer with status 500 or 503, a truncated
+# body.
 FAULTS = ("gone", "silent", "slow", "500", "503", "cut")
-RATE = 50_000  # bytes a second, of a slow store
-CUT_AFTER = 3_000  # bytes, of a connection in one direction
+RATE = 50_000  # Bytes per second of a slow store.
+CUT_AFTER = 3_000  # Bytes per direction before a connection is cut.
 METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
 
 
 class FaultyStore:
-    """Passes on what clients and an S3 server of this machine say, but for a fault.
+    """A proxy between clients and a local S3 server, with optional faults.
 
     Args:
-        port: The server's.
+        port: Port of the S3 server.
 
     Attributes:
-        url: What `S3_ENDPOINT_URL` has to be.
+        url: Value for `S3_ENDPOINT_URL`.
         fault: One of `FAULTS`, or None.
     """
 
@@ -32,14 +33,14 @@ class FaultyStore:
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._link = asyncio.Lock()  # what a slow store has for all
+        self._link = asyncio.Lock()  # All connections share the bandwidth of a slow store.
         self.port = 0
         self._call(self._listen())
         self.url = f"http://127.0.0.1:{self.port}"
 
     @contextmanager
     def having(self, fault: str) -> Iterator[None]:
-        """Within, have a fault of `FAULTS`."""
+        """Apply a fault of `FAULTS` inside the context."""
         self.fault = fault
         if fault == "gone":
             self._call(self._leave())
@@ -51,7 +52,7 @@ class FaultyStore:
                 self._call(self._listen())
 
     def close(self) -> None:
-        """End it, and all connections."""
+        """Stop the proxy and close all connections."""
         self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -98,7 +99,11 @@ class FaultyStore:
         writer: asyncio.StreamWriter,
         client: asyncio.StreamWriter | None,
     ) -> None:
-        """Pass on one direction; `client` is whom to answer instead, in the server's direction."""
+        """Forward one direction of a connection.
+
+        `client` receives a refusal instead, if one is due. It is None in the direction from the
+        server.
+        """
         left = CUT_AFTER
         with suppress(OSError):
             while data := await reader.read(4096):
@@ -120,7 +125,7 @@ class FaultyStore:
 
 
 def _refusal(status: str) -> bytes:
-    """Return an S3 server's answer of a status."""
+    """Return an S3 server's answer with the given status."""
     code = {"500": "InternalError", "503": "SlowDown"}[status]
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
     head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\n"

@@ -1,6 +1,6 @@
-"""Runs of main.py in processes of their own that die when told to: for tests and kill_resume.py.
+"""Runs of main.py in separate processes that kill themselves on request, for tests and benchmarks.
 
-The processes are forked from one that has everything imported, which saves ten seconds each.
+The processes are forked from a process that has imported all modules, which saves ten seconds each.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = ["main", "model", "data"]
 IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
 IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
-# Of a save: half written, before each of its renames, before an old one goes.
+# The moments of a save are: half written, before each rename, before an old checkpoint is removed.
 MOMENTS = ("forward", "batch", "eval", "write", "rename", "best", "pointer", "remove")
 
 
 class Death(NamedTuple):
-    """When a run gets a signal: at a moment of `MOMENTS`, which comes by for the n-th time."""
+    """The moment at which a run gets a signal: the n-th time that a moment of `MOMENTS` occurs."""
 
     moment: str
-    number: int  # from 0
+    number: int  # The count starts at 0.
     signal: int = signal.SIGKILL
-    times: int = 1  # in a row
-    is_loaders: bool = False  # a process of its loader gets it
+    times: int = 1  # Number of signals in a row.
+    is_loaders: bool = False  # Whether a loader process gets the signal.
 
 
 def start(
@@ -44,16 +44,16 @@ def start(
     ranks: int = 1,
     port: int = 0,
 ) -> Any:
-    """Start main.py in a process of its own, forked from one that has everything imported.
+    """Start main.py in a process that is forked from a process with all imports.
 
     Args:
-        config: What the YAML says.
-        log: File that what is logged is added to, a line of JSON a value; `{log}.{rank}.out` has
-            the output.
-        death: When the process gets which signal.
-        rank: The process's number, from 0.
-        ranks: How many processes there are, all on this machine.
-        port: Where the processes find each other.
+        config: Content of the YAML config.
+        log: File for the logged values, one line of JSON per value. `{log}.{rank}.out` gets the
+            output.
+        death: Signal that the process gets, and its moment.
+        rank: Rank of the process.
+        ranks: Number of processes, all on this machine.
+        port: Port at which the processes find each other.
 
     Returns:
         The multiprocessing.Process.
@@ -61,7 +61,8 @@ def start(
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    for name in IMPORTS:  # which the forkserver leaves out without a word where it is missing
+    # The forkserver silently skips a module that is missing.
+    for name in IMPORTS:
         assert importlib.util.find_spec(name), f"there is no module {name}"
     context.set_forkserver_preload(IMPORTS)
     distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
@@ -73,14 +74,14 @@ def start(
 
 
 def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
-    """Run main.py as `start` does; the exit status, or the negative signal."""
+    """Run main.py as `start` does; return the exit status, or the negative signal."""
     return run_ranks(config, log, 1, death)[0]
 
 
 def run_ranks(
     config: dict[str, Any], log: str, ranks: int, death: Death | None = None
 ) -> list[int]:
-    """Run main.py in several processes, of which the last dies; their statuses as of `run`."""
+    """Run main.py in several processes and return their statuses; the last one may die."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,7 +105,7 @@ def _child(
     callbacks = [_plan_death(death)] if death else []
     loggers = [_make_logger(log)] if rank == 0 else []
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(config, file)  # which is YAML
+        json.dump(config, file)  # JSON is valid YAML.
         file.flush()
         status = main.run([file.name], callbacks=callbacks, loggers=loggers)
     sys.exit(status)
@@ -114,7 +115,7 @@ def shrink(
     set_attribute: Callable[[Any, str, Any], None] = setattr,
     set_item: Callable[[Any, Any, Any], None] = dict.__setitem__,
 ) -> None:
-    """Make resnet50 a network of 4 million parameters, or runs are about writing them."""
+    """Shrink resnet50 to 4 million parameters, so that a run does not mainly write checkpoints."""
     import torchvision.models.resnet as resnet
 
     from networks import deeplab
@@ -147,7 +148,7 @@ def _make_logger(path: str) -> Any:
 
 
 def _plan_death(death: Death) -> Any:
-    """Have this process send itself a signal at a moment; return the callback that does."""
+    """Make this process send itself a signal at a moment, and return the necessary callback."""
     import torch
     from composer.core import Callback
 

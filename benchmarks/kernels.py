@@ -1,11 +1,12 @@
-"""What the loss's kernels are compiled to for GPUs that are not here: instructions and registers.
+"""Instructions and registers of the loss kernels, compiled for GPUs of other machines.
 
     python -m benchmarks.kernels                  # the working tree
-    python -m benchmarks.kernels --commit HEAD~1  # a commit's files
+    python -m benchmarks.kernels --commit HEAD~1  # the files of a commit
 
-For 150 classes in bf16 at stride 4, of A100, H100, B200 and RTX 50. "loop" is the innermost loop
-that has an exponential: 4 pixels with all their classes. Work is its instructions times how often
-16 images of 512 pixels go through it, for a warp each; it leaves out what surrounds the loop.
+The kernels are compiled for 150 classes in bf16 at stride 4, for A100, H100, B200 and RTX 50.
+"loop" is the innermost loop with an exponential, which processes 4 pixels with all their classes.
+"work" is the instructions of the loop times its rounds for 16 images of 512 pixels, counted per
+warp. It excludes the code around the loop.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHOWN = ("SHFL", "FADD", "FFMA", "FMUL", "FMNMX", "MUFU", "LDG", "FSEL", "FSETP"
 
 
 class Found(NamedTuple):
-    """A kernel for a GPU; loop: how many of each instruction."""
+    """The properties of a compiled kernel; `loop` counts each instruction of the innermost loop."""
 
     registers: int
     stack: int
@@ -39,7 +40,7 @@ class Found(NamedTuple):
 
 
 def loss_kernels() -> Any:
-    """Import the kernels from where they are, or were."""
+    """Import the kernels from their present or former module."""
     return imported("segmentation.losses_triton", "losses_triton")
 
 
@@ -63,7 +64,7 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
     types |= dict.fromkeys(names, "*fp32") | dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
-    # As a launch does: what is a multiple of 16 is known to be.
+    # A launch declares multiples of 16 as such, so declare them here too.
     aligned = [n for n, kind in enumerate(types.values()) if kind.startswith("*")]
     aligned += [list(types).index(name) for name in ("h", "w", "height", "width")]
     attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}
@@ -73,7 +74,7 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
 
 
 def tile(backward: bool) -> tuple[int, int]:
-    """Rows and cells of a program."""
+    """Return the rows and cells of a program."""
     kernels = loss_kernels()
     if backward:
         return kernels.BACKWARD_ROWS, kernels.BACKWARD_CELLS
@@ -81,12 +82,12 @@ def tile(backward: bool) -> tuple[int, int]:
 
 
 def rounds(backward: bool) -> int:
-    """How often the loop is gone through for all images: rows of pixels times cells."""
+    """Return the rounds of the loop for all images: rows of pixels times cells."""
     rows, cells = tile(backward)
     if not backward:
         return IMAGES * SIZE * (LOW + 1)
     scale, programs = SIZE // LOW, (-(-LOW // rows), -(-LOW // cells))
-    # A program's pixels reach to the next row and the next column that it does not own.
+    # The pixels of a program reach to the first row and column that belong to another program.
     return IMAGES * programs[0] * programs[1] * scale * (rows + 1) * (cells + 1)
 
 
@@ -99,7 +100,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def read(cubin: bytes, backward: bool) -> Found:
-    """Read registers and the loop from a compiled kernel."""
+    """Read the registers and the loop of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -122,7 +123,7 @@ def read(cubin: bytes, backward: bool) -> Found:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--commit", help="compile its files instead")
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)

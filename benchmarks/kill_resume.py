@@ -1,13 +1,15 @@
-"""Kill runs with SIGKILL, start them again with the same config, and compare with one never killed.
+"""A test that kills runs with SIGKILL, resumes them, and compares them with undisturbed runs.
 
     python -m benchmarks.kill_resume                      # the table, as Markdown; 5 minutes
     python -m benchmarks.kill_resume --recipes hot --sources folders --seed 3
 
-Each row is one run of DeepLabV3+ with a ResNet of four blocks on generated photos of 32 pixels, 2
-epochs of 6 batches, in fp32 on one core: killed at a random batch, in a random evaluation or at a
-random point of a save, then started again until it ends. Compared are the weights, the averaged
-weights and the optimizer's state at the end, and every loss and mIoU that any of its processes
-logged.
+Each row is one run of DeepLabV3+ with a ResNet of four blocks, in fp32 on one core. It trains on
+generated images of 32 pixels, for 2 epochs of 6 batches. The run is killed at a random batch, in a
+random evaluation or at a random point of a save. Then it is started again with the same config
+until it ends.
+
+The benchmark compares the weights, the averaged weights and the optimizer state at the end. It also
+compares every loss and mIoU that any process of the run logged.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from benchmarks.forked import Death, run
 
 RECIPES = ("baseline", "mild", "medium", "hot")
 SOURCES = ("folders", "shards")
-BATCHES = 12  # in 2 epochs of 6
+BATCHES = 12  # Two epochs of 6 batches.
 KILLS = {
     "mid-epoch": ("forward", "batch"),
     "evaluation": ("eval",),
@@ -36,7 +38,7 @@ KILLS = {
 
 
 def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
-    """Describe a run of 12 steps of a recipe; `data` is what `make_data` made."""
+    """Return the config of a run of 12 steps on the data from `make_data`."""
     dataset: dict[str, Any] = {"base_size": 32, "final_size": 32, "batch_size": 4}
     dataset |= {"num_workers": workers, "path": f"{data}/{source}"}
     if source == "shards":
@@ -58,7 +60,7 @@ def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, 
 
 
 def make_data(folder: str) -> None:
-    """Make the photos, as folders and as shards."""
+    """Generate the images, as folders and as shards."""
     from convert_ade20k import main as convert
     from extras.preparation.synthetic import make
 
@@ -69,7 +71,7 @@ def make_data(folder: str) -> None:
 
 
 def read_log(path: str) -> dict[tuple[int, str], list[float]]:
-    """All values that were logged, by step and name."""
+    """Return all logged values by step and name."""
     values: dict[tuple[int, str], list[float]] = {}
     for line in Path(path).read_text().splitlines():
         step, name, value = json.loads(line)
@@ -78,7 +80,7 @@ def read_log(path: str) -> dict[tuple[int, str], list[float]]:
 
 
 def same_log(path: str, reference: str) -> bool:
-    """Whether two logs have the same values, and no step twice with different ones."""
+    """Return whether two logs contain the same values, with only one value for each step."""
     values, expected = read_log(path), read_log(reference)
     return values.keys() == expected.keys() and all(
         set(found) == set(expected[key]) and len(set(found)) == 1 for key, found in values.items()
@@ -86,7 +88,7 @@ def same_log(path: str, reference: str) -> bool:
 
 
 def tensors(folder: str) -> dict[str, Any]:
-    """All tensors of the last checkpoint: weights, averaged weights, the optimizer's state."""
+    """Return all tensors of the last checkpoint: weights, averaged weights, optimizer state."""
     import torch
 
     state = torch.load(f"{folder}/latest-rank0.pt", "cpu", weights_only=False)["state"]
@@ -108,7 +110,10 @@ def tensors(folder: str) -> dict[str, Any]:
 
 
 def largest_difference(folder: str, reference: str) -> float:
-    """Between numbers of two runs' last checkpoints; infinite if these do not correspond."""
+    """Return the largest difference between the last checkpoints of two runs.
+
+    The result is infinite if the tensors of the checkpoints do not correspond.
+    """
     found, expected = tensors(folder), tensors(reference)
     if found.keys() != expected.keys():
         return float("inf")
@@ -116,20 +121,20 @@ def largest_difference(folder: str, reference: str) -> float:
 
 
 def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
-    """Return a random moment of a kind, that a run which saves at an interval comes by."""
+    """Return a random moment of a type that occurs in a run with the given save interval."""
     moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
     if point == "evaluation":
-        return Death(moment, rng.randrange(4))  # 2 evaluations of 2 batches
+        return Death(moment, rng.randrange(4))  # The run has 2 evaluations of 2 batches.
     saves = BATCHES // save_every
-    if moment == "remove":  # which the third save is the first to do
+    if moment == "remove":  # The third save is the first that removes a checkpoint.
         return Death(moment, rng.randrange(saves - 2))
     return Death(moment, rng.randrange(1, saves))
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Return what the rows are about."""
+    """Yield the parameters of each row."""
     rng = random.Random(arguments.seed)
     for recipe in arguments.recipes:
         for source in arguments.sources:
@@ -146,7 +151,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
-    """Return the largest difference that a kill made, and whether the logs are the same."""
+    """Return the largest difference after a kill, and whether the logs are the same."""
     name = f"{folder}/{case['recipe']}-{case['source']}"
     config = make_config(f"{folder}/data", case["recipe"], case["source"], case["workers"])
     if not os.path.exists(name):
@@ -163,7 +168,7 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
 
 
 def main() -> int:
-    """Print the table; 1 if a run differs."""
+    """Print the table; return 1 if a run differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)

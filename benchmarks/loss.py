@@ -1,13 +1,15 @@
-"""Time and memory of the training loss, forward and backward: this project's beside Composer's.
+"""Time and memory of the training loss, forward and backward: this project's against Composer's.
 
     python -m benchmarks.loss                          # (4, 150, 512, 512) from logits of a quarter
     python -m benchmarks.loss --batch 16 --device cuda --json result.json
-    python -m benchmarks.loss --class-weights          # ours, without weights and with them
+    python -m benchmarks.loss --class-weights          # this project's, with and without weights
 
-Composer's side is `soft_cross_entropy` + `DiceLoss` on logits that `F.interpolate` brought to the
-target's size, in bf16 under autocast. A mixed target, as MixUp makes it, is dense there: one number
-per class and pixel, made before the measurement begins. Ours are two index targets. Memory is the
-most a process of its own held beyond what it held before: resident on a CPU, allocated on a GPU.
+Composer's side applies `soft_cross_entropy` and `DiceLoss` to logits that `F.interpolate` has
+resized to the target's size, in bf16 under autocast. Its mixed target, as made by MixUp, is dense:
+one number per class and pixel, computed before the measurement. This project uses two index targets
+instead.
+
+Memory is the additional peak of a separate process: resident on a CPU, allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -33,13 +35,14 @@ from torch import Tensor
 from segmentation.losses import MixedTarget, segmentation_loss
 
 SIDES = ("Composer", "this project")
-WEIGHTED = ("without weights", "with class weights")  # of --class-weights: both ours
+# Both sides of --class-weights are this project's.
+WEIGHTED = ("without weights", "with class weights")
 TARGETS = ("index", "mixed")
 MIXING = 0.3
 
 
 class Case:
-    """Random logits and target for one side, and one step of its loss."""
+    """Random logits and a random target for one side, with one step of its loss."""
 
     def __init__(self, side: str, target: str, args: argparse.Namespace, size: int | None = None):
         generator = torch.Generator().manual_seed(0)
@@ -49,13 +52,14 @@ class Case:
         logits = logits.to(args.device, args.dtype, memory_format=torch.channels_last)
         self.logits = logits.requires_grad_()
         self.size = (size, size)
-        # Patches of one class, some of them ignored (-1).
+        # The target consists of patches of one class each. Some patches are ignored (-1).
         patches = torch.randint(-1, args.classes, (args.batch, 1, 16, 16), generator=generator)
         first = F.interpolate(patches.double(), self.size)[:, 0].long().to(args.device)
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
         self.target = first if target == "index" else mixed
         self.loss = self._composer if side == "Composer" else self._ours
-        # All alike, so that both sides agree; what is computed does not depend on it.
+        # All weights are equal, so that both sides agree. The computation is the same for any
+        # weights.
         alike = torch.full((args.classes,), 2.0, device=args.device)
         self.weights = alike if side == WEIGHTED[1] else None
         if side == "Composer" and target == "mixed":
@@ -89,7 +93,7 @@ class Case:
 
 
 def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Time steps of both sides in turn, after one that warms up and shows that they agree."""
+    """Time steps of both sides in turn, after a warm-up step that checks that the sides agree."""
     cases = {side: Case(side, target, args) for side in args.sides}
     (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in args.sides)
     tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
@@ -106,24 +110,24 @@ def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
-    """Return the most memory one step took beyond what was there before it."""
+    """Return the peak memory of one step beyond the memory in use before it."""
     quiet()
     torch.set_num_threads(args.threads[-1])
-    Case(side, target, args, size=64).step()  # loads libraries, compiles kernels
+    Case(side, target, args, size=64).step()  # The small step loads libraries and compiles kernels.
     case = Case(side, target, args)
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         case.step()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak to the resident memory.
     before = _resident("VmHWM")
     case.step()
     return _resident("VmHWM") - before
 
 
 def _resident(key: str) -> int:
-    """Bytes of one line of this process's /proc status."""
+    """Return the bytes in one line of this process's /proc status."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"{key}:\s+(\d+) kB", status)
     assert found is not None
@@ -131,11 +135,12 @@ def _resident(key: str) -> int:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
-    """Measure time for each number of threads, and memory, of both sides and kinds of target."""
+    """Measure the time for each number of threads, and the memory, for both sides and targets."""
     for target in TARGETS:
         memory = {}
         for side in args.sides:
-            # A process each: memory once freed hides what is taken again.
+            # Measure each side in a process of its own, because memory that was freed before hides
+            # new use.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 memory[side] = process.submit(extra_bytes, side, target, args).result()
         for threads in args.threads:
@@ -145,7 +150,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """Return what the figures depend on."""
+    """Return the machine and library versions that the results depend on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if device == "cuda":
@@ -162,7 +167,7 @@ HEAD = (
 
 
 def lines(row: dict) -> str:
-    """Return the lines of the Markdown table about one kind of target."""
+    """Return the lines of the Markdown table for one type of target."""
     start = f"| {row['target']} | {row['threads']} |"
     sides = list(row["seconds"])
     medians = [statistics.median(row["seconds"][side]) for side in sides]
@@ -172,13 +177,14 @@ def lines(row: dict) -> str:
         digits = 0 if median > 0.1 else 2
         times = " | ".join(f"{1e3 * t:.{digits}f} ms" for t in (median, min(taken), max(taken)))
         found.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
-    smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""  # below one page
+    # The ratio is left out below one page of memory.
+    smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""
     ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in sides else 1}f}"
     return "\n".join([*found, f"{start} ratio | {ratio} | | | {smaller} |"])
 
 
 def quiet() -> None:
-    """Composer warns of ignored pixels, on each step."""
+    """Silence Composer's warning about ignored pixels, which appears at each step."""
     warnings.filterwarnings("ignore", module="composer")
 
 
@@ -217,7 +223,8 @@ def main() -> None:
     print(f"Logits ({shape}), {result['dtype']}, to {args.size} px; {result['machine']['device']}")
     print(f"\n{HEAD}", flush=True)
     for row in measure(args):
-        print(lines(row), flush=True)  # now: who stops this early has the first
+        # Print at once, so that an interrupted run keeps its first rows.
+        print(lines(row), flush=True)
         result["rows"].append(row)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,10 +1,9 @@
-"""Images a second that one core loads for training: masks by index, with a palette, in colours.
+"""Training images per second on one core, for masks stored as indices, palettes or colours.
 
-    python -m benchmarks.masks             # on data made with ADE20K's size distribution
+    python -m benchmarks.masks             # on generated data with ADE20K's image sizes
     python -m benchmarks.masks --path ./ade20k --json result.json
 
-The photos and labels are the same; what differs is how masks are stored, and the description by
-which they are read.
+The images and labels are the same. Only the storage of the masks and their description differ.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ COLORS = np.stack([COLORS & 255, COLORS >> 8 & 255, COLORS >> 16], 1).astype(np.
 
 
 def write_palette(labels: np.ndarray, path: Path) -> None:
-    """Write labels as indices of a palette."""
+    """Write labels as palette indices."""
     image = Image.fromarray(labels)
     image.putpalette(COLORS.ravel().tolist())
     image.save(path)
@@ -45,12 +44,12 @@ def write_colors(labels: np.ndarray, path: Path) -> None:
 
 
 def write_16_bits(labels: np.ndarray, path: Path) -> None:
-    """Write labels in 16 bits, no two of them next to each other."""
+    """Write labels in 16 bits, with gaps between the values."""
     cv2.imwrite(str(path), labels.astype(np.uint16) * 257)
 
 
 def lay_out(samples: list[Sample], root: Path, count: int) -> dict[str, dict[str, Any]]:
-    """Write the masks of samples in each way; return each way's description."""
+    """Write the masks of samples in each format; return the description for each format."""
     found: dict[str, dict[str, Any]] = {}
     ways: dict[str, tuple[Callable[[np.ndarray, Path], None], Callable[[int], Any]]] = {
         "index": (lambda labels, path: Image.fromarray(labels).save(path), lambda k: k),
@@ -75,7 +74,7 @@ def lay_out(samples: list[Sample], root: Path, count: int) -> dict[str, dict[str
 
 
 def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, Any]:
-    """Time passes over the data, each way of storing masks in turn; medians and spread."""
+    """Time passes over the data for each mask format in turn; return the medians and the spread."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     samples = list_samples(path, "train")[:limit]
@@ -103,7 +102,7 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
             for name, loader in loaders.items():
                 cast(EpochSampler, loader.sampler).set_epoch(repeat)
                 rate = images_per_second(loader)
-                if repeat:  # the first pass fills the file cache
+                if repeat:  # The first pass fills the file cache.
                     rates[name].append(rate)
     return dataloader.results(path, len(samples), rates)
 

@@ -1,13 +1,15 @@
-"""Train a network of each kind, kill it, let it go on, and use what it learned.
+"""A test that trains a network of each library, kills and resumes it, and uses its checkpoint.
 
     python -m benchmarks.networks --path camvid      # the table, as Markdown; 15 minutes on a CPU
     python -m benchmarks.networks --path camvid --networks smp:Unet --batches 40
 
-Each row is a run of the hot recipe on CamVid from scratch, killed by SIGKILL in the middle of it
-and started again, beside one that is not: by how much weights, averages and momentum differ at the
-end, and whether every loss and mIoU is the same. Then evaluate.py scores the checkpoint at the
-masks' own resolution, predict.py segments a photo, and export.py writes ONNX, which it compares
-with PyTorch. None of them is given the YAML. deeplabv3 has a ResNet of four blocks.
+Each row is a run of the hot recipe on CamVid from scratch. SIGKILL ends the run in the middle, and
+the same command resumes it. The row shows the largest difference from an undisturbed run in
+weights, averages and momentum, and whether every loss and mIoU is the same.
+
+Then evaluate.py scores the checkpoint at the masks' own resolution, predict.py segments an image,
+and export.py writes ONNX and compares it with PyTorch. None of these commands gets the YAML.
+deeplabv3 has a ResNet of four blocks.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def plain(num_classes: int) -> Any:
-    """Build a network of three layers: `package.module:function`."""
+    """Build a network of three layers, as an example for `package.module:function`."""
     from torch import nn
 
     layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()]
@@ -51,16 +53,16 @@ def plain(num_classes: int) -> Any:
 
 
 def make_hf(folder: str) -> None:
-    """Write a SegFormer-B0 with random weights as transformers does."""
+    """Write a SegFormer-B0 with random weights in the format of transformers."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    # A keyword of every config, which transformers does not declare.
+    # Every config accepts this keyword, but transformers does not declare it.
     config = SegformerConfig(num_labels=150)  # pyright: ignore[reportCallIssue]
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
 
 
 def make_config(args: argparse.Namespace, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Describe a run."""
+    """Return the config of a run."""
     dataset: dict[str, Any] = {"path": args.path, "base_size": args.size, "final_size": args.size}
     dataset |= {"batch_size": args.batch, "num_workers": 0}
     model: dict[str, Any] = {"name": name, "num_classes": 11, "backbone_weights": None}
@@ -81,7 +83,7 @@ def make_config(args: argparse.Namespace, name: str, arguments: dict[str, Any]) 
 
 
 def command(main: Any, *arguments: str) -> tuple[int, str]:
-    """Call a command's `main`; return its status and the last line of its output."""
+    """Call the `main` of a command; return its status and the last line of its output."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = main(list(arguments))
@@ -90,7 +92,7 @@ def command(main: Any, *arguments: str) -> tuple[int, str]:
 
 
 def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
-    """Return a network's row."""
+    """Return the row of a network."""
     place = name
     if name == "hf:FOLDER":
         place = f"hf:{folder}/hf"
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=24, help="steps")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     args = parser.parse_args(argv)
-    shrink()  # as in the processes
+    shrink()  # The processes shrink the network too.
     columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
     columns += ["mIoU", "predict.py", "export.py --to onnx"]
     print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|", flush=True)

@@ -1,11 +1,12 @@
-"""Compare the numbers of this working tree with those of a commit, to the last bit.
+"""A bit-for-bit comparison of training results between the working tree and a commit.
 
     python -m benchmarks.numbers HEAD~1        # 4 minutes on 2 cores
 
-Each recipe trains ResNet-50 for ten steps on generated photos of 64 pixels, in fp32, on one thread
-and from one seed, once in the working tree and once in the commit's files, each by its own main.py;
-its own evaluate.py then scores the checkpoint by both protocols. A change that should not move the
-numbers has the same losses, the same weights, averages and momentum, and the same scores.
+Each recipe trains ResNet-50 for ten steps on generated images of 64 pixels, in fp32, on one thread
+and from one seed. It runs once in the working tree and once in the files of the commit, with the
+main.py of each. The evaluate.py of each then scores the checkpoint with both protocols. If a change
+should not affect the results, then the losses, the weights, averages and momentum, and the scores
+must be the same.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ PROTOCOLS = ("paper", "square")
 
 
 class Numbers(NamedTuple):
-    """What a recipe came to."""
+    """The results of a recipe."""
 
-    losses: list[float]  # fp32, of each step
-    state: str  # a digest of all tensors of the checkpoint
-    scores: list[float]  # mIoU in percent, by each protocol
+    losses: list[float]  # Loss of each step, in fp32.
+    state: str  # A digest of all tensors in the checkpoint.
+    scores: list[float]  # mIoU in percent for each protocol.
 
 
 def make_config(
     data: str, folder: str, recipe: str, size: int = 64, steps: int = 10
 ) -> dict[str, Any]:
-    """Describe a run that saves at its end."""
+    """Return the config of a run that saves a checkpoint at its end."""
     config = kill_resume.make_config(data, recipe, "folders", workers=0)
     for section in ("train_dataset", "eval_dataset"):
         config[section] |= {"base_size": size, "final_size": size}
@@ -65,7 +66,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 
     with tempfile.TemporaryDirectory() as folder:
         config, checkpoint = Path(folder, "run.yaml"), f"{folder}/latest-rank0.pt"
-        config.write_text(json.dumps(make_config(data, folder, recipe)))  # which is YAML
+        config.write_text(json.dumps(make_config(data, folder, recipe)))  # JSON is valid YAML.
         python("main.py", str(config))
         state = torch.load(checkpoint, "cpu", weights_only=False)["state"]
         digest = hashlib.sha1()
@@ -81,7 +82,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table; return 1 if a number differs."""
+    """Print the table; return 1 if a result differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("commit", help="what to compare with, as git names it")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)

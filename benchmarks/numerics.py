@@ -1,16 +1,19 @@
-"""Whether a device computes what it should: loss, colours, mixed precision, a run that goes on.
+"""Checks that a device computes correctly: loss, colours, mixed precision, resuming.
 
-    python -m benchmarks.numerics                  # of a GPU if there is one, else of the CPU
+    python -m benchmarks.numerics                  # on a GPU if there is one, otherwise on the CPU
     python -m benchmarks.numerics --steps 200 --size 512 --batch 16
 
-Tables whose rows are printed as they are measured; exit status 1 if one says DIFFER:
-- The loss and its gradient, of the kernels that training takes here, beside Composer's formula in
-  fp64 on the same numbers. A gradient is scaled as training in fp16 scales it.
-- Of a GPU: photos as its half of the data pipeline makes them, beside a CPU's.
-- Losses of the same training in fp32 and in mixed precision. That of fp32 once more is what the
-  order of sums that a GPU is free to choose makes of it alone.
-- A `hot` run with `deterministic` that goes on from its checkpoint in the middle, beside the one
-  that made it: all losses and tensors have to be the same to the last bit.
+The benchmark prints the rows of four tables as they are measured. The exit status is 1 if a row
+says DIFFER.
+
+- The first table compares the loss and its gradient from the kernels of this machine with
+  Composer's formula in fp64, on the same numbers. The gradient is scaled as in fp16 training.
+- On a GPU, the second table compares images from the device part of the data pipeline with images
+  from a CPU.
+- The third table compares the losses of the same training in fp32 and in mixed precision. A
+  repeated fp32 run shows the effect of the summation order, which a GPU may choose freely.
+- The fourth table compares a `hot` run with `deterministic` and a run that resumes from its middle
+  checkpoint. All losses and tensors must be the same to the last bit.
 """
 
 from __future__ import annotations
@@ -40,19 +43,20 @@ from training.pictures import Curves
 from transforms import DeviceTransform
 
 CLASSES, STRIDE = 150, 4
-# Of the loss and of the gradient's norm: fp32 sums, and a gradient that is rounded to bf16 or fp16.
+# Relative tolerances of the loss and of the gradient's norm. The sums are in fp32, and the gradient
+# is rounded to bf16 or fp16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
-LEVEL = 1 / 255 / 0.225  # a photo's smallest step, normalised
+LEVEL = 1 / 255 / 0.225  # The smallest step of an image, normalised.
 
 
 def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[float, float]:
     """Return the relative errors of the loss and, by its norm, of its gradient.
 
     Args:
-        dtype: The logits'.
+        dtype: Type of the logits.
         target: "index" or "mixed".
-        side: Of `benchmarks.loss`: without weights, or with weights that are all alike.
+        side: Side of `benchmarks.loss`: without weights, or with equal weights.
         size: Side of the target in pixels.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +76,7 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
 
 
 def loss_rows(size: int) -> Iterator[tuple[str, bool]]:
-    """Yield the first table's rows, and whether each is as it should be."""
+    """Yield the rows of the first table, and whether each row is correct."""
     yield "| logits | target | class weights | error of the loss | of its gradient |", True
     yield "|---|---|---|---|---|", True
     for dtype, tolerance in TOLERANCE.items():
@@ -87,7 +91,7 @@ def loss_rows(size: int) -> Iterator[tuple[str, bool]]:
 
 
 def transform_rows(size: int) -> Iterator[tuple[str, bool]]:
-    """Yield the second table's rows: the device's own operations, and compiled as in training."""
+    """Yield the rows of the second table: with the device's own operations, and compiled."""
     yield "| photos on the GPU | greatest difference from a CPU's | labels |", True
     yield "|---|---|---|", True
     photos, labels = make_batch(8, size, "cpu")
@@ -106,17 +110,17 @@ def transform_rows(size: int) -> Iterator[tuple[str, bool]]:
 
 
 def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[float]:
-    """Train as a config says, with changes of it; return the loss of each step.
+    """Train with a config and return the loss of each step.
 
     Args:
-        config: As of a YAML.
+        config: Content of a YAML config.
         tf32: Whether a GPU may compute fp32 in TF32, as Composer allows.
-        changes: Of the config.
+        **changes: Changes of the config.
     """
     release()
     trainer = program.build_trainer(dataclasses.replace(resolve(config), **changes))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    never_evaluate(trainer)  # nor compile it
+    never_evaluate(trainer)  # Without evaluations, the evaluation pass is not compiled either.
     trainer.fit()
     trainer.close()
     (curves,) = (c for c in trainer.state.callbacks if isinstance(c, Curves))
@@ -124,7 +128,7 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
 
 
 def precision_rows(config: dict[str, Any], steps: int) -> Iterator[tuple[str, bool]]:
-    """Yield the rows of training in each type."""
+    """Yield the rows of the third table, with training in each precision."""
     shown = sorted({1, max(steps // 4, 1), max(steps // 2, 1), steps})
     heads = ["precision", *(f"loss {step}" for step in shown), "mean difference", "greatest"]
     yield f"| {' | '.join(heads)} |", True
@@ -149,7 +153,7 @@ def precision_rows(config: dict[str, Any], steps: int) -> Iterator[tuple[str, bo
 
 
 def resume_rows(config: dict[str, Any], steps: int, folder: str) -> Iterator[tuple[str, bool]]:
-    """Yield the rows of runs that go on: not compiled and, on a GPU, compiled."""
+    """Yield the rows of the fourth table: resumed runs, not compiled and, on a GPU, compiled."""
     yield "| hot, deterministic | steps | losses | greatest difference of a tensor |", True
     yield "|---|---|---|---|", True
     for compiled in (False, True)[: 1 + torch.cuda.is_available()]:
@@ -168,7 +172,7 @@ def resume_rows(config: dict[str, Any], steps: int, folder: str) -> Iterator[tup
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables; return 1 if something differs that should not."""
+    """Print the tables; return 1 if a row says DIFFER."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
@@ -177,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=int, default=256 if on_gpu else 64, help="pixels")
     add("--batch", type=int, default=8 if on_gpu else 4, help="images a step")
     args = parser.parse_args(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    # The variable must be set before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     warnings.simplefilter("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
         whole = True
         for rows in tables:
             for row, holds in rows:
-                print(row, flush=True)  # now: who stops this early has it
+                # Print at once, so that an interrupted run keeps its first rows.
+                print(row, flush=True)
                 whole &= holds
             print()
     return int(not whole)

@@ -1,14 +1,18 @@
-"""DeepLabV3+ with a ResNet-50 on CamVid, trained for the same time here and by its peers.
+"""DeepLabV3+ with ResNet-50 on CamVid, trained for the same time by this project and its peers.
 
-    python -m benchmarks.peers --path camvid --minutes 2      # make install WITH=smp, first
+    python -m benchmarks.peers --path camvid --minutes 2      # first: make install WITH=smp
 
-The peers are mmsegmentation 0.30's own runner, pipeline and configuration, and a plain PyTorch loop
-on segmentation_models.pytorch's network. Size, batch, threads, loader processes, SGD, weight decay
-and schedule (polynomial, by time) are the same; all begin from scratch. What differs is each one's
-own: mmsegmentation's network has an auxiliary head and a stem of three convolutions, smp's a head
-of 256 channels for 512; this project's loss has Dice, and its type is what the machine multiplies
-fastest (the row `fp32` has theirs). Images/s have loading included, and leave the first steps out.
-All are scored by one evaluation, on the same squares.
+The peers are mmsegmentation 0.30, with its own runner, pipeline and config, and a plain PyTorch
+loop with the network of segmentation_models.pytorch (smp). All use the same image size, batch,
+threads, loader processes, SGD, weight decay and schedule (polynomial over time), and all train from
+scratch.
+
+Some differences remain. mmsegmentation's network has an auxiliary head and a stem of three
+convolutions. smp's head has 256 channels instead of 512. This project's loss includes Dice, and its
+precision is the fastest on the machine; the row `fp32` has the peers' precision.
+
+Images per second include loading and exclude the first steps. One evaluation scores all networks,
+on the same squares.
 """
 
 from __future__ import annotations
@@ -46,19 +50,20 @@ from training.config import resolve
 from training.schema import Config
 from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
-MOMENTUM, DECAY = 0.9, 5e-4  # of mmsegmentation's schedules
-WARM = 3  # steps that the rate leaves out
+MOMENTUM, DECAY = 0.9, 5e-4  # Values of mmsegmentation's schedules.
+WARM = 3  # Number of first steps that the rate excludes.
 
 
 class Trained(NamedTuple):
-    """What a contender came to."""
+    """The result of a contender."""
 
-    forward: Callable[[Tensor], Tensor]  # (N, 3, H, W) normalised to logits
+    # Function from normalised images (N, 3, H, W) to logits.
+    forward: Callable[[Tensor], Tensor]
     images_per_second: float
 
 
 class Clock:
-    """Tells each contender's loop how far it is, and notes when its steps end."""
+    """A timer that gives each contender its learning rate and records the ends of its steps."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
@@ -66,23 +71,23 @@ class Clock:
         self.ends: list[float] = []
 
     def factor(self) -> float:
-        """Return the learning rate, relative to the first."""
+        """Return the learning rate relative to its initial value."""
         passed = (time.perf_counter() - self.start) / self.seconds
         return max(1 - passed, 1e-3) ** 0.9
 
     def tick(self) -> bool:
-        """Note the end of a step; return whether time is up."""
+        """Record the end of a step; return whether the time is up."""
         self.ends.append(time.perf_counter())
         return self.ends[-1] - self.start > self.seconds and len(self.ends) > WARM + 1
 
     def rate(self, batch: int) -> float:
-        """Images a second."""
+        """Return the images per second."""
         steps = self.ends[WARM:]
         return batch * (len(steps) - 1) / (steps[-1] - steps[0])
 
 
 def config(args: argparse.Namespace, precision: str = "auto") -> Config:
-    """Return this project's run."""
+    """Return the config of this project's run."""
     dataset = {"path": args.path, "base_size": args.size, "final_size": args.size}
     dataset |= {"batch_size": args.batch, "num_workers": args.workers}
     return resolve(
@@ -98,7 +103,7 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
             },
             "train_dataset": dataset,
             "eval_dataset": dict(dataset),
-            # Decoupled, the decay is a fraction a step.
+            # Decoupled weight decay is a fraction per step.
             "optimizer": {"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
             "schedule": {"name": "constant"},
             "pictures": 0,
@@ -107,7 +112,7 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
 
 
 class Timed(Callback):
-    """Has a run of Composer's go by the clock."""
+    """A callback that controls a Composer run by the clock."""
 
     def __init__(self, clock: Clock, lr: float) -> None:
         self.clock, self.lr = clock, lr
@@ -122,7 +127,7 @@ class Timed(Callback):
 
 
 def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
-    """Train as main.py does."""
+    """Train with main.py's trainer."""
     clock = Clock(args.minutes)
     run = config(args, precision)
     trainer = program.build_trainer(run, callbacks=[Timed(clock, args.lr)])
@@ -135,7 +140,7 @@ def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
 
 
 def mmsegmentation(args: argparse.Namespace) -> Trained:
-    """Train by `mmseg.apis.train_segmentor`, with the configuration that mmsegmentation ships."""
+    """Train with `mmseg.apis.train_segmentor` and the config that mmsegmentation ships."""
     import mmcv
     import mmseg
     from mmcv.runner import HOOKS, Hook
@@ -208,7 +213,7 @@ def mmsegmentation(args: argparse.Namespace) -> Trained:
 
 
 class Photos(Dataset):
-    """Photos and masks by Pillow, augmented by torchvision."""
+    """A data set of images and masks that Pillow decodes and torchvision augments."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from torchvision.transforms import v2
@@ -246,7 +251,7 @@ NORMALISATION = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
 
 def plain_loop(args: argparse.Namespace) -> Trained:
-    """Train smp's network by a loop as one writes it."""
+    """Train smp's network with a usual PyTorch loop."""
     import segmentation_models_pytorch as smp
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,7 +278,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()  # as all the others log it
+            loss.item()  # All other contenders log the loss as well.
             finished = clock.tick()
             if finished:
                 break
@@ -282,7 +287,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
 
 @torch.inference_mode()
 def score(args: argparse.Namespace, trained: Trained) -> float:
-    """Return the mIoU in percent, of any contender alike."""
+    """Return the mIoU in percent, computed in the same way for all contenders."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = build_data(config(args), "val")
     loader = cast(DataLoader, spec.dataloader)
@@ -303,7 +308,7 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], Trained]] = {
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     on_gpu = torch.cuda.is_available()
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -322,10 +327,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what --json writes."""
+    """Run the command line and return the result that --json writes."""
     args = arguments(argv)
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # mmsegmentation's sets its loggers' levels itself
+    logging.disable(logging.WARNING)  # mmsegmentation sets the levels of its loggers itself.
     torch.set_num_threads(args.threads)
     found: dict[str, dict[str, list[float]]] = {
         name: {"images_per_second": [], "miou": []} for name in args.only

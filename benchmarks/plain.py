@@ -1,10 +1,13 @@
-"""The same training step as Composer alone makes it, for the benchmarks to compare with.
+"""The same training step with plain Composer, as a baseline for the benchmarks.
 
-Composer's `soft_cross_entropy` and `DiceLoss` on logits upsampled to the target's size, its `MIoU`
-of every training batch, its `ChannelsLast`, EMA, SAM and MixUp (with dense targets) and its
-`DecoupledSGDW`; the head's depthwise convolutions PyTorch's; fp16 autocast on a GPU and fp32 on a
-CPU, where Composer has no mixed precision; no `torch.compile`, no cuDNN autotuning. Architecture,
-data and schedule are this project's.
+The baseline uses Composer's `soft_cross_entropy` and `DiceLoss` on logits upsampled to the target's
+size, and its `MIoU` of every training batch. It also uses Composer's `ChannelsLast`, EMA, SAM and
+MixUp (with dense targets) and its `DecoupledSGDW`. The depthwise convolutions of the head are
+PyTorch's.
+
+The baseline runs in fp16 autocast on a GPU and in fp32 on a CPU, where Composer has no mixed
+precision. It uses neither `torch.compile` nor cuDNN autotuning. Architecture, data and schedule are
+this project's.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class PlainDeepLabV3(ComposerModel):
     """DeepLabV3+ with Composer's losses and metrics on logits of the image's size.
 
     Args:
-        config: Whose `model` section is built.
+        config: Config of the run. Its `model` section describes the network.
     """
 
     def __init__(self, config: Config) -> None:
@@ -45,7 +48,7 @@ class PlainDeepLabV3(ComposerModel):
         )
         for layer in self.module.modules():
             if isinstance(layer, DilatedDepthwiseConv2d):
-                # It adds a method to nn.Conv2d, and no state.
+                # The subclass adds a method to nn.Conv2d, but no state.
                 layer.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
         self.config = model
         self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
@@ -76,7 +79,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     data: tuple[DataSpec, DataSpec] | None = None,
 ) -> Trainer:
-    """Build what `main.build_trainer` does, as Composer alone has it."""
+    """Build the counterpart of `main.build_trainer` with plain Composer."""
     on_gpu = torch.cuda.is_available()
     reproducibility.seed_all(config.seed)
     train_data, eval_data = data or (build_data(config, "train"), build_data(config, "val"))
@@ -111,12 +114,12 @@ def build_trainer(
 
 
 def precision(config: Config) -> str:
-    """Composer's name of what this side computes in."""
+    """Return Composer's name for the precision of this side."""
     return "amp_fp16" if torch.cuda.is_available() and config.precision != "fp32" else "fp32"
 
 
 def composers_recipe(config: Config) -> list[Algorithm]:
-    """Composer's algorithms for `config.recipe_name`."""
+    """Return Composer's algorithms for `config.recipe_name`."""
     if config.recipe_name is None:
         return []
     recipe = getattr(config, config.recipe_name)

@@ -1,9 +1,9 @@
-"""How well `main.py --plan` tells what a run takes: the plan of a run, and then the run itself.
+"""The accuracy of `main.py --plan`: the plan of a run, compared with the run itself.
 
-    python -m benchmarks.plan                               # the demo's, a few minutes on a CPU
+    python -m benchmarks.plan                               # the demo, a few minutes on a CPU
     python -m benchmarks.plan yamls/camvid.yaml max_duration=2ep save_folder=/tmp/run
 
-Each is a process of its own; memory is the most that it held: resident, or of its GPU.
+Plan and run are separate processes. Memory is the peak of the process: resident, or on its GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "yamls/demo.yaml"
-# What main.py is started through, to tell how much memory it held.
+# A program that starts main.py and reports its peak memory.
 PROGRAM = """
 import resource
 import sys
@@ -36,7 +36,7 @@ sys.exit(status)
 
 
 def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """Return what was planned and what was taken: seconds, and bytes of memory."""
+    """Return the planned and the real values: seconds, and memory in GiB."""
     command = [sys.executable, "main.py", config, *overrides]
     done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
     if done.returncode:

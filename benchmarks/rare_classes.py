@@ -1,11 +1,11 @@
-"""CamVid with and without class weights and rare-class sampling: what is gained, and what lost.
+"""Gains and losses on CamVid from class weights and rare-class sampling.
 
     python -m benchmarks.rare_classes --path camvid --minutes 3 --size 64 --batch 4 --probe 8
     python -m benchmarks.rare_classes --path camvid --seeds 17 --minutes 1 --json result.json
 
-Each way trains for the same minutes from each seed, as `benchmarks.camvid` does, whose options
-these are; the table has means over the seeds. `--rare` is the share of the photos below which
-rare-class sampling takes a class for rare; in CamVid the rarest, fence, is in 47% of them.
+Each variant trains for the same minutes from each seed, as in `benchmarks.camvid`, with the options
+of that benchmark. The table shows means over the seeds. A class is rare if it occurs in a smaller
+fraction of the images than `--rare`. The rarest class of CamVid, fence, is in 47% of the images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from segmentation.classes import load_classes
 from segmentation.metrics import MIoU, iou_per_class
 from training.schema import Config
 
-WAYS: dict[str, tuple[Any, bool]] = {  # class_weights, and whether rare classes are sampled
+# Values of class_weights, and whether rare classes are sampled.
+WAYS: dict[str, tuple[Any, bool]] = {
     "neither": (None, False),
     "class_weights: auto": ("auto", False),
     "rare_class_sampling": (None, True),
@@ -45,7 +46,7 @@ NAMES = Path(__file__).parent.parent / "yamls" / "camvid_classes.txt"
 
 
 class LastMatrix(Callback):
-    """Keeps the confusion matrix of the last evaluation."""
+    """A callback that keeps the confusion matrix of the last evaluation."""
 
     def __init__(self) -> None:
         self.matrix: Tensor | None = None
@@ -59,7 +60,7 @@ class LastMatrix(Callback):
 
 
 def config(args: argparse.Namespace, way: str, seed: int, batches: int) -> Config:
-    """Return a run of so many batches, evaluated at its end."""
+    """Return the config of a run with the given number of batches and one evaluation at its end."""
     weights, sampled = WAYS[way]
     made = camvid.config(args, args.recipes[0], batches)
     return replace(
@@ -74,7 +75,7 @@ def config(args: argparse.Namespace, way: str, seed: int, batches: int) -> Confi
 
 
 def seconds_per_step(args: argparse.Namespace, way: str) -> float:
-    """Of a short run, whose first half warms up."""
+    """Return the seconds per step, measured in a short run whose first half is a warm-up."""
     steps = Steps()
     trainer = program.build_trainer(config(args, way, args.seeds[0], 10**6), callbacks=[steps])
     never_evaluate(trainer)
@@ -84,7 +85,7 @@ def seconds_per_step(args: argparse.Namespace, way: str) -> float:
 
 
 def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[str, Any]:
-    """Train one way from one seed; return IoU of each class in percent."""
+    """Train one variant from one seed; return the IoU of each class in percent."""
     release()
     last = LastMatrix()
     trainer = program.build_trainer(config(args, way, seed, batches), callbacks=[last])
@@ -101,7 +102,10 @@ def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[s
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Train every way from every seed: seed by seed, that what the machine does meets all ways."""
+    """Train every variant from every seed.
+
+    The loop goes seed by seed, so that disturbances on the machine affect all variants.
+    """
     release()
     seconds = {way: seconds_per_step(args, way) for way in args.ways}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
@@ -115,11 +119,12 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 def mean(values: list[float]) -> float:
     """Return the mean over the classes that occur."""
-    return statistics.fmean(value for value in values if value == value)  # not nan
+    # This comparison is False for nan.
+    return statistics.fmean(value for value in values if value == value)
 
 
 def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
-    """Return the means over the seeds as a Markdown table, mIoU with its spread."""
+    """Return the means over the seeds as a Markdown table, and the spread of mIoU."""
     shown = [name for name in SHOWN if name in names] or names[:4]
     lines = [
         f"| | mIoU | of the seeds | {' | '.join(shown)} | the other classes |",
@@ -140,7 +145,7 @@ def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what --json writes."""
+    """Run the command line and return the result that --json writes."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
     parser.add_argument("--rare", type=float, default=0.7, help="see above")

@@ -1,11 +1,11 @@
-"""Everything that is measured on a machine, in a given time; writes a dated file of results.
+"""All benchmarks for one machine in a given time, with a dated file of results.
 
     python -m benchmarks.run_all --camvid ./camvid        # 10 minutes on a GPU, 20 on a CPU
     python -m benchmarks.run_all --only train_step loss --minutes 60
 
-Each benchmark is a process of its own: one that fails or takes too long leaves the others alone,
-and what it had printed by then is kept. On a CPU sizes are small. CamVid comes last and takes the
-time that is left.
+Each benchmark is a separate process. A benchmark that fails or takes too long does not affect the
+others, and its output up to that point is kept. On a CPU the sizes are small. CamVid comes last and
+gets the remaining time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Benchmark(NamedTuple):
-    """A module, its arguments, and the most seconds of the usual time it may take (None: all)."""
+    """A module with its arguments and its maximum seconds of the usual time (None: all)."""
 
     module: str
     arguments: str = ""
@@ -40,7 +40,7 @@ class Benchmark(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a benchmark printed, how long it took, and why it did not come to its end."""
+    """The output and the duration of a benchmark, and the reason if it did not finish."""
 
     command: str
     output: str
@@ -64,29 +64,29 @@ CPU = [
     Benchmark("benchmarks.device_transform", seconds=60),
     Benchmark("benchmarks.dataloader", "--images 160 --repeats 3", 60),
 ]
-# Compiling would take half of the time there is.
+# Compilation would take half of the time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
-# Seconds that CamVid takes to start, and again for each recipe.
+# Seconds for CamVid to start, and again for each recipe.
 OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 
 def plan(on_gpu: bool) -> list[Benchmark]:
-    """Return what is run, the most important first, without CamVid."""
+    """Return the benchmarks except CamVid, the most important first."""
     if on_gpu:
         return GPU
-    if choose_precision("auto")[1] is None:  # the first two would be the same
+    if choose_precision("auto")[1] is None:  # The first two benchmarks would be the same.
         return [CPU[0]._replace(seconds=480), *CPU[2:]]
     return CPU
 
 
 def usual_minutes() -> float:
-    """Return the time for all of it."""
+    """Return the usual time for all benchmarks, in minutes."""
     return 9.5 if torch.cuda.is_available() else 20
 
 
 def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
-    """CamVid with all recipes in so many seconds, of which training takes what is left."""
+    """Return the CamVid benchmark for all recipes, which trains in the remaining seconds."""
     overhead = OVERHEAD if on_gpu else OVERHEAD_SMALL
     minutes = max((seconds - overhead) / len(RECIPES) - overhead, 10) / 60
     arguments = CAMVID.format(path=shlex.quote(path), minutes=minutes)
@@ -94,10 +94,10 @@ def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
 
 
 def run(benchmark: Benchmark, limit: float) -> Outcome:
-    """Run one for at most `limit` seconds."""
+    """Run a benchmark for at most `limit` seconds."""
     shown = ["python", "-m", benchmark.module, *shlex.split(benchmark.arguments)]
     start = time.perf_counter()
-    # A session of its own: what it has started ends with it.
+    # In a session of its own, the child processes of a benchmark end with it.
     with subprocess.Popen(
         [sys.executable, *shown[1:]],
         cwd=ROOT,
@@ -119,7 +119,7 @@ def run(benchmark: Benchmark, limit: float) -> Outcome:
 
 
 def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> Iterator[Outcome]:
-    """Run all within so many minutes; CamVid last, if there is a path to it."""
+    """Run all benchmarks within the given minutes; CamVid comes last if it has a path."""
     deadline = time.perf_counter() + 60 * minutes
     longer = max(minutes / usual_minutes(), 1)
     for benchmark in [*benchmarks, *([None] if path else [])]:
@@ -132,7 +132,7 @@ def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> It
 
 
 def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
-    """Return the results in Markdown, of the machine that is `about`."""
+    """Return the results and the description of the machine as Markdown."""
     gpu = f"{about['gpu']}, CUDA {about['cuda']}; " if "gpu" in about else ""
     lines = [
         f"# {about.get('gpu', about['cpu'])}, {datetime.date.today()}",
@@ -148,7 +148,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
 
 
 def commit() -> str:
-    """Git's name for this state of the code."""
+    """Return git's name for this state of the code."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -158,7 +158,7 @@ def commit() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 1 if a benchmark did not come to its end."""
+    """Run the command line; return 1 if a benchmark did not finish."""
     on_gpu = torch.cuda.is_available()
     names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())
     chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
-    about = machine() | {"commit": commit()}  # now: the results are a change of their own
+    # Ask git now, because the results will change the working tree.
+    about = machine() | {"commit": commit()}
     device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{datetime.date.today()}-{device}.md"

@@ -21,11 +21,14 @@ BUCKET = "data"
 
 
 class S3Server:
-    """A SeaweedFS server on this machine, with its files in `folder`.
+    """A SeaweedFS server on this machine.
+
+    Args:
+        folder: Folder for the files of the server.
 
     Attributes:
-        url: What `S3_ENDPOINT_URL` has to be.
-        client: A boto3 client for it.
+        url: Value for `S3_ENDPOINT_URL`.
+        client: A boto3 client for the server.
     """
 
     def __init__(self, folder: str):
@@ -51,7 +54,7 @@ class S3Server:
         )
 
     def start(self, wait: float = 60) -> None:
-        """Start it, or start it again with what it held, and wait until objects can be written."""
+        """Start or restart the server with its stored objects, and wait until it accepts writes."""
         if self.store is None:
             command = ["server", f"-dir={self.folder}", "-filer", "-volume.max=0"]
             command += ["-master.volumeSizeLimitMB=64", *self._options("master", "volume", "filer")]
@@ -63,7 +66,11 @@ class S3Server:
         self._wait_until_ready(time.monotonic() + wait)
 
     def _identities(self) -> str:
-        """Write who may what: `test` has one bucket, and nobody else anything; the file."""
+        """Write a file that gives `test` access to one bucket and nobody else any access.
+
+        Returns:
+            The path of the file.
+        """
         actions = [f"{action}:{BUCKET}" for action in ("Admin", "Read", "Write", "List")]
         keys = [{"accessKey": "test", "secretKey": "test"}]
         identities = [{"name": "test", "credentials": keys, "actions": actions}]
@@ -84,13 +91,13 @@ class S3Server:
             )
 
     def kill(self) -> None:
-        """End what answers requests, as a crash would; `start` begins it again."""
+        """Kill the gateway that answers requests, as in a crash; `start` restarts it."""
         if self.gateway:
             _kill(self.gateway)
             self.gateway = None
 
     def close(self) -> None:
-        """End all of it."""
+        """Stop all processes of the server."""
         self.kill()
         if self.store:
             _kill(self.store)
@@ -105,7 +112,8 @@ class S3Server:
                 client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
                 client.get_object(Bucket=BUCKET, Key=".ready")["Body"].read()
                 return
-            except Exception as error:  # connection errors of any layer, until the server is up
+            # Any layer may raise connection errors until the server is up.
+            except Exception as error:
                 if time.monotonic() > deadline or self._has_ended():
                     log = Path(self.folder, "log.txt").read_text(errors="replace")
                     raise RuntimeError(
@@ -118,7 +126,7 @@ class S3Server:
         return any(process.poll() is not None for process in running)
 
     def upload(self, folder: str, prefix: str) -> str:
-        """Copy a folder into the bucket; its s3:// URL."""
+        """Copy a folder into the bucket and return its s3:// URL."""
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 key = f"{prefix}/{path.relative_to(folder).as_posix()}"
@@ -159,7 +167,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _weed() -> str:
-    """Path of SeaweedFS's program, which pip puts beside Python's."""
+    """Return the path of SeaweedFS's program, which pip installs beside Python's."""
     beside = Path(sys.executable).with_name("weed")
     path = str(beside) if beside.exists() else shutil.which("weed")
     if not path:
@@ -168,9 +176,9 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free, as those 10000 above, where SeaweedFS has its RPC.
+    """Return free ports whose counterparts 10000 above, for SeaweedFS's RPC, are free too.
 
-    All are below what Linux gives to outgoing connections, one of which could take them meanwhile.
+    All ports are below Linux's range for outgoing connections, which could otherwise take them.
     """
     ports: list[int] = []
     while len(ports) < count:

@@ -1,15 +1,18 @@
-"""Runs that are struck all the while, and compared with runs that nothing strikes.
+"""A soak test that injects faults into runs and compares their results with undisturbed runs.
 
     python -m benchmarks.soak --minutes 20      # the table, as Markdown
     python -m benchmarks.soak --memory          # memory and open files over 2,000 steps
 
 torchrun starts two processes, which train on shards in an S3 server (SeaweedFS). Checkpoints go
-there too, and the cache holds four shards, so that the store is asked all the time. One run after
-the other, of every recipe in turn, is struck at random batches: each kind of strike once before any
-comes again. torchrun starts lost processes again. If torchrun itself ends too soon, the benchmark
-gives the same command again. It compares the weights, the averages and the optimizer's state at the
-end. The disk that gets full is a small
-tmpfs, which takes root; the clock that is set back is set_back.c's, which takes a C compiler.
+there too. The cache holds only four shards, so the store gets requests all the time.
+
+The test runs each recipe in turn and injects faults at random batches. Every type of fault occurs
+once before any type repeats. torchrun restarts lost processes. If torchrun itself ends too soon,
+the benchmark gives the same command again. At the end, it compares the weights, the averages and
+the optimizer state.
+
+The disk that gets full is a small tmpfs, which needs root. The clock that is set back is the one of
+set_back.c, which needs a C compiler.
 """
 
 from __future__ import annotations
@@ -36,25 +39,25 @@ from benchmarks.s3_server import BUCKET, S3Server, s3_server
 from benchmarks.soak_run import EVERY, Run, make_config
 
 STEPS = 500
-STRIKES = 4  # of a run
-DISK = 64  # MB of the disk that gets full
+STRIKES = 4  # Number of faults per run.
+DISK = 64  # Size in MB of the disk that gets full.
 DEATHS = ("SIGKILL of a process", "SIGKILL of the launcher", "SIGKILL of a loader", "SIGTERM")
 FULL, BACK, SHARED = "disk full", "clock 10 min back", "another run in the cache"
 STORE = tuple(f"store {fault}" for fault in FAULTS)
 
 
 class World:
-    """What runs live in: a store behind a proxy, a disk and a clock of their own.
+    """The environment of the runs: a store behind a proxy, a disk and a clock.
 
     Args:
-        folder: Of the disk, the data and the runs' logs.
-        server: The store.
-        stack: What ends it.
+        folder: Folder for the disk, the data and the logs of the runs.
+        server: S3 server.
+        stack: Stack that cleans the environment up.
 
     Attributes:
-        kinds: The strikes that are possible here.
-        missing: What the others need.
-        environment: Variables to set for a run.
+        kinds: Faults that are possible on this machine.
+        missing: Requirements of the other faults.
+        environment: Environment variables for a run.
     """
 
     def __init__(self, folder: Path, server: S3Server, stack: ExitStack):
@@ -95,9 +98,10 @@ class World:
             raise RuntimeError("the shards could not be written")
 
     def _set_clock(self, seconds: int) -> None:
-        """Have the clock of the runs off by so much."""
+        """Set the offset of the runs' clock."""
         with open(self.clock, "r+b" if self.clock.exists() else "wb") as file:
-            file.write(struct.pack("=q", seconds))  # in place: it is mapped
+            # Write in place, because the file is memory-mapped.
+            file.write(struct.pack("=q", seconds))
 
     def run(self, name: str, recipe: str, ranks: int | None = 2, steps: int = STEPS) -> Run:
         """Start a run of a recipe."""
@@ -107,7 +111,7 @@ class World:
         return run
 
     def checkpoint(self, name: str) -> str:
-        """Fetch a run's newest checkpoint; the folder that it is in then."""
+        """Download the newest checkpoint of a run and return its folder."""
         client = self.server.client
         pointer = client.get_object(Bucket=BUCKET, Key=f"runs/{name}/latest-rank0.pt.symlink")
         key = pointer["Body"].read().decode()
@@ -116,7 +120,7 @@ class World:
 
     @contextmanager
     def fault(self, kind: str) -> Iterator[None]:
-        """Within, the store, the disk or the clock is not as it should be."""
+        """Inject a fault of the store, the disk or the clock inside the context."""
         if kind in STORE:
             with self.store.having(kind.removeprefix("store ")):
                 yield
@@ -138,21 +142,30 @@ class World:
 
 
 def kill(kind: str, run: Run, rng: random.Random) -> bool:
-    """Send a signal to a part of a run and wait until all of it has ended; whether it was there."""
+    """Send a signal to a part of a run, and wait until the attempt has ended.
+
+    Returns:
+        Whether the signal was sent before the run was done.
+    """
     before = len(run.endings)
     run.until(lambda: len(run.processes()[1]) > 1)
     if run.is_done:
         return False
     ranks, loaders = run.processes()
     victims = {DEATHS[0]: [rng.choice(ranks)], DEATHS[1]: [run.launcher]}
-    victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: [run.launcher]}  # as a scheduler does
+    # A scheduler also sends SIGTERM to the launcher.
+    victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: [run.launcher]}
     for process in victims[kind]:
         process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
     return run.until(lambda: len(run.endings) > before)
 
 
 def share(world: World, run: Run, name: str) -> bool:
-    """Have another run in the same cache for a while, and kill it; whether there was time to."""
+    """Start another run in the same cache for a while and kill it.
+
+    Returns:
+        Whether there was enough time for it.
+    """
     other = world.run(name, "baseline", ranks=None)
     try:
         met = run.until(lambda: other.batch() > 50 or other.process.poll() is not None)
@@ -164,14 +177,17 @@ def share(world: World, run: Run, name: str) -> bool:
 
 
 def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) -> str | None:
-    """Strike a run; a row of the table, or None if the run was done before.
+    """Inject a fault into a run.
 
     Args:
-        world: What the run lives in.
-        run: Whom to strike.
+        world: Environment of the run.
+        run: The run.
         kind: One of `World.kinds`.
-        rng: Of which process, and how long.
-        other: Name of a run that may be needed.
+        rng: Source of randomness for the process and the duration.
+        other: Name for another run, if the fault needs one.
+
+    Returns:
+        A row of the table, or None if the run was done before.
     """
     began, batch, ended = time.monotonic(), run.newest, len(run.endings)
     run.watch()
@@ -193,21 +209,21 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
 
 
 class Soak:
-    """The strikes on one run after the other, and a table of them.
+    """A test that injects faults into one run after the other, and a table of the faults.
 
     Args:
-        world: What the runs live in.
-        rng: What strikes when.
+        world: Environment of the runs.
+        rng: Source of randomness for the faults and their times.
     """
 
     def __init__(self, world: World, rng: random.Random):
         self.world, self.rng = world, rng
-        self.deck: list[str] = []  # of strikes that are still to come
+        self.deck: list[str] = []  # Faults that are still to come.
         self.began = time.monotonic()
         self.worst = 0.0
 
     def __call__(self, minutes: float) -> float:
-        """Strike runs for so long; the largest difference."""
+        """Inject faults into runs for the given minutes; return the largest difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
         print("| at | recipe | batch | strike | it lasted | the run | no batch for |")
         print("|---|---|---|---|---|---|---|", flush=True)
@@ -219,7 +235,7 @@ class Soak:
         return self.worst
 
     def undisturbed(self, recipe: str) -> str:
-        """Train without strikes; the folder of its last checkpoint."""
+        """Train without faults and return the folder of the last checkpoint."""
         run = self.world.run(recipe, recipe)
         run.finish()
         if run.endings:
@@ -227,7 +243,7 @@ class Soak:
         return self.world.checkpoint(recipe)
 
     def struck(self, name: str, recipe: str, reference: str) -> None:
-        """Train while strikes come at random batches, and compare."""
+        """Train while faults occur at random batches, and compare the result."""
         run, hand = self.world.run(name, recipe), self.deal()
         for batch in sorted(self.rng.sample(range(20, STEPS // 2), STRIKES)):
             if not run.reach(batch):
@@ -246,7 +262,7 @@ class Soak:
         self.print(time.monotonic(), recipe, f"{run.newest} | the end | | {end} |")
 
     def deal(self) -> list[str]:
-        """Take a run's strikes from the deck, first the one that takes longest to begin."""
+        """Take the faults of a run from the deck, with the slowest to begin first."""
         while len(self.deck) < STRIKES:
             self.deck = [*self.rng.sample(self.world.kinds, len(self.world.kinds)), *self.deck]
         hand = [self.deck.pop() for _ in range(STRIKES)]
@@ -259,7 +275,7 @@ class Soak:
 
 
 def memory(world: World) -> int:
-    """Print memory and open files of a run that nothing strikes, and draw them; 1 if they grow."""
+    """Print and draw the memory and open files of an undisturbed run; return 1 if they grow."""
     run = world.run("undisturbed", "hot", steps=soak_memory.STEPS + EVERY)
     samples = soak_memory.follow(run)
     text, growth = soak_memory.table(samples)
@@ -269,7 +285,7 @@ def memory(world: World) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 if a run differs."""
+    """Print the table; return 1 if a run differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20, help="of being struck (20)")
     parser.add_argument("--seed", type=int, default=0, help="of what strikes when (0)")
@@ -278,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.keep and os.path.exists(arguments.keep):
         parser.error(f"--keep {arguments.keep}: is there already")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave nothing behind
+    # Exit normally on SIGTERM, so that the cleanup runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:
         folder = arguments.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))
         os.makedirs(folder, exist_ok=True)

@@ -8,16 +8,18 @@ from pathlib import Path
 from benchmarks.soak_run import Run
 
 STEPS = 2000
-BETWEEN = 200  # steps
-AFTER = 20  # a checkpoint
-READS = 50  # of which the least counts: not what a fetch or an upload takes for a moment
+BETWEEN = 200  # Number of steps between samples.
+AFTER = 20  # Number of steps after a checkpoint.
+# Number of reads per sample. The minimum counts, because a download or an upload briefly takes
+# more.
+READS = 50
 TOLERANCE = 0.02
 UNITS = ("MB", "files")
-Sample = dict[str, tuple[float, int]]  # of a process: resident MB, open files
+Sample = dict[str, tuple[float, int]]  # Resident MB and open files of each process.
 
 
 def follow(run: Run) -> list[tuple[int, Sample]]:
-    """Read all processes of a run every so many steps, until it is done."""
+    """Sample all processes of a run at regular steps until the run is done."""
     samples = []
     for step in range(BETWEEN, STEPS + 1, BETWEEN):
         if run.reach(step + AFTER):
@@ -35,7 +37,7 @@ def follow(run: Run) -> list[tuple[int, Sample]]:
 
 
 def read(run: Run) -> Sample:
-    """Read all processes of a run."""
+    """Read the memory and open files of all processes of a run."""
     ranks, _ = run.processes()
     names = {"launcher": run.launcher}
     for number, rank in enumerate(ranks):
@@ -47,7 +49,7 @@ def read(run: Run) -> Sample:
 
 
 def table(samples: Sequence[tuple[int, Sample]]) -> tuple[str, float]:
-    """Return a table of memory and open files by steps, and the largest growth since the first."""
+    """Return a table of memory and open files by step, and the largest growth over the run."""
     steps = [step for step, _ in samples]
     lines = ["| process | " + " | ".join(f"step {step}" for step in steps) + " | growth |"]
     lines.append("|---" * (len(steps) + 2) + "|")

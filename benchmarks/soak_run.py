@@ -1,4 +1,4 @@
-"""A run of soak.py: torchrun starts its processes again, and this module starts torchrun again."""
+"""A run of soak.py: torchrun restarts the run's processes, and this module restarts torchrun."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from benchmarks.kill_resume import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
-EVERY = 50  # batches between checkpoints
-HANGS_AFTER = 300.0  # seconds without a batch, after all faults
+EVERY = 50  # Number of batches between checkpoints.
+# Seconds without a batch after which a run counts as hung; longer than all faults.
+HANGS_AFTER = 300.0
 BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 
 
 def network(num_classes: int) -> Any:
-    """Build a network with all that a checkpoint is about: BatchNorm, dropout, few weights."""
+    """Build a small network with the parts that matter in a checkpoint, BatchNorm and dropout."""
     from torch import nn
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -38,7 +39,7 @@ def network(num_classes: int) -> Any:
 
 
 def make_config(data: str, local: str, recipe: str, name: str, steps: int) -> dict[str, Any]:
-    """Describe a run on shards in a store; a cache of four of them has it fetch all the time."""
+    """Return the config of a run on shards in a store; its cache of four forces downloads."""
     dataset = {"is_streaming": True, "path": data, "base_size": 64, "final_size": 64}
     dataset |= {"batch_size": 8, "num_workers": 1, "cache_limit": "170kb"}
     ema = {"half_life": "20ba", "update_interval": "1ba"}
@@ -62,19 +63,19 @@ def make_config(data: str, local: str, recipe: str, name: str, steps: int) -> di
 
 
 class Run:
-    """A run, followed by the log that its first process writes.
+    """A run that is followed by the log of its first process.
 
     Args:
-        folder: Of the config and the logs.
-        config: What the YAML says.
-        environment: Variables to set.
-        ranks: Number of processes; None: one, without torchrun.
+        folder: Folder for the config and the logs.
+        config: Content of the YAML config.
+        environment: Environment variables to set.
+        ranks: Number of processes. If None, one process without torchrun.
 
     Attributes:
-        newest: The number of batches done, by all of its attempts.
-        endings: Status of torchrun, or "again" if torchrun went on, and last words of each attempt
-            that ended.
-        gap: The longest time without a new batch since `watch` was called.
+        newest: Number of batches done, over all attempts.
+        endings: For each attempt that ended: the status of torchrun, or "again" if torchrun
+            continued, and the last message.
+        gap: Longest time without a new batch since the last call of `watch`.
     """
 
     def __init__(
@@ -88,20 +89,21 @@ class Run:
         self.environment = {**os.environ, **environment}
         folder.mkdir(parents=True)
         self.config = folder / "config.yaml"
-        self.config.write_text(json.dumps(config))  # which is YAML
+        self.config.write_text(json.dumps(config))  # JSON is valid YAML.
         self.attempt = 0
         self.newest = -1
-        self.moved = time.monotonic()  # when there was a new batch
+        self.moved = time.monotonic()  # Time of the last new batch.
         self.gap = 0.0
         self.endings: list[str] = []
         self.is_done = False
-        self.sessions: set[int] = set()  # torchrun and each process that trains have their own
-        self._trained: set[int] = set()  # processes of the attempt in progress
-        self._read = 0  # bytes of the output that belong to earlier attempts
+        # Sessions of torchrun and of the training processes.
+        self.sessions: set[int] = set()
+        self._trained: set[int] = set()  # Processes of the current attempt.
+        self._read = 0  # Bytes of the output that belong to earlier attempts.
         self.start()
 
     def start(self) -> None:
-        """Give the command, as the README has it."""
+        """Start the command that the README shows."""
         self.attempt += 1
         self._trained, self._read = set(), 0
         self.log = self.folder / f"{self.attempt}-rank0.txt"
@@ -130,7 +132,7 @@ class Run:
         return self.folder / f"{self.attempt}.out"
 
     def batch(self) -> int:
-        """Return how many batches this attempt says are done; -1 before the first."""
+        """Return the number of batches done in this attempt, or -1 before the first."""
         with suppress(FileNotFoundError), open(self.log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
             found = BATCH.findall(file.read())
@@ -138,7 +140,7 @@ class Run:
         return -1
 
     def processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """Return the processes that train and, below them, those that load."""
+        """Return the training processes and their loader processes."""
         with suppress(psutil.NoSuchProcess):
             ranks = self.launcher.children() if self.ranks else [self.launcher]
             ranks.sort(key=lambda rank: rank.pid)
@@ -146,7 +148,7 @@ class Run:
         return [], []
 
     def tick(self) -> None:
-        """See how far it is; give the command again if it ended too soon."""
+        """Check the progress, and restart the command if it ended too soon."""
         batch, now = self.batch(), time.monotonic()
         if batch > self.newest:
             self.newest, self.moved = batch, now
@@ -166,24 +168,27 @@ class Run:
             self.start()
 
     def _last_words(self) -> str:
-        """Return the line that says why an attempt ended, and that a traceback was there."""
+        """Return the line that says why an attempt ended, and whether there is a traceback."""
         output = self._output.read_bytes()
         text = output[self._read :].decode(errors="replace")
         self._read = len(output)
         said = [line for line in text.splitlines() if line.startswith(("error: ", "stopped after"))]
         words = re.split(r" \(|;", said[0])[0] if said else "nothing was said"
-        in_main = 'main.py", line' in text  # torchrun prints a traceback of its own when it ends
+        in_main = 'main.py", line' in text  # torchrun prints its own traceback when it ends.
         return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:
-        """Begin to measure `gap`."""
+        """Start to measure `gap`."""
         self.gap, self.moved = 0.0, time.monotonic()
 
     def until(self, condition: Callable[[], bool], seconds: float = HANGS_AFTER) -> bool:
-        """Follow the run until a condition holds; whether it does before the run is done.
+        """Follow the run until a condition holds.
+
+        Returns:
+            Whether the condition holds before the run is done.
 
         Raises:
-            RuntimeError: Nothing happened for so long.
+            RuntimeError: No batch was finished for the given time.
         """
         end = time.monotonic() + seconds
         while not condition():
@@ -197,7 +202,7 @@ class Run:
         return True
 
     def reach(self, batch: int) -> bool:
-        """Follow the run until so many batches are done; whether they are."""
+        """Follow the run until a batch is done; return whether it is."""
         return self.until(lambda: self.newest >= batch)
 
     def finish(self) -> None:
@@ -210,7 +215,7 @@ class Run:
         self.until(lambda: time.monotonic() > end, seconds + HANGS_AFTER)
 
     def left_over(self) -> list[int]:
-        """Return the processes that outlive its attempts by more than a minute."""
+        """Return the processes that outlive the attempts by more than a minute."""
         end = time.monotonic() + 60
         while left := [p.pid for p in psutil.process_iter() if _session(p.pid) in self.sessions]:
             if time.monotonic() > end:
@@ -219,7 +224,7 @@ class Run:
         return left
 
     def end(self) -> None:
-        """Kill it if it has not ended."""
+        """Kill the run if it has not ended."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

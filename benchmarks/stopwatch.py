@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, part by part."""
+"""The distribution of a training step's time over its parts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ PARTS = (
 
 
 class Stopwatch(Callback):
-    """Gives every moment of a trainer's steps to one part, each time after the device is done.
+    """A callback that assigns the time of a trainer's steps to parts, after waiting for the device.
 
-    Forward and backward pass are counted together. Upsampling the logits belongs to the loss, and
-    the algorithms to where they run: SAM's climb is the optimizer's.
+    Forward and backward pass are counted together. The upsampling of the logits belongs to the
+    loss. Algorithms belong to the part in which they run: SAM's additional pass belongs to the
+    optimizer.
 
     Args:
-        trainer: Whose steps are timed from now on; its model's `module` has `backbone` and
+        trainer: Trainer whose steps are timed. Its model's `module` has `backbone` and
             `classifier`.
-        compile_parts: Compile backbone and head, each by itself. (Within the graph of the whole
-            model there is no moment between them.)
+        compile_parts: Whether to compile backbone and head separately. In a graph of the whole
+            model, no time can be taken between them.
     """
 
     def __init__(self, trainer: Trainer, compile_parts: bool = False) -> None:
@@ -63,7 +64,7 @@ class Stopwatch(Callback):
             algorithm.apply = self._timed(algorithm.apply, "algorithms")
 
     def milliseconds(self) -> dict[str, float]:
-        """Return the mean step's."""
+        """Return the milliseconds of each part in the mean step."""
         return {part: 1e3 * self.seconds[part] / max(self.steps, 1) for part in PARTS}
 
     def _count(self) -> None:
@@ -96,14 +97,15 @@ class Stopwatch(Callback):
         return timed
 
     def _head(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Time the head's forward pass and, by hooks, the parts of the backward pass."""
+        """Time the head's forward pass and, with hooks, the parts of the backward pass."""
         forward = self._timed(forward, "head")
 
         def timed(features: Any) -> Any:
             logits = forward(features)
             if logits.requires_grad:
                 logits.register_hook(lambda _: self._become("head"))
-                # Its last: the first's gradient is complete only far back in the backbone.
+                # Use the last features. The gradient of the first features is complete only late in
+                # the backward pass of the backbone.
                 features[-1].register_hook(lambda _: self._become("backbone"))
                 self._enter("loss")
             return logits
@@ -121,13 +123,14 @@ class Stopwatch(Callback):
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._count()
-        self._parts = ["rest", "waiting for data"]  # nothing has left where an epoch has ended
+        # At the end of an epoch, `after_dataloader` is not called, so reset the parts.
+        self._parts = ["rest", "waiting for data"]
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self._leave()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        if self.steps == 0:  # the first wait was for the loader's start
+        if self.steps == 0:  # The first wait was for the start of the loader.
             self.seconds.clear()
         self.steps += 1
 

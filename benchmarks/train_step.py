@@ -1,16 +1,18 @@
-"""The real training step, for each recipe, beside the one that Composer alone makes.
+"""The complete training step for each recipe, compared with the step of plain Composer.
 
     python -m benchmarks.train_step                               # ResNet-101 at 512 px on a GPU
     python -m benchmarks.train_step --path ./ade20k --json result.json
     python -m benchmarks.train_step --precision fp32  # the same arithmetic on both sides
 
-"ours" is what main.py trains with; "plain" is benchmarks/plain.py, in fp16 on a GPU and in fp32 on
-a CPU. Both go through Composer's `Trainer` and wait for the same loader. Times are means over a
-run's steps, as a recipe's steps differ (SAM, EMA), and medians over runs taken in turn. Utilisation
-is of the rate of one large matrix product in the same type, taken in the same process; the step's
-operations are those of the network's forward and backward pass, twice where SAM makes two. Memory
-is the most that a step needs, weights included: allocated on a GPU, resident on a CPU. For a GPU
-that `main.py --plan` knows, what it estimates stands beside what was measured.
+"ours" is the training of main.py. "plain" is benchmarks/plain.py, in fp16 on a GPU and in fp32 on a
+CPU. Both use Composer's `Trainer` and the same loader. Times are means over the steps of a run,
+because the steps of a recipe differ (SAM, EMA). The table shows medians over runs that alternate
+between the sides.
+
+Utilisation is relative to the rate of one large matrix product in the same type and process. The
+operations of a step are those of the network's forward and backward pass, twice where SAM makes
+two. Memory is the peak of a step, including the weights: allocated on a GPU, resident on a CPU. For
+GPUs that `main.py --plan` knows, the table also shows the estimate.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
-GPU_MATRIX = 8192  # side of the one that shows what a GPU can do
+GPU_MATRIX = 8192  # Side of the matrix that measures the rate of a GPU.
 RECIPES = ("none", "mild", "medium", "hot")
-CYCLE = 2  # steps: medium climbs every 2nd
+CYCLE = 2  # Number of steps in a cycle: medium has SAM's additional pass in every second step.
 BUILDERS: dict[str, Callable[..., Trainer]] = {
     "plain": plain.build_trainer,
     "ours": program.build_trainer,
@@ -72,7 +74,10 @@ BUILDERS: dict[str, Callable[..., Trainer]] = {
 
 
 class Steps(Callback):
-    """When each step ended. Composer has waited for the device by then, to log the loss."""
+    """A callback that records the end of each step, after Composer has waited for the device.
+
+    Composer waits in order to log the loss.
+    """
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -81,12 +86,12 @@ class Steps(Callback):
         self.ends.append(time.perf_counter())
 
     def mean(self, count: int) -> float:
-        """Seconds of the last `count` steps, each."""
+        """Return the mean seconds of the last `count` steps."""
         return (self.ends[-1] - self.ends[-1 - count]) / count
 
 
 def config(args: argparse.Namespace, recipe: str) -> Config:
-    """Return a run of `recipe` without pictures, checkpoints or evaluations."""
+    """Return the config of a run without pictures, checkpoints or evaluations."""
     dataset = {
         "path": args.path,
         "base_size": args.size,
@@ -117,7 +122,7 @@ def config(args: argparse.Namespace, recipe: str) -> Config:
 
 
 class Contender:
-    """One side's trainer for one recipe, which goes on training for as long as it is asked to."""
+    """A trainer of one side and one recipe, whose training can be continued at any time."""
 
     def __init__(
         self,
@@ -127,42 +132,42 @@ class Contender:
         data: tuple[DataSpec, DataSpec] | None = None,
     ) -> None:
         self.args, self.side, self.recipe = args, side, recipe
-        # The loaders and their workers are shared, what the trainer puts around them is not.
+        # The contenders share loaders and workers, but not the trainer's wrappers around them.
         data = data and (copy.copy(data[0]), copy.copy(data[1]))
         self.steps = Steps()
         self.trainer = BUILDERS[side](config(args, recipe), callbacks=[self.steps], data=data)
         never_evaluate(self.trainer)
         self.seconds: list[float] = []
-        self.bytes = 0  # on a GPU
+        self.bytes = 0  # Peak memory on a GPU.
 
     def fit(self, steps: int) -> None:
-        """Train for so many steps more."""
+        """Train for more steps."""
         torch.backends.cudnn.benchmark = self.side == "ours"
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of the others' memory
+            torch.cuda.empty_cache()  # Free the cached memory of the other contenders.
         self.trainer.fit(duration=f"{steps}ba")
 
     def time(self) -> None:
-        """Another run's mean step; on a GPU also the most memory it held."""
+        """Measure the mean step of another run and, on a GPU, its peak memory."""
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # the first waits for the loader to start
+        self.fit(1 + self.args.steps)  # The first step waits for the start of the loader.
         self.seconds.append(self.steps.mean(self.args.steps))
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
 
     def profile(self) -> float:
-        """How often the host waits in a step, on average."""
+        """Return the average number of host waits per step."""
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.fit(CYCLE)
         waits = sum(event.name == "aten::_local_scalar_dense" for event in profiler.events() or ())
         return waits / CYCLE
 
     def kernels(self) -> dict[str, float]:
-        """Milliseconds of a step that a GPU's kernels, or a CPU's operators, take, by name."""
+        """Return the milliseconds per step of each GPU kernel or, on a CPU, of each operator."""
         on_gpu = ProfilerActivity.CUDA in supported_activities()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
         with profile(activities=activities) as profiler:
@@ -170,25 +175,30 @@ class Contender:
         taken = {
             event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
             for event in profiler.key_averages()
-            # An operator has its kernels' time too, and an annotation that of all within.
+            # On a GPU, skip operators and annotations, because their time includes the time of
+            # their kernels.
             if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
         }
         return {name: time / 1e3 / CYCLE for name, time in taken.items() if time}
 
     def parts(self) -> dict[str, float]:
-        """Milliseconds of each part of a step; the last that this trainer is good for."""
+        """Return the milliseconds of each part of a step.
+
+        The trainer cannot be used for other measurements afterwards.
+        """
         network: Any = self.trainer.state.model.module
         compiled = network._compiled_call_impl is not None
         network._compiled_call_impl = None
         watch = Stopwatch(self.trainer, compile_parts=compiled)
-        self.fit(self.args.warmup if compiled else CYCLE)  # its memory was idle
+        # The contender was idle, so it warms up again.
+        self.fit(self.args.warmup if compiled else CYCLE)
         watch.steps = 0
         self.fit(self.args.steps)
         return watch.milliseconds()
 
     def evaluation(self) -> dict[str, float]:
-        """Images a second of an evaluation, and of the network's forward pass by itself."""
-        self.trainer.eval()  # starts the loader, compiles
+        """Return the images per second of an evaluation and of the forward pass alone."""
+        self.trainer.eval()  # The first call starts the loader and compiles the network.
         loader = self.trainer.state.evaluators[0].dataloader
         images = sum(len(target) for _, target in loader.dataloader)
         start = time.perf_counter()
@@ -200,16 +210,16 @@ class Contender:
 
 
 def never_evaluate(trainer: Trainer) -> None:
-    """Composer evaluates at the end of each `fit`, whatever the interval."""
+    """Turn off the evaluation that Composer runs at the end of each `fit`."""
     for evaluator in trainer.state.evaluators:
         evaluator.eval_interval = lambda state, event: False
 
 
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
-    """Return the most memory that building a trainer and its first steps take, in a new process.
+    """Return the peak memory of building a trainer and of its first steps, in a new process.
 
-    It is forked from one that has done nothing but import: what this one has used and given back,
-    a copy of it could use again.
+    The process is forked from a process that has only imported modules. A fork of this process
+    could reuse memory that this process has freed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.train_step"])
@@ -226,7 +236,7 @@ def _resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
 
 
 def standing_bytes(trainer: Trainer) -> int:
-    """Bytes of weights, their gradients, momentum and average."""
+    """Return the bytes of weights, gradients, momentum and averages."""
     state = trainer.state
     tensors = [*state.model.parameters(), *state.model.buffers()]
     tensors += [weight.grad for weight in state.model.parameters()]
@@ -242,7 +252,7 @@ def standing_bytes(trainer: Trainer) -> int:
 
 @torch.no_grad()
 def forward_seconds(trainer: Trainer, batch: Any) -> float:
-    """Seconds of a forward pass in evaluation, in the run's type; the best of four."""
+    """Return the seconds of the fastest of four forward passes in evaluation."""
     model = cast(ComposerModel, trainer.state.model)
     model.eval()
     taken = []
@@ -257,10 +267,10 @@ def forward_seconds(trainer: Trainer, batch: Any) -> float:
 
 
 def operations(args: argparse.Namespace) -> int:
-    """Floating-point operations of one image's forward and backward pass.
+    """Return the floating-point operations of one image's forward and backward pass.
 
-    The backward pass takes two products of the size of the forward pass's one. (PyTorch's counter
-    takes a depthwise convolution's for a dense one's.)
+    The backward pass needs two products for each product of the forward pass. PyTorch's counter
+    counts a depthwise convolution as a dense one.
     """
     with torch.device("meta"):
         network = deeplabv3(args.classes, args.arch)
@@ -271,14 +281,17 @@ def operations(args: argparse.Namespace) -> int:
 
 
 def data_sheet(name: str) -> str | None:
-    """Return the name that `extras.planning.estimate` has for a GPU of CUDA's name."""
+    """Return the name in `extras.planning.estimate` for a GPU, given CUDA's name."""
     short = re.sub("[ -]|SXM[0-9]|PCIE", "", name)
     known = [gpu for gpu in GPUS if gpu.replace("-", "") in short]
     return max(known, key=len, default=None)
 
 
 def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, dict[str, float]]:
-    """Return what `main.py --plan --gpu` tells of each recipe's step; memory without CUDA's own."""
+    """Return the estimate of `main.py --plan --gpu` for the steps of each recipe.
+
+    The memory excludes the CUDA context.
+    """
     found = {}
     settings = config(args, "none")
     compiled = compiles(settings)
@@ -299,7 +312,7 @@ def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, 
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, the best of a second's."""
+    """Return the operations per second of a large matrix product, the best within a second."""
     on_gpu = torch.cuda.is_available()
     n, device = (GPU_MATRIX, "cuda") if on_gpu else (2048, "cpu")
     a, b = torch.randn(2, n, n, device=device).to(dtype)
@@ -315,7 +328,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All of it, as what --json writes; again after each recipe and part, as far as it has come."""
+    """Yield the result that --json writes, after each recipe and part, as far as it is known."""
     on_gpu = torch.cuda.is_available()
     sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
     counters.clear()
@@ -362,7 +375,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if sheet and recipe == args.recipes[-1]:
             result["estimates"] = estimates(args, sheet, choose_precision(args.precision)[0])
         yield result
-    first = contenders[args.recipes[0]]  # weights aside, an evaluation is the same for all
+    # Apart from the weights, the evaluation of all recipes is the same.
+    first = contenders[args.recipes[0]]
     result["evaluation"] = {side: contender.evaluation() for side, contender in first.items()}
     result["graphs"] = counters["stats"]["unique_graphs"]
     result["graph_breaks"] = sum(counters["graph_break"].values())
@@ -372,14 +386,15 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for recipe, sides in contenders.items():
         for side, contender in sides.items():
             recipes[recipe][side]["parts"] = contender.parts()
-    for sides in contenders.values():  # only now: the first takes the loader along
+    # Close the trainers last, because the first one closes the shared loader.
+    for sides in contenders.values():
         for contender in sides.values():
             contender.trainer.close()
     yield result
 
 
 def compute_type(args: argparse.Namespace, side: str) -> str:
-    """Return the type that a side's convolutions compute in."""
+    """Return the type in which the convolutions of a side compute."""
     precision, autocast = choose_precision(args.precision)
     if side == "plain":
         precision, autocast = plain.precision(config(args, "none")), None
@@ -389,7 +404,7 @@ def compute_type(args: argparse.Namespace, side: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the machine and library versions that the results depend on."""
     from benchmarks.dataloader import machine as host
 
     found: dict[str, Any] = host() | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
@@ -400,9 +415,10 @@ def machine() -> dict[str, Any]:
 
 
 def step_rows(recipe: str, result: dict[str, Any]) -> str:
-    """Return speed and memory of a recipe in Markdown, after the table's head if it is the first.
+    """Return the speed and memory of a recipe as Markdown.
 
-    After the last come the estimates, where there are any.
+    The first recipe comes with the head of the table, and the last with the estimates if there are
+    any.
     """
     lines = []
     if recipe == next(iter(result["recipes"])):
@@ -434,7 +450,7 @@ def step_rows(recipe: str, result: dict[str, Any]) -> str:
 
 
 def estimate_lines(result: dict[str, Any]) -> list[str]:
-    """Return what was estimated beside what ours took, in Markdown."""
+    """Return the estimates compared with the measurements of this project, as Markdown."""
     lines = [
         "| estimated / measured | images/s | | | peak memory, GiB | | |",
         "|---|---|---|---|---|---|---|",
@@ -449,12 +465,12 @@ def estimate_lines(result: dict[str, Any]) -> list[str]:
 
 
 def ratio(entry: dict[str, Any]) -> float:
-    """How many times the images a second of the plain side ours has."""
+    """Return the images per second of this project divided by those of the plain side."""
     return entry["ours"]["images_per_second"] / entry["plain"]["images_per_second"]
 
 
 def evaluation_table(result: dict[str, Any]) -> str:
-    """Return the evaluation in Markdown, and how it all was compiled."""
+    """Return the evaluation and the number of compiled graphs as Markdown."""
     lines = ["", "| evaluation | images/s | forward pass alone |", "|---|---|---|"]
     for side, found in result["evaluation"].items():
         lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
@@ -465,7 +481,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
 
 
 def kernels_table(result: dict[str, Any]) -> str:
-    """Return the ten kernels that take the most of a step, in Markdown."""
+    """Return the ten kernels that take the most time in a step, as Markdown."""
     kernels = result["kernels"]
     longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:10]
     whole = sum(kernels.values())
@@ -477,7 +493,7 @@ def kernels_table(result: dict[str, Any]) -> str:
 
 
 def parts_table(result: dict[str, Any]) -> str:
-    """Return the parts of the steps in Markdown."""
+    """Return the parts of the steps as Markdown."""
     recipes = result["recipes"]
     names = [(recipe, side) for recipe in recipes for side in BUILDERS]
     lines = [
@@ -492,7 +508,7 @@ def parts_table(result: dict[str, Any]) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
@@ -514,7 +530,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_photos(root: Path, count: int, batch: int) -> None:
-    """Make `count` photos, 64 of them different, and two and a half batches to evaluate."""
+    """Make `count` images, 64 of them different, and two and a half batches to evaluate."""
     root = root / "ADEChallengeData2016"
     different = min(count, 64)
     make_data(root, different)
@@ -530,7 +546,7 @@ def make_photos(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and show each row and table at once: who stops this early has those before."""
+    """Measure and print each row and table at once, so that an interrupted run keeps its rows."""
     rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):
@@ -541,7 +557,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def release() -> None:
-    """Give back what earlier trainers held; Composer keeps each until the process ends."""
+    """Free the memory of earlier trainers, which Composer keeps until the process ends."""
     atexit.unregister(Engine._close)
     gc.collect()
     if torch.cuda.is_available():
@@ -549,7 +565,7 @@ def release() -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what --json writes."""
+    """Run the command line and return the result that --json writes."""
     args = arguments(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("composer").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""What the files of a data set may look like, and how they become samples."""
+"""Data sets: layouts on disk, mask formats, and the loading of samples."""

@@ -1,4 +1,7 @@
-"""Colour distortion of a batch on the device, with random numbers that any device repeats."""
+"""Colour distortion of a batch on the device, with reproducible random numbers.
+
+The random numbers are the same on every device.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +12,78 @@ from torch import Tensor
 def uniform_per_sample(
     image: Tensor, seed: int | Tensor, epoch: int | Tensor, steps: int | Tensor
 ) -> Tensor:
-    """Random numbers that depend on the seed, the epoch and a sample's pixels alone.
+    """Return random numbers that depend only on the seed, the epoch and a sample's pixels.
+
+    Source: SplitMix64 (Steele et al. 2014).
 
     Args:
-        image: (N, 3, H, W) uint8, on any device: the numbers are the same bits.
-        seed: The seed, or a tensor of it.
-        epoch: The epoch, or a tensor of it.
-        steps: How many numbers a sample, or what `equal_steps` returns for that.
+        image: (N, 3, H, W) uint8 on any device. All devices compute the same bits.
+        seed: Seed of the run, as an integer or a tensor.
+        epoch: Epoch of the run, as an integer or a tensor.
+        steps: Number of random numbers per sample, or the result of `equal_steps` for that number.
 
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
-    pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)  # no copy if channels-last
-    if pixels.shape[1] % 8:  # the last bytes do not fill a word; a copy begins at one for sure
+    # A channels-last image is not copied here.
+    pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)
+    # The last bytes do not fill a 64-bit word. Drop them; the copy is aligned to words.
+    if pixels.shape[1] % 8:
         whole = pixels[:, : pixels.shape[1] // 8 * 8]
         pixels = whole.clone(memory_format=torch.contiguous_format)
     words = pixels.contiguous().view(torch.int64)
-    state = words.sum(dim=1)  # wraps, so that the order does not matter
+    state = words.sum(dim=1)  # The sum wraps, so the order of the words does not matter.
     for number in (seed, epoch):
         if isinstance(number, int):
             number = torch.full_like(state, number)
         state = _mix(state ^ _mix(number))
     if isinstance(steps, int):
         steps = equal_steps(steps).to(image.device)
-    # SplitMix64 (Steele et al. 2014): equal steps, then mixed.
+    # SplitMix64 (Steele et al. 2014) adds equal steps to the state and mixes the bits of each sum.
     bits = _mix(state + steps)
     return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
 
 
 def equal_steps(count: int) -> Tensor:
-    """SplitMix64's steps, (count, 1) int64; Inductor could not make them, as they wrap."""
+    """Return SplitMix64's steps, (count, 1) int64.
+
+    Inductor cannot compile this product because it wraps around.
+
+    Args:
+        count: Number of steps.
+    """
     return torch.arange(1, count + 1)[:, None] * -0x61C8864680B583EB
 
 
 def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's mixing of 64 bits, in int64: products wrap, and shifts carry the sign in."""
+    """Mix the 64 bits of each state as SplitMix64 does.
+
+    The products wrap in int64. A mask removes the sign bits that a right shift copies in.
+    """
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return state ^ ((state >> 31) & 0x1FFFFFFFF)
 
 
 def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, each for half of the samples, clipped in between.
+    """Change brightness, contrast, saturation and hue, each for half of the samples.
 
-    As torchvision's ColorJitter on Pillow images: brightness is multiplied by 1 ± 32/255;
-    saturation moves a pixel away from or towards its grey (factor 0.5 to 1.5), contrast from or
-    towards the photo's mean grey, as the first or the last but brightness; hue turns by up to
-    ±18/255 of the circle.
+    The result matches torchvision's ColorJitter on Pillow images. Values are clipped after each
+    step.
+
+    - Brightness is multiplied by a factor in 1 ± 32/255.
+    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. For half of the samples
+      it comes right after brightness, and for the other half last.
+    - Saturation scales each pixel's distance from its own grey by 0.5 to 1.5.
+    - Hue turns by up to ±18/255 of the colour circle.
 
     Args:
-        image: (N, 3, H, W) float, 0..255.
-        inside: (N, 1, H, W) float, 0 where padded and else 1.
-        uniform: (9, N, 1, 1, 1) in [0, 1).
+        image: (N, 3, H, W) float, 0 to 255.
+        inside: (N, 1, H, W) float, 0 where the image is padded and 1 elsewhere.
+        uniform: (9, N, 1, 1, 1) random numbers in [0, 1).
 
     Returns:
-        Tensor: (N, 3, H, W).
+        Tensor: (N, 3, H, W) distorted images.
     """
     change = (uniform[4:8] * 2 - 1) * (uniform[:4] < 0.5)
     brightness, contrast, saturation = (
@@ -80,7 +100,10 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _any(change: Tensor) -> bool:
-    """Whether there is anything to do; yes on a GPU, where to ask is to wait."""
+    """Return whether any sample changes.
+
+    The result is always True on a GPU, because a check there would wait for the device.
+    """
     return change.device.type != "cpu" or bool(change.any())
 
 
@@ -89,14 +112,14 @@ def _contrast(image: Tensor, inside: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gray(image: Tensor) -> Tensor:
-    """ITU-R 601 luma, (N, 1, H, W)."""
+    """Return the ITU-R 601 luma, (N, 1, H, W)."""
     red, green, blue = image.split(1, dim=1)
     return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
-    """Each photo's mean luma, without its padding, (N, 1, 1, 1)."""
-    # Rows first, then in float64: threads may add rows up in any order.
+    """Return the mean luma of each image without its padding, (N, 1, 1, 1)."""
+    # Sum each row in float32 and the rows in float64. Threads may add the rows in any order.
     rows = torch.stack([_gray(image).mul_(inside), inside]).sum(dim=-1)
     total, area = rows.sum(dim=-1, dtype=torch.float64)[..., None, None]
     return (total / area.clamp_(min=1)).to(image.dtype)
@@ -107,10 +130,11 @@ def _blend(image: Tensor, other: Tensor, weight: Tensor) -> Tensor:
 
 
 def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn`, a fraction of the circle, to HSV's hue; saturation and value stay.
+    """Add `turn`, a fraction of the colour circle, to the hue in HSV; keep saturation and value.
 
-    With value V, chroma C and hue h in sixths of the circle, red is V - C (1 - clip(|h - 3| - 1)),
-    green V - C (1 - clip(2 - |h - 2|)), blue V - C (1 - clip(2 - |h - 4|)), clipped to 0..1.
+    Let V be the value, C the chroma and h the hue in sixths of the circle. Then red is V - C (1 -
+    clip(|h - 3| - 1)), green is V - C (1 - clip(2 - |h - 2|)) and blue is V - C (1 - clip(2 - |h -
+    4|)), where clip limits to 0..1.
     """
     red, green, blue = image.split(1, dim=1)
     value = image.amax(dim=1, keepdim=True)

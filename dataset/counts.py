@@ -1,4 +1,4 @@
-"""The pixels of each class in a split, and the images that show the class."""
+"""Pixel counts of each class in a split, and the images that show each class."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from errors import DataError
 
 
 class Counts(NamedTuple):
-    """What a split's masks hold.
+    """The contents of a split's masks.
 
     Attributes:
-        pixels: (C,) int64, of each class.
-        present: (samples, C) bool, in the order of the data set.
+        pixels: Number of pixels of each class, (C,) int64.
+        present: Whether each sample shows each class, (samples, C) bool, in the order of the data
+            set.
     """
 
     pixels: np.ndarray
@@ -25,14 +26,17 @@ class Counts(NamedTuple):
 
 
 def count_classes(source: DataSource, workers: int | None = None) -> Counts:
-    """Count every mask of a split, in parallel, with a progress bar on stderr.
+    """Count the classes in every mask of a split, in parallel, with a progress bar on stderr.
 
     Args:
-        source: The split.
-        workers: How many processes; None: one for each core.
+        source: The split whose masks are counted.
+        workers: Number of processes. If None, one process per core.
+
+    Returns:
+        The pixel counts and the images that show each class.
 
     Raises:
-        DataError: A mask cannot be read, or holds what is no class.
+        DataError: A mask cannot be read or holds a value that is not a class.
     """
     parts = map_chunks(_count, source.chunks(), workers, f"count {source.split}", " masks")
     counts = np.concatenate(parts)
@@ -40,7 +44,7 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
 
 
 def _count(chunk: Chunk, masks: Masks) -> np.ndarray:
-    """Return (samples, C) pixels of each class in each mask."""
+    """Return the number of pixels of each class in each mask, (samples, C) int64."""
     labels, counts = masks.labels, []
     for name, data in chunk.masks():
         try:

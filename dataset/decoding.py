@@ -1,4 +1,7 @@
-"""Photos and masks from encoded bytes: what people's files hold, or one line on what is wrong."""
+"""Decoders for images and masks in common formats.
+
+If a file cannot be decoded, the error is one line that names the problem.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from PIL import Image, ImageOps, TiffImagePlugin
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
-    # Not REDUCED_COLOR, of which IMREAD_COLOR is a part: OpenCV 5 refuses it beside COLOR_RGB.
+    # OpenCV 5 rejects REDUCED_COLOR together with COLOR_RGB, because REDUCED_COLOR contains
+    # IMREAD_COLOR. So the reductions use the GRAYSCALE flags.
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
@@ -27,26 +31,28 @@ REDUCTIONS = {
 
 
 def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.ndarray:
-    """Decode a photo of any common format and mode.
+    """Decode an image of any common format and colour mode.
 
-    Grey becomes three equal channels, and alpha is left aside. Of 16 bits the higher eight are
-    kept, or the lower, where no pixel has more.
+    A grey image gets three equal channels. Alpha is dropped. A 16-bit image keeps the high byte, or
+    the low byte if no pixel exceeds 255.
 
     Args:
         data: The encoded file.
-        reduction: Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up, which
-            libjpeg does in less time.
-        upright: Whether to turn the photo as its EXIF orientation says.
+        reduction: Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up. A reduction saves
+            time in libjpeg.
+        upright: Whether to rotate the image as its EXIF orientation says.
 
     Returns:
         np.ndarray: (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: With a one-line reason, if it is no image, is cut short or has more channels.
+        ValueError: The file is not an image, is cut short or has too many channels. The message is
+            one line.
     """
     is_jpeg = data.startswith(_JPEG_START)
     _refuse_more_channels(data)
-    # OpenCV fills up what is missing of a file; Pillow refuses it.
+    # OpenCV pads the missing part of a truncated file, whereas Pillow rejects the file. So OpenCV
+    # decodes only files that end as their format requires.
     if data.endswith(_JPEG_END) if is_jpeg else data.endswith(_PNG_END):
         flags = REDUCTIONS[reduction if is_jpeg else 1]
         flags |= 0 if is_jpeg else cv2.IMREAD_ANYDEPTH
@@ -60,24 +66,28 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Return a Pillow image of any mode as RGB; ValueError of those it cannot be."""
+    """Convert a Pillow image of any mode to RGB.
+
+    Raises:
+        ValueError: The mode has no conversion to RGB.
+    """
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, where 8 or 16 bits are read")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey values.
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     return image.convert("RGB")
 
 
 def _opencv(data: bytes, flags: int) -> np.ndarray | None:
-    """Decode with OpenCV; None where it cannot."""
+    """Decode a file with OpenCV; return None if OpenCV cannot decode it."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # of more pixels than it takes
+    except cv2.error:  # The image has more pixels than OpenCV allows.
         return None
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Return (…) uint8 of pixels of 16 bits: the higher eight, unless all have the lower alone."""
+    """Reduce 16-bit pixels to uint8: the high byte, or the low byte if no pixel exceeds 255."""
     largest = pixels.max()
     if largest > 65535 or pixels.min() < 0:
         raise ValueError("pixels of 32 bits, where 8 or 16 are read")
@@ -85,7 +95,7 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _refuse_more_channels(data: bytes) -> None:
-    """Raise ValueError for a TIFF whose pixels are more than grey, RGB or CMYK and an alpha."""
+    """Raise ValueError for a TIFF with more channels than grey, RGB or CMYK with alpha."""
     tags = _tiff_tags(data)
     channels, kind, extra = tags.get(277, 1), tags.get(262, 1), tags.get(338, ())
     colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
@@ -95,12 +105,12 @@ def _refuse_more_channels(data: bytes) -> None:
 
 
 def _tiff_tags(data: bytes) -> dict[int, Any]:
-    """Return the tags of a TIFF or BigTIFF; none of other files, or of a damaged one."""
+    """Return the tags of a TIFF or BigTIFF, or an empty dict for other or damaged files."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return {}
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         return dict(getattr(image, "tag_v2", {}))
-    # Pillow does not open every TIFF that OpenCV does; its reader of tags alone takes more.
+    # Pillow cannot open every TIFF that OpenCV can, but its tag reader accepts more files.
     with contextlib.suppress(Exception):
         is_big = data[2:3] == b"+" or data[3:4] == b"+"
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if is_big else 8])
@@ -112,7 +122,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Whether a PNG or TIFF has several channels of 16 bits; Pillow drops the low eight."""
+    """Return whether a PNG or TIFF has several 16-bit channels, whose low bytes Pillow drops."""
     if data.startswith(_PNG_START):
         return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
     bits = _tiff_tags(data).get(258, 8)
@@ -120,16 +130,21 @@ def _is_wide(data: bytes) -> bool:
 
 
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
-    """Decode a photo whose mask has `shape` (H, W).
+    """Decode an image whose mask has `shape` (H, W).
 
-    The mask decides about EXIF: the photo is turned upright, as a viewer shows it, unless only the
-    photo as stored fits the mask.
+    The mask decides about the EXIF orientation. The image is rotated as the EXIF orientation says,
+    as in an image viewer, unless only the stored orientation fits the mask.
+
+    Args:
+        data: The encoded image.
+        shape: Height and width of the mask.
+        reduction: Divisor of the size of a JPEG: 1, 2, 4 or 8.
 
     Returns:
         np.ndarray: (ceil(H / reduction), ceil(W / reduction), 3) uint8 RGB.
 
     Raises:
-        ValueError: As `decode_image`, and if photo and mask differ in size.
+        ValueError: `decode_image` failed, or the image and the mask differ in size.
     """
     expected = tuple(-(-side // reduction) for side in shape)
     if not data.startswith(_JPEG_START):
@@ -148,18 +163,20 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     """Decode a mask of class labels.
 
     Args:
-        data: The encoded file: lossless, and grey, with a palette (whose indices are the
-            labels) or with three equal channels.
-        max_value: Largest label, of 8 or 16 bits.
+        data: The encoded file in a lossless format. It must be grey, have a palette (whose indices
+            are the labels) or have three equal channels.
+        max_value: Largest allowed label, up to 16 bits.
 
     Returns:
-        np.ndarray: (H, W) uint8, the labels as stored; uint16 where some are above 255.
+        np.ndarray: (H, W) labels as stored: uint8, or uint16 if some labels exceed 255.
 
     Raises:
-        ValueError: With a one-line reason, if it is no image, is cut short or holds no labels.
+        ValueError: The file is not an image, is cut short or does not hold labels. The message is
+            one line.
     """
     depth, color = data[24:25], data[25:26]
-    grey = depth + color in (b"\x08\x00", b"\x10\x00")  # of 8 and 16 bits
+    # PNG header of 8-bit and 16-bit grey images.
+    grey = depth + color in (b"\x08\x00", b"\x10\x00")
     if data.startswith(_PNG_START) and data.endswith(_PNG_END) and grey:
         mask = _opencv(data, cv2.IMREAD_UNCHANGED)
         if mask is not None and mask.ndim == 2:
@@ -181,12 +198,16 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
-        mask = mask // (255 // (2 ** depth[0] - 1))  # Pillow spreads grey levels over 0..255
+        mask = mask // (255 // (2 ** depth[0] - 1))  # Pillow scales grey levels to 0..255.
     return _narrowed(mask, max_value)
 
 
 def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
-    """Return labels in as few bits as hold them; ValueError if some are beyond, or no labels."""
+    """Return the labels in the smallest type that holds them.
+
+    Raises:
+        ValueError: A value is larger than `max_value` or is not a label.
+    """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
         raise ValueError("pixels are floating-point numbers with fractions, which are no labels")
     largest = mask.max()
@@ -199,17 +220,20 @@ def decode_colors(data: bytes) -> np.ndarray:
     """Decode a mask whose colours are its values.
 
     Args:
-        data: The encoded file: lossless; grey, palette or RGB of 8 bits, any alpha left aside.
+        data: The encoded file in a lossless format, with 8 bits per channel: grey, palette or RGB.
+            Alpha is dropped.
 
     Returns:
         np.ndarray: (H, W) int32, red + 256 * green + 65536 * blue.
 
     Raises:
-        ValueError: With a one-line reason, if it is no such image or is cut short.
+        ValueError: The file is not such an image or is cut short. The message is one line.
     """
     is_whole = data.startswith(_PNG_START) and data.endswith(_PNG_END)
-    if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):  # 8 bits, RGB or RGBA
-        with contextlib.suppress(RuntimeError):  # for Pillow to say what is wrong with it
+    # The PNG has 8 bits per channel, RGB or RGBA.
+    if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):
+        # If the fast decoder fails, Pillow below names the problem.
+        with contextlib.suppress(RuntimeError):
             pixels = (_fast_decoder() if data[25] == 2 else _decode_png)(data)
             packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.int32)[..., 0]
             return np.bitwise_and(packed, 0xFFFFFF, out=packed)
@@ -224,7 +248,10 @@ def decode_colors(data: bytes) -> np.ndarray:
 
 @functools.cache
 def _fast_decoder() -> Callable[[bytes], np.ndarray]:
-    """Return what decodes RGB: kornia-rs, if it is here, in half of torchvision's time."""
+    """Return the fastest installed decoder for RGB PNG files.
+
+    kornia-rs, an optional package, takes half of torchvision's time.
+    """
     try:
         from kornia_rs.io import decode_image_png_u8
     except ImportError:
@@ -232,26 +259,32 @@ def _fast_decoder() -> Callable[[bytes], np.ndarray]:
 
     def decode(data: bytes) -> np.ndarray:
         width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-        if width * height > (Image.MAX_IMAGE_PIXELS or 0):  # it would take that much memory
+        # kornia-rs would allocate memory for any size.
+        if width * height > (Image.MAX_IMAGE_PIXELS or 0):
             raise RuntimeError("too large")
         try:
             return decode_image_png_u8(data, (height, width), "rgb")
-        except Exception as error:  # it has none of its own
+        except Exception as error:  # kornia-rs has no exception type of its own.
             raise RuntimeError(str(error)) from error
 
     return decode
 
 
 def _decode_png(data: bytes) -> np.ndarray:
-    """Decode a PNG of 8 bits to (H, W, 3) RGB."""
-    from torchvision.io import ImageReadMode, decode_png  # not what predict.py need wait for
+    """Decode an 8-bit PNG to (H, W, 3) RGB."""
+    # Import torchvision only here, so that predict.py starts without it.
+    from torchvision.io import ImageReadMode, decode_png
 
     encoded = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
     return decode_png(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
 def _decode(data: bytes) -> Image.Image:
-    """Decode with Pillow; ValueError with a one-line reason."""
+    """Decode a file with Pillow.
+
+    Raises:
+        ValueError: Pillow cannot decode the file. The message is one line.
+    """
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -259,7 +292,7 @@ def _decode(data: bytes) -> Image.Image:
         image.load()
     except Image.UnidentifiedImageError:
         raise ValueError("not an image") from None
-    except Exception as error:  # Pillow's plugins raise what they like
+    except Exception as error:  # Pillow's plugins raise exceptions of any type.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot be decoded: {reason}") from None
     return image
@@ -269,11 +302,14 @@ Photo = str | os.PathLike | np.ndarray | Image.Image
 
 
 def read_photo(photo: Photo) -> np.ndarray:
-    """Read a photo as an (H, W, 3) uint8 RGB array, turned upright as its EXIF orientation says.
+    """Read an image as an (H, W, 3) uint8 RGB array, rotated as its EXIF orientation says.
+
+    Args:
+        photo: Path, array or Pillow image. Arrays and Pillow images are not rotated.
 
     Raises:
-        ValueError: It is no photo; the message is one line.
-        OSError: There is no such file.
+        ValueError: The input is not an image. The message is one line.
+        OSError: The file cannot be read.
     """
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:

@@ -1,4 +1,4 @@
-"""The description of a data set: where its photos and masks are, and what the masks hold.
+"""The description of a data set: where its images and masks are, and what the masks contain.
 
     root: /data/yard
     train: {images: photos/train, masks: "labels/{stem}_mask.png"}
@@ -9,7 +9,7 @@
     ignore: [0, 255]
     exclude: [photos/test]
 
-Nothing slow is imported here: a wrong description is answered with the rest of the config.
+The module imports nothing slow, so that errors in a description are reported with the config's.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from segmentation.classes import ClassInfo, distinct_colors
 
 KEYS = ("root", "train", "val", "classes", "ignore", "exclude")
 SPLITS = ("train", "val")
-MAX_VALUE = 2**16 - 1  # of a 16-bit mask
+MAX_VALUE = 2**16 - 1  # Largest value of a 16-bit mask.
 EXAMPLE = 'train: {images: photos/train, masks: "labels/{stem}_mask.png"}'
 
 
 class Source(NamedTuple):
-    """Where a split is: see `dataset.matching`.
+    """The location of a split; see `dataset.matching`.
 
     Attributes:
-        images: Folder of the photos, or a template of their paths.
+        images: Folder of the images, or a template of their paths.
         masks: Folder of the masks, or a template of their paths.
-        list: File that names the photos of the split, or photos and masks.
-        segments: JSON of COCO's panoptic format: which segment of which mask is of which category.
+        list: Text file that names the images of the split, or its images and masks.
+        segments: JSON file in COCO's panoptic format, with the category of each segment of each
+            mask.
     """
 
     images: str | None = None
@@ -51,19 +52,19 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What a description says, checked.
+    """The checked content of a description.
 
     Attributes:
-        root: Folder that its paths are below, or None where the description leaves it open.
-        sources: Where each split is.
-        fraction: Share of `train` that is `val`, or 0 where that is a split of its own.
+        root: Folder that contains the paths of the description, or None if it names no folder.
+        sources: Location of each split.
+        fraction: Fraction of `train` that serves as `val`, or 0 if `val` has its own files.
         classes: Names and colours, in the order of the class indices.
-        values: The label that each value of a mask becomes: 0 where it is ignored, k for class
-            k - 1. Of masks in colours a value is `red + 256 * green + 65536 * blue`.
-        in_colors: Whether masks are read by their colours.
+        values: Label of each mask value: 0 if the value is ignored, k for class k - 1. The value of
+            a colour is `red + 256 * green + 65536 * blue`.
+        in_colors: Whether the values of the masks are colours.
         exclude: Folders or templates of files that are left out on purpose.
-        built_in: The meaning of the labels in ADE20K's layout, which is built in. Its masks hold
-            labels as they stand, so `values` is None and `classes` is empty.
+        built_in: Meaning of the labels in the built-in ADE20K layout, or None. With it, masks hold
+            labels directly, so `values` is None and `classes` is empty.
     """
 
     root: str | None
@@ -77,12 +78,17 @@ class Description:
 
     @property
     def labels(self) -> Labels:
-        """The meaning of the loader's labels: 0 is ignored, k is class k - 1, if not built in."""
+        """The meaning of the loader's labels: by default, 0 is ignored and k is class k - 1."""
         return self.built_in or Labels(len(self.classes))
 
 
 def read_description(path: str) -> dict[str, Any]:
-    """Read a description's file; its root is then absolute, seen from the file's folder.
+    """Read a description from a file, and make its root absolute.
+
+    A relative root starts at the folder of the file.
+
+    Args:
+        path: Path of the YAML file.
 
     Raises:
         ConfigError: The file is missing, not YAML, or not a mapping.
@@ -105,16 +111,20 @@ def read_description(path: str) -> dict[str, Any]:
 
 
 def is_description(path: str) -> bool:
-    """Whether a command is given a description's file rather than a data set."""
+    """Return whether a path names a description file rather than a data set.
+
+    Args:
+        path: Path that was given to a command.
+    """
     return path.lower().endswith((".yaml", ".yml"))
 
 
 def open_description(path: str, root: str | None = None) -> tuple[str, Description | None]:
-    """Return the data set that a command is given, and its description if it has one.
+    """Return the folder of a data set, and its description if it has one.
 
     Args:
-        path: A data set, or a description's file.
-        root: Where the described data set is, if not where the description says.
+        path: A data set or a description file.
+        root: Folder of the described data set. If None, the root in the description is used.
 
     Raises:
         ConfigError: The description is wrong, or does not say where the data set is.
@@ -128,10 +138,10 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses a key twice, and keeps the text of keys such as no, 007 and 12:30."""
+    """A YAML loader that rejects duplicate keys and reads keys such as no or 12:30 as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)  # resolve merge keys, as in `<<: *anchor`
+        self.flatten_mapping(node)  # Resolve merge keys such as `<<: *anchor`.
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.style is None:
                 key.tag = "tag:yaml.org,2002:str"
@@ -143,14 +153,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_description(raw: Mapping[str, Any], where: str = "data") -> Description:
-    """Check a description as YAML holds it.
+    """Check a description that was read from YAML.
 
     Args:
-        raw: Its keys and values.
-        where: What to call it in an error.
+        raw: Keys and values of the description.
+        where: Name of the description in errors.
 
     Raises:
-        ConfigError: Names what is wrong.
+        ConfigError: The description is wrong; the message names the key.
     """
     _refuse_unknown(raw, KEYS, where)
     root = raw.get("root")
@@ -174,9 +184,10 @@ def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) ->
 
 
 def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source], float]:
-    """Return where each split is, and the share of `train` that is `val`, or 0."""
+    """Return the location of each split, and the fraction of `train` that serves as `val`, or 0."""
     sources, fraction = {}, 0.0
-    for split in SPLITS if "train" in raw or "val" in raw else ():  # shards' have neither
+    # The description of shards names no splits.
+    for split in SPLITS if "train" in raw or "val" in raw else ():
         given = raw.get(split)
         if not isinstance(given, Mapping):
             example = "val: {fraction: 0.15}" if split == "val" else EXAMPLE
@@ -203,7 +214,7 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
 def _parse_classes(
     raw: Mapping[str, Any], where: str
 ) -> tuple[tuple[ClassInfo, ...], dict[int, int], bool]:
-    """Return the classes, the label of each value of a mask, and whether values are colours."""
+    """Return the classes, the label of each mask value, and whether the values are colours."""
     given = raw.get("classes")
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}: classes is missing; as in classes: {{road: {{labels: [1]}}}}")
@@ -253,14 +264,14 @@ def _parse_classes(
 
 
 def _as_list(labels: Any) -> list[Any]:
-    """Return the values that a key lists; a single value may stand without brackets."""
+    """Return the values of a key as a list. A single value may stand without brackets."""
     if labels is None:
         return []
     return list(labels) if isinstance(labels, list | tuple) else [labels]
 
 
 def _is_color(value: Any) -> bool:
-    """Whether a value is [red, green, blue]."""
+    """Return whether a value is a list [red, green, blue] of integers from 0 to 255."""
     if not isinstance(value, list | tuple) or len(value) != 3:
         return False
     return all(type(part) is int and 0 <= part <= 255 for part in value)
@@ -278,23 +289,41 @@ def _number(value: Any, where: str) -> int:
 
 
 def pack(red: int, green: int, blue: int) -> int:
-    """Return the number that stands for a colour."""
+    """Return the integer that stands for a colour.
+
+    Args:
+        red: Red, 0 to 255.
+        green: Green, 0 to 255.
+        blue: Blue, 0 to 255.
+    """
     return red | green << 8 | blue << 16
 
 
 def unpack(value: int) -> tuple[int, int, int]:
-    """Return the colour that `pack` made a number of."""
+    """Return the colour for an integer from `pack`.
+
+    Args:
+        value: The packed colour.
+    """
     return value & 255, value >> 8 & 255, value >> 16
 
 
 def describe_labels(classes: Iterable[ClassInfo]) -> dict[str, Any]:
-    """Return the description of masks that hold the loader's labels, as those of shards do."""
+    """Return the description of masks that hold the loader's labels, such as masks in shards.
+
+    Args:
+        classes: Names and colours, in the order of the class indices.
+    """
     entries = {c.name: {"labels": [k], "color": list(c.color)} for k, c in enumerate(classes, 1)}
     return {"classes": entries, "ignore": [0]}
 
 
 def as_yaml(raw: Mapping[str, Any]) -> str:
-    """Return a description as a file that a person reads: a class a line."""
+    """Return a description as YAML that is easy to read, with one class per line.
+
+    Args:
+        raw: Keys and values of the description.
+    """
 
     def inline(value: Any) -> str:
         return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
@@ -310,7 +339,11 @@ def as_yaml(raw: Mapping[str, Any]) -> str:
 
 
 def ade20k(labels: Labels | None = None) -> Description:
-    """Return the description of ADE20K's layout, with masks that hold labels as they stand."""
+    """Return the description of ADE20K's layout, whose masks hold labels directly.
+
+    Args:
+        labels: Meaning of the labels. If None, ADE20K's labels are used.
+    """
     sources = {
         split: Source(f"images/{name}", f"annotations/{name}") for split, name in FOLDERS.items()
     }

@@ -1,4 +1,4 @@
-"""Data sets of encoded images and masks, decoded and transformed one sample at a time."""
+"""Data sets that decode and transform one encoded image and mask at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch.utils.data import Dataset, default_collate
 
 from dataset.decoding import decode_photo
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # part of the public interface
+from dataset.matching import list_samples as list_samples  # Part of the public interface.
 from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 
 LoadImage = Callable[[int], np.ndarray]
-Transforms = tuple[Callable | None, Callable | None, Callable | None]  # of pair, image, mask
+# Transforms of the pair, the image and the mask.
+Transforms = tuple[Callable | None, Callable | None, Callable | None]
 
 
 class PairTransform:
-    """A transform of an image and its mask together, both as arrays."""
+    """A transform that changes an image and its mask together, both as arrays."""
 
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
@@ -31,9 +32,9 @@ class PairTransform:
         """Transform a sample.
 
         Args:
-            load_image: Gives the photo, (H, W, 3) uint8, at 1/1, 1/2,
-                1/4 or 1/8 of its size (see `decode_photo`), or at its size in any case.
-            mask: (H, W) uint8.
+            load_image: Function that decodes the image to (H, W, 3) uint8. Its argument, 1, 2, 4 or
+                8, divides the size of a JPEG (see `decode_photo`). It may ignore the argument.
+            mask: (H, W) uint8 labels.
             rng: The only source of randomness.
 
         Returns:
@@ -42,14 +43,26 @@ class PairTransform:
         raise NotImplementedError
 
     def __call__(self, sample: tuple) -> tuple[np.ndarray, np.ndarray]:
-        """Transform a pair of Pillow images or arrays, at random as the system's entropy has it."""
+        """Transform an image and a mask, given as Pillow images or arrays.
+
+        The random numbers come from the system's entropy.
+
+        Args:
+            sample: The image and its mask.
+        """
         image, mask = sample
         image = image.convert("RGB") if isinstance(image, Image.Image) else image
         return self.apply(lambda _: np.asarray(image), np.asarray(mask), np.random.default_rng())
 
 
 class EncodedSamples(Dataset):
-    """A data set of encoded files, which become the samples of training."""
+    """A data set of encoded files that become training samples.
+
+    Args:
+        transforms: Transforms of the pair, the image and the mask. Each may be None.
+        seed: Seed of the random transforms.
+        masks: Decoder of the masks.
+    """
 
     def __init__(self, transforms: Transforms, seed: int, masks: Masks) -> None:
         self.both_transforms, self.image_transforms, self.target_transforms = transforms
@@ -60,24 +73,46 @@ class EncodedSamples(Dataset):
         raise NotImplementedError
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        """Return a sample's uid, its encoded image and mask, and names of both for errors.
+
+        Args:
+            index: Index of the sample.
+        """
         raise NotImplementedError
 
     def prefetch(self, index: int) -> None:
-        """Prepare for a sample that will be read soon."""
+        """Prepare a sample that will be read soon.
+
+        Args:
+            index: Index of the sample.
+        """
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return an epoch's samples in its order."""
+        """Return the items in the order of an epoch.
+
+        Args:
+            items: Indices of the epoch's samples, as `Item.index` counts them.
+            seed: Seed of the order.
+            epoch: Number of the epoch.
+        """
         return items[random_order(len(items), seed, epoch)]
 
     def __getitem__(self, item: int | Item) -> tuple[Any, Any]:
-        """Return a sample: of epoch 0 by its index, or by what a sampler gives."""
+        """Return a transformed sample.
+
+        Args:
+            item: An `Item` from a sampler, or the index of a sample in epoch 0.
+
+        Raises:
+            DataError: The image or the mask cannot be decoded.
+        """
         item = Item(*item) if isinstance(item, tuple) else Item(0, item)
         if item.prefetch >= 0:
             self.prefetch(item.prefetch % len(self))
         repetition, index = divmod(item.index, len(self))
         uid, photo, mask, names = self.read(index)
-        if repetition > 0:  # which is cropped and coloured in its own way
+        # A repeated sample gets its own crop and colours.
+        if repetition > 0:
             uid = f"{uid}#{repetition}"
         try:
             labels = self.masks.decode(mask, names[1])
@@ -109,24 +144,44 @@ class EncodedSamples(Dataset):
         return image, target
 
     def resume_with(self, sampler: EpochSampler) -> None:
-        """Save and restore this sampler's place in the epoch.
+        """Save and restore the position of a sampler in the epoch.
 
-        Composer asks the data set for it, not the sampler.
+        Composer asks the data set for the position, not the sampler.
+
+        Args:
+            sampler: The sampler of the training loader.
         """
         self.sampler = sampler
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:
-        """Return what Composer saves in a checkpoint, having seen `num_samples` of the epoch."""
+        """Return the position that Composer saves in a checkpoint.
+
+        Args:
+            num_samples: Number of samples of the epoch that the run has seen.
+            from_beginning: Unused; Composer passes it.
+        """
         return {"epoch": self.sampler.epoch if self.sampler else 0, "sample_in_epoch": num_samples}
 
     def load_state_dict(self, state: dict[str, int] | None) -> None:
-        """Go on from there; having this, Composer loads no samples only to skip them."""
+        """Restore the position in the epoch.
+
+        Because this method exists, Composer does not load samples only to skip them.
+
+        Args:
+            state: The result of `state_dict`, or None.
+        """
         if self.sampler and state:
             self.sampler.resume(state["epoch"], state["sample_in_epoch"])
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Make a batch: photos (N, 3, H, W), channels-last in memory as they were, labels (N, H, W)."""
+    """Make a batch of images (N, 3, H, W) and labels (N, H, W).
+
+    The images stay channels-last in memory, as they were decoded.
+
+    Args:
+        samples: Transformed images and labels.
+    """
     images, targets = zip(*samples)
     images = default_collate([image.permute(1, 2, 0) for image in images])
     return images.permute(0, 3, 1, 2), default_collate(list(targets))

@@ -1,4 +1,4 @@
-"""What the values in a mask mean."""
+"""The meaning of the values in a mask: classes, ignored labels and padding."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-PADDING = 255  # In a mask: outside the photo. Ignored, and black after normalisation.
-IGNORED = 254  # In a mask: a pixel of the photo that is ignored, though label 0 may not be.
+PADDING = 255  # Label of pixels outside the image. It is ignored, and the image is black there.
+IGNORED = 254  # Label of ignored pixels inside the image. Label 0 may be a class.
 
 
 class Labels(NamedTuple):
-    """Which values of a mask are classes, and which are ignored. 255 always is.
+    """The values of a mask that are classes, and the values that are ignored.
+
+    Value 255 is always ignored.
 
     Attributes:
         num_classes: Number of classes C.
-        ignore_background: Whether label 0 is ignored, and label k is class k - 1. Otherwise label k
+        ignore_background: Whether label 0 is ignored and label k is class k - 1. If False, label k
             is class k.
-        ignore_label: A further value that is ignored.
+        ignore_label: One more value that is ignored.
     """
 
     num_classes: int = 150
@@ -35,25 +37,28 @@ class Labels(NamedTuple):
         return self.first + self.num_classes - 1
 
     def classes(self) -> np.ndarray:
-        """Return (256,) bool: labels that are classes."""
+        """Return a (256,) bool array that is True for labels that are classes."""
         label = np.arange(256)
         return (label >= self.first) & (label <= self.last) & (label != self.ignore_label)
 
     def ignored(self) -> np.ndarray:
-        """Return (256,) bool: labels that are known and no class."""
+        """Return a (256,) bool array that is True for labels that are ignored."""
         label = np.arange(256)
         zero = (label == 0) & self.ignore_background
         return (label == PADDING) | (label == self.ignore_label) | zero
 
     def unknown(self) -> np.ndarray:
-        """Return (256,) bool: labels that a mask may not hold."""
+        """Return a (256,) bool array that is True for labels that a mask must not contain."""
         return ~self.classes() & ~self.ignored()
 
     def loaded(self) -> np.ndarray:
-        """Return (256,) uint8: what a loader makes of each label, so that padding is its own."""
+        """Return a (256,) uint8 table from file labels to loader labels.
+
+        The loader reserves label 255 for padding.
+        """
         label = np.arange(256, dtype=np.uint8)
         return np.where((label == PADDING) | (label == self.ignore_label), np.uint8(IGNORED), label)
 
     def index(self) -> np.ndarray:
-        """Return (256,) int64: the class index of each label, -1 where it is no class."""
+        """Return a (256,) int64 table from labels to class indices; other labels map to -1."""
         return np.where(self.classes(), np.arange(256) - self.first, -1)

@@ -1,7 +1,7 @@
-"""Masks as the files hold them, read as the labels of training, through one lookup.
+"""A decoder that reads mask files and translates their values to training labels.
 
-The lookup has 0 for a value that nothing names, and label + 1 for all others: so a mask is read and
-checked in one pass, whatever it holds.
+One lookup table does both the translation and the check. It holds label + 1 for each known value
+and 0 for all others, so one pass suffices for any mask.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from dataset.labels import Labels
 if TYPE_CHECKING:
     from dataset.panoptic import Segments
 
-COLORS = 2**24  # of three bytes
+COLORS = 2**24  # Number of 24-bit colours.
 
 
 class UnknownValues(ValueError):
-    """A mask holds values that are neither classes nor ignored."""
+    """An error for a mask that holds values that are neither classes nor ignored."""
 
 
 class Masks:
-    """What the masks of a data set hold.
+    """A decoder for the masks of a data set.
 
     Args:
-        labels: What the loader's labels mean.
-        values: The label that each value becomes; None: values are labels, as `labels` has them.
-        in_colors: Whether values are colours, packed as `dataset.description.pack` does.
-        segments: Of COCO's panoptic format: categories, which are the values, of each mask.
+        labels: The meaning of the labels that the decoder returns.
+        values: The label of each mask value. None if the values are labels already.
+        in_colors: Whether the values are colours, packed as in `dataset.description.pack`.
+        segments: The categories of the segments of each mask, in COCO's panoptic format. The
+            categories are then the keys of `values`.
     """
 
     def __init__(
@@ -52,21 +53,27 @@ class Masks:
             loaded, known = labels.loaded(), ~labels.unknown()
             values = {value: int(loaded[value]) for value in np.flatnonzero(known).tolist()}
         self.values = values
-        self._colors: torch.Tensor | None = None  # 16 MB, of which few pages are ever touched
+        # The table takes 16 MB of address space, of which few pages are ever used.
+        self._colors: torch.Tensor | None = None
         self._index = np.zeros(MAX_VALUE + 1, np.uint8)
         if not in_colors:
             self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
-        # Values below this are labels as they stand.
+        # All values below this one are labels already.
         same = self._index[:255] == np.arange(1, 256)
         self._same = int(np.argmin(np.append(same, False)))
         self.max_value = MAX_VALUE if self.described else 255
 
     @classmethod
     def of(cls, description: Description, split: str, root: str) -> Masks:
-        """Return what a described split's masks hold.
+        """Return a decoder for the masks of a described split.
+
+        Args:
+            description: Description of the data set.
+            split: 'train' or 'val'.
+            root: Folder of the data set.
 
         Raises:
-            DataError: The file of the segments cannot be read.
+            DataError: The JSON file of the segments cannot be read.
         """
         source, segments = description.sources[split], None
         if source.segments:
@@ -76,7 +83,11 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return the same for a few masks alone, which is less to send to a process."""
+        """Return a decoder for the given masks only, which takes less data to send to a process.
+
+        Args:
+            paths: Paths of the masks.
+        """
         if self.segments is None:
             return self
         few = copy.copy(self)
@@ -87,18 +98,18 @@ class Masks:
         return {**self.__dict__, "_colors": None}
 
     def decode(self, data: bytes, path: str = "") -> np.ndarray:
-        """Decode a mask.
+        """Decode a mask to labels.
 
         Args:
             data: The encoded file.
-            path: Its name, by which its segments are found.
+            path: Path of the file, which identifies its segments.
 
         Returns:
             np.ndarray: (H, W) uint8 labels.
 
         Raises:
-            UnknownValues: It holds values that nothing names; the message says which.
-            ValueError: It cannot be decoded; the message is one line.
+            UnknownValues: The mask holds unknown values; the message lists them.
+            ValueError: The mask cannot be decoded; the message is one line.
         """
         if self.in_colors or self.segments:
             mask = decode_colors(data)
@@ -117,7 +128,7 @@ class Masks:
         return found
 
     def _look_up_colors(self, mask: np.ndarray, path: str) -> np.ndarray:
-        """Return label + 1 of each pixel, 0 where there is none."""
+        """Return label + 1 for each pixel, or 0 for pixels with an unknown value."""
         if self._colors is None:
             self._colors = torch.from_numpy(np.zeros(COLORS, np.uint8))
             if self.segments is None:
@@ -136,7 +147,7 @@ class Masks:
         self._colors[list(table)] = labels + 1
 
     def _table_of_segments(self, path: str) -> dict[int, int]:
-        """Return the label of each segment's number; 0 is no segment, and ignored."""
+        """Return the label of each segment id. Id 0 means no segment, and is ignored."""
         assert self.segments is not None
         table = {0: 0}
         for number, category in self.segments.of(path):
@@ -163,6 +174,6 @@ class Masks:
 
 
 def _look_up(table: torch.Tensor, mask: np.ndarray) -> np.ndarray:
-    """As `table[mask]`, several times as fast as NumPy does it."""
+    """Return `table[mask]`, several times faster than NumPy's indexing."""
     flat = torch.from_numpy(mask.astype(np.int32, copy=False)).view(-1)
     return torch.index_select(table, 0, flat).numpy().reshape(mask.shape)

@@ -1,6 +1,7 @@
-"""The images and masks of a description's split, matched by templates or lists.
+"""The image and mask pairs of a split, matched by templates or by lists.
 
-A mask belongs to the image whose values fit what its template asks for; see `dataset.paths`.
+A mask belongs to an image if the placeholders of its template have the same values; see
+`dataset.paths`.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ log = logging.getLogger(__name__)
 
 
 class Samples(Sequence[Sample]):
-    """Samples that share their memory with forked loader processes.
+    """A sequence of samples that shares its memory with forked loader processes.
 
-    The text of all names is one array. A list of strings would be copied into every process,
-    because Python counts references inside each string.
+    The text of all names is one array. Python would copy a list of strings into every process,
+    because it counts references inside each string.
 
     Args:
         uids: Name of each sample.
         images: Path of each image below `folders[0]`.
         masks: Path of each mask below `folders[1]`.
-        folders: What the paths begin with.
+        folders: Start of the paths of the images and of the masks.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Samples(Sequence[Sample]):
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        self._ends = np.append(-1, np.flatnonzero(self._text == 0))  # of each name
+        # Position where each name ends.
+        self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:
         return self._length
@@ -78,13 +80,13 @@ class Samples(Sequence[Sample]):
 
 
 class Listing(NamedTuple):
-    """A split's images and masks, and what is wrong with their names.
+    """The images and masks of a split, and the problems with their names.
 
     Attributes:
         samples: Images with a mask, sorted by name.
-        findings: What is wrong with the names of files.
-        orphans: Masks that no image of the split belongs to.
-        images: Number of images, with a mask or without.
+        findings: Problems with the names of files.
+        orphans: Masks without an image in the split.
+        images: Number of images, with or without a mask.
     """
 
     samples: Samples
@@ -94,14 +96,14 @@ class Listing(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """The images of a source and their masks, before they are shared among splits.
+    """The images and masks of a source, before they are divided among the splits.
 
     Attributes:
-        images: Path of each image below `folders[0]`, by its name with its folders.
-        masks: Path below `folders[1]` of the mask of each image that has one, by the image's name.
-        findings: What is wrong, each with the name of the image that it is about.
-        orphans: Masks that no image belongs to.
-        folders: What the paths of images and masks begin with.
+        images: Path of each image below `folders[0]`, by its name including folders.
+        masks: Path of each mask below `folders[1]`, by the name of its image.
+        findings: Problems, each with the name of its image, or None.
+        orphans: Masks without an image.
+        folders: Start of the paths of the images and of the masks.
     """
 
     images: dict[str, str]
@@ -112,25 +114,27 @@ class _Pairs(NamedTuple):
 
 
 def list_splits(description: Description, split: str, root: str) -> dict[str, Listing]:
-    """Pair a split's images and masks, and find what is wrong with their names.
+    """Pair the images and masks of a split, and find problems with their names.
 
     Args:
-        description: The layout.
+        description: Description of the data set.
         split: 'train' or 'val'.
-        root: Folder that the layout's paths are below.
+        root: Folder that contains the paths of the layout.
 
     Returns:
-        The split's listing; those of both splits if one is a fraction of the other.
+        The listings of both splits if one is a fraction of the other, otherwise the listing of the
+        given split.
 
     Raises:
-        ConfigError: The layout does not say where images and masks are.
+        ConfigError: The description does not say where the images and masks are.
     """
     if split not in description.sources:
         raise ConfigError("the description does not say where photos and masks are: add train, val")
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
-    keep_prefix = description.built_in is not None  # ADE20K's prefix counts in the order of names
+    # ADE20K's prefix is part of the sort order.
+    keep_prefix = description.built_in is not None
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
     else:
@@ -148,7 +152,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if len(names) < len(chosen):
             chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
-        # The other split may have masks in the same folder; a fraction has them with training.
+        # Masks without an image are reported once. If both splits share a folder of masks, neither
+        # split reports them. If one split is a fraction of the other, only training does.
         layouts = [layout for layout in description.sources.values() if layout != source]
         is_shared = source.masks in [layout.masks for layout in layouts]
         if description.fraction:
@@ -159,7 +164,10 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
 
 
 def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
-    """Return samples by name without ADE20K's prefix; `keep_prefix` keeps it for the order."""
+    """Return the samples without ADE20K's prefix, sorted by name.
+
+    With `keep_prefix`, the prefix still counts in the sort order.
+    """
     images, masks = pairs.images, pairs.masks
     names.sort()
     if not keep_prefix and any(name.startswith(prefix) for name in names):
@@ -174,7 +182,10 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
 
 
 def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
-    """Share names among training and validation by a hash, so that each split has one at least."""
+    """Divide names among training and validation by a hash.
+
+    If there are two names or more, each split gets at least one.
+    """
     place = {name: _place(name) for name in names}
     val = {name for name in names if place[name] < fraction}
     if len(names) > 1 and not val:
@@ -185,7 +196,7 @@ def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
 
 
 def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[Finding]:
-    """Return a finding if the only image of a split is there because the split had none."""
+    """Return a finding if the only image of a split was moved there because the split was empty."""
     (name,) = names
     if (_place(name) < fraction) == (split == "val"):
         return []
@@ -197,7 +208,13 @@ def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[
 
 
 def find_samples(description: Description, split: str, root: str) -> tuple[Samples, list[Finding]]:
-    """Pair a split's images and masks, sorted by name, and find what is wrong with their names."""
+    """Return the pairs of a split, sorted by name, and the problems with the names.
+
+    Args:
+        description: Description of the data set.
+        split: 'train' or 'val'.
+        root: Folder that contains the paths of the layout.
+    """
     listing = list_splits(description, split, root)[split]
     return listing.samples, listing.findings + _orphaned(listing.orphans)
 
@@ -210,15 +227,27 @@ def _orphaned(orphans: list[str]) -> list[Finding]:
 
 
 def list_described(description: Description, split: str, root: str) -> Samples:
-    """Return a split's samples by its description; see `require`."""
+    """Return the samples of a split of a described data set.
+
+    Args:
+        description: Description of the data set.
+        split: 'train' or 'val'.
+        root: Folder that contains the paths of the layout.
+
+    Raises:
+        DataError: The split has no images, or some image has no mask.
+    """
     return require(list_splits(description, split, root)[split])
 
 
 def require(listing: Listing) -> Samples:
-    """Return the samples of a listing that training can use.
+    """Return the samples of a listing, and log a warning for each problem that is not fatal.
+
+    Args:
+        listing: Listing of a split.
 
     Raises:
-        DataError: There are no images, or images without a mask.
+        DataError: The split has no images, or some image has no mask.
     """
     fatal = [finding for finding in listing.findings if finding.fatal]
     if fatal:
@@ -230,13 +259,13 @@ def require(listing: Listing) -> Samples:
 
 
 def _place(name: str) -> float:
-    """Return where in 0..1 an image's name is hashed to."""
+    """Return a number in [0, 1) that is a hash of an image's name."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
-    """Pair images and masks by their templates, those of a list where there is one."""
+    """Pair images and masks by their templates. A list, if there is one, selects the images."""
     assert source.images is not None
     pairs = _Pairs({}, {}, [], [])
     images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
@@ -253,14 +282,16 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     if not masks.folder.is_dir():
         pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
         return pairs
-    # Masks are found by folders and name, or by the name alone.
+    # If the mask's template has `{dir}` or `{name}`, masks match by folder and name. Otherwise they
+    # match by name only.
     with_folders = bool(masks.fields & {"dir", "name"})
     files = masks.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
-        return pairs._replace(masks=files.paths)  # the usual case, which needs no loop
+        # In the usual case all names match, so the loop below is not needed.
+        return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    used = dict(zip(reversed(keys), reversed(photos)))  # the first image of each mask
+    used = dict(zip(reversed(keys), reversed(photos)))  # The first image for each mask.
     for name, key in zip(photos, keys):
         if key not in files.paths:
             reason = f"its mask is missing, {source.masks}"
@@ -280,17 +311,18 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
 def _photos(
     images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
 ) -> Files:
-    """Return the images that fit."""
+    """Return the images that match the template."""
     if not images.folder.is_dir():
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
-    if images.has_suffix:  # of another kind of file, perhaps
+    if images.has_suffix:  # The template's extension may also match files that are not images.
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:
         folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
-        if os.path.commonpath(folders) in folders:  # a mask may be beside its image
+        # Masks may lie in the same folder as the images.
+        if os.path.commonpath(folders) in folders:
             left_out.append(masks.matches)
     files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)
     pairs.findings.extend(files.findings())
@@ -298,7 +330,7 @@ def _photos(
 
 
 def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a list, each with what to call it."""
+    """Yield each line of a list file, with its location for errors."""
     path = Path(root, file)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -313,7 +345,7 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
 
 
 def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str]:
-    """Return the images that a list names: by path, by path below their folder, or by name."""
+    """Return the images that a list names, by path, by path below their folder, or by name."""
     known: dict[str, set[str]] = {}
     for uid, below in photos.paths.items():
         path, stem = photos.path(uid), uid.rpartition("/")[2]
@@ -336,7 +368,7 @@ def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str
 
 
 def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
-    """Return the images and masks that a list has side by side, in two columns."""
+    """Return the images and masks that a list names in two columns."""
     assert source.list is not None
     pairs = _Pairs({}, {}, [], [])
     masks: dict[str, str] = {}
@@ -366,7 +398,7 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
 
 
 def _existing(root: str, file: str, name: str) -> str | None:
-    """Find what a list means: a path below the root, or below the list's own folder."""
+    """Return the path of a listed file, which starts at the root or at the list's own folder."""
     places = [Path(root, name), Path(root, name.lstrip("/")), Path(root, file).parent / name]
     return next((str(place) for place in places if place.is_file()), None)
 
@@ -375,16 +407,17 @@ def list_samples(datadir: str, split: str) -> list[Sample]:
     """List the images of a split and their masks, sorted by name.
 
     Args:
-        datadir: Folder with `images/{training,validation}` and
-            `annotations/{training,validation}`, or with `ADEChallengeData2016` that has these.
-            There may be folders in them, and files of other kinds, which are left alone.
+        datadir: Folder with `images/{training,validation}` and `annotations/{training,validation}`,
+            or a folder that contains `ADEChallengeData2016` with these. Subfolders are read as
+            well, and files of other types are ignored.
         split: 'train' or 'val'.
 
     Returns:
-        Samples, whose `uid` is the image's path without extension and ADE20K's `ADE_train_`.
+        Samples whose `uid` is the path of the image, without its extension and ADE20K's
+        `ADE_train_`.
 
     Raises:
-        DataError: There are no images, or images without a mask.
+        DataError: The split has no images, or some image has no mask.
     """
     if split not in FOLDERS:
         raise DataError(f"split is {split!r}; use one of {', '.join(FOLDERS)}")

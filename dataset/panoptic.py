@@ -1,4 +1,4 @@
-"""The categories of segments, from the JSON of COCO's panoptic format."""
+"""Categories of segments, read from a JSON file in COCO's panoptic format."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import numpy as np
 
 from errors import DataError
 
-MAX_SEGMENTS = 2**24  # A segment's number is a pixel's three bytes.
+MAX_SEGMENTS = 2**24  # COCO stores a segment's id in the three bytes of a pixel.
 
 
 class Segments:
-    """The category of each segment of each mask, from the JSON of COCO's panoptic format.
+    """A lookup from each mask's segments to their categories, in COCO's panoptic format.
+
+    Args:
+        path: Path of the JSON file.
 
     Raises:
-        DataError: The file cannot be read or is of another kind.
+        DataError: The file cannot be read or has another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +48,11 @@ class Segments:
             )
 
     def only(self, paths: Iterable[str]) -> Segments:
-        """Return the same for a few masks alone."""
+        """Return a smaller lookup that holds only the given masks.
+
+        Args:
+            paths: Paths of the masks to keep.
+        """
         names = {os.path.basename(path) for path in paths} & self.places.keys()
         few = copy.copy(self)
         few.places, parts, end = {}, [self.numbers[:0]], 0
@@ -58,7 +65,14 @@ class Segments:
         return few
 
     def of(self, path: str) -> list[tuple[int, int]]:
-        """Return number and category of each segment of a mask; ValueError if it is not listed."""
+        """Return the id and the category of each segment of a mask.
+
+        Args:
+            path: Path of the mask. Only its file name matters.
+
+        Raises:
+            ValueError: The JSON file does not list the mask.
+        """
         name = os.path.basename(path)
         if name not in self.places:
             raise ValueError(f"has no segments in {self.path}")

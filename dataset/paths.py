@@ -1,10 +1,17 @@
-"""Paths of images and masks: what a folder holds, and templates.
+"""Paths of images and masks: file listings and path templates.
 
-A template is a path below the root in which `{stem}` stands for a name, `{dir}/` for any folders
-(or none), `{name}` for both, `**/` for folders and `*` for a part of a name that do not matter. A
-folder stands for all the files in it and below, and a path without extension has any.
+A template is a path below the root with these placeholders:
 
-Only the standard library is imported here, so that a wrong config is reported quickly.
+- `{stem}` stands for a name.
+- `{dir}/` stands for any folders, or none.
+- `{name}` stands for folders and a name.
+- `**/` stands for folders that are ignored.
+- `*` stands for a part of a name that is ignored.
+
+A folder stands for all files in it and below it. A path without an extension matches any image or
+mask extension.
+
+The module imports only the standard library, so that a bad config is reported quickly.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from errors import ConfigError
 log = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
-ADE20K = "ADEChallengeData2016"  # the folder in ADE20K's archive
+ADE20K = "ADEChallengeData2016"  # Folder in ADE20K's archive.
 FOLDERS = {"train": "training", "val": "validation"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MASK_SUFFIXES = {".png", ".bmp", ".gif", ".tif", ".tiff"}
@@ -36,31 +43,46 @@ class Sample(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something wrong with a file."""
+    """A problem with a file.
+
+    Attributes:
+        path: Path of the file.
+        reason: Description of the problem.
+        fatal: Whether training would fail because of the problem.
+    """
 
     path: str
     reason: str
-    fatal: bool  # training would fail; otherwise it is odd, but training works
+    fatal: bool  # If False, the file is odd, but training works.
 
 
 def find_root(path: str | Path) -> Path:
-    """Return the folder that holds `images` and `annotations`: `path`, or ADE20K's folder in it."""
+    """Return the folder with `images` and `annotations`: `path`, or ADE20K's folder in it.
+
+    Args:
+        path: Folder of a data set in ADE20K's layout.
+    """
     return Path(path) if Path(path, "images").is_dir() else Path(path, ADE20K)
 
 
 def list_files(folder: str | Path) -> list[str]:
-    """List all files in a folder and below, without hidden ones.
+    """List all files in a folder and below it, except hidden files.
 
-    A link to a folder is followed unless that folder is below `folder`, where it is read without
-    the link, holds `folder`, or was followed before. So no link leads round in circles.
+    Links to folders are followed, except links that point inside `folder`, to a parent of it, or to
+    a folder already visited. This prevents cycles.
+
+    Args:
+        folder: Folder to list.
 
     Returns:
-        Paths below `folder`, sorted within each folder, and files before the folders beside them.
+        Paths relative to `folder`. Within each folder they are sorted, and files come before
+        subfolders.
     """
     files: list[str] = []
     top = os.path.realpath(folder)
     seen = {top}
-    waiting = [("", top)]  # folders to read: path below `folder` with a slash, and the real path
+    # Folders still to read. Each entry is the path below `folder`, with a slash, and the real path.
+    waiting = [("", top)]
     while waiting:
         below, real = waiting.pop()
         try:
@@ -94,33 +116,37 @@ def list_files(folder: str | Path) -> list[str]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # A link that points to itself raises OSError.
         return False
 
 
 def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield each file of `list_files`: its path below `folder` without extension, and its path."""
+    """Yield the path below `folder` without its extension, and the full path, of each listed file.
+
+    Args:
+        folder: Folder to list; see `list_files`.
+    """
     for name in list_files(folder):
         path = Path(folder, name)
         yield path.relative_to(folder).with_suffix("").as_posix(), path
 
 
 class Template:
-    """A template, or a folder.
+    """A path template or a folder.
 
     Args:
-        text: The template.
-        root: What it is below.
-        suffixes: Extensions of the files, where the template has none.
-        where: What to call it in an error.
+        text: Text of the template.
+        root: Folder that contains the template's paths.
+        suffixes: Extensions of the files if the template has no extension.
+        where: Name of the template in errors.
 
     Attributes:
-        folder: The folder that all files which fit are in.
-        fields: Those of `stem`, `dir` and `name` that it asks for.
-        has_suffix: Whether it names an extension.
+        folder: Deepest folder that contains every matching file.
+        fields: Placeholders among `stem`, `dir` and `name` that the template uses.
+        has_suffix: Whether the template has an extension.
 
     Raises:
-        ConfigError: It asks for something else.
+        ConfigError: The template uses an unknown placeholder.
     """
 
     def __init__(self, text: str, root: str, suffixes: Iterable[str], where: str) -> None:
@@ -135,7 +161,7 @@ class Template:
         for place, token in enumerate(tokens[1:], 1):
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # what `.*` matches
+        any_suffix = r"\.[^/]*"  # The regular expression of the template's `.*`.
         self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
         if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))
@@ -156,11 +182,12 @@ class Template:
         self.fields.add(field)
         if field == "dir" and slash:
             return "(?:(?P<dir>.+?)/)?"
-        lazy = "" if self.is_simple else "?"  # a single field ends in one place only
+        # A single placeholder can end in only one place, so its pattern need not be lazy.
+        lazy = "" if self.is_simple else "?"
         return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
 
     def _name(self, match: re.Match[str]) -> str:
-        """Return the folders and the name of a file that fits."""
+        """Return the folders and the name of a file that matches."""
         if "name" in self.fields:
             return match["name"]
         values = match.groupdict()
@@ -171,17 +198,26 @@ class Template:
         return f"{folder}/{stem}" if folder else stem
 
     def matches(self, path: str) -> bool:
-        """Return whether a file, given by its whole path, fits."""
+        """Return whether a file matches the template.
+
+        Args:
+            path: Full path of the file.
+        """
         folder = os.path.join(self.folder, "")
         return path.startswith(folder) and self.regex.fullmatch(path[len(folder) :]) is not None
 
     def files(self, is_excluded: Exclusion = None, with_folders: bool = True) -> Files:
-        """Return the files that fit, by their names, with the folders that these are in or not."""
+        """Return the matching files by name.
+
+        Args:
+            is_excluded: Function that returns whether to leave out a file, given its full path.
+            with_folders: Whether the names include the folders of the files.
+        """
         folder = os.path.join(self.folder, "")
         below = list_files(folder)
         if is_excluded:
             below = [path for path in below if not is_excluded(folder + path)]
-        # Few operations for each file: a data set may have several hundred thousand.
+        # Use few operations per file, because a data set may have several hundred thousand files.
         if self.fields == {"name"}:
             names = [match and match[1] for match in map(self.regex.fullmatch, below)]
         else:
@@ -195,12 +231,12 @@ class Template:
 
 
 class Files(NamedTuple):
-    """Files by their names, and those whose name another file has before them.
+    """Files by name, and files whose name another file already has.
 
     Attributes:
-        paths: Path of each file below `folder`, by its name.
-        same: Name and path of each file whose name another one has.
-        folder: What the paths begin with.
+        paths: Path of each file below `folder`, by name.
+        same: Name and path of each file whose name another file already has.
+        folder: Start of all paths, with a trailing slash.
     """
 
     paths: dict[str, str]
@@ -209,7 +245,13 @@ class Files(NamedTuple):
 
     @classmethod
     def of(cls, names: list[str], paths: list[str], folder: str) -> Files:
-        """Return files, given their names and their paths."""
+        """Return the files with the given names and paths.
+
+        Args:
+            names: Names of the files.
+            paths: Path of each file below `folder`.
+            folder: Start of all paths, with a trailing slash.
+        """
         first, same = dict(zip(names, paths)), []
         if len(first) < len(names):
             first = {}
@@ -219,11 +261,15 @@ class Files(NamedTuple):
         return cls(first, same, folder)
 
     def path(self, name: str) -> str:
-        """Return the whole path of a file."""
+        """Return the full path of a file.
+
+        Args:
+            name: Name of the file.
+        """
         return self.folder + self.paths[name]
 
     def findings(self) -> list[tuple[str, Finding]]:
-        """Return a finding for each file that has the name of another one."""
+        """Return the name and a finding for each file whose name another file already has."""
         return [
             (name, Finding(self.folder + path, f"same name as {self.path(name)}", True))
             for name, path in self.same
@@ -234,7 +280,12 @@ Exclusion = Callable[[str], bool] | None
 
 
 def exclusion(exclude: Collection[str], root: str) -> Exclusion:
-    """Return a function that tells whether the description leaves out a file; None: it has none."""
+    """Return a function that tells whether a file is excluded, or None if nothing is excluded.
+
+    Args:
+        exclude: Folders, files or templates to leave out.
+        root: Folder that contains these paths.
+    """
     if not exclude:
         return None
     files = {os.path.normpath(os.path.join(root, text)) for text in exclude}

@@ -1,6 +1,8 @@
-"""Which samples a rank sees, and when: the same whatever the number of ranks, also after a resume.
+"""Samplers that divide the samples of an epoch among the ranks.
 
-Samplers give `Item`s, not indices: workers live for the whole run and learn the epoch from them.
+The order of the samples does not depend on the number of ranks, nor on a resume. Samplers yield
+`Item`s instead of indices, because workers live for the whole run and learn the epoch from each
+item.
 """
 
 from __future__ import annotations
@@ -15,9 +17,15 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class Item(NamedTuple):
-    """What a loader is asked for: a sample, in an epoch, and one to prefetch for later, or -1.
+    """A request to a loader: a sample of an epoch, and a later sample to prefetch.
 
-    An index of n or more, of n samples, is a repetition: the k-th of sample i is `i + k * n`.
+    In a data set of n samples, an index of n or more is a repetition: `i + k * n` is the k-th
+    repetition of sample i.
+
+    Attributes:
+        epoch: Number of the epoch.
+        index: Index of the sample.
+        prefetch: Index of a sample to prefetch, or -1.
     """
 
     epoch: int
@@ -26,40 +34,66 @@ class Item(NamedTuple):
 
 
 class Ordered(Protocol):
-    """A data set that says in which order an epoch takes its samples."""
+    """A data set that defines the order of the samples in an epoch."""
 
     def __len__(self) -> int: ...
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return an epoch's samples in its order."""
+        """Return the items in the order of an epoch."""
         ...
 
 
 def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of range(length)."""
+    """Return a random permutation of range(length).
+
+    Args:
+        length: Number of samples.
+        seed: Seed of the order.
+        epoch: Number of the epoch.
+    """
     return random_keys(length, seed, epoch).argsort(kind="stable")
 
 
 def random_keys(length: int, seed: int, epoch: int) -> np.ndarray:
-    """Random 64-bit numbers, of a generator whose bits NumPy keeps from version to version."""
+    """Return random 64-bit integers, one for each sample.
+
+    NumPy guarantees that all its versions give the same bits for this generator.
+
+    Args:
+        length: Number of integers.
+        seed: Seed of the generator.
+        epoch: Number of the epoch.
+    """
     return np.random.Philox(key=[seed, epoch]).random_raw(length)
 
 
 def length_of_repeated(factors: np.ndarray) -> int:
-    """Return how many samples `repeated` takes."""
+    """Return the number of samples that `repeated` returns.
+
+    Args:
+        factors: Average number of times that an epoch takes each sample, (n,).
+    """
     return math.ceil(round(float(factors.sum()), 6))
 
 
 def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Take each of n samples as often as its factor says: floor or ceil of it, by chance.
+    """Repeat each sample floor(factor) or ceil(factor) times, chosen at random.
 
-    The chances are those that give the factor on average. The whole always has the same length, so
-    that epochs have the same number of batches: the factors are laid end to end, in an order drawn
-    anew, and a comb of that many teeth is laid on them (systematic sampling, Madow 1949). For the
-    length to be whole, factors are stretched by less than 1 / n.
+    On average a sample is taken as often as its factor says. The number of samples is always the
+    same, so all epochs have equally many batches.
+
+    The method is systematic sampling (Madow 1949). It lays the factors end to end in random order
+    and counts the integers that fall into each. To make the total an integer, it stretches the
+    factors by less than 1 / n.
+
+    Args:
+        factors: Average number of times that an epoch takes each sample, (n,).
+        seed: Seed of the random choice.
+        epoch: Number of the epoch.
 
     Returns:
-        The first takes, 0 to n - 1, and then the others, each as `Item.index` counts them.
+        The first take of each sample, 0 to n - 1, followed by the repetitions, as `Item.index`
+        counts them.
     """
     generator = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])
     place = generator.random_raw(len(factors)).argsort(kind="stable")
@@ -67,7 +101,7 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     length = length_of_repeated(factors)
     ends = factors[place].cumsum()
     teeth = np.floor(ends * (length / ends[-1]) + offset).astype(np.int64)
-    teeth[-1] = length  # whatever the last sum was rounded to
+    teeth[-1] = length  # The last sum may have been rounded, so set it to the exact length.
     times = np.empty_like(teeth)
     times[place] = np.diff(teeth, prepend=0)
     takes = [np.flatnonzero(times > k) + k * len(factors) for k in range(times.max())]
@@ -75,24 +109,27 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 class EpochSampler(DistributedSampler):
-    """Training's samples: batch b of the run is the b-th piece of the epoch's order.
+    """A sampler for training: batch b of the run is the b-th part of the epoch's order.
 
-    Each rank has a contiguous part of each batch, so that the ranks together see what one process
-    with micro-batches of a rank's size does. It is a `DistributedSampler` for Composer to tell it
-    the epoch. Its length is the whole epoch's, also when the epoch is resumed in the middle, since
-    Composer compares it with the batches since the epoch's start.
+    Each rank gets a contiguous part of each batch. Together the ranks see the same samples as one
+    process whose micro-batches have the size of one rank's part.
+
+    The class is a `DistributedSampler` so that Composer sets its epoch. Its length is the length of
+    the whole epoch, even if the epoch is resumed in the middle, because Composer compares it with
+    the number of batches since the epoch began.
 
     Args:
-        dataset: With a length, and `order(seed, epoch)` for the order of an epoch.
-        batch_size: A rank's samples in a batch.
+        dataset: Data set with a length and a method `order(items, seed, epoch)`.
+        batch_size: Number of samples of one rank in a batch.
         seed: Seed of the order.
-        shuffle: Whether to shuffle.
-        drop_last: Whether to leave out the last, smaller batch. Otherwise its samples are
-            repeated until all ranks have equally many.
-        prefetch_distance: How many samples ahead to start downloading; 0: never.
-        num_replicas: Number of ranks; None: Composer's.
-        rank: This rank; None: Composer's.
-        repeat_factors: How often an epoch takes each sample, on average; None: once.
+        shuffle: Whether to shuffle the samples.
+        drop_last: Whether to drop the last, smaller batch. If False, its samples are repeated until
+            all ranks have equally many.
+        prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
+        num_replicas: Number of ranks. If None, Composer's value is used.
+        rank: Number of this rank. If None, Composer's value is used.
+        repeat_factors: Average number of times that an epoch takes each sample, (n,). If None,
+            each sample is taken once.
     """
 
     dataset: Ordered
@@ -118,7 +155,12 @@ class EpochSampler(DistributedSampler):
         self.num_samples = len(self._positions(0))
 
     def resume(self, epoch: int, seen: int) -> None:
-        """Leave out the first `seen` samples (of all ranks) of an epoch."""
+        """Skip the first samples of an epoch.
+
+        Args:
+            epoch: Number of the epoch.
+            seen: Number of samples to skip, over all ranks.
+        """
         self.resumed_epoch, self.seen = epoch, seen
 
     def __iter__(self) -> Iterator[Item]:
@@ -131,7 +173,7 @@ class EpochSampler(DistributedSampler):
         return _items(self.epoch, indices, self.prefetch_distance)
 
     def _positions(self, seen: int) -> np.ndarray:
-        """Where in the epoch's order this rank's samples are."""
+        """Return the positions of this rank's samples in the order of the epoch."""
         length = len(self.dataset)
         if self.repeat_factors is not None:
             length = length_of_repeated(self.repeat_factors)
@@ -147,9 +189,14 @@ class EpochSampler(DistributedSampler):
 
 
 class EvalSampler(DistributedSampler):
-    """Evaluation's samples: all, in order, dealt out to the ranks as torch does.
+    """A sampler for evaluation: all samples in order, divided among the ranks as torch does.
 
-    Composer takes what torch repeats, for the ranks to have equally many, out again.
+    torch repeats samples until all ranks have equally many. Composer removes the repetitions from
+    the results.
+
+    Args:
+        dataset: Data set to evaluate.
+        prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
     """
 
     def __init__(self, dataset: Dataset, prefetch_distance: int = 0):

@@ -1,4 +1,4 @@
-"""The classes that shards were written with, compared with those of a run."""
+"""A check that the classes of the shards match the classes of the run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ log = logging.getLogger(__name__)
 
 
 def shard_description(path: str, retries: int = 2) -> Description | None:
-    """Return the description that shards were written from, which lies beside them.
+    """Return the description that lies beside the shards and from which they were written.
 
     Args:
         path: Folder or URL of the shards.
-        retries: How often to ask the store again.
+        retries: Number of times to ask the store again.
 
     Returns:
-        The description, or None if nothing describes them.
+        The description, or None if the shards have no description.
 
     Raises:
         ConfigError: The description is not valid.
-        DataError: The store does not say whether there is one.
+        DataError: The store did not say whether a description exists.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = fetch_beside(path, DESCRIPTION, folder, retries)
@@ -40,14 +40,18 @@ def shard_description(path: str, retries: int = 2) -> Description | None:
 def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
     """Return the classes that the shards of a run were written with.
 
-    If the store does not answer and the cache has the split, a run can go on without them.
+    If the store does not answer but the cache holds the split, the run continues without this
+    check.
+
+    Args:
+        source: The shards.
 
     Returns:
         Names and colours in the order of the class indices, or None if they are not known.
 
     Raises:
         ConfigError: The description of the shards is not valid.
-        DataError: The store does not say whether there is one.
+        DataError: The store did not say whether a description exists.
     """
     assert source.shards is not None
     local = source.shards.local
@@ -63,14 +67,14 @@ def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
 
 
 def check_shard_classes(source: DataSource, classes: Sequence[ClassInfo]) -> None:
-    """Compare the classes that shards were written with and those of a run.
+    """Check that the classes of the shards match the classes of a run.
 
     Args:
         source: The shards.
-        classes: The run's, in the order of the class indices.
+        classes: The classes of the run, in the order of the class indices.
 
     Raises:
-        ClassError: They have other names, or the same names in another order.
+        ClassError: The names differ, or the same names have another order.
     """
     ours = shard_classes(source)
     where = f"{source.path}/{DESCRIPTION}"

@@ -1,4 +1,4 @@
-"""Random access to MDS shards that are somewhere else, through a cache on this machine's disk."""
+"""Random access to MDS shards in a store, through a cache on the local disk."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from files import is_remote
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
-DESCRIPTION = "description.yaml"  # beside the splits, of a data set that was described
-MAX_SAMPLES = 10**9  # of a shard
+DESCRIPTION = "description.yaml"  # File beside the splits, with the description of the data set.
+MAX_SAMPLES = 10**9  # Maximum number of samples in a shard.
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 _NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
 
 
 class Shards:
-    """The samples of one split's shards, by index, any in any order.
+    """The samples of the shards of one split, in any order.
 
-    Streaming's own dataset has an order of its own, which depends on the number of ranks; here only
-    its downloading, decompression, hashes and shard format are used. Processes of a machine share
-    the cache and keep out of each other's way with file locks, so that nothing is left behind when
-    one is killed.
+    Streaming's own dataset has a fixed order that depends on the number of ranks. This class uses
+    only Streaming's downloads, decompression, hashes and shard format. The processes of a machine
+    share the cache and coordinate with file locks, which the system releases when a process is
+    killed.
 
     Args:
-        remote: Folder or URL, of any store that Streaming knows, that the split's
-            folder is in. None if the shards are in `local`, which is then left as it is.
-        local: Folder of the cache. None if `remote` is a folder to read in place.
+        remote: Folder or URL that contains the split's folder, in any store that Streaming
+            supports. None if the shards are in `local`, which is then not changed.
+        local: Folder of the cache. If None, the folder `remote` is read in place.
         split: Name of the split's folder.
-        cache_limit: Bytes, as in '10gb', that the cache may take; the shards
-            that were not used for longest go first; None: any number.
-        download_retry: How often to try again, after 1, 2, 4, ... seconds.
+        cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least
+            recently used shards are deleted first. If None, the size is not limited.
+        download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer.
-        validate_hash: Hash to check each downloaded shard with. 'auto' is one that
-            the index has, if it has any.
+        validate_hash: Hash that checks each downloaded shard. 'auto' takes a hash that the index
+            contains, if it contains one. If None, shards are not checked.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -76,7 +76,8 @@ class Shards:
                 raise DataError(f"{remote}: no local folder is given to keep its shards in")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
-            remote = None  # Nothing to fetch, and above all nothing to evict
+            # The cache is the data set itself: nothing to download, and nothing may be deleted.
+            remote = None
         self.is_cache = remote is not None
         self.location = os.path.join(remote or local, split)
         self.folder = os.path.join(local, split)
@@ -85,7 +86,9 @@ class Shards:
             remote=remote,
             local=local,
             split=split,
-            download_retry=1,  # It neither says that it tries again nor stops where it is no use.
+            # Streaming's own retries are silent and do not stop on permanent errors; see
+            # `_with_retries`.
+            download_retry=1,
             download_timeout=download_timeout,
             keep_zip=False,
         )
@@ -105,30 +108,33 @@ class Shards:
                 raise DataError(f"{self.location}/index.json: {wrong}")
             if not set(COLUMNS) <= set(shard.column_names):
                 raise DataError(f"{self.location}: columns {shard.column_names}, not {COLUMNS}")
-            shard.column_encodings = [  # Not Pillow images
+            # Read the images and masks as bytes instead of Pillow images.
+            shard.column_encodings = [
                 "bytes" if name in ("x", "y") else encoding
                 for name, encoding in zip(shard.column_names, shard.column_encodings)
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            validate_hash = max(info.hashes, default=None)  # of sha1 and xxh64 the faster
+            # The alphabetically last hash: of sha1 and xxh64 it is xxh64, the faster one.
+            validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
     def _alone_with_index(self) -> AbstractContextManager:
-        """Return a lock against other runs of this cache; the other ranks wait for the first."""
+        """Return a lock that keeps other runs out of this cache; other ranks wait for the first."""
         if not self.is_cache or not World.detect().is_local_leader:
             return contextlib.nullcontext()
         os.makedirs(self.folder, exist_ok=True)
         return FileLock(os.path.join(self.folder, "index.json.lock"))
 
     def _check_index(self) -> None:
-        """Refuse a cache of what the data set was before it was written anew."""
+        """Raise DataError if the cache holds an earlier version of the data set."""
         path = os.path.join(self.folder, "index.json")
         if not self.is_cache or not os.path.exists(path) or not World.detect().is_local_leader:
             return
-        with tempfile.TemporaryDirectory() as folder:  # of this process: others look as well
+        # Other processes check too, so use a folder of this process.
+        with tempfile.TemporaryDirectory() as folder:
             fresh = os.path.join(folder, "index.json")
             try:
                 CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
@@ -159,14 +165,18 @@ class Shards:
         return {**self.__dict__, "streams": {}, "wanted": {}}
 
     def shard_of(self, index: int | np.ndarray) -> int | np.ndarray:
-        """Return the number of the shard that a sample is in."""
+        """Return the number of the shard that contains a sample.
+
+        Args:
+            index: Index of the sample, or an array of indices.
+        """
         return np.searchsorted(self.ends, index, side="right")
 
     @property
     def shards_at_once(self) -> int | None:
-        """How many shards to have in use at a time, for the next as many to fit the cache as well.
+        """Number of shards to read from at the same time, or None if all shards fit the cache.
 
-        None if all do.
+        The cache then also has room for the next shards, which are downloaded in the meantime.
         """
         sizes = [shard.get_max_size() for shard in self.shards]
         if self.cache_limit is None or sum(sizes) <= self.cache_limit:
@@ -174,7 +184,15 @@ class Shards:
         return self.cache_limit // max(sizes) // 2
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample's uid, encoded photo, encoded mask, and what to call photo and mask."""
+        """Return a sample's uid, its encoded image and mask, and names of both for errors.
+
+        Args:
+            index: Index of the sample.
+
+        Raises:
+            DataError: The shard is missing or damaged.
+            StoreError: The store does not answer.
+        """
         shard = int(self.shard_of(index))
         reader, path = self.shards[shard], self.path(shard)
         row = index - int(self.ends[shard]) + len(reader)
@@ -182,7 +200,8 @@ class Shards:
             try:
                 sample = reader[row]
                 break
-            except FileNotFoundError:  # not there yet, or another process made room
+            # The shard is not downloaded yet, or another process deleted it to make room.
+            except FileNotFoundError:
                 self.fetch(shard)
             except Exception as error:
                 again = "; delete it, and it is fetched again" if self.is_cache else ""
@@ -194,16 +213,22 @@ class Shards:
                 os.utime(path)
         uid = sample["uid"]
         uid = uid.decode("utf-8", "surrogateescape") if isinstance(uid, bytes) else str(uid)
-        uid = uid.removeprefix(f"ADE_{self.settings['split']}_")  # As in folders
+        # Remove the prefix, as for data sets in folders.
+        uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
 
     def prefetch(self, index: int) -> None:
-        """Have a sample's shard fetched in the background."""
+        """Download the shard of a sample in the background.
+
+        Args:
+            index: Index of the sample.
+        """
         shard = int(self.shard_of(index))
         if os.path.exists(self.path(shard)):
             return
-        if os.getpid() not in self.wanted:  # A forked process has its parent's queue, not thread
+        # A forked process inherits the queue of its parent, but not the thread.
+        if os.getpid() not in self.wanted:
             self.wanted = {os.getpid(): queue.SimpleQueue()}
             threading.Thread(target=self._fetch_wanted, daemon=True).start()
         self.wanted[os.getpid()].put(shard)
@@ -213,16 +238,23 @@ class Shards:
             shard = self.wanted[os.getpid()].get()
             try:
                 self.fetch(shard, wait=False)
-            except DataError as error:  # raised where the shard is read
+            except DataError as error:  # The error is raised again when the shard is read.
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:
-        """Where a shard is on this machine, once it is."""
+        """Return the path of a shard on this machine, which exists once it is downloaded.
+
+        Args:
+            shard: Number of the shard.
+        """
         return os.path.join(self.folder, self.shards[shard].raw_data.basename)
 
     @property
     def stream(self) -> Stream:
-        """What downloads: this thread's own, as connections cannot be shared, nor forked."""
+        """The downloader of this thread.
+
+        Threads and forked processes cannot share the connections of a downloader.
+        """
         key = (os.getpid(), threading.get_ident())
         if key not in self.streams:
             self.streams[key] = Stream(**self.settings)
@@ -231,16 +263,19 @@ class Shards:
     def fetch(self, shard: int, wait: bool = True) -> None:
         """Download a shard unless another process already has it.
 
-        With wait=False, also return if another process is downloading it.
+        Args:
+            shard: Number of the shard.
+            wait: Whether to wait while another process downloads the shard.
 
         Raises:
-            DataError: It is not there, or damaged.
+            DataError: The shard is missing or damaged.
             StoreError: The store does not answer.
         """
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
             return
-        # With a limit, one at a time: what is being fetched takes its part of the room.
+        # With a limit, download one shard at a time, because each download takes up some of the
+        # space.
         lock = "cache" if self.cache_limit else os.path.basename(path)
         os.makedirs(self.folder, exist_ok=True)
         try:
@@ -285,13 +320,14 @@ class Shards:
 def _with_retries(
     name: str, action: Callable[[], Any], retries: int, away: type[DataError] = DataError
 ) -> Any:
-    """Do something again and again where the store may only be away for a while.
+    """Call a function, and retry while the store may be temporarily down.
 
     Args:
-        name: What is fetched.
-        action: Fetches it.
-        retries: How often to try again, after 1, 2, 4, ... seconds.
-        away: The error if the store does not answer. One that says no is a DataError.
+        name: Name of the download in errors.
+        action: Function that downloads.
+        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
+        away: Exception to raise if the store does not answer. If the store refuses, the exception
+            is DataError.
     """
     for attempt in range(retries + 1):
         try:
@@ -306,7 +342,10 @@ def _with_retries(
 
 
 def _implausible(shard: Any) -> str | None:
-    """Return what an index says of a shard that cannot be: names outside the folder, or counts."""
+    """Return the reason why a shard's entry in the index is invalid, or None.
+
+    Names must stay inside the folder, and counts must be possible.
+    """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
         return f"samples: {shard.samples!r} is not 0 to {MAX_SAMPLES}"
     columns = shard.column_names, shard.column_encodings, shard.column_sizes
@@ -324,44 +363,61 @@ def _implausible(shard: Any) -> str | None:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is no use."""
+    """Return whether an error is permanent, so that a retry is useless."""
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
     is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
     return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
 
 
 def open_shards(path: str, local: str | None, split: str) -> Shards:
-    """Open a split of MDS shards as training does, but for fewer attempts."""
+    """Open a split of MDS shards as training does, but with fewer retries.
+
+    Args:
+        path: Folder or URL of the shards.
+        local: Folder of the cache. If None, the folder `path` is read in place.
+        split: Name of the split's folder.
+    """
     return Shards(path, local, split, download_retry=2)
 
 
-cached_shards = functools.lru_cache(maxsize=2)(open_shards)  # for processes that read many
+# Workers read several shards of the same split.
+cached_shards = functools.lru_cache(maxsize=2)(open_shards)
 
 
 def is_missing(error: Exception) -> bool:
-    """Return whether a store says that a file is not there, rather than that it cannot tell."""
+    """Return whether the store says that a file does not exist.
+
+    The result is False if the store cannot tell.
+
+    Args:
+        error: Exception that a download raised.
+    """
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    if code is not None:  # S3 answers 403 where a key may not be seen
+    # S3 answers 403 if the credentials may not see a key, so 403 does not prove that a file is
+    # missing.
+    if code is not None:
         return code in ("404", "NoSuchKey", "NoSuchBucket")
-    # Other stores have their own errors, and their own words.
+    # Other stores have their own exceptions and messages.
     words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
     return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
 
 
 def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | None:
-    """Find a file that lies beside the shards' splits; a remote one is copied to `folder`.
+    """Return the local path of a file that lies beside the splits of the shards.
+
+    A remote file is first downloaded to `folder`.
 
     Args:
         path: Folder or URL of the shards.
         name: Name of the file.
-        folder: Folder that a remote file is copied to.
-        retries: How often to try again, after 1, 2, 4, ... seconds.
+        folder: Folder for the download.
+        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
 
     Returns:
-        Its path on this machine, or None if there is none.
+        The path on this machine, or None if the file does not exist.
 
     Raises:
-        DataError: The store does not say whether there is one.
+        DataError: The store did not say whether the file exists.
     """
     if "://" not in path:
         return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -380,11 +436,17 @@ def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | N
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
-    """Yield the uid, encoded photo and encoded mask of each sample of a shard.
+    """Yield the uid, the encoded image and the encoded mask of each sample of a shard.
+
+    The hash is checked even if the shard was in the cache. Training checks it only after a
+    download.
+
+    Args:
+        shards: The shards of a split.
+        number: Number of the shard.
 
     Raises:
-        DataError: The shard is missing or damaged. Its hash is checked even if it was in the cache,
-            which happens in training when it is downloaded only.
+        DataError: The shard is missing or damaged.
     """
     shards.fetch(number)
     path, shard = shards.path(number), shards.shards[number]

@@ -1,4 +1,4 @@
-"""A data set: where one of its splits is, what its masks hold, and how to read it."""
+"""A split of a data set: its location, the meaning of its masks, and the code to read it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How MDS shards are fetched and kept; see `dataset.shards.Shards`."""
+    """Options for downloading and caching MDS shards; see `dataset.shards.Shards`."""
 
     local: str | None = None
     cache_limit: int | str | None = None
@@ -35,14 +35,14 @@ class ShardOptions:
 
 @dataclass(frozen=True)
 class DataSource:
-    """One split of one data set.
+    """One split of a data set.
 
     Attributes:
         path: Folder of the data set, or folder or URL of MDS shards.
         split: 'train' or 'val'.
         description: Layout of the folders and meaning of the masks. Shards hold the labels of the
             description that they were written from.
-        shards: How MDS shards are fetched; None if the data set is in folders.
+        shards: Options for MDS shards, or None if the data set is in folders.
     """
 
     path: str
@@ -53,22 +53,26 @@ class DataSource:
 
     @property
     def labels(self) -> Labels:
-        """The meaning of the labels that the loader gives."""
+        """The meaning of the labels that the loader returns."""
         return self.description.labels
 
     @property
     def root(self) -> str:
-        """The folder that the paths of the layout are below."""
+        """The folder that contains the paths of the layout."""
         return self.path if self.description.built_in is None else str(find_root(self.path))
 
     def of_split(self, split: str) -> DataSource:
-        """Return another split of the same data set; folders are not listed again for it."""
+        """Return another split of the same data set, without listing its folders again.
+
+        Args:
+            split: 'train' or 'val'.
+        """
         return dataclasses.replace(self, split=split)
 
     def listing(self) -> Listing:
-        """Return the files of a split in folders, paired, and what is wrong with their names.
+        """Return the image and mask pairs of a split in folders, and the problems with their names.
 
-        A process lists them once.
+        A process lists the files only once.
         """
         if self.split not in self._listings:
             self._listings.update(list_splits(self.description, self.split, self.root))
@@ -78,7 +82,7 @@ class DataSource:
         """Return the samples of a split in folders, sorted by name.
 
         Raises:
-            DataError: There are no images, or images without a mask.
+            DataError: The split has no images, or some image has no mask.
         """
         return require(self.listing())
 
@@ -86,17 +90,17 @@ class DataSource:
         """Return a decoder for the split's masks.
 
         Raises:
-            DataError: The file of the panoptic segments cannot be read.
+            DataError: The JSON file of the panoptic segments cannot be read.
         """
         if self.shards is not None:
             return Masks(self.labels)
         return Masks.of(self.description, self.split, self.root)
 
     def open_shards(self) -> Shards:
-        """Return the split's shards, as a run reads them.
+        """Return the split's shards, with the options of the run.
 
         Raises:
-            DataError: They are missing or damaged.
+            DataError: The shards are missing or damaged.
         """
         from dataset.shards import Shards
 
@@ -104,10 +108,10 @@ class DataSource:
         return Shards(self.path, split=self.split, **dataclasses.asdict(self.shards))
 
     def chunks(self, samples: Samples | None = None) -> list[tuple[Chunk, Masks]]:
-        """Cut the split into parts for several processes, each with a decoder for its masks.
+        """Divide the split into chunks for several processes, each with a decoder for its masks.
 
         Args:
-            samples: Samples of a split in folders; None: all that training uses.
+            samples: Samples of a split in folders. If None, all samples of training are taken.
         """
         masks = self.masks()
         if self.shards is None:
@@ -128,7 +132,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class FileChunk:
-    """Some samples in folders."""
+    """A chunk of samples in folders."""
 
     samples: list[Sample]
 
@@ -136,14 +140,14 @@ class FileChunk:
         return len(self.samples)
 
     def masks(self) -> Iterator[tuple[str, bytes]]:
-        """Yield what to call each mask, and its file's content."""
+        """Yield a name for errors and the file content of each mask."""
         for sample in self.samples:
             yield sample.mask_path, read_file(sample.mask_path)
 
 
 @dataclass(frozen=True)
 class ShardChunk:
-    """One MDS shard."""
+    """A chunk that consists of one MDS shard."""
 
     path: str
     local: str | None
@@ -155,20 +159,21 @@ class ShardChunk:
         return self.size
 
     def open(self) -> Shards:
-        """Return the shards that it is one of."""
+        """Return the split's shards, which contain this shard."""
         from dataset.shards import cached_shards
 
         return cached_shards(self.path, self.local, self.split)
 
     def masks(self) -> Iterator[tuple[str, bytes]]:
-        """Yield what to call each mask, and its file's content."""
+        """Yield a name for errors and the file content of each mask."""
         from dataset.shards import read_shard
 
         shards = self.open()
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
             yield f"{shards.location}, mask of {uid}", mask
-        if shards.is_cache and not was_there:  # the cache may have a limit, which is training's
+        # Training may limit the size of the cache, so remove a shard that was not cached before.
+        if shards.is_cache and not was_there:
             shards.shards[self.number].evict()
 
 
@@ -176,7 +181,14 @@ Chunk = FileChunk | ShardChunk
 
 
 def read_file(path: str) -> bytes:
-    """Return a file's content; DataError if it cannot be read."""
+    """Return the content of a file.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -184,14 +196,14 @@ def read_file(path: str) -> bytes:
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Take a quick look, before training, at whether labels fit the masks of a split in folders.
+    """Check, before training, that the labels of some masks in folders fit the model.
 
     Args:
-        source: The split.
-        max_masks: How many masks to look at, spread evenly over the split.
+        source: The split to check.
+        max_masks: Maximum number of masks to check, spread evenly over the split.
 
     Raises:
-        DataError: A mask cannot be read, or holds a label that is no class.
+        DataError: A mask cannot be read or holds a label that is not a class.
     """
     samples, masks = source.samples(), source.masks()
     for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):

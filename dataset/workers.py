@@ -1,4 +1,7 @@
-"""Processes that load or check samples: one core each, and ended with their parent."""
+"""Worker processes that load or check samples.
+
+Each process uses one core and ends with its parent.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,40 @@ from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
 Result = TypeVar("Result")
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's microseconds of CPU time per period
-CHUNK = 64  # samples that a process takes at a time
+# Microseconds of CPU time that a container may use per period.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CHUNK = 64  # Number of samples that a process takes at a time.
 
 
 def available_cores(quota: Path = QUOTA) -> int:
-    """Return the number of cores that this process may use; a container's share is rounded up."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such limit
+    """Return the number of cores that this process may use.
+
+    The share of a container is rounded up to whole cores.
+
+    Args:
+        quota: File with the container's CPU limit.
+    """
+    # Only Linux restricts a process to some cores; macOS does not.
+    if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
     try:
         limit, period = quota.read_text().split()
         return min(cores, math.ceil(int(limit) / int(period)))
-    except (OSError, ValueError):  # no such file, or "max" for no limit
+    # The file does not exist, or it says "max", which means no limit.
+    except (OSError, ValueError):
         return cores
 
 
 def use_one_core(worker: int) -> None:
-    """In a loader process: leave the other cores to the other processes."""
-    # Imported here, so that a command can ask for the cores before it imports them.
+    """Limit OpenCV and PyTorch to one core in a loader process.
+
+    Args:
+        worker: Number of the worker. It is unused; PyTorch's DataLoader passes it.
+    """
+    # Import OpenCV and PyTorch only here, so that a command can count the cores before it imports
+    # them.
     import cv2
     import torch
 
@@ -48,14 +65,14 @@ def use_one_core(worker: int) -> None:
 
 
 def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag, Any]]:
-    """Run tasks in processes; give up the rest when interrupted.
+    """Run tasks in several processes, and cancel the remaining tasks when interrupted.
 
     Args:
-        tasks: A function and its arguments, by whatever tells the tasks apart.
-        workers: How many processes.
+        tasks: A function with its arguments for each tag. A tag is any hashable value.
+        workers: Number of processes.
 
     Yields:
-        Each task's tag and what its function returned, as they come.
+        The tag and the result of each task, as the tasks finish.
 
     Raises:
         DataError: A process died.
@@ -70,11 +87,15 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 "a process died, of want of memory perhaps: try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # waits for what is being done
+            pool.shutdown(cancel_futures=True)  # The shutdown waits for the tasks that are running.
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
-    """Yield the samples in parts of `CHUNK`."""
+    """Yield the samples in chunks of `CHUNK`.
+
+    Args:
+        samples: The samples to divide.
+    """
     return (samples[first : first + CHUNK] for first in range(0, len(samples), CHUNK))
 
 
@@ -88,14 +109,15 @@ def map_chunks(
     """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
 
     Args:
-        function: Takes a chunk and what else its tuple holds.
-        chunks: Tuples of arguments, of which the first is as long as it has samples.
-        workers: Number of processes; None: one for each core.
-        desc: What the progress bar says.
-        unit: What it counts.
+        function: Function that takes the values of one tuple as its arguments.
+        chunks: One tuple of arguments per chunk. The length of the first argument is the number of
+            samples in the chunk.
+        workers: Number of processes. If None, one process per core.
+        desc: Text in front of the progress bar.
+        unit: Unit of the numbers on the progress bar.
 
     Returns:
-        What the function returned, in the order of the chunks.
+        The results of the function, in the order of the chunks.
 
     Raises:
         DataError: A process died.
@@ -112,22 +134,24 @@ def map_chunks(
 
 def _init_process() -> None:
     global _captures_stderr
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
-    if sys.platform == "linux":  # not to outlive a parent that is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # On Ctrl-C, the parent process ends the work.
+    # On Linux, this process dies with its parent, even if the parent is killed.
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     use_one_core(0)
-    # A JPEG with damage inside decodes: all there is to know of it is libjpeg's line on stderr.
+    # A JPEG with damaged content still decodes. Only the line that libjpeg prints to stderr tells
+    # of the damage, so send stderr to a file.
     descriptor, name = tempfile.mkstemp()
     os.unlink(name)
     os.dup2(descriptor, 2)
     _captures_stderr = True
 
 
-_captures_stderr = False  # whether this process keeps what libjpeg and libpng print
+_captures_stderr = False  # Whether this process keeps the lines that libjpeg and libpng print.
 
 
 def decoder_complaint() -> str | None:
-    """Return the first line that the decoders printed since the last call."""
+    """Return the first line that the decoders have printed since the last call, or None."""
     if not _captures_stderr or os.fstat(2).st_size == 0:
         return None
     text = os.pread(2, 2000, 0).decode(errors="replace").strip()

@@ -1,1 +1,1 @@
-"""Features that a plain training run never loads: preparing data, planning, sharing, video."""
+"""Features that a plain training run does not load: data preparation, planning, sharing, video."""

@@ -17,18 +17,24 @@ from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
 from files import check_outputs, write_image
 
-COMMENT = "Written by predict.py"  # in every output, by which a later call knows it
+# Comment in every output file, so that later calls recognise their own files.
+COMMENT = "Written by predict.py"
 
 
 def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
-    """Find every image and video that is named: files, folders with all below them, glob patterns.
+    """Find all images and videos for the given files, folders and glob patterns.
+
+    Folders are searched with all their subfolders. All outputs have different paths. Two files get
+    different names if they differ only in their extension or in case. A video gets a different name
+    from every folder of images, because its class indices go to a folder of its own name.
+
+    Args:
+        arguments: Files, folders and glob patterns.
 
     Returns:
-        Each path, and a name for its outputs, without extension. No two outputs have one path: two
-        files that differ only in their extension or in upper case get two names, and a video, whose
-        indices go to a folder of its name, gets another name than every folder of images.
+        Each path, with the name of its outputs without an extension.
     """
-    files: dict[Path, str] = {}  # by their resolved paths
+    files: dict[Path, str] = {}  # The keys are resolved paths.
     paths: dict[Path, Path] = {}
     for argument in arguments:
         found = (
@@ -44,7 +50,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Videos get their names last, when all folders of images are known.
+    # Name the videos last, when all folders of images are known.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():
@@ -60,12 +66,21 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file is a video by its extension."""
+    """Return whether the extension of a file is that of a video.
+
+    Args:
+        path: Path of the file.
+    """
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def save_index(prediction: np.ndarray, path: Path) -> None:
-    """Write class indices (H, W) as a grey PNG: 8 bits for uint8, 16 bits for uint16."""
+    """Write class indices as a grey PNG, with 8 bits for uint8 and 16 bits for uint16.
+
+    Args:
+        prediction: (H, W) class indices, uint8 or uint16.
+        path: Path of the PNG file.
+    """
     info = PngInfo()
     info.add_text("Comment", COMMENT)
     write_image(path, Image.fromarray(prediction), pnginfo=info)
@@ -74,7 +89,16 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
 def check_predictions(
     photos: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
 ) -> None:
-    """Raise UserError if an output would overwrite an input or a file that is not predict.py's."""
+    """Check that no output would overwrite an input or a file of another program.
+
+    Args:
+        photos: Inputs with the names of their outputs; see `find_photos`.
+        options: Options of predict.py.
+        is_camera: Whether the input is a camera.
+
+    Raises:
+        UserError: An output would overwrite such a file.
+    """
     outputs = [(name, is_video(path)) for path, name in photos]
     outputs += [("camera", True)] if is_camera else []
     files, folders = [], []

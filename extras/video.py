@@ -1,7 +1,8 @@
-"""Videos and cameras: their frames as photos, and pictures as a video that browsers play (H.264).
+"""Readers for videos and cameras, and a writer of H.264 videos for browsers.
 
-PyAV, that is FFmpeg's libraries, reads and writes them. OpenCV's package, although it is here, has
-no encoder for H.264, does not say why it cannot read a file, and shows all frames equally long.
+PyAV, which wraps FFmpeg's libraries, reads and writes the files. OpenCV is installed too, but its
+package has no H.264 encoder, does not say why it cannot read a file, and shows all frames for the
+same time.
 """
 
 from __future__ import annotations
@@ -23,24 +24,28 @@ from errors import DataError, UserError, one_line
 from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
-CAMERA_SECONDS = 10  # that a camera may take to answer, and for a frame
+CAMERA_SECONDS = 10  # Maximum time until a camera answers, and for each frame.
 NO_FRAMES = "there are no frames in it"
-TICK = Fraction(1, 90_000)  # of a written video's clock, in seconds
+TICK = Fraction(1, 90_000)  # Clock period of written videos, in seconds.
 
 
 class Frame(NamedTuple):
     """A frame of a video."""
 
-    number: int  # in the video, from 0
-    time: Fraction  # seconds since the video began
-    photo: np.ndarray  # (H, W, 3) uint8 RGB, upright
+    number: int  # Position in the video, from 0.
+    time: Fraction  # Seconds since the start of the video.
+    # An upright image, (H, W, 3) uint8 RGB.
+    photo: np.ndarray
 
 
 def load_pyav() -> ModuleType:
     """Import PyAV.
 
+    Returns:
+        The module `av`.
+
     Raises:
-        UserError: It is not installed.
+        UserError: PyAV is not installed.
     """
     try:
         import av
@@ -50,18 +55,18 @@ def load_pyav() -> ModuleType:
 
 
 class Video:
-    """The frames of a file's first video; sound is left aside.
+    """The frames of the first video stream in a file, without sound.
 
     Args:
-        path: The file.
-        every: Take every n-th frame.
+        path: Path of the file.
+        every: Interval of the frames to take: 1 takes all frames, n every n-th frame.
 
     Attributes:
-        rate: How many of the frames taken are shown in a second, on average.
-        length: How many there are, by what the file says; None where it does not.
+        rate: Average number of taken frames per second of the video.
+        length: Number of taken frames according to the file, or None if the file does not say.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The file cannot be read as a video.
     """
 
     def __init__(self, path: Path | str, every: int = 1):
@@ -76,11 +81,11 @@ class Video:
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for it")
         self._stream.thread_type = "AUTO"
-        wide = self._stream.sample_aspect_ratio or 1  # of a pixel that is not square
+        wide = self._stream.sample_aspect_ratio or 1  # Aspect ratio of pixels that are not square.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
-        # Of a part of a broadcast, for one, the clock has gone for hours.
+        # A clip cut from a broadcast may start hours into the clock of the broadcast.
         start = self._container.start_time
         self._start = None if start is None else Fraction(start, 1_000_000)
         seconds = Fraction(self._container.duration or 0, 1_000_000)
@@ -93,8 +98,11 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         """Decode the video.
 
+        Yields:
+            Every n-th frame.
+
         Raises:
-            DataError: It has no frames, or breaks off.
+            DataError: The video has no frames or breaks off.
         """
         count = 0
         try:
@@ -103,7 +111,8 @@ class Video:
                 if number % self.every:
                     continue
                 photo = frame.reformat(format="rgb24", **self._size).to_ndarray()
-                photo = np.rot90(photo, frame.rotation // 90)  # as the telephone was held
+                # Rotate the frame to the orientation of the phone.
+                photo = np.rot90(photo, frame.rotation // 90)
                 time = number / self.rate / self.every
                 if frame.pts is not None:
                     time = frame.pts * frame.time_base
@@ -123,16 +132,17 @@ class Video:
 
 
 class Camera(Video):
-    """A camera's frames: the newest whenever one is asked for, those in between are left out.
+    """The frames of a camera: each request gets the newest frame, and older frames are dropped.
 
-    Their times are those of the clock, from the call on.
+    The time of a frame is the time since the start of the iteration.
 
     Args:
-        address: /dev/video0, or rtsp://..., http://... and what else FFmpeg reads.
-        every: Take none but every n-th frame.
+        address: A device such as /dev/video0, or an rtsp://, http:// or other URL that FFmpeg
+            reads.
+        every: Interval of the frames to take: 1 takes all frames, n at most every n-th frame.
 
     Raises:
-        DataError: It does not answer, or shows no video.
+        DataError: The camera does not answer or sends no video.
     """
 
     def __init__(self, address: str, every: int = 1):
@@ -147,7 +157,7 @@ class Camera(Video):
         """Yield frames until the camera ends.
 
         Raises:
-            DataError: It has no frames, or breaks off.
+            DataError: The camera sends no frames, or the connection breaks off.
         """
         newest: queue.Queue[Frame | Exception | None] = queue.Queue(1)
         frames, stop = super().__iter__(), threading.Event()
@@ -161,7 +171,7 @@ class Camera(Video):
                     newest.put(frame)
                     if stop.is_set():
                         return
-            except Exception as error:  # raised where frames are asked for
+            except Exception as error:  # The consumer of the frames raises the exception.
                 last = error
             newest.put(last)
 
@@ -177,7 +187,11 @@ class Camera(Video):
 
 
 def read_comment(path: Path) -> str:
-    """Return the comment of a video file; "" if there is none, or it is not a video."""
+    """Return the comment in a video file, or "" if the file has no comment or is not a video.
+
+    Args:
+        path: Path of the file.
+    """
     av = load_pyav()
     try:
         with av.open(str(path)) as container:
@@ -187,23 +201,24 @@ def read_comment(path: Path) -> str:
 
 
 class VideoWriter:
-    """A context that writes pictures of one size as a video, from the first picture on.
+    """A context manager that writes pictures of equal size as a video.
 
-    The file appears when the context ends without an exception and a picture was written.
+    The file appears when the context ends without an exception, if at least one picture was
+    written.
 
     Args:
-        path: The file, an MP4.
-        rate: Pictures per second, on average.
-        comment: A note in the file, which `read_comment` returns.
+        path: Path of the MP4 file.
+        rate: Average number of pictures per second.
+        comment: Comment in the file, which `read_comment` returns.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The video cannot be written.
         OutputError: The disk is full.
     """
 
     def __init__(self, path: Path, rate: Fraction, comment: str = ""):
         self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
-        self._context = contextlib.ExitStack()  # the unfinished file, open
+        self._context = contextlib.ExitStack()  # The open, unfinished file.
         self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
@@ -214,14 +229,15 @@ class VideoWriter:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._context:
-            if error is not None:  # output_file removes the unfinished file
+            if error is not None:  # `output_file` removes the unfinished file.
                 self._abandon()
                 raise error
             if self._container is not None:
                 try:
                     self._write(None)
                     with self._explain():
-                        self._container.close()  # writes the index
+                        # Closing the container writes the index of the video.
+                        self._container.close()
                 except BaseException:
                     self._abandon()
                     raise
@@ -232,21 +248,22 @@ class VideoWriter:
                 self._container.close()
 
     def write(self, picture: np.ndarray, time: Fraction) -> None:
-        """Add a picture that is shown from a time on.
+        """Add a picture to the video.
 
         Args:
             picture: (H, W, 3) uint8 RGB, with even sides.
-            time: Seconds.
+            time: Time at which the picture appears, in seconds.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The video cannot be written.
             OutputError: The disk is full.
         """
         if self._stream is None:
             self._stream = self._begin(*picture.shape[:2])
         frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-        self._last = max(round(time / TICK), self._last + 1)  # two cannot be at once
+        # Two pictures cannot have the same time.
+        self._last = max(round(time / TICK), self._last + 1)
         frame.pts, frame.time_base = self._last, TICK
         self._write(frame)
 
@@ -264,8 +281,9 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-        context.color_range = 1  # of 16 to 235
+        # The value 1 stands for BT.709.
+        context.colorspace = context.color_primaries = context.color_trc = 1
+        context.color_range = 1  # The value 1 stands for the range 16 to 235.
         return stream
 
     def _write(self, frame: Any) -> None:
@@ -275,7 +293,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
-        """Raise what went wrong with the file, which FFmpeg may report as something else."""
+        """Raise the error of the file, which FFmpeg may report as another error."""
         try:
             yield
         except self._av.FFmpegError as error:
@@ -286,13 +304,13 @@ class VideoWriter:
 
 
 class _File(io.FileIO):
-    """A file that remembers the first error of writing, which FFmpeg does not always pass on."""
+    """A file that remembers its first write error, because FFmpeg does not always report it."""
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            # A file that is about to be full takes a part, and raises for the rest.
+            # On a nearly full disk, a write takes only part of the data, and the next write raises.
             view, done = memoryview(data), 0
             while done < len(view):
                 done += super().write(view[done:]) or 0

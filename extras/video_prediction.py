@@ -1,4 +1,4 @@
-"""Videos and cameras, segmented frame by frame."""
+"""Frame-by-frame segmentation of videos and cameras."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from segmentation.drawing import VideoOverlay
 
 
 class Segmenter(Protocol):
-    """What a video needs of `predict.Segmenter`."""
+    """The interface of `predict.Segmenter` that videos need."""
 
     classes: list[ClassInfo]
 
@@ -33,7 +33,17 @@ class Segmenter(Protocol):
 def segment_video(
     segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
 ) -> str:
-    """Segment a video as predict.py does an image; the frames' indices go to a folder."""
+    """Segment a video; write an overlay video and a folder with the class indices of each frame.
+
+    Args:
+        segmenter: Function that segments an image.
+        path: Path of the video.
+        target: Path of the outputs without an extension.
+        options: Options of predict.py.
+
+    Returns:
+        An empty string, or "cut short" or "skipped" if the video cannot be read completely.
+    """
     done, problem = 0, None
     try:
         video = Video(path, options.every)
@@ -42,7 +52,7 @@ def segment_video(
             try:
                 for _ in _segment_frames(segmenter, frames, writer, target, options.write):
                     done += 1
-            except DataError as error:  # the frames before the damage become a complete video
+            except DataError as error:  # The frames before the damage become a complete video.
                 problem = error
     except DataError as error:
         problem = error
@@ -53,7 +63,15 @@ def segment_video(
 
 
 def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
-    """Segment what a camera shows until it ends or Ctrl-C; return the exit status."""
+    """Segment the frames of a camera until the camera ends or until Ctrl-C.
+
+    Args:
+        segmenter: Function that segments an image.
+        options: Options of predict.py.
+
+    Returns:
+        The exit status.
+    """
     target, done, problem = Path(options.out, "camera"), 0, None
     if threading.current_thread() is threading.main_thread():
         # Composer's handler of Ctrl-C would end the process before the video is complete.
@@ -86,7 +104,7 @@ def _segment_frames(
     target: Path,
     kinds: Sequence[str],
 ) -> Iterator[None]:
-    """Segment frames into a video and a folder of indices; yield when each is done."""
+    """Segment frames, write the overlay video and the class indices, and yield after each frame."""
     draw = None
     for number, time, photo in frames:
         prediction = segmenter(photo)

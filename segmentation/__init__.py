@@ -1,1 +1,1 @@
-"""What is computed and shown of a segmentation: losses, metrics, classes, pictures."""
+"""Losses, metrics, classes and drawings for segmentation."""

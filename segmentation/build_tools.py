@@ -1,4 +1,4 @@
-"""What Triton and Inductor need of a machine, because they compile kernels while training."""
+"""A check for the compilers that Triton and Inductor need to build kernels during training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pathlib import Path
 
 @functools.cache
 def missing_build_tools(gpu: bool) -> str | None:
-    """Return what Triton (on a GPU) or Inductor's C++ (on a CPU) lacks here, or None.
+    """Return the build tools that Triton (on a GPU) or Inductor (on a CPU) lacks, or None.
+
+    Triton compiles C code that launches GPU kernels. Inductor compiles C++ for a CPU.
 
     Args:
-        gpu: Triton compiles C for a GPU's launches, Inductor C++ for a CPU.
+        gpu: Whether to check for Triton on a GPU instead of Inductor on a CPU.
 
     Returns:
-        A phrase for a person, with what to install.
+        A phrase for an error message, with the packages to install.
     """
     if gpu:
         compiler = _program("CC", ("gcc", "clang"))
@@ -29,7 +31,8 @@ def missing_build_tools(gpu: bool) -> str | None:
     if compiler is None:
         lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
         packages.append("gcc" if gpu else "g++")
-    # Triton asks for this scheme too, because Debian's own one names another folder.
+    # Triton also uses the scheme posix_prefix, because Debian's default scheme names another
+    # folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not headers.is_file():
         lacks.append(f"Python's headers ({headers})")
@@ -40,7 +43,7 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program that a variable names, or else of the first one there is."""
+    """Return the path of the program that a variable names, or of the first installed program."""
     if variable in os.environ:
         names = shlex.split(os.environ[variable])[:1]
     return next(filter(None, map(shutil.which, names)), None)

@@ -1,6 +1,6 @@
-"""What the classes are called, and their colours.
+"""Names and colours of the classes.
 
-classes = load_classes(None, 150)    # ADE20K's names and colours
+`load_classes(None, 150)` returns ADE20K's names and colours.
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ import numpy as np
 from errors import ClassError
 
 ADE20K_CSV = Path(__file__).with_name("ade20k_classes.csv")
-PAPER, WRONG = (255, 255, 255), (230, 25, 75)  # of pictures: no class is like them
+# Colours of the paper and of wrong pixels in drawings. All class colours differ from them.
+PAPER, WRONG = (255, 255, 255), (230, 25, 75)
 
 
 class ClassInfo(NamedTuple):
-    """One class: its name and its RGB colour."""
+    """The name and the RGB colour of one class."""
 
     name: str
     color: tuple[int, int, int]
 
 
 def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[ClassInfo]:
-    """Return the names and colours of the classes a model predicts.
+    """Return the names and colours of the classes that a model predicts.
 
     Args:
-        source: A text file with a name a line; a CSV with the columns `name` or
-            `name,red,green,blue` (with that header line or none); a list of names; or `None`:
-            ADE20K's 150 classes, the same after an `other` where there are 151, and plain numbers
-            for any other count.
-        num_classes: How many classes the model predicts; entry i is class index i.
+        source: Source of the names, in one of these forms:
+            - a text file with one name per line;
+            - a CSV file with the columns `name` or `name,red,green,blue`, with or without that
+              header;
+            - a list of names;
+            - None, for ADE20K's 150 classes, for these after an `other` class if there are 151
+              classes, or for numbers with any other count.
+        num_classes: Number of classes that the model predicts. Entry i is the name of class index
+            i.
 
     Raises:
-        ClassError: The file is missing or malformed, or holds another number of classes.
+        ClassError: The file is missing or malformed, or has another number of classes.
     """
     if source is None:
         if num_classes in (150, 151):
@@ -88,20 +93,20 @@ def match_classes(
 ) -> list[int] | None:
     """Match two lists of classes by name, for example those of a data set and of a checkpoint.
 
-    Names match whatever their case, and whether words are joined by a space, `_` or `-`.
+    The comparison ignores case, and treats a space, `_` and `-` between words as equal.
 
     Args:
-        classes: The classes of one source, in the order of their indices; None: not known.
-        others: The classes of the other source.
-        where: Where the first list stands, for the error.
-        others_where: Where the other list stands.
+        classes: The first list, in the order of the class indices, or None if it is not known.
+        others: The second list, or None if it is not known.
+        where: Source of the first list, for the error.
+        others_where: Source of the second list, for the error.
 
     Returns:
-        For each of `classes` its place among `others`. None if there is nothing to do: the order is
-        the same, or a list is not known or only numbers its classes ("class 0", "12").
+        The index in `others` of each of `classes`. None if both have the same order, or if a list
+        is not known or contains only numbers ("class 0", "12").
 
     Raises:
-        ClassError: The lists do not hold the same names; the message shows the first difference.
+        ClassError: The lists contain different names; the message shows the first difference.
     """
     if not are_named(classes) or not are_named(others):
         return None
@@ -124,7 +129,14 @@ def match_classes(
 def first_difference(
     classes: Sequence[ClassInfo], others: Sequence[ClassInfo], where: str, others_where: str
 ) -> str:
-    """Return a line that shows the first class with a name that `others` lacks or has elsewhere."""
+    """Return a line about the first class whose name is missing or elsewhere in the other list.
+
+    Args:
+        classes: The first list, in the order of the class indices.
+        others: The second list.
+        where: Source of the first list.
+        others_where: Source of the second list.
+    """
     other_keys = [class_key(info.name) for info in others]
     pairs = list(enumerate(zip(classes, others)))
     missing = [i for i, (info, _) in pairs if class_key(info.name) not in other_keys]
@@ -137,7 +149,11 @@ def first_difference(
 
 
 def are_named(classes: Sequence[ClassInfo] | None) -> bool:
-    """Whether classes are known by names, not only by numbers as in "class 0" or "12"."""
+    """Return whether classes have names, and not only numbers such as "class 0" or "12".
+
+    Args:
+        classes: The classes, or None if they are not known.
+    """
     number = re.compile(r"(class|label|category)?[ _-]?\d+", re.IGNORECASE)
     return any(not number.fullmatch(info.name.strip()) for info in classes or ())
 
@@ -148,17 +164,17 @@ def rename_classes(
     recorded: Sequence[ClassInfo] | None,
     recorded_where: str = "the checkpoint",
 ) -> list[ClassInfo]:
-    """Return the classes with the names and colours that a user gives them.
+    """Return the classes with the names and colours that a user chose.
 
     Args:
-        source: See `load_classes`; None: as they are recorded.
-        num_classes: How many classes there are.
-        recorded: Their names and colours as the checkpoint or a description has them, or None.
-        recorded_where: Where those stand, for the error.
+        source: Names and colours; see `load_classes`. None keeps the recorded names.
+        num_classes: Number of classes.
+        recorded: Names and colours in the checkpoint or the description, or None.
+        recorded_where: Source of the recorded names, for the error.
 
     Raises:
-        ClassError: See `load_classes`. Also where a name is one of the recorded ones, but of
-            another class: the list is in another order, and every picture would be mislabelled.
+        ClassError: `load_classes` failed, or a name is recorded for another class. The list would
+            then have another order and label every drawing wrongly.
     """
     if source is None and recorded is not None:
         return list(recorded)
@@ -179,7 +195,11 @@ def rename_classes(
 
 
 def class_key(name: str) -> str:
-    """Return what two spellings of a class's name have in common."""
+    """Return a normalised class name, so that different spellings compare equal.
+
+    Args:
+        name: Name of the class.
+    """
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
@@ -190,14 +210,14 @@ def label_warning(
     unlabelled: float | None = None,
     hint: str = "",
 ) -> str | None:
-    """Return a line about labels from which nothing can be learnt or scored, or None.
+    """Return a warning about labels that give nothing to learn or to score, or None.
 
     Args:
-        occurs: Of each class, whether a pixel has it.
-        classes: Their names.
-        masks: One of the masks that were looked at, as in "validation mask".
-        unlabelled: Share of the pixels without a class, 0 to 1; None: not known.
-        hint: What to do, if most pixels have no class.
+        occurs: Whether any pixel has the class, for each class.
+        classes: The classes.
+        masks: Name for one of the masks, such as "validation mask".
+        unlabelled: Fraction of the pixels without a class, 0 to 1. None if it is not known.
+        hint: Advice for the case that most pixels have no class.
     """
     missing = [info.name for info, there in zip(classes, occurs, strict=True) if not there]
     parts = []
@@ -217,8 +237,13 @@ def label_warning(
 
 
 def name_classes(names: Sequence[str], most: int = 5) -> str:
-    """Return names as a sentence has them: "class pole", or "the classes pole, car and 3 more"."""
-    names = [name.removeprefix("class ") for name in names]  # "class 7" becomes 7
+    """Return names as part of a sentence: "class pole" or "the classes pole, car and 3 more".
+
+    Args:
+        names: Names of the classes.
+        most: Maximum number of names to show.
+    """
+    names = [name.removeprefix("class ") for name in names]  # The name "class 7" becomes "7".
     if len(names) == 1:
         return f"class {names[0]}"
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -226,9 +251,13 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """`count` colours, each as far as can be from those before it, and from black, white and red.
+    """Return colours that differ from each other, and from black, white and red.
 
-    Distances are Euclidean in CIELAB, where equal ones look about equally large.
+    Each colour is as far as possible from the colours before it. Distances are Euclidean in CIELAB,
+    where equal distances look about equally large.
+
+    Args:
+        count: Number of colours.
     """
     steps = np.arange(0, 256, 17)
     colors = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
@@ -243,7 +272,10 @@ def distinct_colors(count: int) -> list[tuple[int, int, int]]:
 
 
 def _lab(colors: np.ndarray | Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """RGB (N, 3) in CIELAB; whole numbers, so that every machine finds the same distances."""
+    """Convert RGB (N, 3) to CIELAB.
+
+    The result is rounded to integers, so that every machine finds the same distances.
+    """
     rgb = np.array([colors], np.float32) / 255
     return np.rint(cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0]).astype(np.int64)
 
@@ -253,15 +285,22 @@ def _squared_distance(colors: np.ndarray, color: np.ndarray) -> np.ndarray:
 
 
 def classes_to_json(classes: Sequence[ClassInfo]) -> str:
-    """Return the classes as files carry them: `[{"name": ..., "color": [r, g, b]}, ...]`."""
+    """Return the classes as JSON: `[{"name": ..., "color": [r, g, b]}, ...]`.
+
+    Args:
+        classes: The classes, in the order of the class indices.
+    """
     return json.dumps([{"name": c.name, "color": list(c.color)} for c in classes])
 
 
 def classes_from_json(text: str) -> list[ClassInfo]:
-    """Return what `classes_to_json` wrote.
+    """Return the classes from the JSON that `classes_to_json` wrote.
+
+    Args:
+        text: The JSON text.
 
     Raises:
-        ClassError: The text is not of that form.
+        ClassError: The text has another form.
     """
     try:
         return [

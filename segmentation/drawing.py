@@ -1,9 +1,9 @@
-"""Pictures of classes: tinted photos, overlays with a legend, sheets of photos and predictions.
+"""Drawings of segmentations: tinted images, overlays with a legend, and sheets of predictions.
 
-    overlay = draw_overlay(photo, prediction, classes)    # the photo, tinted, and a legend
+    overlay = draw_overlay(photo, prediction, classes)    # the tinted image and a legend
 
-Photos are (H, W, 3) uint8 RGB arrays; masks and predictions are (H, W) integer arrays of class
-indices. An index below 0 or beyond the last class (255, say) is a pixel without a label.
+Images are (H, W, 3) uint8 RGB arrays. Masks and predictions are (H, W) integer arrays of class
+indices. An index below 0 or above the last class, such as 255, marks a pixel without a label.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ UNLABELLED = ClassInfo("not labelled", (0, 0, 0))
 
 
 def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
-    """Class indices (H, W) as an RGB picture (H, W, 3); pixels without a label are black."""
+    """Draw class indices (H, W) as an RGB picture (H, W, 3); pixels without a label are black.
+
+    Args:
+        mask: (H, W) class indices.
+        classes: One entry per class index.
+    """
     palette = np.array([c.color for c in classes] + [UNLABELLED.color], np.uint8)
     return palette[_indices(mask, len(classes))]
 
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class indices with `num_classes` for every pixel without a label."""
+    """Return the class indices, with `num_classes` for every pixel without a label."""
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
 
@@ -36,7 +41,14 @@ def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
 def tint(
     photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo], alpha: float = 0.6
 ) -> np.ndarray:
-    """Draw the photo under the colours of its classes, with outlines where one meets another."""
+    """Draw the colours of the classes over an image, with outlines between the regions.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        mask: (H, W) class indices.
+        classes: One entry per class index.
+        alpha: Opacity of the colours, 0 to 1.
+    """
     labelled = (_indices(mask, len(classes)) < len(classes))[..., None]
     blend = np.where(labelled, photo * (1 - alpha) + colorize(mask, classes) * alpha, photo)
     edge = np.zeros(mask.shape, np.uint8)
@@ -50,10 +62,15 @@ def tint(
 def draw_overlay(
     photo: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
-    """Draw the photo under the colours of its classes, large regions named, beside a legend.
+    """Draw a tinted image with names on its large regions, beside a legend.
 
-    A photo whose longer side is under 320 pixels is enlarged by a whole factor, so that there is
-    something to see beside a legend that can be read.
+    If the longer side of the image is under 320 pixels, the image is enlarged by an integer factor,
+    because the text of the legend needs a minimum size.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        prediction: (H, W) class indices.
+        classes: One entry per class index.
     """
     factor = max(1, 320 // max(photo.shape[:2]))
     photo = photo.repeat(factor, 0).repeat(factor, 1)
@@ -64,12 +81,12 @@ def draw_overlay(
 
 
 class VideoOverlay:
-    """Draws the frames of a video alike: a class keeps its colour and its place in the legend.
+    """A renderer for video frames in which each class keeps its colour and its legend position.
 
     Args:
-        classes: One entry a class index.
-        height: Height of a frame.
-        width: Its width.
+        classes: One entry per class index.
+        height: Height of a frame in pixels.
+        width: Width of a frame in pixels.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], height: int, width: int) -> None:
@@ -84,7 +101,12 @@ class VideoOverlay:
         self._legend = Image.new("RGB", (0, 0))
 
     def __call__(self, photo: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """Draw a frame and its class indices; return (H, W, 3) uint8 with even sides."""
+        """Draw a frame with its classes and the legend, as (H, W, 3) uint8 with even sides.
+
+        Args:
+            photo: (H, W, 3) uint8 frame.
+            prediction: (H, W) class indices.
+        """
         photo = photo.repeat(self._factor, 0).repeat(self._factor, 1)
         prediction = prediction.repeat(self._factor, 0).repeat(self._factor, 1)
         share = np.bincount(_indices(prediction, len(self.classes)).ravel()) / prediction.size
@@ -100,7 +122,7 @@ class VideoOverlay:
         return np.asarray(page)
 
     def _draw_legend(self) -> Image.Image:
-        """Name the classes seen so far; where there is no room for all, the last line says so."""
+        """Draw the names of the classes seen so far; the last line counts those that do not fit."""
         shown = self._seen
         if len(shown) > self._rows:
             shown = shown[: self._rows - 1]
@@ -113,9 +135,13 @@ class VideoOverlay:
 
 
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
-    """Write each class's name where there is room for it: some of ADE20K's colours are close."""
+    """Write the name of each class on a region with enough room.
+
+    Some of ADE20K's colours are hard to tell apart.
+    """
     draw, font = ImageDraw.Draw(picture), _font(_font_size(picture.height) * 0.9)
-    scale = max(1, max(mask.shape) // 512)  # the place need not be found to the pixel
+    # The position of a name need not be exact, so search a reduced mask.
+    scale = max(1, max(mask.shape) // 512)
     small = mask[::scale, ::scale]
     for index in np.unique(small):
         if not 0 <= index < len(classes):
@@ -132,7 +158,12 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
-    """Put a legend to the right of a picture, on a page as high as the higher of the two."""
+    """Draw a legend to the right of a picture, on a page as high as the taller of the two.
+
+    Args:
+        picture: Picture on the left.
+        legend: Legend on the right.
+    """
     size = (picture.width + legend.width, max(picture.height, legend.height))
     page = Image.new("RGB", size, PAPER)
     page.paste(picture, (0, 0))
@@ -141,12 +172,12 @@ def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
 
 
 def _font(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own font: it is the same, and there, on every machine."""
+    """Return Pillow's built-in font, which is the same on every machine."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(size, 11)))
 
 
 def _font_size(height: int) -> float:
-    """Pixels that text beside a picture of this height is high."""
+    """Return the font size in pixels for text beside a picture of the given height."""
     return min(max(height / 32, 13), 64)
 
 
@@ -156,16 +187,16 @@ def draw_legend(
     height: int,
     notes: Sequence[tuple[str, str, tuple[int, int, int] | None]] = (),
 ) -> Image.Image:
-    """Name and share of every class in `masks`, largest first, in a panel made to measure.
+    """Draw a panel with the name and the share of every class in the masks, largest first.
 
-    Classes under 0.1% of the pixels share one line. The panel is `height` pixels high; where
-    three columns of that height do not hold all classes it is higher, and no text is ever cut.
+    Classes under 0.1% of the pixels share one line. If three columns cannot hold all classes, the
+    panel is taller than `height`. Text is never cut off.
 
     Args:
-        masks: (H, W) class indices each.
-        classes: One entry a class index.
-        height: Pixels the panel is high, at least.
-        notes: More entries at the end: text, text to its right, and colour.
+        masks: (H, W) class indices of each mask.
+        classes: One entry per class index.
+        height: Minimum height of the panel in pixels.
+        notes: Additional entries at the end: a text, a text to its right, and a colour.
     """
     counts = np.zeros(len(classes) + 1, np.int64)
     for mask in masks:
@@ -185,7 +216,7 @@ def draw_legend(
 def _draw_entries(
     entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
 ) -> Image.Image:
-    """Draw (text, grey text, colour) lines in up to three columns, as wide as their text."""
+    """Draw entries (text, grey text, colour) in up to three columns, each as wide as its text."""
     font = _font(_font_size(height))
     line = round(font.size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))
@@ -218,14 +249,14 @@ def prediction_sheet(
     classes: Sequence[ClassInfo],
     height: int = 240,
 ) -> Image.Image:
-    """Draw a row a photo: the photo, its mask, the prediction, where the two differ; and a legend.
+    """Draw one row per image with its mask, its prediction and their difference, and a legend.
 
     Args:
-        photos: (H, W, 3) uint8 each.
-        targets: (H, W) class indices each, negative where there is no label.
-        predictions: (H, W) class indices each.
-        classes: One entry a class index.
-        height: Pixels a row is high.
+        photos: (H, W, 3) uint8 images.
+        targets: (H, W) class indices of each mask, negative for pixels without a label.
+        predictions: (H, W) class indices of each prediction.
+        classes: One entry per class index.
+        height: Height of a row in pixels.
     """
     rows = [
         _sheet_row(photo, target, prediction, classes, height)
@@ -272,7 +303,13 @@ def _sheet_row(
 def sample_sheet(
     photos: np.ndarray, targets: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
-    """Up to six samples, two a row: the photo, and again with the mask over it and a legend."""
+    """Draw up to six images in two columns, each beside its overlay of the mask and a legend.
+
+    Args:
+        photos: (N, H, W, 3) uint8 images.
+        targets: (N, H, W) class indices.
+        classes: One entry per class index.
+    """
     cells = [
         beside(Image.fromarray(photo), draw_overlay(photo, target, classes))
         for photo, target in list(zip(photos, targets))[:6]

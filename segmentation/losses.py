@@ -1,12 +1,13 @@
-"""Cross entropy and Dice in one pass over logits of any resolution.
+"""Cross entropy and Dice loss in one pass over logits of any resolution.
 
-At 150 classes and 512 px the logits of one image take 157 MB in fp32, and cross entropy and Dice
-written with ordinary tensor operations hold a dozen such tensors for every image of a batch:
-upsampled logits, softmax, one-hot targets, their products and the gradients of them all. Here the
-logits stay at the network's resolution. One tile of pixels after the other is upsampled, used and
-forgotten while it is still in the cache: once in the forward pass, for the sums over pixels both
-losses are made of, and once in the backward pass, for the gradient, which returns to the network's
-resolution by the adjoint of the upsampling.
+At 150 classes and 512 px, the logits of one image take 157 MB in fp32. An implementation with
+ordinary tensor operations holds a dozen such tensors for every image: upsampled logits, softmax,
+one-hot targets, their products and all their gradients.
+
+Here the logits stay at the network's resolution. The code upsamples one tile of pixels at a time
+and uses it while it is in the cache. The forward pass sums over the pixels what both losses need.
+The backward pass computes the gradient and brings it to the network's resolution with the adjoint
+of the upsampling.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # composer.loss.DiceLoss's
-# Elements of a tile. On a CPU, per thread, 1 MiB in fp32: within the L2 cache of current servers.
-# On a GPU, where it is the number of launches that costs, 128 MiB.
+EPSILON = 1e-5  # Epsilon of composer.loss.DiceLoss.
+# Elements of a tile. On a CPU, a tile has 1 MiB in fp32 per thread, which fits the L2 cache of
+# current servers. On a GPU, where the number of launches determines the cost, it has 128 MiB.
 CPU_TILE = 2**18
 GPU_TILE = 2**25
 
@@ -34,9 +35,12 @@ _kernels_allowed = True
 
 @contextmanager
 def fused_kernels(allowed: bool) -> Iterator[None]:
-    """Allow or rule out the Triton kernels for losses computed inside, and for their gradients.
+    """Allow or forbid the Triton kernels for losses computed inside, and for their gradients.
 
     Without the kernels, PyTorch's operations compute the same loss.
+
+    Args:
+        allowed: Whether the kernels may be used.
     """
     global _kernels_allowed
     before, _kernels_allowed = _kernels_allowed, allowed
@@ -47,14 +51,14 @@ def fused_kernels(allowed: bool) -> Iterator[None]:
 
 
 class MixedTarget(NamedTuple):
-    """The target of photos blended in pairs.
+    """The target of images that are blended in pairs.
 
-    It stands for `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
+    It represents `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
 
-    Args:
-        target: class indices of the first photo of each pair, (N, H, W).
-        permuted: class indices of the second, (N, H, W).
-        mixing: weight of the second, 0 to 1.
+    Attributes:
+        target: Class indices of the first image of each pair, (N, H, W).
+        permuted: Class indices of the second image, (N, H, W).
+        mixing: Weight of the second image, 0 to 1.
     """
 
     target: Tensor
@@ -71,33 +75,36 @@ def segmentation_loss(
     dice_weight: float = 1.125,
     class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Weighted sum of cross entropy and Dice loss on bilinearly upsampled logits.
+    """Return the weighted sum of cross entropy and Dice loss on bilinearly upsampled logits.
 
-    Equal, in value and gradient, to Composer's `soft_cross_entropy(ignore_index)` and
-    `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits,
-    size, mode='bilinear', align_corners=False)`; of a mixed target, to theirs of its dense one-hot
-    mixture. Where every pixel is ignored, the loss and its gradient are 0 (Composer's are nan). On
-    a GPU it runs as two Triton kernels, unless `fused_kernels(False)` rules them out.
+    The values and gradients equal those of Composer's `soft_cross_entropy(ignore_index)` and
+    `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits, size,
+    mode='bilinear', align_corners=False)`. For a mixed target, they equal those for its dense
+    one-hot mixture.
+
+    If every pixel is ignored, the loss and its gradient are 0, whereas Composer's are nan. On a GPU
+    the loss runs as two Triton kernels, unless `fused_kernels(False)` forbids them.
 
     Args:
-        logits: (N, C, h, w) of at least two classes, floating point, any memory format. Everything
-            is computed and accumulated in fp32 (fp64 for fp64 logits), under autocast as well.
-        target: class indices (N, H, W) of an integer type, each in [0, C) or `ignore_index`, or
-            a `MixedTarget`.
-        ignore_index: the index of pixels without a class.
-        cross_entropy_weight: weight of the cross entropy, a mean over pixels.
-        dice_weight: weight of the Dice loss, a mean over the classes in the batch's target.
-        class_weights: (C,) weights of both means: of pixels by their class, as in PyTorch's
-            `F.cross_entropy(weight=...)`, and of classes. None: all the same.
+        logits: (N, C, h, w), floating point, at least two classes, any memory format. All sums are
+            computed in fp32 (fp64 for fp64 logits), even under autocast.
+        target: Integer class indices (N, H, W), each in [0, C) or `ignore_index`, or a
+            `MixedTarget`.
+        ignore_index: Class index of pixels without a label.
+        cross_entropy_weight: Weight of the cross entropy, a mean over pixels.
+        dice_weight: Weight of the Dice loss, a mean over the classes in the batch's target.
+        class_weights: (C,) weights of the classes in both means. The cross entropy weights each
+            pixel by its class, as PyTorch's `F.cross_entropy(weight=...)` does. None gives all
+            classes the same weight.
 
     Returns:
-        `cross_entropy`, `dice` and their weighted sum `total`, each 0-d. A part of weight 0
-        is left out.
+        A dict with `cross_entropy`, `dice` and their weighted sum `total`, each 0-d. A part with
+        weight 0 is missing.
 
     Raises:
-        ValueError: shapes or types that do not fit together.
-        RuntimeError: a class index out of range, on a CPU. On a GPU, where finding out would mean
-            waiting for the device, the cross entropy is nan.
+        ValueError: The shapes or types do not match.
+        RuntimeError: A class index is out of range, on a CPU. On a GPU, where a check would wait
+            for the device, the cross entropy is nan instead.
     """
     if isinstance(target, MixedTarget):
         pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))
@@ -131,7 +138,7 @@ class _SegmentationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
-        # The backward pass runs later, perhaps outside of `fused_kernels`.
+        # Choose the backward pass now, because it may run outside `fused_kernels`.
         forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             if class_weights is not None:
@@ -144,13 +151,13 @@ class _SegmentationLoss(torch.autograd.Function):
             present = truth > 0
             if class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
-            else:  # from here on `present` weighs the classes that are
+            else:  # From here on, `present` holds the weight of each class in the target.
                 pixels, present = truth @ class_weights, present * class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
-            # Derivatives of Dice by two of the sums over pixels, per class.
+            # Derivatives of Dice with respect to two of the sums over pixels, for each class.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
         ctx.save_for_backward(
@@ -181,7 +188,11 @@ class _SegmentationLoss(torch.autograd.Function):
 
 
 def _implementation(logits: Tensor) -> tuple:
-    """Return the two passes: Triton's on a GPU if allowed, PyTorch's elsewhere and for fp64."""
+    """Return the forward and backward pass.
+
+    On a GPU they are Triton's kernels if allowed. On a CPU and for fp64 they are PyTorch's
+    operations.
+    """
     fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
     if fits and importlib.util.find_spec("triton"):
         from segmentation import losses_triton
@@ -199,15 +210,25 @@ def forward_sums(
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the sums over pixels that both losses are made of, and the softmax's normalisers.
+    """Return the sums over pixels that both losses need, and the softmax's normalisers.
+
+    Args:
+        logits: (N, C, h, w).
+        targets: One or two tensors (N, H, W) of class indices.
+        weights: Weight of each target.
+        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
+        ignore_index: Class index of pixels without a label.
 
     Returns:
-        The targets' negative log likelihood, 0-d, by `class_weights` too; per class (C,) the
-        softmax within the targets, the targets' size and the softmax within pixels that have a
-        target, all weighted by `weights`; and of
-        each pixel (2, N, H, W) the largest logit and how far the log-sum-exp of all is above it,
-        inf where there is no target. (In their sum the little that a sure pixel's softmax is below
-        1, and with it its gradient, would be lost to rounding.)
+        - Negative log-likelihood of the targets, 0-d, weighted by `class_weights` too.
+        - Sum of the softmax over the pixels of each class's target, (C,).
+        - Number of pixels in each class's target, (C,).
+        - Sum of the softmax of each class over all pixels with a target, (C,).
+        - Normalisers (2, N, H, W): the largest logit of each pixel, and the excess of the
+          log-sum-exp over it, or inf for pixels without a target.
+
+        All sums are weighted by `weights`. The normalisers are kept apart, because their sum would
+        round away the small distance of a confident softmax from 1, and with it the gradient.
     """
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
@@ -215,7 +236,8 @@ def forward_sums(
     tiles = _tiles(logits, height, width, dtype)
     lse = logits.new_empty((2, n, height, width), dtype=dtype)
     nll = lse.new_zeros(n)
-    # By tile and by row first: one after the other, a million terms are too many for fp32.
+    # Sum within each tile and each row first. Adding a million terms one by one loses too much
+    # precision in fp32.
     predicted = lse.new_zeros(len(tiles), c)
     intersection, truth = lse.new_zeros(2, height, c)
     for image in range(n):
@@ -230,7 +252,7 @@ def forward_sums(
             picked[y, :, x] = z.sub_(peak[:, None]).gather(1, index[y, :, x])
             total = z.exp_().sum(1)
             lse[0, image, y, x], lse[1, image, y, x] = peak, total.log()
-            # exp(z) / total summed over the columns and then the rows that have a target.
+            # Sum exp(z) / total over the columns and rows of the pixels with a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
         nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
@@ -251,7 +273,19 @@ def backward(
     by_intersection: Tensor,
     by_predicted: Tensor,
 ) -> Tensor:
-    """Return the gradient by the logits (N, C, h, w), given those by the sums of `forward_sums`."""
+    """Return the gradient with respect to the logits, (N, C, h, w).
+
+    Args:
+        logits: (N, C, h, w).
+        targets: One or two tensors (N, H, W) of class indices.
+        weights: Weight of each target.
+        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
+        ignore_index: Class index of pixels without a label.
+        lse: Normalisers from `forward_sums`, (2, N, H, W).
+        by_nll: Gradient with respect to the negative log-likelihood, 0-d.
+        by_intersection: Gradient with respect to the softmax within each class's target, (C,).
+        by_predicted: Gradient with respect to the softmax of each class, (C,).
+    """
     height, width = lse.shape[2:]
     tiles = _tiles(logits, height, width, lse.dtype)
     grad = torch.empty_like(logits)
@@ -263,11 +297,12 @@ def backward(
         constant = _by_class(share, index, class_weights) * by_nll
         for tile in tiles:
             y, x = tile.y, tile.x
-            # The softmax p; 0 without a target, where lse is inf.
+            # The softmax p. It is 0 for pixels without a target, because their lse is inf.
             p = tile.upsample(low)
             p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
-            # Let u = p * (derivative by p): `by_predicted` of all classes and `at_target` of the
-            # target's. Through the softmax, the gradient is u - p * sum(u).
+            # Let u be p times the derivative with respect to p. It is `by_predicted * p` for each
+            # class, plus `at_target` for the target's class. The softmax turns u into the gradient
+            # u - p * sum(u).
             labels = index[y, :, x]
             at_target = p.gather(1, labels).mul_(slope[y, :, x]).sub_(constant[y, :, x])
             inner = torch.matmul(by_predicted, p) + at_target.sum(1)
@@ -280,7 +315,10 @@ def backward(
 def _labels(
     targets: list[Tensor], weights: Sequence[float], ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """One image's class indices and weights, both 0 where ignored, each (H, targets, W)."""
+    """Return the class indices and weights of one image, each (H, targets, W).
+
+    Both are 0 for ignored pixels.
+    """
     targets = [t.long() for t in targets]
     index = [t.masked_fill(t == ignore_index, 0) for t in targets]
     share = [(t != ignore_index).to(dtype) * w for t, w in zip(targets, weights, strict=True)]
@@ -288,14 +326,15 @@ def _labels(
 
 
 def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Pixels' weights times those of their classes."""
+    """Return the weight of each pixel times the weight of its class."""
     return share if class_weights is None else share * class_weights[index]
 
 
 class _Tile(NamedTuple):
-    """A rectangle of pixels, and the two matrices that bilinear upsampling to it consists of.
+    """A rectangle of pixels, with the two matrices of its bilinear upsampling.
 
-    Kept as rows x classes x columns, images take a matrix product for each and for its adjoint.
+    With axes in the order rows, classes, columns, an image needs one matrix product for each
+    matrix, and one for each adjoint.
     """
 
     y: slice
@@ -306,22 +345,23 @@ class _Tile(NamedTuple):
     columns: Tensor
 
     def upsample(self, low: Tensor) -> Tensor:
-        """Upsample this tile (rows, C, columns) of one image's logits (h, C, w)."""
+        """Upsample the logits (h, C, w) of one image to this tile (rows, C, columns)."""
         z = self.rows @ (low[self.low_y, :, self.low_x] @ self.columns).flatten(1)
         return z.view(len(z), low.shape[1], -1)
 
     def add_adjoint(self, grad_low: Tensor, grad: Tensor) -> None:
-        """Add to `grad_low` (h, C, w) the gradient by this tile (rows, C, columns)."""
+        """Add the gradient of this tile (rows, C, columns) to `grad_low` (h, C, w)."""
         across = (self.rows.T @ grad.flatten(1)).view(-1, *grad.shape[1:])
         grad_low[self.low_y, :, self.low_x] += across @ self.columns.T
 
 
 def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[_Tile]:
-    """Tiles that cover (height, width), about square, of a size for the device's cache."""
+    """Return nearly square tiles that cover (height, width) and fit the device's cache."""
     classes, h, w = logits.shape[1:]
     cpu = logits.device.type == "cpu"
     pixels = (CPU_TILE * torch.get_num_threads() if cpu else GPU_TILE) / classes
-    # PyTorch's reductions over classes take 64 columns at a time, and the rest one by one.
+    # PyTorch's reductions over classes process 64 columns at a time, and the remaining columns
+    # singly.
     columns = 64 * max(1, round(math.sqrt(pixels) / 64))
     rows = max(1, int(pixels / columns))
     down = _interpolation(h, height, rows, dtype, logits.device)
@@ -336,10 +376,10 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
 def _interpolation(
     size: int, new_size: int, step: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[slice, slice, Tensor]]:
-    """Linear interpolation of `size` positions to `new_size`, in pieces of `step`.
+    """Return the linear interpolation of `size` positions to `new_size`, in pieces of `step`.
 
-    Each piece is where to, where from, and the matrix that leads there. The matrices are what
-    `F.interpolate` makes of the identity, so that its roundings are ours.
+    Each piece is a slice of the output, a slice of the input, and the matrix between them.
+    `F.interpolate` computes the matrices from the identity, so the roundings are the same.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

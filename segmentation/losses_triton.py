@@ -1,14 +1,16 @@
 """The two passes of `losses.segmentation_loss` as Triton kernels, for logits on a GPU.
 
-Neither the upsampled logits nor their softmax leave the registers. Both kernels go through the
-pixels cell by cell: the pixels between two neighbouring columns of logits are interpolated from the
-same few values, which a program loads once for all classes. The forward kernel leaves a number per
-pixel and a few sums; the backward kernel computes the softmax again. Each of its programs owns a
-rectangle of the gradient and gathers what it gets from the pixels interpolated from it, so there
-are no atomics, and the gradient is the same every time.
+The upsampled logits and their softmax stay in registers. Both kernels process the pixels cell by
+cell. A cell is the set of pixels between two neighbouring columns of logits. All pixels of a cell
+are interpolated from the same few values, which a program loads once for all classes.
+
+The forward kernel writes the normalisers of each pixel and a few sums. The backward kernel computes
+the softmax again. Each of its programs owns a rectangle of the gradient and adds up the
+contributions of all pixels interpolated from it. So there are no atomic operations, and the
+gradient is the same every time.
 """
 
-# Triton's annotations of what a kernel computes with are too narrow.
+# Triton's type annotations do not cover all values that kernels compute with.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -21,21 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORWARD_ROWS, FORWARD_CELLS = 32, 4  # pixel rows and cells a forward program goes through
-BACKWARD_ROWS, BACKWARD_CELLS = 4, 16  # rows and columns of the gradient a backward program owns
-PIXELS = 4  # a program holds at a time, with all their classes
+FORWARD_ROWS, FORWARD_CELLS = 32, 4  # Pixel rows and cells of a forward program.
+BACKWARD_ROWS, BACKWARD_CELLS = 4, 16  # Gradient rows and columns of a backward program.
+PIXELS = 4  # Number of pixels that a program holds at a time, with all their classes.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _source(pixel, scale, size):
-    """Where `F.interpolate` (bilinear, align_corners=False) reads, in pixels of the logits."""
+    """Return the position that `F.interpolate` reads, in pixels of the logits.
+
+    The interpolation is bilinear with align_corners=False.
+    """
     return tl.minimum(tl.maximum((pixel + 0.5) * scale - 0.5, 0.0), size - 1.0)
 
 
 @triton.jit
 def _first_pixel(cell, scale):
-    """Return the first of the pixels whose source is at `cell - 1` or beyond."""
+    """Return the first pixel whose source position is `cell - 1` or larger."""
     return tl.ceil((cell - 0.5) / scale - 0.5).to(tl.int32)
 
 
@@ -43,7 +48,7 @@ def _first_pixel(cell, scale):
 def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
     """Return a row's logits (classes,) at a cell's left edge, and the step to its right edge.
 
-    They come in units of ln 2: powers of 2 are what the hardware computes.
+    The values are in units of ln 2, because the hardware computes powers of 2.
     """
     source = _source(y, scale_y, h)
     top = source.to(tl.int32)
@@ -57,7 +62,7 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
     right = tl.load(above + at_right, known, 0.0).to(tl.float32)
     left += down * (tl.load(below + at_left, known, 0.0).to(tl.float32) - left)
     right += down * (tl.load(below + at_right, known, 0.0).to(tl.float32) - right)
-    # The classes there are not, up to a power of 2, shall have the probability 0.
+    # Give probability 0 to the classes that pad the block to a power of 2.
     left = tl.where(known, left * LOG2_E, -1e30)
     right = tl.where(known, right * LOG2_E, -1e30)
     return left[None, :], (right - left)[None, :]
@@ -65,7 +70,7 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
 
 @triton.jit
 def _label(target, pixel, present, weight, num_classes, ignore_index):
-    """Class indices of pixels and their weight: 0 if ignored, nan if out of range."""
+    """Return the class indices and weights of pixels: 0 if ignored, nan if out of range."""
     label = tl.load(target + pixel, present, ignore_index).to(tl.int32)
     share = tl.where((label >= 0) & (label < num_classes), weight, float("nan"))
     return label[:, None], tl.where(label == ignore_index, 0.0, share)
@@ -73,14 +78,14 @@ def _label(target, pixel, present, weight, num_classes, ignore_index):
 
 @triton.jit
 def _weighted(class_weights, label, share, num_classes):
-    """Pixels' weights times those of their classes."""
+    """Return the weight of each pixel times the weight of its class."""
     label = tl.minimum(tl.maximum(tl.sum(label, 1), 0), num_classes - 1)
     return share * tl.load(class_weights + label)
 
 
 @triton.jit
 def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
-    """One value per target and pixel, put where the classes are its label: (pixels, classes)."""
+    """Return (pixels, classes) with one value per target and pixel, at the class of its label."""
     result = tl.where(c[None, :] == label, value[:, None], 0.0)
     if MIXED:
         result += tl.where(c[None, :] == second_label, second_value[:, None], 0.0)
@@ -89,10 +94,10 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 
 @triton.jit
 def _sum(head, tail):
-    """Sum over classes, (pixels, HEAD) and (pixels, TAIL).
+    """Return the sum over classes of (pixels, HEAD) and (pixels, TAIL).
 
-    Those a tail apart are one thread's, which adds them up first: half of the shuffles that a sum
-    of each block takes.
+    Elements that are a tail apart belong to the same thread, so they are added in registers first.
+    This needs half as many warp shuffles as two separate sums.
     """
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]
@@ -102,7 +107,7 @@ def _sum(head, tail):
 
 @triton.jit
 def _max(head, tail):
-    """Return the largest over classes, as `_sum`."""
+    """Return the maximum over classes of (pixels, HEAD) and (pixels, TAIL); see `_sum`."""
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]
     parts = tl.reshape(head, (pixels, head.shape[1] // tails, tails))
@@ -195,7 +200,8 @@ def _forward_kernel(
                 intersection_d += exp_d * (at_d * inverse[:, None])
                 log_likelihood_c += at_c * z_c
                 log_likelihood_d += at_d * z_d
-                if WEIGHTED:  # the shares of the cross entropy alone
+                # Only the cross entropy weights the pixels by class.
+                if WEIGHTED:
                     any_share = _weighted(class_weights, label, share, num_classes)
                     if MIXED:
                         any_share += _weighted(class_weights, other, other_share, num_classes)
@@ -263,10 +269,11 @@ def _backward_kernel(
     by_predicted_c = tl.load(by_predicted + c)[None, :]
     by_predicted_d = tl.load(by_predicted + d, d < num_classes, 0.0)[None, :]
     pixels = tl.num_programs(2).to(tl.int64) * height * width
-    # The pixels less than one row of logits away from the rows owned.
+    # Pixels less than one row of logits away from the program's rows.
     y_start = tl.maximum(_first_pixel(top, scale_y), 0)
     y_stop = tl.minimum(_first_pixel(top + ROWS + 1, scale_y), height)
-    # A column's gradient is made in the cell on its left, and kept, and in the cell on its right.
+    # The gradient of a column is the sum of a part from the cell on its left, which is kept, and a
+    # part from the cell on its right.
     kept_c = tl.zeros((ROWS, HEAD), tl.float32)
     kept_d = tl.zeros((ROWS, TAIL), tl.float32)
     first_cell = tl.program_id(0) * CELLS
@@ -298,7 +305,8 @@ def _backward_kernel(
                     )
                 at_c = _at_label(c, label, share, other, other_share, MIXED)
                 at_d = _at_label(d, label, share, other, other_share, MIXED)
-                # u = p * (derivative by p). Through the softmax, that by z is u - p * sum(u).
+                # Let u be p times the derivative with respect to p. Through the softmax, the
+                # derivative with respect to z is u - p * sum(u).
                 u_c = p_c * (by_predicted_c + by_intersection_c * at_c) - by_nll_c * at_c
                 u_d = p_d * (by_predicted_d + by_intersection_d * at_d) - by_nll_d * at_d
                 inner = _sum(u_c, u_d)[:, None]
@@ -326,7 +334,17 @@ def forward_sums(
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `losses.forward_sums`, for fp32, bf16 and fp16 logits on a GPU, but the lse in base 2."""
+    """Return the result of `losses.forward_sums` for fp32, bf16 and fp16 logits on a GPU.
+
+    The lse is in base 2.
+
+    Args:
+        logits: (N, C, h, w).
+        targets: One or two tensors (N, H, W) of class indices.
+        weights: Weight of each target.
+        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
+        ignore_index: Class index of pixels without a label.
+    """
     n, c, _, w = logits.shape
     height, width = targets[0].shape[1:]
     grid = (_ceil_div(w + 1, FORWARD_CELLS), _ceil_div(height, FORWARD_ROWS), n)
@@ -362,7 +380,19 @@ def backward(
     by_intersection: Tensor,
     by_predicted: Tensor,
 ) -> Tensor:
-    """As `losses.backward`, for what `forward_sums` takes and returns."""
+    """Return the result of `losses.backward`, given the lse of `forward_sums` in base 2.
+
+    Args:
+        logits: (N, C, h, w).
+        targets: One or two tensors (N, H, W) of class indices.
+        weights: Weight of each target.
+        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
+        ignore_index: Class index of pixels without a label.
+        lse: Normalisers from `forward_sums`, (2, N, H, W).
+        by_nll: Gradient with respect to the negative log-likelihood, 0-d.
+        by_intersection: Gradient with respect to the softmax within each class's target, (C,).
+        by_predicted: Gradient with respect to the softmax of each class, (C,).
+    """
     n, _, h, w = logits.shape
     height, width = lse.shape[2:]
     logits, targets = _layout(logits, targets)
@@ -385,7 +415,8 @@ def backward(
     return grad
 
 
-# As Triton's, whose types are those of its kernels.
+# Plain-Python versions of Triton's `cdiv` and `next_power_of_2`, whose type annotations are for
+# kernels only.
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -395,13 +426,16 @@ def _next_power_of_2(n: int) -> int:
 
 
 def _layout(logits: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Logits with their classes side by side, which a program reads together, and flat targets."""
+    """Return channels-last logits and contiguous targets.
+
+    A program reads the classes of a pixel together.
+    """
     logits = logits.contiguous(memory_format=torch.channels_last)
     return logits, [target.contiguous() for target in targets]
 
 
 def _geometry(logits: Tensor, height: int, width: int) -> tuple:
-    """How logits (N, C, h, w) scale to pixels, as the kernels take it."""
+    """Return the sizes of logits (N, C, h, w) and pixels, and their ratios, for the kernels."""
     _, c, h, w = logits.shape
     return c, h, w, height, width, h / height, w / width
 
@@ -409,17 +443,19 @@ def _geometry(logits: Tensor, height: int, width: int) -> tuple:
 def _constants(
     logits: Tensor, num_targets: int, class_weights: Tensor | None, width: int
 ) -> dict[str, int]:
-    """Return what the kernels are compiled for."""
+    """Return the compile-time constants of the kernels."""
     c, w = logits.shape[1], logits.shape[3]
     head = _next_power_of_2(c) // 2
-    support = math.ceil(width / w) + (width % w != 0)  # pixels in a cell at most, rounding included
+    # Maximum number of pixels in a cell, with rounding.
+    support = math.ceil(width / w) + (width % w != 0)
     return {
         "MIXED": num_targets == 2,
         "WEIGHTED": class_weights is not None,
-        # Blocks come in powers of 2. Two, `_c` and `_d` in the kernels, fit 150 classes better.
+        # Block sizes are powers of 2. Two blocks, `_c` and `_d` in the kernels, fit 150 classes
+        # better than one.
         "HEAD": head,
         "TAIL": _next_power_of_2(c - head),
         "PIXELS": min(PIXELS, _next_power_of_2(support)),
         "SUPPORT": support,
-        "num_warps": 1,  # no waiting for other warps in the sums over classes
+        "num_warps": 1,  # One warp needs no synchronisation in the sums over classes.
     }

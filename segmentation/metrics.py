@@ -1,12 +1,12 @@
-"""What a segmentation is judged by, read off one confusion matrix.
+"""Metrics for segmentation, computed from one confusion matrix.
 
     matrix = confusion_matrix(logits, target, num_classes)  # add up over batches and ranks
     mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
 
-Logits may have any resolution: they are brought to the target's size in here, as by
-`F.interpolate(mode="bilinear", align_corners=False)`, a few classes of one image at a time, so that
-the (N, C, H, W) tensor at full size never exists. Half-precision logits are upsampled in fp32:
-interpolated in bf16, neighbouring classes tie and the lower index wins.
+Logits may have any resolution. They are upsampled to the target's size as
+`F.interpolate(mode="bilinear", align_corners=False)` does. The code upsamples a few classes of one
+image at a time, so a full-size (N, C, H, W) tensor never exists. Half-precision logits are
+upsampled in fp32, because in bf16 neighbouring classes tie and the lower index wins.
 """
 
 import csv
@@ -22,8 +22,8 @@ from torchmetrics import Metric
 
 from segmentation.classes import ClassInfo
 
-# Upsampled fp32 logits held at once. A CPU keeps 16 classes of a 512 x 512 image in its cache; a
-# GPU, where each slab costs some ten launches, takes 128.
+# Bytes of upsampled fp32 logits held at once. A CPU keeps 16 classes of a 512 x 512 image in its
+# cache. A GPU, which needs about ten kernel launches for each slab, takes 128 classes.
 _SLAB_BYTES = {"cpu": 2**24, "cuda": 2**27}
 
 
@@ -31,17 +31,18 @@ _SLAB_BYTES = {"cpu": 2**24, "cuda": 2**27}
 def confusion_matrix(
     logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:
-    """Count which class each labelled pixel was given.
+    """Count the predicted class of each labelled pixel.
 
     Args:
-        logits: (N, C, h, w), any float type, at any resolution.
-        target: (N, H, W) integer class indices. `ignore_index` is not counted, nor is anything
-            outside 0..C-1 (to raise for it, a GPU would have to be waited for).
-        num_classes: C.
-        ignore_index: The target of pixels without a label.
+        logits: (N, C, h, w) of any float type, at any resolution.
+        target: (N, H, W) integer class indices. Indices outside 0..C-1 are ignored, because raising
+            an error would wait for the GPU.
+        num_classes: Number of classes C.
+        ignore_index: Class index of pixels without a label.
 
     Returns:
-        (C, C) int64 on the logits' device; row = class in the target, column = predicted class.
+        (C, C) int64 on the logits' device; the row is the target class, the column the predicted
+        class.
     """
     pairs = zip(logits, target, strict=True)
     prediction = torch.stack([_scan(*pair, with_cross_entropy=False)[0] for pair in pairs])
@@ -49,12 +50,12 @@ def confusion_matrix(
 
 
 class BatchScore(NamedTuple):
-    """What an evaluation counts of a batch.
+    """Counts from which the metrics of a batch are computed.
 
     Attributes:
-        matrix: (C, C) int64, as of `confusion_matrix`.
-        cross_entropy: Its sum over the labelled pixels, float64.
-        pixels: The number of these, int64.
+        matrix: (C, C) int64, as returned by `confusion_matrix`.
+        cross_entropy: Sum of the cross entropy over the labelled pixels, float64.
+        pixels: Number of labelled pixels, int64.
     """
 
     matrix: Tensor
@@ -66,7 +67,14 @@ class BatchScore(NamedTuple):
 def score_batch(
     logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> BatchScore:
-    """Count a batch for all metrics at once; arguments as of `confusion_matrix`."""
+    """Return the counts for all metrics of a batch.
+
+    Args:
+        logits: (N, C, h, w) of any float type, at any resolution.
+        target: (N, H, W) integer class indices.
+        num_classes: Number of classes C.
+        ignore_index: Class index of pixels without a label.
+    """
     predictions = []
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     pixels = torch.zeros((), dtype=torch.int64, device=logits.device)
@@ -85,13 +93,20 @@ def score_batch(
 def confusion_matrix_of_predictions(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:
-    """`confusion_matrix` from the predicted classes, an integer tensor of the target's shape."""
+    """Return the confusion matrix of predicted classes, as `confusion_matrix` does for logits.
+
+    Args:
+        prediction: (N, H, W) integer class indices.
+        target: (N, H, W) integer class indices.
+        num_classes: Number of classes C.
+        ignore_index: Class index of pixels without a label.
+    """
     target = target.long()
     cell = target * num_classes + prediction
-    # Pixels without a label go to a bin of their own: selecting the others would make the host wait
+    # Unlabelled pixels get a bin of their own. Selecting the other pixels would make the host wait
     # for their number.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
-    if cell.is_cuda:  # bincount there reads the largest value back to the host
+    if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
         counts = cell.new_zeros(num_classes**2 + 1)
         counts.scatter_add_(0, cell, cell.new_ones(1).expand_as(cell))
     else:
@@ -100,48 +115,81 @@ def confusion_matrix_of_predictions(
 
 
 def iou_per_class(matrix: Tensor) -> Tensor:
-    """Intersection over union of each class: (C,) float64 in 0..1, nan for one that never occurs.
+    """Return the intersection over union of each class, (C,) float64 in 0..1.
 
-    A class occurs if it is in the target or was predicted; one that was only predicted has 0.
+    A class that is neither in the target nor predicted has nan. A class that is only predicted has
+    0.
+
+    Args:
+        matrix: (C, C) confusion matrix.
     """
     intersection = matrix.diagonal()
     return intersection.double() / (matrix.sum(0) + matrix.sum(1) - intersection)
 
 
 def mean_iou(matrix: Tensor) -> Tensor:
-    """Mean of `iou_per_class` over the classes that occur, 0..1; nan if none does."""
+    """Return the mean of `iou_per_class`, 0..1, over the classes that occur; nan if none occurs.
+
+    Args:
+        matrix: (C, C) confusion matrix.
+    """
     return iou_per_class(matrix).nanmean()
 
 
 def accuracy_per_class(matrix: Tensor) -> Tensor:
-    """Share of each class's pixels that got it: (C,) float64 in 0..1, nan for one without any."""
+    """Return the fraction of each class's pixels that are predicted correctly.
+
+    Args:
+        matrix: (C, C) confusion matrix.
+
+    Returns:
+        (C,) float64 in 0..1, nan for classes without pixels.
+    """
     return matrix.diagonal().double() / matrix.sum(1)
 
 
 def mean_accuracy(matrix: Tensor) -> Tensor:
-    """Mean of `accuracy_per_class` over the classes in the target, 0..1."""
+    """Return the mean of `accuracy_per_class` over the classes in the target, 0..1.
+
+    Args:
+        matrix: (C, C) confusion matrix.
+    """
     return accuracy_per_class(matrix).nanmean()
 
 
 def pixel_accuracy(matrix: Tensor) -> Tensor:
-    """Share of all labelled pixels that got their class, 0..1; nan if no pixel has a label."""
+    """Return the fraction of labelled pixels that are predicted correctly.
+
+    The fraction is in 0..1, or nan if no pixel has a label.
+
+    Args:
+        matrix: (C, C) confusion matrix.
+    """
     return matrix.diagonal().sum().double() / matrix.sum()
 
 
 def as_percent(share: Tensor | float) -> float | None:
-    """Return a share in 0..1 as percent; None if it is nan, for which JSON has no number."""
+    """Return a fraction as a percentage, or None for nan, which JSON cannot express.
+
+    Args:
+        share: Fraction in 0..1.
+    """
     percent = 100 * float(share)
     return None if math.isnan(percent) else percent
 
 
 class MIoU(Metric):
-    """Mean intersection over union in percent, as Composer's `MIoU` and mmsegmentation define it.
+    """Mean intersection over union in percent, as defined by Composer and mmsegmentation.
+
+    Args:
+        num_classes: Number of classes C.
+        ignore_index: Class index of pixels without a label.
 
     Attributes:
-        matrix: (C, C) int64, what this rank has counted since the last reset.
-        total_matrix: The same summed over all ranks, as of the last `compute()`; None before it.
-            Composer computes its metrics before `Event.EVAL_END`, so a callback finds the matrix of
-            the whole evaluation here, on every rank.
+        matrix: (C, C) int64 counts of this rank since the last reset.
+        total_matrix: The sum of `matrix` over all ranks at the last `compute()`, or None. Composer
+            computes its metrics before `Event.EVAL_END`. A callback on any rank can therefore read
+            the matrix of the whole evaluation here.
     """
 
     full_state_update = False
@@ -156,7 +204,12 @@ class MIoU(Metric):
         self.add_state("matrix", empty, dist_reduce_fx="sum")
 
     def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
-        """Count a batch: its logits and target as of `confusion_matrix`, or its score."""
+        """Add a batch to the counts.
+
+        Args:
+            logits: (N, C, h, w) logits, or the batch's counts from `score_batch`.
+            target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
+        """
         if isinstance(logits, BatchScore):
             self.matrix += logits.matrix
         else:
@@ -164,16 +217,21 @@ class MIoU(Metric):
             self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
 
     def compute(self) -> Tensor:
-        """Return the mean over what all ranks have counted, 0..100."""
-        # A copy: torchmetrics sums over the ranks only for as long as this function runs.
+        """Return the mean IoU over the counts of all ranks, 0..100."""
+        # Copy the matrix, because torchmetrics holds the sum over the ranks only while this
+        # function runs.
         self.total_matrix = self.matrix.clone()
         return 100 * mean_iou(self.total_matrix)
 
 
 class CrossEntropy(Metric):
-    """Cross entropy averaged over all labelled pixels of the whole set.
+    """Cross entropy averaged over all labelled pixels of the data set.
 
-    Composer's averages the batches' means, so a pixel weighs more in a batch with fewer labels.
+    Composer's metric averages the means of the batches, so a pixel counts more in a batch with
+    fewer labels.
+
+    Args:
+        ignore_index: Class index of pixels without a label.
     """
 
     full_state_update = False
@@ -187,7 +245,12 @@ class CrossEntropy(Metric):
         self.add_state("pixels", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
-        """Add a batch: its logits and target as of `confusion_matrix`, or its score."""
+        """Add a batch to the sums.
+
+        Args:
+            logits: (N, C, h, w) logits, or the batch's counts from `score_batch`.
+            target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
+        """
         if not isinstance(logits, BatchScore):
             assert target is not None
             logits = score_batch(logits, target, logits.shape[1], self.ignore_index)
@@ -195,7 +258,7 @@ class CrossEntropy(Metric):
         self.pixels += logits.pixels
 
     def compute(self) -> Tensor:
-        """Return the mean over the pixels of all ranks; nan if none has a label."""
+        """Return the mean over the labelled pixels of all ranks; nan if no pixel has a label."""
         return self.total / self.pixels
 
 
@@ -204,9 +267,13 @@ def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _slabs(logits: Tensor, size: torch.Size) -> Iterator[tuple[int, Tensor]]:
-    """Upsamples one image's (C, h, w) logits, K classes at a time: (first class, (K, H, W) fp32).
+    """Upsample the (C, h, w) logits of one image, K classes at a time.
 
-    Classes rather than rows: each is then interpolated exactly as in one call over the whole image.
+    Slabs of classes, unlike slabs of rows, give exactly the same values as one call for the whole
+    image.
+
+    Yields:
+        The first class of a slab and its (K, H, W) fp32 logits.
     """
     classes = max(1, _SLAB_BYTES.get(logits.device.type, 2**24) // (4 * size[0] * size[1]))
     for first in range(0, len(logits), classes):
@@ -219,18 +286,19 @@ def _slabs(logits: Tensor, size: torch.Size) -> Iterator[tuple[int, Tensor]]:
 def _scan(
     logits: Tensor, target: Tensor, with_cross_entropy: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Upsample one image's (C, h, w) logits once, for all that is read off them.
+    """Upsample the (C, h, w) logits of one image once, and return all values that metrics need.
 
     Returns:
-        (H, W) int64 predicted class and, if wanted, (H, W) fp32 cross entropy at each pixel of the
-        (H, W) target.
+        (H, W) int64 predicted classes and, if requested, the (H, W) fp32 cross entropy of each
+        pixel.
     """
     highest = logits.new_full(target.shape, -torch.inf, dtype=torch.float32)
     prediction = torch.zeros_like(target, dtype=torch.int64)
     normaliser, chosen = highest, torch.zeros_like(highest)
     for first, slab in _slabs(logits, target.shape):
         value, index = slab.max(dim=0)
-        # Strictly higher: of equals the first wins, as in an argmax over all classes at once.
+        # A later class must be strictly higher, so that the first of equal classes wins as in
+        # argmax.
         prediction = torch.where(value > highest, index + first, prediction)
         highest = torch.maximum(value, highest)
         if with_cross_entropy:
@@ -242,14 +310,15 @@ def _scan(
 
 
 def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:
-    """IoU and accuracy in percent and the number of labelled pixels of each class.
+    """Return a table with the IoU, the accuracy and the number of labelled pixels of each class.
 
     Args:
-        matrix: (C, C) counts, row = class in the target, column = predicted class.
-        classes: C names.
+        matrix: (C, C) counts; the row is the target class, the column the predicted class.
+        classes: The C classes.
 
     Returns:
-        The names of the columns, and a row a class; None stands where a class never occurs.
+        The column names and one row per class. IoU and accuracy are in percent, or None if they are
+        undefined.
     """
     matrix = matrix.cpu()
     numbers = zip(
@@ -263,7 +332,12 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
 
 
 def table_as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table as CSV; None becomes an empty cell."""
+    """Return a table as CSV; None becomes an empty cell.
+
+    Args:
+        columns: Names of the columns.
+        rows: Values of each row.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -1,4 +1,4 @@
-"""Scores of several views of one image, brought back to the image's size and averaged."""
+"""Predictions from several views of one image, resized to the image's size and averaged."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BAND_ELEMENTS = 2**24  # scores held at the photo's resolution at once: 64 MB
+BAND_ELEMENTS = 2**24  # Number of scores held at the image's resolution at once (64 MB).
 
 
 def window_starts(length: int, window: int) -> list[int]:
-    """Where windows begin along a side: a third overlapping, the last one flush with the end.
+    """Return the positions of windows along one side of an image.
 
-    All are multiples of 8 where `length` and `window` are.
+    Neighbouring windows overlap by about a third, and the last window ends at the edge. All
+    positions are multiples of 8 if `length` and `window` are.
+
+    Args:
+        length: Length of the side in pixels.
+        window: Length of a window in pixels.
     """
     step = max(window * 2 // 3 // 8 * 8, 8)
     last = max(length - window, 0)
@@ -22,15 +27,16 @@ def window_starts(length: int, window: int) -> list[int]:
 
 
 def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest mean probability at every pixel of a photo.
+    """Return the class with the highest mean probability at every pixel of an image.
 
-    Each view's logits are resized to the size that the network saw and from there to the photo's,
-    bilinearly, as mmsegmentation does. Both resizes are linear and separable, so rows and columns
-    of a view have one matrix each, and only a band of rows is ever held at the photo's size.
+    The logits of each view are resized bilinearly to the size of the network's input and then to
+    the image's size, as in mmsegmentation. Both resizes are linear and separable, so one matrix
+    resizes the rows of a view and another its columns. Only a band of rows exists at the image's
+    size at any time.
 
     Args:
-        views: Logits (C, h, w), and height and width of what the network saw.
-        size: Height H and width W of the photo.
+        views: Logits (C, h, w) of each view, with the height and width of the network's input.
+        size: Height H and width W of the image.
 
     Returns:
         (H, W) int64 class indices.
@@ -58,11 +64,13 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
 
 
 def resize_matrix(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Return the matrix of successive bilinear resizes (align_corners=False) of one side.
+    """Return the matrix of several successive bilinear resizes of one side.
+
+    The resizes use align_corners=False.
 
     Args:
-        lengths: Length of the side before the first resize and after each.
-        device: Where it is needed.
+        lengths: Length of the side before the first resize and after each resize.
+        device: Device of the matrix.
 
     Returns:
         (last length, first length) float32.

@@ -1,1 +1,1 @@
-"""Predict the time and memory of a run before it starts."""
+"""Predictions of a run's time and memory, made before the run starts."""

@@ -1,7 +1,7 @@
-"""How fast a run would be on GPUs that are not here, from what its network's passes take.
+"""An estimate of a run's speed on GPUs of another machine, from the counts of its network.
 
-A rough count, whose assumptions `assumed` names: a step is its convolutions at a share of the GPU's
-peak, then what lies between them at a share of its bandwidth, then what is waited for.
+The estimate is rough; `assumed` lists its assumptions. A step consists of convolutions at a
+fraction of the GPU's peak, other operations at a fraction of its bandwidth, and waiting time.
 """
 
 from __future__ import annotations
@@ -11,26 +11,34 @@ from typing import NamedTuple
 from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
-# Of what a data sheet promises.
+# Fractions of the data-sheet values that real steps reach.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
-# Compiled, the numbers that a BatchNorm reads come and go three times on the way there (statistics;
-# normalise and write) and seven times on the way back (two sums; the gradient; ReLU's and the
-# residual's share).
+# In a compiled network, the input of a BatchNorm is read or written three times in the forward pass
+# (statistics; normalise and write). In the backward pass it is seven times (two sums; the gradient;
+# the parts of ReLU and of the residual).
 PASSES = 10
-HOST = 8e-3  # seconds a step that the GPU waits for Composer
-COLLECTIVE = 30e-6  # seconds of a small all-reduce, of which a synchronised BatchNorm has two
-BETWEEN_NODES = 25e9  # bytes a second of a GPU
-NODE = 8  # GPUs
+HOST = 8e-3  # Seconds per step that the GPU waits for Composer.
+COLLECTIVE = 30e-6  # Seconds of a small all-reduce. A synchronised BatchNorm needs two.
+BETWEEN_NODES = 25e9  # Bytes per second of a GPU to other nodes.
+NODE = 8  # Number of GPUs in a node.
 
 
 class GPU(NamedTuple):
-    """A data sheet: memory (GiB that CUDA reports), dense operations/s, bytes/s."""
+    """The data sheet of a GPU.
+
+    Attributes:
+        memory: Memory that CUDA reports, in GiB.
+        half: Dense operations per second in bf16 or fp16.
+        single: Dense operations per second in fp32, or TF32 if the GPU has it.
+        bandwidth: Memory bandwidth in bytes per second.
+        link: Bytes per second of an all-reduce within a node.
+    """
 
     memory: float
-    half: float  # bf16 or fp16
-    single: float  # fp32, TF32 where there is
+    half: float
+    single: float
     bandwidth: float
-    link: float  # of an all-reduce within a node
+    link: float
 
 
 GPUS = {
@@ -53,15 +61,15 @@ NO_BF16 = ("T4", "V100")
 
 
 class Estimate(NamedTuple):
-    """Of one GPU among all."""
+    """The time and memory of one GPU of the run."""
 
-    at_once: int  # images
+    at_once: int  # Micro-batch size in images.
     fits: bool
-    memory: float  # of a step, bytes
-    free: float  # of a GPU
-    step: float  # seconds of a step, mean over the recipe
-    fastest: float  # the same if the GPU kept what its data sheet promises
-    evaluation: float  # images a second of a GPU
+    memory: float  # Bytes of a step.
+    free: float  # Free bytes of a GPU.
+    step: float  # Seconds of a step, averaged over the recipe.
+    fastest: float  # Seconds of a step at the speed of the data sheet.
+    evaluation: float  # Images per second on one GPU.
 
 
 def estimate(
@@ -73,15 +81,15 @@ def estimate(
     precision: str,
     compiled: bool,
 ) -> Estimate:
-    """Estimate a run.
+    """Estimate the time and memory of a run.
 
     Args:
-        footprint: Counted in the type that the run computes in.
-        config: The run's.
-        name: Of `GPUS`.
-        gpus: How many.
-        passes: Forward and backward passes of a step, mean over the recipe.
-        precision: What the run computes in, as Composer names it.
+        footprint: Counts of the network in the run's data type.
+        config: Config of the run.
+        name: Name of a GPU in `GPUS`.
+        gpus: Number of GPUs.
+        passes: Average number of forward and backward passes per step of the recipe.
+        precision: Precision of the run, as Composer names it.
         compiled: Whether the run compiles its network.
     """
     gpu = GPUS[name]
@@ -93,7 +101,9 @@ def estimate(
     if compiled:
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
-    again = 1 + (1 - kept) / 6  # recomputed: at most half of the way there, which is a third
+    # Factor for recomputed activations: at most half of the forward pass, which is a third of the
+    # step.
+    again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH
     parts = -(-images // at_once)
@@ -103,8 +113,9 @@ def estimate(
             waits += passes * parts * 2 * footprint.norms * COLLECTIVE
         link = gpu.link if gpus <= NODE else min(gpu.link, BETWEEN_NODES)
         reduce = 2 * (gpus - 1) / gpus * footprint.weights / link
-        waits += max(0.0, reduce - images * image / 2)  # hidden by the way back, as far as it goes
-    # Weights, gradients and momentum, read and written.
+        # The backward pass hides part of the all-reduce.
+        waits += max(0.0, reduce - images * image / 2)
+    # The optimizer reads and writes weights, gradients and momentum.
     update = 5 * footprint.weights / gpu.bandwidth / BANDWIDTH
     return Estimate(
         at_once,
@@ -118,7 +129,12 @@ def estimate(
 
 
 def assumed(name: str, compiled: bool) -> list[str]:
-    """Say what an estimate takes for granted, a line each."""
+    """Return the assumptions of an estimate, one per line.
+
+    Args:
+        name: Name of a GPU in `GPUS`.
+        compiled: Whether the run compiles its network.
+    """
     gpu = GPUS[name]
     moved = (
         f"{PASSES} times what BatchNorms read, at least half of each operation's own"

@@ -1,4 +1,4 @@
-"""The length of a run in steps and hours, and the space that it takes on the disk."""
+"""The length of a run in steps and hours, and its disk space."""
 
 from __future__ import annotations
 
@@ -20,46 +20,61 @@ from training.config import data_sources
 from training.microbatch import Footprint
 from training.schema import Config
 
-DISK_BYTES = 2**27  # written to see how fast a disk is
+DISK_BYTES = 2**27  # Bytes written to measure the speed of a disk.
 
 
 class Length(NamedTuple):
     """The number of steps, evaluations and checkpoints of a run."""
 
-    epoch: int  # steps
+    epoch: int  # Number of steps in an epoch.
     steps: int
     evaluations: int
     checkpoints: int
 
 
 def lengths(config: Config, epoch: int) -> Length:
-    """Return a run's steps, evaluations and checkpoints, given the steps of an epoch."""
+    """Return the number of steps, evaluations and checkpoints of a run.
+
+    Args:
+        config: Config of the run.
+        epoch: Number of steps in an epoch.
+    """
 
     def steps(text: str) -> int:
         return max(1, math.ceil(in_batches(text, epoch, config.train_dataset.batch_size)))
 
     total = steps(config.max_duration)
-    # One is due at the end, too.
+    # Composer also evaluates and saves at the end of the run.
     evaluations = math.ceil(total / steps(config.eval_interval)) + config.eval_first
     checkpoints = math.ceil(total / steps(config.save_interval)) if config.save_folder else 0
     return Length(epoch, total, evaluations, checkpoints)
 
 
 def passes(config: Config) -> float:
-    """Return the forward and backward passes of a step, mean over the recipe."""
+    """Return the average number of forward and backward passes per step of the recipe.
+
+    Args:
+        config: Config of the run.
+    """
     sam = getattr(getattr(config, str(config.recipe_name), None), "sam", None)
     return 1 + 1 / sam.interval if sam else 1.0
 
 
 def count_samples(config: Config, split: str) -> int:
-    """Return how many samples an epoch of a split has."""
+    """Return the number of samples in an epoch of a split.
+
+    Args:
+        config: Config of the run.
+        split: 'train' or 'val'.
+    """
     source = data_sources(config)[split]
     rare = config.train_dataset.rare_class_sampling
     if split == "train" and rare:
         return length_of_repeated(sample_factors(source, rare))
     if source.shards is None:
         return len(source.samples())
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:  # for the index
+    # The folder holds the downloaded index.
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         options = replace(source.shards, local=folder if source.shards.local else None)
         return len(replace(source, shards=options).open_shards())
 
@@ -67,9 +82,19 @@ def count_samples(config: Config, split: str) -> int:
 def run_totals(
     config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Say what a run takes from start to end, and whether the disk holds what it leaves."""
+    """Return the part of a plan with the duration of the run and the disk space of its checkpoints.
+
+    Args:
+        config: Config of the run.
+        footprint: Footprint of the network.
+        length: Number of steps, evaluations and checkpoints.
+        seconds: Duration of each part of the run.
+
+    Raises:
+        ConfigError: The save folder is not writable.
+    """
     size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
-    # An old one goes when the next is whole.
+    # The saver deletes an old checkpoint only after the next is complete.
     kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
     kept += bool(kept) and config.save_best
     saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
@@ -89,8 +114,9 @@ def run_totals(
 
 
 def _disk(folder: str) -> tuple[float, int | None]:
-    """Bytes a second that checkpoints are written with, and how many there is room for."""
-    remote = is_remote(folder)  # where they go from a local file, while training goes on
+    """Return the write speed for checkpoints in bytes per second, and the free bytes."""
+    # Training continues while a checkpoint is uploaded from a local file.
+    remote = is_remote(folder)
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())
     try:
@@ -106,7 +132,13 @@ def _disk(folder: str) -> tuple[float, int | None]:
 
 
 def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the part of a plan that says how long an evaluation takes."""
+    """Return the part of a plan with the duration of an evaluation.
+
+    Args:
+        images: Number of images.
+        rate: Images per second.
+        seconds: Duration of each part.
+    """
     return {
         "speed": {"images_per_second": rate},
         "length": {"images": images, **Length(0, 0, 1, 0)._asdict()},

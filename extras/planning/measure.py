@@ -1,6 +1,6 @@
-"""A few real steps of a run, an evaluation's first batches, and the loader by itself, timed.
+"""Measurements of a few real steps of a run, the first batches of an evaluation, and the loader.
 
-Nothing is left behind: no checkpoint, logger, download of weights or cache of shards.
+The measurements leave no checkpoint, log, downloaded weights or cached shards behind.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ from training.schema import Config
 if TYPE_CHECKING:
     from composer import Trainer
 
-STEPS = 6  # timed, at least
+STEPS = 6  # Minimum number of timed steps.
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# `main.build_trainer`. It gets a logger that keeps nothing, so that pictures are drawn and timed.
+# The type of `main.build_trainer`. It gets a logger that stores nothing, so that pictures are drawn
+# and timed.
 BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
-    """Of this process and its device; seconds, bytes, and images of one process."""
+    """Measurements of this process and its device, in seconds, bytes and images."""
 
-    start: float  # until the first step is done, with imports and compilation
-    at_once: int  # images
-    memory: float  # the most that the steps took
-    step: float  # without waiting for data, mean over the recipe
-    loader: float  # images a second, by itself
+    start: float  # Seconds until the end of the first step, with imports and compilation.
+    at_once: int  # Micro-batch size in images.
+    memory: float  # Peak memory of the steps.
+    step: float  # Seconds of a step without waiting for data, averaged over the recipe.
+    loader: float  # Images per second of the loader alone.
     workers: int
-    epoch: int  # batches
-    evaluation: float  # of all evaluation images, with pictures
-    store: tuple[float, float] | None  # bytes of a remote data set, bytes a second
+    epoch: int  # Batches in an epoch.
+    evaluation: float  # Seconds for all evaluation images, with pictures.
+    # Bytes of a remote data set, and bytes per second from its store.
+    store: tuple[float, float] | None
 
 
 class _Watch(Callback):
-    """Times steps, without what they wait for data, and the batches of evaluations."""
+    """A callback that times steps, without the wait for data, and evaluation batches."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -64,10 +66,11 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has waited for the device, to log the loss.
+        # Composer has waited for the device in order to log the loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
-            torch.cuda.reset_peak_memory_stats()  # `auto` may have tried what does not fit
+            # Automatic micro-batching may have tried a size that does not fit.
+            torch.cuda.reset_peak_memory_stats()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
         self._began = time.perf_counter()
@@ -79,11 +82,13 @@ class _Watch(Callback):
 
 
 def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
-    """Measure the run of a config.
+    """Measure the training run of a config.
+
+    If the recipe uses SAM, its interval is reduced to 2, so that both kinds of step occur.
 
     Args:
-        config: The run's; a recipe with SAM shortens its interval to 2, to see both kinds of step.
-        build_trainer: `main.build_trainer`.
+        config: Config of the run.
+        build_trainer: The function `main.build_trainer`.
     """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         settings = _leaving_nothing(config, folder)
@@ -95,15 +100,16 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         watch = _Watch()
         trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
         _without_label_check(trainer)
-        for evaluator in trainer.state.evaluators:  # Composer evaluates at the end of a `fit`
+        # Composer would evaluate at the end of each `fit`.
+        for evaluator in trainer.state.evaluators:
             evaluator.eval_interval = lambda state, event: False
-        trainer.fit(duration=f"{cycle}ba")  # compiles
+        trainer.fit(duration=f"{cycle}ba")  # The first steps compile the network.
         start = seconds_since_start()
-        # The loader's processes start anew, which slows the first steps.
+        # `fit` restarts the loader's processes, which slows the first steps.
         timed = cycle * math.ceil(STEPS / cycle)
         trainer.fit(duration=f"{cycle + timed}ba")
         kinds = [statistics.median(watch.steps[-timed + kind :: cycle]) for kind in range(cycle)]
-        # Of SAM's, the last of a cycle climbs.
+        # In each cycle of SAM, the last step has the additional pass.
         step = (kinds[-1] + (interval - 1) * kinds[0]) / interval
         memory = peak_memory()
         spec = train_data_spec(trainer)
@@ -126,16 +132,21 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
 
 
 class MeasuredEvaluation(NamedTuple):
-    """Times and memory of an evaluation alone, in this process and on its device."""
+    """Time and memory of a separate evaluation, in this process and on its device."""
 
-    start: float  # seconds until the first image, with imports
-    evaluation: float  # seconds of all images, with pictures
-    images: int  # of all processes
-    memory: float  # bytes, the most that the first batches took
+    start: float  # Seconds until the first image, with imports.
+    evaluation: float  # Seconds for all images, with pictures.
+    images: int  # Number of images of all processes.
+    memory: float  # Peak memory of the first batches, in bytes.
 
 
 def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredEvaluation:
-    """Measure the first batches of an evaluation; arguments as of `measure`."""
+    """Measure the first batches of an evaluation.
+
+    Args:
+        config: Config of the run.
+        build_trainer: The function `main.build_trainer`.
+    """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         watch = _Watch()
         settings = _leaving_nothing(config, folder)
@@ -151,13 +162,13 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
 
 
 def _without_label_check(trainer: Trainer) -> None:
-    """Take away the check of labels: a few batches show a few classes, no reason to warn."""
+    """Remove the check of labels, because a few batches show only a few classes."""
     callbacks = trainer.state.callbacks
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
 
 
 def _leaving_nothing(config: Config, folder: str) -> Config:
-    """Return the config of a run that writes nothing, with what it caches in a folder."""
+    """Return the config of a run that writes nothing, and that caches shards in a given folder."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
@@ -176,12 +187,15 @@ def _leaving_nothing(config: Config, folder: str) -> Config:
 
 
 def seconds_since_start() -> float:
-    """Return the age of this process in seconds, with its imports."""
+    """Return the age of this process in seconds, including its imports."""
     return time.time() - psutil.Process().create_time()
 
 
 def peak_memory() -> float:
-    """Return the most memory that this process has held: a GPU's, with CUDA's, or resident."""
+    """Return the peak memory of this process in bytes.
+
+    On a GPU this is device memory, including the CUDA context. On a CPU it is resident memory.
+    """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         context = total - free - torch.cuda.memory_reserved()
@@ -191,17 +205,23 @@ def peak_memory() -> float:
 
 
 def _loader_rate(loader: DataLoader) -> float:
-    """Images a second that a loader gives when nobody keeps it waiting."""
+    """Return the images per second of a loader whose batches are taken at once."""
     most: float = math.inf
     shards = getattr(loader.dataset, "shards", None)
     if isinstance(shards, Shards) and shards.is_cache:
-        _, most = _load(loader, most)  # fetches what the next line reads
+        # The first pass downloads the shards that the second pass reads.
+        _, most = _load(loader, most)
     return _load(loader, most)[0]
 
 
 def _load(loader: DataLoader, most: float) -> tuple[float, int]:
-    """Load for some seconds, or so many batches at most; return images a second, and batches."""
-    warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
+    """Load for some seconds, or at most `most` batches.
+
+    Returns:
+        Images per second, and the number of the last batch.
+    """
+    # Batches that were already in progress when the clock started.
+    warm = 1 + 2 * loader.num_workers
     seen, number, began = 0, 0, 0.0
     with contextlib.closing(batches(loader)) as given:
         for number, (image, _) in enumerate(given):
@@ -214,11 +234,12 @@ def _load(loader: DataLoader, most: float) -> tuple[float, int]:
 
 
 def _evaluation(trainer: Trainer, watch: _Watch) -> float:
-    """Return an evaluation's seconds: those of its first batches, and pictures, on to all."""
+    """Return the seconds of a full evaluation, extrapolated from its first batches and pictures."""
     (evaluator,) = trainer.state.evaluators
     count = len(cast(DataLoader, evaluator.dataloader.dataloader))
     few = min(2, count)
-    trainer.eval(subset_num_batches=few)  # starts the loader, compiles
+    # The first call starts the loader and compiles the network.
+    trainer.eval(subset_num_batches=few)
     watch.eval_batches.clear()
     began = time.perf_counter()
     trainer.eval(subset_num_batches=few)
@@ -227,7 +248,7 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
 
 
 def _store(loader: DataLoader, folder: str) -> tuple[float, float] | None:
-    """Return a remote data set's bytes, and how many a second come from there."""
+    """Return the bytes of a remote data set and the bytes per second from its store, or None."""
     shards = getattr(loader.dataset, "shards", None)
     if not isinstance(shards, Shards) or not shards.is_cache:
         return None

@@ -1,10 +1,10 @@
-"""What a run will take, before it is paid for.
+"""The `--plan` option: time, memory and disk space of a run, before it starts.
 
     python main.py CONFIG [key=value ...] --plan                # measured on this machine
     composer main.py CONFIG --plan                              # on all of its GPUs
     python main.py CONFIG --plan --gpu H100 --gpus 8 --price 24 # estimated for another machine
 
-Exit status: 0, or 2 where the run cannot be or does not fit.
+The exit status is 0, or 2 if the run is not possible or does not fit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.schema import Config
 
 
 class Plan(dict[str, Any]):
-    """What a run takes, as `--json` prints it; `str` gives the same as a screen of text."""
+    """The plan of a run in the form that `--json` prints; `str` gives it as text."""
 
     def __str__(self) -> str:
         batch, compiled = self["batch"], ", compiled" if self["compiled"] else ""
@@ -69,7 +69,8 @@ class Plan(dict[str, Any]):
     def _speed(self) -> list[tuple[str, str]]:
         speed = self["speed"]
         rate = f"{speed['images_per_second']:.1f} images/s"
-        if "step" not in speed:  # of an evaluation
+        # ^The plan of an evaluation has no step time.
+        if "step" not in speed:
             return [("speed", rate)]
         rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
         if "at_most" in speed:
@@ -100,11 +101,14 @@ def _time(hours: float) -> str:
 
 
 def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
-    """Run the command line; return the exit status.
+    """Run the command line.
 
     Args:
-        arguments: Those of main.py.
-        build_trainer: `main.build_trainer`.
+        arguments: Command-line arguments of main.py.
+        build_trainer: The function `main.build_trainer`.
+
+    Returns:
+        The exit status.
     """
     options, overrides = parser().parse_known_args(arguments)
     logging.getLogger("composer").setLevel(logging.ERROR)
@@ -136,7 +140,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of main.py's arguments where --plan is among them."""
+    """Return the parser for main.py's arguments when `--plan` is given."""
     result = argparse.ArgumentParser(
         prog="python main.py", usage="%(prog)s CONFIG [key=value ...] --plan [options]"
     )
@@ -157,10 +161,10 @@ def parser() -> argparse.ArgumentParser:
 def _estimated_settings(
     config: Config, options: argparse.Namespace, section: str
 ) -> tuple[int, int, str, bool]:
-    """Return GPUs, batch size, precision and whether to compile, for GPUs that are not here.
+    """Return GPUs, batch size, precision and whether to compile, for GPUs of another machine.
 
     Raises:
-        ConfigError: The batch does not divide among the GPUs.
+        ConfigError: The batch size is not a multiple of the number of GPUs.
     """
     gpus, batch = options.gpus, getattr(config, section).batch_size
     if batch % gpus:
@@ -171,7 +175,15 @@ def _estimated_settings(
 
 
 def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Plan for GPUs that are not here."""
+    """Return the plan of a training run for GPUs of another machine.
+
+    Args:
+        config: Config of the run.
+        options: Options of the command line.
+
+    Raises:
+        ConfigError: The batch size does not fit the GPUs or the data set.
+    """
     gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
     training, validation = options.images or (
         count_samples(config, "train"),
@@ -208,7 +220,7 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _this_machine(config: Config) -> tuple[int, str, float]:
-    """Return this machine's processes, the precision of the config, and the free bytes of each."""
+    """Return the number of processes, the precision of the run, and the free bytes per process."""
     ranks, device = dist.get_world_size(), get_device(None)
     if ranks > 1:
         dist.initialize_dist(device)
@@ -221,7 +233,12 @@ def _this_machine(config: Config) -> tuple[int, str, float]:
 
 
 def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """Plan for this machine, by some steps of the run."""
+    """Return the plan of a training run on this machine, measured with a few steps.
+
+    Args:
+        config: Config of the run.
+        build_trainer: The function `main.build_trainer`.
+    """
     ranks, precision, free = _this_machine(config)
     footprint = _count(config, config.train_dataset.final_size, precision, compiles(config))
     batch = config.train_dataset.batch_size
@@ -244,7 +261,7 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, a step loads first.
+    # Without loader processes, each step first waits for its data.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {
@@ -270,7 +287,12 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
 
 
 def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Plan an evaluation for GPUs that are not here; its memory is not estimated."""
+    """Return the plan of an evaluation for GPUs of another machine, without its memory.
+
+    Args:
+        config: Config of the run.
+        options: Options of the command line.
+    """
     gpus, batch, precision, compiled = _estimated_settings(config, options, "eval_dataset")
     images = options.images[1] if options.images else count_samples(config, "val")
     size = config.eval_dataset.final_size
@@ -288,7 +310,12 @@ def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[st
 
 
 def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """Plan an evaluation for this machine, by its first batches."""
+    """Return the plan of an evaluation on this machine, measured with its first batches.
+
+    Args:
+        config: Config of the run.
+        build_trainer: The function `main.build_trainer`.
+    """
     ranks, precision, free = _this_machine(config)
     with contextlib.redirect_stdout(sys.stderr):
         found = measure_evaluation(config, build_trainer)
@@ -305,7 +332,7 @@ def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str
 
 
 def _count(config: Config, size: int, precision: str, compiled: bool) -> Footprint:
-    """Count what images of `size` pixels take in a run's network."""
+    """Return the footprint of the run's network for images of `size` pixels."""
     network = create_meta_network(**asdict(config.model))
     return count(network, size, AUTOCAST.get(precision), compiled)
 

@@ -1,1 +1,1 @@
-"""Check and describe data sets, and read what labelling tools write."""
+"""Tools that check and describe data sets, and converters for the files of labelling tools."""

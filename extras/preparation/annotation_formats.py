@@ -1,4 +1,4 @@
-"""Readers for the files of COCO, LabelMe, CVAT and YOLO."""
+"""Readers for annotation files of COCO, LabelMe, CVAT and YOLO."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from extras.preparation.annotations import (
     reading,
 )
 
-CORNERS = 128  # of the polygon that stands for a circle
+CORNERS = 128  # Number of corners of the polygon that approximates a circle.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Shapes of LabelMe and CVAT, and types of CVAT's labels, that have no area.
+# Types of shapes in LabelMe and CVAT, and of labels in CVAT, that have no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
-Names = list[str] | dict[int, str] | None  # of YOLO's classes
+Names = list[str] | dict[int, str] | None  # The names of YOLO's classes.
 
 
 def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
     """Read COCO's instances, CVAT's XML for images, or a folder of LabelMe's or YOLO's files.
 
     Args:
-        source: The file or folder; of YOLO also its data.yaml.
-        names: Names of YOLO's classes, where no data.yaml has them.
+        source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
+        names: Names of YOLO's classes, if no data.yaml has them.
         images: Folder of the images, which tells YOLO's labels from other text files.
 
     Raises:
-        DataError: It is missing, or of another kind.
+        DataError: The source is missing or has another format.
     """
     path = Path(source)
     with reading(path):
@@ -88,7 +88,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
             shapes[image].append(Shape(names[category], outline))
         else:
             skipped.append(f"{where}: no outline of three points or more within its image")
-    # Roboflow's exports list the root of their categories, which no shape can have.
+    # Roboflow's exports list the root of the categories as a category, which no shape can have.
     roots = {category.get("supercategory") for category in found["categories"]}
     classes = [name for number, name in names.items() if number in used or name not in roots]
     photos = [
@@ -99,18 +99,18 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the polygons of COCO's outline that can be drawn; a flat list is one polygon."""
+    """Return the polygons of a COCO outline that can be drawn. A flat list is one polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
 
 def _unix(path: str) -> str:
-    """Return a path with the separators of Unix."""
+    """Return a path with Unix separators."""
     return path.replace("\\", "/")
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
-    """Return a value of each of COCO's entries by its id, which is of that one alone."""
+    """Return the value of a key for each of COCO's entries, by id; the ids must be unique."""
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
@@ -119,7 +119,7 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
 
 
 def _labelme(files: list[Path], root: Path) -> Annotations:
-    """Read LabelMe's JSON, a file for each image: https://github.com/wkentaro/labelme."""
+    """Read LabelMe's JSON, one file per image: https://github.com/wkentaro/labelme."""
     photos, skipped = [], []
     for file in files:
         with reading(file):
@@ -127,7 +127,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
             shapes, size = [], (found["imageHeight"], found["imageWidth"])
             for shape in found["shapes"]:
                 kind, points = shape.get("shape_type") or "polygon", shape["points"]
-                if kind == "mask":  # a PNG, of the box whose corners are the points
+                if kind == "mask":  # A mask is a PNG of the box between the two points.
                     picture = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
                     left, top = map(int, points[0])
                     runs = _run_lengths(np.asarray(picture) > 0, left, top, size)
@@ -138,7 +138,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
                     shapes.append(Shape(shape["label"], [outline]))
                 else:
                     skipped.append(f"{file.name}: {shape['label']}, a {kind}")
-            # Its path is as seen from the JSON's folder.
+            # The path of the image is relative to the folder of the JSON file.
             name = Path(_unix(found["imagePath"])).name
             photo = (file.parent.relative_to(root) / name).as_posix()
             photos.append(Annotated(photo, size, shapes))
@@ -146,7 +146,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
 
 
 def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
-    """Return a shape of LabelMe's, or of X-AnyLabeling's, as a polygon; None if it has no area."""
+    """Return a shape of LabelMe or X-AnyLabeling as a polygon, or None if it has no area."""
     if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [left, top, right, top, right, bottom, left, bottom]
@@ -167,7 +167,7 @@ def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
 
 
 def _turned(outline: list[float], degrees: float) -> list[float]:
-    """Turn a box or an ellipse clockwise about its middle."""
+    """Rotate a box or an ellipse clockwise about its centre."""
     if not degrees:
         return outline
     points, angle = np.reshape(outline, (-1, 2)), math.radians(degrees)
@@ -184,7 +184,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         for element in image:
             outline = _cvat_outline(element.tag, element.attrib, size)
             if outline is None:
-                if element.tag != "tag":  # a tag is of the whole image, and no shape
+                if element.tag != "tag":  # A tag describes the whole image and is not a shape.
                     skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
                 continue
             if not element.get("label"):
@@ -196,7 +196,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         raise ValueError("it holds the tracks of a video; export the task as CVAT for images 1.1")
     if not photos:
         raise ValueError("it holds no <image>")
-    # The parts of a skeleton are listed as labels, too; they have a parent.
+    # The parts of a skeleton are listed as labels too, but they have a parent.
     areas = [
         label.findtext("name")
         for label in root.iter("label")
@@ -211,7 +211,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
 def _cvat_outline(
     kind: str, values: dict[str, str], size: tuple[int, int]
 ) -> list[list[float]] | dict[str, Any] | None:
-    """Return a shape of CVAT's as a polygon or run lengths; None if it has no area."""
+    """Return a CVAT shape as polygons or run lengths, or None if it has no area."""
     if kind == "polygon":
         return [[float(v) for v in values["points"].replace(";", ",").split(",")]]
     degrees = float(values.get("rotation", 0))
@@ -223,7 +223,7 @@ def _cvat_outline(
         return [_turned(ellipse, degrees)]
     if kind != "mask":
         return None
-    # Its run lengths are by rows within a box; COCO's go by columns over the whole.
+    # CVAT's run lengths go by rows within a box; COCO's go by columns over the whole image.
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
@@ -243,9 +243,10 @@ def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int])
 
 
 def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> Annotations:
-    """Read YOLO's polygons, a text for each image: https://docs.ultralytics.com/datasets/segment/.
+    """Read YOLO's polygons, one text file per image.
 
-    The data.yaml with the names may lie in the folder, or in one of the two above it.
+    The format is described at https://docs.ultralytics.com/datasets/segment/. The data.yaml with
+    the names may be in the folder or in one of its two parent folders.
     """
     classes = by_number(_yolo_names(root) if names is None else names)
     stems = {Path(name).stem for name, _ in find_photos(images)} if images else set()
@@ -263,7 +264,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                 if not line.strip():
                     continue
                 kind, *values = line.split()
-                if len(values) < 6:  # a box has four, which is no outline
+                if len(values) < 6:  # A box has four numbers and is not an outline.
                     skipped.append(f"{file.relative_to(root)}: line {number}, a box")
                     continue
                 if int(kind) not in classes:
@@ -278,7 +279,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
 
 
 def _is_yolo(text: str) -> bool:
-    """Return whether every line of a text is a class and numbers."""
+    """Return whether every line of a text consists of a class and numbers."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     try:
         numbers = [[int(kind), *map(float, values)] for kind, *values in lines]
@@ -298,6 +299,10 @@ def _yolo_names(root: Path) -> Any:
 
 
 def by_number(names: Any) -> dict[int, str]:
-    """Return YOLO's names, a list or a mapping from numbers, by their class numbers."""
+    """Return YOLO's names by class number.
+
+    Args:
+        names: A list of names, or a mapping from numbers to names.
+    """
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     return dict(sorted((int(number), str(name)) for number, name in pairs))

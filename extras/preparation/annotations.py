@@ -1,9 +1,11 @@
-"""Shapes on images, as any labelling tool writes them, and masks drawn from them.
+"""Shapes on images from any labelling tool, and masks drawn from the shapes.
 
-Shapes are drawn by pycocotools, COCO's own library: one rule for polygons of every tool, and the
-only reader of COCO's compressed run lengths. It has no dependencies but NumPy. (datumaro reads as
-many formats, but installs a second OpenCV over the one that is here; supervision leaves LabelMe and
-CVAT out.) Reading LabelMe, CVAT and YOLO takes a few lines each.
+pycocotools, COCO's own library, draws the shapes. It applies one rule to the polygons of all tools,
+it alone can read COCO's compressed run lengths, and it depends only on NumPy.
+
+Two other libraries were left out: datumaro reads as many formats but installs a second OpenCV over
+the existing one, and supervision does not read LabelMe and CVAT. Readers for LabelMe, CVAT and YOLO
+take a few lines each.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from PIL import Image
 from dataset.paths import IMAGE_SUFFIXES, visible_files
 from errors import DataError, one_line
 
-BEYOND = 16  # times a photo's longer side: no outline goes further, whatever a file says
-# LabelMe's names for pixels that are ignored, and for those of no class.
+BEYOND = 16  # Outlines must stay within this many times the longer side of the image.
+# LabelMe's names for ignored pixels and for pixels without a class.
 IGNORED_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
-# What reading raises where a file's parts are of other types than its format says.
+# Exceptions raised while parsing a malformed file.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
 
@@ -33,9 +35,9 @@ class Shape(NamedTuple):
     """An area of a class.
 
     Attributes:
-        name: The class.
-        outline: Polygons, [x1, y1, x2, y2, ...] each in pixels, or COCO's run lengths.
-        level: Shapes of a higher one lie on those of a lower one.
+        name: Name of the class.
+        outline: Polygons, each [x1, y1, x2, y2, ...] in pixels, or COCO's run lengths.
+        level: Drawing order. Shapes with a higher level cover shapes with a lower one.
     """
 
     name: str
@@ -44,19 +46,25 @@ class Shape(NamedTuple):
 
 
 class Annotated(NamedTuple):
-    """A photo, by its path below the folder of photos, and the shapes on it."""
+    """An image and the shapes on it.
+
+    Attributes:
+        photo: Path of the image below the folder of images.
+        size: Height and width, or None if the file does not contain them.
+        shapes: Shapes on the image.
+    """
 
     photo: str
-    size: tuple[int, int] | None  # height and width, where the file says
+    size: tuple[int, int] | None  # Height and width, or None if the file does not contain them.
     shapes: list[Shape]
 
 
 class Annotations(NamedTuple):
-    """The content of a tool's file or folder.
+    """The contents of one annotation file or folder.
 
     Attributes:
-        photos: All of them.
-        classes: Their names, in the tool's order, without those in `RESERVED`.
+        photos: All annotated images.
+        classes: Names of the classes in the tool's order, without the names in `RESERVED`.
         skipped: A line on each shape or file that was left out, such as points and lines.
     """
 
@@ -67,13 +75,21 @@ class Annotations(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say in a line, as a DataError, what is wrong with a file of annotations that is read."""
+    """Convert errors while reading an annotation file to a one-line DataError.
+
+    Args:
+        path: Path of the file or folder.
+
+    Raises:
+        DataError: The file cannot be read or has another format.
+    """
     try:
         yield
     except DataError:
         raise
     except OSError as error:
-        reason = error.strerror or one_line(error)  # without one where a picture is none
+        # An undecodable image gives an OSError without strerror.
+        reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
         raise DataError(f"{path}: {error} is missing: not of a format that is known") from error
@@ -82,7 +98,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_sound(part: list[float], size: tuple[int, int]) -> bool:
-    """Return whether a polygon has three points or more, all in or near the image."""
+    """Return whether a polygon has at least three points, all in or near the image.
+
+    Args:
+        part: Coordinates [x1, y1, x2, y2, ...] in pixels.
+        size: Height and width of the image.
+    """
     numbers = all(isinstance(value, int | float) for value in part)
     if not numbers or len(part) < 6 or len(part) % 2:
         return False
@@ -90,9 +111,13 @@ def is_sound(part: list[float], size: tuple[int, int]) -> bool:
 
 
 def photo_size(path: Path) -> tuple[int, int]:
-    """Return height and width of a photo as a viewer shows it."""
+    """Return the height and width of an image after rotation by its EXIF orientation.
+
+    Args:
+        path: Path of the image.
+    """
     with Image.open(path) as image:
-        # Pillow has turned a TIFF itself.
+        # Pillow applies the orientation of a TIFF itself.
         turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size
     return (width, height) if turned else (height, width)
@@ -114,18 +139,18 @@ def draw(
     """Draw shapes over each other.
 
     Args:
-        shapes: In the file's order.
-        size: Height and width.
-        labels: The value of each class.
-        by_area: Whether smaller ones lie on larger ones; otherwise higher levels on lower ones, and
-            later ones on earlier ones.
+        shapes: Shapes in the order of the file.
+        size: Height and width of the image.
+        labels: Value of each class in the mask.
+        by_area: Whether smaller shapes cover larger ones. If False, higher levels cover lower ones,
+            and later shapes cover earlier ones.
 
     Returns:
-        np.ndarray: (H, W) uint8, 0 where there is none.
+        np.ndarray: (H, W) uint8, 0 for pixels without a shape.
 
     Raises:
         DataError: pycocotools is missing.
-        ValueError: An outline is not of this size.
+        ValueError: An outline does not fit the image size.
     """
     coco = _pycocotools()
     drawn = []
@@ -152,7 +177,14 @@ def draw(
 
 
 def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield photos by their path below a folder, first without extension, and then with it."""
+    """Yield the name and the path of each image in a folder.
+
+    A name is the path below the folder. All names without an extension come first, followed by all
+    names with an extension.
+
+    Args:
+        folder: Folder to search.
+    """
     photos = [
         (name, path)
         for name, path in visible_files(folder)

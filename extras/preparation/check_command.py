@@ -1,13 +1,14 @@
-"""Check a whole data set before training on it: every file decoded, every label counted.
+"""The check of a data set before training: every file is decoded, every label is counted.
 
     python data.py PATH                          # folders in ADE20K's layout, or MDS shards
-    python data.py my.yaml                       # folders as that describes them
-    python data.py FOLDER --suggest              # write the description of what is there
+    python data.py my.yaml                       # folders as described in the file
+    python data.py FOLDER --suggest              # write a description of the folder
     python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
     python data.py PATH --num-classes 11 --picture sheet.png
 
-The report has the sizes and classes, how fast the loader is here, what is odd but can be trained
-on, and what training would fail on. Exit status: 0 fine, 1 training would fail, 2 wrong arguments.
+The report shows the sizes, the classes and the speed of the loader on this machine. It lists
+oddities that do not stop training, and problems that do. The exit status is 0 if training would
+work, 1 if it would fail, and 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -49,25 +50,31 @@ from segmentation.drawing import sample_sheet
 log = logging.getLogger(__name__)
 
 SPEED_SECONDS, SPEED_BATCH = 5, 16
-SHOWN = 20  # findings of one kind
-TITLE = 60  # characters of a row's title, at most
+SHOWN = 20  # Number of similar findings to print.
+TITLE = 60  # Maximum number of characters in the title of a row.
 
-BuildDataspec = Callable[..., DataSpec]  # `data.build_ade20k_dataspec`
+BuildDataspec = Callable[..., DataSpec]  # The type of `data.build_ade20k_dataspec`.
 
 
 def measure_loader(
     build_dataspec: BuildDataspec, source: DataSource, samples: int
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """Measure how many training images a second the loader gives here, and return a batch.
+    """Measure the speed of the training loader on this machine, and return a batch.
+
+    Args:
+        build_dataspec: The function `data.build_ade20k_dataspec`.
+        source: The training split of the data set.
+        samples: Number of samples in the split.
 
     Returns:
-        The figures, and the first batch as the model gets it: images (N, H, W, 3) uint8 with
-        colours distorted, and class indices (N, H, W), -1 where ignored.
+        The measurements, and the first batch as the model gets it. The images are (N, H, W, 3)
+        uint8 with distorted colours. The class indices are (N, H, W), -1 for ignored pixels.
     """
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
-    warm = 1 + 2 * loader.num_workers  # batches that were under way before the clock started
+    # Batches that were already in progress when the clock started.
+    warm = 1 + 2 * loader.num_workers
     with contextlib.closing(batches(loader)) as given:
         for number, (image, target) in enumerate(given):
             if number == 0:
@@ -90,18 +97,31 @@ def measure_loader(
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Give a training loader's batches, epoch after epoch; closed, it ends the workers."""
+    """Yield the batches of a training loader, epoch after epoch.
+
+    When the generator is closed, the worker processes end.
+
+    Args:
+        loader: The training loader.
+    """
     sampler = cast(EpochSampler, loader.sampler)
     try:
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             yield from loader
     finally:
-        loader._iterator = None  # ends its workers; left to the garbage collector it takes 5 s each
+        # End the workers now. The garbage collector would take 5 s for each worker.
+        loader._iterator = None
 
 
 def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[str, Any]:
-    """Return a split's counts, sizes and class shares, ready for JSON."""
+    """Return a split's counts, sizes and class shares, ready for JSON.
+
+    Args:
+        tally: Counts of the split.
+        labels: Meaning of the labels.
+        classes: Names of the classes.
+    """
     sides = np.array(tally.sizes or [(0, 0)])
     area = sides.prod(1) / 1e6
     is_class = labels.classes()
@@ -133,7 +153,11 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Return the report as it is printed."""
+    """Return the report as text.
+
+    Args:
+        report: The report from `validate`.
+    """
     lines = [f"{report['path']}: {report['format']}, {report['num_classes']} classes", ""]
     if any(split["good_pairs"] for split in report["splits"].values()):
         lines += [*_size_table(report["splits"]), "", *_class_table(report["splits"]), ""]
@@ -151,7 +175,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    """Return the report's last line."""
+    """Return the last line of the report."""
     if report["problems"]:
         return "training would fail"
     classes = report["splits"]["train"]["classes"]
@@ -175,7 +199,7 @@ def _verdict(report: dict[str, Any]) -> str:
     if not missing:
         return line
     occurring = len(classes) - len(missing)
-    if report["described"]:  # the user has listed every label
+    if report["described"]:  # The user has listed every label.
         return line
     if occurring == 1 and classes[0]["label"] == 1:
         line += "; --no-ignore-background makes label 0 a class"
@@ -185,12 +209,17 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number of things in words."""
+    """Return a number with its noun, such as "2 images".
+
+    Args:
+        number: The number.
+        noun: The noun in the singular.
+    """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
-    """List findings, of those that differ in names and numbers only the first."""
+    """Yield the first findings of each type; similar findings differ only in names and numbers."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for finding in findings:
         kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])
@@ -202,7 +231,7 @@ def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _table(title: str, splits: dict[str, Any], rows: list[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table with a column for each split."""
+    """Return the lines of a table with one column per split."""
     align = ("left", *("right" for _ in splits))
     rows = [(title[:TITLE], *cells) for title, *cells in rows]
     table = tabulate(rows, (title, *splits), "plain", disable_numparse=True, colalign=align)
@@ -228,7 +257,7 @@ def _size_table(splits: dict[str, Any]) -> list[str]:
 
 
 def _class_table(splits: dict[str, Any]) -> list[str]:
-    """Shares of the classes: all of up to 20, otherwise the ten largest and five smallest."""
+    """Return a table of class shares: up to 20 classes, or the ten largest and five smallest."""
     by_split = [split["classes"] for split in splits.values()]
     rows: list[tuple[str, ...]] = [
         (
@@ -257,18 +286,18 @@ def validate(
     """Check a data set.
 
     Args:
-        build_dataspec: Builds the data whose loader is measured.
+        build_dataspec: Function that builds the data whose loader is measured.
         source: The training split of the data set.
-        class_names: See `classes.load_classes`.
-        workers: How many processes check; None: one for each core.
-        picture: File to draw a sheet of samples in.
-        own: Pictures that an earlier command drew, which are not of the data set.
+        class_names: Names of the classes; see `classes.load_classes`.
+        workers: Number of processes. If None, one process per core.
+        picture: Path of the picture with samples to draw, or None.
+        own: Pictures that earlier commands drew. They are not part of the data set.
 
     Returns:
-        The report, as `--json` prints it. `problems` is empty where training would work.
+        The report, as `--json` prints it. Its `problems` are empty if training would work.
 
     Raises:
-        DataError: There is no data set at `path` at all.
+        DataError: The path does not exist.
     """
     description, labels = source.description, source.labels
     is_described = description.built_in is None
@@ -276,7 +305,8 @@ def validate(
     classes = rename_classes(class_names, labels.num_classes, described, "the description")
     if "://" not in source.path and not Path(source.path).is_dir():
         raise DataError(f"there is no folder {source.path}")
-    if picture:  # may not be an image or a mask of the data set
+    # The picture must not overwrite an image or a mask of the data set.
+    if picture:
         check_outputs([picture], [] if source.shards else _sample_files(source))
         check_writable(picture)
     tallies = check(source, workers)
@@ -319,12 +349,12 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
     """Return the data set that a command line names.
 
     Args:
-        path: Folder in ADE20K's layout, a description, or folder or URL of MDS shards.
-        second: The root of a description, or the folder to keep shards in.
-        labels: The meaning of the masks, if nothing describes them.
+        path: Folder in ADE20K's layout, a description file, or folder or URL of MDS shards.
+        second: Root of a described data set, or local folder for shards.
+        labels: Meaning of the labels if no description exists.
 
     Raises:
-        DataError: It has no folder to keep shards in, or the store does not answer.
+        DataError: The local folder for shards is missing, or the store does not answer.
         ConfigError: The description is not valid.
     """
     if is_description(path):
@@ -340,7 +370,16 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
 
 
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
-    """Write a folder's description, by default in the working folder, and a picture beside it."""
+    """Write the description of a folder, and a picture beside it; return the exit status.
+
+    Args:
+        folder: Folder of the data set.
+        file: Path of the description. If None, a file in the working folder is written.
+        workers: Number of processes. If None, one process per core.
+
+    Raises:
+        DataError: The description cannot be made, or a file with that name exists.
+    """
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
     if not is_description(str(path)):
         raise DataError(f"{path}: the second argument is the description to write, a .yaml")
@@ -352,7 +391,8 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     write_image(path.with_suffix(".png"), sheet)
     try:
         write_file(path, text)
-    except BaseException:  # leave nothing behind, so that the same command can be given again
+    # Leave no file behind, so that the user can give the same command again.
+    except BaseException:
         path.with_suffix(".png").unlink()
         raise
     print(f"{text}\nwritten to {path}, and samples drawn in {path.with_suffix('.png')}")
@@ -360,16 +400,26 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
 
 
 def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
-    """Check a data set as the command line says; return the exit status."""
+    """Check a data set as the command line says.
+
+    Args:
+        arguments: Command-line arguments of data.py.
+        build_dataspec: The function `data.build_ade20k_dataspec`.
+
+    Returns:
+        The exit status.
+    """
     options = parse_data(arguments)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's just ends the process
+    # Composer's own handler of Ctrl-C ends the process at once.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:
         if options.suggest:
             return write_suggestion(options.path, options.local, options.workers)
         source = find_source(options.path, options.local, labels)
         drawn = []
-        if is_description(options.path):  # which --suggest writes with a picture
+        # `--suggest` writes a picture beside the description.
+        if is_description(options.path):
             drawn = [str(Path(options.path).with_suffix(".png"))]
         report = validate(
             build_dataspec, source, options.class_names, options.workers, options.picture, drawn

@@ -1,4 +1,4 @@
-"""The classes of a description: names for the values of masks, as lines of YAML."""
+"""The classes of a suggested description: names for the mask values, as lines of YAML."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dataset.paths import visible_files
 from errors import DataError
 from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
 
-RARE = 0.2  # share of the pixels below which black, white and 0 may stand for "ignored"
+RARE = 0.2  # Below this fraction of the pixels, black, white and 0 may mean "ignored".
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
-# Headings of a table of classes, and what is below them.
+# Column headings of class tables, and the contents of the columns.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
 _COLUMNS |= dict.fromkeys(
     ("name", "class", "label", "class name", "class_name", "category"), "name"
@@ -28,10 +28,17 @@ _COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "val
 
 
 def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
-    """Find a table that names colours or values, and return it with the file's name.
+    """Find a table that names colours or values.
 
-    Tables of `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt` are known. A
-    table of colours serves masks with a palette as well.
+    The formats of `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt` are
+    known. A table of colours also serves masks with a palette.
+
+    Args:
+        root: Folder of the data set.
+        values: Values of the masks.
+
+    Returns:
+        The names, and the file name of the table.
     """
     best: tuple[dict[int, str], str] = {}, ""
     needed = values.pixels.keys() - values.edges.keys()
@@ -49,10 +56,10 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names by colour and by value in a file, if it is such a table."""
+    """Return the names by colour and by value if the file is such a table."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
-    place: dict[str, int] = {}  # of the columns that a header names
+    place: dict[str, int] = {}  # Index of each column in the header.
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
         cells = _cells(line)
         lower = [cell.lower() for cell in cells]
@@ -60,7 +67,8 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
         if "name" in header and len(header) > 1 and not by_color and not by_value:
             place = header
             continue
-        cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())  # `road:128,64,128::`
+        # Example: `road:128,64,128::`
+        cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())
         if cvat:
             row = dict(zip(("name", "r", "g", "b"), cvat.groups()))
         elif place and max(place.values()) < len(cells):
@@ -79,19 +87,19 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _cells(line: str) -> list[str]:
-    """Split a line at the separator that it has."""
+    """Split a line at its separator."""
     for separator in ("\t", ";", ","):
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
             cells = [cell.strip() for cell in cells]
-            if separator == "\t":  # CamVid's: `64 128 64<tabs>Animal`
+            if separator == "\t":  # Example from CamVid: `64 128 64<tabs>Animal`
                 cells = [p for c in cells if c for p in (c.split() if c[0].isdigit() else [c])]
             return cells
     return [part for part in re.split(r"\s+(?=\d+(?:\s|$))|(?<=\d)\s+", line.strip()) if part]
 
 
 def _guess_columns(cells: list[str]) -> dict[str, str]:
-    """Return a row of a table without header: a name beside one number or three."""
+    """Return a row of a table without a header: a name beside one number or three numbers."""
     numbers = [n for n, cell in enumerate(cells) if cell.isascii() and cell.isdigit()]
     names = [n for n in range(len(cells)) if n not in numbers and cells[n]]
     if len(names) != 1 or cells[names[0]].startswith("#"):
@@ -105,8 +113,12 @@ def _guess_columns(cells: list[str]) -> dict[str, str]:
 def class_lines(root: Path, values: Values) -> list[str]:
     """Return the description's lines for `classes` and `ignore`.
 
+    Args:
+        root: Folder of the data set.
+        values: Values of the masks.
+
     Raises:
-        DataError: There are more classes than a network here can have.
+        DataError: There are too few or too many classes.
     """
     total = sum(values.pixels.values())
     names, table = find_names(root, values)
@@ -158,10 +170,10 @@ def class_lines(root: Path, values: Values) -> list[str]:
 
 
 def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
-    """Return the values that probably stand for "no class": rare ones that are black or white.
+    """Return the values that probably mean "no class": rare values that are black or white.
 
-    A table that names a value decides instead. 0 and 255 among grey levels that are not numbers of
-    classes, such as 0, 128 and 255, are classes.
+    A name in a table overrides the guess. In a set of grey levels that do not number classes, such
+    as 0, 128 and 255, the values 0 and 255 are classes.
     """
     pixels = {v: n for v, n in values.pixels.items() if v not in values.edges}
     total = sum(pixels.values())
@@ -187,12 +199,20 @@ def _label(value: int, in_colors: bool) -> int | list[int]:
 
 
 def quoted_name(name: str) -> str:
-    """Return a class name as YAML reads it back as text; plain words stay without quotes."""
+    """Quote a class name for YAML if necessary; plain words stay unquoted.
+
+    Args:
+        name: Name of the class.
+    """
     is_plain = re.fullmatch(r"[A-Za-z][\w ]*", name) and yaml.safe_load(f"{name}: 0") == {name: 0}
     return name if is_plain else quoted(name)
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotes, as YAML reads it back."""
-    # JSON's escapes differ from YAML's beyond 16 bits.
+    """Quote a string for YAML.
+
+    Args:
+        text: The string.
+    """
+    # JSON's escapes differ from YAML's for characters above U+FFFF, so PyYAML writes the string.
     return yaml.safe_dump(text, default_style='"', width=10**6, allow_unicode=True).strip()

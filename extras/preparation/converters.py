@@ -1,4 +1,4 @@
-"""Converters from labelling tools, COCO and Hugging Face to a data set that trains."""
+"""Converters from labelling tools, COCO and Hugging Face to a data set for training."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from files import explain_output, write_file
 
 BACKGROUND = "background"
 SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
-# Names that say that a value of a Hugging Face data set is no class.
+# Names in Hugging Face data sets for values that are not a class.
 IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
 MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
 
 
 class Converted(NamedTuple):
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
-        values: The value of each class in the masks, by its name, but for the background's.
-        notes: Lines to print, such as on images that were left out.
-        ignored: Values in the masks that are ignored.
+        values: Mask value of each class except the background, by name.
+        notes: Lines to print, for example about images that were left out.
+        ignored: Mask values that are ignored.
     """
 
     values: dict[str, int]
@@ -57,7 +57,12 @@ class Converted(NamedTuple):
 
 
 def link(photo: Path, target: Path) -> None:
-    """Put a photo into the data set, without a copy where that can be."""
+    """Link an image into the data set, or copy it if a link is not possible.
+
+    Args:
+        photo: Path of the image.
+        target: Path in the data set.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(photo.resolve(), target)
@@ -67,14 +72,28 @@ def link(photo: Path, target: Path) -> None:
 
 
 def write_mask(mask: np.ndarray, target: Path) -> None:
-    """Write a mask as a PNG."""
+    """Write a mask as a PNG.
+
+    Args:
+        mask: (H, W) labels.
+        target: Path of the PNG file.
+    """
     write_file(target, cv2.imencode(".png", mask)[1].tobytes())
 
 
 def draw_masks(
     jobs: list[tuple[Path, Annotated, Path]], values: dict[str, int], by_area: bool
 ) -> None:
-    """Draw the masks of some photos; each job is a photo, its shapes, and the mask's path."""
+    """Draw the masks of some images.
+
+    Args:
+        jobs: Path of the image, its shapes, and the path of the mask, for each image.
+        values: Mask value of each class.
+        by_area: Whether smaller shapes cover larger ones.
+
+    Raises:
+        DataError: An image cannot be read, or its shapes do not fit.
+    """
     for photo, annotated, target in jobs:
         try:
             size = photo_size(photo)
@@ -83,7 +102,7 @@ def draw_masks(
                     f"is {size[1]}x{size[0]}, its annotation of {annotated.size[::-1]}"
                 )
             shapes = annotated.shapes
-            if annotated.size is None:  # YOLO's are shares of the sides
+            if annotated.size is None:  # YOLO's coordinates are fractions of the sides.
                 scale = np.array(size[::-1], float)
                 shapes = [
                     shape._replace(
@@ -101,7 +120,15 @@ def draw_masks(
 
 
 def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
-    """Turn panoptic masks into those of classes; each job is a mask and where it goes."""
+    """Convert panoptic masks to masks of classes.
+
+    Args:
+        jobs: Path of the panoptic mask and path of the new mask, for each image.
+        masks: Decoder for the panoptic masks.
+
+    Raises:
+        DataError: A mask cannot be read.
+    """
     for mask, target in jobs:
         try:
             labels = masks.decode(mask.read_bytes(), str(mask))
@@ -111,9 +138,15 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
 
 
 def check_distinct(jobs: Iterable[tuple]) -> None:
-    """Raise DataError if two jobs, of an input first and a mask's path last, have one mask.
+    """Check that all jobs write different masks.
 
-    Upper case does not count, because some file systems ignore it.
+    The comparison ignores case, because some file systems do.
+
+    Args:
+        jobs: Tuples that start with the path of the input and end with the path of the mask.
+
+    Raises:
+        DataError: Two jobs would write the same mask.
     """
     inputs: dict[str, Path] = {}
     for first, *_, target in jobs:
@@ -123,10 +156,13 @@ def check_distinct(jobs: Iterable[tuple]) -> None:
 
 
 def read_names(path: str) -> list[str] | dict[int, str]:
-    """Return the names in a file: a name on each line, or those of YOLO's data.yaml.
+    """Return the class names in a file.
+
+    Args:
+        path: Text file with one name per line, or YOLO's data.yaml.
 
     Raises:
-        DataError: The file is not text, or a YAML without names.
+        DataError: The file is not text, or is a YAML file without names.
     """
     if path.lower().endswith((".yaml", ".yml")):
         with reading(Path(path)):
@@ -139,7 +175,15 @@ def read_names(path: str) -> list[str] | dict[int, str]:
 
 
 def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert a tool's files: of training, and of validation where there are any."""
+    """Convert the annotation files of training, and of validation if there are any.
+
+    Args:
+        options: Options of the command line.
+        out: Folder of the new data set.
+
+    Raises:
+        DataError: The annotations cannot be read or do not match the images.
+    """
     names = read_names(options.names) if options.names else None
     folders = {"train": Path(options.images), "val": Path(options.val_images or options.images)}
     found = {"train": read_annotations(options.source, names, folders["train"])}
@@ -182,10 +226,13 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
 
 
 def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
-    """Split annotations by the word in their paths, as in YOLO's labels/train and labels/val.
+    """Split annotations by a word in their paths, as in YOLO's labels/train and labels/val.
+
+    Args:
+        read: Annotations of all splits.
 
     Returns:
-        The splits, `train` alone unless there are both, and notes on what belongs to neither.
+        The splits, or only `train` unless both exist, and notes on images that belong to neither.
     """
     groups: dict[str | None, list[Annotated]] = {}
     for annotated in read.photos:
@@ -204,10 +251,13 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
 
 
 def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
-    """Return a function from the name of an image in annotations to its path below a folder.
+    """Return a function that finds an image of the annotations in a folder, by name.
 
-    Raises (the function):
-        DataError: There is no such image, or there are several.
+    The function raises DataError if no image or several images have the name.
+
+    Args:
+        images: Folder of the images.
+        source: Name of the annotations, for errors.
     """
     photos = dict(find_photos(images))
     by_parts: dict[str, set[Path]] = {}
@@ -232,13 +282,21 @@ def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
 
 
 def _without_kind(name: str) -> str:
-    """Return a path without the folders that tell images from labels."""
+    """Return a path without folders such as `images` and `labels`."""
     parts = [part for part in Path(name).parts if part not in ("images", "labels", "photos", ".")]
     return "/".join(parts)
 
 
 def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert COCO's panoptic JSON and PNGs."""
+    """Convert panoptic JSON and PNG files of COCO.
+
+    Args:
+        options: Options of the command line.
+        out: Folder of the new data set.
+
+    Raises:
+        DataError: A file cannot be read, or an image is missing.
+    """
     tasks, values, categories = [], {}, {}
     for split in ("train", "val") if options.val_source else ("train",):
         source = Path(options.source if split == "train" else options.val_source)
@@ -266,7 +324,15 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
 
 
 def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert a data set of Hugging Face's, or one of that form in a folder."""
+    """Convert a data set of Hugging Face, or a local folder in that format.
+
+    Args:
+        options: Options of the command line.
+        out: Folder of the new data set.
+
+    Raises:
+        DataError: The data set cannot be loaded, or its columns or names are ambiguous.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -275,12 +341,13 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     try:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
         found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # the library raises what its many parts do
+    except Exception as error:  # The library raises exceptions of many types.
         raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
     found = found if isinstance(found, dict) else {"train": found}
     names, notes = _names(name, options.names), []
     pixels: dict[int, int] = {}
-    written: dict[str, int] = {}  # rows by the split that they go to, which two may share
+    # Number of rows written to each split. Two source splits may share one.
+    written: dict[str, int] = {}
     for key, rows in found.items():
         split = str(key)
         if split not in SPLITS or (split == "test" and len(found) > 2):
@@ -320,7 +387,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
 
 
 def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
-    """Return the names of the columns of photos and masks."""
+    """Return the names of the columns of images and masks."""
     if options.columns:
         photo, _, mask = options.columns.partition(",")
         return photo, mask
@@ -338,7 +405,10 @@ def _content(cell: dict[str, Any]) -> bytes:
 
 
 def _names(name: str, file: str | None) -> dict[int, str]:
-    """Return the name of each value: a name a line, or id2label.json as Hugging Face has it."""
+    """Return the name of each value, from a file with one name per line or from id2label.json.
+
+    id2label.json is Hugging Face's format.
+    """
     if file and not file.endswith(".json"):
         return by_number(read_names(file))
     path = Path(file or Path(name, "id2label.json"))
@@ -348,10 +418,10 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # the hub's client passes on those of the network
+        except Exception as error:  # The hub's client passes on exceptions of the network.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
-                return {}  # it has none, and numbers have to do
+                return {}  # The data set has no names, so its classes get numbers.
             raise DataError(
                 f"{name}: cannot fetch id2label.json, the names of its classes "
                 f"({one_line(error)[:160]}); try again, or give --names"

@@ -1,4 +1,4 @@
-"""Paths of images and masks, taken apart into what names a split, a sample and a kind."""
+"""A parser for paths of images and masks: split, sample name and file type."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ WORDS = {
     "test": ("testing", "test", "tst", "ts"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-MARK = "\0"  # stands for the split's word
-# A hash, a number, a word (of camel case, too), a split's word in `trainannot` or `imagestrain`, or
-# any other character.
+MARK = "\0"  # Placeholder for the word that names the split.
+# A token is a hash, a number, a word (also within camel case), the word of a split as in
+# `trainannot` or `imagestrain`, or any other character.
 TOKEN = re.compile(
     r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
     r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
@@ -31,12 +31,15 @@ TOKEN = re.compile(
 SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
-MOST_VALUES = 1000  # values of a mask that is still one
-SAMPLED = 150  # files whose partners are looked for
+MOST_VALUES = 1000  # Maximum number of different values in a mask.
+SAMPLED = 150  # Maximum number of files whose partners are searched.
 
 
 class Picture(NamedTuple):
-    """A picture file, its path taken apart; `dirs` and `stem` hold MARK for the split's word."""
+    """An image or mask file with its parsed path.
+
+    In `dirs` and `stem`, MARK replaces the word that names the split.
+    """
 
     path: Path
     dirs: tuple[str, ...]
@@ -46,24 +49,31 @@ class Picture(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The images or the masks of a layout: `before/{dir}/after/{head}{stem}{tail}{suffix}`.
+    """The path pattern of a layout's images or masks.
 
-    If all files have one name, such as `label.png`, that is `head`, and folders tell them apart.
+    The pattern is `before/{dir}/after/{head}{stem}{tail}{suffix}`.
+
+    If all files have the same name, such as `label.png`, then `head` is that name, and the files
+    differ only in their folders.
     """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
-    deep: bool  # whether there are folders between `before` and `after`
+    deep: bool  # Whether there are folders between `before` and `after`.
     head: str
     tail: str
-    suffix: str  # "" is any
+    suffix: str  # An empty suffix matches every extension.
     has_stem: bool = True
 
     def template(self, word: str) -> str:
-        """Return the template of a split's paths, given the split's word."""
+        """Return the template for the paths of a split.
+
+        Args:
+            word: Word that names the split.
+        """
         suffix = self.suffix
         if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
-            suffix = ".*"  # a tail such as `.rf` would be taken for the extension
+            suffix = ".*"  # A tail such as `.rf` would be mistaken for the extension.
         middle = ["{dir}"] if self.deep else []
         name = f"{self.head}{{stem}}{self.tail}{suffix}"
         if not self.has_stem:
@@ -71,12 +81,12 @@ class Side(NamedTuple):
         return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
 
     def words(self) -> list[str]:
-        """Return the words of the fixed text in lower case."""
+        """Return the lower-case words of the fixed text."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return [word.lower() for word in TOKEN.findall(text)]
 
     def version(self) -> int:
-        """Return the highest number after a `v` in the fixed text, 0 without one."""
+        """Return the highest number after a `v` in the fixed text, or 0."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
 
@@ -88,14 +98,14 @@ class Layout(NamedTuple):
     """A way to pair images and masks.
 
     Attributes:
-        images: The images' paths.
-        masks: The masks' paths.
+        images: Path pattern of the images.
+        masks: Path pattern of the masks.
         pairs: Images and masks of the splits in `words`.
-        words: The words of each split in the paths of images and of masks. Without splits the only
-            key is `train`.
-        covered: Number of pairs, those of a test split included.
-        alone: Number of images that fit but have no mask.
-        twice: Number of files that fit but have the name of another one.
+        words: Words that name each split, in the paths of images and of masks. Without splits, the
+            only key is `train`.
+        covered: Number of pairs, including the pairs of a test split.
+        alone: Number of matching images without a mask.
+        twice: Number of matching files whose name another file already has.
     """
 
     images: Side
@@ -118,14 +128,18 @@ class Look(NamedTuple):
 
 @functools.lru_cache(100_000)
 def look_at(path: Path) -> Look:
-    """Tell whether a picture's pixels look like labels: few values, in areas."""
+    """Return a summary of a file's pixels, which look like labels if they form areas of few values.
+
+    Args:
+        path: Path of the file.
+    """
     try:
         with Image.open(path) as image:
             is_grey = image.mode in ("L", "LA", "P", "1", "I;16", "I")
             pixels = np.array(image)
-    except Exception as error:  # Pillow's plugins raise what they like
+    except Exception as error:  # Pillow's plugins raise exceptions of any type.
         return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
-    if pixels.ndim == 3:  # grey and alpha, or colours
+    if pixels.ndim == 3:  # The pixels are grey with alpha, or colours.
         colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
         pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
     same = (pixels[:, 1:] == pixels[:, :-1]).mean() if pixels.shape[1] > 1 else 1.0
@@ -135,14 +149,17 @@ def look_at(path: Path) -> Look:
 
 
 def is_lossy_mask(path: Path) -> bool:
-    """Tell whether a picture looks like a mask that lossy compression has changed.
+    """Return whether a file looks like a mask that lossy compression has changed.
 
-    Nearly all pixels are close to one of a few values, and so are their neighbours.
+    Nearly all pixels of such a mask are close to one of a few values, and so are their neighbours.
+
+    Args:
+        path: Path of the file.
     """
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB")).astype(np.int32)
-    except Exception:  # Pillow's plugins raise what they like
+    except Exception:  # Pillow's plugins raise exceptions of any type.
         return False
     coarse = (pixels + 8) // 16 @ np.array([1, 17, 289])
     counts = np.sort(np.unique(coarse, return_counts=True)[1])[::-1]
@@ -151,7 +168,14 @@ def is_lossy_mask(path: Path) -> bool:
 
 
 def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
-    """Take a path apart; look for the split's word in `folders`, and else in `names`."""
+    """Parse a path.
+
+    Args:
+        root: Folder of the data set.
+        path: Path of the file.
+        splits_in: Places to search for the word that names the split, in this order: `folders`,
+            `names`.
+    """
     dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
     if "folders" in splits_in:
         whole = [place for place, part in enumerate(dirs) if part.lower() in SPLIT_OF]
@@ -171,9 +195,13 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
 
 
 def stem_cores(stem: str) -> list[str]:
-    """Return the parts of a name that an image and its mask may have in common.
+    """Return the parts of a file name that an image and its mask may have in common.
 
-    Those with digits come first, as numbers tell files apart; the longest are first among equals.
+    Parts with digits come first, because numbers identify files. Longer parts come before shorter
+    ones.
+
+    Args:
+        stem: File name without its extension.
     """
     starts = [match.start() for match in TOKEN.finditer(stem)]
     ends = [*starts[1:], len(stem)]
@@ -186,17 +214,29 @@ def stem_cores(stem: str) -> list[str]:
 
 
 def split_of(picture: Picture) -> str:
-    """Return the split that a picture's path names, or an empty string."""
+    """Return the split that a file's path names, or an empty string.
+
+    Args:
+        picture: The parsed file.
+    """
     return SPLIT_OF[picture.split.lower()] if picture.split else ""
 
 
 def without_numbers(name: str) -> str:
-    """Return a name with each number or hash as 0: equal for names of one kind."""
+    """Return a name with each number or hash replaced by 0, so that similar names compare equal.
+
+    Args:
+        name: The name.
+    """
     return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", name)
 
 
 def sample_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Return files of every kind of path, and others evenly."""
+    """Return a sample: one file for each type of path, and others at equal intervals.
+
+    Args:
+        pictures: All files.
+    """
     kinds: dict[tuple, Picture] = {}
     for picture in pictures:
         path = "/".join([*picture.dirs, picture.stem])

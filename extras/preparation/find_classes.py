@@ -1,4 +1,4 @@
-"""Find what the masks of a folder hold: their values, and how to read them."""
+"""An analysis of a folder's masks: their values, and the way to read them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dataset.workers import chunked, map_chunks
 from errors import DataError
 
 MOST_CLASSES = IGNORED - 1
-MOST_VALUES = 4000  # different values in all masks
-# Nearly all pixels of a suspected edge lie on thin lines, between the values around them. Either it
-# is in few files and covers next to nothing, or there are many such values, as in masks that were
-# all blurred, and together they cover little.
+MOST_VALUES = 4000  # Maximum number of different values in all masks.
+# Thresholds for values that blurred edges produce. Nearly all pixels of such a value lie on thin
+# lines, between the values around them. Either the value occurs in few files and covers almost
+# nothing, or there are many such values that together cover little, because all masks were blurred.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-EDGE_SHARE_OF_FILE = 0.05  # only for speed: a larger value is not examined
+EDGE_SHARE_OF_FILE = 0.05  # For speed, larger values are not examined.
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 
 
@@ -33,12 +33,12 @@ class FileValues(NamedTuple):
     """The values of one mask.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         kind: `bit`, `grey`, `palette` or `color`.
-        values: Number of pixels of each value, of those on thin lines, and of those that lie
-            between the values around as well.
-        palette: The packed colour of each index in use.
-        error: Why the file cannot be read, or "".
+        values: Three pixel counts for each value: all pixels, pixels on thin lines, and pixels on
+            thin lines that lie between the values around them.
+        palette: Packed colour of each palette index in use.
+        error: Reason why the file cannot be read, or "".
     """
 
     path: str
@@ -49,14 +49,14 @@ class FileValues(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The values of all masks, and how to read them.
+    """The values of all masks, and the way to read them.
 
     Attributes:
-        in_colors: Whether values are packed colours.
+        in_colors: Whether the values are packed colours.
         pixels: Number of pixels of each value.
-        edges: The files with each suspected edge.
-        colors: The colour that palettes show each value in.
-        same: Values with the same meaning as another one, which they map to.
+        edges: Files with each value that probably comes from a blurred edge.
+        colors: Palette colour of each value.
+        same: Values with the same meaning as another value, to which they map.
         notes: Comments for the description.
     """
 
@@ -69,7 +69,11 @@ class Values(NamedTuple):
 
 
 def read_values(paths: list[str]) -> list[FileValues]:
-    """Read the values of masks."""
+    """Read the values of masks.
+
+    Args:
+        paths: Paths of the masks.
+    """
     return [_read_file(path) for path in paths]
 
 
@@ -101,7 +105,7 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Count the pixels of rare values on thin lines, and those between the values around as well.
+    """Count the pixels of rare values on thin lines, in total and between the values around them.
 
     A pixel is on a thin line if one of its four neighbours has another value.
     """
@@ -118,7 +122,7 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    # A blurred edge has a value between its neighbours' in one channel at least.
+    # On a blurred edge, the value of at least one channel lies between those of its neighbours.
     between = np.zeros(mask.shape, bool)
     kernel = np.ones((7, 7), np.uint8)
     for channel in channels:
@@ -132,8 +136,12 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
 def count_values(paths: list[str], workers: int) -> Values:
     """Count the values of all masks and decide how to read them.
 
+    Args:
+        paths: Paths of the masks.
+        workers: Number of processes.
+
     Raises:
-        DataError: Masks cannot be read, differ in kind, or hold too many values or only one.
+        DataError: Masks cannot be read, differ in type, or hold too many values or only one.
     """
     chunks = [(part,) for part in chunked(paths)]
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
@@ -181,7 +189,7 @@ def _suspect_edges(
         edges = set(many)
     else:
         edges = {v for v in thin if share[v] < EDGE_SHARE and len(where[v]) <= most}
-    # In masks with several such values, sharpening and rounding leave others like them.
+    # Masks with several such values also contain similar values from sharpening and rounding.
     blurred = {f.path for f in files if len(edges & f.values.keys()) >= EDGE_VALUES // 2}
     return edges | {
         value
@@ -204,7 +212,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
             f"{paths[0]} and the other masks hold {classes} {what}, and a class is told from "
             "another by two or more"
         )
-    # Two values of these may turn out to be ignored.
+    # Up to two of the values may be ignored later.
     if classes > MOST_CLASSES + 2:
         raise DataError(
             f"{paths[0]} and the other masks hold {classes} {what}, and {MOST_CLASSES} classes are "
@@ -213,7 +221,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
 
 
 def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:
-    """Return the values as they are to be read, whether they are colours, and comments."""
+    """Return the values in the form to read them, whether they are colours, and comments."""
     by_kind = {file.kind: file for file in reversed(files)}
     if "color" in by_kind and len(by_kind) > 1:
         other = next(file for kind, file in by_kind.items() if kind != "color")
@@ -247,10 +255,10 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
 def _read_palettes(
     files: list[FileValues], value: int, first: str, second: str, kinds: set[str]
 ) -> tuple[list[FileValues], bool, list[str]]:
-    """Read palettes that differ by colour, if the colours recur.
+    """Read masks with different palettes by colour, if the colours recur.
 
     Raises:
-        DataError: They do not, or some masks have no palette.
+        DataError: The colours do not recur, or some masks have no palette.
     """
     differ = f"{first} and {second} show value {value} in different colours"
     uses = Counter(color for file in files for color in set(file.palette.values()))
@@ -263,7 +271,7 @@ def _read_palettes(
 
 
 def _by_color(file: FileValues) -> FileValues:
-    """Return a file's values as the colours that they are shown in."""
+    """Return the values of a file as the colours that they are displayed in."""
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()
@@ -287,7 +295,11 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Return the first five of some names, and how many more there are."""
+    """Return the first five names, and the number of further names.
+
+    Args:
+        items: Names to list.
+    """
     items = list(items)
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return ", ".join(map(str, items[:5])) + more

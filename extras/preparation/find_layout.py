@@ -1,8 +1,9 @@
-"""Find which images and masks below a folder belong together, by their names and pixels.
+"""A search for the images and masks in a folder that belong together, by names and pixels.
 
-Every way to read the names is tried: which folder or word is the split, which folders are part of
-the name, and which words at a name's start and end only say what the file is. The layout that pairs
-the most images wins. A layout becomes templates of `dataset.matching`.
+The search tries every way to read the names. The ways differ in the folder or word that names the
+split, in the folders that are part of a sample's name, and in the words at the start and end of a
+file name that only say what the file is. The layout that pairs the most images wins. A layout
+becomes templates of `dataset.matching`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# Words of masks that tell objects apart rather than classes, and of outdated folders.
+# Words in paths that hint at masks of objects instead of classes, and at outdated folders.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
-CANDIDATES = 60  # layouts that are tried on all files
-LOOKED_AT = 7  # files of a kind whose pixels tell images from masks
+CANDIDATES = 60  # Number of layouts that are tried on all files.
+LOOKED_AT = 7  # Number of files whose pixels are read to tell images from masks.
 
 
-# Paths
+# Path patterns
 
 
 def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Side, Side]]:
-    """Return pairs of path patterns that a sample of the names suggests, likeliest first."""
+    """Return pairs of path patterns that fit a sample of the names, most likely first."""
     by_core: dict[str, list[Picture]] = defaultdict(list)
     for image in sample_pictures(pictures):
         if image.suffix.lower() in IMAGE_SUFFIXES:
             for core in stem_cores(image.stem):
                 by_core[core].append(image)
-    # Keep a few masks of each kind of path: those with the longest part in common with an image.
+    # For each type of path, keep the few masks that share the longest part of their name with an
+    # image.
     kinds: dict[tuple, list[tuple[float, Picture]]] = defaultdict(list)
     for mask in pictures:
         if mask.suffix.lower() in mask_suffixes:
@@ -68,7 +70,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     ]
     votes: Counter[tuple[Side, Side]] = Counter()
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
-        # An image and a mask have their longest common part in common.
+        # An image and a mask are compared by the longest common part of their names.
         patterns, seen = set(), set()
         for core in stem_cores(mask.stem):
             images = _others(by_core, core, mask)
@@ -82,19 +84,20 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
 
 
 def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
-    """Return other files of the same split whose names hold a mask's core."""
+    """Return other files of the same split whose names contain a part of the mask's name."""
     split = split_of(mask)
     return [i for i in by_core.get(core, ()) if i.path != mask.path and split_of(i) == split]
 
 
 def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]]:
-    """Return what the paths of an image and its mask are patterns of, given their common name."""
+    """Return the path patterns of an image and its mask, given the common part of their names."""
     core = core.strip("_-. ") or core
     ends = []
     for stem in (image.stem, mask.stem):
         head, _, tail = stem.partition(core)
         ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
-    # Equal folders may be part of the name: none of them, or one run of equal folders.
+    # Folders that are equal in both paths may be part of the sample's name. Try none of them, and
+    # each run of equal folders.
     runs = [(len(image.dirs), len(mask.dirs), 0)]
     for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
         same = [MARK not in part for part in image.dirs[a : a + size]]
@@ -112,13 +115,14 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
             ]
             if sides[0] != sides[1]:
                 patterns.add((sides[0], sides[1]))
-                if sides[1].tail == image.suffix and not sides[0].suffix:  # `x.jpg`, `x.jpg.png`
+                # The image may be `x.jpg` and its mask `x.jpg.png`.
+                if sides[1].tail == image.suffix and not sides[0].suffix:
                     patterns.add((sides[0], sides[1]._replace(tail=".*")))
     return patterns
 
 
 def _fixed_names(pictures: list[Picture]) -> Counter[tuple[Side, Side]]:
-    """Return patterns of folders that hold one image and its masks, under names that recur."""
+    """Return patterns for folders that each hold one image and its masks, under recurring names."""
     folders: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
     for picture in pictures:
         folders[picture.dirs].append(picture)
@@ -138,7 +142,7 @@ Groups = dict[tuple[tuple[str, ...], str], list[Picture]]
 
 
 def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, Picture], int]:
-    """Return the files that fit, by split, folders and name, and how many names come again."""
+    """Return the matching files by split, folders and name, and the number of duplicate names."""
     named: dict[Key, Picture] = {}
     twice, fixed = 0, len(side.before) + len(side.after)
     wild = "*" in side.head + side.tail
@@ -174,7 +178,7 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
 
 
 def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> Layout | None:
-    """Pair all files by two patterns; None if that pairs none."""
+    """Pair all files by two patterns; return None if there is no pair."""
     masks, masks_twice = _fitting(sides[1], groups, mask_suffixes)
     paths = {mask.path for mask in masks.values()}
     images, images_twice = _fitting(sides[0], groups, IMAGE_SUFFIXES)
@@ -182,7 +186,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     pairs = [(image, masks[key]) for key, image in images.items() if key in masks]
     if not pairs:
         return None
-    # A template has one word for a split: the most frequent one.
+    # A template can have only one word for a split, so the most frequent word is used.
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
@@ -202,7 +206,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
 
 
 def _tightened(layout: Layout) -> Layout:
-    """Write out the folders that all pairs have in common instead of `{dir}`."""
+    """Write out the folders that all pairs have in common, instead of `{dir}`."""
     if not layout.images.deep:
         return layout
     image = layout.images
@@ -212,7 +216,8 @@ def _tightened(layout: Layout) -> Layout:
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
     if not image.has_stem:
-        shared = min(shared, min(map(len, middles)) - 1)  # `{name}` stands for a folder at least
+        # The placeholder `{name}` stands for at least one folder.
+        shared = min(shared, min(map(len, middles)) - 1)
     deep = any(len(middle) > shared for middle in middles)
     sides = [
         side._replace(before=side.before + first[:shared], deep=deep)
@@ -222,7 +227,7 @@ def _tightened(layout: Layout) -> Layout:
 
 
 def _holds_copies(layout: Layout) -> bool:
-    """Tell whether folders of the name hold the same images again, as versions of a data set do."""
+    """Return whether different folders hold the same images, as versions of a data set do."""
     if not layout.images.deep:
         return False
     by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -235,23 +240,24 @@ def _holds_copies(layout: Layout) -> bool:
     return all(len({path.read_bytes() for path in paths[:2]}) == 1 for paths in sample)
 
 
-# The choice
+# Choice of the layout
 
 
 class Search(NamedTuple):
-    """The best layout, and what else could have been chosen."""
+    """The best layout, and alternatives to it."""
 
     layout: Layout
-    others: list[Layout]  # which pair as many
+    others: list[Layout]  # Layouts that pair as many images.
 
 
 def _rank(layout: Layout, most: int) -> tuple:
-    """Return what makes one layout better than another, the most important first."""
+    """Return the criteria that rank a layout, the most important first."""
     images, masks = layout.images, layout.masks
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
     many = 2 * layout.covered >= most
-    # In names, train may be a class beside car: nearly all names have to have a split's word.
+    # In a file name, "train" may be a class beside "car". So nearly all names must contain the word
+    # of a split.
     in_names = any(MARK in side.head + side.tail for side in (images, masks))
     are_splits = layout.covered >= (0.8 if in_names else 0.5) * most
     return (
@@ -260,7 +266,7 @@ def _rank(layout: Layout, most: int) -> tuple:
         are_splits and len(layout.words) > 1,
         layout.covered,
         -layout.alone,
-        all(look.is_grey for look in looks),  # labels rather than their colours
+        all(look.is_grey for look in looks),  # Grey masks hold labels rather than colours.
         not OUTDATED & {*images.words(), *masks.words()},
         sum(colored),
         masks.version() + images.version(),
@@ -278,7 +284,7 @@ def _evenly(pictures: Iterable[Picture]) -> list[Path]:
 
 
 def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Layout]:
-    """Return all layouts that pair anything, judged by names alone."""
+    """Return all layouts that give at least one pair, by names alone."""
     layouts, seen = [], set()
     for splits_in in (("folders", "names"), ("folders",), ()):
         pictures = [take_apart(root, path, splits_in) for path in paths]
@@ -292,12 +298,12 @@ def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Lay
         found = [_try(s, groups, mask_suffixes) for s in _propose(pictures, mask_suffixes)]
         layouts += [layout for layout in found if layout]
         if any(2 * len(x.pairs) == len(paths) and len(x.words) > 1 for x in layouts):
-            break  # every file is used, and the splits are known
+            break  # Every file is used, and the splits are known.
     return layouts
 
 
 def _has_masks(layout: Layout) -> bool:
-    """Tell whether the pixels of a layout's files are those of images and masks."""
+    """Return whether the pixels of a layout's files look like images and masks."""
     masks = [look_at(path) for path in _evenly(b for _, b in layout.pairs)]
     masks = [look for look in masks if not look.error]
     images = [look_at(path) for path in _evenly(a for a, _ in layout.pairs)]
@@ -306,9 +312,14 @@ def _has_masks(layout: Layout) -> bool:
 
 
 def search_layout(root: Path, paths: list[Path]) -> Search | None:
-    """Find the layout that pairs the most images; None if no mask belongs to an image."""
+    """Return the layout that pairs the most images, or None if no mask belongs to an image.
+
+    Args:
+        root: Folder of the data set.
+        paths: Paths of all images and masks.
+    """
     layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
-    # A single pair among several files is chance.
+    # A single pair among several files is a coincidence.
     layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:
@@ -316,7 +327,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
     most = max(layout.covered for layout in layouts)
     layouts.sort(key=lambda layout: _rank(layout, most), reverse=True)
     best = layouts[0]
-    # Others give the same images other masks.
+    # Alternatives assign other masks to the same images.
     chosen = {image.path: mask.path for image, mask in best.pairs}
     others: dict[Path, Layout] = {}
     for layout in layouts[1:]:
@@ -327,7 +338,12 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
 
 
 def explain_failure(root: Path, paths: list[Path]) -> str:
-    """Return why no mask belongs to an image, as far as it can be known."""
+    """Return the reason why no mask belongs to an image, as far as it is known.
+
+    Args:
+        root: Folder of the data set.
+        paths: Paths of all images and masks.
+    """
     for layout in sorted(_layouts(root, paths, IMAGE_SUFFIXES | MASK_SUFFIXES), key=_not_covered):
         masks = [mask.path for _, mask in layout.pairs]
         sample = _evenly(mask for _, mask in layout.pairs)
@@ -363,7 +379,10 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 
 
 def _not_covered(layout: Layout) -> tuple:
-    """Sort by coverage; the masks are rather on the side that has words of its own."""
+    """Return a sort key for layouts: coverage first, then the words in the paths of the masks.
+
+    The masks are more likely on the side with words such as `label`.
+    """
     hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
     hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}
     return (-layout.covered, not hints & set(layout.masks.words()))

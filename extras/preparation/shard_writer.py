@@ -1,4 +1,4 @@
-"""Write, upload and verify the MDS shards of a split."""
+"""A writer that writes, uploads and verifies the MDS shards of a split."""
 
 from __future__ import annotations
 
@@ -28,32 +28,39 @@ from files import explain_output, write_file
 log = logging.getLogger(__name__)
 
 COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
-UPLOAD_ATTEMPTS = 6  # with waits of 1, 2, 4, ... s: half a minute
+UPLOAD_ATTEMPTS = 6  # The pauses of 1, 2, 4, ... seconds add up to half a minute.
 
 
 class Mismatch(DataError):
-    """What is at --out is whole, but not what was to be written there."""
+    """An error for a complete data set at --out that differs from the data set to be written."""
 
 
 class Target(NamedTuple):
-    """Where a split's shards go, and how."""
+    """The destination and the options of a split's shards."""
 
-    folder: str  # where they are written; of a remote one, where they wait to be uploaded
+    # Folder in which shards are written. If the destination is remote, they wait here for upload.
+    folder: str
     remote: str | None
     compression: str | None
     hashes: list[str]
     size_limit: int
     workers: int
-    masks: Masks | None = None  # of a described data set, whose labels are merged in the shards
+    # Decoder of a described data set, whose labels are merged in the shards.
+    masks: Masks | None = None
 
     @property
     def done(self) -> Path:
-        """The notes on shards that are finished."""
+        """The folder with notes on finished shards."""
         return Path(self.folder, ".finished")
 
 
 def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
-    """Group samples into shards, in order: as many per shard as stay under `size_limit` bytes."""
+    """Group samples into shards, in order, with as many per shard as the limit allows.
+
+    Args:
+        samples: Samples of the split.
+        size_limit: Maximum size of a shard in bytes.
+    """
     shards: list[list[Sample]] = []
     used = size_limit
     for sample in samples:
@@ -67,20 +74,25 @@ def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
 
 
 def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str, Any]:
-    """Write (and uploads) a shard, unless a run before this one did.
+    """Write and upload a shard, unless an earlier run has finished it.
+
+    Args:
+        samples: Samples of the shard.
+        number: Number of the shard.
+        target: Destination and options.
 
     Returns:
-        Its entry in `index.json`.
+        The entry of the shard in `index.json`.
 
     Raises:
-        DataError: A file cannot be read or decoded, or a photo and its mask differ in size.
+        DataError: A file cannot be read or decoded, or an image and its mask differ in size.
     """
     note, inputs = target.done / f"{number:05}.json", _inputs(samples, target)
     if note.exists():
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-        # A run with other options wrote it; its name may differ.
+        # A run with other options wrote the shard, perhaps under another name.
         _remove_shard(target, finished["entry"])
     final = Path(target.folder, f"shard.{number:05}.mds")
     with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
@@ -100,7 +112,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # This note says that the shard is ours, should the run end before it is finished.
+        # The note marks the shard as this program's, in case the run ends before the shard is
+        # finished.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:
@@ -119,7 +132,7 @@ def _name(number: int, written: str) -> str:
 
 
 def _inputs(samples: list[Sample], target: Target) -> str:
-    """Return what changes when a file or an option does that the shard depends on."""
+    """Return a fingerprint of the files and options that the shard depends on."""
     files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     rule = [] if target.masks is None else sorted(target.masks.values.items())
@@ -128,9 +141,9 @@ def _inputs(samples: list[Sample], target: Target) -> str:
 
 
 def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
-    """Return a sample's two files, which must be what training can use.
+    """Return the image and mask files of a sample, after checking that training can use them.
 
-    A mask of a described data set becomes one of labels: 0 is ignored, k is class k - 1.
+    A mask of a described data set is converted to labels: 0 is ignored, k is class k - 1.
     """
     try:
         photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
@@ -149,7 +162,15 @@ def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
 
 
 def upload(target: Target, name: str) -> None:
-    """Upload a file of the folder, and removes it there; DataError where the store refuses."""
+    """Upload a file of the folder, and remove the local copy.
+
+    Args:
+        target: Destination and options.
+        name: Name of the file.
+
+    Raises:
+        DataError: The store rejects the file or does not answer.
+    """
     try:
         _uploader(os.getpid(), target.folder, target.remote).upload_file(name)
     except Exception as error:
@@ -158,21 +179,30 @@ def upload(target: Target, name: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
-    """One for each process: forked ones must not share a connection."""
+    """Return the uploader of a process, because forked processes must not share a connection."""
     return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
 
 
 def verify_shard(
     samples: list[Sample], number: int, out: str, cache: str, split: str, target: Target
 ) -> str | None:
-    """Read a shard back through Streaming and compares it with the files of its samples.
+    """Read a shard back through Streaming and compare it with the files of its samples.
+
+    If the shard is wrong, its note is removed, so that the next run writes it again.
+
+    Args:
+        samples: Samples of the shard.
+        number: Number of the shard.
+        out: Folder or URL of the data set.
+        cache: Folder for downloaded shards.
+        split: Name of the split.
+        target: Destination and options.
 
     Returns:
-        What is wrong with it, None if nothing is. The note on a shard that is wrong is removed, so
-        that the next run writes it again.
+        A description of the problem, or None.
 
     Raises:
-        Mismatch: It is whole, but holds something else.
+        Mismatch: The shard is complete but holds other samples.
     """
     shards = cached_shards(out, cache, split)
     name = shards.shards[number].raw_data.basename
@@ -194,7 +224,18 @@ def verify_shard(
 
 
 def convert_split(samples: list[Sample], out: str, split: str, target: Target) -> None:
-    """Write a split's shards, verifies them, and then writes their index."""
+    """Write the shards of a split, verify them, and then write their index.
+
+    Args:
+        samples: Samples of the split.
+        out: Folder or URL of the data set.
+        split: Name of the split.
+        target: Destination and options.
+
+    Raises:
+        DataError: A file is unusable, the shards are wrong, or the destination holds another data
+            set.
+    """
     with tempfile.TemporaryDirectory() as cache:
         index = Path(cache, split, "index.json")
         index.parent.mkdir()
@@ -211,12 +252,13 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
         entries = _write_shards(samples, split, target)
         _write(index, {"version": 2, "shards": entries})
         _verify(samples, out, cache, split, target)
-    # What makes the shards a data set comes last.
+    # Write index.json last, because it marks the split as complete.
     _write(Path(target.folder, "index.json"), {"version": 2, "shards": entries})
     if target.remote:
         upload(target, "index.json")
     for note in target.done.glob("*.json"):
-        if int(note.stem) >= len(entries):  # an interrupted run with other options had more shards
+        # An interrupted run with other options wrote more shards.
+        if int(note.stem) >= len(entries):
             _remove_shard(target, json.loads(note.read_text())["entry"])
         note.unlink()
     remove_empty(target.done)
@@ -224,13 +266,17 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
 
 
 def remove_empty(folder: str | Path) -> None:
-    """Remove a folder unless it holds something, which is not of this project then."""
+    """Remove a folder if it is empty. Other programs may have written files there.
+
+    Args:
+        folder: Folder to remove.
+    """
     with suppress(OSError):
         os.rmdir(folder)
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
-    """Copy a finished split's index to `index`; False if there is none."""
+    """Copy the index of a finished split to `index`; return False if it does not exist."""
     try:
         CloudDownloader.direct_download(remote, str(index))
     except Exception as error:
@@ -270,7 +316,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Return the target with no more than these samples need."""
+    """Restrict the target's masks to these samples, to keep the pickled task small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

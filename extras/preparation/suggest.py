@@ -1,9 +1,9 @@
-"""Look at a folder of images and masks, and write the description that it seems to have.
+"""A search that writes the description of a folder of images and masks.
 
     python data.py FOLDER --suggest          # writes FOLDER's name + .yaml, and a picture
 
-`find_layout` pairs images and masks, and `find_classes` reads the masks. The
-description's comments mark guesses, name the files that it leaves out, and say what to fill in.
+`find_layout` pairs images and masks, and `find_classes` reads the masks. Comments in the
+description mark guesses, name the files that are left out, and say what to fill in.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from extras.preparation.find_layout import (
 )
 from segmentation.drawing import sample_sheet
 
-SHOWN = 6  # samples in the picture
+SHOWN = 6  # Number of samples in the picture.
 
 
 class Suggestion(NamedTuple):
-    """A description that was tried: its text, and a picture of six samples."""
+    """A tested description: its text, and a picture of six samples."""
 
     text: str
     picture: Image.Image
@@ -51,15 +51,16 @@ class Suggestion(NamedTuple):
 def suggest(folder: str, workers: int) -> Suggestion:
     """Return the description of a folder's data set.
 
-    It has been tried: it parses, it finds as many pairs as were counted, and it can be drawn.
+    The description is tested: it parses, it finds all pairs that the search counted, and its
+    samples can be drawn.
 
     Args:
-        folder: The data set.
+        folder: Folder of the data set.
         workers: Number of processes that read masks.
 
     Raises:
-        DataError: No masks belong to images, masks cannot be read or are no labels, or an image
-            cannot be drawn.
+        DataError: No mask belongs to an image, a mask cannot be read or holds no labels, or an
+            image cannot be drawn.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -71,12 +72,12 @@ def suggest(folder: str, workers: int) -> Suggestion:
         raise DataError(f"{folder}: {explain_failure(root, paths)}")
     layout = search.layout
 
-    # Where the images and masks are
+    # Locations of images and masks
     splits, number = split_lines(root, layout)
     values = count_values([str(mask.path) for _, mask in layout.pairs], workers)
     lines = [f"root: {quoted(str(root.resolve()))}", *splits, *class_lines(root, values)]
 
-    # Try it
+    # Test of the description
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
@@ -90,7 +91,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])
 
-    # What a reader has to know
+    # Comments for the user
     used = {path for sample in samples for path in sample[1:]}
     header = [
         f"# {number} images with masks, found by data.py --suggest. Guesses are marked.",
@@ -104,7 +105,12 @@ def suggest(folder: str, workers: int) -> Suggestion:
 
 
 def split_lines(root: Path, layout: Layout) -> tuple[list[str], int]:
-    """Return the description's lines for `train` and `val`, and how many pairs they have."""
+    """Return the description's lines for `train` and `val`, and the number of pairs in both.
+
+    Args:
+        root: Folder of the data set.
+        layout: Layout of the images and masks.
+    """
 
     def line(split: str, words: tuple[str, str], more: str = "") -> str:
         images, masks = (
@@ -130,10 +136,10 @@ def split_lines(root: Path, layout: Layout) -> tuple[list[str], int]:
 
 
 def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], bool]]:
-    """Find the text files that name the images of a split.
+    """Find the text files that list the images of a split.
 
     Returns:
-        For each split the file, the names in it, and whether it is a list of test images.
+        For each split, the file, the names in it, and whether it lists test images.
     """
     lists: dict[str, tuple[str, set[str], bool]] = {}
     for name, path in visible_files(root):
@@ -151,7 +157,12 @@ def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], b
 
 
 def pair_described(description: Description, root: str) -> tuple[list[Sample], list[str]]:
-    """Return the samples of both splits, and what training would stop at."""
+    """Return the samples of both splits, and the problems that would stop training.
+
+    Args:
+        description: Description of the data set.
+        root: Folder of the data set.
+    """
     samples: dict[str, Sample] = {}
     problems: dict[str, None] = {}
     for split in ("train", "val"):
@@ -167,9 +178,9 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 
 
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
-    """Return a comment that counts and names the images and masks that are left out."""
+    """Return a comment with the number and the names of images and masks that are left out."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
-    # Files of one folder whose names differ in numbers only are of one kind.
+    # Files in one folder are alike if their names differ only in numbers.
     alike: dict[tuple, list[Path]] = defaultdict(list)
     for path in paths:
         alike[path.parent, without_numbers(path.stem), path.suffix].append(path)
@@ -194,7 +205,7 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
 
 
 def _describe_others(search: Search) -> list[str]:
-    """Return comments that name layouts which pair as many images as the one chosen."""
+    """Return comments about layouts that pair as many images as the chosen one."""
     return [
         f"# A guess: {x.masks.template(x.words['train'][1])} would fit as many images "
         f"({x.images.template(x.words['train'][0])})."
@@ -210,16 +221,16 @@ def _some(items: Iterable[str]) -> str:
 def draw(
     description: Description, samples: list[Sample], root: str, masks_to_show: list[str]
 ) -> Image.Image:
-    """Draw six images, each again under the colours of its classes.
+    """Draw six images, each beside an overlay of its mask.
 
     Args:
-        description: The description.
-        samples: The images and masks to choose from.
-        root: The data set.
-        masks_to_show: Masks that have to be among the six.
+        description: Description of the data set.
+        samples: Images and masks to choose from.
+        root: Folder of the data set.
+        masks_to_show: Masks that must be among the six.
 
     Raises:
-        DataError: One of them cannot be read, or differs from its mask in size.
+        DataError: A file cannot be read, or an image and its mask differ in size.
     """
     masks = Masks.of(description, "train", root)
     wanted = [sample for sample in samples if sample.mask_path in masks_to_show]

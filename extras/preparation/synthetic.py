@@ -1,9 +1,9 @@
-"""Make a small data set in ADE20K's layout that a network can learn from scratch in minutes.
+"""A generator for a small data set in ADE20K's layout, which a network can learn in minutes.
 
     python -m extras.preparation.synthetic demo/data
 
-A scene is cut into areas that textured shapes overlap. The class of a pixel is its texture; each
-surface has two colours of its own, drawn at random, so that colour alone does not give the class.
+A scene is divided into areas by textured shapes that overlap. The texture of a pixel is its class.
+Each surface has two random colours, so colour alone does not determine the class.
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ TEXTURES = (
 
 
 def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a pattern with values 0 and 1; (size, size) float32. Period and phase are random."""
+    """Draw a pattern of the values 0 and 1, with random period and phase.
+
+    Args:
+        name: Name of a texture in `TEXTURES`.
+        size: Side of the pattern in pixels.
+        rng: Source of randomness.
+
+    Returns:
+        (size, size) float32.
+    """
     y, x = np.mgrid[:size, :size].astype(np.float32) + rng.uniform(0, 16, (2, 1, 1))
     period = rng.uniform(5, 8)
     u, v = x % period < period / 2, y % period < period / 2
@@ -45,7 +54,7 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
-        # Up or down: training flips scenes, which must not turn one class into another.
+        # Diagonals run up or down. Training flips scenes, and a flip must not change the class.
         "diagonals": (x + y * rng.choice([-1, 1])) % (1.4 * period) < 0.7 * period,
         "speckle": cv2.resize((rng.random((size // 2, size // 2)) < 0.12) * 1.0, (size, size))
         > 0.4,
@@ -61,7 +70,15 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def shape(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a random half-plane, ellipse or polygon; (size, size) bool."""
+    """Draw a random half-plane, ellipse or polygon.
+
+    Args:
+        size: Side of the scene in pixels.
+        rng: Source of randomness.
+
+    Returns:
+        (size, size) bool.
+    """
     mask = np.zeros((size, size), np.uint8)
     center = rng.uniform(0.1, 0.9, 2) * size
     kind = rng.integers(3)
@@ -83,7 +100,16 @@ def shape(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a photo (size, size, 3) and its mask (size, size), uint8: 0 = other, 1..12 = texture."""
+    """Draw an image and its mask.
+
+    Args:
+        size: Side of the scene in pixels.
+        rng: Source of randomness.
+
+    Returns:
+        The image (size, size, 3) and its mask (size, size), both uint8. Label 0 is "other", and
+        labels 1 to 12 are textures.
+    """
     photo = np.zeros((size, size, 3), np.float32)
     mask = np.zeros((size, size), np.uint8)
     for layer in range(5):
@@ -105,13 +131,13 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def make(
     path: str, training: int = 256, validation: int = 48, size: int = 96, seed: int = 0
 ) -> None:
-    """Write the data set below `path`; a complete one of the same kind is left as it is.
+    """Write the data set, unless a complete one with the same options exists.
 
     Args:
-        path: The folder that will hold ADEChallengeData2016.
+        path: Folder that will hold ADEChallengeData2016.
         training: Number of scenes to train on.
         validation: Number of scenes to evaluate on.
-        size: Side of a scene, pixels.
+        size: Side of a scene in pixels.
         seed: Seed of the scenes.
     """
     root = Path(path) / "ADEChallengeData2016"

@@ -1,4 +1,4 @@
-"""Images and masks below the root of a data set that no split uses."""
+"""A search for images and masks in a data set's folder that no split uses."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# Images that nothing here reads, and files that often lie beside images.
+# Formats of images that this project cannot read, and of files that often lie beside images.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # files that a finding names
+NAMED = 3  # Number of files that a finding names.
 
 
 class Unused(NamedTuple):
-    """Files that no split uses.
+    """The files that no split uses.
 
     Attributes:
-        images: Images.
-        masks: Masks, of other kinds than the layout names perhaps.
-        either: PNGs and the like outside the folders of the layout, which may be images or masks.
-        unlisted: Files in folders of which a list names some: they are left out on purpose.
-        orphans: Masks that the layout names and that no image belongs to.
+        images: Unused images.
+        masks: Unused masks, perhaps of another type than the layout's.
+        either: Unused files outside the layout's folders that may be images or masks, such as PNGs.
+        unlisted: Files in the folders of a list that the list omits on purpose.
+        orphans: Masks in the layout without an image.
         others: Files in the folders of images and masks that are neither.
     """
 
@@ -39,11 +39,11 @@ class Unused(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many files of each kind there are."""
+        """The number of files in each group."""
         return {name: len(files) for name, files in self._asdict().items()}
 
     def findings(self) -> list[Finding]:
-        """Return what there is to say about the files, none of which stops training."""
+        """Return findings about the files, none of which stops training."""
         findings = [Finding(path, "its photo is missing", False) for path in self.orphans]
         reason = "is not in training or validation, so it is left out"
         for what in ("images", "masks", "either"):
@@ -63,7 +63,7 @@ class Unused(NamedTuple):
 
 
 def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
-    """Return one finding for all files, that names the first; none if there is no file."""
+    """Return one finding that covers all the files and names the first, or no finding."""
     if not paths:
         return []
     if len(paths) > 1:
@@ -74,13 +74,13 @@ def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
 
 
 def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
-    """Find the images and masks below the root of a data set in folders that no split uses.
+    """Find the images and masks below the root of a data set that no split uses.
 
-    Files that the description excludes are left out.
+    Files that the description excludes are skipped.
 
     Args:
         source: A split of the data set.
-        own: Files that the command writes itself, which are not of the data set.
+        own: Files that the command itself writes.
     """
     root, splits = source.root, [source.of_split(split) for split in SPLITS]
     layouts = [source.description.sources[split] for split in SPLITS]
@@ -95,11 +95,12 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     files = [file for file in files if real(file) not in skipped]
     if is_excluded:
         files = [file for file in files if not is_excluded(file)]
-    if files:  # links to files may be used in place of the files
+    # Skip files that splits use through links.
+    if files:
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
-    # Tell images from masks by the folders that the layout names.
+    # The layout's folders tell images from masks.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
     has_list = [layout.list is not None for layout in layouts]
@@ -130,7 +131,7 @@ def _suffix(path: str) -> str:
 
 
 class _RealPaths:
-    """Paths of files without links to folders."""
+    """A function that resolves links to folders, but not links to files."""
 
     def __init__(self) -> None:
         self.folders: dict[str, str] = {}
@@ -143,7 +144,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return the folder of a template with a slash; a null character if there is none."""
+    """Return the folder of a template, with a final slash, or a null character for no template."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

@@ -1,8 +1,7 @@
-"""What can be wrong with a data set: names, decoding, sizes and labels of files, hashes of shards.
+"""Checks of a data set: file names, decoding, sizes, labels, and hashes of shards.
 
-`check()` looks at every file in parallel and returns a `Tally` for each split, of which
-check_command.py makes the report. convert_ade20k.py reads what it wrote back with the same
-functions.
+`check()` reads every file in parallel and returns a `Tally` for each split. check_command.py makes
+the report from the tallies. convert_ade20k.py uses the same functions to read its shards back.
 """
 
 from __future__ import annotations
@@ -31,18 +30,26 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """What was seen of a split, or of a part of it."""
+    """Counts and findings for a split or for a part of it."""
 
     photos: int = 0
     masks: int = 0
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height of each good pair
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # per label
-    present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # masks with it
+    # Width and height of each good pair.
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    # Number of pixels of each label.
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    # Number of masks that contain each label.
+    present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     findings: list[Finding] = field(default_factory=list)
-    images: dict[bytes, str] = field(default_factory=dict)  # names by a hash of the content
+    # Names of images by the hash of their content.
+    images: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
-        """Add what was seen of another part."""
+        """Add the counts and findings of another part.
+
+        Args:
+            other: Tally of the other part.
+        """
         self.photos += other.photos
         self.masks += other.masks
         self.sizes += other.sizes
@@ -52,11 +59,24 @@ class Tally:
         self.images |= other.images
 
     def find(self, path: str | Path, reason: str, fatal: bool = True) -> None:
-        """Note something wrong with a file."""
+        """Record a problem with a file.
+
+        Args:
+            path: Path of the file.
+            reason: Description of the problem.
+            fatal: Whether training would fail because of the problem.
+        """
         self.findings.append(Finding(str(path), reason, fatal))
 
     def check(self, photo: bytes, mask: bytes, names: tuple[str, str], masks: Masks) -> None:
-        """Decode a pair as training does, and count its labels. `names` are the files' names."""
+        """Decode an image and its mask as training does, and count the labels.
+
+        Args:
+            photo: The encoded image.
+            mask: The encoded mask.
+            names: Names of the image and of the mask, for findings.
+            masks: Decoder for the mask.
+        """
         self.images[hashlib.blake2b(photo, digest_size=16).digest()] = names[0]
         target = self._decode(lambda mask: masks.decode(mask, names[1]), mask, names[1])
         if target is None:
@@ -83,7 +103,12 @@ class Tally:
 
 
 def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
-    """Check the samples of a chunk; of a shard, its hash as well."""
+    """Check the samples of a chunk. A shard's hash is checked as well.
+
+    Args:
+        chunk: Samples in folders, or a shard.
+        masks: Decoder for the masks.
+    """
     tally = Tally()
     if isinstance(chunk, ShardChunk):
         shards = chunk.open()
@@ -109,10 +134,18 @@ def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
 
 
 def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
-    """Check every sample of every split, with a progress bar on stderr."""
+    """Check every sample of every split in parallel, with a progress bar on stderr.
+
+    Args:
+        source: A split of the data set.
+        workers: Number of processes. If None, one process per core.
+
+    Returns:
+        A tally for each split.
+    """
     tallies: dict[str, Tally] = {}
     chunks: list[tuple[Chunk, Masks]] = []
-    splits: list[str] = []  # of each chunk
+    splits: list[str] = []  # Split of each chunk.
     for split in SPLITS:
         part = source.of_split(split)
         tallies[split] = Tally()
@@ -134,7 +167,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         splits += [split] * (len(chunks) - len(splits))
     for split, tally in zip(splits, map_chunks(check_chunk, chunks, workers, "check")):
         tallies[split].add(tally)
-    # What is wrong with the folder of both splits is one problem.
+    # If both splits share a folder, report its problems only once.
     train, val = tallies["train"], tallies["val"]
     val.findings = [finding for finding in val.findings if finding not in train.findings]
     for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):

@@ -1,9 +1,9 @@
-"""The model card: what a network is, on what it was trained, how well it does, how it is loaded.
+"""The model card: the network, its data, its accuracy, and how to load it.
 
     text = card_text(Card(...))           # README.md, as model hubs show it
     write_card("first-hub", text, picture)
 
-It says nothing that was not measured, stated by the user or found in the run's configuration.
+The card states only facts that were measured, given by the user or found in the run's config.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ PROTOCOLS = {
     "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
     "square": "photo and mask become squares of {size} pixels, as in training's evaluation",
 }
-SETTINGS = {  # of the run's configuration, and what the card calls them
+# Keys of the run's config, with their names on the card.
+SETTINGS = {
     "recipe_name": "recipe",
     "max_duration": "duration",
     "model.backbone_weights": "began from",
@@ -47,12 +48,12 @@ SETTINGS = {  # of the run's configuration, and what the card calls them
 
 @dataclass(frozen=True)
 class File:
-    """One file of the network.
+    """One exported file of the network.
 
     Attributes:
-        name: Beside the card.
-        megabytes: Its size.
-        seconds: From a photo to its classes.
+        name: File name, in the folder of the card.
+        megabytes: Size of the file in MB.
+        seconds: Seconds from an image to its classes.
     """
 
     name: str
@@ -62,22 +63,22 @@ class File:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says.
+    """The content of a model card.
 
     Attributes:
-        title: Its heading.
+        title: Heading of the card.
         network: Name of the network, with its backbone.
-        parameters: How many it has.
+        parameters: Number of parameters.
         which: `"ema"` or `"training"` weights.
-        classes: Their names.
-        config: The run's, where it is known.
-        size: Length of a photo's shorter side when it enters the network.
-        scores: What `evaluate.py --json` writes; None: it was not scored.
-        files: The network's.
-        machine: On which their seconds were measured.
-        photo: Width and height of the photo that they took.
-        licence: Of the data, as the user states it.
-        repo: Where the card is shown, `user/name`.
+        classes: Names of the classes.
+        config: Config of the run, or None if it is not known.
+        size: Length of an image's shorter side at the network's input, in pixels.
+        scores: Output of `evaluate.py --json`, or None if there are no scores.
+        files: Exported files of the network.
+        machine: Machine on which the files were timed.
+        photo: Width and height of the timed image, in pixels.
+        licence: Licence of the data, as stated by the user.
+        repo: Repository of the card, as `user/name`.
     """
 
     title: str
@@ -96,13 +97,20 @@ class Card:
 
     @property
     def data(self) -> str:
-        """What the training data are called: their path's last part, for paths say too much."""
+        """The name of the training data: the last part of its path.
+
+        A full path would reveal too much.
+        """
         dataset = (self.config or {}).get("train_dataset") or {}
         return str(dataset.get("path") or "").rstrip("/").rpartition("/")[2]
 
 
 def card_text(card: Card) -> str:
-    """Return the card as Markdown, with the metadata that hubs read at its top."""
+    """Return the card as Markdown, with metadata for hubs at the top.
+
+    Args:
+        card: Content of the card.
+    """
     parts = [
         f"---\n{_front_matter(card)}---\n{MARK}",
         f"# {_plain(card.title)}\n\n{_summary(card)}\n\n![Classes over a photo]({PICTURE})",
@@ -217,21 +225,21 @@ def _training(card: Card) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that Markdown shows as it is, on one line."""
+    """Escape a text so that Markdown shows it unchanged, on one line."""
     text = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text)
 
 
 def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]:
-    """Read what `evaluate.py --json` wrote.
+    """Read the scores that `evaluate.py --json` wrote.
 
     Args:
-        path: The file.
-        classes: Names that it should be of.
-        which: Weights that it should be of.
+        path: Path of the JSON file.
+        classes: Expected names of the classes.
+        which: Expected weights, `"ema"` or `"training"`.
 
     Raises:
-        UserError: It is not such a file, or of other classes or weights.
+        UserError: The file has another format, or scores of other classes or weights.
     """
     try:
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -246,27 +254,51 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
 
 
 def write_card(folder: Path, text: str, picture: Image.Image) -> None:
-    """Write the card and its picture."""
+    """Write the card and its picture.
+
+    Args:
+        folder: Folder of the card.
+        text: The card as Markdown.
+        picture: Picture on the card.
+
+    Raises:
+        UserError: The folder has a README.md that export.py did not write.
+    """
     check_place(folder)
     write_image(folder / PICTURE, picture, quality=90)
     write_file(folder / CARD, text)
 
 
 def check_place(folder: Path) -> None:
-    """Raise UserError where the folder has a README.md that is not a card of this module's."""
+    """Check that the folder has no README.md of another author.
+
+    Args:
+        folder: Folder of the card.
+
+    Raises:
+        UserError: The folder has a README.md that export.py did not write.
+    """
     path = folder / CARD
     if path.exists() and not is_card(folder):
         raise UserError(f"{path}: there already, and no card of export.py; move it, or give --out")
 
 
 def is_card(folder: Path) -> bool:
-    """Return whether a folder has a card that this module wrote."""
+    """Return whether a folder has a card that export.py wrote.
+
+    Args:
+        folder: Folder to look at.
+    """
     path = folder / CARD
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def seconds_a_photo(segment: Callable[[], Any]) -> float:
-    """Return the median of three calls, after one that does not count."""
+    """Return the median duration of three calls in seconds, after a call to warm up.
+
+    Args:
+        segment: Function that segments an image.
+    """
     segment()
     times = []
     for _ in range(3):
@@ -278,11 +310,11 @@ def seconds_a_photo(segment: Callable[[], Any]) -> float:
 
 @functools.cache
 def machine() -> str:
-    """Return what computes here, and with which PyTorch."""
+    """Return the name of the GPU or CPU, and the version of PyTorch."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        from cpuinfo import get_cpu_info  # takes a second
+        from cpuinfo import get_cpu_info  # The import takes a second.
 
         name = get_cpu_info().get("brand_raw") or platform.machine()
         name = f"{name} ({torch.get_num_threads()} threads)"

@@ -1,4 +1,4 @@
-"""A network as a file that runs without this project, in the formats that `export.py` offers."""
+"""Exporters that write a network as a file that runs without this project."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
 
-OPSET = 17  # of 2022; every onnxruntime since 1.12 reads it
+OPSET = 17  # Operator set of 2022, which every onnxruntime since 1.12 reads.
 
 
 class Deployed(nn.Module):
-    """A network with its normalisation before and its upsampling after.
+    """A network that includes the normalisation of its input and the upsampling of its logits.
 
     Args:
-        network: What computes.
-        upsample: Whether to bring the logits to the size of the image.
+        network: The network.
+        upsample: Whether to upsample the logits to the size of the image.
 
     Shape:
-        image (N, 3, H, W) uint8 RGB -> logits (N, C, H, W) float32, or the network's own (N, C, h,
-        w) without `upsample`. A `Network` that pads gives (N, C, H, W) in any case.
+        Input: image (N, 3, H, W), uint8 RGB.
+
+        Output: logits (N, C, H, W), float32. Without `upsample`, the network's own (N, C, h, w). A
+            `Network` that pads always returns (N, C, H, W).
     """
 
     mean: Tensor
@@ -44,7 +46,11 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(network.std).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits."""
+        """Return the logits of an image.
+
+        Args:
+            image: (N, 3, H, W) uint8 RGB.
+        """
         logits = self.network((image.float() - self.mean) / self.std)
         if not self.upsample:
             return logits
@@ -54,16 +60,16 @@ class Deployed(nn.Module):
 def export(
     model: Deployed, kind: str, path: str | os.PathLike[str], metadata: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
-    """Write a model in one of the formats.
+    """Write a model as a file.
 
     Args:
-        model: In evaluation mode, on the CPU.
+        model: The model, in evaluation mode and on the CPU.
         kind: `"onnx"`, `"torchscript"` or `"pt2"`.
-        path: Where to.
-        metadata: What the file says of itself.
+        path: Path of the file.
+        metadata: Metadata in the file.
 
     Returns:
-        The file's own function from image to logits, loaded from it again.
+        The function from an image to its logits, loaded from the written file.
 
     Raises:
         OutputError: The disk is full.
@@ -72,8 +78,10 @@ def export(
     exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
     loaders = {"onnx": _load_onnx, "torchscript": torch.jit.load, "pt2": _load_pt2}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracers warn of what the comparison then settles
-        # The exporters write to memory. torch's writers end the process when a disk is full.
+        # Tracers warn of differences; the comparison with PyTorch afterwards checks them.
+        warnings.simplefilter("ignore")
+        # The exporters write to memory, because torch's file writers end the process when the disk
+        # is full.
         write_file(path, exporters[kind](model, example, metadata))
         return loaders[kind](os.fspath(path))
 
@@ -87,9 +95,10 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str]) -> 
     torch.onnx.export(
         model,
         (example,),
-        # Its annotation leaves open files out; it takes them.
+        # The type annotation omits open files, but the function accepts them.
         data,  # pyright: ignore[reportArgumentType]
-        dynamo=False,  # the other exporter needs onnxscript, and gives no smaller or faster file
+        # The dynamo exporter needs onnxscript, and its files are neither smaller nor faster.
+        dynamo=False,
         opset_version=OPSET,
         input_names=["image"],
         output_names=["logits"],

@@ -1,7 +1,7 @@
-"""A folder of weights on a model hub: Hugging Face's, or the one that `HF_ENDPOINT` names.
+"""Upload of a folder of weights to Hugging Face's hub, or to the hub that `HF_ENDPOINT` names.
 
-check_repo("user/name")     # before anything slow begins
-push("first-hub", ["model.safetensors", "README.md"], "user/name")
+`check_repo("user/name")` comes before any slow work. Then `push("first-hub", ["model.safetensors",
+"README.md"], "user/name")` uploads the files.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from errors import UserError, one_line
 
 
 def check_repo(repo: str) -> None:
-    """See that there is a token, and a repository that it may see.
+    """Check that a token exists and that it gives access to a repository.
+
+    Args:
+        repo: Repository, as `user/name`.
 
     Raises:
-        UserError: There is not, or the hub cannot be reached.
+        UserError: There is no token or no access, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -28,18 +31,18 @@ def check_repo(repo: str) -> None:
 
 
 def push(folder: Path, names: Sequence[str], repo: str) -> str:
-    """Put files into a repository, as one commit.
+    """Upload files to a repository in one commit.
 
     Args:
-        folder: Where they are.
-        names: Their names in it.
-        repo: `user/name`; it exists.
+        folder: Folder of the files.
+        names: Names of the files, in the folder and in the repository.
+        repo: Existing repository, as `user/name`.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
-        UserError: The hub cannot be reached, or does not take them.
+        UserError: The hub cannot be reached or rejects the files.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -51,12 +54,13 @@ def push(folder: Path, names: Sequence[str], repo: str) -> str:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line."""
+    """Convert exceptions of the hub's client to one-line errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,  # of the client that huggingface-hub uses, which its module imports
+        # This is the exception of the HTTP client that huggingface-hub uses and imports.
+        HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
@@ -76,7 +80,7 @@ def _told(repo: str) -> Iterator[None]:
         said = error.server_message or one_line(error)
         hint = {401: "is the token right? ", 403: "may the token write there? "}.get(status, "")
         raise UserError(f"{where}: {hint}the hub says {status}: {said[:200]}") from error
-    except (OSError, HTTPError) as error:  # of the network
+    except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"
         ) from error

