@@ -1,6 +1,6 @@
 # make demo     set up, then train on generated data (2 to 4 minutes once installed)
 # make test     set up, then run the linters and all tests (12 minutes)
-# make check    set up, then run the linters and the quick tests, without training, processes or servers (2 minutes)
+# make check    set up, then run the linters and the unit tests (1 to 2 minutes)
 # make install  only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
 # make lock     update uv.lock and requirements.txt after a change of pyproject.toml
 # make image    build the Docker image, and write IMAGE=registry/name into the files that use it
@@ -34,7 +34,7 @@ lint: $(VENV)/.test
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files
 
 quick: $(VENV)/.test
-	@$(PY) -m pytest $(PARALLEL) -q -m 'not (trains or processes or s3 or gpu or slow)'
+	@$(PY) -m pytest $(PARALLEL) -q tests/unit
 
 install: $(LOCK)
 	@./install.sh $(WITH)

@@ -215,9 +215,9 @@ def recorder(path: Path) -> Any:
 
 def node(settings: str) -> int:
     """Train on a node with the settings of `run`."""
-    from benchmarks.forked import shrink
     from command_lines import start
     from main import run as run_main
+    from tests.support.forked import shrink
     from training import watch
 
     start()

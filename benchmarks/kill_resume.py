@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forked import Death, run
+from tests.support.forked import Death, run
 
 RECIPES = ("baseline", "mild", "medium", "hot")
 SOURCES = ("folders", "shards")

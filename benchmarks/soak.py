@@ -33,10 +33,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks import soak_memory
-from benchmarks.faulty_store import FAULTS, FaultyStore
 from benchmarks.kill_resume import RECIPES, largest_difference
-from benchmarks.s3_server import BUCKET, S3Server, s3_server
 from benchmarks.soak_run import EVERY, Run, make_config
+from tests.support.faulty_store import FAULTS, FaultyStore
+from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 500
 STRIKES = 4  # Number of faults per run.

@@ -1,4 +1,4 @@
-"""What several test files share: a small data set, and a config of a run that takes seconds."""
+"""Fixtures for all tests: a small data set, and the config of a run that takes seconds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, as make tes
 import pytest
 from hypothesis import HealthCheck, settings
 
-from benchmarks.forked import shrink
 from extras.preparation.synthetic import make
+from tests.support.forked import shrink
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
-# Of test_fuzz.py; pytest's --hypothesis-profile=long takes the other.
+# Profiles of the fuzz tests; --hypothesis-profile=long tries twenty times as many inputs.
 settings.register_profile(
     "short",
     derandomize=True,
@@ -35,13 +35,6 @@ settings.register_profile(
 )
 settings.register_profile("long", settings.get_profile("short"), max_examples=1000)
 settings.load_profile("short")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use an S3 server."""
-    for item in items:
-        if {"s3", "server"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.s3)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,443 @@
+"""The benchmarks run, at a size at which their figures mean nothing, and compare like with like."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from torch import nn
+
+import main as program
+from benchmarks import (
+    auto_microbatch,
+    camvid,
+    counted,
+    dataloader,
+    device_transform,
+    kernels,
+    loss,
+    masks,
+    peers,
+    plain,
+    rare_classes,
+    run_all,
+    train_step,
+)
+from benchmarks.stopwatch import PARTS
+from data import build_ade20k_dataspec
+from dataset.description import parse_description
+from networks.deeplab import create_meta_network
+from networks.depthwise import DilatedDepthwiseConv2d
+from tests.support.forked import shrink
+from tests.support.paths import ROOT
+from training.schema import Config, ModelConfig
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A network of a few layers; trainers are given back."""
+    shrink(monkeypatch.setattr, monkeypatch.setitem)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    train_step.release()
+
+
+@pytest.fixture
+def step(synthetic: str) -> list[str]:
+    """Arguments of train_step for two steps a run."""
+    text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
+    return f"{text} --warmup 1 --steps 2 --rounds 2".split()
+
+
+CONFIG = Config(model=ModelConfig(num_classes=12, backbone_arch="resnet50", backbone_weights=None))
+
+
+class FirstLoss(Callback):
+    value: float | None = None
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.value is None:
+            self.value = float(state.total_loss_dict["loss/train/total"])
+
+
+@pytest.mark.parametrize("recipe", ["none", "mild"])
+def test_both_sides_of_train_step_train_the_same(step: list[str], recipe: str) -> None:
+    args = train_step.arguments([*step, "--precision", "fp32"])
+    losses = []
+    for build in (program.build_trainer, plain.build_trainer):
+        first = FirstLoss()
+        trainer = build(train_step.config(args, recipe), callbacks=[first])
+        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded otherwise
+        trainer.fit(duration="1ba")
+        trainer.close()
+        losses.append(first.value)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_plain_side_is_pytorch_in_fp32(step: list[str]) -> None:
+    trainer = plain.build_trainer(train_step.config(train_step.arguments(step), "none"))
+    layers = list(trainer.state.model.modules())
+    assert not any(isinstance(layer, DilatedDepthwiseConv2d) for layer in layers)
+    assert sum(type(layer) is nn.Conv2d and layer.groups > 1 for layer in layers) == 5
+    image = torch.randn(2, 3, 32, 32)
+    assert trainer.state.model((image, None)).dtype == torch.float32
+    trainer.close()
+
+
+def test_train_step(
+    step: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(train_step, "resident_bytes", lambda *about: 5 * 2**28)  # see below
+    train_step.main([*step, "--recipes", "none", "hot", "--json", str(path)])
+    result = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    for recipe in ("none", "hot"):
+        entry = result["recipes"][recipe]
+        for side in ("plain", "ours"):
+            found = entry[side]
+            assert len(found["runs"]) == 2
+            assert found["milliseconds"] == pytest.approx(500 * sum(found["runs"]))
+            assert found["images_per_second"] == pytest.approx(2000 / found["milliseconds"])
+            assert 0 < found["utilisation"] < 1
+            assert found["bytes"] == 5 * 2**28
+            assert set(found["parts"]) == set(PARTS)
+            assert all(found["parts"][part] > 0 for part in ("backbone", "head", "loss"))
+            assert f"| {recipe} | {side} | {found['images_per_second']:.1f} |" in printed
+        ratio = entry["plain"]["milliseconds"] / entry["ours"]["milliseconds"]
+        assert train_step.ratio(entry) == pytest.approx(ratio)
+        assert f"| {ratio:.2f} |" in printed
+    hot = result["recipes"]["hot"]
+    assert hot["ours"]["waits"] < hot["plain"]["waits"]
+    assert hot["plain"]["parts"]["metrics"] > 0
+    for found in result["evaluation"].values():
+        assert min(found.values()) > 0
+    assert "optimizer" in printed and "| evaluation |" in printed
+    longest = max(result["kernels"], key=result["kernels"].__getitem__)
+    of_one_step = result["recipes"]["none"]["ours"]["milliseconds"]
+    assert 0 < result["kernels"][longest] < 10 * of_one_step and f"| `{longest}` |" in printed
+    assert any("conv" in name for name in result["kernels"])
+    head, *tables = printed.split("\n\n")
+    assert "batch 2; plain in float32" in head and len(tables) == 4
+    (*_, last) = tables[0].splitlines()
+    assert last.startswith("| hot | ours |") and "| 1.25 GiB |" in last
+
+
+def test_train_step_shows_a_recipe_before_the_next(
+    step: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever stops it early, as run_all does, has what came before."""
+
+    class Enough(Exception):
+        pass
+
+    def build(config: Config, **arguments: Any) -> Any:
+        if config.recipe_name == "mild":
+            raise Enough
+        return program.build_trainer(config, **arguments)
+
+    monkeypatch.setattr(train_step, "resident_bytes", lambda *about: 0)
+    monkeypatch.setitem(train_step.BUILDERS, "ours", build)
+    with pytest.raises(Enough):
+        train_step.main([*step, "--recipes", "none", "mild"])
+    printed = capsys.readouterr().out
+    assert "| none | ours |" in printed and "mild" not in printed
+
+
+def test_memory_is_that_of_a_new_process(step: list[str]) -> None:
+    args = train_step.arguments(step)
+    # The network is not a small one there: weights, gradients and momentum in fp32.
+    assert train_step.resident_bytes(args, "ours", "none") > 3 * 4 * 25e6
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_data_sheet_of_a_gpu(name: str, expected: str | None) -> None:
+    assert train_step.data_sheet(name) == expected
+
+
+def test_estimates_stand_beside_what_was_measured(step: list[str]) -> None:
+    args = train_step.arguments([*step, "--recipes", "none", "hot"])
+    found = train_step.estimates(args, "H100", "amp_bf16")
+    assert found["none"]["images_per_second"] > found["hot"]["images_per_second"] > 0
+    assert found["hot"]["bytes"] > found["none"]["bytes"] > 2**20
+    measured = {"images_per_second": 40.0, "bytes": 2**32}
+    estimates = {"none": {"images_per_second": 50.0, "bytes": 2**31}}
+    result = {"estimates": estimates, "recipes": {"none": {"ours": measured}}}
+    assert train_step.estimate_lines(result)[2:] == [
+        "| none | 50.0 | 40.0 | 1.25 | 2.0 | 4.0 | 0.50 |"
+    ]
+
+
+def test_operations_are_three_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the network as it is
+    args = train_step.arguments(["--size", "64", "--arch", "resnet101", "--classes", "150"])
+    # 255 G multiply-adds a forward pass at 512 px, of which 64 px take a 64th.
+    assert train_step.operations(args) == pytest.approx(3 * 2 * 255e9 / 64, rel=0.05)
+
+
+def test_camvid(synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    text = f"--path {synthetic} --classes 12 --size 32 --batch 4 --workers 0 --minutes 0.03"
+    text += f" --evaluations 2 --probe 1 --recipes none medium --json {path}"
+    camvid.main(text.split())
+    recipes = json.loads(path.read_text())["recipes"]
+    printed = capsys.readouterr().out
+    assert list(recipes) == ["none", "medium"]
+    for recipe, found in recipes.items():
+        last = found["evaluations"][-1]
+        assert last["batches"] == found["batches"] and last["minutes"] == found["minutes"]
+        assert len(found["evaluations"]) >= 2 and 0 < last["miou"] < 100
+        assert f"| {recipe} | {found['minutes']:.2f} |" in printed
+        assert f"{last['miou']:.2f} |\n" in printed
+
+
+def test_auto_microbatch_needs_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="no GPU"):
+        auto_microbatch.main([])
+
+
+def test_auto_microbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU, as far as that can: all at once is what fits."""
+    device = types.SimpleNamespace(total_memory=80 * 2**30)
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    resets: list[int] = []  # of the peak that the search left
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    arguments = auto_microbatch.step_arguments  # loader processes take seconds to end
+    monkeypatch.setattr(
+        auto_microbatch, "step_arguments", lambda argv: arguments([*argv, "--workers", "0"])
+    )
+    args = argparse.Namespace(arch="resnet50", size=32, batch=2, memory=40, compile=False)
+    result = auto_microbatch.measure(args)
+    assert (fractions, resets) == ([0.5], [1])
+    assert result["microbatch"] == 2
+    assert result["first_step"] > 0 and result["step"] > 0
+
+
+def run_main(
+    main: Callable[[], object], text: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict:
+    """The JSON of a benchmark that reads the command line."""
+    monkeypatch.setattr(sys, "argv", ["benchmark", *text.split(), "--json", str(path)])
+    main()
+    return json.loads(path.read_text())
+
+
+def test_dataloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_main(dataloader.main, "--images 16 --repeats 1", tmp_path / "r", monkeypatch)
+    assert result["images"] == 16
+    rates = result["images_per_second"]
+    assert len(rates) == 3 and all(len(rate) == 1 and rate[0] > 0 for rate in rates.values())
+    for name, rate in rates.items():
+        assert result["ratio"][name] == pytest.approx(rate[0] / rates["Pillow"][0])
+
+
+def test_device_transform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class ShortTimer(device_transform.Timer):
+        def blocked_autorange(self, min_run_time: float) -> object:
+            return super().blocked_autorange(min_run_time=min_run_time / 100)
+
+    monkeypatch.setattr(device_transform, "Timer", ShortTimer)
+    main, text = device_transform.main, "--batch 2 --size 32"
+    rows = run_main(main, text, tmp_path / "r", monkeypatch)["rows"]
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        "|---|---|---|---|---|",
+        *map(device_transform.line, rows),
+    ]
+    assert {row["transform"] for row in rows} == {"training", "evaluation"}
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2000 / row["ms"])
+
+
+def test_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: both sides agree, or it says so."""
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    text = "--batch 1 --classes 5 --size 64 --repeats 2 --threads 1 --device cpu"
+    rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
+    assert [row["target"] for row in rows] == ["index", "mixed"]
+    for row in rows:
+        assert set(row["bytes"]) == set(loss.SIDES)  # too little to tell apart at this size
+        for side in loss.SIDES:
+            assert len(row["seconds"][side]) == 2 and min(row["seconds"][side]) > 0
+
+
+def test_loss_with_class_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights that are all alike, which the benchmark takes, both sides agree."""
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    text = "--batch 1 --classes 5 --size 64 --repeats 1 --threads 1 --device cpu --class-weights"
+    rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
+    assert [list(row["seconds"]) for row in rows] == 2 * [list(loss.WEIGHTED)]
+
+
+def test_masks(tmp_path: Path) -> None:
+    """Each way of storing the masks gives the same batches."""
+    dataloader.make_data(tmp_path / "data", 8)
+    samples = masks.list_samples(str(tmp_path / "data"), "train")
+    batches = []
+    for raw in masks.lay_out(samples, tmp_path / "ways", 150).values():
+        spec = build_ade20k_dataspec(
+            str(tmp_path / "ways"),
+            False,
+            batch_size=8,
+            final_size=64,
+            num_workers=0,
+            description=parse_description(raw),
+        )
+        batches += [[part.numpy().tobytes() for part in batch] for batch in spec.dataloader]
+    assert len(batches) == 4 and all(batch == batches[0] for batch in batches)
+    arguments = ["--path", str(tmp_path / "data"), "--repeats", "1"]
+    result = dataloader.main(arguments, masks.measure)
+    assert list(result["ratio"]) == ["index", "palette", "16 bits", "colours"]
+    assert result["ratio"]["index"] == 1 and result["images"] == 8
+
+
+def test_rare_classes(synthetic: str, tmp_path: Path, small_network: None) -> None:
+    text = (
+        f"--path {synthetic} --minutes 0.001 --size 32 --batch 4 --probe 1 --seeds 5 --classes 12"
+    )
+    names = ROOT / "yamls" / "demo_classes.txt"
+    result = rare_classes.main([*text.split(), "--names", str(names), "--workers", "0"])
+    assert list(result["runs"]) == list(rare_classes.WAYS)
+    for (run,) in result["runs"].values():
+        assert len(run["iou"]) == 12
+
+
+def test_what_is_gained_and_lost_is_a_mean_over_the_seeds() -> None:
+    nan = float("nan")
+    runs = {"neither": [{"iou": [10.0, 20.0, 30.0]}, {"iou": [20.0, 40.0, 60.0]}]}
+    rows = rare_classes.table(runs, ["sky", "pole", "bicyclist"]).splitlines()
+    assert rows[0] == "| | mIoU | of the seeds | pole | bicyclist | the other classes |"
+    assert rows[2] == "| neither | 30.00 | 20.00-40.00 | 30.00 | 45.00 | 15.00 |"
+    assert rare_classes.mean([1.0, nan, 3.0]) == 2.0
+
+
+def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that print, fail, and print and then hang."""
+    (root / "benchmarks").mkdir()
+    sources = {
+        "good": "print('| good |')",
+        "bad": "raise SystemExit('error: no luck')",
+        "slow": "import time\nprint('| half |', flush=True)\ntime.sleep(60)",
+    }
+    for name, source in sources.items():
+        (root / "benchmarks" / f"{name}.py").write_text(source)
+    plan = [run_all.Benchmark(f"benchmarks.{name}", "", 2) for name in ("slow", "bad", "good")]
+    monkeypatch.setattr(run_all, "ROOT", root)
+    monkeypatch.setattr(run_all, "plan", lambda on_gpu: plan)
+
+
+def test_run_all_goes_on_after_what_fails_or_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_benchmarks(tmp_path, monkeypatch)
+    assert run_all.main(["--out", str(tmp_path / "results")]) == 1
+    (file,) = (tmp_path / "results").iterdir()
+    slow, bad, good = file.read_text().split("\n## ")[1:]
+    assert slow.startswith("`python -m benchmarks.slow`")
+    assert "s; stopped after 2 s)" in slow and "| half |" in slow
+    assert "s; failed with status 1: error: no luck)" in bad
+    assert "failed" not in good and "| good |" in good
+    assert run_all.main(["--out", str(tmp_path / "results"), "--only", "good"]) == 0
+    assert "slow" not in file.read_text()
+
+
+def test_run_all_gives_camvid_the_time_that_is_left() -> None:
+    minutes = []
+    for seconds in (300, 600):
+        benchmark = run_all.camvid("some where", seconds, on_gpu=True)
+        args = camvid.arguments(shlex.split(benchmark.arguments))
+        assert args.path == "some where" and args.recipes == train_step.RECIPES
+        assert 60 * 4 * args.minutes < seconds
+        minutes.append(args.minutes)
+    assert minutes[1] > minutes[0]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "bf16", "trained"), [(True, True, 1), (False, True, 2), (False, False, 1)]
+)
+def test_run_alls_commands_are_understood(
+    on_gpu: bool, bf16: bool, trained: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each benchmark that is planned takes its arguments, and all together have time left."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr("training.precision._cpu_has_bf16", lambda: bf16)
+    planned = run_all.plan(on_gpu)
+    assert [b.module for b in planned].count("benchmarks.train_step") == trained
+    for benchmark in planned:
+        if benchmark.module == "benchmarks.train_step":
+            train_step.arguments(shlex.split(benchmark.arguments))
+    assert sum(benchmark.seconds for benchmark in planned) < 60 * (9.5 if on_gpu else 20)
+
+
+def test_the_peers_are_trained_and_scored(synthetic: str, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="make install WITH=smp")
+    names = ["mmsegmentation 0.30", "plain loop, smp"]
+    small = ["--size", "32", "--minutes", "0.01", "--rounds", "1", "--classes", "12"]
+    small += ["--workers", "1", "--json", str(tmp_path / "peers.json")]
+    try:
+        result = peers.main(["--path", synthetic, *small, "--only", *names])
+    finally:
+        logging.disable(logging.NOTSET)
+    assert list(result["contenders"]) == names
+    for row in result["contenders"].values():
+        assert 0 < row["images_per_second"][0] < 1000
+        assert 0 <= row["miou"][0] < 100
+    assert json.loads((tmp_path / "peers.json").read_text())["contenders"] == result["contenders"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_kernels_are_read(backward: bool) -> None:
+    found = kernels.read(kernels.compile_for(80, backward, 1), backward)
+    assert found.stack == 0 and 32 < found.registers <= 255
+    # 4 pixels of 160 classes on 32 threads, besides what each pixel takes.
+    assert 20 <= found.loop["MUFU"] <= 32 and found.loop.total() > 200
+    cells, rows = kernels.LOW + 1, kernels.SIZE
+    fewest = kernels.IMAGES * cells * rows
+    assert fewest <= found.rounds < 1.5 * fewest
+
+
+def test_small_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a network of so many BatchNorms counts them in one operation."""
+    found = dict(counted.passes("resnet50"))
+    assert found["counters of a forward pass"] == 1
+    network = create_meta_network(**asdict(CONFIG.model))
+    layers = sum(1 for name, _ in network.named_buffers() if "mean" in name)
+    assert layers > 20 and found["an update of the average"] < layers / 2
+    monkeypatch.setattr(counted, "SIZE", 32)
+    monkeypatch.delattr("transforms.DeviceTransform.compile")
+    launches, moved = counted.transform(distort=False)
+    plain, _ = counted.transform(distort=True)
+    assert 10 < launches < plain
+    assert moved > counted.IMAGES * 32 * 32 * (3 + 1 + 12 + 8)  # photo and labels in and out

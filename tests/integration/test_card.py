@@ -1,0 +1,189 @@
+"""The model card, and that nothing but what was asked for reaches the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import yaml
+from PIL import Image
+
+import export
+from checkpointing.weights import load_weights, save_weights
+from extras.sharing.card import CARD
+from model import deeplabv3
+from predict import Segmenter
+from segmentation.classes import load_classes
+from tests.support.artifacts import CLASSES
+from tests.support.card import exported, front_matter, photo, set_constants, the_hub, weights  # noqa: F401
+from tests.support.hub_server import REPO, TOKEN, Hub
+from training.config import load, resolve
+
+
+def test_its_scores_are_evaluates(
+    exported: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import evaluate
+
+    scores = tmp_path / "scores.json"
+    assert evaluate.main([str(weights), "--json", str(scores)]) == 0
+    expected = json.loads(scores.read_text())
+    card = (exported / CARD).read_text()
+    (result,) = front_matter(card)["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(expected["mIoU"], 2)
+    assert f"mIoU **{expected['mIoU']:.2f}**" in card and "on 6 photos" in card
+    assert "Protocol `paper`: photos keep their aspect ratio (shorter side 32)" in card
+    for row in expected["classes"]:
+        iou = "-" if row["IoU"] is None else f"{row['IoU']:.2f}"
+        assert f"| {row['class']} | {iou} |" in card
+
+
+def test_it_loads_in_three_lines(
+    the_hub: Hub, exported: Path, weights: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--to", "hub", "--out", str(exported), "--photo", str(photo), "--size", "48"]
+    assert export.main([str(weights), *options, "--repo", REPO]) == 0
+    names = {"README.md", "model.safetensors", "model.onnx", "config.yaml", "overlay.jpg"}
+    assert set(the_hub.files) == names and len(the_hub.commits) == 1
+    for name, content in the_hub.files.items():
+        assert content == (exported / name).read_bytes()
+    card = the_hub.files["README.md"].decode()
+    assert card.split("\n# ")[1].startswith("name\n")
+    monkeypatch.chdir(photo.parent)
+    first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(first.splitlines()) == len(second.splitlines()) == 3
+    image = np.array(Image.open(photo))
+    values = {"onnxruntime": onnxruntime, "image": image.transpose(2, 0, 1)[None]}
+    exec(first + second, values)
+    assert (values["prediction"] == Segmenter(weights)(str(photo))).all()
+    assert values["logits"].shape == (1, 12, 45, 60)
+    config = exported / "config.yaml"
+    assert resolve(load(str(config), [])).recipe_name == "mild"
+    assert load_weights(exported / "model.safetensors").config == yaml.safe_load(config.read_text())
+
+
+def test_nothing_is_pushed_without_a_repository(
+    the_hub: Hub, weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--to", "hub", "--out", str(tmp_path), "--photo", str(photo), "--size", "48"]
+    assert export.main([str(weights), *options]) == 0
+    assert "not pushed; --repo user/name names where to" in capsys.readouterr().out
+    assert not the_hub.requests
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line that a command which cannot be done ends with."""
+    assert export.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
+    return [str(weights), "--to", "hub", "--out", str(folder / "out"), "--repo", repo]
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "reason"),
+    [
+        ("", REPO, "no token; call hf auth login, or set HF_TOKEN"),
+        ("hf_wrong", REPO, "is the token right? the hub says 401"),
+        (TOKEN, "user/other", "has no such repository"),
+        (TOKEN, "a/b/c", "should be user/name"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_before_anything_is_written(
+    token: str,
+    repo: str,
+    reason: str,
+    the_hub: Hub,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert reason in run(to_hub(weights, tmp_path, repo), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_network(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_constants(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "cannot reach http://127.0.0.1:9: " in run(to_hub(weights, tmp_path), capsys)
+
+
+def test_the_card_alone_lies_beside_the_weights(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run"
+    place.mkdir()
+    copy = place / weights.name
+    copy.write_bytes(weights.read_bytes())
+    options = [str(copy), "--card", "--photo", str(photo)]
+    for _ in range(2):  # its own card is replaced
+        assert export.main(options) == 0
+    assert {path.name for path in place.iterdir()} == {"README.md", "overlay.jpg", copy.name}
+    card = (place / CARD).read_text()
+    assert f'Segmenter("{copy.name}")' in card and "their licence: not stated" in card
+    (place / CARD).write_text("mine")
+    capsys.readouterr()
+    assert "there already, and no card of export.py" in run(options, capsys)
+    assert (place / CARD).read_text() == "mine"
+
+
+def test_scores_of_another_are_refused(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"class": name, "IoU": 50.0, "accuracy": None, "pixels": 9} for name in CLASSES]
+    scores = {"mIoU": 50.0, "mean_accuracy": 60.0, "pixel_accuracy": 70.0, "photos": 3}
+    scores |= {"checkpoint": str(weights), "weights": "ema", "protocol": "square", "size": 32}
+    scores |= {"classes": rows}
+    file, options = tmp_path / "scores.json", ["--card", "--out", str(tmp_path / "card")]
+    options = [str(weights), *options, "--photo", str(photo), "--scores", str(file)]
+    file.write_text(json.dumps(scores))
+    assert export.main(options) == 0
+    card = (tmp_path / "card" / CARD).read_text()
+    assert "mIoU **50.00**" in card and "Protocol `square`: photo and mask become squares" in card
+    capsys.readouterr()
+    for change, reason in (
+        ({"weights": "training"}, "of training weights, and these are ema weights"),
+        ({"checkpoint": str(photo)}, f"of {photo}, and not of {weights}"),
+        ({"classes": rows[1:]}, "of other classes"),
+        ({"classes": 3}, "not written by evaluate.py --json"),
+    ):
+        file.write_text(json.dumps(scores | change))
+        assert reason in run(options, capsys)
+
+
+def test_without_a_validation_set_the_card_says_so(
+    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = load_weights(weights)
+    copy = tmp_path / "alone.safetensors"
+    save_weights(copy, found.state, {"eval_dataset": {"final_size": 32}}, found.classes, "ema")
+    assert export.main([str(copy), "--card", "--photo", str(photo)]) == 0
+    assert "--scores takes what evaluate.py --json writes" in capsys.readouterr().err
+    card = (tmp_path / CARD).read_text()
+    assert "## Accuracy\n\nNot measured." in card and "model-index" not in card
+
+
+@pytest.mark.parametrize("use_plus", [True, False])
+def test_the_card_names_the_network_that_it_is_of(
+    photo: Path, tmp_path: Path, small_network: None, use_plus: bool
+) -> None:
+    network = deeplabv3(12, "resnet50", sync_bn=False, use_plus=use_plus)
+    path = tmp_path / "a.safetensors"
+    save_weights(path, network.state_dict(), None, load_classes(CLASSES, 12))
+    assert export.main([str(path), "--card", "--photo", str(photo)]) == 0
+    names = re.findall(r"DeepLabV3\+? on resnet50", (tmp_path / CARD).read_text())
+    assert set(names) == {f"DeepLabV3{'+' if use_plus else ''} on resnet50"}

@@ -1,0 +1,140 @@
+"""`python data.py PATH`: planted faults are found, nothing else is, and the figures are right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extras.preparation import check_command
+from segmentation.classes import load_classes
+from tests.support.report import ROOT, labels_of, main, original, path, write  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "verdict"),
+    [
+        pytest.param(
+            lambda labels: np.where(labels == 5, 0, labels),
+            ["--num-classes", "12"],
+            "this can be trained on, but no training mask has class 4",
+            id="one in the middle",
+        ),
+        pytest.param(
+            lambda labels: labels,
+            ["--num-classes", "15"],
+            "this can be trained on, but no training mask has the classes 12, 13, 14; "
+            "--num-classes 12 if there are no more",
+            id="fewer than asked for",
+        ),
+        pytest.param(
+            lambda labels: labels == 3,
+            ["--num-classes", "2"],
+            "this can be trained on, but no training mask has class 1; --no-ignore-background "
+            "makes label 0 a class",
+            id="masks of 0 and 1",
+        ),
+        pytest.param(
+            lambda labels: labels == 3,
+            ["--num-classes", "2", "--no-ignore-background"],
+            "no problem: this can be trained on",
+            id="masks of 0 and 1, both classes",
+        ),
+        pytest.param(
+            lambda labels: labels * 0,
+            ["--num-classes", "12"],
+            "this can be read, but nothing is learnt: no training mask has a labelled pixel",
+            id="no label at all",
+        ),
+    ],
+)
+def test_the_verdict_names_classes_that_training_never_shows(
+    path, capsys, rule, arguments, verdict
+):
+    for file in (path / ROOT / "annotations").rglob("*.png"):
+        write(file, rule(labels_of(file)).astype(np.uint8))
+    assert main([str(path), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
+def leave_out(root: Path) -> None:
+    (root / "images/testing").mkdir()
+    for number in (1, 2):
+        shutil.copy(root / f"images/training/ADE_train_{number:08}.jpg", root / "images/testing")
+
+
+def copy_to_validation(root: Path) -> None:
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        source = root / kind / f"training/ADE_train_00000003.{suffix}"
+        shutil.copy(source, root / kind / f"validation/other.{suffix}")
+
+
+FOLDERS = {
+    "train": {"images": "images/training", "masks": "annotations/training"},
+    "val": {"images": "images/validation", "masks": "annotations/validation"},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "verdict"),
+    [
+        pytest.param(leave_out, None, "but 2 images are left out", id="a folder left out"),
+        pytest.param(leave_out, {}, "but 2 images are left out", id="the same, described"),
+        pytest.param(leave_out, {"exclude": "images/testing"}, "no problem", id="excluded"),
+        pytest.param(
+            copy_to_validation, None, "but 1 image is in both splits", id="in both by content"
+        ),
+        pytest.param(
+            lambda root: None,
+            {"val": FOLDERS["train"], "exclude": ["images/validation", "annotations/validation"]},
+            "but 24 images are in both splits",
+            id="in both by path",
+        ),
+        pytest.param(
+            lambda root: (leave_out(root), copy_to_validation(root)),
+            None,
+            "but 2 images are left out; 1 image is in both splits",
+            id="both faults",
+        ),
+        pytest.param(
+            lambda root: (root / "a.gif").write_bytes(b""),
+            None,
+            "but 1 file may be an image that is left out",
+            id="it cannot be told",
+        ),
+    ],
+)
+def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, verdict):
+    root = path / ROOT
+    change(root)
+    arguments = [str(path), "--num-classes", "12"]
+    if keys is not None:
+        classes = {f"kind {k}": [k] for k in range(1, 13)}
+        described = {"root": str(root), **FOLDERS, "classes": classes, "ignore": [0], **keys}
+        (tmp_path / "set.yaml").write_text(json.dumps(described))
+        arguments = [str(tmp_path / "set.yaml")]
+    assert main([*arguments, "--workers", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(verdict) or lines[-1].startswith(verdict)
+    leaks = [line for line in lines if line.startswith("  ") and "is in both splits" in line]
+    counted = re.search(r"(\d+) images? (is|are) in both", verdict)
+    assert len(leaks) == min(check_command.SHOWN, int(counted[1]) if counted else 0)
+
+
+def test_draws_the_samples(path, tmp_path):
+    picture = tmp_path / "sheet.png"
+    assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 0
+    sheet = np.array(Image.open(picture))
+    assert sheet.shape[0] == 3 * 512 and sheet.shape[1] > 4 * 512
+    shown = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
+    assert shown & {info.color for info in load_classes(None, 12)}  # a legend at least

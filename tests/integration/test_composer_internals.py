@@ -1,0 +1,16 @@
+"""Composer's private names: that they are what the project takes them for, and in one module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training.composer_internals import train_data_spec
+
+
+def test_the_trainers_data(tiny: dict[str, Any]) -> None:
+    import main
+    from training.config import resolve
+
+    trainer = main.build_trainer(resolve(tiny))
+    assert train_data_spec(trainer).dataloader is trainer.state.train_dataloader
+    trainer.close()

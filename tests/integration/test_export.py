@@ -1,0 +1,248 @@
+"""Exported files give PyTorch's answer for any batch and size, and need nothing of this project."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import export
+from checkpointing.weights import load_weights
+from command_lines import EXPORT_SUFFIXES
+from export import Deployed, compare, main
+from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+from predict import Segmenter
+from tests.support.artifacts import CLASSES, random_network, random_weights
+from tests.support.run_helpers import file_limit
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Path]:
+    """An exported file of each format; `main` has compared it with PyTorch."""
+    folder = tmp_path_factory.mktemp("exported")
+    files = {}
+    for kind in ("onnx", "torchscript", "pt2"):
+        files[kind] = folder / f"model{EXPORT_SUFFIXES[kind]}"
+        options = ["--to", kind, "--out", str(files[kind]), "--photo", photo, "--size", "48"]
+        assert main([random_weights(), *options]) == 0
+    return files
+
+
+@functools.cache
+def loaded(path: Path) -> tuple[Any, dict[str, str]]:
+    """What runs an exported file, and its metadata."""
+    extra = dict.fromkeys(("classes", "config", "which", "size", "mean", "std"), "")
+    if path.suffix == ".onnx":
+        run = onnxruntime.InferenceSession(path)
+        extra = run.get_modelmeta().custom_metadata_map
+    elif path.suffix == ".ts":
+        run = torch.jit.load(str(path), _extra_files=extra)
+    else:
+        run = torch.export.load(str(path), extra_files=extra).module()
+    text = {key: v.decode() if isinstance(v, bytes) else v for key, v in extra.items()}
+    return run, text
+
+
+def expected(image: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return Deployed(random_network().eval())(torch.from_numpy(image)).numpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 41, 77), (1, 3, 200, 33)])
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
+def test_any_batch_and_size(files: dict[str, Path], kind: str, shape: tuple[int, ...]):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    run, _ = loaded(files[kind])
+    if kind == "onnx":
+        (logits,) = run.run(None, {"image": image})
+    else:
+        logits = run(torch.from_numpy(image)).detach().numpy()
+    reference = expected(image)
+    assert logits.shape == reference.shape
+    assert np.abs(logits - reference).max() < 1e-3 * max(1, np.abs(reference).max())
+    assert (logits.argmax(1) == reference.argmax(1)).mean() >= 0.999
+
+
+def test_convolutions_stay_convolutions(files: dict[str, Path]):
+    """Also those that this project computes otherwise on a CPU; see depthwise.py."""
+    count = sum(isinstance(module, torch.nn.Conv2d) for module in random_network().modules())
+    graph = onnx.load(files["onnx"], load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("Conv") == count
+    assert all(node.domain == "" for node in graph.node)
+    script = str(loaded(files["torchscript"])[0].inlined_graph)
+    assert script.count("aten::_convolution(") == count and "deeplab::" not in script
+    targets = [str(node.target) for node in loaded(files["pt2"])[0].graph.nodes]
+    assert targets.count("aten.conv2d.default") == count
+    assert not any("deeplab" in target for target in targets)
+
+
+def test_metadata(files: dict[str, Path]):
+    for path in files.values():
+        _, metadata = loaded(path)
+        classes = json.loads(metadata["classes"])
+        assert [c["name"] for c in classes] == CLASSES
+        assert all(len(c["color"]) == 3 for c in classes)
+        assert json.loads(metadata["config"])["eval_dataset"] == {"final_size": 32}
+        assert metadata["size"] == "32"
+        assert json.loads(metadata["mean"]) == list(IMAGENET_CHANNEL_MEAN)
+        assert json.loads(metadata["std"]) == list(IMAGENET_CHANNEL_STD)
+
+
+def test_onnx_needs_nothing_of_this_project(files: dict[str, Path], tmp_path: Path):
+    program = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+image = numpy.full((1, 3, 40, 30), 128, numpy.uint8)
+print(session.run(["logits"], {"image": image})[0].shape)
+print(*{"torch", "mmseg", "mmcv", "composer", "predict"} & set(sys.modules))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, files["onnx"]],
+        cwd=tmp_path,
+        env={},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "(1, 12, 40, 30)\n\n"
+
+
+def test_predict_takes_onnx(files: dict[str, Path], photo: str):
+    torch_one, onnx_one = Segmenter(random_weights(), size=48), Segmenter(files["onnx"], size=48)
+    assert onnx_one.classes == torch_one.classes
+    assert len(np.unique(torch_one(photo))) > 2
+    assert (onnx_one(photo) == torch_one(photo)).mean() >= 0.999
+
+
+def test_all_formats_of_a_network_have_the_same_defaults(
+    files: dict[str, Path], photo: str, tmp_path: Path
+):
+    """The size that the run was validated at, class names, colours and configuration."""
+    safetensors = tmp_path / "weights.safetensors"
+    assert main([random_weights(), "--weights-only", "--out", str(safetensors)]) == 0
+    one, *others = (Segmenter(path) for path in (random_weights(), safetensors, files["onnx"]))
+    for other in others:
+        assert (other.size, other.which, other.config) == (32, one.which, one.config)
+        assert other.classes == one.classes
+        assert (other(photo) == one(photo)).mean() >= 0.999
+    # A file that does not say is looked at in 512 pixels, whatever its format.
+    plain = tmp_path / "plain.pt"
+    torch.save(random_network().state_dict(), plain)
+    assert (
+        main([str(plain), "--to", "onnx", "--out", str(tmp_path / "p.onnx"), "--size", "48"]) == 0
+    )
+    assert Segmenter(plain).size == Segmenter(tmp_path / "p.onnx").size == 512
+
+
+def test_a_file_that_differs_is_refused(
+    photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model, image = Deployed(random_network()), np.array(Image.open(photo))
+    assert compare(model, lambda batch: model(batch), image, 48) == (1.0, 0.0)
+    for wrong in (
+        lambda batch: model(batch) * 1.01,
+        lambda batch: model(batch).roll(1, 1),
+        lambda batch: model(batch)[..., :-1],
+    ):
+        agreement, difference = compare(model, wrong, image, 48)
+        assert agreement < 0.999 or difference > 1e-3
+    monkeypatch.setattr(export, "export", lambda m, kind, path, c: path.touch() or wrong)
+    options = ["--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--photo", photo, "--size", "48"]
+    assert main([random_weights(), *options]) == 1
+    assert "NOT as in PyTorch" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [["--to", "safetensors"], ["--weights-only"]])
+def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: list[str]):
+    path = tmp_path / "weights.safetensors"
+    assert main([random_weights(), *kind, "--out", str(path)]) == 0
+    assert f"{path}: 12 classes" in capsys.readouterr().out
+    written, original = load_weights(path), load_weights(random_weights())
+    assert written.config == original.config and written.classes == original.classes
+    assert all(torch.equal(written.state[key], value) for key, value in original.state.items())
+
+
+def test_a_fault_of_an_exporter_is_not_taken_for_the_users(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def fail(*arguments: Any) -> None:
+        raise ValueError("inside the exporter")
+
+    monkeypatch.setattr(export, "export", fail)
+    with pytest.raises(ValueError, match="inside the exporter"):
+        export.main([random_weights(), "--to", "onnx", "--out", str(tmp_path / "a.onnx")])
+
+
+def test_a_photo_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.jpg").write_text("text")
+    assert export.main([random_weights(), "--card", "--photo", str(tmp_path / "a.jpg")]) == 2
+    assert capsys.readouterr().err == f"error: --photo {tmp_path}/a.jpg: not an image\n"
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2", "safetensors", "web", "hub"])
+def test_a_full_disk_leaves_no_export(
+    kind: str,
+    photo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """torch's own writers end the process, so this test would not return."""
+    monkeypatch.setattr(export, "fetch_runtime", lambda: tmp_path)
+    monkeypatch.setattr(export, "_scores", lambda *_: None)
+    out = tmp_path / "out"
+    with file_limit(100_000):
+        options = ["--to", kind, "--out", f"{out}/m", "--photo", photo, "--size", "48"]
+        assert main([random_weights(), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}/m") and "File too large" in error
+    assert error.count("\n") == 1 and ".unfinished" not in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "existing", "named"),
+    [
+        pytest.param("safetensors", "in/w.safetensors", "in/w.safetensors", id="the weights"),
+        pytest.param("onnx", "in/classes.txt", "in/classes.txt", id="the class names"),
+        pytest.param("web", "in/index.html", "in", id="another page"),
+        pytest.param("hub", "in/config.yaml", "in", id="a config"),
+        pytest.param("card", "in/overlay.jpg", "in", id="an image"),
+    ],
+)
+def test_an_export_overwrites_no_input_and_nothing_of_others(
+    kind: str, existing: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    weights = tmp_path / "in/w.safetensors"
+    shutil.copy(random_weights(), weights)
+    (tmp_path / "in/classes.txt").write_text("\n".join(CLASSES))
+    if not (tmp_path / existing).exists():
+        (tmp_path / existing).write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    options = ["--classes", f"{tmp_path}/in/classes.txt", "--out", f"{tmp_path}/{named}"]
+    how = ["--card"] if kind == "card" else ["--to", kind]
+    assert main([str(weights), *how, *options]) == 2
+    assert f"{tmp_path / existing} would be overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before

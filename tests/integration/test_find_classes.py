@@ -1,0 +1,44 @@
+"""`data.py --suggest` on folders that people have: every image is used, or named as left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from extras.preparation import suggest as suggestions
+from extras.preparation.suggest import suggest
+from tests.support.suggest import described, drawn_large, photo, save, smooth
+
+
+def scale(mask: np.ndarray) -> np.ndarray:
+    small = cv2.resize(mask, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(small, mask.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def sharpen(mask: np.ndarray) -> np.ndarray:  # leaves values beyond those of the classes as well
+    large = Image.fromarray(mask).resize((384, 384), Image.Resampling.LANCZOS)
+    return np.array(large.resize((256, 256), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("of", ["grey", "colours"])
+@pytest.mark.parametrize("blur", [smooth, scale, sharpen])
+def test_blurred_edges_are_no_classes(blur: Callable, of: str, tmp_path: Path) -> None:
+    for n in range(24):
+        save(tmp_path / f"i/{n:02}.jpg", cv2.resize(photo(n), (256, 256)))
+        save(tmp_path / f"m/{n:02}.png", drawn_large(n, of, blur if n == 13 else None))
+    found = suggest(str(tmp_path), 1)
+    raw = yaml.safe_load(found.text)
+    assert len(raw["classes"]) == 3 and len(raw["ignore"]) > 3
+    assert "suspected edges" in found.text and "in 1 files: m/13.png." in found.text
+    # The picture begins with that mask: ignored pixels are drawn along its edges.
+    description, samples = described(tmp_path, found.text)
+    every = [*samples["train"], *samples["val"]]
+    first = [sample for sample in every if sample.mask_path.endswith("13.png")]
+    only = suggestions.draw(description, first, str(tmp_path), [])
+    assert (np.array(found.picture)[:300, :600] == np.array(only)[:300, :600]).all()

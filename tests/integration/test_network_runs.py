@@ -1,0 +1,196 @@
+"""Runs of a network that is not DeepLabV3+, and weights that other projects wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mmcv.runner import save_checkpoint
+from torch import nn
+
+import evaluate
+import export
+import main
+import predict
+from checkpointing.partial_load import load_fitting
+from checkpointing.rebuild import build_network
+from checkpointing.weights import load_weights
+from errors import ConfigError, WeightsError
+from model import deeplabv3
+from networks.registry import named_network
+from segmentation.classes import load_classes
+
+FASTSCNN = "mmseg:fastscnn/fast_scnn_lr0.12_8x4_160k_cityscapes"
+BISENET = "mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes"
+
+
+@pytest.fixture(scope="module")
+def run(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
+    """A config, the folder of its run of four steps with hot, and the trainer."""
+    folder = tmp_path_factory.mktemp("run")
+    dataset = {"path": synthetic, "base_size": 64, "final_size": 64, "batch_size": 4}
+    dataset["num_workers"] = 0
+    config = {
+        "run_name": "network",
+        "recipe_name": "hot",
+        "hot": {"max_duration": "4ba", "ema": {"half_life": "2ba", "update_interval": "1ba"}},
+        "model": {"name": BISENET, "num_classes": 12, "backbone_weights": None},
+        "train_dataset": dict(dataset),
+        "eval_dataset": dict(dataset),
+        "optimizer": {"lr": 0.01},
+        "precision": "fp32",
+        "pictures": 1,
+        "train_metrics_interval": 2,
+        "save_interval": "2ba",
+        "save_num_checkpoints_to_keep": -1,
+        "save_folder": str(folder),
+    }
+    config["model"]["arguments"] = {"mean": [100.0] * 3, "std": [50.0] * 3}
+    return config, folder, main.main(config)
+
+
+def test_a_run_goes_on_bit_for_bit(run: Any, tmp_path: Path) -> None:
+    config, folder, _ = run
+    resumed = {"load_path": str(folder / "ep0-ba2-rank0.pt"), "save_folder": str(tmp_path)}
+    main.main({**config, **resumed})
+    for which in ("ema", "training"):
+        states = [load_weights(f / "latest-rank0.pt", which).state for f in (folder, tmp_path)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_auxiliary_losses_are_logged_and_the_photos_normalised(run: Any) -> None:
+    _, _, trainer = run
+    assert trainer.state.total_loss_dict["loss/train/auxiliary"] > 0
+    transform = trainer.state.train_dataloader  # a DataLoader; its DataSpec has the transform
+    assert transform is not None
+    spec = trainer.state.evaluators[0].dataloader
+    assert spec.microbatch_transforms.mean.flatten().tolist() == [100.0] * 3
+    assert trainer.state.model.module.mean == (100.0,) * 3
+
+
+def test_another_network_or_other_arguments_do_not_go_on(run: Any, tmp_path: Path) -> None:
+    config, folder, _ = run
+    path = str(folder / "latest-rank0.pt")
+    other = {**config, "load_path": path, "save_folder": None}
+    other["model"] = {**config["model"], "name": "deeplabv3", "arguments": None}
+    with pytest.raises(ConfigError, match=r"model.name: deeplabv3, but .* with mmseg:bisenetv1"):
+        main.main(other)
+    other["model"] = {**config["model"], "arguments": {"decode_head": {"channels": 64}}}
+    with pytest.raises(ConfigError, match=r"model\.arguments: \d+ tensors of .* do not fit"):
+        main.main(other)
+
+
+def test_the_checkpoint_needs_no_yaml(run: Any, tmp_path: Path) -> None:
+    _, folder, trainer = run
+    path = str(folder / "latest-rank0.pt")
+    network = build_network(load_weights(path))
+    assert network.mean == (100.0,) * 3
+    segmenter = predict.Segmenter(path)
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    expected = segmenter(photo)
+    image = (torch.from_numpy(photo).permute(2, 0, 1)[None].float() - 100) / 50
+    with torch.no_grad():
+        logits = nn.functional.interpolate(network(image), (64, 64), mode="bilinear")
+    assert np.mean(expected == logits[0].argmax(0).numpy()) > 0.99
+
+    scores = {}
+    for protocol in ("square", "paper"):
+        target = tmp_path / "scores.json"
+        assert evaluate.main([path, "--protocol", protocol, "--json", str(target)]) == 0
+        scores[protocol] = json.loads(target.read_text())["mIoU"]
+    found = float(trainer.state.eval_metric_values["MIoU"])
+    assert scores["square"] == pytest.approx(found, abs=1e-3)
+
+    for kind in ("torchscript", "pt2"):
+        file = str(tmp_path / kind)
+        assert export.main([path, "--to", kind, "--out", file, "--size", "96"]) == 0
+    exported, weights = tmp_path / "model.onnx", tmp_path / "model.safetensors"
+    assert export.main([path, "--to", "onnx", "--out", str(exported), "--size", "96"]) == 0
+    said = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
+    assert json.loads(said["mean"]) == [100.0] * 3
+    assert export.main([path, "--weights-only", "--out", str(weights)]) == 0
+    for file in (exported, weights):
+        assert np.mean(predict.Segmenter(file)(photo) == expected) > 0.99
+    assert not any(name.startswith("network.") for name in load_weights(weights).state)
+
+
+def test_a_network_that_cannot_be_exported_is_one_line(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no such\noperator")
+
+    monkeypatch.setattr("extras.sharing.exporters._export_onnx", fail)
+    path = str(run[1] / "latest-rank0.pt")
+    assert export.main([path, "--to", "onnx", "--out", str(tmp_path / "m.onnx")]) == 1
+    said = capsys.readouterr().err
+    assert f"error: {BISENET} cannot be exported as onnx: no such operator\n" in said
+    assert os.listdir(tmp_path) == []
+
+
+def mmseg_file(network: Any, path: Path, classes: list[str]) -> None:
+    """Write a checkpoint as mmsegmentation does."""
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    meta = {"CLASSES": classes, "PALETTE": [[0, 0, 0]] * len(classes), "config": "a = 1"}
+    save_checkpoint(network, str(path), optimizer, meta)
+
+
+def test_a_checkpoint_of_mmsegmentation_goes_into_its_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    zoo = named_network(FASTSCNN, 3, {})
+    mmseg_file(zoo.network, tmp_path / "zoo.pth", ["sky", "tree", "road"])
+    weights = load_weights(tmp_path / "zoo.pth")
+    torch.manual_seed(1)
+    network = named_network(FASTSCNN, 2, {})
+    classes = load_classes(["road", "house"], 2)
+    before = network.network.decode_head.conv_seg.weight[1].clone()
+    line = load_fitting(network, weights, "zoo.pth", 0.5, classes, 2)
+    taken = "3 -> 2 classes, 1 taken over by name, the others left new"
+    heads = ("decode_head", "auxiliary_head.0", "auxiliary_head.1")
+    assert line == "zoo.pth: " + "; ".join(f"{head}.conv_seg: {taken}" for head in heads)
+    own, theirs = network.network.state_dict(), zoo.network.state_dict()
+    assert all(torch.equal(own[n], theirs[n]) for n in own if ".conv_seg." not in n)
+    rows = network.network.decode_head.conv_seg.weight
+    assert torch.equal(rows[0], theirs["decode_head.conv_seg.weight"][2])
+    assert torch.equal(rows[1], before)
+    # A file that says nothing of its network is used where the user names it.
+    with pytest.raises(WeightsError, match="not a DeepLabV3"):
+        build_network(weights)
+    again = build_network(weights, "zoo.pth", FASTSCNN)
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(image), zoo.eval()(image))
+
+
+def test_deeplabv3plus_of_mmsegmentation_is_the_same_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name = "mmseg:deeplabv3plus/deeplabv3plus_r50b-d8_512x1024_80k_cityscapes"
+    zoo = named_network(name, 3, {})
+    mmseg_file(zoo.network, tmp_path / "zoo.pth", ["a", "b", "c"])
+    network = deeplabv3(3, "resnet50", sync_bn=False)
+    weights = load_weights(tmp_path / "zoo.pth")
+    assert load_fitting(network, weights, "zoo.pth", 1.0) is None
+    network.upsample = False
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(image), zoo.eval()(image))
+
+
+def test_torchvisions_weights_and_prefixes(tmp_path: Path) -> None:
+    name = "torchvision:lraspp_mobilenet_v3_large"
+    network, other = named_network(name, 3, {}), named_network(name, 2, {})
+    for prefix in ("", "model.", "module."):
+        state = {prefix + key: value for key, value in network.network.state_dict().items()}
+        torch.save(state, tmp_path / "weights.pth")
+        line = load_fitting(other, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 2)
+        layers = ("classifier.low_classifier", "classifier.high_classifier")
+        assert line == "f: " + "; ".join(f"{layer}: 3 -> 2 classes, left new" for layer in layers)
+    smp = named_network("smp:Unet", 3, {"encoder_name": "resnet18"})
+    with pytest.raises(WeightsError, match=r"f: \d+ of the network's \d+ tensors fit, less than"):
+        load_fitting(smp, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 3)

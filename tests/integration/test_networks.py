@@ -1,0 +1,218 @@
+"""Networks by name: each kind trains, is recorded and built again; a file has no code run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from checkpointing.weights import save_weights
+from errors import ModelError, UserError, WeightsError
+from model import build_composer_model, deeplabv3
+from networks.base import backbone_of
+from networks.registry import named_network
+from segmentation.losses import MixedTarget
+from tests.support.networks import HEAD, hf_folder, planted  # noqa: F401
+
+MODULE = """
+from torch import nn
+
+
+def build(num_classes, width=4):
+    network = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, num_classes, 1))
+    network.mean, network.std, network.size_divisor = (127.5,) * 3, (127.5,) * 3, 8
+    return network
+
+
+def as_mapping(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            return {"out": super().forward(image)}
+
+    return Network(3, num_classes, 1)
+
+
+def fixed(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            assert image.shape[2:] == (64, 64), "not 64 pixels"
+            return super().forward(image)
+
+    return Network(3, num_classes, 1)
+
+
+def no_network(num_classes):
+    return "a network"
+
+
+def wrong(num_classes):
+    return nn.Conv2d(3, num_classes + 1, 1)
+"""
+SEGFORMER = "mmseg:segformer/segformer_mit-b0_512x512_160k_ade20k"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_networks.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+KINDS: list[tuple[str, dict[str, Any] | None]] = [
+    (SEGFORMER, {"backbone": {"num_layers": [1, 1, 1, 1]}}),
+    ("mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes", None),
+    ("torchvision:lraspp_mobilenet_v3_large", None),
+    ("torchvision:fcn_resnet50", {"aux_loss": True}),
+    ("smp:Unet", {"encoder_name": "resnet18"}),
+    ("hf:FOLDER", None),
+    ("timm:convnext_atto", None),
+    ("own_networks:build", {"width": 8}),
+    ("own_networks:as_mapping", None),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), KINDS, ids=[name for name, _ in KINDS])
+def test_each_kind_takes_a_step_and_is_built_again_from_its_record(
+    name: str, arguments: dict[str, Any] | None, hf_folder: str
+) -> None:
+    name = name.replace("FOLDER", hf_folder)
+    torch.manual_seed(0)
+    model = build_composer_model(name, arguments, num_classes=7, backbone_weights=None)
+    network = model.module
+    network.check(7, [64])
+    batch = torch.randn(2, 3, 72, 64), torch.randint(-1, 7, (2, 72, 64))
+    mixed = MixedTarget(batch[1], batch[1].flip(0), 0.25)
+    outputs = model.train()(batch)
+    loss = model.loss(outputs, (batch[0], mixed))
+    loss["total"].backward()
+    assert ("auxiliary" in loss) == isinstance(outputs, tuple)
+    assert isinstance(outputs, tuple) == (
+        "bisenet" in name or bool(arguments and "aux_loss" in arguments)
+    )
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+    record = json.loads(json.dumps(network.arguments))
+    vouched = name if name.startswith("own") else None
+    again = named_network(name, 7, record, None, True, vouched)
+    assert again.arguments == network.arguments
+    again.load_state_dict(network.state_dict())
+    again.to(memory_format=again.memory_format)
+    image = torch.randn(1, 3, 72, 64)
+    with torch.no_grad():
+        expected = model.eval()((image, None))
+        assert torch.equal(again.eval()(image), expected)
+    assert expected.shape[:2] == (1, 7)
+    if network.size_divisor == 32:
+        assert expected.shape[2:] == (72, 64)  # it was padded
+
+
+def test_a_network_says_how_its_photos_are_normalised(hf_folder: str) -> None:
+    network = named_network("own_networks:build", 3, {})
+    assert (network.mean, network.std, network.size_divisor) == ((127.5,) * 3, (127.5,) * 3, 8)
+    network = named_network("own_networks:build", 3, {"mean": [1, 2, 3], "size_divisor": 4})
+    assert (network.mean, network.std, network.size_divisor) == ((1, 2, 3), (127.5,) * 3, 4)
+    network = named_network(f"hf:{hf_folder}", 3, {})
+    assert (network.mean, network.std) == ((127.5,) * 3, (63.75,) * 3)
+
+
+def test_every_kind_has_a_backbone(hf_folder: str) -> None:
+    for name, _ in KINDS:
+        if not name.startswith("own"):
+            network = named_network(name.replace("FOLDER", hf_folder), 3, {})
+            part = backbone_of(network)
+            assert part is not None
+            share = sum(p.numel() for p in part.parameters()) / sum(
+                p.numel() for p in network.parameters()
+            )
+            assert 0.1 < share < 1, name
+    assert backbone_of(named_network("own_networks:build", 3, {})) is None
+    assert backbone_of(deeplabv3(3, "resnet50")) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("os:system", {"command": "touch marker"}),
+        ("subprocess:call", {"args": ["touch", "marker"]}),
+        ("mmseg:config.py", {}),
+        ("mmseg:segformer/segformer_mit-b0_512x512_160k_ade20k", {}),
+        ("hf:someone/something", {}),
+        ("smp:Unet", {"encoder_name": "tu-hf_hub:someone/something"}),
+        ("smp:Unet", {"encoder_name": "tu-hf-hub:someone"}),
+        ("timm:hf-hub:someone", {}),
+        ("timm:local-dir:.", {}),
+        ("torchvision:raft_large", {}),
+        ("mmseg:x", {"config": {"type": "os.system", "command": "touch marker"}}),
+        (
+            "mmseg:x",
+            {
+                "config": {
+                    "type": "EncoderDecoder",
+                    "backbone": {"type": "MobileNetV2"},
+                    "decode_head": {
+                        **HEAD,
+                        "loss_decode": {"type": "CrossEntropyLoss", "x": "http://a/b.pkl"},
+                    },
+                }
+            },
+        ),
+        ("hf:x", {"config": {"model_type": "none", "auto_map": {"AutoConfig": "code.Config"}}}),
+        ("hf:x", {"config": {"model_type": "upernet", "backbone": "someone/something"}}),
+    ],
+)
+def test_a_file_runs_no_code_and_loads_nothing(
+    tmp_path: Path, name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text("open('marker', 'w')")
+    called = []
+    monkeypatch.setattr("socket.create_connection", lambda *a, **k: called.append(a))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *a, **k: called.append(a))
+    path = planted(tmp_path, name, arguments)
+    with pytest.raises(UserError) as caught:
+        predict.Segmenter(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "marker").exists() and not called
+
+
+def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> None:
+    network = named_network("own_networks:build", 3, {"width": 8})
+    config = {
+        "model": {"name": network.name, "arguments": network.arguments, "num_classes": 3},
+    }
+    path = tmp_path / "own.safetensors"
+    save_weights(path, network.network.state_dict(), config)
+    with pytest.raises(ModelError, match=r"names a function, .* --network own_networks:build"):
+        predict.Segmenter(path)
+    with pytest.raises(WeightsError, match="its network is own_networks:build, not smp:Unet"):
+        predict.Segmenter(path, network="smp:Unet")
+    photo = np.zeros((40, 30, 3), np.uint8)
+    segmenter = predict.Segmenter(path, network="own_networks:build", size=32, slide=True)
+    assert segmenter(photo).shape == (40, 30)
+
+
+def test_a_network_of_one_size_says_so_and_takes_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = named_network("own_networks:fixed", 3, {})
+    model = {"name": network.name, "arguments": network.arguments, "num_classes": 3}
+    path, photo = str(tmp_path / "fixed.safetensors"), str(tmp_path / "photo.png")
+    save_weights(path, network.network.state_dict(), {"model": model})
+    Image.new("RGB", (96, 64)).save(photo)
+    arguments = [path, photo, "--network", network.name, "--size", "64", "--out", str(tmp_path)]
+    assert predict.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "error: own_networks:fixed fails on photos of 96 x 64 pixels: not 64 pixels; "
+        "--slide --size N sends it squares of N\n"
+    )
+    assert predict.main([*arguments, "--slide"]) == 0

@@ -1,0 +1,72 @@
+"""benchmarks/numerics.py on a CPU: what agrees, and that it says so where something does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import loss, numerics, train_step
+from training.schema import OptimizerConfig
+
+SMALL = ["--steps", "3", "--resumed-steps", "4", "--size", "32", "--batch", "4"]
+
+
+@pytest.fixture(autouse=True)
+def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the classes."""
+    monkeypatch.setattr(numerics, "CLASSES", 15)
+
+
+def test_all_agrees(small_network: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert numerics.main(SMALL) == 0
+    train_step.release()
+    tables = capsys.readouterr().out.split("\n\n")
+    losses, precisions, resumed = (table.splitlines()[2:] for table in tables[:3])
+    assert len(losses) == 12 and losses[0].startswith("| float32 | index | no |")
+    again, mixed = (row.split(" | ") for row in precisions[1:])
+    assert again[0] == "| fp32, again" and again[-2:] == ["0.0e+00", "0.0e+00 |"]
+    assert mixed[0] == "| amp_bf16" and 0 < float(mixed[-2]) < 1
+    assert resumed == ["| not compiled | 4, from 2 on again | the same | 0.0 |"]
+
+
+def test_a_wrong_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = loss.Case._ours
+    wrong = torch.tensor(1.0 + 1e-4)
+    monkeypatch.setattr(loss.Case, "_ours", lambda case: right(case) * wrong)
+    rows = list(numerics.loss_rows(32))[2:]
+    assert not any(holds for _, holds in rows) and all(row.endswith("DIFFER |") for row, _ in rows)
+
+
+def test_a_run_that_goes_on_differently_is_told(
+    small_network: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = numerics.train
+
+    def other_rate(config: dict[str, Any], **changes: Any) -> list[float]:
+        other = {"optimizer": OptimizerConfig(lr=0.5)} if "load_path" in changes else {}
+        return train(config, **changes | other)
+
+    monkeypatch.setattr(numerics, "train", other_rate)
+    monkeypatch.setattr(numerics, "loss_rows", lambda size: ())
+    monkeypatch.setattr(numerics, "precision_rows", lambda config, steps: ())
+    assert numerics.main(SMALL) == 1
+    train_step.release()
+    assert "| differ | " in capsys.readouterr().out
+
+
+def test_photos_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CPU in its place, and one that is wrong."""
+    shift = 0.0
+    monkeypatch.setattr(
+        torch.Tensor, "cuda", lambda t: torch.cat([t[1:], t[:1]]) if shift else t.clone()
+    )
+    rows = list(numerics.transform_rows(32))[2:]
+    assert rows == [
+        ("| not compiled | 0.0e+00 | the same |", True),
+        ("| compiled | 0.0e+00 | the same |", True),
+    ]
+    shift = 1.0
+    for row, holds in list(numerics.transform_rows(32))[2:]:
+        assert not holds and row.endswith("| differ DIFFER |")

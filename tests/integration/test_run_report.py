@@ -1,0 +1,60 @@
+"""A run's report.html: all on one page, and nothing in it but what the run says."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.support.run_report import Page, run  # noqa: F401
+from training.callbacks import build_callbacks
+from training.config import resolve
+from training.report import Report
+
+
+def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
+    trainer, folder = run
+    (report,) = (c for c in trainer.state.callbacks if isinstance(c, Report))
+    assert report.latest == f"{folder}/report.html"
+    page = Page(Path(report.latest).read_text(encoding="utf-8"))
+    assert page.texts["h1"] == [trainer.state.run_name]
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    miou = trainer.state.eval_metric_values["MIoU"]
+    assert facts["mIoU"].startswith(f"{miou:.2f}%; best ")
+    assert facts["Progress"].startswith(f"batch {trainer.state.timestamp.batch.value}, ")
+    assert facts["Images a second"].endswith("loading included")
+    # The curves and the newest picture, whole and inside.
+    drawn = [Image.open(io.BytesIO(report.curves.drawn or b"")).size]
+    assert report.pictures is not None and report.pictures.sheet is not None
+    drawn.append(report.pictures.sheet.size)
+    assert [image.size for image in page.images] == drawn
+    for image in page.images:
+        image.load()
+    assert all(link.startswith("data:image/") for link in page.links)
+    written = yaml.safe_load(page.texts["pre"][0])
+    assert written["model"]["num_classes"] == 12 and written["save_folder"]
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_an_evaluation_alone_leaves_the_page(tiny: dict[str, Any], is_train: bool) -> None:
+    config = resolve(tiny | {"save_folder": "runs/x"})
+    config.is_train = is_train
+    built = build_callbacks(config, None)
+    assert any(isinstance(callback, Report) for callback in built) == is_train
+
+
+@pytest.mark.parametrize("save_folder", ["runs/x", "s3://bucket/x"])
+def test_an_evaluation_alone_leaves_pictures_and_tables(
+    tiny: dict[str, Any], save_folder: str
+) -> None:
+    """Each name of a training run's first evaluation is one of an evaluation alone as well."""
+    config = resolve(tiny | {"save_folder": save_folder, "pictures": 2, "class_table_csv": True})
+    folders = []
+    for config.is_train in (True, False):
+        built = build_callbacks(config, None)
+        folders.append({vars(c)["folder"] for c in built if vars(c).get("folder")})
+    assert folders == [{save_folder}, {f"{save_folder}/evaluation"}]

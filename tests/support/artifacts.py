@@ -1,0 +1,75 @@
+"""A network and a short run that several test files look at; each is made once a session."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpointing.weights import save_weights
+from extras.preparation.synthetic import TEXTURES, make
+from model import DeepLabV3, deeplabv3
+from segmentation.classes import load_classes
+from tests.support.paths import ROOT
+
+CLASSES = list(TEXTURES)
+_folder = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def random_network(num_classes: int = 12) -> DeepLabV3:
+    """A ResNet-50 with random weights whose predictions vary within a photo."""
+    torch.manual_seed(0)
+    network = deeplabv3(num_classes, "resnet50", sync_bn=False)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of the pass below
+    photo = torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20
+    with torch.no_grad():
+        network.train()(photo)
+        seg = network.classifier.conv_seg
+        seg.weight.normal_()
+        seg.weight *= 3 / network.eval()(photo).std()
+    return network
+
+
+@functools.cache
+def random_weights() -> str:
+    """`random_network` as a file of weights, with a configuration and class names inside."""
+    path = Path(_folder.name, "random.safetensors")
+    classes = load_classes(CLASSES, 12)
+    save_weights(path, random_network().state_dict(), {"eval_dataset": {"final_size": 32}}, classes)
+    return str(path)
+
+
+@functools.cache
+def finished_run() -> tuple[Any, str]:
+    """A trainer after four steps of the mild recipe on generated photos, and its folder."""
+    from main import main
+
+    data, folder = Path(_folder.name, "data"), str(Path(_folder.name, "finished"))
+    make(str(data), training=8, validation=5, size=48)
+    dataset = {"path": str(data), "base_size": 32, "final_size": 32, "batch_size": 4}
+    config = {
+        "run_name": "finished",
+        "recipe_name": "mild",
+        "mild": {"max_duration": "4ba", "ema": {"half_life": "2ba", "update_interval": "1ba"}},
+        "model": {"num_classes": 12, "backbone_arch": "resnet50", "backbone_weights": None},
+        "train_dataset": {**dataset, "num_workers": 0},
+        "eval_dataset": {**dataset, "num_workers": 0},
+        "optimizer": {"lr": 0.02},
+        "eval_interval": "2ba",
+        "save_interval": "4ba",
+        "train_metrics_interval": 2,
+        "pictures": 2,
+        "class_names": str(ROOT / "yamls" / "demo_classes.txt"),
+        "precision": "fp32",
+        "class_table_csv": True,
+        "save_folder": f"{_folder.name}/{{run_name}}",
+        "loggers": {"tensorboard": {"log_dir": folder, "flush_interval": 1}},
+    }
+    return main(config), folder

@@ -1,0 +1,37 @@
+"""What the tests of batch_norm share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "not affine": {"affine": False},
+    "cumulative": {"momentum": None},
+    "without statistics": {"track_running_stats": False},
+}
+
+
+def make_network(kind: str = "plain") -> nn.Sequential:
+    """Two normalised layers, of which the second sees a mean far from 0."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16, **KINDS[kind]),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.BatchNorm2d(8, **{"momentum": 0.3, **KINDS[kind]}),
+        nn.Conv2d(8, 4, 1),
+    )
+    nn.init.constant_(network[3].bias, 30.0)
+    return network
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    """Images, and what the loss weighs the outputs with."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 16, 16, generator=generator) * 2 + 1
+    return images, torch.randn(4, 4, 16, 16, generator=generator)

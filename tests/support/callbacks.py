@@ -1,0 +1,14 @@
+"""What the tests of callbacks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.artifacts import finished_run
+
+
+@pytest.fixture(scope="module")
+def run() -> tuple[Any, str]:
+    return finished_run()

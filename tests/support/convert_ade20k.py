@@ -1,0 +1,51 @@
+"""What the tests of convert_ade20k share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from convert_ade20k import convert
+from data import StreamingADE20k
+from dataset.matching import list_samples
+from tests.support.s3_server import s3_server
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def path(synthetic, tmp_path) -> Path:
+    """A copy of the data set that a test may change."""
+    return Path(shutil.copytree(synthetic, tmp_path / "set"))
+
+
+def write(path: Path | str, out: Path | str, **options) -> dict[str, int]:
+    """A few shards a split, in this process's children."""
+    return convert(str(path), str(out), **{"size_limit": "10kb", "workers": 1, **options})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+def check_shards(path: Path | str, shards: StreamingADE20k, split: str) -> None:
+    """Every sample, in order, as its files are."""
+    samples = list_samples(str(path), split)
+    assert len(shards) == len(samples)
+    for index, sample in enumerate(samples):
+        uid, photo, mask, _ = shards.read(index)
+        assert uid == sample.uid
+        assert photo == Path(sample.image_path).read_bytes()
+        assert mask == Path(sample.mask_path).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as server:
+        yield server

@@ -1,0 +1,202 @@
+"""Runs of main.py in separate processes that kill themselves on request, for tests and benchmarks.
+
+The processes are forked from a process that has imported all modules, which saves ten seconds each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tests.support.paths import ROOT
+
+IMPORTS = ["main", "model", "data"]
+IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
+IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
+# The moments of a save are: half written, before each rename, before an old checkpoint is removed.
+MOMENTS = ("forward", "batch", "eval", "write", "rename", "best", "pointer", "remove")
+
+
+class Death(NamedTuple):
+    """The moment at which a run gets a signal: the n-th time that a moment of `MOMENTS` occurs."""
+
+    moment: str
+    number: int  # The count starts at 0.
+    signal: int = signal.SIGKILL
+    times: int = 1  # Number of signals in a row.
+    is_loaders: bool = False  # Whether a loader process gets the signal.
+
+
+def start(
+    config: dict[str, Any],
+    log: str,
+    death: Death | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+) -> Any:
+    """Start main.py in a process that is forked from a process with all imports.
+
+    Args:
+        config: Content of the YAML config.
+        log: File for the logged values, one line of JSON per value. `{log}.{rank}.out` gets the
+            output.
+        death: Signal that the process gets, and its moment.
+        rank: Rank of the process.
+        ranks: Number of processes, all on this machine.
+        port: Port at which the processes find each other.
+
+    Returns:
+        The multiprocessing.Process.
+    """
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    # The forkserver silently skips a module that is missing.
+    for name in IMPORTS:
+        assert importlib.util.find_spec(name), f"there is no module {name}"
+    context.set_forkserver_preload(IMPORTS)
+    distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = {key: str(value) for key, value in distributed.items()} if ranks > 1 else {}
+    process = context.Process(target=_child, args=(config, log, death, rank, settings))
+    process.start()
+    return process
+
+
+def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
+    """Run main.py as `start` does; return the exit status, or the negative signal."""
+    return run_ranks(config, log, 1, death)[0]
+
+
+def run_ranks(
+    config: dict[str, Any], log: str, ranks: int, death: Death | None = None
+) -> list[int]:
+    """Run main.py in several processes and return their statuses; the last one may die."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deaths = [None] * (ranks - 1) + [death]
+    processes = [start(config, log, deaths[rank], rank, ranks, port) for rank in range(ranks)]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _child(
+    config: dict[str, Any], log: str, death: Death | None, rank: int, settings: dict[str, str]
+) -> None:
+    import main
+
+    os.environ.update(settings)
+    output = os.open(f"{log}.{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    shrink()
+    callbacks = [_plan_death(death)] if death else []
+    loggers = [_make_logger(log)] if rank == 0 else []
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(config, file)  # JSON is valid YAML.
+        file.flush()
+        status = main.run([file.name], callbacks=callbacks, loggers=loggers)
+    sys.exit(status)
+
+
+def shrink(
+    set_attribute: Callable[[Any, str, Any], None] = setattr,
+    set_item: Callable[[Any, Any, Any], None] = dict.__setitem__,
+) -> None:
+    """Shrink resnet50 to 4 million parameters, so that a run does not mainly write checkpoints."""
+    import torchvision.models.resnet as resnet
+
+    from networks import deeplab
+
+    head = deeplab.DepthwiseSeparableASPPHead
+
+    def small_resnet(weights: None, **arguments: Any) -> resnet.ResNet:
+        return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments)
+
+    def small_head(**arguments: Any) -> Any:
+        return head(**{**arguments, "channels": 32})
+
+    set_attribute(resnet, "resnet50", small_resnet)
+    set_attribute(deeplab, "DepthwiseSeparableASPPHead", small_head)
+    set_item(deeplab.DEPTHS, (1, 1, 1, 1), "50")
+    set_item(deeplab.FAMILIES, (16, 16), "resnet{}")
+
+
+def _make_logger(path: str) -> Any:
+    from composer.loggers import LoggerDestination
+
+    class Lines(LoggerDestination):
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            with open(path, "a") as file:
+                for name, value in metrics.items():
+                    if name.startswith(("loss/", "metrics/eval/")):
+                        file.write(json.dumps([step, name, float(value)]) + "\n")
+
+    return Lines()
+
+
+def _plan_death(death: Death) -> Any:
+    """Make this process send itself a signal at a moment, and return the necessary callback."""
+    import torch
+    from composer.core import Callback
+
+    from checkpointing import stores
+
+    moment, number = death.moment, death.number
+
+    def count(reached: bool = True) -> None:
+        nonlocal number
+        number -= reached
+        if reached and -death.times <= number < 0:
+            loaders = multiprocessing.active_children()
+            process = loaders[0].pid if death.is_loaders else os.getpid()
+            assert process is not None
+            os.kill(process, death.signal)
+
+    class Deadly(Callback):
+        def after_forward(self, state: Any, logger: Any) -> None:
+            count(moment == "forward")
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            count(moment == "batch")
+
+        def eval_batch_end(self, state: Any, logger: Any) -> None:
+            count(moment == "eval")
+
+    save, replace, remove = torch.save, os.replace, os.remove
+
+    def half_save(content: Any, file: Any, **arguments: Any) -> None:
+        ours = str(getattr(file, "name", "")).endswith(".unfinished")
+        if moment == "write" and ours and number == 0:
+            buffer = io.BytesIO()
+            save(content, buffer)
+            file.write(buffer.getvalue()[: buffer.tell() // 2])
+            file.flush()
+        count(moment == "write" and ours)
+        save(content, file, **arguments)
+
+    def late_replace(source: str, target: str) -> None:
+        name = os.path.basename(target)
+        count(moment == "rename" and stores.NAME.fullmatch(name) is not None)
+        count(moment == "best" and name == stores.BEST)
+        count(moment == "pointer" and name == stores.LATEST)
+        replace(source, target)
+
+    def late_remove(path: str) -> None:
+        count(moment == "remove" and stores.NAME.fullmatch(os.path.basename(path)) is not None)
+        remove(path)
+
+    torch.save, os.replace, os.remove = half_save, late_replace, late_remove
+    return Deadly()

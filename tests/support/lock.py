@@ -1,0 +1,44 @@
+"""What the tests of lock share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from checkpointing.lock import RecordLock, describe_self
+
+
+@contextmanager
+def other_process(function: Callable[[], Any]) -> Iterator[int]:
+    """Call a function in a forked process, which then waits; yield its process id."""
+    ready, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        function()
+        os.write(write, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+class Place:
+    """A store of one record."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+
+    def lock(self, run: str, **changes: Any) -> RecordLock:
+        owner = describe_self(run) | {"pid": 1, "machine": f"the host of {run}", **changes}
+        return RecordLock("s3://x", owner, lambda: self.content, self.write)
+
+    def write(self, content: bytes) -> None:
+        self.content = content

@@ -1,0 +1,32 @@
+"""What the tests of predict share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from predict import Segmenter
+from tests.support.artifacts import random_weights
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter(random_weights())
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """A photo of smooth colours, (45, 60, 3)."""
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)
+
+
+def variant(segmenter: Segmenter, **attributes: Any) -> Segmenter:
+    """The same, with other attributes."""
+    other = copy.copy(segmenter)
+    vars(other).update(attributes)
+    return other

@@ -1,0 +1,57 @@
+"""What the tests of transforms share."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.labels import IGNORED, PADDING
+from transforms import (
+    PADDING_COLOR,
+)
+
+
+def photo(height: int, width: int, seed: int = 0, detail: int = 12) -> np.ndarray:
+    """Smooth spots of `detail` pixels."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (-(-height // detail), -(-width // detail), 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def blobs(height: int, width: int, classes: int = 6, seed: int = 0) -> np.ndarray:
+    """A mask of connected regions with labels 0..classes."""
+    rng = np.random.default_rng(seed)
+    fields = rng.standard_normal((-(-height // 12), -(-width // 12), classes + 1))
+    fields = cv2.resize(fields, (width, height), interpolation=cv2.INTER_CUBIC)
+    return fields.reshape(height, width, -1).argmax(-1).astype(np.uint8)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    assert np.asarray(a).shape == np.asarray(b).shape
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b))
+
+
+PHOTO = Image.fromarray(photo(45, 61))
+
+
+def as_batch(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    images = np.stack([photo(size, size, seed) for seed in range(count)])
+    labels = np.stack([blobs(size, size, 20, seed) for seed in range(count)])
+    labels[:, :4], images[:, :4] = PADDING, PADDING_COLOR
+    labels[:, 5] = IGNORED
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)

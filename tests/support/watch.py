@@ -1,0 +1,39 @@
+"""What the tests of watch share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as torch_dist
+
+from training import watch
+from training.watch import Watch
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The statuses with which watches end their processes."""
+    statuses: list[int] = []
+    monkeypatch.setattr("training.watch.os._exit", statuses.append)
+    monkeypatch.setattr(watch, "GRACE", 0.2)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return statuses
+
+
+@pytest.fixture
+def three(exits: list[int]) -> Iterator[list[Watch]]:
+    """The watches of three processes, here in one."""
+    store = torch_dist.HashStore()
+    with ThreadPoolExecutor(3) as threads:
+        watches = list(threads.map(lambda rank: Watch(store, rank, 3), range(3)))
+    yield watches
+    for one in watches:
+        one.close(0)
+
+
+def causes(watches: list[Watch]) -> list[tuple[str, int]]:
+    """What the watches have heard, and the status."""
+    heard = [one.cause(10) for one in watches]
+    return [(str(cause), cause.status) for cause in heard if cause]

@@ -1,0 +1,59 @@
+"""What the tests of web share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import export
+from checkpointing.weights import save_weights
+from errors import UserError
+from extras.preparation.synthetic import make
+from extras.sharing import web
+from segmentation.classes import load_classes
+from tests.support.artifacts import CLASSES, random_network
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Path:
+    try:
+        return web.fetch_runtime()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Larger than the network sees it, smaller, and turned by its EXIF orientation."""
+    folder = tmp_path_factory.mktemp("photos")
+    make(str(folder), training=3, validation=1, size=96)
+    scenes = sorted((folder / "ADEChallengeData2016/images/training").iterdir())
+    large, small, turned = folder / "large one #1.jpg", folder / "small.png", folder / "turned.jpg"
+    shutil.copy(scenes[0], large)
+    Image.open(scenes[1]).resize((51, 40)).save(small)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.open(scenes[2]).resize((90, 64)).save(turned, quality=90, exif=exif)
+    return [large, small, turned]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_network: None,
+    runtime: Path,
+    photos: list[Path],
+) -> Path:
+    """The page of a small network that sees 64 pixels, written by the command."""
+    place = tmp_path_factory.mktemp("web")
+    weights = place / "weights.safetensors"
+    classes = load_classes(CLASSES, 12)
+    config = {"eval_dataset": {"final_size": 64}}
+    save_weights(weights, random_network.__wrapped__(12).state_dict(), config, classes)
+    options = ["--to", "web", "--out", str(place / "demo"), "--size", "48"]
+    examples = [option for photo in photos for option in ("--photo", str(photo))]
+    assert export.main([str(weights), *options, *examples]) == 0
+    return place

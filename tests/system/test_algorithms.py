@@ -1,0 +1,85 @@
+"""Algorithms of the recipes against Composer's, and resumed runs against uninterrupted ones."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from composer.utils import dist
+
+from tests.support.algorithms import loader, save_at, tensors, train
+from training.ema import EMA
+from training.mixup import MixUp
+from training.seeding import SeedMicrobatch
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def train_on_ranks(folder):
+    """Trains and evaluates on this rank: EMA and MixUp, which two ranks do as one does."""
+    algorithms = [SeedMicrobatch(17), EMA("8ba"), MixUp(0.5)]
+    trainer = train(
+        "mild",
+        algorithms=algorithms,
+        eval_dataloader=loader(dist.get_global_rank(), dist.get_world_size()),
+        eval_interval="10ba",
+        save_folder=folder,
+        save_interval=save_at(5),
+    )
+    hot = train("hot")  # its climbs differ by design; it has to run, and keep the ranks together
+    found = tensors(trainer) | {f"hot.{key}": value for key, value in tensors(hot).items()}
+    found["matrix"] = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
+    found["losses"] = torch.tensor(trainer.losses)
+    torch.save(found, f"{folder}/rank{dist.get_global_rank()}.pt")
+    return found
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in (0, 1):
+        environment = {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "NODE_RANK": 0,
+        }
+        environment = os.environ | {key: str(value) for key, value in environment.items()}
+        command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
+        ranks.append(subprocess.Popen(command, env=environment))
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    (tmp_path / "one").mkdir()
+    one = train_on_ranks(str(tmp_path / "one"))
+    two = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    # Every rank knows the matrix of the whole set.
+    assert torch.equal(two[0]["matrix"], two[1]["matrix"])
+    assert two[0]["matrix"].sum() == one["matrix"].sum()
+    # Each rank's BatchNorm statistics are of its own pictures; all else is common to them.
+    own = ("matrix", "running_mean", "running_var", "num_batches_tracked")
+    weights = [key for key in one if not key.endswith(own)]
+    for key in weights:
+        assert torch.equal(two[0][key], two[1][key])
+        if not key.startswith("hot."):
+            torch.testing.assert_close(two[0][key], one[key], rtol=1e-3, atol=1e-5)
+    # A checkpoint of two ranks, saved under DDP, resumes on one.
+    resumed = train(
+        "mild",
+        algorithms=[SeedMicrobatch(17), EMA("8ba"), MixUp(0.5)],
+        load_path=str(tmp_path / "ep1-ba5-rank0.pt"),
+    )
+    for key, value in tensors(resumed).items():
+        if key in weights:
+            torch.testing.assert_close(value, one[key], rtol=1e-3, atol=1e-5)
+
+
+if __name__ == "__main__":
+    train_on_ranks(sys.argv[1])

@@ -1,0 +1,61 @@
+"""The best checkpoint stays, through kills and resumes, and a run ends when none is better."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.kill_resume import largest_difference, make_config, make_data
+from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import batch_of
+from main import main
+from tests.support.best import Scores, files, record, saving, scores  # noqa: F401
+from tests.support.forked import Death, run
+from tests.support.s3_server import s3_server
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The config of a hot run that keeps its best, and the folder of one that nobody disturbed."""
+    data = str(tmp_path_factory.mktemp("data"))
+    make_data(data)
+    folder = tmp_path_factory.mktemp("reference")
+    config = make_config(data, "hot", "folders", workers=0)
+    config |= {"save_best": True, "eval_interval": "2ba", "save_interval": "3ba"}
+    assert run({**config, "save_folder": str(folder)}, f"{folder}/log") == 0
+    return {**config, "autoresume": True}, folder
+
+
+def test_kills_around_an_improvement_change_nothing(
+    killed: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    config, reference = killed
+    config = {**config, "save_folder": str(tmp_path)}
+    for moment in ("eval", "best", "pointer", "write", "remove", "best"):
+        assert run(config, f"{tmp_path}/log", Death(moment, 1)) == -signal.SIGKILL, moment
+    assert run(config, f"{tmp_path}/log") == 0
+    assert files(tmp_path) == files(reference)
+    for name in ("best-rank0.pt", "latest-rank0.pt"):
+        assert record(tmp_path / name) == record(reference / name)
+    assert largest_difference(str(tmp_path), str(reference)) == 0
+
+
+def test_the_best_in_an_object_store(tiny: dict[str, Any], tmp_path: Path, scores: Scores) -> None:
+    with s3_server():
+        keys: dict[str, Any] = {"save_folder": "s3://data/run", "stop_after": "2ba"}
+        scores([10, 30])
+        main(saving(tiny, tmp_path) | keys | {"max_duration": "2ba"})
+        scores([20, 25, 27])
+        trainer = main(saving(tiny, tmp_path) | keys)
+        assert trainer.state.timestamp.batch == 4
+        store = RemoteFolder("s3://data/run")
+        assert [batch_of(name) for name in store.names()] == [4, 2]
+        # What points at it can be named as a checkpoint.
+        begun = {**tiny, "save_folder": None, "max_duration": "3ba"}
+        trainer = main({**begun, "load_path": "s3://data/run/best-rank0.pt"})
+        assert trainer.state.timestamp.batch == 3

@@ -1,0 +1,101 @@
+"""What commands do before they import torch: answer --help, and share the machine's cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import main as main_module
+from tests.support.paths import ROOT
+
+COMMANDS = ["main", "data", "evaluate", "predict", "export"]
+
+# Takes command lines as JSON; prints status, output and slow modules of each, all in one process.
+ANSWERS = """
+import contextlib, io, json, runpy, sys
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, output, status = arguments, io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    slow = {"torch", "numpy", "cv2", "PIL", "composer", "streaming", "mmcv"} & set(sys.modules)
+    answers.append((status, output.getvalue(), sorted(slow)))
+print(json.dumps(answers))
+"""
+
+
+def test_help_and_wrong_flags_are_answered_before_slow_imports() -> None:
+    lines = [[f"{name}.py", "--help"] for name in COMMANDS]
+    wrong = [["predict.py"], ["export.py", "model", "--to", "bmp"], ["data.py", "x", "--workers=0"]]
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS, json.dumps(lines + wrong)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = json.loads(done.stdout)
+    for line, (status, output, slow) in zip(lines + wrong, answers, strict=True):
+        assert not slow, line
+        assert status in ((0, None) if "--help" in line else (2,)), (line, output)
+        assert output.startswith("usage: "), line
+
+
+def test_the_command_line_answers_in_one_line_before_slow_imports(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    # python -X importtime writes a line to stderr for each module that it imports.
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "main.py", str(path), "optimiser.lr=1"],
+        cwd=Path(main_module.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import")}
+    assert "training.schema" in imported
+    assert not imported & {"torch", "composer", "numpy"}
+    printed = [line for line in lines if not line.startswith("import")]
+    assert printed == ["error: unknown key optimiser; did you mean optimizer?"]
+    assert done.stdout == ""
+
+
+def test_importing_main_reads_no_arguments_and_changes_no_environment() -> None:
+    code = (
+        "import os, sys, cv2, composer, streaming\n"  # libraries change it
+        "before = dict(os.environ); sys.argv = ['x', 'no-such.yaml']\n"
+        "import main\n"
+        "changed = {k for k in os.environ if os.environ[k] != before.get(k)}\n"
+        "print(sorted(changed), main.main.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(main_module.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "[] main\n"), done.stderr
+
+
+def test_warnings_are_not_lost_to_mmcv() -> None:
+    """Its loggers have the handlers that they find drop warnings; so in a process that has none."""
+    script = "import logging; logging.basicConfig(); import model; logging.warning('retrying')"
+    folder = Path(main_module.__file__).parent
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING:root:retrying" in done.stderr

@@ -1,0 +1,46 @@
+"""A node that dies for good; benchmarks/cut_link.py has the rest of it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cut_link import Nodes, made_config, recorder, run, samples
+from main import main
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+QUICK = {"INTERVAL": 1, "ATTEMPTS": 2}  # a machine is lost after 3 s
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A folder and a config, where this machine lets network namespaces be made."""
+    try:
+        with Nodes():
+            pass
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    with made_config() as (folder, config):
+        config["mild"]["max_duration"] = "12ba"
+        yield folder, config
+
+
+def test_the_other_node_goes_on_alone(made: tuple[str, dict[str, Any]]) -> None:
+    folder, config = made
+    outcome = run(f"{folder}/alone", None, config, alone=True, **QUICK)
+    assert outcome.statuses[0] == 0, outcome.outputs
+    assert outcome.back is not None and outcome.back < 90
+    (line,) = [text for text in outcome.outputs[0].splitlines() if text.startswith("error: ")]
+    assert line.startswith("error: process 1 at 10.77.0.2 has not answered for 3 s")
+    # Each step has the images of a run of one process, augmented in the same way.
+    path = Path(folder, "one")
+    path.mkdir()
+    main(config, callbacks=[recorder(path / "samples")])
+    assert outcome.samples == samples(str(path))
+    assert [len(images) for images in outcome.samples.values()] == [4] * 12

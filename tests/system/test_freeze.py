@@ -1,0 +1,26 @@
+"""The backbone stays as it is for as long as the config says, also through a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpointing.weights import load_weights
+from tests.support.forked import run_ranks
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+EMA = {"half_life": "2ba", "update_interval": "1ba"}
+
+
+def test_two_processes(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Weights without a gradient do not have DistributedDataParallel wait."""
+    tiny |= {"recipe_name": "hot", "hot": {"max_duration": "4ba", "ema": EMA}}
+    tiny |= {"save_folder": str(tmp_path / "run"), "save_interval": "4ba"}
+    name = "torchvision:fcn_resnet50"
+    tiny["model"] |= {"name": name, "arguments": {"aux_loss": True}, "freeze_backbone": "2ba"}
+    assert run_ranks(tiny, str(tmp_path / "log"), 2) == [0, 0]
+    assert load_weights(tmp_path / "run" / "latest-rank0.pt").network[0] == name

@@ -1,0 +1,52 @@
+"""One live run writes into a folder; a dead one does not keep the next from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpointing import lock
+from checkpointing.lock import release_locks
+from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import LocalFolder
+from errors import ConfigError
+from main import main
+from tests.support.lock import other_process
+from tests.support.s3_server import S3Server, s3_server
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
+        monkeypatch.setattr(lock, name, seconds)
+    yield
+    release_locks()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.mark.usefixtures("small_network")
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_a_second_run_is_refused_while_the_first_lives(
+    tiny: dict[str, Any], tmp_path: Path, server: S3Server, kind: str
+) -> None:
+    folder = f"{tmp_path}/saved" if kind == "folder" else "s3://data/locked"
+    target = LocalFolder(folder) if kind == "folder" else RemoteFolder(folder)
+    tiny |= {"save_folder": folder, "max_duration": "1ba", "eval_interval": "9ep"}
+    with other_process(lambda: target.lock("tiny")) as pid:
+        with pytest.raises(ConfigError) as caught:
+            main(tiny)
+        assert f"save_folder: run tiny (process {pid} on " in str(caught.value)
+        assert "is writing to" in str(caught.value)
+        assert target.names() == []
+    main({**tiny, "autoresume": True})  # the first was killed
+    assert target.names() == ["ep0-ba1-rank0.pt"]
+    with other_process(lambda: target.lock("tiny")):  # the run has released the folder
+        pass

@@ -1,0 +1,111 @@
+"""Several processes: the same numbers as one, and an end for all when one is lost."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.kill_resume import make_config, read_log, tensors
+from extras.preparation.synthetic import make
+from tests.support.forked import Death, run, run_ranks
+
+LOSS = "loss/train/total"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The config of a run on 16 photos and 7, and the folder of one by one process."""
+    folder = str(tmp_path_factory.mktemp("one"))
+    make(f"{folder}/folders", training=16, validation=7, size=48)
+    config = make_config(folder, "baseline", "folders", workers=0)
+    config |= {"max_duration": "6ba", "eval_interval": "100ep", "autoresume": True}
+    config["device_train_microbatch_size"] = 2
+    config["eval_dataset"]["batch_size"] = 6
+    config["model"]["sync_bn"] = False  # statistics are of micro-batches, whoever has them
+    assert run({**config, "save_folder": f"{folder}/saved"}, f"{folder}/log") == 0
+    return config, folder
+
+
+def losses(log: str) -> list[float]:
+    """The losses of each batch, none of which may be there twice."""
+    found = {step: values for (step, name), values in read_log(log).items() if name == LOSS}
+    assert all(len(values) == 1 for values in found.values())
+    assert sorted(found) == list(range(len(found)))
+    return [found[step][0] for step in sorted(found)]
+
+
+def test_two_processes_have_the_losses_of_one(
+    one: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    config, folder = one
+    config = {**config, "save_folder": str(tmp_path)}
+    assert run_ranks(config, f"{tmp_path}/log", 2) == [0, 0]
+    expected = losses(f"{folder}/log")
+    assert len(set(expected)) == 6
+    assert losses(f"{tmp_path}/log") == pytest.approx(expected, abs=1e-5)
+
+
+def test_shared_statistics_are_those_of_the_whole_batch(
+    one: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    config = {**one[0], "max_duration": "1ba", "device_train_microbatch_size": 4}
+    config["model"] = {**config["model"], "sync_bn": True}
+    found = []
+    for ranks in (1, 2):
+        config["save_folder"] = f"{tmp_path}/{ranks}"
+        assert run_ranks(config, f"{tmp_path}/log{ranks}", ranks) == [0] * ranks
+        found.append(tensors(f"{tmp_path}/{ranks}"))
+    # The backbone's, since the head's dropout is another for each rank.
+    names = [name for name in found[0] if "backbone" in name and "running" in name]
+    assert len(names) > 20
+    for name in names:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_processes(
+    one: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    config, folder = one
+    config = {**config, "save_folder": str(tmp_path)}
+    log = f"{tmp_path}/log"
+    # Only the second process gets the signal, and both stop after the same batch.
+    assert run_ranks(config, log, 2, Death("forward", 1, signal.SIGTERM)) == [75, 75]
+    assert "stopped after batch 2 as told" in Path(f"{log}.0.out").read_text()
+    assert run(config, log, Death("forward", 2, signal.SIGTERM)) == 75
+    assert run_ranks(config, log, 2) == [0, 0]
+    assert losses(log) == pytest.approx(losses(f"{folder}/log"), abs=1e-5)
+
+
+def test_evaluation_is_the_same_for_any_number_of_processes(
+    one: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    config, folder = one
+    config = {**config, "is_train": False, "autoresume": False}
+    config["load_path"] = f"{folder}/saved/latest-rank0.pt"
+    scores = []
+    for ranks in (1, 2, 3):
+        log = f"{tmp_path}/{ranks}"
+        assert run_ranks(config, log, ranks) == [0] * ranks
+        values = read_log(log)
+        scores.append((values[0, "metrics/eval/MIoU"], values[0, "metrics/eval/CrossEntropy"]))
+    assert scores[0][0] == scores[1][0] == scores[2][0]
+    assert scores[1][1] == pytest.approx(scores[0][1], rel=1e-5)
+    assert scores[2][1] == pytest.approx(scores[0][1], rel=1e-5)
+
+
+def test_the_others_end_when_one_process_is_killed(
+    one: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    config, _ = one
+    config = {**config, "save_folder": str(tmp_path)}
+    start = time.monotonic()
+    status = run_ranks(config, f"{tmp_path}/log", 2, Death("batch", 2))
+    assert status == [75, -signal.SIGKILL]
+    assert time.monotonic() - start < 60
+    last = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
+    assert last.startswith("error: process 1 at 127.0.0.1 ended without a word: it was killed")

@@ -1,0 +1,87 @@
+"""The parts of soak.py: what its runs are, how they are followed, and what is made of it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import soak_memory, soak_run
+from benchmarks.kill_resume import RECIPES
+from tests.support.faulty_store import FAULTS, FaultyStore
+from training.config import resolve
+
+
+def test_the_runs_are_ones_that_main_takes(tmp_path: Path) -> None:
+    for recipe in RECIPES:
+        config = resolve(soak_run.make_config("s3://data/x", str(tmp_path), recipe, "name", 100))
+        assert (config.recipe_name or "baseline") == recipe and config.max_duration == "100ba"
+    module, _, function = config.model.name.partition(":")
+    network = getattr(sys.modules[module], function)(num_classes=12)
+    assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 12, 16, 16)
+
+
+def test_growth_is_from_the_first_to_the_last() -> None:
+    samples = [(225, {"launcher": (100.0, 10)}), (425, {"launcher": (101.0, 13)})]
+    text, worst = soak_memory.table(samples)
+    assert worst == pytest.approx(0.3)
+    assert "| launcher, MB | 100.0 | 101.0 | +1.0% |" in text
+    assert "| launcher, files | 10 | 13 | +30.0% |" in text
+
+
+@pytest.fixture
+def echo() -> Iterator[int]:
+    """The port of a server that answers each request with 5,000 bytes."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                if connection.recv(1000):
+                    connection.sendall(bytes(5000))
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield server.getsockname()[1]
+    server.close()
+
+
+def ask(store: FaultyStore) -> bytes:
+    """All that the store answers to a request; raises where nobody listens."""
+    with socket.create_connection(("127.0.0.1", store.port), 30) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        return b"".join(iter(lambda: connection.recv(1000), b""))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_store(echo: int, fault: str) -> None:
+    store, answers, began = FaultyStore(echo), [], time.monotonic()
+    assert ask(store) == bytes(5000)
+    asking = threading.Thread(target=lambda: answers.append(ask(store)))
+    with store.having(fault):
+        if fault == "gone":
+            with pytest.raises(ConnectionRefusedError):
+                ask(store)
+        else:
+            asking.start()
+            asking.join(0.3 if fault == "silent" else None)
+    if fault == "silent":
+        assert not answers
+        asking.join()
+    expected = {"cut": bytes(3000), "slow": bytes(5000), "silent": bytes(5000)}
+    if fault in ("500", "503"):
+        assert answers[0].startswith(b"HTTP/1.1 " + fault.encode())
+    elif fault != "gone":
+        assert answers == [expected[fault]]
+    assert fault != "slow" or time.monotonic() - began >= 5000 / 50_000
+    assert ask(store) == bytes(5000)
+    store.close()

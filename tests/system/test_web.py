@@ -1,0 +1,188 @@
+"""The page that `export.py --to web` writes, in a real browser: it answers as predict.py does."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extras.sharing import web
+from predict import Segmenter
+from segmentation.classes import load_classes
+from tests.support.artifacts import CLASSES
+from tests.support.browser import CHROMIUM, Page, browser, static_host
+from tests.support.web import folder, photos, runtime  # noqa: F401
+
+READY = "document.querySelector('#status').textContent == 'Ready.'"
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Iterator[Page]:
+    """The page, its network loaded; of a plain static host."""
+    if CHROMIUM is None:
+        missing = pytest.fail if os.environ.get("BROWSER_TESTS") == "required" else pytest.skip
+        missing("no Chromium (Debian: apt-get install chromium)")
+    with static_host(folder / "demo") as address, browser() as page:
+        page.address = address
+        page.screen(1200, 1200)
+        page.open(address)
+        page.wait(READY)
+        yield page
+
+
+def segmented(page: Page, name: str) -> np.ndarray:
+    """Wait for a photo's classes, and return what the page's button downloads."""
+    page.wait(f"document.querySelector('#status').textContent.startsWith('{name}: ')")
+    page.run("document.querySelector('#download').click()")
+    mask = Image.open(io.BytesIO(page.downloaded(f"{Path(name).stem}.png")))
+    assert mask.mode == "P"
+    assert mask.getpalette()[:36] == [v for c in load_classes(CLASSES, 12) for v in c.color]
+    return np.array(mask)
+
+
+def test_the_same_classes_as_predict(page: Page, folder: Path, photos: list[Path]) -> None:
+    segmenter = Segmenter(folder / "weights.safetensors")
+    same, pixels = 0, 0
+    for number, photo in enumerate(photos):
+        page.run(f"document.querySelectorAll('#examples button')[{number}].click()")
+        found, expected = segmented(page, photo.name), segmenter(str(photo))
+        assert found.shape == expected.shape and len(np.unique(expected)) > 2
+        same += (found == expected).sum()
+        pixels += found.size
+    assert same / pixels >= 0.999
+    assert not page.messages
+
+
+def test_nothing_leaves_the_browser(page: Page) -> None:
+    """It asks only for its own folder's files, and may not ask for others."""
+    assert len(page.requests) > 5
+    own = (page.address, f"blob:{page.address}", "data:", "about:blank")
+    assert not [url for url in page.requests if not url.startswith(own)]
+    refused = """new Promise((resolve) => {
+      addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
+      fetch("http://127.0.0.2:9/").catch(() => {});
+    })"""
+    assert page.run(refused) == "connect-src"
+
+
+def test_a_dropped_photo_and_its_legend(page: Page, folder: Path, photos: list[Path]) -> None:
+    page.drop(100, 100, photos[1])
+    mask = segmented(page, photos[1].name)
+    counts = np.bincount(mask.ravel(), minlength=12)
+    large = [c for c in np.argsort(-counts, kind="stable") if counts[c] >= mask.size / 1000]
+    rows = page.run("[...document.querySelectorAll('#legend tr')].map((row) => row.innerText)")
+    expected = [f"{CLASSES[c]}\t{100 * counts[c] / mask.size:.1f}%" for c in large]
+    assert rows[: len(large)] == expected
+    taken = page.run("document.querySelector('#time').textContent")
+    assert taken.endswith("at 82 \N{MULTIPLICATION SIGN} 64 pixels (WebAssembly, threads: 1)")
+
+
+def test_a_photo_that_comes_while_another_is_segmented_waits(
+    page: Page, folder: Path, photos: list[Path]
+) -> None:
+    page.run("""
+      window.said = [];
+      const status = document.querySelector('#status');
+      const read = (record) => said.push(...[...record.addedNodes].map((node) => node.textContent));
+      new MutationObserver((records) => records.forEach(read)).observe(status, {childList: true});
+      const buttons = [...document.querySelectorAll('#examples button')];
+      buttons.slice(0, 2).forEach((button) => button.click());
+    """)
+    for photo in photos[:2]:
+        page.wait(f"window.said.some((text) => text.startsWith('{photo.name}: '))")
+
+
+def test_the_class_under_the_pointer(page: Page, photos: list[Path]) -> None:
+    page.choose("#file", photos[0])
+    mask = segmented(page, photos[0].name)
+    box = "(({x, y, width, height}) => [x, y, width, height])"
+    box = page.run(f"{box}(document.querySelector('#picture').getBoundingClientRect())")
+    seen = set()
+    for row, column in ((3, 3), (10, 80), (50, 48), (90, 5), (94, 94)):
+        at = [box[0] + (column + 0.5) / 96 * box[2], box[1] + (row + 0.5) / 96 * box[3]]
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
+        seen.add(mask[row, column])
+        shown = page.run("document.querySelector('#pointed').textContent")
+        assert shown == CLASSES[mask[row, column]]
+    assert len(seen) > 1
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    page.wait("document.querySelector('#pointed').hidden")
+
+
+def test_a_broken_file_is_answered(page: Page, photos: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "notes.jpg"
+    broken.write_bytes(photos[0].read_bytes()[:40] + b"no photo")
+    page.choose("#file", broken)
+    page.wait("document.querySelector('#status').className == 'wrong'")
+    said = page.run("document.querySelector('#status').textContent")
+    assert said == "notes.jpg: not a photo that this browser can read"
+    page.choose("#file", photos[0])  # and it goes on
+    assert segmented(page, photos[0].name).shape == (96, 96)
+    assert page.run("document.querySelector('#status').className") == ""
+
+
+def tab_to(page: Page, identity: str) -> None:
+    for _ in range(12):
+        page.press("Tab")
+        if page.run("document.activeElement.id || document.activeElement.tagName") == identity:
+            return
+    pytest.fail(f"Tab does not reach {identity}")
+
+
+def test_by_keyboard_alone_on_a_narrow_screen(page: Page, photos: list[Path]) -> None:
+    page.screen(400, 700, dark=True)
+    page.open(f"{page.address}?narrow")
+    page.wait(READY)
+    tab_to(page, "file")
+    tab_to(page, "BUTTON")
+    page.press("Enter")
+    mask = segmented(page, photos[0].name)
+    widths = page.run(
+        "[document.documentElement.scrollWidth, document.querySelector('table').offsetWidth]"
+    )
+    assert widths[0] == 400 and widths[1] > 350
+    tab_to(page, "picture")
+    for _ in range(5):
+        page.press("ArrowLeft", shift=True)  # to the left edge
+    page.press("ArrowDown")
+    shown = page.run("document.querySelector('#pointed').textContent")
+    assert shown == CLASSES[mask[int(0.52 * 96), 0]]
+    inside = "(({left, right}) => left >= 0 && right <= 400)"
+    assert page.run(f"{inside}(document.querySelector('#pointed').getBoundingClientRect())")
+    tab_to(page, "opacity")
+    page.press("ArrowRight")
+    assert page.run("document.querySelector('#overlay').style.opacity") == "0.61"
+    tab_to(page, "download")
+    page.press("Enter")
+    assert (np.array(Image.open(io.BytesIO(page.downloaded("large one #1.png")))) == mask).all()
+    assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+    assert not page.messages
+
+
+def test_a_network_that_is_not_there_is_answered(page: Page, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "demo", tmp_path / "demo")
+    (tmp_path / "demo" / web.MODEL).unlink()
+    with static_host(tmp_path / "demo") as address:
+        page.open(address)
+        page.wait("document.querySelector('#status').className == 'wrong'")
+        said = page.run("document.querySelector('#status').textContent")
+    assert said == "The network cannot be loaded: model.onnx: the server says 404"
+
+
+def test_a_browser_whose_webgpu_fails_uses_webassembly(page: Page, photos: list[Path]) -> None:
+    script = "Object.defineProperty(navigator, 'gpu', {value: {requestAdapter: async () => ({})}})"
+    added = page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+    page.open(f"{page.address}?webgpu")
+    page.wait(READY)
+    page.call("Page.removeScriptToEvaluateOnNewDocument", **added)
+    assert any(m.startswith("WebGPU cannot run this network") for m in page.messages)
+    page.messages.clear()
+    page.choose("#file", photos[0])
+    segmented(page, photos[0].name)
+    assert "WebAssembly" in page.run("document.querySelector('#time').textContent")

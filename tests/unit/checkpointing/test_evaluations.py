@@ -1,0 +1,44 @@
+"""Tests of checkpointing/evaluations.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from composer.core import Event, Time, Timestamp
+
+from checkpointing.evaluations import EvaluationSchedule
+
+
+def state(epoch: int = 0, batch: int = 0, elapsed: str = "0.5dur") -> Any:
+    """A trainer's state at a point of the run."""
+    return SimpleNamespace(
+        timestamp=Timestamp(epoch=epoch, batch=batch),
+        previous_timestamp=Timestamp(epoch=max(epoch - 1, 0), batch=max(batch - 1, 0)),
+        get_elapsed_duration=lambda: Time.from_timestring(elapsed),
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "event", "at", "expected"),
+    [
+        pytest.param("2ep", Event.EPOCH_END, {"epoch": 2}, True, id="epochs"),
+        pytest.param("2ep", Event.EPOCH_END, {"epoch": 3}, False, id="between epochs"),
+        pytest.param("3ba", Event.BATCH_END, {"batch": 6}, True, id="batches"),
+        pytest.param("3ba", Event.BATCH_END, {"batch": 7}, False, id="between batches"),
+        pytest.param("3ba", Event.FIT_END, {"batch": 7, "elapsed": "1dur"}, True, id="the end"),
+        pytest.param("3ba", Event.BATCH_CHECKPOINT, {"batch": 6}, False, id="a checkpoint"),
+    ],
+)
+def test_an_evaluation_is_due(
+    interval: str, event: Event, at: dict[str, Any], expected: bool
+) -> None:
+    schedule = EvaluationSchedule(interval)
+    assert schedule(state(**at), event) is expected
+    assert schedule.due is expected
+
+
+def test_a_run_that_was_told_to_stop_leaves_its_evaluation() -> None:
+    schedule = EvaluationSchedule("3ba")
+    schedule.postponed = True
+    assert not schedule(state(batch=3), Event.BATCH_END)
+    assert schedule.due

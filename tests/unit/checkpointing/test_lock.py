@@ -1,0 +1,104 @@
+"""Tests of checkpointing/lock.py."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpointing import lock
+from checkpointing.lock import FileLock, describe_self, release_locks
+from checkpointing.stores import LocalFolder
+from errors import ConfigError, RunError
+from tests.support.lock import Place, other_process
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
+        monkeypatch.setattr(lock, name, seconds)
+    yield
+    release_locks()
+
+
+def test_a_file_lock_ends_with_its_process_and_not_with_its_loaders(tmp_path: Path) -> None:
+    def write_and_fork() -> None:
+        FileLock(str(tmp_path), describe_self("first"))
+        if os.fork() == 0:  # as a loader process, which may outlive the run
+            time.sleep(5)
+            os._exit(0)
+
+    line = r"run first \(process \d+ on \S+\) is writing to"
+    with other_process(write_and_fork), pytest.raises(ConfigError, match=line):
+        FileLock(str(tmp_path), describe_self("second"))
+    FileLock(str(tmp_path), describe_self("second"))
+
+
+def test_a_released_file_lock_leaves_nothing(tmp_path: Path) -> None:
+    FileLock(str(tmp_path), describe_self("first"))
+    release_locks()
+    assert os.listdir(tmp_path) == []
+    with other_process(lambda: FileLock(str(tmp_path), describe_self("second"))):
+        assert os.listdir(tmp_path) == [lock.NAME]
+
+
+def test_a_record_that_is_renewed_refuses_another_run() -> None:
+    place = Place()
+    first = place.lock("first")
+    with pytest.raises(ConfigError, match=r"run first \(process 1 on .*\) is writing to s3://x"):
+        place.lock("second")
+    first.release()
+    place.lock("second")
+
+
+def test_of_two_runs_that_start_together_one_goes_on() -> None:
+    place, outcomes = Place(), []
+
+    def start(name: str) -> None:
+        try:
+            place.lock(name)
+            outcomes.append("goes on")
+        except ConfigError:
+            outcomes.append("is refused")
+
+    threads = [threading.Thread(target=start, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["goes on", "is refused"]
+
+
+def test_a_run_that_was_cut_off_stops_when_another_has_taken_over() -> None:
+    place = Place()
+    first = place.lock("first")
+    place.content = b'{"run": "second", "pid": 7, "host": "b", "token": "other"}'
+    time.sleep(0.5)
+    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken over the folder"):
+        first.check()
+    first.release()
+    assert b"second" in place.content
+
+
+def test_a_folder_without_locks_stops_a_run_that_was_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    target = LocalFolder(str(tmp_path))
+    target.lock("first")
+    (tmp_path / lock.NAME).write_text('{"run": "second", "pid": 7, "host": "b", "token": "other"}')
+    time.sleep(0.5)
+    (tmp_path / "new").write_bytes(b"new")
+    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken over the folder"):
+        target.publish(str(tmp_path / "new"), "ep0-ba2-rank0.pt", keep=1)
+    assert target.names() == []

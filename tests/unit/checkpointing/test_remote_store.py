@@ -1,0 +1,28 @@
+"""Tests of checkpointing/remote_store.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpointing.remote_store import RemoteFolder
+from errors import RunError
+from tests.support.s3_server import S3Server
+from tests.support.stores import server  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+def test_an_upload_that_is_given_up_ends_the_run(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
+    target = RemoteFolder("s3://no-such-bucket/runs")
+    (tmp_path / "file").write_bytes(b"checkpoint")
+    target.publish(str(tmp_path / "file"), "ep0-ba2-rank0.pt", keep=1)
+    with pytest.raises(RunError, match=r"NoSuchBucket.* it is still at ") as caught:
+        target.wait(60)
+    kept = Path(str(caught.value).rpartition(" ")[2])
+    del target  # and its scratch folder
+    assert kept.read_bytes() == b"checkpoint"

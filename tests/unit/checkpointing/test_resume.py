@@ -1,0 +1,59 @@
+"""Tests of checkpointing/resume.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from checkpointing.resume import newest_checkpoint
+from tests.support.run_helpers import save_whole
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "changed", "empty"])
+def test_the_newest_whole_checkpoint_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    _, good, bad = save_whole(tmp_path, 2, 4, 6)
+    assert newest_checkpoint(str(tmp_path), "") == (str(bad), str(bad))
+    content = bad.read_bytes()
+    bad.unlink()
+    if harm != "missing":
+        changed = content.replace(bytes([6, 0, 0, 0]), bytes([7, 0, 0, 0]))
+        harmed = {"truncated": content[:-100], "changed": changed, "empty": b""}[harm]
+        assert harmed != content
+        bad.write_bytes(harmed)
+    assert newest_checkpoint(str(tmp_path), "") == (str(good), str(good))
+    assert f"cannot go on from {bad}" in caplog.text
+
+
+def test_without_a_whole_checkpoint_the_run_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert newest_checkpoint(str(tmp_path / "nowhere"), "") is None
+    assert newest_checkpoint(str(tmp_path), "") is None
+    assert caplog.text == ""
+    (only,) = save_whole(tmp_path, 2)
+    only.write_bytes(b"half")
+    assert newest_checkpoint(str(tmp_path), "") is None
+    assert "no whole checkpoint; the run begins anew" in caplog.text
+
+
+def test_what_latest_names_comes_before_later_batches_of_an_earlier_run(tmp_path: Path) -> None:
+    save_whole(tmp_path, 100, 2, 4)
+    assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba4-rank0.pt")
+
+
+def test_of_two_of_the_same_batch_the_later_is_found(tmp_path: Path) -> None:
+    (first,) = save_whole(tmp_path, 8)
+    second = tmp_path / "ep1-ba8-rank0.pt"
+    shutil.copy(first, second)
+    (tmp_path / "latest-rank0.pt").unlink()
+    assert newest_checkpoint(str(tmp_path), "") == (str(second), str(second))
+    os.symlink(second.name, tmp_path / "latest-rank0.pt")
+    second.write_bytes(b"half")
+    assert newest_checkpoint(str(tmp_path), "") == (str(first), str(first))

@@ -1,0 +1,77 @@
+"""Tests of dataset/source.py."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset.matching import Samples, find_samples
+from errors import ConfigError
+from tests.support.source import describe, tree
+
+
+@pytest.mark.parametrize("exclude", [3, [""], [["a"]], [{"a": 1}]])
+def test_exclude_is_a_list_of_paths(exclude: Any) -> None:
+    with pytest.raises(ConfigError, match=r"exclude: .* is not a path"):
+        describe(exclude=exclude)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.15, 0.5, 0.999])
+@pytest.mark.parametrize("names", ["{}", "ADE_train_{:08}", "street/{}", "é {}"])
+def test_a_fraction_leaves_no_split_empty(tmp_path: Path, names: str, fraction: float) -> None:
+    description = describe(train={"images": "img", "masks": "seg"}, val={"fraction": fraction})
+    for count in range(1, 13):
+        name = names.format(count)
+        tree(tmp_path, [f"img/{name}.jpg", f"seg/{name}.png"])
+        train, val = (find_samples(description, s, str(tmp_path))[0] for s in ("train", "val"))
+        paths = {sample.image_path for sample in train} | {sample.image_path for sample in val}
+        assert len(paths) == len(train) + len(val) == count
+        assert count == 1 or (train and val)
+
+
+@pytest.mark.parametrize(
+    ("files", "reasons"),
+    [
+        pytest.param(["img/5.jpg"], {"its mask is missing, seg"}, id="no mask"),
+        pytest.param(["seg/5.png"], {"its photo is missing"}, id="no image"),
+        pytest.param(["img/1.png"], {"same name as"}, id="the same name twice"),
+        pytest.param(["seg/1.bmp"], {"same name as"}, id="two masks"),
+        pytest.param(
+            ["img/5.jpg", "seg/6.png"],
+            {"its mask is missing, seg", "its photo is missing"},
+            id="one of each",
+        ),
+    ],
+)
+def test_one_fault_of_a_fraction_is_one_finding(
+    tmp_path: Path, files: list[str], reasons: set[str]
+) -> None:
+    pairs = [
+        f"{kind}/{k}.{end}" for k in range(5) for kind, end in (("img", "jpg"), ("seg", "png"))
+    ]
+    tree(tmp_path, pairs + files)
+    description = describe(train={"images": "img", "masks": "seg"}, val={"fraction": 0.5})
+    found = [f for s in ("train", "val") for f in find_samples(description, s, str(tmp_path))[1]]
+    assert len(found) == len(reasons)
+    assert all(any(finding.reason.startswith(reason) for finding in found) for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [],
+        [("a", "/x/a.jpg", "/y/a.png")],
+        [("é/ü", "/x/é/ü.jpg", "/y/\udcff.png"), ("", "", ""), ("b c", "/ \n.jpg", "日本")],
+    ],
+)
+def test_samples_are_a_sequence(samples: list[tuple[str, str, str]]) -> None:
+    packed = pickle.loads(pickle.dumps(Samples(*zip(*samples))))
+    assert list(packed) == samples and len(packed) == len(samples)
+    assert packed[1:] == samples[1:] and packed[::-1] == samples[::-1]
+    with pytest.raises(IndexError):
+        packed[len(samples)]
+    if samples:
+        assert packed[-1] == samples[-1] and packed[0].uid == samples[0][0]

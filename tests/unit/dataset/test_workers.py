@@ -1,0 +1,48 @@
+"""Tests of dataset/workers.py."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from dataset import workers
+from dataset.workers import in_processes
+from errors import DataError
+from extras.preparation import check_command
+from tests.support.paths import ROOT
+
+
+def test_the_number_of_cores_is_asked_for_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no os.sched_getaffinity."""
+    from dataset.workers import available_cores
+
+    assert available_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == os.cpu_count()
+    root = ROOT
+    files = [
+        *root.glob("*.py"),
+        *(root / "dataset").glob("*.py"),
+        *(root / "training").glob("*.py"),
+    ]
+    assert [f.name for f in files if "sched_getaffinity" in f.read_text()] == ["workers.py"]
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+def test_a_process_that_dies_is_one_line():
+    with pytest.raises(DataError, match="a process died"):
+        list(in_processes({0: (os._exit, 1)}, workers=1))
+
+
+def test_cores_are_counted_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workers.available_cores() >= 1
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert workers.available_cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert workers.available_cores() == 1

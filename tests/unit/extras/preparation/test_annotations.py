@@ -1,0 +1,49 @@
+"""Tests of extras/preparation/annotations.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from matplotlib.path import Path as Outline
+from PIL import Image
+
+from dataset.decoding import decode_image
+from extras.preparation import check_command
+from extras.preparation.annotations import Shape, draw, photo_size
+from tests.support.convert_dataset import SIZE, shape  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+def test_slanted_outlines_differ_at_the_edge_alone() -> None:
+    """COCO's rule and a point's being inside: the same but for pixels that the outline touches."""
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 7))
+        points = np.array([32, 24]) + 20 * np.stack([np.cos(angles), np.sin(angles)], 1)
+        mask = draw([Shape("a", [points.ravel().tolist()])], SIZE, {"a": 1}, True)
+        y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+        centers = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], 1)
+        inside = Outline(points).contains_points(centers).reshape(SIZE)
+        edge = np.zeros(SIZE, np.uint8)
+        shifted = np.round((points - 0.5) * 256).astype(np.int32)
+        cv2.polylines(edge, [shifted], True, 1, thickness=2, shift=8)
+        edge = cv2.dilate(edge, np.ones((3, 3), np.uint8))
+        assert inside.sum() > 200
+        np.testing.assert_array_equal(mask[edge == 0], inside[edge == 0])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_photos_size_is_that_of_a_viewer(suffix: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = tmp_path / f"photo{suffix}"
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(photo, exif=exif)
+    assert photo_size(photo) == decode_image(photo.read_bytes()).shape[:2]

@@ -1,0 +1,355 @@
+"""Tests of extras/preparation/check_command.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert_ade20k import convert
+from dataset.matching import list_samples
+from dataset.workers import available_cores
+from extras.preparation import check_command
+from tests.support.description import check
+from tests.support.report import (  # noqa: F401
+    ROOT,
+    cut,
+    labels_of,
+    main,
+    original,
+    path,
+    run,
+    sample,
+    write,
+    wrong_label,
+)
+from tests.support.run_helpers import file_limit
+
+
+@pytest.mark.parametrize(
+    ("photo", "reason"), [(b"", "the file is empty"), (None, "the photo is 9x9, its mask 24x24")]
+)
+def test_a_photo_that_cannot_be_drawn_is_one_line(
+    photo: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        cv2.imwrite(str(tmp_path / f"{number}.jpg"), rng.integers(0, 256, (24, 24, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.eye(24, dtype=np.uint8))
+    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)  # with alpha, and of no mask
+    (tmp_path / "brand").mkdir()
+    Image.fromarray(grey).save(tmp_path / "brand/logo.png")
+    broken = tmp_path / "1.jpg"
+    broken.write_bytes(cv2.imencode(".jpg", grey[..., 0])[1].tobytes() if photo is None else photo)
+    given = [str(tmp_path), str(tmp_path / "found.yaml"), "--suggest", "--workers", "1"]
+    assert check(given) == 1
+    assert capsys.readouterr().err == f"error: {broken}: {reason}\n"
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+def damage_inside(photo: Path, mask: Path) -> None:
+    """Zeros within the compressed data: it decodes, to rubbish from there on."""
+    content = bytearray(photo.read_bytes())
+    start = content.rindex(b"\xff\xda") + 200
+    content[start : start + 200] = bytes(200)
+    write(photo, bytes(content))
+
+
+def dangling_link(photo: Path, mask: Path) -> None:
+    photo.unlink()
+    photo.symlink_to("nowhere.jpg")
+
+
+# kind: (what is done, which file is to be named, what is said of it, whether training would fail)
+FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
+    "no mask": (lambda p, m: m.unlink(), "photo", "its mask is missing", True),
+    "no photo": (lambda p, m: p.unlink(), "mask", "its photo is missing", False),
+    "JPEG cut short": (lambda p, m: cut(p, 0.7), "photo", "truncated", True),
+    "JPEG without its end": (lambda p, m: cut(p, 0.99), "photo", "truncated", True),
+    "PNG cut short": (lambda p, m: cut(m, 0.5), "mask", "cannot be decoded", True),
+    "empty photo": (lambda p, m: write(p, b""), "photo", "the file is empty", True),
+    "empty mask": (lambda p, m: write(m, b""), "mask", "the file is empty", True),
+    "web page": (lambda p, m: write(p, b"<html>404</html>"), "photo", "not an image", True),
+    "other size": (
+        lambda p, m: write(m, np.ones((24, 48), np.uint8)),
+        "photo",
+        "48x48, its mask 48x24",
+        True,
+    ),
+    "label": (
+        wrong_label,
+        "mask",
+        "label 77 on 0.04% of its pixels, but classes are 1..12",
+        True,
+    ),
+    "16-bit mask": (
+        lambda p, m: write(m, labels_of(m).astype(np.uint16) * 1000 + 300),
+        "mask",
+        "labels end at 255",
+        True,
+    ),
+    "colour mask": (
+        lambda p, m: write(m, cv2.applyColorMap(labels_of(m) * 20, cv2.COLORMAP_JET)),
+        "mask",
+        "a colour picture",
+        True,
+    ),
+    "JPEG mask": (lambda p, m: Image.open(m).save(m, "JPEG"), "mask", "a JPEG mask", True),
+    "nothing labelled": (
+        lambda p, m: write(m, np.zeros((48, 48), np.uint8)),
+        "mask",
+        "not one pixel has a class",
+        False,
+    ),
+    "same name": (
+        lambda p, m: shutil.copy(p, p.with_suffix(".JPEG")),
+        "photo",
+        ".JPEG",
+        True,
+    ),
+    "stray file": (
+        lambda p, m: write(p.with_suffix(".docx"), b"PK"),
+        ".docx",
+        "training does not use it",
+        False,
+    ),
+    "stray photo": (
+        lambda p, m: shutil.copy(p, p.parent.parent / "stray.jpg"),
+        "../stray.jpg",
+        "not in training or validation",
+        False,
+    ),
+    "damage inside": (damage_inside, "photo", "damaged inside", False),
+    "dangling link": (dangling_link, "photo", "cannot be read: No such file", True),
+}
+
+
+def plant(path: Path, kinds: list[str]) -> dict[str, str]:
+    """Plants faults, one a sample; returns what is to be said of which file."""
+    expected = {}
+    for number, kind in enumerate(kinds, 1):
+        photo, mask = sample(path, number)
+        fault, where, reason, _ = FAULTS[kind]
+        fault(photo, mask)
+        file = {"photo": photo, "mask": mask, ".docx": photo.with_suffix(".docx")}.get(where)
+        expected[str(file or photo.parent.parent / "stray.jpg")] = reason
+    return expected
+
+
+def check_findings(found: list[dict], expected: dict[str, str]) -> None:
+    reasons = {finding["path"]: finding["reason"] for finding in found}
+    assert reasons.keys() == expected.keys() and len(found) == len(expected)
+    for file, reason in expected.items():
+        assert reason in reasons[file]
+
+
+def test_finds_every_kind_of_fault_and_nothing_else(path, capsys):
+    fatal = [kind for kind, fault in FAULTS.items() if fault[3]]
+    odd = [kind for kind, fault in FAULTS.items() if not fault[3]]
+    expected = plant(path, fatal + odd)
+    status, report = run(capsys, path)
+    assert status == 1
+    check_findings(report["problems"], dict(list(expected.items())[: len(fatal)]))
+    check_findings(report["oddities"], dict(list(expected.items())[len(fatal) :]))
+    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1  # same name is good
+    assert report["loader"] is None
+
+
+def test_training_works_with_what_is_only_odd(path, capsys):
+    expected = plant(path, [kind for kind, fault in FAULTS.items() if not fault[3]])
+    status, report = run(capsys, path)
+    assert status == 0 and report["problems"] == []
+    check_findings(report["oddities"], expected)
+    assert report["loader"]["workers"] == min(8, available_cores())
+    assert report["loader"]["batches"] == 3 * [[[16, 3, 512, 512], [16, 512, 512]]]
+
+
+def test_odd_files_that_are_handled_are_not_reported(path, capsys):
+    """Each of them gives the pixels and labels that a person would expect (see test_transforms)."""
+    pictures = [Image.open(sample(path, number)[0]) for number in range(1, 5)]
+    pictures[0].convert("L").save(sample(path, 1)[0])
+    pictures[1].convert("CMYK").save(sample(path, 2)[0])
+    rgba = sample(path, 3)[0]
+    pictures[2].convert("RGBA").save(rgba.with_suffix(".png"))
+    rgba.unlink()
+    upper = sample(path, 4)[0]
+    upper.rename(upper.with_suffix(".JPG"))
+    for number, mode in ((5, "P"), (6, "RGB"), (7, "I;16")):
+        mask = sample(path, number)[1]
+        labels = labels_of(mask)
+        if mode == "RGB":
+            labels = np.stack([labels] * 3, axis=-1)
+        picture = Image.fromarray(labels.astype(np.uint16) if mode == "I;16" else labels)
+        if mode == "P":
+            picture.putpalette(list(range(256)) * 3)
+        picture.save(mask)
+    photo, mask = sample(path, 8)
+    Image.fromarray(np.zeros((1, 7, 3), np.uint8)).save(photo)
+    Image.fromarray(np.ones((1, 7), np.uint8)).save(mask)
+    for file in sample(path, 9):
+        (file.parent / "nested").mkdir()
+        file.rename(file.parent / "nested" / file.name)
+    for file in sample(path, 10):
+        (file.parent / ".DS_Store").write_bytes(b"\0")
+    status, report = run(capsys, path)
+    assert (status, report["problems"], report["oddities"]) == (0, [], [])
+    assert report["splits"]["train"]["good_pairs"] == 24
+    assert report["splits"]["train"]["size"]["shortest_side"] == 1
+
+
+def test_figures_are_those_of_the_files(path, capsys):
+    photo, mask = sample(path, 1)
+    Image.open(photo).resize((96, 24)).save(photo)
+    Image.fromarray(np.full((24, 96), 5, np.uint8)).save(mask)
+    for number in range(1, 25):  # label 12 never occurs in training
+        labels = labels_of(sample(path, number)[1])
+        write(sample(path, number)[1], np.where(labels == 12, 0, labels).astype(np.uint8))
+    status, report = run(capsys, path, "--workers", "1")
+    assert status == 0
+    samples = list_samples(str(path), "train")
+    masks = [labels_of(Path(sample.mask_path)) for sample in samples]
+    pixels = np.sum([np.bincount(labels.ravel(), minlength=13) for labels in masks], axis=0)
+    train = report["splits"]["train"]
+    assert [entry["label"] for entry in train["classes"]] == list(range(1, 13))
+    shares = [entry["share"] for entry in train["classes"]]
+    np.testing.assert_allclose(shares, pixels[1:] / pixels[1:].sum(), atol=1e-8)
+    present = [sum((labels == label).any() for labels in masks) for label in range(1, 13)]
+    assert [entry["photos"] for entry in train["classes"]] == present
+    assert train["classes"][11]["photos"] == 0
+    assert train["unlabelled"] == pytest.approx(pixels[0] / pixels.sum(), abs=1e-6)
+    assert train["size"]["width_mean"] == pytest.approx((23 * 48 + 96) / 24, abs=0.05)
+    assert (train["size"]["shortest_side"], train["size"]["longest_side"]) == (24, 96)
+    assert report["splits"]["val"]["photos"] == 4
+    assert report["loader"]["batches"][0] == [[16, 3, 512, 512], [16, 512, 512]]
+
+
+def test_text_names_classes_faults_and_verdict(path, capsys):
+    names = path / "names.txt"
+    names.write_text("".join(f"kind {number}\n" for number in range(12)))
+    arguments = [str(path), "--num-classes", "12", "--class-names", str(names)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "label 1 (kind 0)" in text and "images/s" in text and "24" in text
+    assert text.endswith("no problem: this can be trained on\n")
+    expected = plant(path, ["web page"])
+    assert main(arguments) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEMS (1)" in text and next(iter(expected)) in text
+    assert text.endswith("training would fail\n")
+
+
+def test_a_folder_that_is_missing_is_a_problem(path, capsys):
+    shutil.rmtree(path / ROOT / "annotations/validation")
+    status, report = run(capsys, path)
+    assert status == 1
+    reasons = {finding["reason"].split(",")[0] for finding in report["problems"]}
+    assert reasons == {"folder is missing"}
+
+
+def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
+    assert run(capsys, path)[0] == 0
+    assert run(capsys, path / ROOT)[0] == 0
+
+
+def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
+    monkeypatch.setattr(check_command, "SHOWN", 3)
+    for number in range(1, 9):
+        sample(path, number)[1].unlink()
+    write(sample(path, 9)[0], b"")
+    assert main([str(path), "--num-classes", "12"]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEMS (9)" in text and text.count("its mask is missing") == 3
+    assert "… and 5 more like these; --json has all" in text and "the file is empty" in text
+    assert len(run(capsys, path)[1]["problems"]) == 9
+
+
+def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
+    target = Path(sample(path, 1)[1])
+    before = target.read_bytes()
+    for picture, reason in (
+        (target, "would be overwritten, and it is an input"),
+        (tmp_path / "gone/sheet.png", "No such file or directory"),
+    ):
+        assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(picture) in error and reason in error
+    assert target.read_bytes() == before
+    with file_limit(1000):
+        assert main(["--suggest", str(path), f"{tmp_path}/own.yaml"]) == 1
+    assert f"error: {tmp_path}/own" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["set"]
+
+
+def test_one_line_for_what_is_no_data_set(tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'none'}\n"
+    assert main(["s3://bucket/set"]) == 1
+    assert "needs a second argument" in capsys.readouterr().err
+    assert main([str(tmp_path), "--class-names", "none.txt", "--num-classes", "3"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--picture", "sheet.doc"])
+
+
+def test_background_and_ignored_labels(path, capsys):
+    """12 classes 1..12, or 13 classes 0..12, or 11 classes 1..11 and 12 ignored."""
+    arguments = [str(path), "--json", "--num-classes"]
+    assert main([*arguments, "13", "--keep-background"]) == 0
+    entries = json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]
+    assert [entry["label"] for entry in entries] == list(range(13)) and entries[0]["photos"] > 0
+    assert main([*arguments, "12", "--keep-background"]) == 1
+    assert "but classes are 0..11" in capsys.readouterr().out
+    assert main([*arguments, "11"]) == 1
+    assert "but classes are 1..11" in capsys.readouterr().out
+    assert main([*arguments, "11", "--ignore-label", "12"]) == 0
+
+
+def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
+    kinds = ["label", "nothing labelled"]
+    plant(path, kinds)
+    shards = tmp_path / "shards"
+    convert(str(path), str(shards), size_limit="20kb", workers=1)
+    status, report = run(capsys, shards)
+    assert (status, report["format"]) == (1, "MDS shards")
+    assert report["splits"]["train"]["photos"] == 24
+    (problem,), (oddity,) = report["problems"], report["oddities"]
+    assert problem["path"].endswith("/train/shard.00000.mds: y of 00000001")
+    assert "label 77" in problem["reason"]
+    assert oddity["path"].endswith("y of 00000002") and "not one pixel" in oddity["reason"]
+
+
+def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    shards, cache = tmp_path / "shards", tmp_path / "cache"
+    convert(str(path), str(shards), size_limit="20kb", workers=1)
+    assert run(capsys, shards, cache)[0] == 0
+    for folder in (cache, shards):  # in the cache of good shards; at the source, of an empty cache
+        shard = folder / "train/shard.00001.mds"
+        content = bytearray(shard.read_bytes())
+        content[-100] ^= 255
+        shard.write_bytes(content)
+        status, report = run(capsys, shards, cache)
+        (problem,) = report["problems"]
+        assert status == 1
+        assert problem["path"].endswith("/shards/train/shard.00001.mds")
+        assert report["splits"]["val"]["good_pairs"] == 4
+        shutil.rmtree(cache)
+    (shards / "train/shard.00001.mds").unlink()
+    status, report = run(capsys, shards, cache)
+    assert status == 1 and report["problems"][0]["path"].endswith("/train/shard.00001.mds")
+    (shards / "val/index.json").unlink()
+    status, report = run(capsys, shards, tmp_path / "other cache")
+    assert {Path(problem["path"]).name for problem in report["problems"]} == {
+        "shard.00001.mds",
+        "val",
+    }

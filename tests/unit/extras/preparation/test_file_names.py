@@ -1,0 +1,19 @@
+"""Tests of extras/preparation/file_names.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from errors import DataError
+from extras.preparation.suggest import suggest
+from tests.support.suggest import blocks, photo, save
+
+
+def test_names_that_have_little_in_common_are_no_pairs(tmp_path: Path) -> None:
+    for n, name in enumerate(("street", "yard", "wood", "lake")):
+        save(tmp_path / f"a/{name}.jpg", photo(n))
+        save(tmp_path / f"b/mask{n}of_street{n}.png", blocks(n))
+    with pytest.raises(DataError, match="4 images and 4 masks, but no mask has a name"):
+        suggest(str(tmp_path), 1)

@@ -1,0 +1,128 @@
+"""Tests of extras/preparation/find_classes.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dataset.mask_decoder import Masks
+from extras.preparation.find_classes import FileValues, read_values
+from extras.preparation.suggest import suggest
+from tests.support.suggest import (
+    COLORED,
+    N,
+    blocks,
+    described,
+    drawn_large,
+    lay_out,
+    photo,
+    save,
+    smooth,
+)
+
+
+def test_instance_masks_are_told_by_their_values(tmp_path: Path) -> None:
+    for n in range(8):
+        save(tmp_path / f"images/{n}.jpg", photo(n))
+        save(tmp_path / f"a/{n}.png", blocks(n, tuple(range(1, 9 + n % 4))))
+        save(tmp_path / f"b/{n}.png", blocks(n))
+    assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"]["masks"] == "b/{stem}.png"
+
+
+def test_edges_in_all_masks_are_no_classes(tmp_path: Path) -> None:
+    for n in range(6):
+        save(tmp_path / f"i/{n}.jpg", cv2.resize(photo(n), (256, 256)))
+        save(tmp_path / f"m/{n}.png", drawn_large(n, "grey", smooth))
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
+    assert [entry["labels"] for entry in raw["classes"].values()] == [[0], [100], [200]]
+
+
+def test_a_thin_class_is_a_class(tmp_path: Path) -> None:
+    for n in range(8):
+        mask = blocks(n)
+        mask[5 + n, :] = 3  # a line one pixel wide, beyond the other values
+        save(tmp_path / f"i/{n}.jpg", photo(n))
+        save(tmp_path / f"m/{n}.png", mask)
+    assert len(yaml.safe_load(suggest(str(tmp_path), 1).text)["classes"]) == 4
+
+
+GREY_VALUES = [
+    pytest.param((128, 255), 0, [[0], [128], [255]], [], id="0 beside 128 and 255"),
+    pytest.param((85, 170, 255), 0, [[0], [85], [170], [255]], [], id="four spread levels"),
+    pytest.param((1, 2), 0, [[1], [2]], [0], id="0 beside 1 and 2"),
+    pytest.param((0, 1), 255, [[0], [1]], [255], id="255 beside 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("values", "rare", "classes", "ignored"), GREY_VALUES)
+def test_rare_values(
+    values: tuple, rare: int, classes: list, ignored: list, tmp_path: Path
+) -> None:
+    for n in range(6):
+        mask = blocks(n, values)
+        mask[:2, :4] = rare
+        save(tmp_path / f"i/{n}.jpg", photo(n))
+        save(tmp_path / f"m/{n}.png", mask)
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
+    assert [entry["labels"] for entry in raw["classes"].values()] == classes
+    assert raw["ignore"] == ignored
+
+
+def test_palettes_that_differ_are_read_by_colour(tmp_path: Path) -> None:
+    lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
+    drawn = {}
+    for n, path in enumerate(sorted((tmp_path / "m").iterdir())):
+        drawn[str(path)] = mask = np.array(Image.open(path))
+        order = np.roll(np.arange(3), n)  # where each value is in this file's palette
+        palette = np.zeros((3, 3), int)
+        palette[order] = COLORED
+        save(path, order.astype(np.uint8)[mask], palette.ravel().tolist())
+    text = suggest(str(tmp_path), 1).text
+    assert f"as {tmp_path}/m/000.png and {tmp_path}/m/001.png show value 0 in different" in text
+    description, samples = described(tmp_path, text)
+    names = ["class_0_0_0", "class_128_64_128", "class_0_0_142"]
+    masks = Masks.of(description, "train", str(tmp_path))
+    for sample in [*samples["train"], *samples["val"]]:
+        labels = masks.decode(Path(sample.mask_path).read_bytes())
+        for value, name in enumerate(names):
+            label = 1 + [c.name for c in description.classes].index(name)
+            assert ((labels == label) == (drawn[sample.mask_path] == value)).all()
+
+
+def test_one_bit_and_255_mean_the_same(tmp_path: Path) -> None:
+    drawn = {}
+    for n in range(8):
+        save(tmp_path / f"i/{n}.jpg", photo(n))
+        mask = blocks(n, (0, 1)).astype(bool)
+        drawn[f"{n}.png"] = mask
+        save(tmp_path / f"m/{n}.png", mask if n % 2 else mask.astype(np.uint8) * 255)
+    text = suggest(str(tmp_path), 1).text
+    assert yaml.safe_load(text)["classes"] == {
+        "class_0": {"labels": [0]},
+        "class_255": {"labels": [1, 255]},
+    }
+    description, samples = described(tmp_path, text)
+    masks = Masks.of(description, "train", str(tmp_path))
+    for sample in [*samples["train"], *samples["val"]]:
+        labels = masks.decode(Path(sample.mask_path).read_bytes())
+        assert ((labels == 2) == drawn[Path(sample.mask_path).name]).all()
+
+
+def test_values_are_counted_with_thin_pixels(tmp_path: Path) -> None:
+    mask = np.zeros((100, 100), np.uint8)
+    mask[:, 50:] = 9
+    mask[:20, 50] = 5  # between 0 and 9
+    mask[99, 99] = 3  # nothing lies below or above
+    save(tmp_path / "a.png", mask)
+    (file,) = read_values([str(tmp_path / "a.png")])
+    assert file == FileValues(
+        str(tmp_path / "a.png"),
+        "grey",
+        {0: (5000, 0, 0), 3: (1, 1, 0), 5: (20, 20, 20), 9: (4979, 0, 0)},
+        {},
+    )

@@ -1,0 +1,90 @@
+"""Tests of extras/preparation/suggest.py."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dataset.description import (
+    open_description,
+)
+from errors import DataError, OutputError
+from extras.preparation import check_command
+from extras.preparation import suggest as suggestions
+from extras.preparation.suggest import suggest
+from tests.support.description import check
+from tests.support.layouts import lay_out
+from tests.support.suggest import N, check, lay_out
+
+
+def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
+    colors = np.array([[128, 0, 0], [0, 128, 0], [0, 0, 0]], np.uint8)
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        photo = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        index = rng.integers(0, 2, (3, 3)).repeat(8, 0).repeat(8, 1)
+        index[0, :4] = 2
+        cv2.imwrite(str(tmp_path / f"img_{number:03}.png"), photo)
+        cv2.imwrite(str(tmp_path / f"img_{number:03}_L.png"), colors[index][..., ::-1])
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nwood shed,128,0,0\npond,0,128,0\n")
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
+    assert raw["train"] == {"images": "{stem}.png", "masks": "{stem}_L.png"}
+    assert raw["val"] == {"fraction": 0.15}
+    assert set(raw["classes"]) == {"wood shed", "pond"} and raw["ignore"] == [[0, 0, 0]]
+    text = suggest(str(tmp_path), 1).text
+    assert text.count("# A guess") == 2 and "0.694% of the pixels" in text
+
+
+def test_a_suggestion_of_any_name_reads_back(tmp_path: Path) -> None:
+    folder = tmp_path / "Hof ü 字 \U0001f600 \"#'"
+    for number in range(6):
+        for kind in ("\U0001f4f7", "ids"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        photo = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(photo).save(folder / f"\U0001f4f7/{number}.jpg")
+        Image.fromarray(np.eye(24, dtype=np.uint8)).save(folder / f"ids/{number}.png")
+    file = tmp_path / "found.yaml"
+    assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0
+    assert open_description(str(file))[0] == str(folder)
+
+
+def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        suggest(str(tmp_path / "none"), 1)
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(DataError, match=": 1 images and 0 masks, but no mask has a name"):
+        suggest(str(tmp_path), 1)
+    (tmp_path / "mine.png").write_bytes(b"a picture of somebody's")
+    for name, reason in (("mine.yaml", "mine.png exists"), ("mine", "to write, a .yaml")):
+        assert check([str(tmp_path), "--suggest", str(tmp_path / name)]) == 1
+        assert reason in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out(tmp_path / "set", [("i/{}.jpg", "m/{}.png", N)])
+
+    def fail(path: Path, text: str) -> None:
+        raise OutputError(errno.ENOSPC, "full")
+
+    arguments = [str(tmp_path / "set"), str(tmp_path / "set.yaml"), "--suggest", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(check_command, "write_file", fail)
+        assert check(arguments) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert check(arguments) == 0
+    assert open_description(str(tmp_path / "set.yaml"))[0] == str(tmp_path / "set")
+
+
+def test_a_suggestion_that_finds_other_pairs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
+    monkeypatch.setattr(suggestions, "pair_described", lambda *_: ([], []))
+    with pytest.raises(DataError, match=r"8 images have masks, but train: .* finds 0"):
+        suggest(str(tmp_path), 1)

@@ -1,0 +1,37 @@
+"""Tests of extras/preparation/verify.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataset.description import ade20k
+from dataset.labels import Labels
+from dataset.source import DataSource, check_labels
+from errors import DataError
+from extras.preparation import check_command
+from tests.support.report import cut, original, path, sample, wrong_label  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+def test_quick_check_before_training(path):
+    def source(labels: Labels) -> DataSource:
+        return DataSource(str(path), "train", ade20k(labels))
+
+    check_labels(source(Labels(12)))
+    check_labels(source(Labels(13, False)))
+    check_labels(source(Labels(11, ignore_label=12)))
+    with pytest.raises(DataError, match=r"\.png: label 12 on .* classes are 1\.\.11: set"):
+        check_labels(source(Labels(11)))
+    with pytest.raises(DataError, match=r"label 12 on .* classes are 0\.\.11: set"):
+        check_labels(source(Labels(12, False)))
+    photo, mask = sample(path, 24)
+    wrong_label(photo, mask)
+    with pytest.raises(DataError, match=f"{mask}: label 77 on"):
+        check_labels(source(Labels(12)), max_masks=4)  # the last is one of any number
+    cut(mask, 0.5)
+    with pytest.raises(DataError, match=f"{mask}: cannot be decoded"):
+        check_labels(source(Labels(12)))

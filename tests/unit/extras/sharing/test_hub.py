@@ -1,0 +1,22 @@
+"""Tests of extras/sharing/hub.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.card import exported, photo, the_hub, weights  # noqa: F401
+from tests.support.hub_server import REPO, Hub
+
+
+def test_a_token_that_may_not_write(
+    the_hub: Hub, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from errors import UserError
+    from extras.sharing.hub import push
+
+    the_hub.writable = False
+    with pytest.raises(UserError, match=r"may the token write there\? the hub says 403") as caught:
+        push(exported, ["README.md"], REPO)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+"""Tests of extras/sharing/web.py."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from extras.sharing import web
+from tests.support.web import photos  # noqa: F401
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """An npm that packs these files, as dist/ of whatever it is asked for."""
+    files = {name: name.encode() for name in web.SHA256}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(web, "SHA256", hashes)
+
+    def pack(command: list[str], cwd: str, **_: object) -> object:
+        assert command[:3] == ["npm", "pack", f"onnxruntime-web@{web.VERSION}"]
+        with tarfile.open(Path(cwd, "onnxruntime-web.tgz"), "w:gz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"package/dist/{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return type("Packed", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(web, "_npm", lambda where: ["npm"])
+    monkeypatch.setattr(web.subprocess, "run", pack)
+    return files
+
+
+def test_the_runtime_is_fetched_once(
+    package: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = web.fetch_runtime(tmp_path)
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == package
+    monkeypatch.setattr(web, "_npm", lambda where: pytest.fail("fetched again"))
+    assert web.fetch_runtime(tmp_path) == found
+
+
+def test_other_files_are_refused(package: dict[str, bytes], tmp_path: Path) -> None:
+    package["ort.wasm.bundle.min.mjs"] = b"changed on the way"
+    with pytest.raises(UserError, match=r"ort\.wasm\.bundle\.min\.mjs: not the file of"):
+        web.fetch_runtime(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ([], "npm is not installed"),
+        ([sys.executable, "-c", "import sys; sys.exit('npm error: no network')"], "no network"),
+    ],
+)
+def test_without_npm_or_network_one_line_says_so(
+    program: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if program:
+        monkeypatch.setattr(web, "_npm", lambda where: program)
+    else:
+        monkeypatch.setattr(web.shutil, "which", lambda name: None)
+        monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=reason) as caught:
+        web.fetch_runtime(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [(["a.tif"], "browsers do not show .tif"), (["a.png", "b/a.png"], "two photos are called a")],
+)
+def test_examples_that_cannot_be_shown(names: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        web.check_examples(names)

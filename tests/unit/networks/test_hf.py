@@ -1,0 +1,83 @@
+"""Tests of networks/hf.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing.partial_load import load_fitting
+from checkpointing.weights import load_weights
+from networks.base import current_names
+from networks.registry import named_network
+from tests.support.networks import hf_folder  # noqa: F401
+
+MODULE = """
+from torch import nn
+
+
+def build(num_classes, width=4):
+    network = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, num_classes, 1))
+    network.mean, network.std, network.size_divisor = (127.5,) * 3, (127.5,) * 3, 8
+    return network
+
+
+def as_mapping(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            return {"out": super().forward(image)}
+
+    return Network(3, num_classes, 1)
+
+
+def fixed(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            assert image.shape[2:] == (64, 64), "not 64 pixels"
+            return super().forward(image)
+
+    return Network(3, num_classes, 1)
+
+
+def no_network(num_classes):
+    return "a network"
+
+
+def wrong(num_classes):
+    return nn.Conv2d(3, num_classes + 1, 1)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_networks.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+def test_hf_weights_of_a_folder_are_loaded_and_the_classes_left_new(hf_folder: str) -> None:
+    network = named_network(f"hf:{hf_folder}", 3, {}, "any")
+    # transformers writes the names of its version 4.
+    saved = current_names(network, load_weights(Path(hf_folder, "model.safetensors")).state)
+    own = network.network.state_dict()
+    differ = [name for name in own if own[name].shape != saved[name].shape]
+    assert differ == ["decode_head.classifier.weight", "decode_head.classifier.bias"]
+    assert all(torch.equal(own[name], saved[name]) for name in own if name not in differ)
+
+
+def test_hf_weights_of_transformers_4_fit(hf_folder: str) -> None:
+    """Its names are those that save_pretrained still writes."""
+    weights = load_weights(Path(hf_folder, "model.safetensors"))
+    network = named_network(f"hf:{hf_folder}", 5, {})
+    if weights.state.keys() == network.network.state_dict().keys():
+        pytest.skip("this version of transformers has the names of version 4")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert load_fitting(network, weights, "file", least=1.0, num_classes=5) is None
+    assert all(p.abs().sum() > 0 for p in network.parameters() if p.ndim > 1)

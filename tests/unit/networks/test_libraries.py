@@ -1,0 +1,107 @@
+"""Tests of networks/libraries.py."""
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from errors import ModelError
+from networks.libraries import (
+    call,
+    fetch,
+    foreign_arguments,
+    own_network,
+    plain,
+    require,
+    unknown,
+    without_own,
+)
+
+
+def test_plain_drops_what_loads_weights_and_keeps_the_rest() -> None:
+    stated = {
+        "hidden": 8,
+        "pretrained": "imagenet",
+        "backbone": {"use_pretrained_backbone": True, "sizes": [1, 2], "name": "resnet-18.a1"},
+        "encoder_weights": "x",
+    }
+    expected = {"hidden": 8, "backbone": {"sizes": [1, 2], "name": "resnet-18.a1"}}
+    assert plain(stated, "file.pt") == expected
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", "http://host/x", "a b", "~/x", "nvidia/mit-b0"])
+def test_plain_refuses_what_could_be_a_path_or_an_address(value: str) -> None:
+    with pytest.raises(ModelError, match=r"file\.pt: refused: a\.b is"):
+        plain({"a": {"b": [value]}}, "file.pt")
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "state", "expected"),
+    [
+        pytest.param("smp:Unet", {"encoder_name": "resnet18", "classes": 3, "_x": 1}, [],
+                     ({"encoder_name": "resnet18"}, "smp:Unet"), id="smp"),
+        pytest.param("hf:any", {"model_type": "segformer"}, [], ({}, "hf:FOLDER"), id="hf"),
+        pytest.param("torchvision:fcn_resnet50", {}, ["aux_classifier.0.weight"],
+                     ({"aux_loss": True}, "torchvision:fcn_resnet50"), id="torchvision, aux"),
+        pytest.param("torchvision:fcn_resnet50", {}, ["classifier.0.weight"],
+                     ({}, "torchvision:fcn_resnet50"), id="torchvision"),
+        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="others"),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_library_s_own_file(
+    tmp_path: Any, network: str, config: dict[str, Any], state: list[str], expected: Any
+) -> None:
+    found = foreign_arguments(network, config, state, str(tmp_path))
+    assert found == (expected[0], expected[1].replace("FOLDER", str(tmp_path)))
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    error = unknown("smp", "Unett", ["FPN", "Unet", "Linknet"])
+    assert str(error).startswith("model.name=smp:Unett: ") and "Unet" in str(error)
+
+
+def test_a_package_that_is_missing_is_named_with_its_group() -> None:
+    with pytest.raises(ModelError, match="needs not_installed; make install WITH=group"):
+        require("not_installed", "x:y", "group")
+    assert require("json", "x:y").loads("1") == 1
+
+
+@pytest.mark.parametrize("function", [call, fetch])
+def test_an_error_of_a_library_is_one_line(function: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise KeyError("no\nsuch layer")
+
+    with pytest.raises(ModelError) as error:
+        function("smp:Unet", fail)
+    assert "model.name=smp:Unet" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arguments_of_the_network_itself_do_not_reach_the_library() -> None:
+    arguments = {"mean": [0], "std": [1], "size_divisor": 32, "channels_last": False, "depth": 3}
+    assert without_own(arguments) == {"depth": 3}
+
+
+def small(num_classes: int, **arguments: Any) -> nn.Module:
+    network = nn.Conv2d(3, num_classes, 1, **arguments)
+    network.size_divisor = 4  # type: ignore[assignment]
+    return network
+
+
+def not_a_module(num_classes: int) -> int:
+    return num_classes
+
+
+def test_a_function_of_the_user_builds_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import ModuleType
+
+    module = ModuleType("users_networks")
+    module.small, module.not_a_module = small, not_a_module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "users_networks", module)
+    network = own_network("users_networks:small", 5, {"bias": False})
+    assert network.network.weight.shape[0] == 5 and network.network.bias is None
+    assert network.size_divisor == 4
+    with pytest.raises(ModelError, match="users_networks:not_a_module returns int"):
+        own_network("users_networks:not_a_module", 5, {})
+    with pytest.raises(ModelError, match="users_networks:missing"):
+        own_network("users_networks:missing", 5, {})

@@ -1,0 +1,102 @@
+"""Tests of networks/registry.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import predict
+from errors import ConfigError, ModelError
+from networks.registry import named_network
+from tests.support.networks import planted
+from training.config import resolve
+
+MODULE = """
+from torch import nn
+
+
+def build(num_classes, width=4):
+    network = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, num_classes, 1))
+    network.mean, network.std, network.size_divisor = (127.5,) * 3, (127.5,) * 3, 8
+    return network
+
+
+def as_mapping(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            return {"out": super().forward(image)}
+
+    return Network(3, num_classes, 1)
+
+
+def fixed(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            assert image.shape[2:] == (64, 64), "not 64 pixels"
+            return super().forward(image)
+
+    return Network(3, num_classes, 1)
+
+
+def no_network(num_classes):
+    return "a network"
+
+
+def wrong(num_classes):
+    return nn.Conv2d(3, num_classes + 1, 1)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_networks.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        (
+            "mmseg:segformer/segformer_b0",
+            {},
+            "no such config, .* near is segformer/segformer_mit-b",
+        ),
+        ("mmseg:hrnet/fcn_hr18s_512x512_160k_ade20k", {"backbone": {"x": 1}}, "cannot be built"),
+        ("torchvision:fcn_resnet5", {}, "no such network; there is fcn_resnet50"),
+        ("smp:Unett", {}, "no such network; there is Unet"),
+        ("timm:convnext_tin", {}, "no such network; there is convnext_tiny"),
+        ("timm:vit_tiny_patch16_224", {}, "has no features of stride 4"),
+        ("hf:/no/such/folder", {}, "neither a folder nor to be had from the hub"),
+        ("no_module:build", {}, "No module named 'no_module'"),
+        ("own_networks:nothing", {}, "has no attribute 'nothing'"),
+        ("own_networks:no_network", {}, "returns str, not an nn.Module"),
+        ("own_networks:build", {"height": 2}, "cannot be built: TypeError: .*height"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(name: str, arguments: Any, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        named_network(name, 3, arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_names_its_group(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tiny["model"] |= {"name": "smp:Unet"}
+    with pytest.raises(ConfigError, match="segmentation_models_pytorch; make install WITH=smp"):
+        resolve(tiny)
+    with pytest.raises(ModelError, match="needs timm; make install WITH=timm"):
+        named_network("timm:convnext_tiny", 3, {})
+
+
+def test_a_malformed_record_is_one_line(tmp_path: Path) -> None:
+    path = planted(tmp_path, "torchvision:lraspp_mobilenet_v3_large", {"mean": "abc"})
+    with pytest.raises(ModelError, match="cannot be built: ValueError"):
+        predict.Segmenter(path)

@@ -1,0 +1,28 @@
+"""Tests of networks/torchvision.py."""
+
+import pytest
+import torch
+
+from errors import ModelError
+from networks.torchvision import build
+
+
+def test_it_is_torchvisions_network_with_our_number_of_classes() -> None:
+    network = build("lraspp_mobilenet_v3_large", 5, {}, None, False).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 32, 32)).shape[:2] == (1, 5)
+    assert type(network.network).__name__ == "LRASPP"
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ModelError, match="torchvision:lrasp"):
+        build("lrasp", 5, {}, None, False)
+
+
+def test_a_file_loads_no_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a file must not download weights")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    arguments = {"weights_backbone": "IMAGENET1K_V1"}
+    build("lraspp_mobilenet_v3_large", 5, arguments, "IMAGENET1K_V1", True)

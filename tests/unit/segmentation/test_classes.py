@@ -1,0 +1,183 @@
+"""Tests of segmentation/classes.py."""
+
+import itertools
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from errors import ClassError
+from segmentation.classes import (
+    ClassInfo,
+    classes_from_json,
+    classes_to_json,
+    distinct_colors,
+    label_warning,
+    load_classes,
+    match_classes,
+    rename_classes,
+)
+
+NAMES = ["sky", "road", "Straßenlaterne", "tree"]
+
+
+def test_ade20k_is_mmsegmentations():
+    from mmseg.datasets import ADE20KDataset
+
+    classes = load_classes(None, 150)
+    assert [c.name for c in classes] == [name.strip() for name in ADE20KDataset.CLASSES]
+    assert [list(c.color) for c in classes] == ADE20KDataset.PALETTE
+    with_other = load_classes(None, 151)
+    assert with_other[0].name == "other" and with_other[1:] == classes
+
+
+@pytest.mark.parametrize(
+    "text, colors",
+    [
+        ("sky\nroad\nStraßenlaterne\ntree\n", None),
+        ("name\nsky\nroad\n\nStraßenlaterne\ntree", None),
+        ("\ufeffname\r\nsky\r\nroad\r\nStraßenlaterne\r\ntree\r\n", None),
+        (
+            "name,red,green,blue\nsky,1,2,3\nroad,4,5,6\nStraßenlaterne,7,8,9\ntree,0,0,255\n",
+            (1, 2, 3),
+        ),
+    ],
+)
+def test_reads_files(tmp_path: Path, text: str, colors: tuple | None):
+    path = tmp_path / "classes.txt"
+    path.write_text(text, encoding="utf-8")
+    classes = load_classes(str(path), 4)
+    assert [c.name for c in classes] == NAMES
+    assert classes[0].color == (colors or distinct_colors(4)[0])
+    assert [c.name for c in load_classes(NAMES, 4)] == NAMES
+    with pytest.raises(ClassError, match=r"classes\.txt names 4 classes, but the model predicts 5"):
+        load_classes(str(path), 5)
+
+
+@pytest.mark.parametrize("content", [b"sky,red\n", b"sky,1,2,300\n", b"\xff\xfe\x00", None])
+def test_refuses_bad_files(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "classes.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ClassError, match=r"classes\.csv") as error:
+        load_classes(str(path), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_json_round_trip():
+    classes = load_classes(None, 150)
+    assert classes_from_json(classes_to_json(classes)) == classes
+    for bad in ("", "[1]", '[{"name": "sky"}]'):
+        with pytest.raises(ClassError):
+            classes_from_json(bad)
+
+
+def test_generated_colors_differ():
+    assert len(set(distinct_colors(254))) == 254
+    for count, least in ((12, 40), (40, 20), (150, 10)):
+        colors = np.array([[(0, 0, 0), (255, 255, 255), *distinct_colors(count)]], np.float32)
+        lab = cv2.cvtColor(colors / 255, cv2.COLOR_RGB2LAB)[0]  # about 2 is just noticeable
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > least
+    assert distinct_colors(5) == distinct_colors(12)[:5]
+
+
+def named(names: str | None) -> list[ClassInfo] | None:
+    return None if names is None else load_classes(names.split(","), names.count(",") + 1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "order"),
+    [
+        pytest.param("sky,road,tree", "sky,road,tree", None, id="same"),
+        pytest.param("tree,sky,road", "sky,road,tree", [2, 0, 1], id="other order"),
+        pytest.param("Traffic_Light,sky", "sky,traffic light", [1, 0], id="other spelling"),
+        pytest.param("class 1,class 0", "sky,road", None, id="placeholders"),
+        pytest.param("sky,road", "class_7,class_9", None, id="placeholders of a converted set"),
+        pytest.param("1,0", "0,1", None, id="numbers"),
+        pytest.param(None, "sky,road", None, id="unknown"),
+        pytest.param("sky,road", None, None, id="the other is unknown"),
+        pytest.param("sky,sky", "sky,sky", None, id="twice, in the same order"),
+        pytest.param("a", "1,2,3", None, id="another number, without names"),
+    ],
+)
+def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order: list[int] | None):
+    assert match_classes(named(ours), named(theirs), "B.yaml") == order
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        pytest.param(
+            "sky,bicyclist",
+            "sky,road",
+            "B.yaml: class 1 is bicyclist, in x.pt it is road",
+            id="one",
+        ),
+        pytest.param(
+            "road,bus,sky",
+            "sky,road,tree",
+            "B.yaml: class 1 is bus, in x.pt it is road",
+            id="moved",
+        ),
+        pytest.param("cat,dog", "sky,road", "B.yaml: class 0 is cat, in x.pt it is sky", id="all"),
+        pytest.param("sky", "sky,road", "B.yaml has 1 classes, x.pt has 2", id="number"),
+        pytest.param(
+            "sky,road,sky", "sky,sky,road", "class 1 is road, .*; sky is there twice", id="twice"
+        ),
+    ],
+)
+def test_classes_that_cannot_be_matched_are_named(ours: str, theirs: str, message: str):
+    with pytest.raises(ClassError, match=message) as error:
+        match_classes(named(ours), named(theirs), "B.yaml", "x.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [
+        pytest.param(["Himmel", "Strasse", "Baum"], False, id="translated"),
+        pytest.param(["sky", "street", "tree"], False, id="one renamed"),
+        pytest.param(["road", "sky", "tree"], True, id="two swapped"),
+        pytest.param(["sky", "tree", "shrub"], True, id="shifted by one"),
+    ],
+)
+def test_new_names_may_not_move_old_ones(names: list[str], is_refused: bool):
+    recorded = named("sky,road,tree")
+    if is_refused:
+        with pytest.raises(ClassError, match=r"class \d is \w+, in x.pt it is \w+; give"):
+            rename_classes(names, 3, recorded, "x.pt")
+    else:
+        assert [c.name for c in rename_classes(names, 3, recorded, "x.pt")] == names
+    assert [c.name for c in rename_classes(names, 3, None, "x.pt")] == names
+    assert rename_classes(None, 3, recorded, "x.pt") == recorded
+
+
+@pytest.mark.parametrize(
+    ("occurs", "unlabelled", "line"),
+    [
+        pytest.param([1, 1, 1], 0.4, None, id="all"),
+        pytest.param([1, 0, 1], 0.1, "no mask has class road", id="one missing"),
+        pytest.param(
+            [1, 0, 0],
+            None,
+            "no mask has the classes road, tree; every labelled pixel is class sky",
+            id="a single one",
+        ),
+        pytest.param([0, 0, 0], 1.0, "no mask has a labelled pixel; try X", id="none"),
+        pytest.param([1, 1, 1], 0.83, "83% of the pixels have no class; try X", id="few pixels"),
+    ],
+)
+def test_labels_that_teach_nothing_are_named(
+    occurs: list[int], unlabelled: float | None, line: str | None
+):
+    classes = load_classes(["sky", "road", "tree"], 3)
+    assert label_warning([bool(o) for o in occurs], classes, "mask", unlabelled, "try X") == line
+
+
+def test_many_missing_classes_are_counted():
+    classes = load_classes([f"kind {letter}" for letter in "abcdefgh"], 8)
+    line = label_warning([True] + [False] * 7, classes, "mask")
+    assert line is not None and "kind b, kind c, kind d, kind e, kind f and 2 more" in line
+    unnamed = load_classes(None, 3)
+    assert label_warning([True, True, False], unnamed, "mask") == "no mask has class 2"

@@ -1,0 +1,96 @@
+"""Tests of segmentation/drawing.py."""
+
+import numpy as np
+import pytest
+
+from segmentation.classes import (
+    PAPER,
+    WRONG,
+    ClassInfo,
+    load_classes,
+)
+from segmentation.drawing import colorize, draw_legend, draw_overlay, prediction_sheet, tint
+
+NAMES = ["sky", "road", "Straßenlaterne", "tree"]
+
+
+def test_colors_of_masks():
+    classes = load_classes(NAMES, 4)
+    mask = np.array([[0, 3, -1, 255]])
+    expected = [classes[0].color, classes[3].color, (0, 0, 0), (0, 0, 0)]
+    assert colorize(mask, classes)[0].tolist() == [list(color) for color in expected]
+    # Where nothing is labelled the photo shows, and where two classes meet there is a line.
+    photo = np.full((4, 8, 3), 100, np.uint8)
+    mask = np.full((4, 8), -1)
+    assert (tint(photo, mask, classes) == 100).all()
+    mask[:, :4], mask[:, 4:] = 0, 1
+    tinted = tint(photo, mask, classes, alpha=0.5)
+    assert (tinted[:, 4] == 255).all()
+    assert np.abs(tinted[0, 0] - (100 + np.array(classes[0].color)) / 2).max() <= 1
+
+
+def test_legend_goes_by_area():
+    classes = load_classes(NAMES, 4)
+    mask = np.repeat([2, 0, 3], [60, 39, 1])[None]  # class 1 does not occur
+    panel = np.array(draw_legend([mask], classes, 100))
+    places = {}
+    for index in range(4):
+        rows = np.where((panel == classes[index].color).all(2).any(1))[0]
+        places[index] = rows.min() if len(rows) else None
+    assert places[1] is None
+    assert places[2] < places[0] < places[3]
+
+
+@pytest.mark.parametrize("height", [3, 30, 400, 3000])
+@pytest.mark.parametrize("count", [1, 7, 150])
+def test_legend_cuts_no_text(height: int, count: int):
+    classes = [ClassInfo(f"a class with a rather long name, {i}", (0, 0, 0)) for i in range(count)]
+    panel = np.array(draw_legend([np.arange(count)[None]], classes, height))
+    assert panel.shape[0] >= height
+    for edge in (panel[:2], panel[-2:], panel[:, :2], panel[:, -2:]):
+        assert (edge == PAPER).all()
+    # Every entry has its box, and none is over another: there are as many frames as entries.
+    assert (panel == 0).all(2).sum() > 50 * count
+
+
+def test_legend_gathers_what_is_tiny():
+    classes = load_classes(None, 150)
+    mask = np.zeros((200, 200), int)
+    mask[0, :100] = np.arange(100)
+    few = draw_legend([mask], classes, 400)
+    all_of_one = draw_legend([mask * 0], classes, 400)
+    assert few.width < 2 * all_of_one.width + 60 and few.height == 400
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (2, 500), (1, 1), (480, 640), (2000, 3000)])
+def test_overlay_of_any_size(shape: tuple[int, int]):
+    classes = load_classes(NAMES, 4)
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    prediction = np.zeros(shape, np.uint8)
+    prediction[: shape[0] // 2] = 2
+    overlay = draw_overlay(photo, prediction, classes)
+    factor = max(1, 320 // max(shape))
+    assert overlay.width > shape[1] * factor and overlay.height >= shape[0] * factor
+    assert max(overlay.size) >= 320
+    assert (np.array(overlay)[-1, -2:] == PAPER).all()
+
+
+def test_sheet_shows_where_they_differ():
+    classes = load_classes(NAMES, 4)
+    photo = np.full((240, 240, 3), 128, np.uint8)
+    target = np.zeros((240, 240), int)
+    target[:, :60] = -1
+    prediction = np.zeros((240, 240), int)
+    prediction[:120] = 1
+
+    def share_wrong(prediction: np.ndarray) -> float:
+        sheet = np.array(prediction_sheet([photo], [target], [prediction], classes))
+        panel = sheet[22:262, 3 * 246 : 3 * 246 + 240]
+        assert (panel[:, :60] == 0).all()  # not labelled
+        return float((panel == WRONG).all(2).mean())
+
+    assert share_wrong(prediction) == 0.375
+    assert share_wrong(np.zeros((240, 240), int)) == 0
+    two = prediction_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
+    assert two.height == 2 * 262

@@ -1,0 +1,213 @@
+"""Tests of segmentation/metrics.py."""
+
+import copy
+import warnings
+
+import composer.metrics
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from segmentation import metrics
+from segmentation.metrics import (
+    CrossEntropy,
+    MIoU,
+    accuracy_per_class,
+    confusion_matrix,
+    confusion_matrix_of_predictions,
+    iou_per_class,
+    mean_accuracy,
+    mean_iou,
+    pixel_accuracy,
+)
+
+CLASSES = 12
+
+
+@pytest.fixture
+def batches():
+    """Three batches of stride-4 logits and their target, with ignored pixels and absent classes.
+
+    Class 3 is only ever predicted, class 5 only ever the target, class 7 neither.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(3):
+        target = torch.randint(0, CLASSES, (2, 32, 40), generator=generator)
+        target[(target == 3) | (target == 7)] = 0
+        target[torch.rand(target.shape, generator=generator) < 0.2] = -1
+        logits = torch.randn(2, CLASSES, 8, 10, generator=generator)
+        logits[:, [5, 7]] -= 100
+        pairs.append((logits, target))
+    return pairs
+
+
+def upsample(logits, target):
+    return F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False)
+
+
+def test_miou_equals_composer(batches):
+    ours, theirs = MIoU(CLASSES), composer.metrics.MIoU(CLASSES, ignore_index=-1)
+    for logits, target in batches:
+        ours.update(logits, target)
+        theirs.update(upsample(logits, target), target)
+    assert ours.compute().item() == pytest.approx(theirs.compute().item(), abs=1e-9)
+    assert iou_per_class(ours.matrix)[3] == 0  # only predicted: counts in the mean
+    assert iou_per_class(ours.matrix)[7].isnan()  # does not occur: left out
+
+
+def test_miou_equals_mmseg(batches):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mmseg.core.evaluation import mean_iou as mmseg_mean_iou
+
+    predictions, targets, matrix = [], [], 0
+    for logits, target in batches:
+        predictions += list(upsample(logits, target).argmax(1).numpy())
+        targets += list(target.numpy())
+        matrix += confusion_matrix(logits, target, CLASSES)
+    theirs = mmseg_mean_iou(predictions, targets, CLASSES, ignore_index=-1)
+    close = dict(rtol=0, atol=1e-9, equal_nan=True)
+    np.testing.assert_allclose(iou_per_class(matrix), theirs["IoU"], **close)
+    np.testing.assert_allclose(mean_iou(matrix), np.nanmean(theirs["IoU"]), **close)
+    np.testing.assert_allclose(accuracy_per_class(matrix), theirs["Acc"], **close)
+    np.testing.assert_allclose(mean_accuracy(matrix), np.nanmean(theirs["Acc"]), **close)
+    np.testing.assert_allclose(pixel_accuracy(matrix), theirs["aAcc"], **close)
+
+
+def test_confusion_matrix_by_hand():
+    target = torch.tensor([[[0, 0, 1, -1]]])
+    prediction = torch.tensor([[[0, 1, 1, 1]]])
+    matrix = confusion_matrix_of_predictions(prediction, target, 3)
+    assert matrix.dtype == torch.int64
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert iou_per_class(matrix)[:2].tolist() == [0.5, 0.5]
+    assert mean_iou(matrix) == 0.5
+    assert accuracy_per_class(matrix)[:2].tolist() == [0.5, 1]
+    assert mean_accuracy(matrix) == 0.75
+    assert pixel_accuracy(matrix) == pytest.approx(2 / 3)
+
+
+def test_nothing_labelled():
+    logits, target = torch.randn(1, 3, 4, 4), torch.full((1, 8, 8), -1)
+    miou, cross_entropy = MIoU(3), CrossEntropy()
+    miou.update(logits, target)
+    cross_entropy.update(logits, target)
+    assert miou.matrix.sum() == 0
+    assert miou.compute().isnan() and cross_entropy.compute().isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_narrow_targets_and_other_ignore_index(batches, dtype):
+    logits, target = batches[0]
+    expected = confusion_matrix(logits, target, CLASSES)
+    narrow = torch.where(target < 0, 99, target).to(dtype)
+    assert torch.equal(confusion_matrix(logits, narrow, CLASSES, ignore_index=99), expected)
+    # Beyond the last class is ignored as well: transforms mark padding with 255.
+    outside = torch.where(target < 0, 255, target)
+    assert torch.equal(confusion_matrix(logits, outside, CLASSES), expected)
+    wide, thin = CrossEntropy(), CrossEntropy(ignore_index=99)
+    wide.update(logits, target)
+    thin.update(logits, narrow)
+    assert wide.compute() == thin.compute()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(32, 40), (37, 51), (8, 10), (5, 7)])
+def test_predictions_are_those_of_fp32_logits(monkeypatch, layout, dtype, size):
+    """At any ratio, however few classes are upsampled at once."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, CLASSES, 8, 10, generator=generator).to(dtype)
+    target = torch.randint(0, CLASSES, (2, *size), generator=generator)
+    prediction = upsample(logits, target).argmax(1)
+    expected = confusion_matrix_of_predictions(prediction, target, CLASSES)
+    for classes in (1, 5, CLASSES):
+        monkeypatch.setitem(metrics._SLAB_BYTES, "cpu", classes * size[0] * size[1] * 4)
+        matrix = confusion_matrix(logits.to(memory_format=layout), target, CLASSES)
+        assert torch.equal(matrix, expected)
+
+
+def test_first_of_equal_logits_wins(monkeypatch):
+    monkeypatch.setitem(metrics._SLAB_BYTES, "cpu", 1)
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    matrix = confusion_matrix(torch.zeros(1, CLASSES, 2, 2), target, CLASSES)
+    assert matrix[0, 0] == 64
+
+
+@pytest.mark.parametrize("slab", [1, 2**24])
+def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, slab):
+    monkeypatch.setitem(metrics._SLAB_BYTES, "cpu", slab)
+    batches[0][1][0] = -1  # batches of unequal numbers of labels
+    metric = CrossEntropy()
+    for logits, target in batches:
+        metric.update(logits, target)
+    logits = torch.cat([upsample(*batch) for batch in batches]).double()
+    target = torch.cat([target for _, target in batches])
+    expected = F.cross_entropy(logits, target, ignore_index=-1)
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_autocast_changes_nothing(batches):
+    plain, autocast = (MIoU(CLASSES), CrossEntropy()), (MIoU(CLASSES), CrossEntropy())
+    for batch in batches:
+        for metric in plain:
+            metric.update(*batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            for metric in autocast:
+                metric.update(*batch)
+    assert torch.equal(plain[0].matrix, autocast[0].matrix)
+    assert plain[1].compute() == autocast[1].compute()
+
+
+def largest_allocation(function):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return max(event.cpu_memory_usage for event in profiler.events())
+
+
+@pytest.mark.parametrize("metric", [MIoU(150), CrossEntropy()])
+def test_no_tensor_of_full_size(metric):
+    logits, target = torch.randn(2, 150, 32, 32), torch.zeros(2, 256, 256, dtype=torch.int64)
+    full = upsample(logits, target)
+    assert largest_allocation(lambda: metric.update(logits, target)) < full.nbytes / 4
+    # The measure sees such a tensor where there is one.
+    assert largest_allocation(lambda: upsample(logits, target)) >= full.nbytes
+
+
+def test_ranks_are_summed_once(batches):
+    """With a second rank that counted twice what this one did."""
+    metric = MIoU(CLASSES)
+    gathered = []
+
+    def gather(tensor, group):
+        gathered.append(tensor)
+        return [tensor, 2 * tensor]
+
+    metric.dist_sync_fn = gather
+    metric.distributed_available_fn = lambda: True
+    for batch in batches:
+        metric.update(*batch)
+    assert not gathered and metric.total_matrix is None
+    value = metric.compute()
+    assert len(gathered) == 1
+    assert torch.equal(metric.total_matrix, 3 * metric.matrix)
+    assert metric.matrix.sum() == sum((target >= 0).sum() for _, target in batches)
+    assert value == 100 * mean_iou(metric.total_matrix)
+
+
+def test_total_matrix_is_the_last_evaluations(batches):
+    metric = copy.deepcopy(MIoU(CLASSES))  # as Composer does with a model's metrics
+    metric.update(*batches[0])
+    first = metric.compute()
+    total = metric.total_matrix
+    metric.update(*batches[1])
+    assert torch.equal(
+        total, confusion_matrix(*batches[0], CLASSES)
+    )  # not changed by later batches
+    metric.reset()
+    metric.update(*batches[1])
+    assert metric.compute() != first  # not the cached value
+    assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))

@@ -1,0 +1,86 @@
+"""Tests of command_lines.py."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+import command_lines
+from command_lines import available_cores, share_cores, start
+
+COMMANDS = ["main", "data", "evaluate", "predict", "export"]
+COMMANDS += ["convert_ade20k", "convert_dataset", "download_ade20k"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores", "all_cores", "expected"),
+    [
+        pytest.param({}, 8, 8, {"OMP_WAIT_POLICY": "PASSIVE"}, id="one process has all cores"),
+        pytest.param({}, 2, 8, {"OMP_NUM_THREADS": "2"}, id="a container or taskset"),
+        pytest.param({"LOCAL_WORLD_SIZE": "4"}, 8, 8, {"OMP_NUM_THREADS": "2"}, id="four ranks"),
+        pytest.param({"LOCAL_WORLD_SIZE": "4"}, 2, 2, {"OMP_NUM_THREADS": "1"}, id="more ranks"),
+        pytest.param(
+            {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"},
+            8,
+            8,
+            {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"},
+            id="what the user has set",
+        ),
+    ],
+)
+def test_cores_are_shared(
+    environment: dict[str, str],
+    cores: int,
+    all_cores: int,
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command_lines, "available_cores", lambda: cores)
+    monkeypatch.setattr("os.cpu_count", lambda: all_cores)
+    found = dict(environment)
+    share_cores(found)
+    assert found == {"OMP_WAIT_POLICY": "PASSIVE"} | environment | expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        pytest.param("max 100000", 4, id="no limit"),
+        pytest.param("200000 100000", 2, id="two cores"),
+        pytest.param("150000 100000", 2, id="one and a half"),
+        pytest.param("10000 100000", 1, id="a tenth"),
+        pytest.param("900000 100000", 4, id="more than there are"),
+        pytest.param("", 4, id="an empty file"),
+        pytest.param(None, 4, id="no file"),
+    ],
+)
+def test_available_cores(
+    quota: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert available_cores(tmp_path / "cpu.max") == cores
+
+
+def test_start_parses_before_it_touches_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--flag"])
+    monkeypatch.setattr(command_lines, "share_cores", lambda _: pytest.fail("not parsed yet"))
+
+    def parse(arguments: list[str]) -> None:
+        assert arguments == ["--flag"]
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit):
+        start(parse)
+
+
+def test_start_silences_torch_about_a_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    monkeypatch.setattr(command_lines, "share_cores", lambda _: None)
+    start()
+    assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)

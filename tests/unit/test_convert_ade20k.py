@@ -1,0 +1,198 @@
+"""Tests of convert_ade20k.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import streaming
+from PIL import Image
+from streaming.base.compression import decompress
+
+import convert_ade20k as converter
+from convert_ade20k import main
+from data import StreamingADE20k
+from dataset.matching import list_samples
+from errors import DataError
+from tests.support.convert_ade20k import check_shards, files, out, path, write  # noqa: F401
+from tests.support.run_helpers import file_limit
+
+ROOT = "ADEChallengeData2016"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+
+
+def test_streaming_reads_the_files(synthetic, out):
+    assert write(synthetic, out) == {"train": 16, "val": 6}
+    for split in ("train", "val"):
+        check_shards(synthetic, StreamingADE20k(None, str(out), split), split)
+    assert sorted(os.listdir(out)) == ["train", "val"]  # no notes, locks or temporary files
+    index = json.loads((out / "val/index.json").read_text())
+    names = {entry["raw_data"]["basename"] for entry in index["shards"]}
+    assert {*os.listdir(out / "val")} >= {"index.json", "shard.00000.mds", "shard.00001.mds"}
+    assert {name for name in os.listdir(out / "val") if name.endswith(".mds")} == names
+
+
+def test_stock_streaming_reads_pictures(synthetic, out):
+    """With the columns of Streaming's own converter, and Streaming's own reader."""
+    write(synthetic, out)
+    samples = list_samples(synthetic, "val")
+    shards = streaming.StreamingDataset(
+        local=str(out), split="val", shuffle=False, batch_size=1, validate_hash="xxh64"
+    )
+    assert len(shards) == 6
+    for sample, found in zip(samples, shards):
+        assert sorted(found) == ["uid", "x", "y"] and found["uid"] == sample.uid.encode()
+        assert (found["x"].format, found["y"].format) == ("JPEG", "PNG")
+        assert np.array_equal(found["x"], Image.open(sample.image_path))
+        assert np.array_equal(found["y"], Image.open(sample.mask_path))
+    shard = shards.shards[0]
+    assert (shard.column_names, shard.column_encodings) == (
+        ["uid", "x", "y"],
+        ["bytes", "jpeg", "png"],
+    )
+    assert shard.hashes == ["sha1", "xxh64"]
+
+
+def test_output_depends_on_nothing_but_the_input(synthetic, tmp_path):
+    for name, workers in (("one", 1), ("two", 2)):
+        write(synthetic, tmp_path / name, workers=workers)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_compression_and_hashes(synthetic, out):
+    write(synthetic, out, compression="zstd:3", hashes=("md5",))
+    index = json.loads((out / "train/index.json").read_text())
+    for entry in index["shards"]:
+        assert list(entry["zip_data"]["hashes"]) == ["md5"]
+        data = (out / "train" / entry["zip_data"]["basename"]).read_bytes()
+        assert len(decompress("zstd", data)) == entry["raw_data"]["bytes"]
+    assert not list((out / "train").glob("*.mds"))
+    check_shards(synthetic, StreamingADE20k(None, str(out), "train"), "train")
+
+
+def test_running_again_verifies_and_writes_nothing(path, out, caplog):
+    write(path, out)
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    caplog.set_level("INFO")
+    assert write(path, out) == {"train": 16, "val": 6}
+    assert "complete and verified" in caplog.text
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file != out} == {
+        file: time for file, time in before.items() if file != out
+    }
+
+
+def test_does_not_write_over_another_data_set(path, out):
+    write(path, out)
+    before = files(out)
+    mask = Path(list_samples(str(path), "train")[5].mask_path)
+    Image.fromarray(255 - np.array(Image.open(mask))).save(mask)
+    with pytest.raises(DataError, match=r"another one .sample 00000006 .*: delete it, or use"):
+        write(path, out)
+    Path(list_samples(str(path), "train")[5].image_path).unlink()
+    mask.unlink()
+    with pytest.raises(DataError, match="it has 16 samples, not 15"):
+        write(path, out)
+    assert files(out) == before
+
+
+def test_does_not_take_other_options_for_done(path, out):
+    write(path, out)
+    with pytest.raises(DataError, match="it has compression None and hashes"):
+        write(path, out, compression="zstd")
+
+
+def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
+    """Finished shards are not written again; what comes out is as if nothing had happened."""
+    write(path, out.with_name("expected"))
+    counts = []
+
+    def interrupt(bar, count):
+        counts.append(count)
+        if sum(counts) >= 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("dataset.workers.tqdm.update", interrupt)
+    arguments = ["--path", str(path), "--out", str(out), "--size-limit", "10kb", "--workers", "1"]
+    assert main(arguments) == 130
+    assert "run again" in capsys.readouterr().err
+    monkeypatch.undo()
+    done = {file: file.stat().st_mtime_ns for file in (out / "train").glob("*.mds")}
+    assert done and not (out / "train/index.json").exists()
+    assert main(arguments) == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert files(out) == files(out.with_name("expected"))
+
+
+def test_a_shard_whose_files_changed_meanwhile_is_written_again(path, out):
+    photos = [Path(sample.image_path) for sample in list_samples(str(path), "train")]
+    last = photos[-1].read_bytes()
+    photos[-1].write_bytes(b"not a photo")
+    with pytest.raises(DataError, match=f"{photos[-1]}: not an image"):
+        write(path, out)
+    assert list((out / "train").glob("*.mds"))
+    photos[-1].write_bytes(last)
+    shutil.copy(photos[1], photos[0])
+    write(path, out)
+    check_shards(path, StreamingADE20k(None, str(out), "train"), "train")
+
+
+def test_one_line_for_bad_files_and_options(path, out, capsys):
+    def error(*arguments: str) -> str:
+        command = ["--path", str(path), "--out", str(out), *arguments]
+        assert main(command) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1
+        return message
+
+    assert "compression 'rar' is none" in error("--compression", "rar")
+    assert "hash 'crc' is none" in error("--hashes", "crc")
+    assert "size limit 'much' is no number" in error("--size-limit", "much")
+    assert "folder is missing" in error("--path", str(path / "none"))
+    mask = Path(list_samples(str(path), "val")[2].mask_path)
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(mask)
+    assert f"{mask.stem}.jpg: " in error() and not (out / "val/index.json").exists()
+    with converter._only_one(str(out)):
+        assert "another conversion" in error()
+    mask.unlink()
+    assert "its mask is missing" in error()
+
+
+def test_a_data_set_without_validation(path, out):
+    shutil.rmtree(path / ROOT / "images/validation")
+    assert write(path, out) == {"train": 16}
+
+
+def test_a_full_disk_is_one_line(path, out, capsys):
+    with file_limit(2000):
+        arguments = ["--path", str(path), "--out", str(out), "--workers", "1"]
+        assert main(arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error[-1].startswith(f"error: {out}/train/shard.00000.mds: File too large")
+    assert list(out.rglob("*.mds")) == [] and not (out / "train/index.json").exists()
+    assert main(arguments) == 0
+
+
+def test_the_description_is_not_overwritten(tmp_path, capsys):
+    """Its name beside the shards is that of an input here."""
+    file = tmp_path / "description.yaml"
+    text = "root: .\ntrain: {images: a, masks: b}\nval: {fraction: 0.2}\n"
+    file.write_text(text + "classes: {x: {labels: [1]}, y: {labels: [2]}}\nignore: [0]\n")
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        for number in range(10):
+            suffix = "jpg" if folder == "a" else "png"
+            cv2.imwrite(f"{tmp_path}/{folder}/{number}.{suffix}", np.ones((32, 32), np.uint8))
+    before = file.read_bytes()
+    assert main(["--path", str(file), "--out", str(tmp_path)]) == 1
+    assert f"{file} would be overwritten" in capsys.readouterr().err
+    assert file.read_bytes() == before

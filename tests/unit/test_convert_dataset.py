@@ -1,0 +1,226 @@
+"""Tests of convert_dataset.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from dataset.description import open_description
+from extras.preparation import check_command
+from tests.support.convert_dataset import (  # noqa: F401
+    COUNT,
+    NAMES,
+    ROAD,
+    SIZE,
+    SOURCES,
+    columns,
+    convert,
+    drawn,
+    expected,
+    labelme,
+    masks_of,
+    photos,
+    shape,
+    square,
+    write_coco,
+    write_panoptic,
+    write_yolo,
+)
+from tests.support.run_helpers import file_limit
+
+pytest.importorskip("pycocotools")
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+def test_a_validation_file_of_its_own(photos: Path, tmp_path: Path) -> None:
+    train = write_coco(tmp_path / "train.json", numbers=range(5))
+    val = write_coco(tmp_path / "val.json", numbers=range(5, COUNT))
+    arguments = ["--images", photos, "--val", val, "--out", tmp_path / "out"]
+    assert convert(train, *arguments, "--background", "ignore") == 0
+    names, masks = masks_of(tmp_path / "out")
+    assert names == NAMES
+    assert sorted(masks) == [f"train/{n}" for n in range(5)] + [f"val/{n}" for n in range(5, COUNT)]
+    np.testing.assert_array_equal(masks["val/6"], expected(6).astype(int) - 1)
+    assert (tmp_path / "out/photos/train/0.jpg").stat().st_nlink > 1  # no copies
+
+
+def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
+    """CVAT writes them as they were before they were turned clockwise, by `rotation` degrees."""
+    (tmp_path / "turned.xml").write_text(
+        '<annotations><image name="0.jpg" width="64" height="48">'
+        '<box label="road" xtl="4" ytl="20" xbr="28" ybr="26" rotation="30.00"/>'
+        '<ellipse label="car" cx="48" cy="24" rx="12" ry="4" rotation="330"/>'
+        "</image></annotations>"
+    )
+    arguments = ["--images", photos, "--out", tmp_path / "out"]
+    convert(tmp_path / "turned.xml", *arguments)  # one photo is too few to train on
+    _, description = open_description(str(tmp_path / "out/data.yaml"))
+    assert description is not None
+    names = [info.name for info in description.classes]
+    drawn = cv2.imread(str(tmp_path / "out/masks/train/0.png"), cv2.IMREAD_UNCHANGED)
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
+    for name, middle, degrees, inside in (
+        ("road", (16, 23), 30, lambda u, v: (abs(u) < 12) & (abs(v) < 3)),
+        ("car", (48, 24), -30, lambda u, v: (u / 12) ** 2 + (v / 4) ** 2 < 1),
+    ):
+        along = np.exp(1j * np.radians(degrees))  # the first axis, y being downwards
+        at = (x - middle[0] + 1j * (y - middle[1])) / along
+        expected = inside(at.real, at.imag)
+        wrong = (drawn == names.index(name)) != expected
+        assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
+
+
+def test_a_photo_is_found_by_its_whole_name(photos: Path, tmp_path: Path) -> None:
+    """Not what is beside it and called as it is, with one more extension."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    for photo in photos.iterdir():
+        cv2.imwrite(str(folder / f"{photo.name}.png"), np.zeros(SIZE, np.uint8))
+    source = write_coco(tmp_path / "instances.json")
+    assert convert(source, "--images", folder, "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out/photos/train").iterdir()) == sorted(
+        path.name for path in photos.iterdir()
+    )
+
+
+def test_what_cannot_be_converted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(source: Any, reason: str, *more: Any) -> None:
+        arguments = [source, "--images", photos, "--out", tmp_path / "out", *more]
+        assert convert(*arguments) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("error: ") and reason in line
+
+    coco = write_coco(tmp_path / "instances.json")
+    refused(tmp_path / "none.json", "No such file")
+    refused(coco, "--images: there is no folder", "--images", tmp_path / "none")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    refused(tmp_path / "other.json", "'categories' is missing: not of a format that is known")
+    (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
+    refused(tmp_path / "other.xml", "it holds no <image>")
+    for tool, name, text, reason in (
+        ("labelme", "3.json", '{"shapes"', "not of a format that is known (Expecting"),
+        ("labelme", "3.json", '{"imageHeight": 9, "imageWidth": 9}', "'shapes' is missing"),
+        ("yolo", "3.txt", "0 0 0 0 1 1 x", "not of a format that is known (could not"),
+    ):
+        (tmp_path / tool).mkdir(exist_ok=True)
+        folder = SOURCES[tool](tmp_path / tool)
+        (folder / name).write_text(text)
+        refused(folder, f"error: {folder / name}: {reason}")
+        shutil.rmtree(tmp_path / tool)
+    found = json.loads(coco.read_text())
+    found["images"][0]["file_name"] = "elsewhere.jpg"
+    (tmp_path / "renamed.json").write_text(json.dumps(found))
+    refused(tmp_path / "renamed.json", "names elsewhere.jpg, not in")
+    found = json.loads(coco.read_text())
+    found["images"][2]["width"] = 65
+    (tmp_path / "wide.json").write_text(json.dumps(found))
+    refused(tmp_path / "wide.json", "2.jpg: is 64x48, its annotation of (65, 48)")
+    assert not (tmp_path / "out").exists()  # a failed conversion leaves nothing
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").touch()
+    refused(coco, "out is there already: delete it, or use another --out")
+    shutil.rmtree(tmp_path / "out")
+    for key, names in (("images", "0.jpg and of 1.jpg"), ("categories", "road and of car")):
+        found = json.loads(coco.read_text())  # as files that were put together without new ids
+        found[key][1]["id"] = found[key][0]["id"]
+        (tmp_path / "twice.json").write_text(json.dumps(found))
+        refused(tmp_path / "twice.json", f"(id {found[key][0]['id']} is of {names})")
+
+
+@pytest.mark.parametrize("other", ["3.png", "3.JPG"])
+def test_two_photos_with_one_mask_are_refused(
+    other: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Their masks would both be 3.png."""
+    shutil.copytree(photos, tmp_path / "photos")
+    cv2.imwrite(str(tmp_path / "photos" / other.replace("JPG", "bmp")), np.zeros((48, 64, 3)))
+    if other == "3.JPG":
+        (tmp_path / "photos/3.bmp").rename(tmp_path / "photos/3.JPG")
+    coco = json.loads(write_coco(tmp_path / "instances.json").read_text())
+    twin = next(image for image in coco["images"] if image["file_name"] == "3.jpg")
+    coco["images"].append(twin | {"id": 99, "file_name": other})
+    shapes = [shape for shape in coco["annotations"] if shape["image_id"] == twin["id"]]
+    coco["annotations"] += [
+        shape | {"id": 900 + number, "image_id": 99} for number, shape in enumerate(shapes)
+    ]
+    (tmp_path / "twins.json").write_text(json.dumps(coco))
+    arguments = [tmp_path / "twins.json", "--images", tmp_path / "photos"]
+    assert convert(*arguments, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/photos/{other}" in error and "would have the same mask" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_data_set(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    coco = write_coco(tmp_path / "instances.json")
+    with file_limit(50):
+        arguments = [coco, "--images", photos, "--out", tmp_path / "out", "--workers", "1"]
+        assert convert(*arguments) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/out/masks/train/") and "File too large" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]
+
+
+def test_an_unknown_shape_of_labelme_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    source = labelme(tmp_path / "labelled", [shape("road", "star", square(*ROAD))])
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
+    assert "a shape of the unknown type star" in capsys.readouterr().err
+
+
+def test_an_image_that_may_be_either_of_two_is_refused(
+    photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for folder in ("a", "b"):
+        shutil.copytree(photos, tmp_path / "images" / folder)
+    source = write_coco(tmp_path / "coco.json")
+    assert convert(source, "--images", tmp_path / "images", "--out", tmp_path / "out") == 1
+    assert "names 0.jpg, which may be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [2**24, 2**25, 2**40, -1])
+def test_a_panoptic_id_beyond_three_bytes_is_refused(
+    photos: Path, tmp_path: Path, capsys: Any, number: int
+) -> None:
+    source = write_panoptic(tmp_path / "panoptic.json")
+    found = json.loads(source.read_text())
+    found["annotations"][0]["segments_info"][0]["id"] = number
+    source.write_text(json.dumps(found))
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
+    assert f"segment id {number} does not fit the three bytes" in capsys.readouterr().err
+
+
+def test_labelmes_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path: Path) -> None:
+    source = labelme(tmp_path / "labelled", [shape("pond", "circle", [[24, 24], [24, 36]])])
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    rows, columns = np.indices(SIZE) + 0.5
+    distance = np.hypot(rows - 24, columns - 24)
+    for mask in masks_of(tmp_path / "out")[1].values():
+        assert (mask[distance < 11] == 1).all()
+        assert (mask[distance > 13] == 0).all()
+
+
+def test_yolos_boxes_are_counted_and_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    source = write_yolo(tmp_path / "labels")
+    with (source / "2.txt").open("a") as file:
+        file.write("0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.2 0.2\n")
+    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    line = "left out, because they have no area: 2 (2.txt: line 4, a box; 2.txt: line 5, a box)"
+    assert line in capsys.readouterr().err
+    np.testing.assert_array_equal(
+        next(m for n, m in masks_of(tmp_path / "out")[1].items() if n.endswith("/2")), expected(2)
+    )

@@ -1,0 +1,53 @@
+"""Tests of evaluate.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer.utils import dist
+
+import evaluate
+from evaluate import group_by, main
+
+
+def test_groups_of_like_photos(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluate, "PENDING", 10)
+    items = np.random.default_rng(0).integers(0, 50, 500).tolist()
+    taken, most, out = 0, 0, []
+
+    def count() -> Any:
+        nonlocal taken
+        for item in items:
+            taken += 1
+            yield item
+
+    for group in group_by(count(), 4, lambda item: item % 7):
+        assert 1 <= len(group) <= 4 and len({item % 7 for item in group}) == 1
+        out += group
+        most = max(most, taken - len(out))
+    assert sorted(out) == sorted(items) and most <= 10
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(SystemExit):
+        main(["x.pt", "--protocol", "square", "--tta"])
+
+
+def test_several_processes_round_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer's get_device allows TF32, which a process alone does not use."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+
+    def get_device(name: str | None) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "initialize_dist", lambda device: None)
+    monkeypatch.setattr(evaluate, "get_device", get_device)
+    try:
+        assert main(["/nowhere.pt"]) == 2
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -1,0 +1,32 @@
+"""Tests of export.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import export
+from export import main
+from tests.support.artifacts import random_weights
+
+
+def test_without_onnx_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert main([random_weights(), "--to", "onnx"]) == 2
+    error = "error: --to onnx needs more: pip install onnx onnxruntime\n"
+    assert capsys.readouterr().err == error
+
+
+def test_a_photo_is_always_there():
+    image = np.array(Image.open(export._sample_photo()))
+    assert image.ndim == 3 and image.std() > 10
+
+
+@pytest.mark.parametrize("extra", [[], ["--photo", "gone.jpg"], ["--classes", "gone.txt"]])
+def test_one_line_errors(extra: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([random_weights() if extra else "gone.pt", "--to", "onnx", *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "gone." in error and error.count("\n") == 1

@@ -1,0 +1,95 @@
+"""Tests of training/composer_internals.py."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Trainer
+from torch import nn
+
+from tests.support.paths import ROOT
+from training import composer_internals
+from training.composer_internals import TRAINER_METHODS, EMAParameters
+
+HERE = {Path(composer_internals.__file__), Path(__file__)}
+FILES = [
+    path
+    for folder in (
+        ".",
+        "training",
+        "checkpointing",
+        "dataset",
+        "segmentation",
+        "benchmarks",
+        "tests",
+    )
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path not in HERE
+]
+# Composer documents these modules' names under other modules.
+PRIVATE_MODULES = ("composer.algorithms.ema.ema",)
+
+
+def private_names(source: str) -> list[str]:
+    """The private names of Composer and Streaming that a file imports, and of a trainer it uses."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+            foreign = parts[0] in ("composer", "streaming")
+            if foreign and (node.module in PRIVATE_MODULES or any(p[0] == "_" for p in parts)):
+                found.append(".".join(parts))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if private and node.value.id == "trainer":
+                found.append(f"trainer.{node.attr}")
+    return found
+
+
+def test_private_names_are_in_one_module() -> None:
+    assert len(FILES) > 100
+    names = {path.name: private_names(path.read_text()) for path in FILES}
+    assert not {file: found for file, found in names.items() if found}
+    assert private_names(Path(composer_internals.__file__).read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("from composer.trainer._scaler import ClosureGradScaler", "composer.trainer._scaler"),
+        ("def f():\n    from composer.utils import _x", "composer.utils._x"),
+        ("from streaming.base._y import z", "streaming.base._y"),
+        ("trainer._train_data_spec", "trainer._train_data_spec"),
+    ],
+)
+def test_a_private_name_is_found(source: str, name: str) -> None:
+    (found,) = private_names(source)
+    assert found.startswith(name)
+
+
+def test_the_trainer_has_its_methods() -> None:
+    assert all(callable(getattr(Trainer, name)) for name in TRAINER_METHODS)
+
+
+def test_ema_parameters_hold_and_swap_a_networks_tensors() -> None:
+    network = nn.BatchNorm1d(2)
+    average = EMAParameters(network)
+    assert average.named_parameters_dict.keys() == dict(network.named_parameters()).keys()
+    assert average.named_buffers_dict.keys() == dict(network.named_buffers()).keys()
+    with torch.no_grad():
+        network.weight.fill_(7.0)
+    average.swap_params(network)
+    assert network.weight.tolist() == [1.0, 1.0]
+    assert average.named_parameters_dict["weight"].tolist() == [7.0, 7.0]
+    assert list(inspect.signature(average.move_params_to_device).parameters) == [
+        "destination_model"
+    ]
+
+
+def test_the_closure_scaler_steps_with_a_closure() -> None:
+    signature = inspect.signature(composer_internals.ClosureGradScaler.step)
+    assert list(signature.parameters) == ["self", "optimizer", "args", "kwargs"]

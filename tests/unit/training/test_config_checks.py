@@ -1,0 +1,255 @@
+"""Tests of training/config_checks.py."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from errors import ClassError, ConfigError
+from tests.support.layouts import NAMES, lay_out
+from training.config import load, resolve
+from training.config_checks import check_evaluates
+
+WRONG = {
+    "optimiser.lr=1": "unknown key optimiser; did you mean optimizer?",
+    "model.backbone=resnet50": "unknown key model.backbone; did you mean model.backbone_arch?",
+    "seed=abc": "seed: .*'abc'",
+    "seed=null": "seed is empty",
+    "optimizer=5": "optimizer: 5 is not a section",
+    "optimizer.lr=0": "optimizer.lr: 0.0 is not a finite number of more than 0",
+    "optimizer.lr=.nan": "optimizer.lr: nan",
+    "optimizer.name=adam": "optimizer.name: adam is neither sgdw nor adamw",
+    "optimizer.name=adamw optimizer.lr=0.02": "optimizer.lr: 0.02 is too much for adamw",
+    "optimizer.betas=[0.9]": "optimizer.betas: .* are not two numbers",
+    "optimizer.betas=[0.9,1]": "optimizer.betas: 1.0 is not 0 to below 1",
+    "optimizer.no_decay=[norms]": "optimizer.no_decay: norms is neither norm nor bias",
+    "model.arguments=[a]": "model.arguments: .'a'. is not keys and values",
+    "optimizer.no_decay=norm": "optimizer.no_decay: ",
+    "optimizer.clip_norm=0": "optimizer.clip_norm: 0.0 is not a finite number of more than 0",
+    "optimizer.head_lr_scale=-1": "optimizer.head_lr_scale: -1.0",
+    "schedule.name=cosin": "schedule.name: cosin is none of cosine, poly, constant, linear",
+    "schedule.warmup=soon": "schedule.warmup: 'soon' is not a time, as in 1500ba",
+    "schedule.warmup=05ba": "schedule.warmup: '05ba' is not a time, as in 1500ba",
+    "schedule.power=0": "schedule.power: 0.0",
+    "schedule.final=-0.1": "schedule.final: -0.1",
+    "train_dataset.max_class_share=0": "max_class_share: 0.0 is not more than 0 to 1",
+    "train_dataset.rare_class_sampling=2": "rare_class_sampling: 2.0 is not more than 0 to 1",
+    "optimizer.momentum=1": "optimizer.momentum: 1.0 is not 0 to below 1",
+    "train_dataset.path=/nowhere": "train_dataset.path: no folder /nowhere",
+    "train_dataset.path=null": "train_dataset.path is empty",
+    "eval_dataset.path=s3://bucket/x": "eval_dataset.path is remote; set eval_dataset.is_streaming",
+    "train_dataset.min_resize_scale=3": "min_resize_scale: 3.0 is above max_resize_scale",
+    "train_dataset.final_size=-64": "train_dataset.final_size: -64",
+    "train_dataset.num_workers=many": "num_workers: 'many' is neither a number nor auto",
+    "device_train_microbatch_size=big": "device_train_microbatch_size: 'big'",
+    "device_train_microbatch_size=0": "device_train_microbatch_size: 0 is not a finite",
+    "max_duration=2 epochs": "max_duration: '2 epochs' is not a time",
+    "save_interval=0ep": "save_interval: '0ep' is not a time",
+    "recipe_name=mid": "recipe_name: mid is none of mild, medium, hot",
+    "precision=bf17": "precision: bf17 is none of",
+    "compile=maybe": "compile: maybe is none of",
+    "model.fused_loss=true": "model.fused_loss: True; use auto or false",
+    "model.fused_loss=triton": "model.fused_loss: triton; use auto or false",
+    "loggers.wanb={}": "loggers.wanb: no such logger; did you mean wandb?",
+    "loggers.file=log.txt": "loggers.file: 'log.txt' is not its arguments",
+    "loggers=wandb": "loggers: 'wandb' is not a section",
+    "loggers.comet_ml={}": "comet_ml: its package is missing; make install WITH=comet_ml",
+    "model.num_classes=1000": "model.num_classes: 1000 is not 2 to 253",
+    "model.dice_weight=0 model.cross_entropy_weight=0": "no loss is left",
+    "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: 0 is neither 1 or more nor -1",
+    "save_num_checkpoints_to_keep=-7": "save_num_checkpoints_to_keep: -7 is neither 1 or more nor",
+    "seed=99999999999999999999": "seed: 99999999999999999999 is not 0 to 4294901760",
+    "train_dataset.shuffle_seed=-5": "train_dataset.shuffle_seed: -5 is not 0 to",
+    "train_dataset.ignore_label=300": "train_dataset.ignore_label: 300 is not 0 to 255",
+    "train_dataset.final_size=100000": "train_dataset.final_size: 100000 is not 16 to 16384",
+    "train_dataset.final_size=16384 train_dataset.batch_size=1024": "is 1024.0 GB; lower",
+    "train_dataset.max_resize_scale=1e9": "max_resize_scale: 1000000000.0 is not more than 0 to",
+    "train_dataset.max_resize_scale=90 train_dataset.base_size=512": "is 46080 pixels, above 32767",
+    "train_dataset.num_workers=1000": "train_dataset.num_workers: 1000 is ",
+    "train_dataset.cache_limit=12parsecs": "train_dataset.cache_limit: '12parsecs' is not bytes",
+    "train_dataset.download_timeout=-1": "train_dataset.download_timeout: -1.0 is not a finite",
+    "run_name=../../x save_folder=runs/{run_name}": "run_name: '../../x' is no name of a folder",
+    "hot.sam.interval=0": "hot.sam.interval: 0 is not a finite number of 1 or more",
+    "load_least=2": "load_least: 2.0 is not 0 to 1",
+    "load_least=.nan": "load_least: nan is not 0 to 1",
+    "load_classes_by_name=true": "load_classes_by_name needs load_weights_only=true",
+    "grad_accum=many": "grad_accum: 'many' is neither 1 or more nor auto",
+    "load_path=/nowhere.pt": "load_path: no file or folder /nowhere.pt",
+    "class_names=/nowhere.txt": "class_names: no file /nowhere.txt",
+    "autoresume=true": "autoresume needs save_folder",
+    "train_dataset.ignore_background=false": "train_dataset.ignore_background is false, "
+    "eval_dataset.ignore_background is true; a label means the same in both",
+    "eval_dataset.ignore_label=7": "train_dataset.ignore_label is none, eval_dataset.ignore_label "
+    "is 7; a label means the same in both",
+    "seed": "'seed' is not an override; write key=value",
+    "load_weights_only=true": "load_weights_only needs load_path; give it, or leave out",
+    "load_least=0.9": "load_least needs load_path",
+    "best_metric=IoU/nosuch": "best_metric needs save_folder",
+    "stop_after=2ep": "stop_after needs save_folder",
+    "class_table_csv=true": "class_table_csv needs save_folder",
+    "optimizer.betas=[0.8,0.9]": "optimizer.betas needs optimizer.name=adamw",
+    "optimizer.name=adamw optimizer.lr=1e-4 optimizer.momentum=0.5": "optimizer.momentum needs",
+    "schedule.name=linear schedule.power=2": "schedule.power needs schedule.name=poly",
+    "eval_dataset.rare_class_sampling=0.1": "eval_dataset.rare_class_sampling: only train_dataset",
+    "eval_dataset.max_class_share=0.5": "eval_dataset.max_class_share: only train_dataset has",
+    "eval_dataset.shuffle_seed=3": "eval_dataset.shuffle_seed: only train_dataset has this key",
+    "recipe_name=mild mild.ema.half_life=3ep": "must have the same unit",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_a_wrong_config_is_answered_in_one_line(
+    tiny: dict[str, Any], tmp_path: Path, overrides: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    OmegaConf.save(tiny, path)
+    parts = [overrides] if "epochs" in overrides else overrides.split()
+    with pytest.raises(ConfigError) as caught:
+        resolve(load(str(path), parts))
+    message = str(caught.value)
+    assert re.search(WRONG[overrides], message), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param({"ignore_background": False, "ignore_label": 3}, id="the same in both"),
+        pytest.param({}, id="255, which is ignored in any case"),
+    ],
+)
+def test_labels_that_mean_the_same_are_accepted(
+    tiny: dict[str, Any], labels: dict[str, Any]
+) -> None:
+    for section in ("train_dataset", "eval_dataset"):
+        tiny[section] |= labels
+    tiny["eval_dataset"].setdefault("ignore_label", 255)
+    assert resolve(tiny).eval_dataset.ignore_label in (3, 255)
+    # An evaluation does not read the training section.
+    tiny |= {"is_train": False, "load_path": __file__}
+    tiny["train_dataset"]["ignore_background"] = not tiny["train_dataset"].get("ignore_background")
+    assert not resolve(tiny).is_train
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_refused"),
+    [
+        pytest.param({}, True, id="no checkpoint"),
+        pytest.param({"save_folder": "runs/x"}, True, id="a folder that is not looked into"),
+        pytest.param({"load_path": __file__}, False, id="load_path"),
+        pytest.param({"autoresume": True, "save_folder": "runs/x"}, False, id="autoresume"),
+        pytest.param({"is_train": True}, False, id="training"),
+    ],
+)
+def test_an_evaluation_names_a_checkpoint(
+    tiny: dict[str, Any], keys: dict[str, Any], is_refused: bool
+) -> None:
+    typed = resolve({**tiny, "is_train": False, **keys})
+    if is_refused:
+        with pytest.raises(ConfigError, match="is_train=false evaluates a checkpoint; name it"):
+            check_evaluates(typed)
+    else:
+        check_evaluates(typed)
+
+
+def test_class_names_in_another_order_than_the_descriptions_are_refused(
+    synthetic: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
+    del tiny["model"]["num_classes"]
+    for section in ("train_dataset", "eval_dataset"):
+        del tiny[section]["path"]
+    names = tmp_path / "names.txt"
+    tiny["class_names"] = str(names)
+    names.write_text("\n".join(f"Klasse {name}" for name in NAMES))
+    assert resolve(tiny).class_names == str(names)
+    names.write_text("\n".join(reversed(NAMES)))
+    with pytest.raises(ClassError, match=r"names.txt: class 0 is plane, in .*yaml it is sky"):
+        resolve(tiny)
+
+
+def test_a_data_set_may_be_the_folder_in_ade20ks_folder(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    root = Path(tiny["train_dataset"]["path"], "ADEChallengeData2016")
+    for section in ("train_dataset", "eval_dataset"):
+        tiny[section]["path"] = str(root)
+    assert resolve(tiny).train_dataset.path == str(root)
+    tiny["train_dataset"]["path"] = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no ADEChallengeData2016/images/training"):
+        resolve(tiny)
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"train_dataset.batch_size: 4 images .* use 3"):
+        resolve(tiny)
+
+
+MODULE = """
+from torch import nn
+
+
+def build(num_classes, width=4):
+    network = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, num_classes, 1))
+    network.mean, network.std, network.size_divisor = (127.5,) * 3, (127.5,) * 3, 8
+    return network
+
+
+def as_mapping(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            return {"out": super().forward(image)}
+
+    return Network(3, num_classes, 1)
+
+
+def fixed(num_classes):
+    class Network(nn.Conv2d):
+        def forward(self, image):
+            assert image.shape[2:] == (64, 64), "not 64 pixels"
+            return super().forward(image)
+
+    return Network(3, num_classes, 1)
+
+
+def no_network(num_classes):
+    return "a network"
+
+
+def wrong(num_classes):
+    return nn.Conv2d(3, num_classes + 1, 1)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_networks.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("name", "resnet", "neither deeplabv3 nor one of mmseg, torchvision, smp, hf, timm"),
+        ("name", "smp:", "neither deeplabv3"),
+        ("arguments", {"a": 1}, "deeplabv3 has none"),
+    ],
+)
+def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> None:
+    tiny["model"][key] = value
+    with pytest.raises(ConfigError, match=f"model.{key}: .*{reason}"):
+        resolve(tiny)
+    tiny["model"] |= {"name": "smp:Unet", "arguments": None, "backbone_weights": "./file.pth"}
+    with pytest.raises(ConfigError, match=r"model.backbone_weights: ./file.pth is for deeplabv3"):
+        resolve(tiny)

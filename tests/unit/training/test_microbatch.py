@@ -1,0 +1,112 @@
+"""Tests of training/microbatch.py."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from errors import ModelError
+from tests.support.plan import SIZE, config, footprint, network, settings  # noqa: F401
+from training.microbatch import Footprint, choose_microbatch, count, fitting
+from training.precision import Precision
+from training.schema import Config, TrainDatasetConfig
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+def test_what_is_counted_is_what_a_real_pass_keeps(
+    network: torch.nn.Module, footprint: Footprint
+) -> None:
+    """The tensors that autograd keeps, over what it keeps for half as many images."""
+
+    def kept(images: int) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        photo = torch.randn(images, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            logits = network(photo)
+        assert logits.requires_grad
+        return sum(storages.values())
+
+    image = (kept(8) - kept(4)) / 4
+    assert footprint.saved == pytest.approx(image, rel=0.1)
+    assert footprint.saved < footprint.image < 1.5 * footprint.saved
+    weights = sum(p.numel() for p in network.parameters())
+    assert footprint.weights == 4 * weights <= 2.2 * footprint.fixed  # in bf16
+
+
+def test_operations_are_pytorch_s(network: torch.nn.Module, footprint: Footprint) -> None:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(2, 3, SIZE, SIZE, device="cpu"))
+    assert 2 * footprint.operations == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
+    assert next(network.parameters()).grad is None  # the network itself was left alone
+
+
+def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And `auto` then begins as Composer's does."""
+
+    class Thresholds(torch.nn.Conv2d):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            result = super().forward(image)
+            return result if result.mean() > 0 else -result
+
+    with pytest.raises(ModelError, match=r"cannot be counted without data: .*"):
+        count(Thresholds(3, 5, 1), SIZE, None)
+    monkeypatch.setattr("training.microbatch.free_memory", lambda device: pytest.fail("was asked"))
+    device: Any = None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = Config(train_dataset=TrainDatasetConfig(batch_size=24), compile=False)
+    assert choose_microbatch(config, Thresholds(3, 5, 1), Precision("fp32"), device) == ("auto", 24)
+    monkeypatch.undo()
+    frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
+    whole = count(frozen, SIZE, None)
+    frozen[0].requires_grad_(False)
+    assert count(frozen, SIZE, None).image <= whole.image
+
+
+FOOTPRINT = Footprint(100, 0, 50, 1000, 900, 1e9, 1e6, 1e5, 10)
+
+
+@pytest.mark.parametrize(
+    ("free", "changes", "ranks", "expected"),
+    [
+        (1e9, {}, 1, (128, True)),
+        (130_000, {}, 1, (64, True)),
+        (5_000, {}, 1, (4, True)),
+        (1_000, {}, 1, (2, False)),
+        (1_700, {}, 2, (1, True)),  # sync_bn shares the statistics of one image a process
+        (5_000, {"device_train_microbatch_size": 8}, 1, (8, False)),
+        (5_000, {"activation_memory_budget": 0.5}, 1, (8, True)),
+    ],
+)
+def test_images_at_once(
+    free: float, changes: dict[str, Any], ranks: int, expected: tuple[int, bool]
+) -> None:
+    config = settings(**changes)
+    assert fitting(FOOTPRINT, config, 128, free, ranks) == expected
+    at_once, fits = expected
+    assert fits == (FOOTPRINT.step(at_once, config, ranks) <= free)
+
+
+def test_a_cpu_does_not_adapt() -> None:
+    assert fitting(FOOTPRINT, settings(), 128, 5_000, adapts=False) == (128, False)
+
+
+def test_recipes_take_their_copies_of_the_weights() -> None:
+    taken = [
+        FOOTPRINT.step(1, settings(recipe_name=name)) for name in (None, "mild", "medium", "hot")
+    ]
+    steps = [round((after - before) / 1.05) for before, after in itertools.pairwise(taken)]
+    assert steps == [FOOTPRINT.weights, FOOTPRINT.weights, 0]

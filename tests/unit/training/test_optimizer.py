@@ -1,0 +1,123 @@
+"""Tests of training/optimizer.py."""
+
+import copy
+
+import composer.optim
+import pytest
+import torch
+from torch import nn
+
+from errors import ConfigError
+from training.optimizer import DecoupledSGDW, build_optimizer
+from training.schema import OptimizerConfig
+
+ROUNDING = dict(rtol=1e-6, atol=1e-6)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Linear(2, 2)
+    )
+    return layers.to(memory_format=torch.channels_last)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps of made-up gradients under a falling learning rate; the linear layer joins late."""
+    for number in range(first, last):
+        generator = torch.Generator().manual_seed(number)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * (1 - number / 20)
+        for index, weight in enumerate(model.parameters()):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            if index >= 6 and number < 3:
+                weight.grad = None
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(momentum=0.9, weight_decay=5e-5),
+        dict(momentum=0.9, weight_decay=5e-4, dampening=0.1),
+        dict(momentum=0.9, nesterov=True),
+        dict(weight_decay=5e-4),
+    ],
+    ids=str,
+)
+def test_steps_equal_composers(arguments):
+    ours, theirs = network(), network()
+    optimizer = DecoupledSGDW(ours.parameters(), lr=0.1, **arguments)
+    reference = composer.optim.DecoupledSGDW(theirs.parameters(), lr=0.1, **arguments)
+    steps(ours, optimizer, 0, 8)
+    steps(theirs, reference, 0, 8)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **ROUNDING)
+    ours_state, theirs_state = optimizer.state_dict(), reference.state_dict()
+    torch.testing.assert_close(ours_state, theirs_state, **ROUNDING)
+    assert type(optimizer).__qualname__ == type(reference).__qualname__  # its name in a checkpoint
+
+
+def test_goes_on_from_a_checkpoint_of_composers_in_another_memory_format():
+    theirs = network().to(memory_format=torch.contiguous_format)
+    reference = composer.optim.DecoupledSGDW(theirs.parameters(), lr=0.1, momentum=0.9)
+    steps(theirs, reference, 0, 4)
+    ours = network()
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = DecoupledSGDW(ours.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    buffer = optimizer.state[ours[0].weight]["momentum_buffer"]
+    assert buffer.stride() != ours[0].weight.stride()  # else this shows nothing
+    steps(ours, optimizer, 4, 8)
+    steps(theirs, reference, 4, 8)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **ROUNDING)
+
+
+class Network(torch.nn.Module):
+    """A backbone and a head, each with norms and biases, and a weight that both have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        self.head = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        self.head.append(self.backbone[0])
+
+
+@pytest.mark.parametrize("name", ["sgdw", "adamw"])
+def test_groups_are_what_the_config_asks_for(name):
+    network = Network()
+    weights = dict(network.named_parameters())
+    config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1)
+    optimizer = build_optimizer(config, network)
+    expected = {"sgdw": DecoupledSGDW, "adamw": composer.optim.DecoupledAdamW}[name]
+    assert type(optimizer) is expected
+    (group,) = optimizer.param_groups
+    assert all(a is b for a, b in zip(group["params"], network.parameters(), strict=True))
+    config.head_lr_scale, config.no_decay, config.betas = 10.0, ["norm", "bias"], [0.8, 0.99]
+    optimizer = build_optimizer(config, network)
+    found = {
+        key: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for key, weight in weights.items()
+        if any(weight is other for other in group["params"])
+    }
+    assert found == {
+        "backbone.0.weight": (0.01, 0.1),
+        "backbone.0.bias": (0.01, 0.0),
+        "backbone.1.weight": (0.01, 0.0),
+        "backbone.1.bias": (0.01, 0.0),
+        "head.0.weight": (0.1, 0.1),
+        "head.0.bias": (0.1, 0.0),
+        "head.1.weight": (0.1, 0.0),
+        "head.1.bias": (0.1, 0.0),
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(weights)
+    if name == "adamw":
+        assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
+    config.no_decay = ["bias"]  # those of norms are a norm's
+    decays = [group["weight_decay"] for group in build_optimizer(config, network).param_groups]
+    assert decays == [0.1, 0.0, 0.1, 0.0]
+
+
+def test_without_a_backbone_there_is_no_head():
+    with pytest.raises(ConfigError, match=r"head_lr_scale: the network has no part"):
+        build_optimizer(OptimizerConfig(head_lr_scale=10.0), network())

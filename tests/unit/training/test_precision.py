@@ -1,0 +1,57 @@
+"""Tests of training/precision.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from errors import ConfigError
+from tests.support.build_tools import machine  # noqa: F401
+from training.config import resolve
+from training.precision import check_build_tools, compiles
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpu", "compiled", "line"),
+    [
+        pytest.param(
+            "auto", True, False, "compile: auto runs uncompiled, and with its loss", id="auto"
+        ),
+        pytest.param(
+            False, True, False, "compile: false runs with its loss in PyTorch", id="false"
+        ),
+        pytest.param("auto", False, False, None, id="auto on a CPU"),
+        pytest.param(False, False, False, None, id="false on a CPU"),
+    ],
+)
+def test_a_run_goes_on_without(
+    machine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: dict[str, Any],
+    setting: bool | str,
+    gpu: bool,
+    compiled: bool,
+    line: str | None,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    config = resolve(tiny | {"compile": setting})
+    assert compiles(config) is compiled
+    said = check_build_tools(config)
+    assert said is None if line is None else said and said.startswith(line)
+    assert "\n" not in (said or "")
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_compile_true_is_refused(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any], gpu: bool
+) -> None:
+    """Before anything is built."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("training.precision.check_kernels", lambda: None)
+    with pytest.raises(
+        ConfigError, match=r"^compile: true needs a C.* compiler .*Python's headers"
+    ):
+        main.build_trainer(resolve(tiny | {"compile": True}))

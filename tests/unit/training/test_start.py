@@ -1,0 +1,76 @@
+"""Tests of training/start.py; integration/test_main.py resumes real runs."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing.evaluations import EvaluationSchedule
+from checkpointing.saver import Checkpoints
+from errors import ConfigError
+from model import deeplabv3
+from training.config import resolve
+from training.start import (
+    RunStart,
+    build_saver,
+    find_run_start,
+    guarded_loading,
+    release_save_folder,
+)
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+def test_without_save_folder_nothing_is_saved(
+    tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert build_saver(resolve(tiny), EvaluationSchedule("1ep")) is None
+    assert "save_folder is empty" in caplog.text
+
+
+def test_an_evaluation_saves_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = resolve({**tiny, "save_folder": str(tmp_path)})
+    config.is_train = False
+    assert build_saver(config, EvaluationSchedule("1ep")) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_a_folder_has_a_saver(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = resolve({**tiny, "save_folder": str(tmp_path), "save_num_checkpoints_to_keep": 3})
+    saver = build_saver(config, EvaluationSchedule("1ep"))
+    assert isinstance(saver, Checkpoints) and saver.keep == 3 and saver.run_name == "tiny"
+    release_save_folder(config)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = resolve({**tiny, "save_folder": str(tmp_path / "file")})
+    with pytest.raises(ConfigError, match="save_folder: "):
+        build_saver(config, EvaluationSchedule("1ep"))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_weights_alone_are_a_start_without_a_state(
+    tiny: dict[str, Any], tmp_path: Path, is_train: bool
+) -> None:
+    file = str(tmp_path / "weights.pt")
+    torch.save(deeplabv3(12, "resnet50", None).state_dict(), file)
+    config = resolve({**tiny, "load_path": file, "load_weights_only": True, "is_train": is_train})
+    start = find_run_start(config, None, str(tmp_path))
+    assert start.checkpoint and start.checkpoint.where == file
+    assert start.state_path is None and not start.server_runs and start.record is None
+    assert isinstance(guarded_loading(start), nullcontext)
+
+
+def test_a_new_run_starts_from_its_config(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = resolve({**tiny, "save_folder": str(tmp_path / "none"), "autoresume": True})
+    assert find_run_start(config, None, str(tmp_path)) == RunStart()
+
+
+def test_an_evaluation_needs_a_checkpoint(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = resolve({**tiny, "save_folder": str(tmp_path), "autoresume": True})
+    config.is_train = False
+    with pytest.raises(ConfigError, match="holds no checkpoint to evaluate; give load_path"):
+        find_run_start(config, None, str(tmp_path))

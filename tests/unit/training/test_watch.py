@@ -1,0 +1,122 @@
+"""Tests of training/watch.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as torch_dist
+
+from tests.support.watch import causes, exits, three  # noqa: F401
+from training import watch
+from training.watch import Watch
+
+
+def wait_for_exits(exits: list[int], number: int) -> list[int]:
+    end = time.monotonic() + 10
+    while len(exits) < number and time.monotonic() < end:
+        time.sleep(0.02)
+    return exits
+
+
+def test_all_end_with_the_status_of_the_first_that_fails(
+    three: list[Watch], exits: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    three[2].close(2)
+    line = "process 2 at 127.0.0.1 ended with status 2; its output says why"
+    assert causes(three[:2]) == [(line, 2)] * 2
+    assert wait_for_exits(exits, 2) == [2, 2]
+    assert capsys.readouterr().err == f"error: {line}\n" * 2
+
+
+def test_all_end_when_one_is_killed(three: list[Watch], exits: list[int]) -> None:
+    (connection,) = three[1]._peers
+    connection.shutdown(socket.SHUT_RDWR)
+    line = "process 1 at 127.0.0.1 ended without a word: it was killed, or its machine went down"
+    assert causes([three[0], three[2]]) == [(line, 75)] * 2
+
+
+def test_a_loader_that_lives_on_hides_nothing(three: list[Watch]) -> None:
+    loader = os.fork()
+    if loader == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        (connection,) = three[1]._peers
+        connection.close()  # as when the kernel does it
+        assert "ended without a word" in causes(three[:1])[0][0]
+    finally:
+        os.kill(loader, signal.SIGKILL)
+        os.waitpid(loader, 0)
+
+
+def test_one_that_ends_by_itself_is_left_to(three: list[Watch], exits: list[int]) -> None:
+    three[1].close(1)
+    assert (
+        causes([three[0], three[2]])
+        == [("process 1 at 127.0.0.1 ended with status 1; its output says why", 1)] * 2
+    )
+    three[0].close(1)
+    three[2].close(1)
+    time.sleep(0.5)
+    assert exits == []
+
+
+def test_silence_is_a_lost_machine(three: list[Watch]) -> None:
+    class Silent:
+        def recv(self, size: int) -> bytes:
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    cause = watch._last_words(Silent(), "process 3 at n4")  # pyright: ignore[reportArgumentType]
+    assert (str(cause), cause and cause.status) == (
+        "process 3 at n4 has not answered for 20 s: its machine or the link to it is lost "
+        "(No route to host)",
+        75,
+    )
+    (connection,) = three[1]._peers
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [4, 4, 4]
+
+
+def test_an_attempt_does_not_meet_an_earlier_one(exits: list[int]) -> None:
+    """torchrun keeps one store for all attempts: it has the port and the keys of an earlier one."""
+    store = torch_dist.HashStore()
+    with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor(2) as threads:
+        closed = socket.create_server(("127.0.0.1", 0))
+        store.set("watch", f"{closed.getsockname()[1]} {'0' * 16}")
+        closed.close()
+        second = threads.submit(Watch, store, 1, 2)
+        time.sleep(0.5)
+        store.set("watch", f"{stranger.getsockname()[1]} {'0' * 16}")
+        peer, _ = stranger.accept()
+        peer.close()
+        assert not second.done()
+        watches = [threads.submit(Watch, store, 0, 2).result(20), second.result(20)]
+    store.set("rank", "of the first attempt")
+    watches[0].store.set("rank", "of this one")
+    assert watches[1].store.get("rank") == b"of this one"
+    for one in watches:
+        one.close(0)
+
+
+def test_what_all_processes_find_is_said_once_a_node(
+    three: list[Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [one.is_first_to_say("no weights: a") for one in three] == [True, False, False]
+    assert [one.is_first_to_say(f"disk {rank}") for rank, one in enumerate(three)] == [True] * 3
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert [one.is_first_to_say("no weights: a") for one in three] == [True, False, False]
+
+    class Gone:
+        def add(self, name: str, amount: int) -> int:
+            raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(three[1], "store", Gone())
+    for local_rank, is_first in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert three[1].is_first_to_say("another line") is is_first
