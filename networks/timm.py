@@ -66,7 +66,10 @@ def _features(
                 pass
         strides = call(whole, create).feature_info.reduction()
     if 4 not in strides:
-        raise ModelError(f"model.name={whole} has no features of stride 4, but of {strides}")
+        raise ModelError(
+            f"model.name={whole}: the backbone has features of strides {strides}, but "
+            "DeepLabV3+ needs stride 4; choose another backbone"
+        )
     places = (strides.index(4), len(strides) - 1)
     options = {"pretrained": bool(pretrained), **options}
     backbone = fetch(whole, create, out_indices=places)

@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(
     log = f"{tmp_path}/log"
     # Only the second process gets the signal, and both stop after the same batch.
     assert run_ranks(config, log, 2, Death("forward", 1, signal.SIGTERM)) == [75, 75]
-    assert "stopped after batch 2 as told" in Path(f"{log}.0.out").read_text()
+    assert "stopped after batch 2 as requested" in Path(f"{log}.0.out").read_text()
     assert run(config, log, Death("forward", 2, signal.SIGTERM)) == 75
     assert run_ranks(config, log, 2) == [0, 0]
     assert losses(log) == pytest.approx(losses(f"{folder}/log"), abs=1e-5)
@@ -108,4 +108,4 @@ def test_the_others_end_when_one_process_is_killed(
     assert status == [75, -signal.SIGKILL]
     assert time.monotonic() - start < 60
     last = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
-    assert last.startswith("error: process 1 at 127.0.0.1 ended without a word: it was killed")
+    assert last.startswith("error: process 1 at 127.0.0.1 ended without a message: it was killed")

@@ -48,7 +48,7 @@ def test_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images/training: folder is missing"):
         list_samples(str(tmp_path), "train")
     make_data(tmp_path, 5, 1)
-    with pytest.raises(DataError, match="split is 'test'; use one of train, val"):
+    with pytest.raises(DataError, match="split: 'test' is unknown; use train or val"):
         list_samples(str(tmp_path), "test")
     for number in (2, 4):
         (tmp_path / f"annotations/training/ADE_train_{number:08d}.png").unlink()

@@ -29,7 +29,7 @@ def test_features_of_stride_4_and_of_the_last_stage(name: str, stride: int | Non
     ("name", "error"),
     [
         pytest.param("resnet10", "resnet10: .*resnet", id="unknown"),
-        pytest.param("vit_tiny_patch16_224", "no features of stride 4", id="no stride 4"),
+        pytest.param("vit_tiny_patch16_224", "DeepLabV3\\+ needs stride 4", id="no stride 4"),
     ],
 )
 def test_a_network_that_cannot_be_used_is_refused(name: str, error: str) -> None:
