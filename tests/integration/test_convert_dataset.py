@@ -47,7 +47,7 @@ def test_masks_are_those_drawn_independently(
     arguments = ["--images", photos, "--out", out, "--val", "0.4", "--overlap", overlap]
     assert convert(source, *arguments) == 0
     printed = capsys.readouterr()
-    assert "no problem: this can be trained on" in printed.out
+    assert "training would work; no problems found" in printed.out
     assert "pixels without a shape are of class background" in printed.err
     assert ("because they have no area" in printed.err) == (tool == "labelme")
     names, masks = masks_of(out)
@@ -108,7 +108,7 @@ def test_yolo_as_others_lay_it_out(
     assert convert(source, "--images", root, "--out", out, *more) == 0
     left_out = capsys.readouterr().err
     if not has_labels:
-        assert "README.roboflow.txt: a text file that labels no image" in left_out
+        assert "README.roboflow.txt: a text file without labels" in left_out
     names, masks = masks_of(out)
     assert names == ["background", "road", "car"]
     whole = drawn((ROAD, 1), (CAR, 2))
@@ -218,7 +218,7 @@ def test_files_of_coco(
     found, masks = masks_of(tmp_path / "out")
     assert found == ["background", *names]
     for name in left_out:
-        assert f"{name}: no outline of three points or more" in errors
+        assert f"{name}: no outline of at least three points" in errors
     for name, mask in masks.items():
         if not name.endswith("/0"):
             np.testing.assert_array_equal(mask, drawn((ROAD, 1), (CAR, 2)))
