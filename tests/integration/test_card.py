@@ -35,8 +35,8 @@ def test_its_scores_are_evaluates(
     card = (exported / CARD).read_text()
     (result,) = front_matter(card)["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(expected["mIoU"], 2)
-    assert f"mIoU **{expected['mIoU']:.2f}**" in card and "on 6 photos" in card
-    assert "Protocol `paper`: photos keep their aspect ratio (shorter side 32)" in card
+    assert f"mIoU **{expected['mIoU']:.2f}**" in card and "on 6 images" in card
+    assert "Protocol `paper`: images keep their aspect ratio (shorter side 32)" in card
     for row in expected["classes"]:
         iou = "-" if row["IoU"] is None else f"{row['IoU']:.2f}"
         assert f"| {row['class']} | {iou} |" in card

@@ -90,7 +90,7 @@ FOLDERS = {
     [
         pytest.param(leave_out, None, "but 2 images are left out", id="a folder left out"),
         pytest.param(leave_out, {}, "but 2 images are left out", id="the same, described"),
-        pytest.param(leave_out, {"exclude": "images/testing"}, "no problem", id="excluded"),
+        pytest.param(leave_out, {"exclude": "images/testing"}, "no problems found", id="excluded"),
         pytest.param(
             copy_to_validation, None, "but 1 image is in both splits", id="in both by content"
         ),

@@ -178,8 +178,10 @@ def test_shapes_of_labelme(
         ),
         pytest.param({"root": True}, ["road", "car"], [], id="the root of the categories"),
         pytest.param({"windows": True}, ["road", "car"], [], id="separators of Windows"),
-        pytest.param({"category_id": 9}, "annotation 7: category 9 is not", [], id="a category"),
-        pytest.param({"image_id": 99}, "annotation 7: image 99 is not", [], id="an image"),
+        pytest.param(
+            {"category_id": 9}, "annotation 7: category 9 is missing in", [], id="a category"
+        ),
+        pytest.param({"image_id": 99}, "annotation 7: image 99 is missing in", [], id="an image"),
     ],
 )
 def test_files_of_coco(
@@ -280,13 +282,13 @@ def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, out
 @pytest.mark.parametrize(
     ("values", "names", "more", "classes", "note"),
     [
-        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class, 14.", id="binary"),
+        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class (", id="binary"),
         pytest.param([0, 127, 255], None, [], [0, 127, 255], "--ignore 255 ignores it", id="three"),
         pytest.param(
-            [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored, ", id="asked for"
+            [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored (", id="asked for"
         ),
         pytest.param(
-            [0, 1, 9], {0: "a", 1: "b", 9: "void"}, [], [0, 1], "value 9 is ignored, ", id="by name"
+            [0, 1, 9], {0: "a", 1: "b", 9: "void"}, [], [0, 1], "value 9 is ignored (", id="by name"
         ),
     ],
 )
@@ -314,7 +316,7 @@ def test_what_hugging_faces_masks_ignore(
     if names:
         (tmp_path / "saved/id2label.json").write_text(json.dumps(names))
     assert convert(f"hf://{tmp_path}/saved", "--out", tmp_path / "out", *more) == 0
-    assert note.partition(" 14.")[0] in capsys.readouterr().err
+    assert note in capsys.readouterr().err
     _, masks = masks_of(tmp_path / "out")
     expected_index = np.full(mask.shape, -1)
     for index, value in enumerate(classes):

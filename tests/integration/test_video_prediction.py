@@ -123,7 +123,9 @@ def test_a_full_disk_leaves_no_part_of_a_video(
         assert main(arguments) == 0
     shutil.copy(clip, tmp_path / "out/clip.mp4")
     assert main(arguments) == 2
-    assert "out/clip.mp4 would be overwritten" in capsys.readouterr().err
+    assert (
+        "out/clip.mp4 already exists and was not written by predict.py" in capsys.readouterr().err
+    )
 
 
 def test_ctrl_c_completes_a_cameras_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     names = {0: "background", 1: "road", 2: "car", 3: "pole"}
     (saved / "id2label.json").write_text(json.dumps(names))
     assert convert(f"hf://{saved}", "--out", tmp_path / "out") == 0
-    assert "no problem" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     found, masks = masks_of(tmp_path / "out")
     assert found == list(names.values()) and len(masks) == COUNT
     for number in range(COUNT):
