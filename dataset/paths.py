@@ -90,7 +90,7 @@ def list_files(folder: str | Path) -> list[str]:
                 entries = [entry for entry in scan if entry.name[0] != "."]
         except OSError as error:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                log.warning("%s: its files are left out: %s", error.filename, error.strerror)
+                log.warning("%s: files are left out: %s", error.filename, error.strerror)
             continue
         folders = [(entry.name, entry.is_symlink()) for entry in entries if _is_folder(entry)]
         names = [entry.name for entry in entries]
@@ -175,7 +175,9 @@ class Template:
             return "[^/]*"
         field = token.strip("{}/")
         if field not in ("stem", "dir", "name"):
-            raise ConfigError(f"{where}: {{{field}}} is none of {{stem}}, {{dir}} and {{name}}")
+            raise ConfigError(
+                f"{where}: unknown placeholder {{{field}}}; use {{stem}}, {{dir}} or {{name}}"
+            )
         slash = "/" if token.endswith("/") else ""
         if field in self.fields:
             return "(?:(?P=dir)/)?" if field == "dir" and slash else f"(?P={field}){slash}"
@@ -271,7 +273,12 @@ class Files(NamedTuple):
     def findings(self) -> list[tuple[str, Finding]]:
         """Return the name and a finding for each file whose name another file already has."""
         return [
-            (name, Finding(self.folder + path, f"same name as {self.path(name)}", True))
+            (
+                name,
+                Finding(
+                    self.folder + path, f"same name as {self.path(name)}; rename one of them", True
+                ),
+            )
             for name, path in self.same
         ]
 

@@ -61,7 +61,7 @@ def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
     except DataError as error:
         if not is_cached:
             raise
-        log.warning("%s; going on with the cache, without a look at its classes", error)
+        log.warning("%s; continuing with the cached shards, whose classes are not checked", error)
         return None
     return None if description is None else description.classes
 

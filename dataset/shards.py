@@ -73,7 +73,7 @@ class Shards:
     ):
         if local is None:
             if not remote or is_remote(remote):
-                raise DataError(f"{remote}: no local folder is given to keep its shards in")
+                raise DataError(f"{remote}: give a local folder to keep the shards in")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
             # The cache is the data set itself: nothing to download, and nothing may be deleted.
@@ -102,12 +102,16 @@ class Shards:
                 self.retries,
             )
         if not self.shards:
-            raise DataError(f"{self.location}/index.json lists no shards")
+            raise DataError(
+                f"{self.location}/index.json lists no shards; convert the data set again"
+            )
         for shard in self.shards:
             if wrong := _implausible(shard):
                 raise DataError(f"{self.location}/index.json: {wrong}")
             if not set(COLUMNS) <= set(shard.column_names):
-                raise DataError(f"{self.location}: columns {shard.column_names}, not {COLUMNS}")
+                raise DataError(
+                    f"{self.location}: got the columns {shard.column_names}; expected {COLUMNS}"
+                )
             # Read the images and masks as bytes instead of Pillow images.
             shard.column_encodings = [
                 "bytes" if name in ("x", "y") else encoding
@@ -140,11 +144,13 @@ class Shards:
                 CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
             except Exception as error:
                 level = logging.INFO if _is_final(error) else logging.WARNING
-                log.log(level, "%s: %s; going on with the cache", self.location, one_line(error))
+                log.log(level, "%s: %s; continuing with the cache", self.location, one_line(error))
                 return
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
-            raise DataError(f"{self.folder} has an earlier version of {self.location}: delete it")
+            raise DataError(
+                f"{self.folder} holds an earlier version of {self.location}; delete the folder"
+            )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
         if cache_limit is None:
@@ -153,8 +159,8 @@ class Shards:
         largest = max(shard.get_max_size() for shard in self.shards)
         if limit < 4 * largest:
             raise DataError(
-                f"cache_limit {cache_limit} is less than 4 shards of {self.location}, "
-                f"the largest of which has {largest} bytes"
+                f"cache_limit {cache_limit} is too small for {self.location}; use at least "
+                f"{4 * largest} bytes, the size of 4 of its largest shards"
             )
         return limit
 
@@ -204,10 +210,10 @@ class Shards:
             except FileNotFoundError:
                 self.fetch(shard)
             except Exception as error:
-                again = "; delete it, and it is fetched again" if self.is_cache else ""
+                again = "; delete it to download it again" if self.is_cache else ""
                 raise DataError(f"{path} is damaged: {one_line(error)}{again}") from error
         else:
-            raise DataError(f"{path} is always gone again: is cache_limit too small?")
+            raise DataError(f"{path} is deleted before it can be read; increase cache_limit")
         if self.cache_limit:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
@@ -216,7 +222,7 @@ class Shards:
         # Remove the prefix, as for data sets in folders.
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
-        return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
+        return uid, sample["x"], sample["y"], (f"{name}, image", f"{name}, mask")
 
     def prefetch(self, index: int) -> None:
         """Download the shard of a sample in the background.
@@ -347,18 +353,18 @@ def _implausible(shard: Any) -> str | None:
     Names must stay inside the folder, and counts must be possible.
     """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
-        return f"samples: {shard.samples!r} is not 0 to {MAX_SAMPLES}"
+        return f"samples: got {shard.samples!r}; expected 0 to {MAX_SAMPLES}"
     columns = shard.column_names, shard.column_encodings, shard.column_sizes
     if not all(isinstance(part, list) and len(part) == len(columns[0]) for part in columns):
-        return "column_names, column_encodings and column_sizes are not lists of one length"
+        return "column_names, column_encodings and column_sizes must be lists of equal length"
     if not shard.raw_data:
         return "raw_data is missing"
     for info in filter(None, (shard.raw_data, shard.zip_data)):
         name, size = info.basename, info.bytes
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-            return f"basename: {name!r} is no name of a file"
+            return f"basename: got {name!r}; expected a file name without a folder"
         if type(size) is not int or size < 0:
-            return f"bytes: {size!r} is no size of {name}"
+            return f"bytes: got {size!r}; expected the size of {name}"
     return None
 
 
@@ -451,12 +457,12 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]
     shards.fetch(number)
     path, shard = shards.path(number), shards.shards[number]
     content = Path(path).read_bytes()
-    again = "; delete it, and it is fetched again" if shards.is_cache else ""
+    again = "; delete it to download it again" if shards.is_cache else ""
     if len(content) != shard.raw_data.bytes:
-        size = f"{len(content):,} bytes, not {shard.raw_data.bytes:,}"
+        size = f"{len(content):,} bytes instead of {shard.raw_data.bytes:,}"
         raise DataError(f"{path} is damaged: it has {size}{again}")
     for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
         if get_hash(algorithm, content) != expected:
-            raise DataError(f"{path} is damaged: its {algorithm} is not the index's{again}")
+            raise DataError(f"{path} is damaged: its {algorithm} differs from the index{again}")
     end = int(shards.ends[number])
     yield from (shards.read(index)[:3] for index in range(end - len(shard), end))

@@ -115,8 +115,7 @@ def check_predictions(
     for path in [*files, *existing]:
         if path.exists() and not _is_our_output(path):
             raise UserError(
-                f"{path} would be overwritten, and predict.py did not write it; "
-                "choose another --out"
+                f"{path} already exists and was not written by predict.py; choose another --out"
             )
 
 

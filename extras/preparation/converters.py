@@ -98,8 +98,9 @@ def draw_masks(
         try:
             size = photo_size(photo)
             if annotated.size not in (None, size):
+                width, height = annotated.size[::-1]
                 raise ValueError(
-                    f"is {size[1]}x{size[0]}, its annotation of {annotated.size[::-1]}"
+                    f"the image is {size[1]}x{size[0]}, but its annotation is for {width}x{height}"
                 )
             shapes = annotated.shapes
             if annotated.size is None:  # YOLO's coordinates are fractions of the sides.
@@ -197,7 +198,10 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     classes.sort(key=lambda name: name != options.background)
     values = {name: place + 1 - first for place, name in enumerate(classes)}
     if len(classes) >= IGNORED:
-        raise DataError(f"{options.source}: {len(classes)} classes are more than {IGNORED - 1}")
+        raise DataError(
+            f"{options.source}: found {len(classes)} classes, but at most {IGNORED - 1} are "
+            "possible; merge some"
+        )
     drawn = {IGNORED_NAME: 255, BACKGROUND_NAME: 0, **values}
     tasks = []
     for split, read in found.items():
@@ -207,7 +211,7 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
         for annotated in read.photos:
             photo = find(annotated.photo)
             if photo in seen:
-                raise DataError(f"{options.source} names {annotated.photo} twice")
+                raise DataError(f"{options.source} lists {annotated.photo} twice; remove one")
             seen.add(photo)
             name = photo.relative_to(images)
             link(photo, out / "photos" / split / name)
@@ -219,10 +223,12 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     if skipped:
         listed = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         notes.append(f"left out, because they have no area: {len(skipped)} ({listed})")
-    order = "the smaller on the larger" if options.overlap == "area" else "in the file's order"
+    order = "later shapes cover earlier ones"
+    if options.overlap == "area":
+        order = "smaller shapes cover larger ones"
     shapes = [shape.name for read in found.values() for one in read.photos for shape in one.shapes]
     ignored = [255] if IGNORED_NAME in shapes else []
-    return Converted(values, [f"where shapes overlap, they lie {order}", *notes], ignored)
+    return Converted(values, [f"where shapes overlap, {order}", *notes], ignored)
 
 
 def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
@@ -243,7 +249,7 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
         return {"train": read}, []
     others = {word: found for word, found in groups.items() if word not in ("train", val)}
     notes = [
-        f"{len(found)} images of {word or 'no split'} are left out, first {found[0].photo}"
+        f"{len(found)} images of {word or 'no split'} are left out, such as {found[0].photo}"
         for word, found in others.items()
     ]
     train, validation = (read._replace(photos=groups[word]) for word in ("train", val))
@@ -275,8 +281,10 @@ def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
                 return next(iter(found))
             if found:
                 first, second, *_ = sorted(found)
-                raise DataError(f"{source} names {name}, which may be {first} or {second}")
-        raise DataError(f"{source} names {name}, not in {images}")
+                raise DataError(
+                    f"{source} names {name}, which may be {first} or {second}; rename one of them"
+                )
+        raise DataError(f"{source} names {name}, which is missing in {images}")
 
     return find
 
@@ -312,7 +320,7 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
         for file in files:
             name = Path(file).with_suffix("") if Path(file).name else Path(file)
             if str(name) not in photos:
-                raise DataError(f"{source} names {name}, not in {images}")
+                raise DataError(f"{source} names {name}, which is missing in {images}")
             photo = photos[str(name)]
             link(photo, out / "photos" / split / f"{name}{photo.suffix}")
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
@@ -336,7 +344,9 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("hf:// needs the package datasets: make install WITH=datasets") from error
+        raise DataError(
+            "hf:// needs the package datasets; run make install WITH=datasets"
+        ) from error
     name = options.source.removeprefix("hf://")
     try:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
@@ -375,14 +385,14 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     ignored |= options.ignore
     total = sum(pixels.values())
     for value in sorted(ignored & pixels.keys()):
-        notes.append(f"value {value} is ignored, {pixels[value] / total:.2%} of the pixels")
+        notes.append(f"value {value} is ignored ({pixels[value] / total:.2%} of the pixels)")
     if 255 in pixels and 255 not in ignored | names.keys():
         share = pixels[255] / total
-        notes.append(f"value 255 is a class, {share:.2%} of the pixels; --ignore 255 ignores it")
+        notes.append(f"value 255 is a class ({share:.2%} of the pixels); --ignore 255 ignores it")
     known = sorted((pixels.keys() | names.keys()) - ignored)
     values = {names.get(value, f"class_{value}"): value for value in known}
     if len(values) < len(known):
-        raise DataError(f"{options.source}: two values have one name; give --names")
+        raise DataError(f"{options.source}: two values have the same name; give --names")
     return Converted(values, notes, sorted(ignored))
 
 
@@ -396,7 +406,10 @@ def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, s
     photos = [name for name in images if name not in masks]
     if len(photos) != 1 or len(masks) != 1:
         listed = ", ".join(images) or "none"
-        raise DataError(f"{options.source}: columns of images: {listed}; give --columns PHOTO,MASK")
+        raise DataError(
+            f"{options.source}: cannot choose among the image columns ({listed}); give --columns "
+            "PHOTO,MASK"
+        )
     return photos[0], masks[0]
 
 
@@ -423,7 +436,7 @@ def _names(name: str, file: str | None) -> dict[int, str]:
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
                 return {}  # The data set has no names, so its classes get numbers.
             raise DataError(
-                f"{name}: cannot fetch id2label.json, the names of its classes "
+                f"{name}: cannot download id2label.json, the names of its classes "
                 f"({one_line(error)[:160]}); try again, or give --names"
             ) from error
     if not file and not path.is_file():

@@ -328,7 +328,10 @@ def test_a_plan_measures_a_gpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     assert program.run([str(file), "--plan", "--json"]) == 2
-    assert "not even 2 images" in json.loads(capsys.readouterr().out)["does_not_fit"]
+    assert (
+        "even a micro-batch of 2 is too large"
+        in json.loads(capsys.readouterr().out)["does_not_fit"]
+    )
 
 
 @pytest.fixture

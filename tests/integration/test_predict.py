@@ -108,7 +108,10 @@ def test_only_its_own_outputs_are_replaced(
     Image.fromarray(photo).save(target, "PNG")
     before = target.read_bytes()
     assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 2
-    assert f"error: {target} would be overwritten, and predict.py did" in capsys.readouterr().err
+    assert (
+        f"error: {target} already exists and was not written by predict.py"
+        in capsys.readouterr().err
+    )
     assert target.read_bytes() == before
     target.unlink()
     if existing == "x":

@@ -102,7 +102,9 @@ def test_a_long_legend_says_how_many_are_left_out() -> None:
 
 def test_a_camera_shows_its_newest_frame() -> None:
     numbers, times = [], []
-    ends = pytest.raises(DataError, match="it breaks off after 40 frames: Input/output error")
+    ends = pytest.raises(
+        DataError, match="the video breaks off after 40 frames: Input/output error"
+    )
     with camera(scenes(40), 20) as address, ends:
         for frame in Camera(address):
             time.sleep(0.25)  # five frames

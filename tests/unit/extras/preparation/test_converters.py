@@ -41,7 +41,7 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     names = {0: "background", 1: "road", 2: "car", 3: "pole"}
     (saved / "id2label.json").write_text(json.dumps(names))
     assert convert(f"hf://{saved}", "--out", tmp_path / "out") == 0
-    assert "no problem" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     found, masks = masks_of(tmp_path / "out")
     assert found == list(names.values()) and len(masks) == COUNT
     for number in range(COUNT):
@@ -70,7 +70,7 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         capsys.readouterr()
         assert convert(f"hf://{saved}", "--out", tmp_path / "refused") == 1
         *_, line = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {saved}/id2label.json: not of a format that is known")
+        assert line.startswith(f"error: {saved}/id2label.json: unknown format: ")
         assert not (tmp_path / "refused/photos").exists()
 
 
@@ -91,5 +91,5 @@ def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert converters._names("owner/name", None) == {}
     while errors := errors[1:]:
-        with pytest.raises(DataError, match=r"owner/name: cannot fetch id2label.json.*--names"):
+        with pytest.raises(DataError, match=r"owner/name: cannot download id2label.json.*--names"):
             converters._names("owner/name", None)
