@@ -269,7 +269,7 @@ def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tenso
     prediction = torch.empty_like(target)
     cross_entropy = logits.new_empty(target.shape, dtype=torch.float32)
     index = target.clamp(0, len(logits) - 1)[..., None]
-    for rows, scores in resized_bands(logits, tuple(target.shape)):
+    for rows, scores in resized_bands(logits, (target.shape[0], target.shape[1])):
         prediction[rows] = scores.max(2).indices
         cross_entropy[rows] = scores.logsumexp(2) - scores.gather(2, index[rows])[..., 0]
     return cross_entropy, prediction
