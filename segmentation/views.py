@@ -92,7 +92,7 @@ def resized_bands(
         used = part.any(0).nonzero().flatten().tolist()
         first, end = used[0], used[-1] + 1
         # Neighbouring bands share rows of the logits, so widen only the new rows.
-        known = begin + len(wide)
+        known = max(begin + len(wide), first)
         ranges = [(y, y + 1) for y in range(known, end)] if is_cpu else [(known, end)]
         wide = torch.cat([wide[first - begin :], *(widen(*span) for span in ranges)])
         begin = first
