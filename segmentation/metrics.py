@@ -163,6 +163,28 @@ def pixel_accuracy(matrix: Tensor) -> Tensor:
     return matrix.diagonal().sum().double() / matrix.sum()
 
 
+def confused_pairs(matrix: Tensor, count: int) -> list[tuple[int, int, int, float]]:
+    """Return the pairs of classes that are confused most.
+
+    Args:
+        matrix: (C, C) counts; the row is the target class, the column the predicted class.
+        count: Largest number of pairs.
+
+    Returns:
+        Class index of the mask, predicted class index, number of such pixels, and their share of
+        the class's pixels in percent. The pair with the most pixels comes first.
+    """
+    matrix = matrix.cpu()
+    wrong = matrix - torch.diag(matrix.diagonal())
+    pixels, places = wrong.flatten().topk(min(count, wrong.numel()))
+    pairs = []
+    for number, place in zip(pixels.tolist(), places.tolist()):
+        true, predicted = divmod(place, len(matrix))
+        if number > 0:
+            pairs.append((true, predicted, number, 100 * number / int(matrix[true].sum())))
+    return pairs
+
+
 def as_percent(share: Tensor | float) -> float | None:
     """Return a fraction as a percentage, or None for nan, which JSON cannot express.
 

@@ -15,6 +15,7 @@ from segmentation.metrics import (
     CrossEntropy,
     MIoU,
     accuracy_per_class,
+    confused_pairs,
     confusion_matrix,
     confusion_matrix_of_predictions,
     iou_per_class,
@@ -210,3 +211,10 @@ def test_total_matrix_is_the_last_evaluations(batches):
     metric.update(*batches[1])
     assert metric.compute() != first  # not the cached value
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
+
+
+def test_confused_pairs_by_hand():
+    matrix = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 1, 0]])
+    assert confused_pairs(matrix, 2) == [(1, 0, 5, 50.0), (0, 1, 2, 20.0)]
+    assert confused_pairs(matrix, 9)[2:] == [(2, 1, 1, 100.0)]
+    assert confused_pairs(torch.eye(3, dtype=torch.int64), 5) == []
