@@ -44,12 +44,15 @@ from dataset.shards import DESCRIPTION
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import ConfigError, UserError, exit_status
-from files import check_outputs, check_writable, is_remote, write_file
+from extras.error_analysis import ErrorAnalysis, scores_as_csv
+from files import check_outputs, check_writable, is_remote, write_file, write_image
 from predict import Segmenter, segmenter_from
 from segmentation.classes import label_warning, match_classes
+from segmentation.drawing import draw_confusion
 from segmentation.metrics import (
     as_percent,
     class_table,
+    confused_pairs,
     confusion_matrix,
     confusion_matrix_of_predictions,
     mean_accuracy,
@@ -67,7 +70,12 @@ PENDING = 128  # Images held back while a batch of equal size is collected
 
 
 def evaluate_paper(
-    segmenter: Segmenter, dataset: Any, index: Tensor, batch_size: int, num_workers: int = 0
+    segmenter: Segmenter,
+    dataset: Any,
+    index: Tensor,
+    batch_size: int,
+    num_workers: int = 0,
+    analysis: ErrorAnalysis | None = None,
 ) -> Tensor:
     """Count this rank's share of the images, at the resolution of their masks.
 
@@ -77,6 +85,7 @@ def evaluate_paper(
         index: (256,) class index of each label; -1 if the label is ignored.
         batch_size: Number of images at once; they must have the same size in the network.
         num_workers: Number of processes that read and decode.
+        analysis: Receives each image with its mask and its prediction.
 
     Returns:
         (C, C) int64 counts of this rank; row = class in the mask, column = predicted class.
@@ -85,15 +94,19 @@ def evaluate_paper(
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     index = index.to(segmenter.device)
     rank = dist.get_global_rank()
-    share = Subset(dataset, range(rank, len(dataset), dist.get_world_size()))
+    numbers = range(rank, len(dataset), dist.get_world_size())
+    share = Subset(dataset, numbers)
     loader = DataLoader(share, batch_size=None, collate_fn=_as_tensors, num_workers=num_workers)
     progress = tqdm(total=len(share), unit="photo", disable=rank != 0)
-    for pairs in group_by(loader, batch_size, lambda pair: segmenter.network_sizes(*pair[1].shape)):
-        predictions = segmenter.predict([photo.numpy() for photo, _ in pairs])
-        for prediction, (_, labels) in zip(predictions, pairs):
+    samples = ((number, *pair) for number, pair in zip(numbers, loader))
+    for group in group_by(samples, batch_size, lambda s: segmenter.network_sizes(*s[2].shape)):
+        predictions = segmenter.predict([photo.numpy() for _, photo, _ in group])
+        for prediction, (number, photo, labels) in zip(predictions, group):
             target = index[labels.to(segmenter.device).long()]
             matrix += confusion_matrix_of_predictions(prediction, target, num_classes)
-        progress.update(len(pairs))
+            if analysis is not None:
+                analysis.add(number, photo.numpy(), target, prediction)
+        progress.update(len(group))
     progress.close()
     return matrix
 
@@ -299,13 +312,24 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = open_dataset(source)
         index = torch.from_numpy(source.labels.index())
+        if order is not None:  # The class indices of the model, for each label of the data.
+            index = torch.where(index < 0, index, torch.tensor(order)[index.clamp(0)])
         workers = arguments["num_workers"]
-        matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers)
+        analysis = None
+        if options.per_image or options.worst:
+            analysis = ErrorAnalysis(
+                segmenter.classes, lambda i: dataset.read(i)[3][0], options.worst or 0
+            )
+        matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers, analysis)
+        if analysis is not None:
+            _write_analysis(analysis, options)
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
-    if order is not None:
+    if order is not None and options.protocol == "square":
         # Rows are classes of the data, and columns are classes of the model.
         matrix[order] = matrix.clone()
+    if options.confusion and dist.get_global_rank() == 0:
+        write_image(options.confusion, draw_confusion(matrix.numpy(), segmenter.classes))
     warning = label_warning((matrix.sum(1) > 0).tolist(), segmenter.classes, "validation mask")
     if warning and dist.get_global_rank() == 0:
         log.warning("%s: %s", source.path, warning)
@@ -323,11 +347,34 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "slide": options.slide,
         "size": segmenter.size,
         "classes": [dict(zip(columns, row)) for row in rows],
+        "confused": [
+            {
+                "class": segmenter.classes[true].name,
+                "predicted": segmenter.classes[predicted].name,
+                "pixels": pixels,
+                "share": share,
+            }
+            for true, predicted, pixels, share in confused_pairs(matrix, 10)
+        ],
     }
 
 
-def report(result: dict[str, Any]) -> str:
-    """Return the result as text: a table of the classes, then the three scores."""
+def _write_analysis(analysis: ErrorAnalysis, options: argparse.Namespace) -> None:
+    """Write the scores of single images, and draw those with the lowest."""
+    scores = analysis.gather()
+    if options.per_image and dist.get_global_rank() == 0:
+        write_file(options.per_image, scores_as_csv(scores, analysis.classes))
+    if options.worst:
+        analysis.draw(scores, Path(options.out))
+
+
+def report(result: dict[str, Any], with_pairs: bool = False) -> str:
+    """Return the result as text: a table of the classes, then the three scores.
+
+    Args:
+        result: Result of `evaluate`.
+        with_pairs: Whether to name the pairs of classes that are confused most.
+    """
 
     def percent(value: float | None, width: int = 7) -> str:
         return f"{'-':>{width}}" if value is None else f"{value:{width}.2f}"
@@ -351,6 +398,11 @@ def report(result: dict[str, Any]) -> str:
         f"mean accuracy {percent(result['mean_accuracy'], 0)}   "
         f"pixel accuracy {percent(result['pixel_accuracy'], 0)}",
     ]
+    if with_pairs:
+        lines += ["", "confused most, by pixels:"]
+        for pair in result["confused"]:
+            share = f"{pair['pixels']:,} pixels, {pair['share']:.1f}% of {pair['class']}"
+            lines.append(f"  {pair['class']} predicted as {pair['predicted']}: {share}")
     return "\n".join(lines)
 
 
@@ -368,14 +420,15 @@ def main(arguments: list[str]) -> int:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
         # Check now whether the outputs can be written, and not after the last image.
-        outputs = [path for path in (options.csv, options.json) if path]
+        outputs = [options.csv, options.json, options.per_image, options.confusion]
+        outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)
         check_outputs(outputs, [path for path in inputs if path])
         for path in outputs:
             check_writable(path)
         result = evaluate(options)
         if dist.get_global_rank() == 0:
-            print(report(result))
+            print(report(result, with_pairs=bool(options.confusion)))
             if options.csv:
                 rows = [list(row.values()) for row in result["classes"]]
                 write_file(options.csv, table_as_csv(list(result["classes"][0]), rows))

@@ -8,6 +8,8 @@ indices. An index below 0 or above the last class, such as 255, marks a pixel wi
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -34,6 +36,8 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with `num_classes` for every pixel without a label."""
+    if mask.dtype == np.uint8:  # A prediction, whose copy as int64 would take longer.
+        return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
 
@@ -49,14 +53,16 @@ def tint(
         classes: One entry per class index.
         alpha: Opacity of the colours, 0 to 1.
     """
-    labelled = (_indices(mask, len(classes)) < len(classes))[..., None]
-    blend = np.where(labelled, photo * (1 - alpha) + colorize(mask, classes) * alpha, photo)
+    blend = cv2.addWeighted(photo, 1 - alpha, colorize(mask, classes), alpha, 0)
+    unlabelled = _indices(mask, len(classes)) == len(classes)
+    if unlabelled.any():
+        blend[unlabelled] = photo[unlabelled]
     edge = np.zeros(mask.shape, np.uint8)
     edge[1:] |= mask[1:] != mask[:-1]
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     width = max(mask.shape) // 1000 + 1
-    edge = cv2.dilate(edge, np.ones((width, width), np.uint8))
-    return np.where(edge[..., None] > 0, 255, blend).astype(np.uint8)
+    blend[cv2.dilate(edge, np.ones((width, width), np.uint8)) > 0] = 255
+    return blend
 
 
 def draw_overlay(
@@ -139,22 +145,27 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
 
     Some of ADE20K's colours are hard to tell apart.
     """
-    draw, font = ImageDraw.Draw(picture), _font(_font_size(picture.height) * 0.9)
+    size = _font_size(picture.height) * 0.9
     # The position of a name need not be exact, so search a reduced mask.
-    scale = max(1, max(mask.shape) // 512)
+    scale = max(1, max(mask.shape) // 160)
     small = mask[::scale, ::scale]
-    for index in np.unique(small):
+    for index, area in zip(*np.unique(small, return_counts=True)):
         if not 0 <= index < len(classes):
+            continue
+        name = classes[index].name
+        left, top, right, bottom = _box(name, size)
+        diagonal = math.hypot(right - left, bottom - top)
+        # A region that holds a circle of this diameter has at least 0.78 of its square.
+        if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)
         distance = cv2.distanceTransform(inside, cv2.DIST_L2, 3)[1:-1, 1:-1]
         y, x = np.unravel_index(distance.argmax(), distance.shape)
-        name, room = classes[index].name, 2 * distance[y, x] * scale
-        left, top, right, bottom = font.getbbox(name)
-        if (right - left) ** 2 + (bottom - top) ** 2 < room**2:
-            stroke = max(1, font.size // 12)
+        if diagonal < 2 * distance[y, x] * scale:
             at = (int(x) * scale, int(y) * scale)
-            draw.text(at, name, PAPER, font, "mm", stroke_width=stroke, stroke_fill=INK)
+            stroke = max(1, _font(size).size // 12)
+            _write(picture, at, name, size, INK, "mm", stroke)
+            _write(picture, at, name, size, PAPER, "mm")
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
@@ -171,6 +182,44 @@ def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
     return page
 
 
+def _write(
+    picture: Image.Image,
+    at: tuple[float, float],
+    text: str,
+    size: float,
+    color: tuple[int, int, int],
+    anchor: str,
+    stroke: float = 0,
+) -> None:
+    """Write a text on a picture, as `ImageDraw.text` does, and keep its shape for others."""
+    mask, (left, top) = _shape(text, size, anchor, stroke)
+    picture.paste(color, (round(at[0]) + left, round(at[1]) + top), mask)
+
+
+@functools.lru_cache(4096)
+def _shape(
+    text: str, size: float, anchor: str, stroke: float
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the opacity of a text's pixels, and the place of its corner relative to the anchor."""
+    font = _font(size)
+    left, top, right, bottom = font.getbbox(text, anchor=anchor, stroke_width=stroke)
+    left, top = math.floor(left), math.floor(top)
+    mask = Image.new("L", (max(math.ceil(right) - left, 1), max(math.ceil(bottom) - top, 1)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, font, anchor, stroke_width=stroke)
+    return mask, (left, top)
+
+
+@functools.lru_cache(4096)
+def _box(text: str, size: float) -> tuple[float, float, float, float]:
+    return _font(size).getbbox(text)
+
+
+@functools.lru_cache(4096)
+def _length(text: str, size: float) -> float:
+    return _font(size).getlength(text)
+
+
+@functools.lru_cache(64)
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """Return Pillow's built-in font, which is the same on every machine."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(size, 11)))
@@ -217,18 +266,18 @@ def _draw_entries(
     entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
 ) -> Image.Image:
     """Draw entries (text, grey text, colour) in up to three columns, each as wide as its text."""
-    font = _font(_font_size(height))
-    line = round(font.size * 1.5)
+    size = _font_size(height)
+    line = round(_font(size).size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))
     columns = [entries[i : i + rows] for i in range(0, len(entries), rows)]
     widths = [
         line * 2.5
-        + max(font.getlength(text) for text, _, _ in column)
-        + max(font.getlength(note) for _, note, _ in column)
+        + max(_length(text, size) for text, _, _ in column)
+        + max(_length(note, size) for _, note, _ in column)
         for column in columns
     ]
-    size = (round(sum(widths)), max(height, (len(columns[0]) + 1) * line))
-    panel = Image.new("RGB", size, PAPER)
+    shape = (round(sum(widths)), max(height, (len(columns[0]) + 1) * line))
+    panel = Image.new("RGB", shape, PAPER)
     draw, left = ImageDraw.Draw(panel), 0.0
     for column, width in zip(columns, widths):
         for row, (text, note, color) in enumerate(column):
@@ -236,10 +285,47 @@ def _draw_entries(
             if color is not None:
                 box = (left + line * 0.5, top + line * 0.14, left + line * 1.22, top + line * 0.86)
                 draw.rectangle(box, color, INK)
-            draw.text((left + line * 1.5, top + line / 2), text, INK, font, "lm")
-            draw.text((left + width - line * 0.25, top + line / 2), note, FAINT, font, "rm")
+            middle = top + line / 2
+            _write(panel, (left + line * 1.5, middle), text, size, INK, "lm")
+            _write(panel, (left + width - line * 0.25, middle), note, size, FAINT, "rm")
         left += width
     return panel
+
+
+def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
+    """Draw a confusion matrix: a row per class of the masks, a column per predicted class.
+
+    A cell is the darker, the larger its share of the pixels of its row. Names stand on the left,
+    and on the diagonal, where they name the columns.
+
+    Args:
+        matrix: (C, C) counts.
+        classes: One entry per class index.
+    """
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    cell = max(16, min(48, 960 // len(classes)))
+    size = min(cell * 0.7, 18)
+    left = round(max(_length(info.name, size) for info in classes) + 2.5 * cell)
+    side = cell * len(classes)
+    page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
+    # White to blue, with a root so that small shares can be seen.
+    depth = np.sqrt(share)[..., None]
+    colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
+    cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    page.paste(cells, (left, cell // 2))
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((left - 1, cell // 2 - 1, left + side, cell // 2 + side), outline=INK)
+    for row, info in enumerate(classes):
+        middle = cell // 2 + cell * (row + 0.5)
+        box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
+        draw.rectangle(box, info.color, INK)
+        _write(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
+        if cell >= 32:  # There is room for the numbers.
+            for column in np.flatnonzero(share[row] >= 0.005):
+                color = PAPER if share[row, column] > 0.3 else INK
+                at = (left + cell * (column + 0.5), middle)
+                _write(page, at, f"{100 * share[row, column]:.0f}", 11, color, "mm")
+    return page
 
 
 def prediction_sheet(
