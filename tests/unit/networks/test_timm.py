@@ -63,7 +63,7 @@ def test_a_vision_transformer_sees_its_position_embeddings_at_every_size() -> No
     image = torch.zeros(1, 3, 48, 64)
     with torch.no_grad():
         before = network(image)
-        network.get_parameter("backbone.model.pos_embed").mul_(3)
+        network.get_parameter("network.backbone.model.pos_embed").mul_(3)
         assert not torch.equal(network(image), before)
 
 
