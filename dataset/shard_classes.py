@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.description import Description, parse_description, read_description
-from dataset.shards import DESCRIPTION, fetch_beside
+from dataset.downloads import fetch_beside
+from dataset.shards import DESCRIPTION
 from dataset.source import DataSource
 from errors import ClassError, DataError
 from segmentation.classes import ClassInfo, first_difference, match_classes

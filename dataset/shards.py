@@ -11,8 +11,7 @@ import queue
 import re
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from streaming.base.stream import Stream
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
+from dataset.downloads import is_final, with_retries
 from errors import DataError, StoreError, one_line
 from files import is_remote
 
@@ -34,7 +34,6 @@ COLUMNS = ("uid", "x", "y")
 DESCRIPTION = "description.yaml"  # File beside the splits, with the description of the data set.
 MAX_SAMPLES = 10**9  # Maximum number of samples in a shard.
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
-_NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
 
 
 class Shards:
@@ -87,7 +86,7 @@ class Shards:
             local=local,
             split=split,
             # Streaming's own retries are silent and do not stop on permanent errors; see
-            # `_with_retries`.
+            # `with_retries`.
             download_retry=1,
             download_timeout=download_timeout,
             keep_zip=False,
@@ -96,7 +95,7 @@ class Shards:
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
         with self._alone_with_index():
             self._check_index()
-            self.shards = _with_retries(
+            self.shards = with_retries(
                 f"{self.location}/index.json",
                 lambda: self.stream.get_shards(World.detect(), False),
                 self.retries,
@@ -143,7 +142,7 @@ class Shards:
             try:
                 CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
             except Exception as error:
-                level = logging.INFO if _is_final(error) else logging.WARNING
+                level = logging.INFO if is_final(error) else logging.WARNING
                 log.log(level, "%s: %s; continuing with the cache", self.location, one_line(error))
                 return
             is_same = filecmp.cmp(path, fresh, shallow=False)
@@ -294,7 +293,7 @@ class Shards:
             if self.cache_limit:
                 self._make_room(reader.get_max_size())
             name = (reader.zip_data or reader.raw_data).basename
-            _with_retries(
+            with_retries(
                 f"{self.location}/{name}",
                 lambda: self._prepare(reader, name),
                 self.retries,
@@ -323,30 +322,6 @@ class Shards:
             used -= self.shards[present.pop()].evict()
 
 
-def _with_retries(
-    name: str, action: Callable[[], Any], retries: int, away: type[DataError] = DataError
-) -> Any:
-    """Call a function, and retry while the store may be temporarily down.
-
-    Args:
-        name: Name of the download in errors.
-        action: Function that downloads.
-        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
-        away: Exception to raise if the store does not answer. If the store refuses, the exception
-            is DataError.
-    """
-    for attempt in range(retries + 1):
-        try:
-            return action()
-        except Exception as error:
-            if _is_final(error) or attempt == retries:
-                kind = DataError if _is_final(error) else away
-                raise kind(f"{name}: {one_line(error)}") from error
-            delay = 2**attempt
-            log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
-            time.sleep(delay)
-
-
 def _implausible(shard: Any) -> str | None:
     """Return the reason why a shard's entry in the index is invalid, or None.
 
@@ -368,13 +343,6 @@ def _implausible(shard: Any) -> str | None:
     return None
 
 
-def _is_final(error: Exception) -> bool:
-    """Return whether an error is permanent, so that a retry is useless."""
-    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
-    return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
-
-
 def open_shards(path: str, local: str | None, split: str) -> Shards:
     """Open a split of MDS shards as training does, but with fewer retries.
 
@@ -388,57 +356,6 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 
 # Workers read several shards of the same split.
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)
-
-
-def is_missing(error: Exception) -> bool:
-    """Return whether the store says that a file does not exist.
-
-    The result is False if the store cannot tell.
-
-    Args:
-        error: Exception that a download raised.
-    """
-    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    # S3 answers 403 if the credentials may not see a key, so 403 does not prove that a file is
-    # missing.
-    if code is not None:
-        return code in ("404", "NoSuchKey", "NoSuchBucket")
-    # Other stores have their own exceptions and messages.
-    words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
-    return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
-
-
-def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | None:
-    """Return the local path of a file that lies beside the splits of the shards.
-
-    A remote file is first downloaded to `folder`.
-
-    Args:
-        path: Folder or URL of the shards.
-        name: Name of the file.
-        folder: Folder for the download.
-        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
-
-    Returns:
-        The path on this machine, or None if the file does not exist.
-
-    Raises:
-        DataError: The store did not say whether the file exists.
-    """
-    if "://" not in path:
-        return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
-    remote, copy = f"{path.rstrip('/')}/{name}", os.path.join(folder, name)
-
-    def download() -> str | None:
-        try:
-            CloudDownloader.direct_download(remote, copy)
-        except Exception as error:
-            if is_missing(error):
-                return None
-            raise
-        return copy
-
-    return _with_retries(remote, download, retries, StoreError)
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:

@@ -18,9 +18,10 @@ from streaming import MDSWriter
 from streaming.base.storage import CloudDownloader, CloudUploader
 
 from dataset.decoding import decode_mask, decode_photo
+from dataset.downloads import is_missing
 from dataset.mask_decoder import Masks
 from dataset.paths import Sample
-from dataset.shards import cached_shards, is_missing, open_shards, read_shard
+from dataset.shards import cached_shards, open_shards, read_shard
 from dataset.workers import map_chunks
 from errors import DataError, one_line
 from files import explain_output, write_file

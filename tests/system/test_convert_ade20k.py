@@ -19,7 +19,7 @@ from tests.support.s3_server import BUCKET
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def objects(server, prefix: str) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ ROOT = "ADEChallengeData2016"
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def test_streaming_reads_the_files(synthetic, out):

@@ -13,31 +13,11 @@ import pytest
 from streaming import MDSWriter
 
 from data import StreamingADE20k
-from dataset import shards
+from dataset import downloads
 from dataset.matching import list_samples
-from dataset.shards import fetch_beside
 from errors import DataError, StoreError
 from tests.support.data import batches, digests
-from tests.support.source import client_error
 from tests.support.streaming import COLUMNS, expected, folder, mds, stream, write  # noqa: F401
-
-
-def test_a_store_that_answers_again_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = [ConnectionResetError("reset"), client_error("503")]
-
-    def download(remote: str, local: str) -> None:
-        if answers:
-            raise answers.pop()
-        Path(local).write_text("x")
-
-    monkeypatch.setattr(shards.CloudDownloader, "direct_download", download)
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
-    assert fetch_beside("s3://b/set", "description.yaml", str(tmp_path)) is not None
-    answers += [ConnectionResetError("reset")] * 9
-    with pytest.raises(StoreError, match="reset"):
-        fetch_beside("s3://b/set", "description.yaml", str(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
@@ -187,7 +167,7 @@ def test_tries_again_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     waited: list[int] = []
-    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    monkeypatch.setattr(downloads.time, "sleep", waited.append)
     spec = stream(mds, tmp_path, download_retry=3, predownload=0)
     stream_of_thread, failures = spec.dataloader.dataset.shards.stream, 3
     prepare = stream_of_thread.prepare_shard

@@ -15,7 +15,7 @@ from PIL import Image
 from convert_ade20k import convert
 from dataset.matching import list_samples
 from dataset.workers import available_cores
-from extras.preparation import check_command
+from extras.preparation import check_command, check_report
 from tests.support.description import check
 from tests.support.report import (  # noqa: F401
     ROOT,
@@ -266,7 +266,7 @@ def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
 
 
 def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
-    monkeypatch.setattr(check_command, "SHOWN", 3)
+    monkeypatch.setattr(check_report, "SHOWN", 3)
     for number in range(1, 9):
         sample(path, number)[1].unlink()
     write(sample(path, 9)[0], b"")
@@ -338,7 +338,7 @@ def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
 
 
 def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
     shards, cache = tmp_path / "shards", tmp_path / "cache"
     convert(str(path), str(shards), size_limit="20kb", workers=1)
     assert run(capsys, shards, cache)[0] == 0

@@ -17,7 +17,7 @@ from tests.support.convert_ade20k import check_shards, out, path, write  # noqa:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def test_shards_are_filled_to_the_limit(synthetic, out):
