@@ -71,28 +71,33 @@ def name_node(environment: MutableMapping[str, str]) -> None:
 def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of evaluate.py."""
     parser = argparse.ArgumentParser(description="Score a checkpoint on a validation set.")
-    parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
-    parser.add_argument("--path", help="the data set; default: what the run was validated on")
+    parser.add_argument("model", help="folder of a run, or a .pt, .safetensors or .onnx file")
+    parser.add_argument("--path", help="data set; default: the validation set of the run")
     parser.add_argument(
         "--data",
         metavar="YAML",
-        help="its description; default: the run's; an empty one: ADE20K's layout",
+        help="description of the data set; default: the run's; empty: ADE20K's layout",
     )
-    parser.add_argument("--local", help="folder to cache the shards of a remote data set in")
-    parser.add_argument("--config", metavar="YAML", help="the run's config, for its eval_dataset")
+    parser.add_argument("--local", help="folder to cache the shards of a remote data set")
+    parser.add_argument("--config", metavar="YAML", help="config of the run, for its eval_dataset")
     parser.add_argument("--protocol", choices=("paper", "square"), default="paper")
     parser.add_argument(
-        "--batch-size", type=whole(1, 4096), default=8, help="photos a process takes at once"
+        "--batch-size",
+        type=whole(1, 4096),
+        default=8,
+        help="images that a process computes at once; default: 8",
     )
     parser.add_argument("--amp", action="store_true", help="compute in bf16")
     parser.add_argument(
         "--ignore-background",
         action=argparse.BooleanOptionalAction,
-        help="label 0 is ignored and label k is class k - 1; default: as the run, or yes",
+        help="ignore label 0, so that label k is class k - 1; default: as in the run, or yes",
     )
-    parser.add_argument("--csv", metavar="FILE", help="write the table of classes")
-    parser.add_argument("--json", metavar="FILE", help="write everything")
-    parser.add_argument("--per-image", metavar="FILE", help="write the scores of each image as CSV")
+    parser.add_argument("--csv", metavar="FILE", help="write the table of classes to this file")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
+    parser.add_argument(
+        "--per-image", metavar="FILE", help="write the scores of each image to this CSV"
+    )
     parser.add_argument(
         "--worst",
         type=whole(1, 10_000),
@@ -110,57 +115,68 @@ def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     if options.confusion and not options.confusion.lower().endswith(".png"):
         parser.error(f"--confusion: {options.confusion} must end in .png")
     if options.protocol == "square" and (options.tta or options.slide or options.size is not None):
-        parser.error("--tta, --slide and --size belong to --protocol paper")
+        parser.error("--tta, --slide and --size work only with --protocol paper")
     return options
 
 
 def parse_predict(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of predict.py."""
-    parser = argparse.ArgumentParser(description="Segment photos, videos or a camera.")
-    parser.add_argument("model", help="run's folder, .pt, .safetensors or .onnx file")
+    parser = argparse.ArgumentParser(description="Segment images, videos or a camera.")
+    parser.add_argument("model", help="folder of a run, or a .pt, .safetensors or .onnx file")
     parser.add_argument(
         "photos",
         nargs="+",
-        help="photos, videos, folders of both, glob patterns; or a camera: /dev/video0, rtsp://...",
+        help="images, videos, folders of them, glob patterns; or one camera: /dev/video0, "
+        "rtsp://...",
     )
     parser.add_argument(
-        "--out", default="predictions", help="folder to write to; default: predictions"
+        "--out", default="predictions", help="folder for the results; default: predictions"
     )
     parser.add_argument(
         "--write",
         default="overlay",
         type=lambda text: text.split(","),
-        help="overlay, index, or both: overlay,index",
+        help="results to write: overlay, index, or overlay,index",
     )
     parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="of a video, take every N-th frame"
+        "--every", type=int, default=1, metavar="N", help="process only every N-th frame of a video"
     )
     add_model_options(parser)
     options = parser.parse_args(arguments)
     unknown = set(options.write) - {"overlay", "index"}
     if unknown:
-        parser.error(f"--write: {', '.join(sorted(unknown))} is neither overlay nor index")
+        parser.error(
+            f"--write: {', '.join(sorted(unknown))} is unknown; use overlay, index, or "
+            "overlay,index"
+        )
     if len(options.photos) > 1 and any(map(CAMERA.fullmatch, options.photos)):
-        parser.error("photos: a camera is segmented alone")
+        parser.error("photos: a camera cannot be combined with other inputs")
     if options.every < 1:
-        parser.error(f"--every: {options.every} is not 1 or more")
+        parser.error(f"--every: {options.every} must be at least 1")
     return options
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that predict.py and evaluate.py share."""
     parser.add_argument(
-        "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
+        "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
     )
     parser.add_argument(
-        "--size", type=whole(0, 8192), help="length of a photo's shorter side; 0: as it is"
+        "--size",
+        type=whole(0, 8192),
+        help="length of an image's shorter side in pixels; 0: no resizing",
     )
     parser.add_argument(
-        "--tta", action="store_true", help="flip, and sizes x 0.5 to 1.75, averaged"
+        "--tta", action="store_true", help="average over flips and six sizes (x 0.5 to 1.75)"
     )
-    parser.add_argument("--slide", action="store_true", help="windows rather than the whole photo")
     parser.add_argument(
-        "--weights", choices=("ema", "training"), default="ema", help="default: ema"
+        "--slide", action="store_true", help="process windows instead of the whole image"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "training"),
+        default="ema",
+        help="weights to use if the file holds both; default: ema",
     )
     add_network_option(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -171,14 +187,15 @@ def add_network_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network",
         metavar="NAME",
-        help="as model.name, where the file does not say it, or it is a function of your own",
+        help="name of the network, as in model.name; needed if the file does not contain it, or "
+        "if it is your own function",
     )
 
 
 def parse_export(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of export.py."""
     parser = argparse.ArgumentParser(description="Export a checkpoint for deployment.")
-    parser.add_argument("model", help="run's folder, checkpoint (.pt) or weights (.safetensors)")
+    parser.add_argument("model", help="folder of a run, checkpoint (.pt) or weights (.safetensors)")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--to", choices=EXPORT_SUFFIXES, help="format")
     kind.add_argument(
@@ -186,45 +203,54 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
         dest="to",
         action="store_const",
         const="safetensors",
-        help="as --to safetensors: the weights and the run's config",
+        help="same as --to safetensors: the weights and the run's config",
     )
     kind.add_argument(
-        "--card", dest="to", action="store_const", const="card", help="the model card alone"
+        "--card", dest="to", action="store_const", const="card", help="only the model card"
     )
     parser.add_argument(
         "--out",
         metavar="PATH",
-        help="file; of web, hub and card a folder; default: the checkpoint's name, here; of a "
-        "card, beside the weights",
+        help="file, or folder for web, hub and card; default: named after the checkpoint, in "
+        "the working directory; a card is put beside the weights",
     )
-    parser.add_argument("--repo", metavar="USER/NAME", help="push what --to hub writes there")
     parser.add_argument(
-        "--licence", "--license", metavar="TEXT", help="the data's, for the card to state"
+        "--repo", metavar="USER/NAME", help="push the result of --to hub to this repository"
+    )
+    parser.add_argument(
+        "--licence", "--license", metavar="TEXT", help="licence of the data, for the card"
     )
     parser.add_argument(
         "--scores",
         metavar="FILE",
-        help="of evaluate.py --json, for the card; default: evaluated on the run's validation set",
+        help="result of evaluate.py --json, for the card; default: evaluate on the run's "
+        "validation set",
     )
     parser.add_argument(
         "--photo",
         action="append",
-        help="photo to compare on; more of them, given so again, are the page's examples too; "
-        "default: one that matplotlib brings",
+        help="image to compare on; repeat the option to add examples to the page; default: a "
+        "sample image of matplotlib",
     )
     parser.add_argument(
-        "--size", type=whole(16, 4096), default=512, help="its shorter side; default: 512"
+        "--size",
+        type=whole(16, 4096),
+        default=512,
+        help="length of its shorter side in pixels; default: 512",
     )
     parser.add_argument(
-        "--classes", metavar="FILE", help="class names, one a line, or CSV with colours"
+        "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
     )
     parser.add_argument(
-        "--weights", choices=("ema", "training"), default="ema", help="default: ema"
+        "--weights",
+        choices=("ema", "training"),
+        default="ema",
+        help="weights to use if the file holds both; default: ema",
     )
     add_network_option(parser)
     options = parser.parse_args(arguments)
     if options.repo and options.to != "hub":
-        parser.error("--repo belongs to --to hub")
+        parser.error("--repo works only with --to hub")
     return options
 
 
@@ -236,15 +262,23 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("path", help="folder in ADE20K's layout, a description (YAML), or MDS shards")
-    add("local", nargs="?", help="folder for shards; a description's root; what --suggest writes")
     add(
-        "--num-classes", type=whole(1, 253), default=150, help="as model.num_classes (default: 150)"
+        "local",
+        nargs="?",
+        help="folder to cache shards; root of a description; or the file that --suggest writes",
+    )
+    add(
+        "--num-classes",
+        type=whole(1, 253),
+        default=150,
+        help="number of classes, as model.num_classes (default: 150)",
     )
     add(
         "--ignore-background",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="label 0 is ignored and label k is class k - 1, as the key of that name",
+        help="ignore label 0, so that label k is class k - 1 (default), as the key of the same "
+        "name",
     )
     add(
         "--keep-background",
@@ -252,15 +286,19 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         action="store_false",
         help=argparse.SUPPRESS,  # The name of this option in earlier versions.
     )
-    add("--ignore-label", type=whole(0, 255), help="a further label that is ignored")
-    add("--class-names", help="file with a class name a line")
-    add("--workers", type=whole(1, 1024), help="processes (default: one a core)")
-    add("--suggest", action="store_true", help="write the folder's description, and a picture")
-    add("--picture", metavar="FILE", help="draw samples as training sees them, a .png or .jpg")
+    add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
+    add("--class-names", help="file with one class name per line")
+    add("--workers", type=whole(1, 1024), help="processes (default: one per core)")
+    add("--suggest", action="store_true", help="write a description of the folder, and a picture")
+    add(
+        "--picture",
+        metavar="FILE",
+        help="draw samples as training sees them, to a .png or .jpg file",
+    )
     add("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_intermixed_args(arguments)
     if options.picture and not options.picture.lower().endswith((".png", ".jpg", ".jpeg")):
-        parser.error(f"--picture {options.picture}: a .png or .jpg")
+        parser.error(f"--picture: {options.picture} must end in .png or .jpg")
     return options
 
 
@@ -271,13 +309,17 @@ def parse_convert_ade20k(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--path", required=True, help="folder that holds ADEChallengeData2016, or a description")
-    add("--root", help="of a description, in place of its root")
+    add("--root", help="root of the described data set, instead of the description's")
     add("--out", required=True, help="folder or URL (s3://…) for the shards")
-    add("--compression", help="zstd, zstd:7, gz, br, …; little to gain, photos are compressed")
+    add(
+        "--compression",
+        help="compression, such as zstd, zstd:7, gz or br; it gains little, because images are "
+        "compressed",
+    )
     add("--hashes", default="sha1,xxh64", help="hashes to check shards with (default: sha1,xxh64)")
     add("--size-limit", default="4mb", help="size of a shard (default: 4mb)")
-    add("--workers", type=whole(1, 1024), help="processes (default: one a core)")
-    add("--staging", help="of a URL: folder where shards wait for their upload")
+    add("--workers", type=whole(1, 1024), help="processes (default: one per core)")
+    add("--staging", help="for a URL: folder where shards wait for their upload")
     return parser.parse_args(arguments)
 
 
@@ -287,18 +329,24 @@ def parse_convert_dataset(arguments: list[str] | None) -> argparse.Namespace:
         description="Make a data set from the files of a labelling tool, COCO or Hugging Face."
     )
     add = parser.add_argument
-    add("source", help="JSON, XML, a folder of LabelMe's or YOLO's files, or hf://owner/name")
-    add("--images", help="folder of the photos")
+    add("source", help="JSON, XML, a folder from LabelMe or YOLO, or hf://owner/name")
+    add("--images", help="folder of the images")
     add("--out", required=True, help="folder to write to")
     add("--val", default="0.15", help="share for validation, or its annotations (default: 0.15)")
-    add("--val-images", help="folder of the validation photos (default: that of --images)")
+    add("--val-images", help="folder of the validation images (default: same as --images)")
     add("--masks", help="folder of panoptic PNGs (default: the JSON's path without extension)")
     add("--background", help="class of pixels without a shape, or ignore (default: background)")
-    add("--overlap", choices=("area", "order"), default="area", help="see above (default: area)")
-    add("--names", help="names of the classes, a line each, where the source has none")
-    add("--ignore", default="", metavar="VALUES", help="of Hugging Face's masks, as in 0,255")
-    add("--columns", metavar="PHOTO,MASK", help="of a Hugging Face data set, if not found")
-    add("--workers", type=whole(1, 1024), default=available_cores(), help="default: one a core")
+    add(
+        "--overlap",
+        choices=("area", "order"),
+        default="area",
+        help="shape on top: the smaller (area) or the later one (order) (default: area)",
+    )
+    add("--names", help="names of the classes, one per line, if the source has none")
+    add("--ignore", default="", metavar="VALUES", help="hf://: values to ignore, such as 0,255")
+    add("--columns", metavar="PHOTO,MASK", help="hf://: names of the columns, if not found")
+    cores = available_cores()
+    add("--workers", type=whole(1, 1024), default=cores, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
     options.val_source = None
     try:
@@ -306,15 +354,17 @@ def parse_convert_dataset(arguments: list[str] | None) -> argparse.Namespace:
     except ValueError:
         options.val_source, options.val = options.val, 0.15
     if not 0 < options.val < 1:
-        parser.error(f"--val {options.val:g}: a share between 0 and 1, or a file of annotations")
+        parser.error(
+            f"--val: {options.val:g} must be a share between 0 and 1, or a file of annotations"
+        )
     values = [value.strip() for value in options.ignore.split(",") if value.strip()]
     if not all(value.isdigit() for value in values):
-        parser.error(f"--ignore {options.ignore}: values of masks, as in 0,255")
+        parser.error(f"--ignore: {options.ignore} must be values of masks, such as 0,255")
     options.ignore = {int(value) for value in values}
     if options.background == "":
-        parser.error("--background: a name, or ignore")
+        parser.error("--background: it is empty; give a class name, or ignore")
     if options.source == "hf://":
-        parser.error("hf://: hf://owner/name, or a folder")
+        parser.error("hf://: the name is missing; give hf://owner/name, or a folder")
     if not options.source.startswith("hf://") and options.images is None:
-        parser.error("--images: the folder of the photos")
+        parser.error("--images: the option is missing; give the folder of the images")
     return options

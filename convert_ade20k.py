@@ -89,10 +89,12 @@ def convert(
     """
     if compression and not is_compression(compression):
         raise DataError(
-            f"compression {compression!r} is none of Streaming's, such as zstd or zstd:7"
+            f"compression: Streaming does not know {compression!r}; use one such as zstd or zstd:7"
         )
     if unknown := [name for name in hashes if not is_hash(name)]:
-        raise DataError(f"hash {unknown[0]!r} is none of Streaming's, such as sha1 or xxh64")
+        raise DataError(
+            f"hash: Streaming does not know {unknown[0]!r}; use a name such as sha1 or xxh64"
+        )
     out = out.rstrip("/")
     to_store = is_remote(out)
     folder, is_our_staging = out, to_store and staging is None
@@ -104,7 +106,9 @@ def convert(
     try:
         options = (compression, sorted(hashes), bytes_to_int(size_limit))
     except ValueError:
-        raise DataError(f"size limit {size_limit!r} is no number of bytes, such as 4mb") from None
+        raise DataError(
+            f"size limit: {size_limit!r} is not a number of bytes; write a size such as 4mb"
+        ) from None
     workers = workers or available_cores()
     sources = find_sources(path, root)
     splits = {source.split: list(source.samples()) for source in sources}
@@ -149,7 +153,9 @@ def _only_one(folder: str) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise DataError(f"another conversion to {folder} is running: wait for it") from None
+        raise DataError(
+            f"another conversion to {folder} is running; wait until it has ended"
+        ) from None
     finally:
         os.close(descriptor)
 
@@ -175,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.root,
         )
     except KeyboardInterrupt:
-        print("interrupted: run again to go on from here", file=sys.stderr)
+        print("interrupted; run the command again to continue", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -74,10 +74,10 @@ def convert(options: argparse.Namespace) -> Path:
     """
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is there already: delete it, or use another --out")
+        raise DataError(f"{out} already exists; delete it, or use another --out")
     is_hub = options.source.startswith("hf://")
     if not is_hub and not (options.images and Path(options.images).is_dir()):
-        raise DataError(f"--images: there is no folder {options.images}")
+        raise DataError(f"--images: cannot find the folder {options.images}; check the path")
     is_panoptic = False
     if options.source.endswith(".json") and Path(options.source).is_file():
         is_panoptic = b"segments_info" in Path(options.source).read_bytes()
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"written to {file}; checking it", file=sys.stderr)
+    print(f"written to {file}; checking the data set", file=sys.stderr)
     return check_command.main([str(file)], build_ade20k_dataspec)
 
 

@@ -77,7 +77,7 @@ class ADE20k(EncodedSamples):
         source: DataSource | None = None,
     ) -> None:
         if split not in FOLDERS:
-            raise DataError(f"split is {split!r}; use one of {', '.join(FOLDERS)}")
+            raise DataError(f"split: {split!r} is unknown; use {' or '.join(FOLDERS)}")
         if source is None:
             source = DataSource(datadir, split, description or ade20k(labels))
         transforms = both_transforms, image_transforms, target_transforms
@@ -259,7 +259,7 @@ def build_ade20k_dataspec(
     """
     # Two labels of a uint8 mask are reserved: 254 for ignored pixels and 255 for padding.
     if not 2 <= num_classes < IGNORED:
-        raise DataError(f"num_classes is {num_classes}, not in 2..{IGNORED - 1}")
+        raise DataError(f"num_classes: {num_classes} is out of range; use 2 to {IGNORED - 1}")
     is_train = split == "train"
     if source is None:
         labels = Labels(num_classes, ignore_background, ignore_label)
@@ -292,7 +292,8 @@ def build_ade20k_dataspec(
         # Without a full batch on each rank, an epoch would have no step.
         if len(sampler) < (batch_size if drop_last else 1):
             batch = batch_size * sampler.num_replicas
-            raise DataError(f"{path}: {len(dataset)} samples do not fill one batch of {batch}")
+            count = f"{len(dataset)} samples do not fill one batch of {batch}"
+            raise DataError(f"{path}: {count}; lower batch_size")
     else:
         # Evaluation never drops a batch, so that every image counts once.
         sampler = EvalSampler(dataset, distance)
@@ -408,14 +409,8 @@ def build_data(
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
     """Build a run's training data, its evaluation data, and the counts of its training masks.
 
-    The errors are those of `build_data`.
-
-    Args:
-        config: Config of the run.
-
-    Returns:
-        The training data (None if the run only evaluates), the evaluation data, and the counts
-            (None unless the config needs them).
+    An evaluation has no training data. The counts are None unless the config needs them. The
+    errors are those of `build_data`.
     """
     # If both splits are in one folder, they share a source, so the folder is listed only once.
     sources = data_sources(config)

@@ -82,7 +82,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
         DownloadError: The server, the archive or the disk fails, or an incomplete folder exists.
     """
     if not re.match("https?://", url):
-        raise DownloadError(f"{url} is no http or https address")
+        raise DownloadError(f"{url}: the address must begin with http:// or https://")
     path = Path(path).expanduser()
     folder, archive = path / FOLDER, path / f"{FOLDER}.zip"
     try:
@@ -91,20 +91,20 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
             if folder.exists():
                 if problem := _what_is_missing(folder, sha1):
                     raise DownloadError(
-                        f"{folder} is there but {problem}: move it away and run again, "
-                        "or use another --path"
+                        f"{folder} exists, but {problem}; move it away and run the command "
+                        "again, or use another --path"
                     )
-                log.info("%s is complete, nothing to do", folder)
+                log.info("%s is complete; nothing to do", folder)
             else:
                 fetched = fetch(url, archive, sha1)
                 extract(fetched, folder, sha1)
                 if fetched != archive:
                     fetched.unlink()
-                log.info("%s is complete, train with path=%s", folder, path)
+                log.info("%s is complete; train with path=%s", folder, path)
     except OSError as error:  # The disk may be full, or the folder may not be writable.
         raise DownloadError(
-            f"{error.filename or path}: {error.strerror or error}; put that right and run again, "
-            "what was downloaded is kept"
+            f"{error.filename or path}: {error.strerror or error}; fix this and run the "
+            "command again; the downloaded part is kept"
         ) from error
     return folder
 
@@ -137,15 +137,15 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     found = _sha1(part)
     if found != sha1 and resumed:
         # The first part may belong to another version of the file, or to another file.
-        log.warning("the archive that was continued has SHA-1 %s: downloading it afresh", found)
+        log.warning("the continued archive has SHA-1 %s; downloading it from the start", found)
         part.unlink()
         _download(url, part)
         found = _sha1(part)
     if found != sha1:
         part.unlink()
         raise DownloadError(
-            f"{url} has SHA-1 {found}, not {sha1}: it is not the ADE20K archive (deleted); "
-            "try again, or another --url"
+            f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive; "
+            "it was deleted; try again, or give another --url"
         )
     return part
 
@@ -163,8 +163,9 @@ def _download(url: str, archive: Path) -> None:
             most = max(most, size)
             if failures == ATTEMPTS:
                 raise DownloadError(
-                    f"{url}: {error}; gave up after {ATTEMPTS} attempts in a row without progress "
-                    f"({_bytes(size)} kept in {archive}): run again to go on from there"
+                    f"{url}: {error}; gave up after {ATTEMPTS} attempts in a row without "
+                    f"progress ({_bytes(size)} kept in {archive}); run the command again to "
+                    "continue"
                 ) from error
             wait = 2 ** (failures - 1)
             log.warning("%s: %s; trying again in %d s", url, error, wait)
@@ -189,11 +190,11 @@ def _download_rest(url: str, archive: Path) -> None:
             if content_range == f"bytes */{have}":
                 return
             archive.unlink()
-            raise _ConnectionLost("the part downloaded earlier does not fit, starting over")
+            raise _ConnectionLost("the part downloaded earlier does not match; starting over")
         if status in (408, 425, 429) or status >= 500:
             raise _ConnectionLost(f"HTTP {status} {response.reason}")
         if not response.ok:
-            raise DownloadError(f"{url}: HTTP {status} {response.reason}; is the address right?")
+            raise DownloadError(f"{url}: HTTP {status} {response.reason}; check the address")
         is_rest = status == 206 and content_range.startswith(f"bytes {have}-")
         start = have if is_rest else 0
         length = response.headers.get("Content-Length")
@@ -251,7 +252,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # The disk failed.
         raise DownloadError(
-            f"{archive} cannot be unpacked ({error}): delete it and run again"
+            f"{archive} cannot be unpacked ({error}); delete it and run the command again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -273,15 +274,16 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             problem = "is in it twice"
         if problem:
             raise DownloadError(
-                f"{zipped.filename} is not to be trusted: {member.filename!r} {problem}; "
-                "nothing of it was unpacked"
+                f"{zipped.filename} is not safe: {member.filename!r} {problem}; nothing was "
+                "unpacked"
             )
         seen.add(name)
         if name.parts[:1] == (FOLDER,) and not member.is_dir():
             members.append(member)
     if not members:
         raise DownloadError(
-            f"{zipped.filename} holds no folder {FOLDER}: it is not the ADE20K archive"
+            f"{zipped.filename} contains no folder {FOLDER}, so it is not the ADE20K "
+            "archive; delete it"
         )
     return members
 
@@ -293,9 +295,9 @@ def _what_is_missing(folder: Path, sha1: str) -> str | None:
         expected = json.loads(marker.read_text())
         files = sum(len(names) for _, _, names in os.walk(folder)) - 1
         if files < expected["files"]:
-            return f"holds {files:,} of {expected['files']:,} files"
+            return f"it holds {files:,} of {expected['files']:,} files"
         if expected["sha1"] != sha1:
-            return f"is of another archive (SHA-1 {expected['sha1']})"
+            return f"it belongs to another archive (SHA-1 {expected['sha1']})"
         return None
     for name, expected in OFFICIAL_COUNTS.items():
         files = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
@@ -319,7 +321,9 @@ def _only_one(path: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise DownloadError(f"another download into {path} is running: wait for it") from None
+        raise DownloadError(
+            f"another download into {path} is running; wait until it has ended"
+        ) from None
     try:
         yield
     finally:
@@ -341,8 +345,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DownloadError(
-            f"{path} has {_bytes(free)} free, {what} need {_bytes(needed)}: "
-            "make room or use another --path"
+            f"{path} has {_bytes(free)} free, but {what} need {_bytes(needed)}; make room, "
+            "or use another --path"
         )
 
 
@@ -364,17 +368,19 @@ def main(arguments: list[str] | None = None) -> int:
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--path", default="./ade20k", help="folder to hold ADEChallengeData2016")
-    parser.add_argument("--url", default=URL, help="where the archive is, for a mirror")
     parser.add_argument(
-        "--sha1", default=SHA1, help="the archive's SHA-1, if a mirror packs it otherwise"
+        "--path", default="./ade20k", help="folder that will contain ADEChallengeData2016"
+    )
+    parser.add_argument("--url", default=URL, help="address of the archive, for a mirror")
+    parser.add_argument(
+        "--sha1", default=SHA1, help="SHA-1 of the archive, for a mirror that packs it differently"
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         download_ade20k(options.path, options.url, options.sha1)
     except KeyboardInterrupt:
-        print("interrupted: run again to go on from here", file=sys.stderr)
+        print("interrupted; run the command again to continue", file=sys.stderr)
         return 130
     except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -105,7 +105,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
             value = least - 1
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(
-                f"{_printable(text)} is no whole number from {least} to {most}"
+                f"{_printable(text)} is not an integer between {least} and {most}"
             )
         return value
 

@@ -97,7 +97,7 @@ def evaluate_paper(
     numbers = range(rank, len(dataset), dist.get_world_size())
     share = Subset(dataset, numbers)
     loader = DataLoader(share, batch_size=None, collate_fn=_as_tensors, num_workers=num_workers)
-    progress = tqdm(total=len(share), unit="photo", disable=rank != 0)
+    progress = tqdm(total=len(share), unit="image", disable=rank != 0)
     samples = ((number, *pair) for number, pair in zip(numbers, loader))
     for group in group_by(samples, batch_size, lambda s: segmenter.network_sizes(*s[2].shape)):
         predictions = segmenter.predict([photo.numpy() for _, photo, _ in group])
@@ -184,17 +184,20 @@ def data_source(
         streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
     if not arguments.get("path"):
-        raise ConfigError("no validation set: the checkpoint does not say; give --path or --config")
+        raise ConfigError("the checkpoint does not name a validation set; give --path or --config")
     if is_remote(arguments["path"]) and not arguments.get("local"):
         raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
     if described is not None and len(described.classes) != len(segmenter.classes):
-        counts = f"{len(described.classes)} classes, and the model {len(segmenter.classes)}"
+        counts = (
+            f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
+            "data with the model's classes"
+        )
         raise ConfigError(f"{options.data or 'data'} has {counts}")
     if options.ignore_background is not None:
         if described is not None:
             raise ConfigError(
-                f"--ignore-background is for ADE20K's layout; {options.data or 'data'} lists under "
-                "ignore what is ignored"
+                "--ignore-background applies only to ADE20K's layout; list the ignored "
+                f"labels under ignore in {options.data or 'data'}"
             )
         arguments["ignore_background"] = options.ignore_background
     if described is None:
@@ -241,11 +244,11 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
     ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
     if not recorded or ours == theirs:
         return
-    line = f"ignore_background is {str(ours).lower()}, and was {str(theirs).lower()} in the run"
+    line = f"ignore_background is {str(ours).lower()}, but was {str(theirs).lower()} in the run"
     paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
     if paths[0] == paths[1]:
         raise ConfigError(f"{line}, on the same data set; leave out --ignore-background")
-    log.warning("%s; label 0 of %s is read accordingly", line, arguments["path"])
+    log.warning("%s; label 0 of %s is read with the value given here", line, arguments["path"])
 
 
 def class_order(
@@ -287,7 +290,10 @@ def class_order(
         return None
     order = match_classes(classes, model, where, options.model)
     if order is not None:
-        log.warning("%s: its classes are in another order, and were matched by name", where)
+        log.warning(
+            "%s: its classes are in another order than the model's; they were matched by name",
+            where,
+        )
     return order
 
 
@@ -388,12 +394,12 @@ def report(result: dict[str, Any], with_pairs: bool = False) -> str:
         lines.append(f"{row['class']:{width}} {iou}   {accuracy}   {share:13.2f}")
     how = ", ".join(
         [f"protocol {result['protocol']}", f"{result['weights']} weights"]
-        + [f"shorter side {result['size'] or 'as it is'}"] * (result["protocol"] == "paper")
+        + [f"shorter side {result['size'] or 'unchanged'}"] * (result["protocol"] == "paper")
         + [name for name in ("tta", "slide") if result[name]]
     )
     lines += [
         "",
-        f"{result['photos']} photos of {result['data']}, {how}",
+        f"{result['photos']} images of {result['data']}, {how}",
         f"mIoU {percent(result['mIoU'], 0)}   "
         f"mean accuracy {percent(result['mean_accuracy'], 0)}   "
         f"pixel accuracy {percent(result['pixel_accuracy'], 0)}",

@@ -157,7 +157,8 @@ def main(arguments: list[str]) -> int:
     missing = [name for name in NEEDS.get(options.to, ()) if not importlib.util.find_spec(name)]
     if missing:
         print(
-            f"error: --to {options.to} needs more: pip install {' '.join(missing)}", file=sys.stderr
+            f"error: --to {options.to} needs more packages; run pip install {' '.join(missing)}",
+            file=sys.stderr,
         )
         return 2
     try:
@@ -240,10 +241,10 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
                 f"{network.name} cannot be exported as {kind}: {one_line(error)[:300]}"
             ) from error
         good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE
-        verdict = "as" if good else "NOT as"
+        verdict = "matches" if good else "does NOT match"
         print(
-            f"{verdict} in PyTorch: {agreement:.4%} of the pixels have the same class, "
-            f"logits differ by {difference:.1e} at most"
+            f"{verdict} PyTorch: {agreement:.4%} of the pixels have the same class, and "
+            f"logits differ by at most {difference:.1e}"
         )
         if not good:
             raise RunError("the exported file differs from the model, so it is not kept")
@@ -253,7 +254,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     """Write the page of extras/sharing/web.py."""
     photos = options.photo
     if len(source.classes) > 256:
-        raise UserError("the page's masks have 8 bits, for 256 classes")
+        raise UserError("the page's masks have 8 bits, so the model can have at most 256 classes")
     check_examples(photos)
     _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()
@@ -262,7 +263,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
         size = source.weights.eval_size or 512  # The default of predict.py is 512, too.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
-    print(f"{folder}: the page; to look at it, python -m http.server -d {folder}")
+    print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")
 
 
 def _check_folder(
@@ -274,8 +275,8 @@ def _check_folder(
     for path in paths:
         if path.exists() and not is_ours:
             raise UserError(
-                f"{path} would be overwritten, and no earlier export wrote it; "
-                "move it, or give another --out"
+                f"{path} would be overwritten, but no earlier export wrote it; move it, or give "
+                "another --out"
             )
 
 
@@ -301,7 +302,7 @@ def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> Non
     if options.repo:
         print(f"pushed: {push(folder, names, options.repo)}")
     else:
-        print("not pushed; --repo user/name names where to")
+        print("not pushed; use --repo user/name to push")
 
 
 def _write_card_alone(options: argparse.Namespace) -> None:
@@ -366,7 +367,7 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
         if os.path.exists(scored) and not os.path.samefile(
             checkpoint_in(scored), checkpoint_in(options.model)
         ):
-            raise UserError(f"{options.scores}: of {scored}, and not of {options.model}")
+            raise UserError(f"{options.scores} is for {scored}; give scores for {options.model}")
         return scores
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "scores.json")
@@ -376,7 +377,8 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
                 command += [f"--{flag}", getattr(options, flag)]
         if evaluate.main(command) == 0:
             return json.loads(path.read_text())
-    print("so the card says no IoU; --scores takes what evaluate.py --json writes", file=sys.stderr)
+    note = "the card will have no scores; give --scores FILE, written by evaluate.py --json FILE"
+    print(note, file=sys.stderr)
     return None
 
 

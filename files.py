@@ -202,11 +202,11 @@ def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) 
             continue
         final = os.path.realpath(path)
         if final in read:
-            raise UserError(f"{path} would be overwritten, and it is an input; choose another name")
+            raise UserError(f"{path} would be overwritten, but it is an input; choose another name")
         if final in written:
-            raise UserError(f"{path}: two outputs have this name; give each a name of its own")
+            raise UserError(f"{path}: two outputs have this name; give them different names")
         if os.path.isdir(final):
-            raise UserError(f"cannot write {path}: it is a folder")
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
         written.add(final)
 
 

@@ -178,8 +178,8 @@ def build_trainer(
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
-    # Build Composer's Trainer. It loads the state of a run that resumes, with a restricted
-    # unpickler: a checkpoint must not be able to run code.
+    # Build Composer's Trainer. It loads the state of a run that resumes. Each file is checked
+    # before Composer unpickles it, because a checkpoint must not be able to run code.
     with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
@@ -204,7 +204,7 @@ def build_trainer(
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
             **trainer_options(config),
-            # The compile argument is left out. Composer would compile DDP's forward pass, and
+            # Composer's compile_config is left out: it would compile DDP's forward pass, and
             # evaluation would stay uncompiled.
         )
     # Composer has loaded the downloaded checkpoint by now.
@@ -314,11 +314,19 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
         if is_due or is_complete or is_stopped or (config.eval_first and time.batch == 0):
             trainer.eval()
         if is_complete:
-            log.warning("nothing is left to train: max_duration=%s is reached", config.max_duration)
+            log.warning(
+                "nothing is left to train: the run has reached max_duration=%s; raise it to "
+                "continue",
+                config.max_duration,
+            )
         # Ask again instead of reusing is_stopped: the evaluation above may have used up the
         # patience.
         elif saver and saver.ended:
-            log.warning("nothing is left to train: stop_after=%s is reached", saver.ended)
+            log.warning(
+                "nothing is left to train: the run did not improve for stop_after=%s; raise it "
+                "to continue",
+                saver.ended,
+            )
         else:
             trainer.fit()
         # Uploads to an object store run in the background; wait until all have arrived.

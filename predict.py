@@ -115,7 +115,9 @@ class Segmenter:
         self.device = find_device(device)
         if str(path).endswith(".onnx"):
             if amp:
-                raise WeightsError(f"{path}: an ONNX file computes in the type it was exported in")
+                raise WeightsError(
+                    f"{path}: an ONNX file computes in the type of its export; leave out --amp"
+                )
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
@@ -136,7 +138,10 @@ class Segmenter:
             classes, num_classes, found.classes, str(path)
         )
         if len(self.classes) > 2**16:
-            raise ClassError(f"{path}: {len(self.classes)} classes, and an index PNG has 16 bits")
+            raise ClassError(
+                f"{path}: the model has {len(self.classes)} classes, but an index PNG can hold "
+                "only 65,536"
+            )
         self.size = (found.eval_size or 512) if size is None else size
         self.scales = TTA_SCALES if tta else (1.0,)
         self.flips = (False, True) if tta else (False,)
@@ -241,7 +246,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "meta":
-            raise RuntimeError("holds no numbers")
+            raise RuntimeError("it cannot hold numbers")
         torch.empty(1, device=device)
     except Exception as error:  # Each kind of device raises errors of its own.
         raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
@@ -267,8 +272,8 @@ def _torch_network(
                     raise
                 height, width = image.shape[2:]
                 raise ModelError(
-                    f"{network.name} fails on photos of {width} x {height} pixels: "
-                    f"{one_line(error)}; --slide --size N sends it squares of N"
+                    f"{network.name} fails on images of {width} x {height} pixels: "
+                    f"{one_line(error)}; with --slide --size N, it gets squares of N pixels"
                 ) from error
 
     return run
@@ -279,7 +284,9 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
     try:
         import onnxruntime
     except ImportError as error:
-        raise WeightsError(f"{path}: to read it, pip install onnxruntime") from error
+        raise WeightsError(
+            f"{path}: reading it needs onnxruntime; run pip install onnxruntime"
+        ) from error
 
     try:
         session = onnxruntime.InferenceSession(
@@ -290,7 +297,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:
-        raise WeightsError(f"{path}: no class names inside; it was not written by export.py")
+        raise WeightsError(f"{path}: it contains no class names; use a file written by export.py")
 
     def run(photos: Tensor) -> Tensor:
         logits = session.run(None, {"image": photos.cpu().numpy()})[0]
@@ -328,7 +335,7 @@ def main(arguments: list[str]) -> int:
     except (UserError, OSError) as error:
         tqdm.write(f"error: {one_line(error)}", sys.stderr)
         return exit_status(error)
-    done, what = counts.pop("", 0), "photos and videos" if has_videos else "photos"
+    done, what = counts.pop("", 0), "images and videos" if has_videos else "images"
     notes = "".join(f", {count} {how}" for how, count in counts.items())
     print(f"{done} of {len(photos)} {what} segmented into {out}/{notes}")
     return 1 if counts or not photos else 0

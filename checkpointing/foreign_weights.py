@@ -40,7 +40,10 @@ def select_network(
         return (averages[0], "ema") if averages else ({}, "training")
     if len(largest) > 1:
         listed = " and ".join(largest)
-        raise WeightsError(f"it holds several networks, {listed}; save the one that you mean alone")
+        raise WeightsError(
+            f"it contains several networks, {listed}; save the network that you need in a file "
+            "of its own"
+        )
     state = training[largest[0]]
     for part in averages if which == "ema" else []:
         averaged = {name: tensor for name, tensor in part.items() if name in state}

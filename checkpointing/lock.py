@@ -153,7 +153,9 @@ class RecordLock:
             if found != first:
                 raise _in_use(self._place, found)
             if time.monotonic() > end:
-                log.warning("%s: %s is dead; its lock is taken", self._place, _describe(found))
+                log.warning(
+                    "%s: %s is dead; this run takes over its lock", self._place, _describe(found)
+                )
                 return
             time.sleep(min(1.0, SILENCE / 10))
 
@@ -212,6 +214,6 @@ def _describe(record: dict[str, Any]) -> str:
 
 def _in_use(place: str, record: dict[str, Any]) -> ConfigError:
     return ConfigError(
-        f"save_folder: {_describe(record)} is writing to {place}; give another save_folder, or end "
-        "that run first"
+        f"save_folder: {_describe(record)} is writing to {place}; use another save_folder, "
+        "or end that run first"
     )

@@ -51,8 +51,8 @@ def load_fitting(
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if len(fitting) < least * len(own):
         raise WeightsError(
-            f"{where}: {len(fitting)} of the network's {len(own)} tensors fit, less than "
-            f"load_least={least:g} of them; it is of another network"
+            f"{where}: only {len(fitting)} of the network's {len(own)} tensors fit, less "
+            f"than load_least={least:g} of them; choose weights of this network"
         )
     fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]
@@ -70,7 +70,7 @@ def load_fitting(
         notes.append(f"{layer}: {_class_note(len(state[tensors[0]]), rows, len(pairs), classes)}")
     left = [name for name in left if name not in scores]
     if left:
-        notes.append(f"{len(left)} tensors left new, first {left[0]}")
+        notes.append(f"{len(left)} tensors newly initialised, first {left[0]}")
     return f"{where}: {'; '.join(notes)}" if notes else None
 
 
@@ -78,10 +78,10 @@ def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] 
     """Describe what happened to a layer that has a row for each class."""
     if before == now == taken:
         return "classes in another order, matched by name"
-    change = f"{before} -> {now} classes" if before != now else "classes of other names"
+    change = f"{before} -> {now} classes" if before != now else "classes with other names"
     if taken:
-        return f"{change}, {taken} taken over by name, the others left new"
-    return f"{change}, {'none has the same name, all ' if classes else ''}left new"
+        return f"{change}, {taken} loaded by name, the others newly initialised"
+    return f"{change}, {'none with the same name, all ' if classes else ''}newly initialised"
 
 
 def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:

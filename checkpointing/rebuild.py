@@ -46,9 +46,17 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
     }
     if len(counts) != 1:
         found = (
-            f"has layers of {sorted(counts)} classes" if counts else "has no layer of its classes"
+            (
+                "its layers have different numbers of classes "
+                f"({', '.join(map(str, sorted(counts)))})"
+            )
+            if counts
+            else "no layer has a row for each class"
         )
-        raise WeightsError(f"{where}: {found}, as {network} would; --network names another")
+        raise WeightsError(
+            f"{where}: the weights do not match {network}: {found}; name their network with "
+            "--network"
+        )
     model = {"name": network, "arguments": built.arguments, "num_classes": counts.pop()}
     return replace(weights, config={"model": model})
 
@@ -83,7 +91,9 @@ def build_network(
     name, arguments = weights.network
     built: DeepLabV3 | Network
     if network not in (None, name) and weights.config is not None:
-        raise WeightsError(f"{where}: its network is {name}, not {network}")
+        raise WeightsError(
+            f"{where}: the network in the file is {name}, not {network}; leave out --network"
+        )
     if (network or name) == "deeplabv3":
         built = deeplabv3(**infer_architecture(weights.state, where), sync_bn=False, upsample=False)
     else:

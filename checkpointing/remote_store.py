@@ -211,13 +211,13 @@ class RemoteFolder:
             except Exception as error:  # The client of each store raises errors of its own.
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
             if self._waiting and self._waiting[-1].best != name:
-                log.warning("%s; the next checkpoint follows", message)
+                log.warning("%s; skipped, because the next checkpoint follows", message)
                 os.remove(item.file)
                 return
             if time.monotonic() - start > UPLOAD_FOR:
                 kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
                 os.replace(item.file, kept)  # The scratch folder is removed when this process ends.
-                raise RunError(f"{message}; given up; it is still at {kept}")
+                raise RunError(f"{message}; gave up; the checkpoint is still at {kept}")
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)
             pause = min(2 * pause, 30)
@@ -227,7 +227,7 @@ class RemoteFolder:
     def _delete(self, name: str) -> None:
         """Delete an object. A failure, or a store that cannot delete, is only logged."""
         if not isinstance(self.store, S3ObjectStore):
-            log.info("%s/%s stays: Composer cannot delete there", self.path, name)
+            log.info("%s/%s is kept, because Composer cannot delete in this store", self.path, name)
             return
         try:
             key = self.store.get_key(f"{self.prefix}{name}")

@@ -56,13 +56,16 @@ class Start:
     def _remedy(self) -> str:
         """The advice to a user whose config differs from the record."""
         if self.state_path is None:
-            return "set it back"
+            return "restore the old value"
         if self.is_resume:
             return (
-                "set it back, or begin another run: a new save_folder, with "
+                "restore the old value, or begin another run: use a new save_folder, with "
                 f"load_path={self.where} load_weights_only=true autoresume=false"
             )
-        return "set it back, or begin another run from its weights with load_weights_only=true"
+        return (
+            "restore the old value, or begin another run from its weights with "
+            "load_weights_only=true"
+        )
 
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
@@ -203,7 +206,7 @@ def find_start(
             return Start(where, weights, _plainly_named(path, scratch), True)
         line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
         if not overwrite:
-            raise ConfigError(f"{line}; give another save_folder, or run_name={weights.run_name}")
+            raise ConfigError(f"{line}; use another save_folder, or run_name={weights.run_name}")
         log.warning("%s; save_overwrite=true replaces it", line)
     if load_path:
         path = local_copy(load_path, scratch)
@@ -268,9 +271,9 @@ def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | Non
             damage = "it is missing"
         if damage is None:
             return name
-        log.warning("cannot go on from %s/%s: %s", target.path, name, damage)
+        log.warning("cannot resume from %s/%s: %s", target.path, name, damage)
     if names:
-        log.warning("%s holds no whole checkpoint; the run begins anew", target.path)
+        log.warning("%s contains no whole checkpoint, so the run begins at batch 0", target.path)
     return None
 
 
@@ -284,7 +287,7 @@ def _damage(path: str) -> str | None:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         return one_line(error)
-    return f"{bad} in it is damaged" if bad else None
+    return f"its part {bad} is damaged" if bad else None
 
 
 def local_copy(path: str, scratch: str) -> str:

@@ -188,9 +188,9 @@ class Checkpoints(CheckpointSaver):
 
     def _refusal(self, name: str) -> ConfigError:
         return ConfigError(
-            f"save_folder: {self.target.path} holds {name} of another run; give another "
-            "save_folder, resume that run by autoresume=true and its run_name, or replace it by "
-            "save_overwrite=true"
+            f"save_folder: {self.target.path} contains {name} of another run; use another "
+            "save_folder, resume that run with autoresume=true and its run_name, or "
+            "replace it with save_overwrite=true"
         )
 
     def init(self, state: State, logger: Logger) -> None:
@@ -268,8 +268,11 @@ class Checkpoints(CheckpointSaver):
         command = "the same command"
         if not self.autoresume:
             command += f" with autoresume=true run_name={name}"
-        where = self.last or "there is no checkpoint yet"
-        raise Stopped(f"stopped after batch {batch} as told; {where}; {command} goes on from there")
+        where = self.last or "no checkpoint yet"
+        raise Stopped(
+            f"stopped after batch {batch} as requested; checkpoint: {where}; to resume, give "
+            f"{command}"
+        )
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
@@ -290,7 +293,7 @@ class Checkpoints(CheckpointSaver):
         """Write a checkpoint to a temporary file, and publish it after it is on the disk."""
         kept = f"the last good checkpoint is {self.last or 'none'}"
         if not _is_finite(content["state"]):
-            raise RunError(f"{name} is not saved: weights are not finite; {kept}")
+            raise RunError(f"{name} is not saved, because its weights are not finite; {kept}")
         unfinished = os.path.join(self.target.scratch, f"{name}.unfinished")
         try:
             with open(unfinished, "wb") as file:

@@ -73,7 +73,9 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
     for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):
             return found
-    raise WeightsError(f"{path}: a folder without checkpoints; name a file, or a run's save_folder")
+    raise WeightsError(
+        f"{path}: the folder contains no checkpoint; give a file, or the save_folder of a run"
+    )
 
 
 class LocalFolder:

@@ -94,7 +94,7 @@ class Weights:
         count = ((self.config or {}).get("model") or {}).get("num_classes")
         if count is None and self.classes is None:
             raise WeightsError(
-                "the file of weights does not say what network it is of; --network names it"
+                "the file of weights does not name its network; name it with --network"
             )
         return count or len(self.classes or ())
 
@@ -138,8 +138,8 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
             raise WeightsError(f"{path}: its weights cannot be read: {one_line(error)}") from error
     if not found.state:
         raise WeightsError(
-            f"{path}: no weights in this file: neither itself nor anything directly in it maps "
-            "names to tensors"
+            f"{path}: the file contains no weights: neither the file nor one of its entries "
+            "maps names to tensors"
         )
     if found.config is not None:
         return found
@@ -240,7 +240,10 @@ def _read_safetensors(path: Path) -> Weights:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
+        raise WeightsError(
+            f"{path}: cannot be read as safetensors; it is damaged, or another kind of file "
+            f"({error})"
+        ) from error
     return from_metadata(metadata, _strip_prefixes(state))
 
 
@@ -280,7 +283,7 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
     if not isinstance(config, Mapping) or not all(
         isinstance(config.get(name) or {}, Mapping) for name in sections
     ):
-        raise WeightsError("the config in the file's metadata is not one of this project")
+        raise WeightsError("the config in the file's metadata was not written by this project")
     return config
 
 
@@ -296,8 +299,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     content = None if path.suffix == ".safetensors" else _load_pickle(path, inert=False)
     if not isinstance(content, Mapping) or not isinstance(content.get("state"), Mapping):
         raise WeightsError(
-            f"{path}: not a training checkpoint; "
-            "load_weights_only=true begins anew with its weights"
+            f"{path}: the file is not a training checkpoint; to train from its weights, set "
+            "load_weights_only=true"
         )
 
 
@@ -371,9 +374,10 @@ def _load_pickle(path: Path, inert: bool) -> Any:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise WeightsError(
-                f"{path}: refused: it holds {unsafe[1]}, which is no part of a training state "
-                "and could run code when loaded"
+                f"{path}: refused, because it contains {unsafe[1]}, which no training state "
+                "needs and which could run code; save the weights alone"
             ) from error
         raise WeightsError(
-            f"{path}: not a checkpoint of PyTorch's, or a damaged one ({type(error).__name__})"
+            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or another "
+            f"kind of file ({type(error).__name__})"
         ) from error

@@ -171,8 +171,10 @@ def _encode(
     if "overlay" in kinds:
         picture = segmenter.overlay(photo, prediction)
         if max(picture.size) > JPEG_SIDE:
-            size = f"{picture.width} x {picture.height} pixels, and a JPEG has {JPEG_SIDE:,} a side"
-            return outputs, f"its overlay would have {size}; see --write index"
+            size = (
+                f"{picture.width} x {picture.height} pixels, but a JPEG can have only {JPEG_SIDE:,}"
+            )
+            return outputs, f"its overlay would have {size} a side; use --write index"
         options = {"quality": 92, "subsampling": 0, "comment": COMMENT}
         outputs[".jpg"] = encode_image(".jpg", picture, **options)
     return outputs, ""

@@ -109,8 +109,8 @@ class Network(nn.Module):
         found = getattr(found, "logits", found)
         if not isinstance(found, Tensor):
             raise ModelError(
-                f"model.name={self.name} gives {type(found).__name__}; the logits should come as a "
-                'tensor, as .logits or as {"out": ...}'
+                f"model.name={self.name} returns {type(found).__name__}; it must return "
+                'logits as a tensor, as .logits or as {"out": ...}'
             )
         return (found,)
 
@@ -165,7 +165,7 @@ class Network(nn.Module):
 
     def _failed(self, size: int, error: Exception) -> ModelError:
         return ModelError(
-            f"model.name={self.name} fails on photos of {size} x {size} pixels: {one_line(error)}"
+            f"model.name={self.name} fails on images of {size} x {size} pixels: {one_line(error)}"
         )
 
     def _try(self, num_classes: int, size: int) -> None:
@@ -175,8 +175,8 @@ class Network(nn.Module):
             logits = self(image.contiguous(memory_format=torch.channels_last))
         if logits.ndim != 4 or logits.shape[:2] != (2, num_classes):
             raise ModelError(
-                f"model.name={self.name} gives {tuple(logits.shape)} for two photos, not "
-                f"logits (2, {num_classes}, h, w)"
+                f"model.name={self.name} returns {tuple(logits.shape)} for two images; it "
+                f"must return logits (2, {num_classes}, h, w)"
             )
 
 

@@ -190,7 +190,9 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
     """Return the torchvision ResNet of this name, dilated to output stride 8."""
     builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
     if builder is None or arch not in torchvision.models.list_models(torchvision.models):
-        raise ModelError(f"backbone_arch={arch}: torchvision has no such ResNet; try resnet101")
+        raise ModelError(
+            f"backbone_arch={arch}: torchvision has no such ResNet; use one such as resnet101"
+        )
     try:
         backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
     # torchvision raises this error because basic blocks cannot be dilated.
@@ -211,8 +213,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
         if weights not in named:
             raise ModelError(
-                f"backbone_weights={weights}: {arch} has {', '.join(named)}, "
-                "and there is no file of that name"
+                f"backbone_weights={weights}: there is no such file, and {arch} has only "
+                f"{', '.join(named)}"
             )
         url = named[weights].url
     if is_remote(url):
@@ -229,18 +231,19 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
                 )
         except (URLError, OSError) as error:
             raise ModelError(
-                f"backbone_weights={weights}: cannot download {url} ({error}); "
-                f"fetch that file elsewhere and put it at {target}"
+                f"backbone_weights={weights}: cannot download {url} ({error}); download "
+                f"that file elsewhere and put it at {target}"
             ) from error
     else:
         if not os.path.isfile(weights):
-            raise ModelError(f"backbone_weights={weights}: no such file")
+            raise ModelError(f"backbone_weights={weights}: there is no such file")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         # torch raises many kinds of errors for a file that is not a state dict.
         except Exception as error:
             raise ModelError(
-                f"backbone_weights={weights}: not a PyTorch state dict ({type(error).__name__})"
+                f"backbone_weights={weights}: cannot be read as a PyTorch state dict "
+                f"({type(error).__name__})"
             ) from error
     _load_state(backbone, state, f"backbone_weights={weights}", arch)
 
@@ -253,8 +256,8 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
     if wrong:
         raise ModelError(
-            f"{what} does not fit {arch}: {len(wrong)} of {len(needed)} tensors are missing or of "
-            f"another shape, first {wrong[0]}"
+            f"{what} does not fit {arch}: {len(wrong)} of {len(needed)} tensors are missing "
+            f"or have another shape, first {wrong[0]}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -279,9 +282,9 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
     conv2 = state.get("backbone.layer1.0.conv2.weight")
     if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
         raise WeightsError(
-            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks and "
-            f"{'a' if scores is not None else 'no'} classifier.conv_seg.weight); "
-            "--network names another"
+            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks "
+            f"and {'a' if scores is not None else 'no'} classifier.conv_seg.weight); name "
+            "its network with --network"
         )
     return {
         "num_classes": scores.shape[0],
@@ -319,7 +322,7 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 has keys of its own, beside this one")
+            raise ModelError("model.arguments: deeplabv3 has none; set its keys below model")
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )

@@ -38,7 +38,10 @@ def build(
     safe = dict(trust_remote_code=False)
     mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
     if from_file and "config" not in arguments:
-        raise ModelError(f"{whole}: the file does not hold the config itself")
+        raise ModelError(
+            f"{whole}: the file does not contain the network's config, so the network cannot be "
+            "rebuilt"
+        )
     if "config" in arguments:  # The lines below record this config.
         said = _without_pretrained(arguments["config"])
         _check_type(whole, said.get("model_type"))

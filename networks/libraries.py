@@ -70,7 +70,9 @@ def require(package: str, name: str, group: str | None = None) -> Any:
         ModelError: The package is not installed; the message says how to install it.
     """
     if importlib.util.find_spec(package) is None:
-        raise ModelError(f"model.name={name} needs {package}; make install WITH={group or package}")
+        raise ModelError(
+            f"model.name={name} needs {package}; run make install WITH={group or package}"
+        )
     return importlib.import_module(package)
 
 
@@ -78,7 +80,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
     """Return the error for a name that a library does not have."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
-    return ModelError(f"model.name={kind}:{name}: no such network; there is {', '.join(near)}")
+    return ModelError(
+        f"model.name={kind}:{name}: there is no such network; there is, for example, "
+        f"{' or '.join(near)}"
+    )
 
 
 def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
@@ -108,7 +113,7 @@ def plain(value: Any, where: str, key: str = "") -> Any:
         return [plain(part, where, key) for part in value]
     if isinstance(value, str) and not PLAIN.fullmatch(value):
         raise ModelError(
-            f"{where}: refused: {key} is {value!r}, which could be a path or an address"
+            f"{where}: refused, because {key} is {value!r}, which could be a path or an address"
         )
     return value
 
@@ -124,8 +129,9 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
         return load(*args, **arguments)
     except OSError as error:
         raise ModelError(
-            f"model.name={name}: neither a folder nor to be had from the hub ({one_line(error)}); "
-            "a folder that save_pretrained wrote works too"
+            f"model.name={name}: it is not a folder, and the hub does not provide it "
+            f"({one_line(error)}); give a name on the hub, or a folder written by "
+            "save_pretrained"
         ) from error
     except Exception as error:
         raise ModelError(f"model.name={name} cannot be built: {one_line(error)}") from error
@@ -138,12 +144,14 @@ def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Ne
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"model.name={name}: {one_line(error)}; it is looked for as Python "
-            "does, on PYTHONPATH for one"
+            f"model.name={name}: {one_line(error)}; Python must find the module, for "
+            "example on PYTHONPATH"
         ) from error
     network = call(name, builder, num_classes=num_classes, **without_own(arguments))
     if not isinstance(network, nn.Module):
-        raise ModelError(f"model.name={name} returns {type(network).__name__}, not an nn.Module")
+        raise ModelError(
+            f"model.name={name} returns {type(network).__name__}; it must return an nn.Module"
+        )
     mean = getattr(network, "mean", IMAGENET_CHANNEL_MEAN)
     std = getattr(network, "std", IMAGENET_CHANNEL_STD)
     return Network(network, name, arguments, mean, std, getattr(network, "size_divisor", 1))

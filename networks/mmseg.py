@@ -60,7 +60,10 @@ def build(
     if "config" in arguments:
         model = copy.deepcopy(dict(arguments["config"]))
     elif from_file:
-        raise ModelError(f"{whole}: the file does not hold the config itself")
+        raise ModelError(
+            f"{whole}: the file does not contain the network's config, so the network cannot be "
+            "rebuilt"
+        )
     else:
         model, mean, std = _read_config(whole, name)
         model = _changed(model, without_own(arguments))
@@ -96,14 +99,20 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
     if not path.is_file():
         known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ModelError(f"model.name={whole}: no such config, and no such file; near is {near}")
+        raise ModelError(
+            f"model.name={whole}: there is no such config and no such file; did you mean "
+            f"mmseg:{near}?"
+        )
     config = call(whole, mmcv.Config.fromfile, str(path))
     if "model" not in config:
-        raise ModelError(f"model.name={whole}: {path} has no model")
+        raise ModelError(f"model.name={whole}: {path} does not define a model")
     said = config.get("img_norm_cfg") or {}
     mean, std = said.get("mean", IMAGENET_CHANNEL_MEAN), said.get("std", IMAGENET_CHANNEL_STD)
     if not said.get("to_rgb", True):
-        raise ModelError(f"model.name={whole}: its photos are BGR; the project's are RGB")
+        raise ModelError(
+            f"model.name={whole}: the network expects BGR images, but this project has RGB; "
+            "choose another config"
+        )
     return config.model.to_dict(), mean, std
 
 
@@ -182,8 +191,8 @@ def _initialise(whole: str, segmentor: Any) -> None:
         segmentor.init_weights()
     except Exception as error:  # A download may fail, or the file may not fit the network.
         raise ModelError(
-            f"model.name={whole}: its pretrained weights cannot be loaded ({one_line(error)}); "
-            "model.backbone_weights= (empty) begins without"
+            f"model.name={whole}: its pretrained weights cannot be loaded "
+            f"({one_line(error)}); an empty model.backbone_weights= begins without them"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -198,7 +207,7 @@ def _check_operators(whole: str, segmentor: nn.Module) -> None:
         operator = kind.__module__.startswith("mmcv.ops.") and kind.__name__ not in IN_TORCH
         if operator or kind.__name__ in OPERATOR_ON_GPU:
             raise ModelError(
-                f"model.name={whole} needs mmcv's {kind.__name__}, whose operator this mmcv-full "
-                "does not have for GPUs; CUDA_VISIBLE_DEVICES= computes on the CPU, and an "
-                "mmcv-full 1.7.2 that was built with CUDA against this torch has the operator"
+                f"model.name={whole} needs mmcv's {kind.__name__}, whose operator this "
+                "mmcv-full lacks for GPUs; set CUDA_VISIBLE_DEVICES= to compute on the "
+                "CPU, or build mmcv-full 1.7.2 with CUDA against this torch"
             )

@@ -116,7 +116,9 @@ def _total(losses: Mapping[str, Any]) -> Tensor:
 def _own_loss(head: Any) -> Loss:
     """Return the loss that a head computes itself."""
     if type(head).__name__ in ("DAHead", "EncHead"):
-        raise ModelError(f"{type(head).__name__} is supported with a plain cross entropy alone")
+        raise ModelError(
+            f"{type(head).__name__} works only with a plain cross entropy; change its loss_decode"
+        )
 
     def loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         labels = _mmseg_target(target, ignore_index)[:, None]

@@ -52,8 +52,8 @@ def named_network(
         network = libraries.call(name, build, *given)
     elif from_file and name != vouched:
         raise ModelError(
-            f"the file names a function, {name}, as its network; to have that code run, say so: "
-            f"--network {name}"
+            f"the file names its network as the function {name}; to allow that code to run, "
+            f"give --network {name}"
         )
     else:
         network = libraries.own_network(name, num_classes, arguments)

@@ -214,13 +214,14 @@ def check_times(config: Config, batches_per_epoch: int) -> None:
     length = batches(config.max_duration)
     if batches(config.schedule.warmup) >= length:
         raise ConfigError(
-            f"schedule.warmup: {config.schedule.warmup} is not less than the run's {length:.0f}ba"
+            f"schedule.warmup: {config.schedule.warmup} is not shorter than the run "
+            f"({length:.0f}ba); shorten it"
         )
     ema = config.recipe.ema
     if ema is not None and batches(ema.half_life) > length:
         log.warning(
-            "%s.ema.half_life=%s is longer than the run (%dba): evaluation scores the averaged "
-            "weights, which will hardly have moved; a tenth of the run would be %dba",
+            "%s.ema.half_life=%s is longer than the run (%dba), so the averaged weights "
+            "that evaluation scores will hardly change; use about a tenth of the run, %dba",
             config.recipe_name,
             ema.half_life,
             length,

@@ -69,8 +69,8 @@ class StopAtNonFiniteLoss(Callback):
         last = self.saver.last if self.saver else None
         raise RunError(
             f"{wrong[0]} in batch {state.timestamp.batch.value}, at a learning rate of "
-            f"{self._learning_rate:g}; the last good checkpoint is {last or 'none'}; "
-            "a lower optimizer.lr may help"
+            f"{self._learning_rate:g}; the last good checkpoint is {last or 'none'}; try a "
+            "lower optimizer.lr"
         )
 
 
@@ -282,11 +282,15 @@ def summary(trainer: Trainer) -> str:
         evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "
-        now = "none: no validation pixel has a class" if math.isnan(miou) else f"{miou:.2f} now"
+        now = (
+            "none, because no validation pixel has a class"
+            if math.isnan(miou)
+            else f"{miou:.2f} now"
+        )
         lines.append(f"mIoU: {before}{now}")
     saver = saver_of(trainer.state)
     if saver and saver.ended:
-        lines.append(f"ended early: {saver.best.metric} was no better for {saver.ended}")
+        lines.append(f"ended early: {saver.best.metric} did not improve for {saver.ended}")
     if saver and (path := saver.best_path()):
         best = saver.best
         lines.append(f"best {best.metric}: {best.value:.2f} after batch {best.batch}, {path}")

@@ -48,7 +48,8 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
     if given == "auto":
         if counts is None:
             raise ConfigError(
-                "model.class_weights: auto counts the masks of train_dataset; give numbers"
+                "model.class_weights: auto needs the masks of train_dataset, but this run "
+                "has other data; give numbers"
             )
         weights = auto_weights(counts.pixels)
         log.info("class_weights: auto, %s: %s", FORMULA, named(weights, classes))
@@ -58,7 +59,9 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
         for name in given:
             if str(name) not in names:
                 near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"model.class_weights: no class {name}; did you mean {near}?")
+                raise ConfigError(
+                    f"model.class_weights: there is no class {name}; did you mean {near}?"
+                )
         by_name = {str(name): float(weight) for name, weight in given.items()}
         return [by_name.get(name, 1.0) for name in names]
     return [float(weight) for weight in given]

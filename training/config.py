@@ -75,10 +75,12 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config {path}: {_one_line(error)}") from error
     if not isinstance(config, DictConfig):
-        raise ConfigError(f"the config {path} is not a mapping of keys to values")
+        raise ConfigError(f"{path}: the config must be a mapping of keys to values")
     for override in overrides:
         if "=" not in override.lstrip("="):
-            raise ConfigError(f"{override!r} is not an override; write key=value, as in seed=1")
+            raise ConfigError(
+                f"{override!r}: an override must have the form key=value, such as seed=1"
+            )
     _find_beside(config, os.path.dirname(path))
     pairs = [override.partition("=") for override in overrides]
     try:
@@ -130,7 +132,9 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     typed.run_name = typed.run_name or os.environ.get("RUN_NAME") or None
     if typed.save_folder and "{run_name}" in typed.save_folder:
         if not typed.run_name:
-            raise ConfigError("save_folder holds {run_name}, but run_name is empty")
+            raise ConfigError(
+                "save_folder: it contains {run_name}, but run_name is empty; give a run_name"
+            )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
     # The reference writes one checkpoint per rank; this project writes one per run.
     if typed.load_path:
@@ -158,11 +162,13 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
     if isinstance(config.data, str):
         where, config.data = config.data, read_description(config.data)
     if not isinstance(config.data, dict):
-        raise ConfigError(f"data: {config.data!r} is neither a description nor the file of one")
+        raise ConfigError(f"data: {config.data!r} must be the path of a description, or its keys")
     description = parse_description(config.data, where)
     count, given = len(description.classes), (raw.get("model") or {}).get("num_classes")
     if given not in (None, count):
-        raise ConfigError(f"model.num_classes: {given}, but {where} has {count} classes")
+        raise ConfigError(
+            f"model.num_classes: {given}, but {where} has {count} classes; leave out the key"
+        )
     config.model.num_classes = count
     if config.class_names is not None:
         rename_classes(config.class_names, count, description.classes, where)
@@ -171,8 +177,8 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
         section.path = section.path or description.root
         if not section.ignore_background or section.ignore_label is not None:
             raise ConfigError(
-                f"{name}: ignore_background and ignore_label are of ADE20K's layout; {where} says "
-                "under ignore what is ignored"
+                f"{name}: ignore_background and ignore_label apply only to ADE20K's layout; "
+                f"list the ignored labels under ignore in {where}"
             )
 
 
@@ -257,7 +263,7 @@ def _microbatch_size(config: Config) -> int | str:
     if parts == "auto":
         return "auto"
     if not isinstance(parts, int) or parts < 1:
-        raise ConfigError(f"grad_accum: {parts!r} is neither 1 or more nor auto")
+        raise ConfigError(f"grad_accum: {parts!r} must be auto or an integer of at least 1")
     per_process = config.train_dataset.batch_size // world_size()
     return max(1, -(-per_process // parts))
 
@@ -295,7 +301,7 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
             if value is None:
                 continue
             if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{name}: {value!r} is not a section of keys")
+                raise ConfigError(f"{prefix}{name}: {value!r} must be a section of keys")
             # An empty logger, as in the reference's YAML, is on with its defaults.
             if name == "loggers":
                 value = {key: {} if given is None else given for key, given in value.items()}
@@ -304,9 +310,9 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
         elif value is None and section is not Any and not _may_be_empty(section):
             raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
         elif list in _kinds(section) and not isinstance(value, (list, type(None))):
-            raise ConfigError(f"{prefix}{name}: {value!r} is not a list, as in [{value}]")
+            raise ConfigError(f"{prefix}{name}: {value!r} must be a list, such as [{value}]")
         elif dict in _kinds(section) and not isinstance(value, (dict, type(None))):
-            raise ConfigError(f"{prefix}{name}: {value!r} is not keys and values, as in {{a: 1}}")
+            raise ConfigError(f"{prefix}{name}: {value!r} must be a mapping, such as {{a: 1}}")
         result[name] = value
     return result
 

@@ -55,48 +55,26 @@ def check(config: Config, with_data: bool = True) -> None:
     Raises:
         ConfigError: A value cannot work; the message names the key and what it may be.
     """
-    if config.recipe_name is not None and config.recipe_name not in RECIPES:
-        raise ConfigError(f"recipe_name: {config.recipe_name} is none of {', '.join(RECIPES)}")
-    for name, arguments in config.loggers.items():
-        if name not in LOGGERS:
-            near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"loggers.{name}: no such logger; did you mean {near}?")
-        if not isinstance(arguments, dict):
-            raise ConfigError(f"loggers.{name}: {arguments!r} is not its arguments; {{}} is none")
-        if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
-    if config.precision not in PRECISIONS:
-        raise ConfigError(f"precision: {config.precision} is none of {', '.join(PRECISIONS)}")
-    if config.compile not in ("auto", True, False):
-        raise ConfigError(f"compile: {config.compile} is none of auto, true, false")
-    if config.model.fused_loss not in ("auto", False):
-        raise ConfigError(f"model.fused_loss: {config.model.fused_loss}; use auto or false")
+    _check_choices(config)
+    _check_loggers(config, with_data)
     if config.activation_memory_budget < 1 and config.compile is False:
-        raise ConfigError("activation_memory_budget: less than 1 needs compile: auto or true")
-    if config.class_names is not None and not os.path.isfile(config.class_names):
-        raise ConfigError(f"class_names: no file {_seen_from(config.class_names)}")
-    log_level = (config.python_log_level or "warning").lower()
-    if log_level not in ("debug", "info", "warning", "error", "critical"):
-        raise ConfigError(f"python_log_level: {log_level} is none of debug, info, warning, error")
-    if config.autoresume and not config.run_name:
-        raise ConfigError("autoresume needs run_name, by which it knows its own checkpoints")
+        raise ConfigError(
+            "activation_memory_budget: a value below 1 needs a compiled network; set compile to "
+            "auto or true"
+        )
+    _check_names(config)
     path = config.load_path if with_data else None
     if path and "://" not in path and not any(map(os.path.exists, (path, f"{path}.symlink"))):
-        raise ConfigError(f"load_path: no file or folder {_seen_from(path)}")
-    if config.run_name and (
-        config.run_name in (".", "..") or re.search(r"[/\0\n]", config.run_name)
-    ):
-        raise ConfigError(f"run_name: {config.run_name!r} is no name of a folder")
+        raise ConfigError(f"load_path: cannot find {_seen_from(path)}")
     keep = config.save_num_checkpoints_to_keep
     if keep == 0 or keep < -1:
-        raise ConfigError(
-            f"save_num_checkpoints_to_keep: {keep} is neither 1 or more nor -1, which keeps all"
-        )
+        raise ConfigError(f"save_num_checkpoints_to_keep: {keep} must be 1 or more, or -1 for all")
     _check_network(config.model)
     _check_numbers(config)
     if config.model.cross_entropy_weight + config.model.dice_weight == 0:
         raise ConfigError(
-            "model.cross_entropy_weight and model.dice_weight are both 0: no loss is left"
+            "model.cross_entropy_weight and model.dice_weight are both 0, so there is no loss; "
+            "raise one of them"
         )
     _check_class_weights(config.model.class_weights, config.model.num_classes)
     _check_times(config)
@@ -105,7 +83,7 @@ def check(config: Config, with_data: bool = True) -> None:
     _check_needs(config)
     named = config.class_names or config.data or config.model.num_classes >= 150
     if config.load_classes_by_name and not named:
-        raise ConfigError("load_classes_by_name needs class_names")
+        raise ConfigError("load_classes_by_name: the run's classes have no names; give class_names")
     if config.is_train:
         _check_same_labels(config)
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
@@ -113,6 +91,53 @@ def check(config: Config, with_data: bool = True) -> None:
         _check_dataset(getattr(config, name), name)
         if with_data:
             _check_path(getattr(config, name), name, split, config.data is not None)
+
+
+def _check_choices(config: Config) -> None:
+    """Refuse unknown values of keys that have a fixed set of values."""
+    levels = ("debug", "info", "warning", "error", "critical")
+    choices: tuple[tuple[str, Any, tuple], ...] = (
+        ("recipe_name", config.recipe_name, (None, *RECIPES)),
+        ("precision", config.precision, PRECISIONS),
+        ("compile", config.compile, ("auto", True, False)),
+        ("model.fused_loss", config.model.fused_loss, ("auto", False)),
+        ("optimizer.name", config.optimizer.name, ("sgdw", "adamw")),
+        ("schedule.name", config.schedule.name, (None, *SCHEDULES)),
+        ("python_log_level", (config.python_log_level or "warning").lower(), levels),
+    )
+    for name, value, known in choices:
+        if value not in known:
+            shown = [str(one).lower() for one in known if one is not None]
+            raise ConfigError(
+                f"{name}: {value} is unknown; use {', '.join(shown[:-1])} or {shown[-1]}"
+            )
+
+
+def _check_loggers(config: Config, with_data: bool) -> None:
+    for name, arguments in config.loggers.items():
+        if name not in LOGGERS:
+            near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"loggers.{name}: there is no such logger; did you mean {near}?")
+        if not isinstance(arguments, dict):
+            raise ConfigError(
+                f"loggers.{name}: {arguments!r} must be a mapping of arguments, or {{}} for none"
+            )
+        if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
+            raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
+
+
+def _check_names(config: Config) -> None:
+    """Check the name of the run, and the file with the names of its classes."""
+    name = config.run_name
+    if config.autoresume and not name:
+        raise ConfigError("autoresume: give a run_name, which identifies the run's checkpoints")
+    if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
+        raise ConfigError(
+            f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
+            "breaks"
+        )
+    if config.class_names is not None and not os.path.isfile(config.class_names):
+        raise ConfigError(f"class_names: cannot find {_seen_from(config.class_names)}")
 
 
 def _check_needs(config: Config) -> None:
@@ -123,10 +148,13 @@ def _check_needs(config: Config) -> None:
             continue
         value = lookup(config, other)
         if wanted is None and not value:
-            raise ConfigError(f"{name} needs {other}; give it, or leave out {name}")
+            raise ConfigError(
+                f"{name} has no effect without {other}; set {other}, or leave out {name}"
+            )
         if wanted is not None and value != wanted:
             raise ConfigError(
-                f"{name} needs {other}={str(wanted).lower()}; leave out {name}, or set that"
+                f"{name} has no effect without {other}={str(wanted).lower()}; set it, or "
+                f"leave out {name}"
             )
 
 
@@ -143,23 +171,24 @@ def check_evaluates(config: Config) -> None:
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError("model.arguments: deeplabv3 has none; its keys are beside this one")
+            raise ConfigError("model.arguments: deeplabv3 has none; set its keys below model")
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
     if not name or not (kind in LIBRARIES or is_function):
         raise ConfigError(
-            f"model.name: {model.name} is neither deeplabv3 nor one of {', '.join(LIBRARIES)} with "
-            "a colon and a name, nor a function, as in package.module:function"
+            f"model.name: {model.name} is unknown; use deeplabv3, LIBRARY:NAME with one of "
+            f"the libraries {', '.join(LIBRARIES)}, or a function such as "
+            "package.module:function"
         )
     package = LIBRARIES.get(kind)
     if package and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"model.name: {kind}: needs {package}; make install WITH={kind}")
+        raise ConfigError(f"model.name: {kind} needs {package}; run make install WITH={kind}")
     weights = model.backbone_weights or ""
     if "/" in weights:
         raise ConfigError(
-            f"model.backbone_weights: {weights} is for deeplabv3; of {model.name}, load_path with "
-            "load_weights_only=true takes what fits of a file"
+            f"model.backbone_weights: a path works only for deeplabv3; for {model.name}, "
+            f"give {weights} as load_path, with load_weights_only=true"
         )
 
 
@@ -181,36 +210,36 @@ def _check_number(number: float, name: str, bounds: str) -> None:
     to_high = number < high if bounds[-1] == ")" else number <= high
     if from_low and to_high and math.isfinite(number):
         return
-    lowest = f"more than {first}" if bounds[0] == "(" else first
+    lowest = f"{'more than' if bounds[0] == '(' else 'at least'} {first}"
+    highest = f"{'less than' if bounds[-1] == ')' else 'at most'} {last}"
     if low == -math.inf:
         wanted = "a finite number"
     elif high == math.inf:
-        wanted = f"a finite number of {lowest}{' or more' if bounds[0] == '[' else ''}"
+        wanted = f"a finite number, {lowest}"
+    elif bounds[0] == "[" and bounds[-1] == "]":
+        wanted = f"{first} to {last}"
     else:
-        wanted = f"{lowest} to {'below ' if bounds[-1] == ')' else ''}{last}"
-    raise ConfigError(f"{name}: {number} is not {wanted}")
+        wanted = f"{lowest} and {highest}"
+    raise ConfigError(f"{name}: {number} is out of range; use {wanted}")
 
 
 def _check_optimizer(config: Config) -> None:
     optimizer, schedule = config.optimizer, config.schedule
-    if optimizer.name not in ("sgdw", "adamw"):
-        raise ConfigError(f"optimizer.name: {optimizer.name} is neither sgdw nor adamw")
     if len(optimizer.betas) != 2:
-        raise ConfigError(f"optimizer.betas: {optimizer.betas} are not two numbers")
+        raise ConfigError(f"optimizer.betas: {optimizer.betas} must be two numbers")
     if optimizer.name == "adamw" and optimizer.lr > 0.01:
-        raise ConfigError(f"optimizer.lr: {optimizer.lr} is too much for adamw; 1e-4 is usual")
+        raise ConfigError(f"optimizer.lr: {optimizer.lr} is too large for adamw; 1e-4 is usual")
     if unknown := set(optimizer.no_decay) - {"norm", "bias"}:
-        raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is neither norm nor bias")
-    if schedule.name not in (None, *SCHEDULES):
-        raise ConfigError(f"schedule.name: {schedule.name} is none of {', '.join(SCHEDULES)}")
+        raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is unknown; use norm or bias")
     if schedule.final and schedule.name == "constant":
-        raise ConfigError("schedule.final: a constant schedule ends where it begins")
+        raise ConfigError("schedule.final: a constant schedule has none; leave out the key")
     if not re.fullmatch(r"(0|[1-9]\d*)(ep|ba)", schedule.warmup):
         raise ConfigError(
-            f"schedule.warmup: {schedule.warmup!r} is not a time, as in 1500ba or 2ep"
+            f"schedule.warmup: {schedule.warmup!r} is not a time; write a number and a "
+            "unit, such as 1500ba or 2ep"
         )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
-        raise ConfigError("schedule.warmup needs max_duration in epochs or batches")
+        raise ConfigError("schedule.warmup: a warm-up needs max_duration in epochs or batches")
 
 
 def _check_class_weights(given: Any, num_classes: int) -> None:
@@ -219,18 +248,21 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
     weights = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(weights, list):
         raise ConfigError(
-            f"model.class_weights: {given!r} is none of auto, a list and {{name: weight}}"
+            f"model.class_weights: {given!r} must be auto, a list, or {{name: weight}}"
         )
     for weight in weights:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 <= weight < float("inf"):
             raise ConfigError(
-                f"model.class_weights: {weight!r} is not a finite number of 0 or more"
+                f"model.class_weights: {weight!r} must be a finite number of at least 0"
             )
     if isinstance(given, list) and len(weights) != num_classes:
-        raise ConfigError(f"model.class_weights: {len(weights)} weights for {num_classes} classes")
+        raise ConfigError(
+            f"model.class_weights: {len(weights)} weights for {num_classes} classes; give one "
+            "for each class"
+        )
     if isinstance(given, list) and not sum(weights):
-        raise ConfigError("model.class_weights: all are 0: no loss is left")
+        raise ConfigError("model.class_weights: all are 0, so there is no loss; raise one of them")
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
@@ -255,7 +287,7 @@ def _check_times(config: Config) -> None:
         units = "ep|ba|sp" if name in durations else "ep|ba"
         if not re.fullmatch(rf"[1-9]\d*({units})", text):
             raise ConfigError(
-                f"{name}: {text!r} is not a time; write a number and a unit, as in 25ep or 1000ba"
+                f"{name}: {text!r} is not a time; write a number and a unit, such as 25ep or 1000ba"
             )
     ema = config.recipe.ema
     if ema is not None and ema.half_life[-2:] != ema.update_interval[-2:]:
@@ -275,7 +307,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
             )
     micro = config.device_train_microbatch_size
     if isinstance(micro, str) and micro != "auto":
-        raise ConfigError(f"device_train_microbatch_size: {micro!r} is neither a number nor auto")
+        raise ConfigError(f"device_train_microbatch_size: {micro!r} must be a number or auto")
 
 
 def _check_same_labels(config: Config) -> None:
@@ -286,8 +318,8 @@ def _check_same_labels(config: Config) -> None:
         if of_train != of_val:
             shown = [str(getattr(section, key)).lower() for section in (train, val)]
             raise ConfigError(
-                f"train_dataset.{key} is {shown[0]}, eval_dataset.{key} is {shown[1]}; a label "
-                "means the same in both, so give both the same value"
+                f"train_dataset.{key} is {shown[0]}, but eval_dataset.{key} is {shown[1]}; "
+                "give both the same value, because labels mean the same in both"
             )
 
 
@@ -301,28 +333,30 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     if dataset.min_resize_scale > dataset.max_resize_scale:
         raise ConfigError(
             f"{name}.min_resize_scale: {dataset.min_resize_scale} is above max_resize_scale "
-            f"({dataset.max_resize_scale})"
+            f"({dataset.max_resize_scale}); lower it"
         )
     largest = dataset.base_size * dataset.max_resize_scale
     if largest > MAX_RESIZED:
         raise ConfigError(
-            f"{name}: base_size times max_resize_scale is {largest:.0f} pixels, above {MAX_RESIZED}"
+            f"{name}: base_size times max_resize_scale is {largest:.0f} pixels, above the "
+            f"limit of {MAX_RESIZED}; lower one of them"
         )
     workers = dataset.num_workers
     if isinstance(workers, str) and workers != "auto":
-        raise ConfigError(f"{name}.num_workers: {workers!r} is neither a number nor auto")
+        raise ConfigError(f"{name}.num_workers: {workers!r} must be a number or auto")
     if isinstance(workers, int) and workers > (most := 16 * (os.cpu_count() or 1)):
-        raise ConfigError(f"{name}.num_workers: {workers} is more than 16 a core, {most} here")
+        raise ConfigError(f"{name}.num_workers: {workers} is too many here; use at most {most}")
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
-        raise ConfigError(f"{name}.cache_limit: {limit!r} is not bytes, as in 100gb")
+        raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; write one such as 100gb")
     # bytes of 8-bit RGB and mask
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:
         raise ConfigError(
-            f"{name}: a process's share of a batch of {dataset.batch_size} images of "
-            f"{dataset.final_size} pixels is {batch / 2**30:.1f} GB; lower batch_size or final_size"
+            f"{name}: the share of a process in a batch of {dataset.batch_size} images of "
+            f"{dataset.final_size} pixels is {batch / 2**30:.1f} GB, more than the memory "
+            "allows; lower batch_size or final_size"
         )
 
 
@@ -335,18 +369,20 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
         if not dataset.local:
             raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
     elif not os.path.isdir(dataset.path):
-        raise ConfigError(f"{name}.path: no folder {_seen_from(dataset.path)}")
+        raise ConfigError(f"{name}.path: cannot find the folder {_seen_from(dataset.path)}")
     elif not dataset.is_streaming and not described:
         images = f"images/{FOLDERS[split]}"
         if not (find_root(dataset.path) / images).is_dir():
-            raise ConfigError(f"{name}.path: {dataset.path} holds no {ADE20K}/{images}")
+            raise ConfigError(
+                f"{name}.path: {dataset.path} does not contain {ADE20K}/{images}; check the path"
+            )
 
 
 def _seen_from(path: str) -> str:
     """Describe a path that does not exist, with the folders that it is relative to."""
     if os.path.isabs(path):
-        return path
-    return f"{path}, seen from {os.getcwd()} or from the YAML's folder"
+        return f"{path}; check the path"
+    return f"{path}, relative to {os.getcwd()} or to the YAML's folder; check the path"
 
 
 def per_process(dataset: DatasetConfig) -> int:

@@ -50,7 +50,9 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     """
     full = full_shared_memory(error)
     if full:
-        return RunError(f"{full}, or train_dataset.num_workers=0 and eval_dataset.num_workers=0")
+        return RunError(
+            f"{full}, or set train_dataset.num_workers=0 and eval_dataset.num_workers=0"
+        )
     if isinstance(error, OSError):
         return None
     text = one_line(error)
@@ -90,7 +92,7 @@ def full_shared_memory(error: Exception) -> str | None:
     if not is_full:
         return None
     shown = f"{size >> 10} KB" if size < 2**20 else f"{size >> 20} MB"
-    return f"{SHARED_MEMORY} is full ({shown}): docker run --shm-size 16g"
+    return f"{SHARED_MEMORY} is full ({shown}); use docker run --shm-size 16g"
 
 
 class LoaderContext(ForkContext):

@@ -57,7 +57,9 @@ class FreezeBackbone(UnusedWeights):
         """Freeze the backbone, or unfreeze it."""
         backbone = backbone_of(cast(nn.Module, without_ddp(state).module))
         if backbone is None:
-            raise ConfigError("model.freeze_backbone: no part of this network is known as backbone")
+            raise ConfigError(
+                "model.freeze_backbone: this network has no known backbone; leave out the key"
+            )
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration

@@ -56,7 +56,7 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
     ours, theirs = class_infos(config), start.weights.classes
     if config.load_classes_by_name and not are_named(theirs):
         raise ConfigError(
-            f"load_classes_by_name: {start.where} does not name its classes; leave the key out"
+            f"load_classes_by_name: {start.where} does not name its classes; leave out the key"
         )
     if theirs is not None and len(theirs) != len(ours):
         return config.load_classes_by_name, []
@@ -70,7 +70,11 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name
-        hint = "" if by_name else "; load_classes_by_name=true takes over those of the same name"
+        hint = (
+            ""
+            if by_name
+            else "; with load_classes_by_name=true, classes of the same name keep their weights"
+        )
         log.warning("load_path: %s%s", error, hint)
     return by_name, _class_tensors(config, network)
 
@@ -89,7 +93,8 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     names = [name for name in own if own[name].shape != larger[name].shape]
     if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
         raise ClassError(
-            f"load_path: its classes are in another order, and {config.model.name} has no layer "
-            "with a row a class; list class_names in the order of the checkpoint"
+            f"load_path: its classes are in another order, and {config.model.name} has no "
+            "layer with a row for each class; list class_names in the order of the "
+            "checkpoint"
         )
     return names

@@ -53,7 +53,7 @@ class FileLogger(loggers.FileLogger):
     def __init__(self, overwrite: bool = False, **arguments: Any) -> None:
         every = arguments.get("flush_interval", 1)
         if not isinstance(every, int) or every < 1:
-            raise ValueError(f"flush_interval: {every!r} is not 1 or more batches")
+            raise ValueError(f"flush_interval: {every!r} must be an integer of at least 1")
         super().__init__(**arguments)
         self.mode: Literal["w+", "a+"] = "w+" if overwrite else "a+"
 
@@ -122,7 +122,9 @@ class MLFlowLogger(loggers.MLFlowLogger):
             return
         resumed = self._parameters_of(self._to_resume)
         if resumed is None:
-            log.warning("loggers.mlflow: run %s is gone; a new one begins", self._to_resume)
+            log.warning(
+                "loggers.mlflow: run %s no longer exists, so a new one begins", self._to_resume
+            )
             super().init(state, logger)
             return
         self._resumed = resumed
@@ -149,7 +151,11 @@ class MLFlowLogger(loggers.MLFlowLogger):
         """Log the config. MLflow cannot change a parameter, so the first value stays."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
-            log.warning("loggers.mlflow keeps the first value of %s", ", ".join(kept))
+            log.warning(
+                "loggers.mlflow: MLflow cannot change parameters, so it keeps the first value "
+                "of %s",
+                ", ".join(kept),
+            )
         super().log_hyperparameters({k: v for k, v in hyperparameters.items() if k not in kept})
 
 
@@ -269,7 +275,7 @@ def explained(name: str) -> Iterator[None]:
         raise ConfigError(f"loggers.{name}: {_reason(error)}; check its arguments") from error
     except ImportError as error:
         raise ConfigError(
-            f"loggers.{name}: its packages do not fit together ({_reason(error)}); "
+            f"loggers.{name}: its packages do not work together ({_reason(error)}); run "
             f"make install WITH={name}"
         ) from error
     except Exception as error:  # The client of a service raises errors of its own.

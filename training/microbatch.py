@@ -190,7 +190,7 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
         return "more than 1 value per channel" not in str(error)
     # If the trial without data fails, training itself will show whether one image works.
     except Exception as error:
-        log.info("not known whether one image can be trained on alone: %s", one_line(error))
+        log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True
 
 
@@ -240,8 +240,8 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
         key, value = "device_train_microbatch_size", str(chosen)
         use = str(micro) if micro else "another train_dataset.batch_size"
     raise ConfigError(
-        f"{key}: {value} leaves one image alone in a process's batch, and {config.model.name} "
-        f"cannot train on one image; use {use}"
+        f"{key}: {value} leaves a process with one image in a micro-batch, and "
+        f"{config.model.name} cannot train on a single image; use {use}"
     )
 
 
@@ -251,7 +251,7 @@ def _told_of_failure() -> Iterator[None]:
         yield
     except Exception as error:  # A user's network may raise anything.
         raise ModelError(
-            f"model.name: cannot be counted without data: {one_line(error)}"
+            f"model.name: the network cannot run without data: {one_line(error)}"
         ) from error
 
 

@@ -31,15 +31,13 @@ def check_kernels() -> None:
         if _runs(capability, built):
             continue
         older = all(capability < _capability(name) for name in built)
+        remedy = "torch 2.15.0 or newer, built for CUDA 13: make install"
+        if older:
+            remedy = "torch 2.7.0, which supports 5.0 and later: make install TORCH=2.7.0"
         raise ConfigError(
             f"{torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}, for which torch {torch.__version__} has no kernels "
-            f"(it has {', '.join(built)}); install "
-            + (
-                "torch 2.7.0, which has them from 5.0 on: make install TORCH=2.7.0"
-                if older
-                else "torch 2.15.0 or newer, built for CUDA 13: make install"
-            )
+            f"{capability[0]}.{capability[1]}, but torch {torch.__version__} has no kernels for it "
+            f"(only {', '.join(built)}); install {remedy}"
         )
 
 
@@ -164,11 +162,14 @@ def check_build_tools(config: Config) -> str | None:
 
     missing = missing_build_tools(gpu)
     if missing and config.compile is True:
-        raise ConfigError(f"compile: true needs {missing}; or set compile=false")
+        raise ConfigError(f"compile: true needs {missing}; install that, or set compile=false")
     if missing and gpu:
-        kernels = "its loss in PyTorch instead of Triton"
-        what = f"uncompiled, and with {kernels}" if config.compile == "auto" else f"with {kernels}"
-        return f"compile: {_yaml(config.compile)} runs {what}, because this machine lacks {missing}"
+        kernels = "computes its loss in PyTorch instead of Triton"
+        what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels
+        return (
+            f"compile: {_yaml(config.compile)}: this run {what}, because this machine lacks "
+            f"{missing}"
+        )
     return None
 
 

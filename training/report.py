@@ -86,7 +86,7 @@ class Report(Callback):
             alt = "Loss, learning rate and mIoU over the batches"
             parts["curves"] = _image("Curves", curves, "png", alt)
         if sheet is not None:
-            alt = "Validation photos, their masks, the predictions, and where they differ"
+            alt = "Validation images, their masks, the predictions, and where they differ"
             parts["pictures"] = _image("Newest pictures", _jpeg(sheet), "jpeg", alt)
         page = PAGE.substitute(parts)
         self.latest = save_to_run(page.encode(), self.folder, "report.html", state)
@@ -106,7 +106,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
     seconds = time.total_wct.total_seconds()
     if seconds:
         facts["Training time"] = str(datetime.timedelta(seconds=round(seconds)))
-        facts["Images a second"] = f"{time.sample.value / seconds:.1f}, loading included"
+        facts["Images per second"] = f"{time.sample.value / seconds:.1f}, including loading"
     facts["Machine"] = devices(dist.get_world_size())
     facts["Software"] = (
         f"Python {platform.python_version()}, torch {torch.__version__}, "

@@ -59,7 +59,7 @@ class ModelConfig:
     freeze_backbone: str | None = key(
         APPLIED, None, "freeze the backbone for this long, for example 2ep"
     )
-    sync_bn: bool = key(APPLIED, True, "share BatchNorm statistics between the processes of a node")
+    sync_bn: bool = key(APPLIED, True, "share BatchNorm statistics between the ranks of a node")
     use_plus: bool = key(COMPARED, True, "true: DeepLabV3+; false: DeepLabV3")
     cross_entropy_weight: float = key(
         APPLIED, 0.375, "weight of the cross entropy in the loss", "[0, inf)"
@@ -85,7 +85,8 @@ class DatasetConfig:
     path: str | None = key(
         APPLIED,
         None,
-        "folder that holds ADEChallengeData2016 or described data, or folder or URL of the shards",
+        "folder that holds ADEChallengeData2016, root of described data, or folder or URL "
+        "of shards",
     )
     local: str | None = key(FREE, None, "shards: local folder for the cache")
     base_size: int = key(
@@ -182,7 +183,7 @@ class ScheduleConfig:
     """The learning rate over time, relative to `optimizer.lr`."""
 
     name: str | None = key(
-        APPLIED, None, "cosine, poly, constant or linear; empty: the one of the recipe"
+        APPLIED, None, "cosine, poly, constant or linear; empty: the recipe's schedule"
     )
     warmup: str = key(APPLIED, "0ba", "time of the linear warm-up from 0 to optimizer.lr")
     final: float = key(
@@ -214,7 +215,7 @@ class Config:
     device_train_microbatch_size: int | str | None = key(
         APPLIED,
         "auto",
-        "images that a GPU computes at once; auto: as many as fit; empty: its whole share",
+        "images that a GPU computes at once; auto: as many as fit; empty: its share of the batch",
         "[1, inf)",
     )
     grad_accum: int | str | None = key(
@@ -222,7 +223,7 @@ class Config:
     )
     precision: str = key(APPLIED, "auto", "auto, fp32, amp_bf16 or amp_fp16")
     compile: bool | str = key(
-        FREE, "auto", "compile the network with torch.compile; auto: on a GPU"
+        FREE, "auto", "compile the network with torch.compile; auto: only on a GPU"
     )
     activation_memory_budget: float = key(
         FREE,
@@ -285,7 +286,7 @@ class Config:
         FREE, False, "load only the weights of load_path, and start at batch 0"
     )
     load_least: float = key(
-        FREE, 0.5, "weights only: smallest share of the tensors that has to fit", "[0, 1]"
+        FREE, 0.5, "weights only: minimum share of the tensors that must fit", "[0, 1]"
     )
     load_classes_by_name: bool = key(
         FREE, False, "weights only: keep the weights of classes that have the same name"

@@ -57,7 +57,7 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
     if not config.save_folder:
         if dist.get_global_rank() == 0:
             log.warning(
-                "save_folder is empty: this run keeps no checkpoint, so nothing can resume it"
+                "save_folder is empty: this run saves no checkpoint, so it cannot be resumed"
             )
         return None
     from checkpointing.best import Best
@@ -107,7 +107,7 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         )
     if start is None and not config.is_train and config.autoresume:
         raise ConfigError(
-            f"save_folder: {config.save_folder} holds no checkpoint to evaluate; give load_path"
+            f"save_folder: {config.save_folder} contains no checkpoint to evaluate; give load_path"
         )
     state_path = start.state_path if start and config.is_train else None
     if start and (state_path or not config.is_train):

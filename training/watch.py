@@ -59,7 +59,10 @@ def join() -> Watch | None:
     except (RuntimeError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = one_line(error)[:160]
-        raise Lost(f"the {ranks} processes did not come together at {where} ({reason})") from None
+        raise Lost(
+            f"the {ranks} processes of the run did not connect at {where} ({reason}); check "
+            "that all have started"
+        ) from None
     return watch
 
 
@@ -205,7 +208,7 @@ def _last_words(peer: socket.socket, name: str) -> Lost | None:
             f"({error.strerror})"
         )
     if not said:
-        return Lost(f"{name} ended without a word: it was killed, or its machine went down")
+        return Lost(f"{name} ended without a message: it was killed, or its machine went down")
     if said[0] == 0:
         return None
     text = said[1:].decode() or f"{name} ended with status {said[0]}; its output says why"

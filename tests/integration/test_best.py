@@ -72,14 +72,14 @@ def test_a_run_ends_when_it_gets_no_better(
     keys: dict[str, Any] = {"max_duration": "3ep", "stop_after": "2ba", "save_best": False}
     trainer = main(saving(tiny, tmp_path, **keys))
     assert trainer.state.timestamp.batch == 4
-    assert "ended early: MIoU was no better for 2ba" in summary(trainer)
+    assert "ended early: MIoU did not improve for 2ba" in summary(trainer)
     assert files(tmp_path) == {"ep0-ba4-rank0.pt": 4, "latest-rank0.pt": 4}
     assert record(tmp_path / "latest-rank0.pt")["ended"] == "2ba"
     # It is complete, unless more patience is asked for.
     scores([19])
     trainer = main(saving(tiny, tmp_path, **keys))
     assert trainer.state.timestamp.batch == 4
-    assert "nothing is left to train: stop_after=2ba is reached" in caplog.text
+    assert "nothing is left to train: the run did not improve for stop_after=2ba" in caplog.text
     scores([19, 21, 20, 19, 18, 17])
     trainer = main(saving(tiny, tmp_path, **keys | {"stop_after": "1ep"}))
     assert trainer.state.timestamp.batch == 10  # an epoch has four
@@ -120,7 +120,9 @@ def test_a_metric_that_is_not_there_is_named(
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"class{number}" for number in range(11)) + "\npole\n")
     tiny |= {"class_names": str(names), "best_metric": metric}
-    with pytest.raises(ConfigError, match=f"best_metric: there is no {metric}; did you mean "):
+    with pytest.raises(
+        ConfigError, match=f"best_metric: there is no metric {metric}; did you mean "
+    ):
         main(saving(tiny, tmp_path / "saved"))
 
 
@@ -140,6 +142,6 @@ def test_an_evaluation_without_a_score_does_not_count(
     trainer = main(saving(tiny, tmp_path, **keys))
     assert trainer.state.timestamp.batch == last
     if all(math.isnan(value) for value in values):
-        assert "mIoU: none: no validation pixel has a class" in summary(trainer)
+        assert "mIoU: none, because no validation pixel has a class" in summary(trainer)
         assert "mIoU</dt><dd>-<" in (tmp_path / "report.html").read_text()
         assert not (tmp_path / "best-rank0.pt").exists()

@@ -71,7 +71,7 @@ def test_nothing_is_pushed_without_a_repository(
 ) -> None:
     options = ["--to", "hub", "--out", str(tmp_path), "--photo", str(photo), "--size", "48"]
     assert export.main([str(weights), *options]) == 0
-    assert "not pushed; --repo user/name names where to" in capsys.readouterr().out
+    assert "not pushed; use --repo user/name to push" in capsys.readouterr().out
     assert not the_hub.requests
 
 
@@ -160,7 +160,7 @@ def test_scores_of_another_are_refused(
     capsys.readouterr()
     for change, reason in (
         ({"weights": "training"}, "scores of training weights, but these are ema weights"),
-        ({"checkpoint": str(photo)}, f"of {photo}, and not of {weights}"),
+        ({"checkpoint": str(photo)}, f"is for {photo}; give scores for {weights}"),
         ({"classes": rows[1:]}, "scores of other classes"),
         ({"classes": 3}, "expected the output of evaluate.py --json"),
     ):
@@ -175,7 +175,7 @@ def test_without_a_validation_set_the_card_says_so(
     copy = tmp_path / "alone.safetensors"
     save_weights(copy, found.state, {"eval_dataset": {"final_size": 32}}, found.classes, "ema")
     assert export.main([str(copy), "--card", "--photo", str(photo)]) == 0
-    assert "--scores takes what evaluate.py --json writes" in capsys.readouterr().err
+    assert "give --scores FILE, written by evaluate.py --json FILE" in capsys.readouterr().err
     card = (tmp_path / CARD).read_text()
     assert "## Accuracy\n\nNot measured." in card and "model-index" not in card
 

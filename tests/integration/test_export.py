@@ -169,7 +169,7 @@ def test_a_file_that_differs_is_refused(
     monkeypatch.setattr(export, "export", lambda m, kind, path, c: path.touch() or wrong)
     options = ["--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--photo", photo, "--size", "48"]
     assert main([random_weights(), *options]) == 1
-    assert "NOT as in PyTorch" in capsys.readouterr().out
+    assert "does NOT match PyTorch" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -46,5 +46,7 @@ def test_without_a_backbone_it_is_refused(tiny: dict[str, Any], tmp_path: Path) 
     tiny["model"] |= {"name": "flat_network:build", "freeze_backbone": "1ep"}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        with pytest.raises(ConfigError, match=r"model\.freeze_backbone: no part of this network"):
+        with pytest.raises(
+            ConfigError, match=r"model\.freeze_backbone: this network has no known backbone"
+        ):
             main.main(tiny)

@@ -233,7 +233,7 @@ WHEELS = {
 @pytest.mark.parametrize(
     ("wheel", "capability", "advice"),
     [
-        ("2.7.0", (10, 0), r"capability 10\.0, for which torch 2\.7\.0 has no kernels .*CUDA 13"),
+        ("2.7.0", (10, 0), r"capability 10\.0, but torch 2\.7\.0 has no kernels .*CUDA 13"),
         ("2.7.0", (12, 0), "torch 2.15.0 or newer"),
         ("2.15.0", (7, 0), r"capability 7\.0, .*make install TORCH=2\.7\.0"),
         ("2.15.0", (6, 1), "TORCH=2.7.0"),

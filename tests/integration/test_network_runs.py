@@ -142,7 +142,7 @@ def test_a_checkpoint_of_mmsegmentation_goes_into_its_network(tmp_path: Path) ->
     classes = load_classes(["road", "house"], 2)
     before = network.network.decode_head.conv_seg.weight[1].clone()
     line = load_fitting(network, weights, "zoo.pth", 0.5, classes, 2)
-    taken = "3 -> 2 classes, 1 taken over by name, the others left new"
+    taken = "3 -> 2 classes, 1 loaded by name, the others newly initialised"
     heads = ("decode_head", "auxiliary_head.0", "auxiliary_head.1")
     assert line == "zoo.pth: " + "; ".join(f"{head}.conv_seg: {taken}" for head in heads)
     own, theirs = network.network.state_dict(), zoo.network.state_dict()
@@ -180,7 +180,11 @@ def test_torchvisions_weights_and_prefixes(tmp_path: Path) -> None:
         torch.save(state, tmp_path / "weights.pth")
         line = load_fitting(other, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 2)
         layers = ("classifier.low_classifier", "classifier.high_classifier")
-        assert line == "f: " + "; ".join(f"{layer}: 3 -> 2 classes, left new" for layer in layers)
+        assert line == "f: " + "; ".join(
+            f"{layer}: 3 -> 2 classes, newly initialised" for layer in layers
+        )
     smp = named_network("smp:Unet", 3, {"encoder_name": "resnet18"})
-    with pytest.raises(WeightsError, match=r"f: \d+ of the network's \d+ tensors fit, less than"):
+    with pytest.raises(
+        WeightsError, match=r"f: only \d+ of the network's \d+ tensors fit, less than"
+    ):
         load_fitting(smp, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 3)

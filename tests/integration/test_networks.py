@@ -191,7 +191,9 @@ def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> Non
     }
     path = tmp_path / "own.safetensors"
     save_weights(path, network.network.state_dict(), config)
-    with pytest.raises(ModelError, match=r"names a function, .* --network own_networks:build"):
+    with pytest.raises(
+        ModelError, match=r"as the function own_networks:build; .* --network own_networks:build"
+    ):
         predict.Segmenter(path)
     with pytest.raises(WeightsError, match="its network is own_networks:build, not smp:Unet"):
         predict.Segmenter(path, network="smp:Unet")
@@ -212,7 +214,7 @@ def test_a_network_of_one_size_says_so_and_takes_windows(
     assert predict.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.endswith(
-        "error: own_networks:fixed fails on photos of 96 x 64 pixels: not 64 pixels; "
-        "--slide --size N sends it squares of N\n"
+        "error: own_networks:fixed fails on images of 96 x 64 pixels: not 64 pixels; "
+        "with --slide --size N, it gets squares of N pixels\n"
     )
     assert predict.main([*arguments, "--slide"]) == 0

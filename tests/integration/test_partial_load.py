@@ -26,13 +26,15 @@ def test_what_fits_is_loaded_and_the_rest_named():
         n for n, t in before.items() if n not in weights.state or t.shape != weights.state[n].shape
     ]
     assert line == (
-        "file.pt: classifier.conv_seg: 12 -> 7 classes, left new; "
-        f"{len(left) - 2} tensors left new, first {left[0]}"
+        "file.pt: classifier.conv_seg: 12 -> 7 classes, newly initialised; "
+        f"{len(left) - 2} tensors newly initialised, first {left[0]}"
     )
     assert 100 < len(left) < len(before) / 2
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name] if name in left else weights.state[name])
-    with pytest.raises(WeightsError, match=r"^file.pt: \d+ of the network's \d+ .*load_least=0.9"):
+    with pytest.raises(
+        WeightsError, match=r"^file.pt: only \d+ of the network's \d+ .*load_least=0.9"
+    ):
         load_fitting(network, weights, "file.pt", least=0.9)
 
 
@@ -44,15 +46,15 @@ def test_what_fits_is_loaded_and_the_rest_named():
         ),
         pytest.param(
             [*CLASSES[:0:-1], "new"],
-            "classes of other names, 11 taken over by name, the others left new",
+            "classes with other names, 11 loaded by name, the others newly initialised",
             id="one other name",
         ),
         pytest.param(
             [f"kind {letter}" for letter in "abcdefghijkl"],
-            "classes of other names, none has the same name, all left new",
+            "classes with other names, none with the same name, all newly initialised",
             id="all other names",
         ),
-        pytest.param(None, "classes of other names, left new", id="not to be matched"),
+        pytest.param(None, "classes with other names, newly initialised", id="not to be matched"),
     ],
 )
 def test_as_many_classes_that_are_not_the_same(names: list[str] | None, note: str):

@@ -164,6 +164,6 @@ def test_photo_longer_than_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([random_weights(), *arguments]) == 1
     output = capsys.readouterr()
     assert "long.png: its overlay would have 65" in output.err
-    assert "1 of 2 photos segmented" in output.out and "1 without overlay" in output.out
+    assert "1 of 2 images segmented" in output.out and "1 without overlay" in output.out
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["long.png", "short.jpg", "short.png"]

@@ -192,7 +192,7 @@ def test_other_spellings_of_the_references_yamls(synthetic: str, tmp_path: Path)
     assert config.model.backbone_weights is None
     config = resolve(OmegaConf.merge(reference, {"grad_accum": 3}))
     assert config.device_train_microbatch_size == 43  # of 128
-    with pytest.raises(ConfigError, match="grad_accum: 0 is neither 1 or more nor auto"):
+    with pytest.raises(ConfigError, match="grad_accum: 0 must be auto or an integer of at least 1"):
         resolve(OmegaConf.merge(reference, {"grad_accum": 0}))
 
 

@@ -26,7 +26,7 @@ def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
     miou = trainer.state.eval_metric_values["MIoU"]
     assert facts["mIoU"].startswith(f"{miou:.2f}%; best ")
     assert facts["Progress"].startswith(f"batch {trainer.state.timestamp.batch.value}, ")
-    assert facts["Images a second"].endswith("loading included")
+    assert facts["Images per second"].endswith("including loading")
     # The curves and the newest picture, whole and inside.
     drawn = [Image.open(io.BytesIO(report.curves.drawn or b"")).size]
     assert report.pictures is not None and report.pictures.sheet is not None

@@ -59,7 +59,7 @@ def test_a_planted_checkpoint_does_not_run(tiny: dict[str, Any], tmp_path: Path,
     tiny |= {"load_weights_only": by == "load_weights_only", "is_train": by != "evaluation"}
     if by != "autoresume":
         tiny |= {"load_path": str(path), "save_overwrite": True}
-    with pytest.raises(WeightsError, match=r"it holds posix.mkdir, .* could run code") as caught:
+    with pytest.raises(WeightsError, match=r"it contains posix.mkdir, .* could run code") as caught:
         main(tiny)
     assert "\n" not in str(caught.value)
     assert not mark.exists()
@@ -102,7 +102,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(
     tiny |= {"save_folder": str(tmp_path), "autoresume": True, "max_duration": "3ba"}
     trainer = main({**tiny, "save_interval": "1ba", "save_num_checkpoints_to_keep": 2})
     assert trainer.state.timestamp.batch == 3
-    assert f"cannot go on from {damaged}: File is not a zip file" in caplog.text
+    assert f"cannot resume from {damaged}: File is not a zip file" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("ep*")) == [
         tiny_checkpoint.name,
         damaged.name,
@@ -146,7 +146,7 @@ def test_another_runs_checkpoints_are_not_replaced_by_accident(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     save_whole(tmp_path, 100)
-    with pytest.raises(ConfigError, match=r"holds ep0-ba100-rank0.pt of another run"):
+    with pytest.raises(ConfigError, match=r"contains ep0-ba100-rank0.pt of another run"):
         main({**tiny, "save_folder": str(tmp_path)})
     tiny |= {"save_overwrite": True, "max_duration": "1ba", "save_interval": "1ba"}
     main({**tiny, "save_folder": str(tmp_path)})
@@ -163,7 +163,9 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(
                     state.model.module.backbone.conv1.weight[0, 0, 0, 0] = float("nan")
 
     tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba"}
-    with pytest.raises(RunError, match=r"ep0-ba2-rank0.pt is not saved: weights are not finite"):
+    with pytest.raises(
+        RunError, match=r"ep0-ba2-rank0.pt is not saved, because its weights are not finite"
+    ):
         main(tiny, callbacks=[Poison()])
     assert [path.name for path in tmp_path.glob("ep*")] == ["ep0-ba1-rank0.pt"]
 
@@ -176,25 +178,25 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        pytest.param({}, "holds ep0-ba2-rank0.pt of another run", id="a new run"),
+        pytest.param({}, "contains ep0-ba2-rank0.pt of another run", id="a new run"),
         pytest.param(
             {"load_path": "{first}/ep0-ba2-rank0.pt", "run_name": "b"},
-            "holds ep0-ba2-rank0.pt of another run",
+            "contains ep0-ba2-rank0.pt of another run",
             id="a run from elsewhere, whose batches are later",
         ),
         pytest.param(
             {"load_path": "{other}/ep0-ba2-rank0.pt", "run_name": "b"},
-            "holds ep0-ba2-rank0.pt of another run",
+            "contains ep0-ba2-rank0.pt of another run",
             id="another run from the checkpoint that lies there",
         ),
         pytest.param(
             {"load_path": "{other}/latest-rank0.pt", "load_weights_only": True},
-            "holds ep0-ba2-rank0.pt of another run",
+            "contains ep0-ba2-rank0.pt of another run",
             id="a new run from the weights that lie there",
         ),
         pytest.param(
             {"autoresume": True, "run_name": "b"},
-            "belongs to run tiny, not to b; give another save_folder, or run_name=tiny",
+            "belongs to run tiny, not to b; use another save_folder, or run_name=tiny",
             id="autoresume by another name",
         ),
     ],
@@ -276,7 +278,7 @@ def test_a_file_system_that_cannot_rename_is_refused_first(
 def test_a_run_without_save_folder_says_that_nothing_is_kept(
     tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    line = "save_folder is empty: this run keeps no checkpoint, so nothing can resume it"
+    line = "save_folder is empty: this run saves no checkpoint, so it cannot be resumed"
     main({**tiny, "max_duration": "1ba", "eval_interval": "9ep"})
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     caplog.clear()

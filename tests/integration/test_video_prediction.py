@@ -56,7 +56,7 @@ def test_what_is_no_video_is_skipped_with_a_line(
     output = capsys.readouterr()
     for name, line in said.items():
         assert f"skipped {tmp_path}/{name}.mp4: {line}\n" in output.err
-    assert "1 of 7 photos and videos segmented" in output.out and "6 skipped" in output.out
+    assert "1 of 7 images and videos segmented" in output.out and "6 skipped" in output.out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.mp4"]
 
 
@@ -74,7 +74,7 @@ def test_a_video_that_breaks_off_is_written_up_to_there(
     assert main([random_weights(), f"{tmp_path}/clip.mp4", "--out", f"{tmp_path}/out"]) == 1
     output = capsys.readouterr()
     assert f"{tmp_path}/clip.mp4: the video breaks off after 2 frames" in output.err
-    assert "0 of 1 photos and videos segmented" in output.out and "1 cut short" in output.out
+    assert "0 of 1 images and videos segmented" in output.out and "1 cut short" in output.out
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
 
 
@@ -90,7 +90,7 @@ def test_a_camera_until_it_ends_or_is_stopped(
         assert len(opencv_frames(tmp_path / "camera.mp4")) == indices > 1
         with pytest.raises(SystemExit):
             main([*arguments[:2], address])
-        assert "a camera is segmented alone" in capsys.readouterr().err
+        assert "a camera cannot be combined with other inputs" in capsys.readouterr().err
 
         seen: list[int] = []
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_done_is_one_line(
     assert f"error: cannot write {tmp_path}/taken/clip.mp4: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--every", "0"])
-    assert "--every: 0 is not 1 or more" in capsys.readouterr().err
+    assert "--every: 0 must be at least 1" in capsys.readouterr().err
 
     def no_codec(*_: object, **__: object) -> None:
         raise UnknownCodecError("libx264")

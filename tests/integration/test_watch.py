@@ -60,7 +60,7 @@ def test_processes_that_do_not_come_together_are_one_line(
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(watch, "TOGETHER", 1.0)
     with pytest.raises(
-        Lost, match=rf"2 processes did not come together at 127\.0\.0\.1:{port} \("
+        Lost, match=rf"2 processes of the run did not connect at 127\.0\.0\.1:{port} \("
     ) as caught:
         join()
     assert caught.value.status == 75

@@ -36,7 +36,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         main(tiny, callbacks=[Break()])
     assert str(caught.value) == (
         f"loss/train/total is {value} in batch 3, at a learning rate of 0.01; the last good "
-        f"checkpoint is {tmp_path}/ep0-ba2-rank0.pt; a lower optimizer.lr may help"
+        f"checkpoint is {tmp_path}/ep0-ba2-rank0.pt; try a lower optimizer.lr"
     )
     assert newest_checkpoint(str(tmp_path), "")[0] == f"{tmp_path}/ep0-ba2-rank0.pt"
 

@@ -199,8 +199,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     batch = name.partition("ba")[2]
     assert Path(f"{log}.0.out").read_text().splitlines()[-2:] == [
         f"{number.name}: saving a checkpoint after this batch",
-        f"stopped after batch {batch} as told; {tmp_path}/{name}-rank0.pt; "
-        "the same command goes on from there",
+        f"stopped after batch {batch} as requested; checkpoint: {tmp_path}/{name}-rank0.pt; "
+        "to resume, give the same command",
     ]
     assert (6, "metrics/eval/MIoU") not in read_log(log)
     assert run(config, log) == 0
@@ -224,6 +224,6 @@ def test_a_complete_run_is_evaluated_when_started_again(
     assert run({**config, "save_folder": reference, "python_log_level": "warning"}, log) == 0
     assert Path(reference, "ep2-ba12-rank0.pt").read_bytes() == before
     output = Path(f"{log}.0.out").read_text()
-    assert "nothing is left to train: max_duration=2ep is reached" in output
+    assert "nothing is left to train: the run has reached max_duration=2ep" in output
     found, expected = read_log(log), read_log(f"{reference}/log")
     assert found == {key: value for key, value in expected.items() if key[0] == 12}

@@ -94,4 +94,4 @@ def test_the_others_end_when_one_process_is_killed(
     assert status == [75, -signal.SIGKILL]
     assert time.monotonic() - start < 60
     last = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
-    assert last.startswith("error: process 1 at 127.0.0.1 ended without a word: it was killed")
+    assert last.startswith("error: process 1 at 127.0.0.1 ended without a message: it was killed")

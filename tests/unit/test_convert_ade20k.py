@@ -126,7 +126,7 @@ def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
     monkeypatch.setattr("dataset.workers.tqdm.update", interrupt)
     arguments = ["--path", str(path), "--out", str(out), "--size-limit", "10kb", "--workers", "1"]
     assert main(arguments) == 130
-    assert "run again" in capsys.readouterr().err
+    assert "run the command again" in capsys.readouterr().err
     monkeypatch.undo()
     done = {file: file.stat().st_mtime_ns for file in (out / "train").glob("*.mds")}
     assert done and not (out / "train/index.json").exists()
@@ -156,9 +156,9 @@ def test_one_line_for_bad_files_and_options(path, out, capsys):
         assert message.startswith("error: ") and message.count("\n") == 1
         return message
 
-    assert "compression 'rar' is none" in error("--compression", "rar")
-    assert "hash 'crc' is none" in error("--hashes", "crc")
-    assert "size limit 'much' is no number" in error("--size-limit", "much")
+    assert "compression: Streaming does not know 'rar'" in error("--compression", "rar")
+    assert "hash: Streaming does not know 'crc'" in error("--hashes", "crc")
+    assert "size limit: 'much' is not a number" in error("--size-limit", "much")
     assert "folder is missing" in error("--path", str(path / "none"))
     mask = Path(list_samples(str(path), "val")[2].mask_path)
     Image.fromarray(np.ones((4, 4), np.uint8)).save(mask)
@@ -196,5 +196,5 @@ def test_the_description_is_not_overwritten(tmp_path, capsys):
             cv2.imwrite(f"{tmp_path}/{folder}/{number}.{suffix}", np.ones((32, 32), np.uint8))
     before = file.read_bytes()
     assert main(["--path", str(file), "--out", str(tmp_path)]) == 1
-    assert f"{file} would be overwritten" in capsys.readouterr().err
+    assert f"{file} would be overwritten, but it is an input" in capsys.readouterr().err
     assert file.read_bytes() == before

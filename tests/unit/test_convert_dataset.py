@@ -104,7 +104,7 @@ def test_what_cannot_be_converted(
 
     coco = write_coco(tmp_path / "instances.json")
     refused(tmp_path / "none.json", "No such file")
-    refused(coco, "--images: there is no folder", "--images", tmp_path / "none")
+    refused(coco, "--images: cannot find the folder", "--images", tmp_path / "none")
     (tmp_path / "other.json").write_text('{"a": 1}')
     refused(tmp_path / "other.json", "unknown format: 'categories' is missing")
     (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
@@ -135,7 +135,7 @@ def test_what_cannot_be_converted(
     assert not (tmp_path / "out").exists()  # a failed conversion leaves nothing
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
-    refused(coco, "out is there already: delete it, or use another --out")
+    refused(coco, "out already exists; delete it, or use another --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and 1.jpg"), ("categories", "road and car")):
         found = json.loads(coco.read_text())  # as files that were put together without new ids

@@ -39,7 +39,7 @@ def test_options_reach_the_dataloader(folder: str) -> None:
     assert (loader.num_workers, loader.prefetch_factor) == (1, 3)
     assert loader.persistent_workers
     assert build(folder, num_workers="auto").dataloader.num_workers >= 1
-    with pytest.raises(DataError, match=r"num_classes is 254, not in 2..253"):
+    with pytest.raises(DataError, match=r"num_classes: 254 is out of range; use 2 to 253"):
         build(folder, num_classes=254)
 
 

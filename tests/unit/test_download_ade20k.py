@@ -140,7 +140,7 @@ def test_a_folder_unpacked_by_other_means_is_known_by_its_counts(server, path, m
 def test_an_incomplete_folder_is_left_alone_and_named(server, archive, path):
     download_ade20k(path, server.url, sha1(archive))
     (path / FOLDER / "objectInfo150.txt").unlink()
-    with pytest.raises(DownloadError, match="holds 4 of 5 files: move it away"):
+    with pytest.raises(DownloadError, match="holds 4 of 5 files; move it away"):
         download_ade20k(path, server.url, sha1(archive))
     (path / FOLDER / downloader.MARKER).unlink()
     with pytest.raises(DownloadError, match="images/training holds 1 of 20,210 files"):
@@ -222,18 +222,18 @@ def test_a_server_that_always_cuts_and_knows_no_ranges_is_given_up(server, archi
 
 def test_no_server_and_wrong_addresses(server, archive, path, waits):
     server.faults = [404]
-    with pytest.raises(DownloadError, match="404 Not Found; is the address right"):
+    with pytest.raises(DownloadError, match="404 Not Found; check the address"):
         download_ade20k(path, server.url, sha1(archive))
     assert waits == []
     with pytest.raises(DownloadError, match="Connection refused"):
         download_ade20k(path, "http://127.0.0.1:9/none", sha1(archive))
-    with pytest.raises(DownloadError, match="is no http or https address"):
+    with pytest.raises(DownloadError, match="the address must begin with http:// or https://"):
         download_ade20k(path, "mirror/a.zip", sha1(archive))
 
 
 def test_a_wrong_hash_unpacks_nothing_and_leaves_nothing(server, path):
     with pytest.raises(
-        DownloadError, match=f"has SHA-1 {sha1(server.body)}, not {downloader.SHA1}"
+        DownloadError, match=f"has SHA-1 {sha1(server.body)} instead of {downloader.SHA1}"
     ):
         download_ade20k(path, server.url)
     assert list(path.iterdir()) == []
@@ -244,7 +244,7 @@ def test_looks_for_room_before_it_downloads(server, archive, path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     free = int(2.1 * len(archive))  # the archive and its files take 2.2 times its size
     monkeypatch.setattr(downloader.shutil, "disk_usage", lambda path: usage(0, 0, free))
-    with pytest.raises(DownloadError, match=r"1.2 MB free.*need 1.2 MB: make room"):
+    with pytest.raises(DownloadError, match=r"1.2 MB free.*need 1.2 MB; make room"):
         download_ade20k(path, server.url, sha1(archive))
     assert list(path.iterdir()) == []
 
@@ -263,7 +263,9 @@ def test_looks_for_room_before_it_unpacks(archive, path, monkeypatch):
 def test_a_disk_that_fills_while_downloading(server, archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip.part").symlink_to("/dev/full")
-    with pytest.raises(DownloadError, match=r"zip\.part: No space left on device; .* run again"):
+    with pytest.raises(
+        DownloadError, match=r"zip\.part: No space left on device; .* run the command again"
+    ):
         download_ade20k(path, server.url, sha1(archive))
     assert server.requests == [None]  # not taken for a network failure
 
@@ -275,7 +277,7 @@ def test_a_disk_that_fills_while_unpacking(archive, path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, limits[1]))
     try:
         with pytest.raises(
-            DownloadError, match=rf"{path}/{FOLDER}/.*: File too large; .* run again"
+            DownloadError, match=rf"{path}/{FOLDER}/.*: File too large; .* run the command again"
         ):
             download_ade20k(path, sha1=sha1(archive))
     finally:
@@ -297,7 +299,7 @@ def test_interrupted_while_unpacking_leaves_no_half_folder(archive, path, monkey
     monkeypatch.setattr(downloader.shutil, "copyfileobj", copy_then_interrupt)
     arguments = ["--path", str(path), "--sha1", sha1(archive)]
     assert main(arguments) == 130
-    assert "run again" in capsys.readouterr().err
+    assert "run the command again" in capsys.readouterr().err
     assert contents(path) == {f"{FOLDER}.zip": archive}
     monkeypatch.undo()
     assert main(arguments) == 0
@@ -339,7 +341,7 @@ def test_a_hostile_archive_is_refused_whole(tmp_path, archive, info, reason):
     with zipfile.ZipFile(hostile, "a") as zipped:
         zipped.writestr(info, b"/etc/passwd")
     before = contents(tmp_path)
-    with pytest.raises(DownloadError, match=f"not to be trusted: .* {reason}"):
+    with pytest.raises(DownloadError, match=f"is not safe: .* {reason}"):
         extract(hostile, tmp_path / FOLDER, "")
     assert contents(tmp_path) == before
 
@@ -369,7 +371,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, archive, damage):
         with zipfile.ZipFile(file, "w") as zipped:
             zipped.writestr("readme.txt", "another archive")
     with pytest.raises(
-        DownloadError, match=r"damaged.zip (cannot be unpacked|holds no folder)"
+        DownloadError, match=r"damaged.zip (cannot be unpacked|contains no folder)"
     ) as raised:
         extract(file, tmp_path / FOLDER, "")
     assert "\n" not in str(raised.value)

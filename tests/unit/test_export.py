@@ -16,7 +16,7 @@ def test_without_onnx_one_line_says_what_to_install(
 ):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     assert main([random_weights(), "--to", "onnx"]) == 2
-    error = "error: --to onnx needs more: pip install onnx onnxruntime\n"
+    error = "error: --to onnx needs more packages; run pip install onnx onnxruntime\n"
     assert capsys.readouterr().err == error
 
 

@@ -160,8 +160,15 @@ def test_an_error_of_an_input_keeps_its_name(tmp_path: Path) -> None:
     [
         pytest.param(["a", "b"], ["c"], None, id="apart"),
         pytest.param(["a", "./a"], [], "two outputs have this name", id="twice"),
-        pytest.param(["b", "deep/../c"], ["a", "c"], "it is an input", id="an input"),
-        pytest.param(["link"], ["c"], "it is an input", id="a link to an input"),
+        pytest.param(
+            ["b", "deep/../c"],
+            ["a", "c"],
+            "would be overwritten, but it is an input",
+            id="an input",
+        ),
+        pytest.param(
+            ["link"], ["c"], "would be overwritten, but it is an input", id="a link to an input"
+        ),
         pytest.param(["deep"], [], "it is a folder", id="a folder"),
     ],
 )

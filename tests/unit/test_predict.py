@@ -68,7 +68,7 @@ def test_command_line(
     Path("in/deep").mkdir(parents=True)
     Image.fromarray(photo).save("in/deep/good.png")
     assert main([random_weights(), "in", "--write", "overlay,index"]) == 0
-    assert "1 of 1 photos segmented into predictions/" in capsys.readouterr().out
+    assert "1 of 1 images segmented into predictions/" in capsys.readouterr().out
     index = np.array(Image.open("predictions/deep/good.png"))
     assert np.array_equal(index, segmenter(photo))
     assert Image.open("predictions/deep/good.jpg").height == segmenter.overlay(photo).height
@@ -77,7 +77,7 @@ def test_command_line(
     assert main([random_weights(), "in", "gone.jpg", "--out", "out"]) == 1
     output = capsys.readouterr()
     assert "skipped in/bad.jpg: " in output.err and "skipped gone.jpg: " in output.err
-    assert "1 of 3 photos segmented into out/, 2 skipped" in output.out
+    assert "1 of 3 images segmented into out/, 2 skipped" in output.out
     assert sorted(path.name for path in Path("out").rglob("*.*")) == ["good.jpg"]
 
     assert main(["gone.pt", "in"]) == 2

@@ -20,7 +20,8 @@ def test_classes_of_the_same_name_keep_their_scores():
     classes = load_classes(["waves", "new", "plain"], 3)
     line = load_fitting(network, weights, "f", classes=classes)
     assert (
-        line == "f: classifier.conv_seg: 12 -> 3 classes, 2 taken over by name, the others left new"
+        line
+        == "f: classifier.conv_seg: 12 -> 3 classes, 2 loaded by name, the others newly initialised"
     )
     rows, names = network.classifier.conv_seg.weight, [c.name for c in weights.classes]
     for new, name in ((0, "waves"), (2, "plain")):

@@ -97,5 +97,5 @@ def test_the_best_stays_while_old_ones_go(tmp_path: Path) -> None:
     (tmp_path / "latest-rank0.pt").unlink()
     assert checkpoint_in(tmp_path) == str(tmp_path / "ep0-ba9-rank0.pt")
     (tmp_path / "ep0-ba9-rank0.pt").unlink()
-    with pytest.raises(WeightsError, match=r"a folder without checkpoints"):
+    with pytest.raises(WeightsError, match=r"the folder contains no checkpoint"):
         checkpoint_in(tmp_path)

@@ -53,7 +53,7 @@ def test_metrics_in_old_checkpoints(tmp_path: Path):
     content = {"state": {"model": named, "train_metrics": {"MIoU": MIoU(12)}}}
     torch.save(content, tmp_path / "old.pt")
     assert same(load_weights(tmp_path / "old.pt").state, state)
-    with pytest.raises(WeightsError, match=r"holds composer\.metrics\.metrics\.MIoU"):
+    with pytest.raises(WeightsError, match=r"contains composer\.metrics\.metrics\.MIoU"):
         check_checkpoint(tmp_path / "old.pt")
 
 

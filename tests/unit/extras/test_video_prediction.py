@@ -30,7 +30,7 @@ def test_command_line(
     arguments = [random_weights(), f"{tmp_path}/in", "--out", f"{tmp_path}/out"]
     assert main([*arguments, "--write", "overlay,index", "--every", "2"]) == 0
     output = capsys.readouterr()
-    assert f"3 of 3 photos and videos segmented into {tmp_path}/out/\n" in output.out
+    assert f"3 of 3 images and videos segmented into {tmp_path}/out/\n" in output.out
     assert "frame/s" in output.err and "<" in output.err  # the time left
     for name in ("a", "b"):
         written = list(Video(tmp_path / f"out/{name}.mp4"))

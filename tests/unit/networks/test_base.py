@@ -60,15 +60,15 @@ def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_the_contract_is_checked() -> None:
     with pytest.raises(
-        ModelError, match=r"gives \(2, 4, 32, 32\) for two photos, not logits \(2, 3"
+        ModelError, match=r"returns \(2, 4, 32, 32\) for two images; it must return logits \(2, 3"
     ):
         named_network("own_networks:wrong", 3, {}).check(3, [32])
     network = Network(nn.Conv2d(4, 3, 1), "own:x", {})
-    with pytest.raises(ModelError, match=r"own:x fails on photos of 32 x 32 pixels: .*4 channels"):
+    with pytest.raises(ModelError, match=r"own:x fails on images of 32 x 32 pixels: .*4 channels"):
         network.check(3, [32])
     network = Network(nn.MaxPool2d(2, return_indices=True), "own:x", {})
     network.register_parameter("w", nn.Parameter(torch.zeros(1)))
-    with pytest.raises(ModelError, match="gives tuple; the logits should come as"):
+    with pytest.raises(ModelError, match="returns tuple; it must return logits as"):
         network.check(3, [32])
 
     class Viewing(nn.Conv2d):

@@ -31,7 +31,7 @@ def test_plain_drops_what_loads_weights_and_keeps_the_rest() -> None:
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "http://host/x", "a b", "~/x", "nvidia/mit-b0"])
 def test_plain_refuses_what_could_be_a_path_or_an_address(value: str) -> None:
-    with pytest.raises(ModelError, match=r"file\.pt: refused: a\.b is"):
+    with pytest.raises(ModelError, match=r"file\.pt: refused, because a\.b is"):
         plain({"a": {"b": [value]}}, "file.pt")
 
 
@@ -61,7 +61,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_a_package_that_is_missing_is_named_with_its_group() -> None:
-    with pytest.raises(ModelError, match="needs not_installed; make install WITH=group"):
+    with pytest.raises(ModelError, match="needs not_installed; run make install WITH=group"):
         require("not_installed", "x:y", "group")
     assert require("json", "x:y").loads("1") == 1
 

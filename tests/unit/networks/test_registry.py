@@ -65,17 +65,17 @@ def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (
             "mmseg:segformer/segformer_b0",
             {},
-            "no such config, .* near is segformer/segformer_mit-b",
+            "there is no such config .* did you mean mmseg:segformer/segformer_mit-b",
         ),
         ("mmseg:hrnet/fcn_hr18s_512x512_160k_ade20k", {"backbone": {"x": 1}}, "cannot be built"),
-        ("torchvision:fcn_resnet5", {}, "no such network; there is fcn_resnet50"),
-        ("smp:Unett", {}, "no such network; there is Unet"),
-        ("timm:convnext_tin", {}, "no such network; there is convnext_tiny"),
-        ("timm:vit_tiny_patch16_224", {}, "has no features of stride 4"),
-        ("hf:/no/such/folder", {}, "neither a folder nor to be had from the hub"),
+        ("torchvision:fcn_resnet5", {}, "no such network; there is, for example, fcn_resnet50"),
+        ("smp:Unett", {}, "no such network; there is, for example, Unet"),
+        ("timm:convnext_tin", {}, "no such network; there is, for example, convnext_tiny"),
+        ("timm:vit_tiny_patch16_224", {}, "needs stride 4"),
+        ("hf:/no/such/folder", {}, "it is not a folder, and the hub does not provide it"),
         ("no_module:build", {}, "No module named 'no_module'"),
         ("own_networks:nothing", {}, "has no attribute 'nothing'"),
-        ("own_networks:no_network", {}, "returns str, not an nn.Module"),
+        ("own_networks:no_network", {}, "returns str; it must return an nn.Module"),
         ("own_networks:build", {"height": 2}, "cannot be built: TypeError: .*height"),
     ],
 )
@@ -90,9 +90,9 @@ def test_a_missing_package_names_its_group(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tiny["model"] |= {"name": "smp:Unet"}
-    with pytest.raises(ConfigError, match="segmentation_models_pytorch; make install WITH=smp"):
+    with pytest.raises(ConfigError, match="segmentation_models_pytorch; run make install WITH=smp"):
         resolve(tiny)
-    with pytest.raises(ModelError, match="needs timm; make install WITH=timm"):
+    with pytest.raises(ModelError, match="needs timm; run make install WITH=timm"):
         named_network("timm:convnext_tiny", 3, {})
 
 

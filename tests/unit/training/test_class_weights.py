@@ -53,20 +53,22 @@ def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
     by_name = class_weights(weighted(tiny, {"plain": 3, "waves": 0.5}), None)
     assert by_name == [3.0] + 10 * [1.0] + [0.5]
     assert class_weights(weighted(tiny, "auto", is_train=False), None) is None
-    with pytest.raises(ConfigError, match="no class wave; did you mean waves"):
+    with pytest.raises(ConfigError, match="there is no class wave; did you mean waves"):
         class_weights(weighted(tiny, {"wave": 3}), None)
-    with pytest.raises(ConfigError, match="auto counts the masks of train_dataset; give numbers"):
+    with pytest.raises(
+        ConfigError, match=r"auto needs the masks of train_dataset, .*; give numbers"
+    ):
         class_weights(weighted(tiny, "auto"), None)
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("some", "'some' is none of auto, a list and {name: weight}"),
+        ("some", "'some' must be auto, a list, or {name: weight}"),
         ([1, 2], "2 weights for 12 classes"),
-        ([-1] * 12, "-1 is not a finite number of 0 or more"),
-        ({"plain": "3"}, "'3' is not a finite number"),
-        ([0] * 12, "all are 0: no loss is left"),
+        ([-1] * 12, "-1 must be a finite number of at least 0"),
+        ({"plain": "3"}, "'3' must be a finite number"),
+        ([0] * 12, "all are 0, so there is no loss"),
     ],
 )
 def test_wrong_weights_are_one_line(tiny: dict[str, Any], given: Any, reason: str) -> None:

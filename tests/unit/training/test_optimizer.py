@@ -119,7 +119,7 @@ def test_groups_are_what_the_config_asks_for(name):
 
 
 def test_without_a_backbone_there_is_no_head():
-    with pytest.raises(ConfigError, match=r"head_lr_scale: the network has no part"):
+    with pytest.raises(ConfigError, match=r"head_lr_scale: this network has no known backbone"):
         build_optimizer(OptimizerConfig(head_lr_scale=10.0), network())
 
 

@@ -18,10 +18,14 @@ from training.precision import check_build_tools, compiles
     ("setting", "gpu", "compiled", "line"),
     [
         pytest.param(
-            "auto", True, False, "compile: auto runs uncompiled, and with its loss", id="auto"
+            "auto",
+            True,
+            False,
+            "compile: auto: this run is not compiled, and computes its loss",
+            id="auto",
         ),
         pytest.param(
-            False, True, False, "compile: false runs with its loss in PyTorch", id="false"
+            False, True, False, "compile: false: this run computes its loss in PyTorch", id="false"
         ),
         pytest.param("auto", False, False, None, id="auto on a CPU"),
         pytest.param(False, False, False, None, id="false on a CPU"),

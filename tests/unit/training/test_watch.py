@@ -37,7 +37,7 @@ def test_all_end_with_the_status_of_the_first_that_fails(
 def test_all_end_when_one_is_killed(three: list[Watch], exits: list[int]) -> None:
     (connection,) = three[1]._peers
     connection.shutdown(socket.SHUT_RDWR)
-    line = "process 1 at 127.0.0.1 ended without a word: it was killed, or its machine went down"
+    line = "process 1 at 127.0.0.1 ended without a message: it was killed, or its machine went down"
     assert causes([three[0], three[2]]) == [(line, 75)] * 2
 
 
@@ -49,7 +49,7 @@ def test_a_loader_that_lives_on_hides_nothing(three: list[Watch]) -> None:
     try:
         (connection,) = three[1]._peers
         connection.close()  # as when the kernel does it
-        assert "ended without a word" in causes(three[:1])[0][0]
+        assert "ended without a message" in causes(three[:1])[0][0]
     finally:
         os.kill(loader, signal.SIGKILL)
         os.waitpid(loader, 0)

@@ -109,7 +109,9 @@ def test_paths_are_found_from_the_working_directory_from_home_or_beside_the_yaml
     (elsewhere / "names.txt").write_text("c\nd\n")
     assert config_with(folder, text, []).class_names == "names.txt"
     assert config_with(folder, "save_folder: runs", []).save_folder == "runs"
-    with pytest.raises(ConfigError, match=rf"no file none.txt, seen from {elsewhere} or from the"):
+    with pytest.raises(
+        ConfigError, match=rf"cannot find none.txt, relative to {elsewhere} or to the"
+    ):
         config_with(folder, "{model: {num_classes: 2}, class_names: none.txt}", [])
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
         (["train_dataset.path=nowhere", "--gpu", "H100"], "train_dataset.path: no folder nowhere"),
         (["--gpu", "H100", "--images", "3", "1"], "3 images do not fill one batch of 4"),
         (["activation_memory_budget=1.5"], "is not 0 to 1"),
-        (["activation_memory_budget=0.5", "compile=false"], "needs compile"),
+        (["activation_memory_budget=0.5", "compile=false"], "needs a compiled network"),
     ],
 )
 def test_a_wrong_command_is_a_line(

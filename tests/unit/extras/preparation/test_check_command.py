@@ -281,7 +281,7 @@ def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
     target = Path(sample(path, 1)[1])
     before = target.read_bytes()
     for picture, reason in (
-        (target, "would be overwritten, and it is an input"),
+        (target, "would be overwritten, but it is an input"),
         (tmp_path / "gone/sheet.png", "No such file or directory"),
     ):
         assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 1
