@@ -94,7 +94,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *a: self)
     monkeypatch.setattr("composer.utils.get_device", lambda _: PretendedGPU())
-    monkeypatch.setattr("main.get_device", lambda _: PretendedGPU())
+    monkeypatch.setattr("training.distributed.get_device", lambda _: PretendedGPU())
     yield
 
 
