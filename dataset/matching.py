@@ -10,11 +10,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import NamedTuple, overload
-
-import numpy as np
+from typing import NamedTuple
 
 from dataset.description import Description, Source, ade20k
 from dataset.paths import (
@@ -25,6 +23,7 @@ from dataset.paths import (
     Files,
     Finding,
     Sample,
+    Samples,
     Template,
     exclusion,
     find_root,
@@ -32,51 +31,6 @@ from dataset.paths import (
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-
-
-class Samples(Sequence[Sample]):
-    """A sequence of samples that shares its memory with forked loader processes.
-
-    The text of all names is one array. Python would copy a list of strings into every process,
-    because it counts references inside each string.
-
-    Args:
-        uids: Name of each sample.
-        images: Path of each image below `folders[0]`.
-        masks: Path of each mask below `folders[1]`.
-        folders: Start of the paths of the images and of the masks.
-    """
-
-    def __init__(
-        self,
-        uids: Sequence[str] = (),
-        images: Sequence[str] = (),
-        masks: Sequence[str] = (),
-        folders: tuple[str, str] = ("", ""),
-    ) -> None:
-        self._folders, self._length = folders, len(uids)
-        text = "\0".join([*uids, *images, *masks, ""])
-        self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Position where each name ends.
-        self._ends = np.append(-1, np.flatnonzero(self._text == 0))
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        uid, image, mask = (self._name(place + column * len(self)) for column in range(3))
-        return Sample(uid, self._folders[0] + image, self._folders[1] + mask)
-
-    def _name(self, place: int) -> str:
-        name = self._text[self._ends[place] + 1 : self._ends[place + 1]]
-        return name.tobytes().decode(errors="surrogateescape")
 
 
 class Listing(NamedTuple):

@@ -158,3 +158,10 @@ def decoder_complaint() -> str | None:
     os.ftruncate(2, 0)
     os.lseek(2, 0, os.SEEK_SET)
     return text.splitlines()[0] if text else None
+
+
+def default_workers() -> int:
+    """Return the number of cores of this rank, at least 1 and at most 8."""
+    from composer.utils import dist
+
+    return min(8, max(1, available_cores() // dist.get_local_world_size()))

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 from composer.utils import dist
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from files import write_image
-from segmentation.classes import ClassInfo
-from segmentation.drawing import prediction_sheet
+from segmentation.classes import PAPER, ClassInfo
+from segmentation.drawing import INK, prediction_sheet, text_length, write_text
 from segmentation.metrics import (
     as_percent,
     confused_pairs,
@@ -143,3 +144,39 @@ def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) ->
             pair = [classes[true].name, classes[predicted].name, f"{share:.4f}"]
         writer.writerow([score.name, *numbers, score.pixels, *pair])
     return text.getvalue()
+
+
+def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
+    """Draw a confusion matrix: a row per class of the masks, a column per predicted class.
+
+    A cell is the darker, the larger its share of the pixels of its row. Names stand on the left,
+    and on the diagonal, where they name the columns.
+
+    Args:
+        matrix: (C, C) counts.
+        classes: One entry per class index.
+    """
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    cell = max(16, min(48, 960 // len(classes)))
+    size = min(cell * 0.7, 18)
+    left = round(max(text_length(info.name, size) for info in classes) + 2.5 * cell)
+    side = cell * len(classes)
+    page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
+    # White to blue, with a root so that small shares can be seen.
+    depth = np.sqrt(share)[..., None]
+    colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
+    cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    page.paste(cells, (left, cell // 2))
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((left - 1, cell // 2 - 1, left + side, cell // 2 + side), outline=INK)
+    for row, info in enumerate(classes):
+        middle = cell // 2 + cell * (row + 0.5)
+        box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
+        draw.rectangle(box, info.color, INK)
+        write_text(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
+        if cell >= 32:  # There is room for the numbers.
+            for column in np.flatnonzero(share[row] >= 0.005):
+                color = PAPER if share[row, column] > 0.3 else INK
+                at = (left + cell * (column + 0.5), middle)
+                write_text(page, at, f"{100 * share[row, column]:.0f}", 11, color, "mm")
+    return page

@@ -43,7 +43,9 @@ def build(
     if len(channels) == 1:
         neck = SimpleFeaturePyramid(channels[0])
         channels, divisor = neck.channels, backbone.feature_info.reduction()[0]
-    network = DeepLabV3(backbone, head(num_classes, *channels), upsample=False, neck=neck)
+    network = DeepLabV3(
+        backbone, head(num_classes, channels[0], channels[1]), upsample=False, neck=neck
+    )
     mean, std = _normalisation(timm, name)
     return Network(network, whole, arguments, mean, std, size_divisor=divisor)
 

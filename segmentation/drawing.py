@@ -164,8 +164,8 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         if diagonal < 2 * distance[y, x] * scale:
             at = (int(x) * scale, int(y) * scale)
             stroke = max(1, _font(size).size // 12)
-            _write(picture, at, name, size, INK, "mm", stroke)
-            _write(picture, at, name, size, PAPER, "mm")
+            write_text(picture, at, name, size, INK, "mm", stroke)
+            write_text(picture, at, name, size, PAPER, "mm")
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
@@ -182,7 +182,7 @@ def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
     return page
 
 
-def _write(
+def write_text(
     picture: Image.Image,
     at: tuple[float, float],
     text: str,
@@ -215,7 +215,13 @@ def _box(text: str, size: float) -> tuple[float, float, float, float]:
 
 
 @functools.lru_cache(4096)
-def _length(text: str, size: float) -> float:
+def text_length(text: str, size: float) -> float:
+    """Return the width of a text in pixels.
+
+    Args:
+        text: A line of text.
+        size: Size of the font in pixels.
+    """
     return _font(size).getlength(text)
 
 
@@ -272,8 +278,8 @@ def _draw_entries(
     columns = [entries[i : i + rows] for i in range(0, len(entries), rows)]
     widths = [
         line * 2.5
-        + max(_length(text, size) for text, _, _ in column)
-        + max(_length(note, size) for _, note, _ in column)
+        + max(text_length(text, size) for text, _, _ in column)
+        + max(text_length(note, size) for _, note, _ in column)
         for column in columns
     ]
     shape = (round(sum(widths)), max(height, (len(columns[0]) + 1) * line))
@@ -286,46 +292,10 @@ def _draw_entries(
                 box = (left + line * 0.5, top + line * 0.14, left + line * 1.22, top + line * 0.86)
                 draw.rectangle(box, color, INK)
             middle = top + line / 2
-            _write(panel, (left + line * 1.5, middle), text, size, INK, "lm")
-            _write(panel, (left + width - line * 0.25, middle), note, size, FAINT, "rm")
+            write_text(panel, (left + line * 1.5, middle), text, size, INK, "lm")
+            write_text(panel, (left + width - line * 0.25, middle), note, size, FAINT, "rm")
         left += width
     return panel
-
-
-def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
-    """Draw a confusion matrix: a row per class of the masks, a column per predicted class.
-
-    A cell is the darker, the larger its share of the pixels of its row. Names stand on the left,
-    and on the diagonal, where they name the columns.
-
-    Args:
-        matrix: (C, C) counts.
-        classes: One entry per class index.
-    """
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    cell = max(16, min(48, 960 // len(classes)))
-    size = min(cell * 0.7, 18)
-    left = round(max(_length(info.name, size) for info in classes) + 2.5 * cell)
-    side = cell * len(classes)
-    page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
-    # White to blue, with a root so that small shares can be seen.
-    depth = np.sqrt(share)[..., None]
-    colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
-    cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
-    page.paste(cells, (left, cell // 2))
-    draw = ImageDraw.Draw(page)
-    draw.rectangle((left - 1, cell // 2 - 1, left + side, cell // 2 + side), outline=INK)
-    for row, info in enumerate(classes):
-        middle = cell // 2 + cell * (row + 0.5)
-        box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
-        draw.rectangle(box, info.color, INK)
-        _write(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
-        if cell >= 32:  # There is room for the numbers.
-            for column in np.flatnonzero(share[row] >= 0.005):
-                color = PAPER if share[row, column] > 0.3 else INK
-                at = (left + cell * (column + 0.5), middle)
-                _write(page, at, f"{100 * share[row, column]:.0f}", 11, color, "mm")
-    return page
 
 
 def prediction_sheet(
