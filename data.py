@@ -264,7 +264,6 @@ def build_ade20k_dataspec(
     sizes = (base_size, min_resize_scale, max_resize_scale, final_size)
     transforms = build_ade20k_transformations(split, *sizes, max_class_share, labels.classes())
     dataset = open_dataset(source, transforms, seed)
-    # Eight batches give a download time to finish. Folders have nothing to download.
     distance = (8 * batch_size if predownload is None else predownload) if is_streaming else 0
     sampler: EpochSampler | EvalSampler
     if is_train:
