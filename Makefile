@@ -18,7 +18,7 @@ export VENV TORCH PYTHON
 
 demo: $(VENV)/.train
 	@$(PY) -m extras.preparation.synthetic demo/data
-	@$(PY) main.py yamls/demo.yaml
+	@$(PY) main.py yamls/demo.yaml $(DEMO)
 	@echo
 	@echo 'Next, segment an image of yours, or describe a folder of yours for training:'
 	@echo '  $(PY) predict.py demo/checkpoints/latest-rank0.pt IMAGE'

@@ -95,8 +95,25 @@ def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--csv", metavar="FILE", help="write the table of classes to this file")
     parser.add_argument("--json", metavar="FILE", help="write all results to this file")
+    parser.add_argument(
+        "--per-image", metavar="FILE", help="write the scores of each image to this CSV"
+    )
+    parser.add_argument(
+        "--worst",
+        type=whole(1, 10_000),
+        metavar="N",
+        help="draw the N images with the lowest mIoU into --out",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="folder for the pictures of --worst")
+    parser.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix as PNG")
     add_model_options(parser)
     options = parser.parse_args(arguments)
+    if (options.worst is None) != (options.out is None):
+        parser.error("--worst N and --out FOLDER belong together")
+    if options.protocol == "square" and (options.per_image or options.worst):
+        parser.error("--per-image and --worst belong to --protocol paper")
+    if options.confusion and not options.confusion.lower().endswith(".png"):
+        parser.error(f"--confusion: {options.confusion} must end in .png")
     if options.protocol == "square" and (options.tta or options.slide or options.size is not None):
         parser.error("--tta, --slide and --size work only with --protocol paper")
     return options

@@ -34,9 +34,9 @@ from extras.preparation.converters import (
     BACKGROUND,
     Converted,
     convert_annotations,
-    convert_hugging_face,
     convert_panoptic,
 )
+from extras.preparation.hugging_face import convert_hugging_face
 from files import output_folder, write_file
 
 DESCRIPTION = "data.yaml"

@@ -3,8 +3,7 @@
 python data.py PATH                # check a data set before training on it
 python data.py s3://... LOCAL
 
-A training sample is a function of its seed, epoch and sample ID alone. A resumed run therefore gets
-the same samples as a run that never stopped.
+A training sample depends on its seed, epoch and sample ID alone, so a resumed run sees the same.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from dataset.matching import list_samples as list_samples  # part of the public 
 from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
-from dataset.workers import available_cores, use_one_core
+from dataset.workers import default_workers, use_one_core
 from errors import DataError
 from training.build_recipe import count_training
 from training.config import class_infos, data_sources
@@ -81,8 +80,6 @@ class ADE20k(EncodedSamples):
         if source is None:
             source = DataSource(datadir, split, description or ade20k(labels))
         transforms = both_transforms, image_transforms, target_transforms
-        # The source builds the masks' decoder: masks of a description may hold colours or other
-        # values, which become labels.
         super().__init__(transforms, seed, source.masks())
         self.samples: Sequence[Sample] = source.samples()
 
@@ -92,8 +89,7 @@ class ADE20k(EncodedSamples):
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
         """Read a sample: its ID, the encoded image and mask, and the names of both files."""
         sample = self.samples[index]
-        # Return the files as they are. `EncodedSamples` decodes them: the mask first, because it
-        # decides how large the image has to be.
+        # `EncodedSamples` decodes the mask first, because it decides how large the image has to be.
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
                 return sample.uid, image.read(), mask.read(), sample[1:]
@@ -168,19 +164,17 @@ class StreamingADE20k(EncodedSamples):
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Return these samples in the order of an epoch."""
         at_once = self.shards.shards_at_once
-        # The whole data set fits in the cache, so use the same random order as for folders.
-        if at_once is None:
+        if at_once is None:  # The whole data set fits in the cache.
             return super().order(items, seed, epoch)
-        # Otherwise, a random order over all samples would download a shard for almost every sample.
         # Shuffle the shards, take a group of them that fits, and shuffle the samples in each group.
+        # A random order over all samples would download a shard for almost every sample.
         place = random_order(len(self.shards.shards), seed, epoch).argsort()
         group = place[self.shards.shard_of(items % len(self))] // at_once
         # lexsort orders by its last key first: by group, and by random numbers within a group.
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The names and the order of the first arguments are those of MosaicML's reference, so that its
-# scripts keep working. Newer arguments come after them.
+# The first arguments are those of MosaicML's reference. Newer arguments come after them.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -270,60 +264,41 @@ def build_ade20k_dataspec(
     sizes = (base_size, min_resize_scale, max_resize_scale, final_size)
     transforms = build_ade20k_transformations(split, *sizes, max_class_share, labels.classes())
     dataset = open_dataset(source, transforms, seed)
-    # Eight batches give a download time to finish before its sample is needed. The distance counts
-    # samples, and folders have nothing to download.
     distance = (8 * batch_size if predownload is None else predownload) if is_streaming else 0
     sampler: EpochSampler | EvalSampler
     if is_train:
         factors = None
-        # Repeated images make the epoch longer; the sampler repeats each image on average as often
-        # as its factor says.
         if rare_class_sampling:
             from training.class_weights import sample_factors
 
             factors = sample_factors(source, rare_class_sampling, counts)
-        # A separate seed lets an ablation change the order but not the augmentation.
-        order_seed = seed if shuffle_seed is None else shuffle_seed
-        sampler = EpochSampler(
-            dataset, batch_size, order_seed, shuffle, drop_last, distance, repeat_factors=factors
-        )
-        # Composer saves and restores the state of the data set, not of the sampler.
+        order = (seed if shuffle_seed is None else shuffle_seed, shuffle, drop_last, distance)
+        sampler = EpochSampler(dataset, batch_size, *order, repeat_factors=factors)
         dataset.resume_with(sampler)
-        # Without a full batch on each rank, an epoch would have no step.
         if len(sampler) < (batch_size if drop_last else 1):
             batch = batch_size * sampler.num_replicas
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        # Evaluation never drops a batch, so that every image counts once.
-        sampler = EvalSampler(dataset, distance)
-    workers = _default_workers() if isinstance(num_workers, str) else num_workers
-    # Workers live as long as the run. They learn the epoch from each sample's `Item`, so they need
-    # not be started again for every epoch. Each keeps to one core and leaves the others to the
-    # other workers.
-    options = dict(
+        sampler = EvalSampler(dataset, distance)  # Every image counts once.
+    workers = default_workers() if isinstance(num_workers, str) else num_workers
+    loader_options = dict(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
         worker_init_fn=use_one_core,
-    )
-    loader = DataLoader(
-        dataset,
         batch_size=batch_size,
         sampler=sampler,
         drop_last=drop_last and is_train,
         num_workers=workers,
-        **{**options, **dataloader_kwargs},
     )
-    # The transform runs on micro-batches: the float32 copy is four times as large as the uint8
-    # batch, so it exists only for the images that are being computed. Composer tells the sampler
-    # the epoch.
+    loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
+    # On micro-batches: the float32 copy is four times as large as the uint8 batch.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's defaults are bound methods and form a reference cycle. If workers are still
-        # alive when the cycle is collected, each takes 5 s to end. Plain lambdas avoid the cycle.
+        # Composer's defaults form a reference cycle, and collecting it waits 5 s for each worker.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
@@ -354,11 +329,6 @@ def open_dataset(
     )
 
 
-def _default_workers() -> int:
-    """Return the number of cores of this rank, at least 1 and at most 8."""
-    return min(8, max(1, available_cores() // dist.get_local_world_size()))
-
-
 def build_data(
     config: Config, split: str, counts: Counts | None = None, source: DataSource | None = None
 ) -> DataSpec:
@@ -379,20 +349,17 @@ def build_data(
     arguments = asdict(dataset)
     # The YAML counts the images of all ranks. The config has been checked: the ranks divide them.
     arguments["batch_size"] //= dist.get_world_size()
-    # Look at 64 masks of the split before training: a label without a class would otherwise end the
-    # run in the middle of an epoch.
+    # A label without a class would otherwise end the run in the middle of an epoch.
     if source.shards is None:
         check_labels(source)
     else:
         from checkpointing.saver import on_first_process
         from dataset.shard_classes import check_shard_classes
 
-        # Shards hold class indices, so the config can no longer change their order. One rank reads
-        # the classes that the shards record, and the others get its answer.
+        # Shards hold class indices, whose order the config can no longer change.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Schedulers send SIGTERM to every process of a job. The loader must outlive it until the run
-    # has saved a checkpoint, so its processes are forked with the signals blocked.
+    # Schedulers send SIGTERM to all processes. The run needs its loader until it has saved.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(
@@ -407,12 +374,10 @@ def build_data(
 
 
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
-    """Build a run's training data, its evaluation data, and the counts of its training masks.
+    """Build a run's training data, if it trains, its evaluation data, and the counts of its masks.
 
-    An evaluation has no training data. The counts are None unless the config needs them. The
-    errors are those of `build_data`.
+    The counts are None unless the config needs them. The errors are those of `build_data`.
     """
-    # If both splits are in one folder, they share a source, so the folder is listed only once.
     sources = data_sources(config)
     counts = count_training(config, sources["train"])
     train = build_data(config, "train", counts, sources["train"]) if config.is_train else None

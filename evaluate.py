@@ -22,10 +22,8 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, fields
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,19 +35,16 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import build_ade20k_dataspec, open_dataset
-from dataset.description import ade20k, parse_description, read_description
-from dataset.labels import Labels
-from dataset.shard_classes import shard_classes
-from dataset.shards import DESCRIPTION
-from dataset.source import DataSource, ShardOptions
-from dataset.workers import available_cores
-from errors import ConfigError, UserError, exit_status
-from files import check_outputs, check_writable, is_remote, write_file
+from errors import UserError, exit_status
+from extras.error_analysis import ErrorAnalysis, draw_confusion, scores_as_csv
+from extras.evaluation_data import class_order, data_source
+from files import check_outputs, check_writable, write_file, write_image
 from predict import Segmenter, segmenter_from
-from segmentation.classes import label_warning, match_classes
+from segmentation.classes import label_warning
 from segmentation.metrics import (
     as_percent,
     class_table,
+    confused_pairs,
     confusion_matrix,
     confusion_matrix_of_predictions,
     mean_accuracy,
@@ -57,9 +52,7 @@ from segmentation.metrics import (
     pixel_accuracy,
     table_as_csv,
 )
-from training.config import class_infos, load, resolve
 from training.distributed import full_shared_memory
-from training.schema import Config
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +60,12 @@ PENDING = 128  # Images held back while a batch of equal size is collected
 
 
 def evaluate_paper(
-    segmenter: Segmenter, dataset: Any, index: Tensor, batch_size: int, num_workers: int = 0
+    segmenter: Segmenter,
+    dataset: Any,
+    index: Tensor,
+    batch_size: int,
+    num_workers: int = 0,
+    analysis: ErrorAnalysis | None = None,
 ) -> Tensor:
     """Count this rank's share of the images, at the resolution of their masks.
 
@@ -77,6 +75,7 @@ def evaluate_paper(
         index: (256,) class index of each label; -1 if the label is ignored.
         batch_size: Number of images at once; they must have the same size in the network.
         num_workers: Number of processes that read and decode.
+        analysis: Receives each image with its mask and its prediction.
 
     Returns:
         (C, C) int64 counts of this rank; row = class in the mask, column = predicted class.
@@ -85,15 +84,19 @@ def evaluate_paper(
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     index = index.to(segmenter.device)
     rank = dist.get_global_rank()
-    share = Subset(dataset, range(rank, len(dataset), dist.get_world_size()))
+    numbers = range(rank, len(dataset), dist.get_world_size())
+    share = Subset(dataset, numbers)
     loader = DataLoader(share, batch_size=None, collate_fn=_as_tensors, num_workers=num_workers)
     progress = tqdm(total=len(share), unit="image", disable=rank != 0)
-    for pairs in group_by(loader, batch_size, lambda pair: segmenter.network_sizes(*pair[1].shape)):
-        predictions = segmenter.predict([photo.numpy() for photo, _ in pairs])
-        for prediction, (_, labels) in zip(predictions, pairs):
+    samples = ((number, *pair) for number, pair in zip(numbers, loader))
+    for group in group_by(samples, batch_size, lambda s: segmenter.network_sizes(*s[2].shape)):
+        predictions = segmenter.predict([photo.numpy() for _, photo, _ in group])
+        for prediction, (number, photo, labels) in zip(predictions, group):
             target = index[labels.to(segmenter.device).long()]
             matrix += confusion_matrix_of_predictions(prediction, target, num_classes)
-        progress.update(len(pairs))
+            if analysis is not None:
+                analysis.add(number, photo.numpy(), target, prediction)
+        progress.update(len(group))
     progress.close()
     return matrix
 
@@ -142,148 +145,6 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
     return matrix
 
 
-def data_source(
-    options: argparse.Namespace, segmenter: Segmenter
-) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set of the command line, of `--config`, or of the checkpoint.
-
-    Args:
-        options: Command line.
-        segmenter: Model to evaluate.
-
-    Returns:
-        The data set, and the keys of `eval_dataset` as arguments of `data.build_ade20k_dataspec`.
-
-    Raises:
-        ConfigError: No validation set is known, or it has other classes than the model.
-    """
-    config = segmenter.config or {}
-    recorded = dict(config.get("eval_dataset") or {})
-    if options.config:
-        config = asdict(resolve_file(options.config))
-    arguments = dict(config.get("eval_dataset") or {})
-    raw = config.get("data")
-    if options.data is not None:
-        raw = read_description(options.data) if options.data else None
-        arguments.update(path=(raw or {}).get("root"), is_streaming=False)
-    described = None if raw is None else parse_description(raw, options.data or "data")
-    if options.path:
-        streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
-        arguments.update(path=options.path, is_streaming=streaming, local=options.local)
-    if not arguments.get("path"):
-        raise ConfigError("the checkpoint does not name a validation set; give --path or --config")
-    if is_remote(arguments["path"]) and not arguments.get("local"):
-        raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
-    if described is not None and len(described.classes) != len(segmenter.classes):
-        counts = (
-            f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
-            "data with the model's classes"
-        )
-        raise ConfigError(f"{options.data or 'data'} has {counts}")
-    if options.ignore_background is not None:
-        if described is not None:
-            raise ConfigError(
-                "--ignore-background applies only to ADE20K's layout; list the ignored "
-                f"labels under ignore in {options.data or 'data'}"
-            )
-        arguments["ignore_background"] = options.ignore_background
-    if described is None:
-        compare_background(arguments, recorded)
-    cores = available_cores() // dist.get_local_world_size()
-    arguments.update(
-        split="val",
-        shuffle=False,
-        drop_last=False,
-        batch_size=options.batch_size,
-        num_workers=min(max(cores - 1, 1), 16),
-    )
-    labels = Labels(
-        len(segmenter.classes),
-        arguments.get("ignore_background", True),
-        arguments.get("ignore_label"),
-    )
-    keys = {field.name for field in fields(ShardOptions)} & arguments.keys()
-    shards = ShardOptions(**{key: arguments[key] for key in keys})
-    source = DataSource(
-        arguments["path"],
-        "val",
-        described or ade20k(labels),
-        shards if arguments.get("is_streaming") else None,
-    )
-    return source, arguments
-
-
-def resolve_file(path: str) -> Config:
-    """Read the config of a run, for its validation set."""
-    return resolve(load(path, []), with_data=False)
-
-
-def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Compare the meaning of label 0 with its meaning in the run's own evaluations.
-
-    Args:
-        arguments: Keys of `eval_dataset` that are used now.
-        recorded: The same keys in the checkpoint; empty if it has none.
-
-    Raises:
-        ConfigError: The meanings differ for the same data set.
-    """
-    ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
-    if not recorded or ours == theirs:
-        return
-    line = f"ignore_background is {str(ours).lower()}, but was {str(theirs).lower()} in the run"
-    paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
-    if paths[0] == paths[1]:
-        raise ConfigError(f"{line}, on the same data set; leave out --ignore-background")
-    log.warning("%s; label 0 of %s is read with the value given here", line, arguments["path"])
-
-
-def class_order(
-    options: argparse.Namespace, segmenter: Segmenter, source: DataSource
-) -> list[int] | None:
-    """Match the classes of the validation set with those of the model.
-
-    Args:
-        options: Command line.
-        segmenter: Model to evaluate.
-        source: Validation set.
-
-    Returns:
-        The model's class index for each class of the data; None if they are the same, or if no
-            names are known.
-
-    Raises:
-        ClassError: The classes have other names.
-    """
-    recorded = segmenter.config or {}
-    own = recorded.get("data")
-    model = segmenter.recorded_classes
-    if segmenter.names_given:
-        model = segmenter.classes
-    elif own is not None:
-        # The run's class_names may have renamed the classes of its description.
-        model = parse_description(own).classes
-    beside = None
-    if source.shards is not None:
-        beside = shard_classes(source)
-    is_described = source.description.built_in is None
-    if beside is not None:  # The masks in the shards were written in this order.
-        where, classes = f"{source.path}/{DESCRIPTION}", beside
-    elif is_described and (options.data or options.config):
-        where, classes = options.data or options.config, source.description.classes
-    elif options.config and options.data is None:
-        where, classes = options.config, class_infos(resolve_file(options.config))
-    else:
-        return None
-    order = match_classes(classes, model, where, options.model)
-    if order is not None:
-        log.warning(
-            "%s: its classes are in another order than the model's; they were matched by name",
-            where,
-        )
-    return order
-
-
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Score a checkpoint as the command line asks.
 
@@ -305,13 +166,24 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = open_dataset(source)
         index = torch.from_numpy(source.labels.index())
+        if order is not None:  # The class indices of the model, for each label of the data.
+            index = torch.where(index < 0, index, torch.tensor(order)[index.clamp(0)])
         workers = arguments["num_workers"]
-        matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers)
+        analysis = None
+        if options.per_image or options.worst:
+            analysis = ErrorAnalysis(
+                segmenter.classes, lambda i: dataset.read(i)[3][0], options.worst or 0
+            )
+        matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers, analysis)
+        if analysis is not None:
+            _write_analysis(analysis, options)
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
-    if order is not None:
+    if order is not None and options.protocol == "square":
         # Rows are classes of the data, and columns are classes of the model.
         matrix[order] = matrix.clone()
+    if options.confusion and dist.get_global_rank() == 0:
+        write_image(options.confusion, draw_confusion(matrix.numpy(), segmenter.classes))
     warning = label_warning((matrix.sum(1) > 0).tolist(), segmenter.classes, "validation mask")
     if warning and dist.get_global_rank() == 0:
         log.warning("%s: %s", source.path, warning)
@@ -329,11 +201,34 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "slide": options.slide,
         "size": segmenter.size,
         "classes": [dict(zip(columns, row)) for row in rows],
+        "confused": [
+            {
+                "class": segmenter.classes[true].name,
+                "predicted": segmenter.classes[predicted].name,
+                "pixels": pixels,
+                "share": share,
+            }
+            for true, predicted, pixels, share in confused_pairs(matrix, 10)
+        ],
     }
 
 
-def report(result: dict[str, Any]) -> str:
-    """Return the result as text: a table of the classes, then the three scores."""
+def _write_analysis(analysis: ErrorAnalysis, options: argparse.Namespace) -> None:
+    """Write the scores of single images, and draw those with the lowest."""
+    scores = analysis.gather()
+    if options.per_image and dist.get_global_rank() == 0:
+        write_file(options.per_image, scores_as_csv(scores, analysis.classes))
+    if options.worst:
+        analysis.draw(scores, Path(options.out))
+
+
+def report(result: dict[str, Any], with_pairs: bool = False) -> str:
+    """Return the result as text: a table of the classes, then the three scores.
+
+    Args:
+        result: Result of `evaluate`.
+        with_pairs: Whether to name the pairs of classes that are confused most.
+    """
 
     def percent(value: float | None, width: int = 7) -> str:
         return f"{'-':>{width}}" if value is None else f"{value:{width}.2f}"
@@ -357,6 +252,11 @@ def report(result: dict[str, Any]) -> str:
         f"mean accuracy {percent(result['mean_accuracy'], 0)}   "
         f"pixel accuracy {percent(result['pixel_accuracy'], 0)}",
     ]
+    if with_pairs:
+        lines += ["", "confused most, by pixels:"]
+        for pair in result["confused"]:
+            share = f"{pair['pixels']:,} pixels, {pair['share']:.1f}% of {pair['class']}"
+            lines.append(f"  {pair['class']} predicted as {pair['predicted']}: {share}")
     return "\n".join(lines)
 
 
@@ -374,14 +274,15 @@ def main(arguments: list[str]) -> int:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
         # Check now whether the outputs can be written, and not after the last image.
-        outputs = [path for path in (options.csv, options.json) if path]
+        outputs = [options.csv, options.json, options.per_image, options.confusion]
+        outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)
         check_outputs(outputs, [path for path in inputs if path])
         for path in outputs:
             check_writable(path)
         result = evaluate(options)
         if dist.get_global_rank() == 0:
-            print(report(result))
+            print(report(result, with_pairs=bool(options.confusion)))
             if options.csv:
                 rows = [list(row.values()) for row in result["classes"]]
                 write_file(options.csv, table_as_csv(list(result["classes"][0]), rows))

@@ -73,9 +73,20 @@ def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
         OutputError: The disk is full.
         UserError: The file cannot be written.
     """
+    write_file(path, encode_image(Path(path).suffix, image, **options))
+
+
+def encode_image(suffix: str, image: Image.Image, **options: Any) -> bytes:
+    """Return the content of a PNG or JPEG.
+
+    Args:
+        suffix: Extension of the file, such as `.png`.
+        image: Image to encode.
+        **options: Pillow's options for `Image.save`.
+    """
     data = io.BytesIO()
-    image.save(data, IMAGE_FORMATS[Path(path).suffix.lower()], **options)
-    write_file(path, data.getvalue())
+    image.save(data, IMAGE_FORMATS[suffix.lower()], **options)
+    return data.getvalue()
 
 
 @contextmanager

@@ -28,12 +28,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec
-from composer.devices import Device
 from composer.loggers import LoggerDestination
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist
 
 from checkpointing.evaluations import EvaluationSchedule
 from data import build_run_data
@@ -50,16 +48,13 @@ from training.build_recipe import (
 from training.callbacks import build_callbacks, saver_of, start_lines, summary
 from training.config import resolve
 from training.config_checks import check_evaluates, per_process
-from training.distributed import explain, join_processes
-from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
+from training.distributed import explain, join_processes, set_up_process
+from training.launcher import is_first_to_refuse
 from training.loggers import build_loggers, log_config, trainer_options
 from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
 from training.precision import (
     Precision,
-    check_build_tools,
-    check_kernels,
-    choose_precision,
     compile_if_wanted,
     compiles,
     stop_broadcasts,
@@ -146,40 +141,32 @@ def build_trainer(
     # Set up this process: check the GPU, join the other ranks, and seed.
     device, precision = set_up_process(config)
 
-    # Find where the run begins, and lock the folder that it saves to. A checkpoint in an object
-    # store is downloaded to the scratch folder.
+    # Find where the run begins, lock the folder that it saves to, and start its loggers.
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
     evaluations = EvaluationSchedule(config.eval_interval)
     saver = build_saver(config, evaluations)
     start = find_run_start(config, saver, scratch.name)
-    # Build the loggers before the data, so that a wrong argument is reported early.
     destinations = build_loggers(config, start.server_runs)
 
-    # Open the data before the network, because a missing file is found within seconds. The training
-    # masks are counted here if class weights or rare-class sampling need the counts.
+    # Open the data before the network, because a missing file is found within seconds.
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
-    # Only the data knows the length of an epoch, so the warm-up is compared with the run here.
     check_lengths(config, train_data)
 
-    # Build the network with its initial weights. build_model returns a config that holds all
-    # arguments of the network, so that a checkpoint is enough to rebuild it.
+    # Build the network. Its config then holds all arguments, so a checkpoint can rebuild it.
     weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
-    # BatchNorm after global pooling cannot train on a micro-batch of one image.
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe. Keep a copy of the optimizer's settings, because loading a
-    # checkpoint replaces them.
+    # Build the optimizer and the recipe. Loading a checkpoint will replace the settings.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
-    # Choose the micro-batch before compiling. Its estimate runs the network on tensors without
-    # data.
+
+    # Choose the micro-batch before compiling, because its estimate runs the network without data.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
-    # Build Composer's Trainer. It loads the state of a run that resumes. Each file is checked
-    # before Composer unpickles it, because a checkpoint must not be able to run code.
+    # Build Composer's Trainer. It loads a checkpoint, which must not be able to run code.
     with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
@@ -189,65 +176,29 @@ def build_trainer(
             eval_interval=evaluations,
             max_duration=config.max_duration,
             optimizers=optimizer,
-            # A schedule needs the length of an epoch, which an evaluation does not have.
-            schedulers=schedule if config.is_train else None,
+            schedulers=schedule if config.is_train else None,  # A schedule needs an epoch's length.
             algorithms=algorithms,
-            # build_callbacks puts the saver last, so a checkpoint holds what the other callbacks
-            # did after the same step.
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
             load_path=start.state_path,
-            # Our sampler derives the order of samples from the epoch number, so Composer need not
-            # load a batch of every earlier epoch.
-            spin_dataloaders=False,
+            spin_dataloaders=False,  # Our sampler computes the order of samples from the epoch.
             device=device,
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
             **trainer_options(config),
-            # Composer's compile_config is left out: it would compile DDP's forward pass, and
-            # evaluation would stay uncompiled.
         )
-    # Composer has loaded the downloaded checkpoint by now.
     scratch.cleanup()
 
-    # A checkpoint restores the optimizer's old settings. Apply the keys that the user has changed,
-    # so that a resumed run can, for example, lower its learning rate.
+    # Apply the keys that the user has changed since the checkpoint, such as the learning rate.
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # The Trainer was built with "auto". Begin with the estimate instead of the whole batch: each
-    # size that does not fit costs a compilation. Composer still halves it if a step runs out of
-    # memory.
+    # With "auto", begin at the estimate: every size that does not fit costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)
     log_config(trainer, config, weights)
     return trainer
-
-
-def set_up_process(config: Config) -> tuple[Device, Precision]:
-    """Check what this machine can compute, join the run's ranks, and seed this process.
-
-    Raises:
-        ConfigError: The GPU, the precision or the compiler cannot be used.
-    """
-    # A GPU without kernels in torch's wheel would otherwise fail deep in the first step.
-    check_kernels()
-    missing = check_build_tools(config)
-    if missing and dist.get_local_rank() == 0:
-        log.warning("%s", missing)
-    precision = choose_precision(config.precision)
-    device = get_device(None)
-    if dist.get_world_size() > 1:
-        # The timeout is long, because a rank may have to compile, download or save while the others
-        # wait.
-        dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
-    # Seed before the network is built, because its initial weights are random.
-    reproducibility.seed_all(config.seed)
-    # Training images all have one size, so cuDNN's search for the fastest kernels pays off. The
-    # search may choose another kernel in the next run, so deterministic runs go without it.
-    torch.backends.cudnn.benchmark = not config.deterministic
-    return device, precision
 
 
 def build_model(

@@ -26,10 +26,11 @@ if __name__ == "__main__":
 
 import argparse
 import collections
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,11 @@ from tqdm import tqdm
 from checkpointing.weights import Weights, from_metadata, load_weights
 from dataset.decoding import Photo, read_photo
 from errors import ClassError, ModelError, UserError, WeightsError, exit_status, one_line
-from extras.prediction_files import COMMENT, check_predictions, find_photos, is_video, save_index
+from extras.prediction_files import check_predictions, find_photos, is_video
+from extras.prediction_pipeline import segment_images
 from extras.video import load_pyav
 from extras.video_prediction import segment_camera, segment_video
-from files import explain_output, write_image
+from files import explain_output
 from segmentation.classes import ClassInfo, rename_classes
 from segmentation.drawing import draw_overlay
 from segmentation.views import highest_class, window_starts
@@ -60,7 +62,6 @@ log = logging.getLogger(__name__)
 
 # mmsegmentation's scales, each used with and without a flip
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-JPEG_SIDE = 65_500  # Largest width and height of a JPEG, pixels.
 
 
 class Segmenter:
@@ -326,9 +327,11 @@ def main(arguments: list[str]) -> int:
             out.mkdir(parents=True, exist_ok=True)
         if is_camera:
             return segment_camera(segmenter, options)
-        for path, name in tqdm(photos, unit="file", disable=len(photos) < 2):
-            segment = segment_video if is_video(path) else _segment_photo
-            counts[segment(segmenter, path, out / name, options)] += 1
+        files = [(path, out / name) for path, name in photos]
+        with tqdm(total=len(files), unit="file", disable=len(files) < 2) as progress:
+            for outcome in _segment_files(segmenter, files, options):
+                counts[outcome] += 1
+                progress.update()
     except (UserError, OSError) as error:
         tqdm.write(f"error: {one_line(error)}", sys.stderr)
         return exit_status(error)
@@ -338,33 +341,16 @@ def main(arguments: list[str]) -> int:
     return 1 if counts or not photos else 0
 
 
-def _segment_photo(
-    segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
-) -> str:
-    """Segment an image into files whose paths begin with `target`.
-
-    Returns:
-        "" if it succeeded, or a word for the failure.
-    """
-    try:
-        photo = read_photo(path)
-    except (ValueError, OSError) as error:
-        tqdm.write(f"skipped {path}: {getattr(error, 'strerror', None) or error}", sys.stderr)
-        return "skipped"
-    prediction = segmenter(photo)
-    if "index" in options.write:
-        save_index(prediction, Path(f"{target}.png"))
-    if "overlay" in options.write:
-        picture = segmenter.overlay(photo, prediction)
-        if max(picture.size) > JPEG_SIDE:
-            size = (
-                f"{picture.width} x {picture.height} pixels, but a JPEG can have only "
-                f"{JPEG_SIDE:,} a side"
-            )
-            tqdm.write(f"{path}: its overlay would have {size}; use --write index", sys.stderr)
-            return "without overlay"
-        write_image(f"{target}.jpg", picture, quality=92, subsampling=0, comment=COMMENT)
-    return ""
+def _segment_files(
+    segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
+) -> Iterator[str]:
+    """Segment images and videos in their order; yield "" or a word for the failure of each."""
+    for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
+        if are_videos:
+            for path, target in group:
+                yield segment_video(segmenter, path, target, options)
+        else:
+            yield from segment_images(segmenter, list(group), options.write)
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:

@@ -72,7 +72,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         ValueError: The mode has no conversion to RGB.
     """
     if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, where 8 or 16 bits are read")
+        raise ValueError("the pixels are floating-point numbers; convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey values.
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     return image.convert("RGB")
@@ -90,7 +90,7 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     """Reduce 16-bit pixels to uint8: the high byte, or the low byte if no pixel exceeds 255."""
     largest = pixels.max()
     if largest > 65535 or pixels.min() < 0:
-        raise ValueError("pixels of 32 bits, where 8 or 16 are read")
+        raise ValueError("the pixels have 32 bits; convert the image to 8 or 16 bits")
     return (pixels.astype(np.int64) >> 8 if largest > 255 else pixels).astype(np.uint8)
 
 
@@ -101,7 +101,7 @@ def _refuse_more_channels(data: bytes) -> None:
     colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
     alpha = sum(value in (1, 2) for value in (extra if isinstance(extra, tuple) else (extra,)))
     if channels > colors + alpha:
-        raise ValueError(f"{channels} channels, where grey or RGB is read: write those three alone")
+        raise ValueError(f"the image has {channels} channels; export it as grey or RGB")
 
 
 def _tiff_tags(data: bytes) -> dict[int, Any]:
@@ -155,7 +155,10 @@ def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.
     stored = decode_image(data, reduction, upright=False)
     if stored.shape[:2] != expected:
         height, width = decode_image(data).shape[:2]
-        raise ValueError(f"the photo is {width}x{height}, its mask {shape[1]}x{shape[0]}")
+        raise ValueError(
+            f"the image is {width}x{height}, but its mask is {shape[1]}x{shape[0]}; "
+            "export both in the same size"
+        )
     return stored
 
 
@@ -183,18 +186,18 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             return mask if mask.dtype == np.uint8 else _narrowed(mask, max_value)
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
-        raise ValueError("a JPEG mask, and JPEG changes labels: masks have to be PNG")
+        raise ValueError("the mask is a JPEG, which changes labels; export it as PNG")
     mask = np.asarray(image)
     if _is_wide(data):
         wide = _opencv(data, cv2.IMREAD_UNCHANGED)
         if wide is None or wide.ndim != 3:
-            raise ValueError("16 bits in several channels cannot be read; write one channel")
+            raise ValueError("several channels of 16 bits cannot be read; export one channel")
         mask = wide
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
             raise ValueError(
-                f"a colour picture ({image.mode}), where labels are expected; a description's "
-                "labels may be colours, as in labels: [[128, 64, 128]]"
+                f"the mask is in colours ({image.mode}), but labels are expected; to read colours, "
+                "list them in a description, as in labels: [[128, 64, 128]]"
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
@@ -209,10 +212,11 @@ def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
         ValueError: A value is larger than `max_value` or is not a label.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
-        raise ValueError("pixels are floating-point numbers with fractions, which are no labels")
+        raise ValueError("the pixels are fractions; export the mask with integers as labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
-        raise ValueError(f"holds label {largest}, and labels end at {max_value}")
+        wrong = mask.min() if mask.min() < 0 else largest
+        raise ValueError(f"holds label {wrong}; labels must be between 0 and {max_value}")
     return np.ascontiguousarray(mask, dtype=np.uint8 if largest <= 255 else np.uint16)
 
 
@@ -239,9 +243,9 @@ def decode_colors(data: bytes) -> np.ndarray:
             return np.bitwise_and(packed, 0xFFFFFF, out=packed)
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
-        raise ValueError("a JPEG mask, and JPEG changes colours: masks have to be PNG")
+        raise ValueError("the mask is a JPEG, which changes colours; export it as PNG")
     if _is_wide(data):
-        raise ValueError("a mask in colours of 16 bits, where 8 are expected")
+        raise ValueError("the mask has colours of 16 bits; export it with 8 bits per channel")
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     return pixels[..., 0] | pixels[..., 1] << 8 | pixels[..., 2] << 16
 
@@ -291,7 +295,7 @@ def _decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Image.UnidentifiedImageError:
-        raise ValueError("not an image") from None
+        raise ValueError("unknown image format") from None
     except Exception as error:  # Pillow's plugins raise exceptions of any type.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot be decoded: {reason}") from None
@@ -313,7 +317,7 @@ def read_photo(photo: Photo) -> np.ndarray:
     """
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-            raise ValueError(f"expected (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
+            raise ValueError(f"got an array {photo.shape} {photo.dtype}; expected (H, W, 3) uint8")
         return photo
     if isinstance(photo, Image.Image):
         return np.array(_rgb(photo))

@@ -101,9 +101,9 @@ def read_description(path: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read the description {path}: {reason}") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"the description {path} is not YAML: {reason}") from error
+        raise ConfigError(f"cannot parse the description {path} as YAML: {reason}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"the description {path} is not a mapping of {', '.join(KEYS)}")
+        raise ConfigError(f"the description {path} must be a mapping with {', '.join(KEYS)}")
     if isinstance(raw.get("root"), str):
         folder = os.path.dirname(os.path.abspath(path))
         raw["root"] = os.path.normpath(os.path.join(folder, os.path.expanduser(raw["root"])))
@@ -133,7 +133,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
         return path, None
     description = parse_description(read_description(path), path)
     if not (root or description.root):
-        raise ConfigError(f"{path} has no root; say where the data set is")
+        raise ConfigError(f"{path}: root is missing; set it to the folder of the data set")
     return root or description.root or "", description
 
 
@@ -148,7 +148,8 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for place, key in enumerate(keys) if key in keys[:place]]
         if twice:
-            raise yaml.YAMLError(f"{twice[0]} is there twice, line {node.start_mark.line + 1} on")
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"duplicate key {twice[0]} in the mapping at line {line}")
         return super().construct_mapping(node, deep)
 
 
@@ -165,22 +166,24 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     _refuse_unknown(raw, KEYS, where)
     root = raw.get("root")
     if root is not None and not isinstance(root, str):
-        raise ConfigError(f"{where}: root: {root!r} is not a folder")
+        raise ConfigError(f"{where}: root: got {root!r}; expected the path of a folder")
     sources, fraction = _parse_splits(raw, where)
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
-        raise ConfigError(f"{where}: with segments, labels are categories, not colours")
+        raise ConfigError(
+            f"{where}: classes: labels are colours, but segments need category numbers; use those"
+        )
     exclude = _as_list(raw.get("exclude"))
     for pattern in exclude:
         if not isinstance(pattern, str) or not pattern:
-            raise ConfigError(f"{where}: exclude: {pattern!r} is not a path; list folders or files")
+            raise ConfigError(f"{where}: exclude: got {pattern!r}; list folders or files")
     return Description(root, sources, fraction, classes, values, in_colors, tuple(exclude))
 
 
 def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
     unknown = [str(key) for key in raw if key not in known]
     if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]}; known: {', '.join(known)}")
+        raise ConfigError(f"{where}: unknown key {unknown[0]}; known keys: {', '.join(known)}")
 
 
 def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source], float]:
@@ -191,22 +194,24 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
         given = raw.get(split)
         if not isinstance(given, Mapping):
             example = "val: {fraction: 0.15}" if split == "val" else EXAMPLE
-            raise ConfigError(f"{where}: {split} is missing; as in {example}")
+            raise ConfigError(f"{where}: {split} is missing; add it, as in {example}")
         if split == "val" and "fraction" in given:
             fraction = given["fraction"]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
-                raise ConfigError(f"{where}: val: fraction stands alone, a number between 0 and 1")
+                raise ConfigError(
+                    f"{where}: val: fraction must be the only key, with a number between 0 and 1"
+                )
             sources[split] = sources["train"]
             continue
         _refuse_unknown(given, Source._fields, f"{where}: {split}")
         for key, value in given.items():
             if not isinstance(value, str) or not value:
-                raise ConfigError(f"{where}: {split}.{key}: {value!r} is not a path")
+                raise ConfigError(f"{where}: {split}.{key}: got {value!r}; expected a path")
         source = Source(**given)
         if source.list is None and (source.images is None or source.masks is None):
             missing = "images" if source.images is None else "masks"
-            raise ConfigError(f"{where}: {split}.{missing} is missing; as in {EXAMPLE}")
+            raise ConfigError(f"{where}: {split}.{missing} is missing; add it, as in {EXAMPLE}")
         sources[split] = source
     return sources, fraction
 
@@ -217,25 +222,29 @@ def _parse_classes(
     """Return the classes, the label of each mask value, and whether the values are colours."""
     given = raw.get("classes")
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: classes is missing; as in classes: {{road: {{labels: [1]}}}}")
+        raise ConfigError(
+            f"{where}: classes is missing; add it, as in classes: {{road: {{labels: [1]}}}}"
+        )
     if not 2 <= len(given) < IGNORED:
-        raise ConfigError(f"{where}: classes: {len(given)} names are not 2 to {IGNORED - 1}")
+        raise ConfigError(f"{where}: classes: must be 2 to {IGNORED - 1} names; found {len(given)}")
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)
     kinds, colors, found = set(), [], []
     for label, (name, entry) in enumerate(given.items(), 1):
         if isinstance(name, bool) or name is None:
-            raise ConfigError(f"{where}: classes: {name!r} is no name; put it in quotes")
+            raise ConfigError(f"{where}: classes: got the name {name!r}; put it in quotes")
         key = f"{where}: classes.{name}"
         entry = entry if isinstance(entry, Mapping) else {"labels": entry}
         _refuse_unknown(entry, ("labels", "color"), key)
         labels = _as_list(entry.get("labels"))
         if not labels:
-            raise ConfigError(f"{key}: labels is empty; give the mask's values, as in labels: [3]")
+            raise ConfigError(f"{key}: labels is empty; list mask values, as in labels: [3]")
         found += [(value, label, str(name)) for value in labels]
         color = entry.get("color", labels[0] if _is_color(labels[0]) else None)
         if color is not None and not _is_color(color):
-            raise ConfigError(f"{key}: color: {color!r} is not [red, green, blue], 0 to 255 each")
+            raise ConfigError(
+                f"{key}: color: got {color!r}; expected [red, green, blue], 0 to 255 each"
+            )
         colors.append(color)
     found += [(value, 0, "ignore") for value in ignored]
     values: dict[int, int] = {}
@@ -246,14 +255,16 @@ def _parse_classes(
         if number in values:
             if names[number] == name:
                 raise ConfigError(
-                    f"{where}: {name} lists {value} twice; a colour is a list of its own, as in "
-                    "labels: [[128, 64, 128]]"
+                    f"{where}: {name} lists {value} twice; list it once, or write a colour as a "
+                    "list of its own, as in labels: [[128, 64, 128]]"
                 )
-            raise ConfigError(f"{where}: label {value} is in both {names[number]} and {name}")
+            raise ConfigError(
+                f"{where}: label {value} is in both {names[number]} and {name}; remove it from one"
+            )
         values[number], names[number] = label, name
     if len(kinds) > 1:
         raise ConfigError(
-            f"{where}: some labels are numbers and some are colours; masks are read by one of them"
+            f"{where}: some labels are numbers and some are colours; use only one of the two"
         )
     others = iter(distinct_colors(len(colors)))
     classes = tuple(
@@ -282,7 +293,7 @@ def _number(value: Any, where: str) -> int:
         return pack(*value)
     if type(value) is not int or not 0 <= value <= MAX_VALUE:
         raise ConfigError(
-            f"{where}: {value!r} is neither a mask's value, 0 to {MAX_VALUE}, nor a colour, "
+            f"{where}: got {value!r}; expected a mask value from 0 to {MAX_VALUE} or a colour "
             "[red, green, blue]"
         )
     return value

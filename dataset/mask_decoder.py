@@ -153,7 +153,8 @@ class Masks:
         for number, category in self.segments.of(path):
             if category not in self.values:
                 raise UnknownValues(
-                    f"has a segment of category {category}, which is neither a class nor ignored"
+                    f"has a segment of category {category}, which the description does not name; "
+                    "list it under classes or ignore"
                 )
             table[number] = self.values[category]
         return table
@@ -167,10 +168,11 @@ class Masks:
             kind = "colour" if self.in_colors else "value"
         shown = [str(unpack(v)) if kind == "colour" else str(v) for v in values[:5]]
         text = ", ".join(shown) + (", …" if len(values) > 5 else "")
-        share = f"{kind} {text} on {unknown.size / size:.2%} of its pixels"
+        kind = f"{kind}s" if len(values) > 1 else kind
+        share = f"{unknown.size / size:.2%} of its pixels have {kind} {text}"
         if self.described:
-            return f"{share}, which is neither a class nor ignored"
-        return f"{share}, but classes are {self.labels.first}..{self.labels.last}"
+            return f"{share}, which the description does not name; list it under classes or ignore"
+        return f"{share}, but the classes are labels {self.labels.first} to {self.labels.last}"
 
 
 def _look_up(table: torch.Tensor, mask: np.ndarray) -> np.ndarray:

@@ -10,11 +10,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import NamedTuple, overload
-
-import numpy as np
+from typing import NamedTuple
 
 from dataset.description import Description, Source, ade20k
 from dataset.paths import (
@@ -25,6 +23,7 @@ from dataset.paths import (
     Files,
     Finding,
     Sample,
+    Samples,
     Template,
     exclusion,
     find_root,
@@ -32,51 +31,6 @@ from dataset.paths import (
 from errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-
-
-class Samples(Sequence[Sample]):
-    """A sequence of samples that shares its memory with forked loader processes.
-
-    The text of all names is one array. Python would copy a list of strings into every process,
-    because it counts references inside each string.
-
-    Args:
-        uids: Name of each sample.
-        images: Path of each image below `folders[0]`.
-        masks: Path of each mask below `folders[1]`.
-        folders: Start of the paths of the images and of the masks.
-    """
-
-    def __init__(
-        self,
-        uids: Sequence[str] = (),
-        images: Sequence[str] = (),
-        masks: Sequence[str] = (),
-        folders: tuple[str, str] = ("", ""),
-    ) -> None:
-        self._folders, self._length = folders, len(uids)
-        text = "\0".join([*uids, *images, *masks, ""])
-        self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Position where each name ends.
-        self._ends = np.append(-1, np.flatnonzero(self._text == 0))
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        uid, image, mask = (self._name(place + column * len(self)) for column in range(3))
-        return Sample(uid, self._folders[0] + image, self._folders[1] + mask)
-
-    def _name(self, place: int) -> str:
-        name = self._text[self._ends[place] + 1 : self._ends[place + 1]]
-        return name.tobytes().decode(errors="surrogateescape")
 
 
 class Listing(NamedTuple):
@@ -129,7 +83,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         ConfigError: The description does not say where the images and masks are.
     """
     if split not in description.sources:
-        raise ConfigError("the description does not say where photos and masks are: add train, val")
+        raise ConfigError(
+            "the description has no train and val; add them to say where the images and masks are"
+        )
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
@@ -146,7 +102,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if description.fraction and len(names) == 1 < len(pairs.images):
             findings += _moved(pairs, names, name, description.fraction)
         if not names and not any(finding.fatal for finding in findings):
-            reason = f"holds no photos of {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            reason = f"contains no images for {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
             findings.append(Finding(where, reason, True))
         chosen = list(pairs.masks)
         if len(names) < len(chosen):
@@ -201,8 +157,8 @@ def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[
     if (_place(name) < fraction) == (split == "val"):
         return []
     reason = (
-        f"is the only image of {split}: fraction {fraction} of {len(pairs.images)} images left "
-        "none. It may move back when images are added"
+        f"was moved to {split}, because fraction {fraction} of {len(pairs.images)} images left "
+        f"{split} empty; it may move back when images are added"
     )
     return [Finding(pairs.folders[0] + pairs.images[name], reason, False)]
 
@@ -222,8 +178,8 @@ def find_samples(description: Description, split: str, root: str) -> tuple[Sampl
 def _orphaned(orphans: list[str]) -> list[Finding]:
     if not orphans:
         return []
-    others = f" (as {len(orphans) - 1} more)" if len(orphans) > 1 else ""
-    return [Finding(orphans[0], f"its photo is missing{others}", False)]
+    others = f" (and {len(orphans) - 1} more)" if len(orphans) > 1 else ""
+    return [Finding(orphans[0], f"its image is missing{others}", False)]
 
 
 def list_described(description: Description, split: str, root: str) -> Samples:
@@ -251,7 +207,7 @@ def require(listing: Listing) -> Samples:
     """
     fatal = [finding for finding in listing.findings if finding.fatal]
     if fatal:
-        others = f" (and {len(fatal) - 1} more such)" if len(fatal) > 1 else ""
+        others = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
         raise DataError(f"{fatal[0].path}: {fatal[0].reason}{others}")
     for finding in listing.findings + _orphaned(listing.orphans):
         log.warning("%s: %s", finding.path, finding.reason)
@@ -278,7 +234,7 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
         photos = _listed(source.list, root, found, pairs)
     pairs = pairs._replace(images=photos, folders=(found.folder, ""))
     if masks is None:
-        raise ConfigError(f"{split}.masks is missing: where are the masks of {source.images}?")
+        raise ConfigError(f"{split}.masks is missing; add the masks' folder for {source.images}")
     if not masks.folder.is_dir():
         pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
         return pairs
@@ -294,9 +250,9 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     used = dict(zip(reversed(keys), reversed(photos)))  # The first image for each mask.
     for name, key in zip(photos, keys):
         if key not in files.paths:
-            reason = f"its mask is missing, {source.masks}"
+            reason = f"its mask is missing; expected {source.masks}"
         elif used[key] != name:
-            reason = f"has the same mask as {found.path(used[key])}"
+            reason = f"has the same mask as {found.path(used[key])}; rename one of them"
         else:
             pairs.masks[name] = files.paths[key]
             continue
@@ -335,8 +291,8 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        reason = f"the list cannot be read: {reason}"
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        reason = f"cannot read the list: {reason}"
         pairs.findings.append((None, Finding(str(path), reason, True)))
         return
     for number, line in enumerate(lines, 1):
@@ -356,8 +312,8 @@ def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str
     for where, line in _lines(file, root, pairs):
         matches = known.get(os.path.normpath(line).lstrip("/"), set())
         if len(matches) != 1:
-            number = f"{len(matches)} photos" if matches else "no photo"
-            reason = f"{line} is the name of {number} in {Path(photos.folder)}"
+            number = f"{len(matches)} images" if matches else "no image"
+            reason = f"{Path(photos.folder)} has {number} named {line}; correct the list"
             pairs.findings.append((None, Finding(where, reason, True)))
             continue
         (uid,) = matches
@@ -376,13 +332,13 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
         columns = [part.strip() for part in re.split(r"[\t,;]", line)]
         columns = columns if len(columns) > 1 else line.split()
         if len(columns) != 2:
-            reason = f"{len(columns)} columns; without images, a line is a photo and its mask"
+            reason = f"got {len(columns)} columns; expected an image and its mask"
             pairs.findings.append((None, Finding(where, reason, True)))
             continue
         paths = [_existing(root, source.list, column) for column in columns]
         for path, column in zip(paths, columns):
             if path is None:
-                finding = Finding(where, f"there is no file {column}", True)
+                finding = Finding(where, f"file {column} is missing", True)
                 pairs.findings.append((None, finding))
         if None not in paths:
             if paths[0] in masks:
@@ -420,5 +376,5 @@ def list_samples(datadir: str, split: str) -> list[Sample]:
         DataError: The split has no images, or some image has no mask.
     """
     if split not in FOLDERS:
-        raise DataError(f"split is {split!r}; use one of {', '.join(FOLDERS)}")
+        raise DataError(f"unknown split {split!r}; use {' or '.join(FOLDERS)}")
     return list(list_described(ade20k(), split, str(find_root(datadir))))

@@ -40,11 +40,14 @@ class Segments:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DataError(f"{path}: not JSON of COCO's panoptic format") from error
+            raise DataError(
+                f"{path}: cannot be read as JSON in COCO's panoptic format; check the file"
+            ) from error
         ids = self.numbers[:, 0]
         if wrong := ids[(ids < 0) | (ids >= MAX_SEGMENTS)].tolist():
             raise DataError(
-                f"{path}: segment id {wrong[0]} does not fit the three bytes of a PNG's pixel"
+                f"{path}: segment id {wrong[0]} must be between 0 and {MAX_SEGMENTS - 1}, the "
+                "range of a PNG's pixels"
             )
 
     def only(self, paths: Iterable[str]) -> Segments:
@@ -75,6 +78,6 @@ class Segments:
         """
         name = os.path.basename(path)
         if name not in self.places:
-            raise ValueError(f"has no segments in {self.path}")
+            raise ValueError(f"the segments of this mask are missing in {self.path}")
         first, end = self.places[name]
         return [(number, category) for number, category in self.numbers[first:end].tolist()]

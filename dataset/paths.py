@@ -19,9 +19,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from errors import ConfigError
 
@@ -90,7 +92,7 @@ def list_files(folder: str | Path) -> list[str]:
                 entries = [entry for entry in scan if entry.name[0] != "."]
         except OSError as error:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                log.warning("%s: its files are left out: %s", error.filename, error.strerror)
+                log.warning("%s: files are left out: %s", error.filename, error.strerror)
             continue
         folders = [(entry.name, entry.is_symlink()) for entry in entries if _is_folder(entry)]
         names = [entry.name for entry in entries]
@@ -175,7 +177,9 @@ class Template:
             return "[^/]*"
         field = token.strip("{}/")
         if field not in ("stem", "dir", "name"):
-            raise ConfigError(f"{where}: {{{field}}} is none of {{stem}}, {{dir}} and {{name}}")
+            raise ConfigError(
+                f"{where}: unknown placeholder {{{field}}}; use {{stem}}, {{dir}} or {{name}}"
+            )
         slash = "/" if token.endswith("/") else ""
         if field in self.fields:
             return "(?:(?P=dir)/)?" if field == "dir" and slash else f"(?P={field}){slash}"
@@ -271,7 +275,12 @@ class Files(NamedTuple):
     def findings(self) -> list[tuple[str, Finding]]:
         """Return the name and a finding for each file whose name another file already has."""
         return [
-            (name, Finding(self.folder + path, f"same name as {self.path(name)}", True))
+            (
+                name,
+                Finding(
+                    self.folder + path, f"same name as {self.path(name)}; rename one of them", True
+                ),
+            )
             for name, path in self.same
         ]
 
@@ -293,3 +302,48 @@ def exclusion(exclude: Collection[str], root: str) -> Exclusion:
         Template(text, root, IMAGE_SUFFIXES | MASK_SUFFIXES, "exclude") for text in exclude
     ]
     return lambda path: path in files or any(template.matches(path) for template in templates)
+
+
+class Samples(Sequence[Sample]):
+    """A sequence of samples that shares its memory with forked loader processes.
+
+    The text of all names is one array. Python would copy a list of strings into every process,
+    because it counts references inside each string.
+
+    Args:
+        uids: Name of each sample.
+        images: Path of each image below `folders[0]`.
+        masks: Path of each mask below `folders[1]`.
+        folders: Start of the paths of the images and of the masks.
+    """
+
+    def __init__(
+        self,
+        uids: Sequence[str] = (),
+        images: Sequence[str] = (),
+        masks: Sequence[str] = (),
+        folders: tuple[str, str] = ("", ""),
+    ) -> None:
+        self._folders, self._length = folders, len(uids)
+        text = "\0".join([*uids, *images, *masks, ""])
+        self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        # Position where each name ends.
+        self._ends = np.append(-1, np.flatnonzero(self._text == 0))
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        uid, image, mask = (self._name(place + column * len(self)) for column in range(3))
+        return Sample(uid, self._folders[0] + image, self._folders[1] + mask)
+
+    def _name(self, place: int) -> str:
+        name = self._text[self._ends[place] + 1 : self._ends[place + 1]]
+        return name.tobytes().decode(errors="surrogateescape")

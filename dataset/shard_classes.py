@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.description import Description, parse_description, read_description
-from dataset.shards import DESCRIPTION, fetch_beside
+from dataset.downloads import fetch_beside
+from dataset.shards import DESCRIPTION
 from dataset.source import DataSource
 from errors import ClassError, DataError
 from segmentation.classes import ClassInfo, first_difference, match_classes
@@ -61,7 +62,7 @@ def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
     except DataError as error:
         if not is_cached:
             raise
-        log.warning("%s; going on with the cache, without a look at its classes", error)
+        log.warning("%s; continuing with the cached shards, whose classes are not checked", error)
         return None
     return None if description is None else description.classes
 

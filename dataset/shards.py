@@ -11,8 +11,7 @@ import queue
 import re
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from streaming.base.stream import Stream
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
+from dataset.downloads import is_final, with_retries
 from errors import DataError, StoreError, one_line
 from files import is_remote
 
@@ -34,7 +34,6 @@ COLUMNS = ("uid", "x", "y")
 DESCRIPTION = "description.yaml"  # File beside the splits, with the description of the data set.
 MAX_SAMPLES = 10**9  # Maximum number of samples in a shard.
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
-_NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
 
 
 class Shards:
@@ -73,7 +72,7 @@ class Shards:
     ):
         if local is None:
             if not remote or is_remote(remote):
-                raise DataError(f"{remote}: no local folder is given to keep its shards in")
+                raise DataError(f"{remote}: give a local folder to keep the shards in")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
             # The cache is the data set itself: nothing to download, and nothing may be deleted.
@@ -87,7 +86,7 @@ class Shards:
             local=local,
             split=split,
             # Streaming's own retries are silent and do not stop on permanent errors; see
-            # `_with_retries`.
+            # `with_retries`.
             download_retry=1,
             download_timeout=download_timeout,
             keep_zip=False,
@@ -96,18 +95,22 @@ class Shards:
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
         with self._alone_with_index():
             self._check_index()
-            self.shards = _with_retries(
+            self.shards = with_retries(
                 f"{self.location}/index.json",
                 lambda: self.stream.get_shards(World.detect(), False),
                 self.retries,
             )
         if not self.shards:
-            raise DataError(f"{self.location}/index.json lists no shards")
+            raise DataError(
+                f"{self.location}/index.json lists no shards; convert the data set again"
+            )
         for shard in self.shards:
             if wrong := _implausible(shard):
                 raise DataError(f"{self.location}/index.json: {wrong}")
             if not set(COLUMNS) <= set(shard.column_names):
-                raise DataError(f"{self.location}: columns {shard.column_names}, not {COLUMNS}")
+                raise DataError(
+                    f"{self.location}: got the columns {shard.column_names}; expected {COLUMNS}"
+                )
             # Read the images and masks as bytes instead of Pillow images.
             shard.column_encodings = [
                 "bytes" if name in ("x", "y") else encoding
@@ -139,12 +142,14 @@ class Shards:
             try:
                 CloudDownloader.direct_download(f"{self.location}/index.json", fresh)
             except Exception as error:
-                level = logging.INFO if _is_final(error) else logging.WARNING
-                log.log(level, "%s: %s; going on with the cache", self.location, one_line(error))
+                level = logging.INFO if is_final(error) else logging.WARNING
+                log.log(level, "%s: %s; continuing with the cache", self.location, one_line(error))
                 return
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
-            raise DataError(f"{self.folder} has an earlier version of {self.location}: delete it")
+            raise DataError(
+                f"{self.folder} holds an earlier version of {self.location}; delete the folder"
+            )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
         if cache_limit is None:
@@ -153,8 +158,8 @@ class Shards:
         largest = max(shard.get_max_size() for shard in self.shards)
         if limit < 4 * largest:
             raise DataError(
-                f"cache_limit {cache_limit} is less than 4 shards of {self.location}, "
-                f"the largest of which has {largest} bytes"
+                f"cache_limit {cache_limit} is too small for {self.location}; use at least "
+                f"{4 * largest} bytes, the size of 4 of its largest shards"
             )
         return limit
 
@@ -204,10 +209,10 @@ class Shards:
             except FileNotFoundError:
                 self.fetch(shard)
             except Exception as error:
-                again = "; delete it, and it is fetched again" if self.is_cache else ""
+                again = "; delete it to download it again" if self.is_cache else ""
                 raise DataError(f"{path} is damaged: {one_line(error)}{again}") from error
         else:
-            raise DataError(f"{path} is always gone again: is cache_limit too small?")
+            raise DataError(f"{path} is deleted before it can be read; increase cache_limit")
         if self.cache_limit:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
@@ -216,7 +221,7 @@ class Shards:
         # Remove the prefix, as for data sets in folders.
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
-        return uid, sample["x"], sample["y"], (f"{name}, photo", f"{name}, mask")
+        return uid, sample["x"], sample["y"], (f"{name}, image", f"{name}, mask")
 
     def prefetch(self, index: int) -> None:
         """Download the shard of a sample in the background.
@@ -288,7 +293,7 @@ class Shards:
             if self.cache_limit:
                 self._make_room(reader.get_max_size())
             name = (reader.zip_data or reader.raw_data).basename
-            _with_retries(
+            with_retries(
                 f"{self.location}/{name}",
                 lambda: self._prepare(reader, name),
                 self.retries,
@@ -317,56 +322,25 @@ class Shards:
             used -= self.shards[present.pop()].evict()
 
 
-def _with_retries(
-    name: str, action: Callable[[], Any], retries: int, away: type[DataError] = DataError
-) -> Any:
-    """Call a function, and retry while the store may be temporarily down.
-
-    Args:
-        name: Name of the download in errors.
-        action: Function that downloads.
-        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
-        away: Exception to raise if the store does not answer. If the store refuses, the exception
-            is DataError.
-    """
-    for attempt in range(retries + 1):
-        try:
-            return action()
-        except Exception as error:
-            if _is_final(error) or attempt == retries:
-                kind = DataError if _is_final(error) else away
-                raise kind(f"{name}: {one_line(error)}") from error
-            delay = 2**attempt
-            log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
-            time.sleep(delay)
-
-
 def _implausible(shard: Any) -> str | None:
     """Return the reason why a shard's entry in the index is invalid, or None.
 
     Names must stay inside the folder, and counts must be possible.
     """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
-        return f"samples: {shard.samples!r} is not 0 to {MAX_SAMPLES}"
+        return f"samples: got {shard.samples!r}; expected 0 to {MAX_SAMPLES}"
     columns = shard.column_names, shard.column_encodings, shard.column_sizes
     if not all(isinstance(part, list) and len(part) == len(columns[0]) for part in columns):
-        return "column_names, column_encodings and column_sizes are not lists of one length"
+        return "column_names, column_encodings and column_sizes must be lists of equal length"
     if not shard.raw_data:
         return "raw_data is missing"
     for info in filter(None, (shard.raw_data, shard.zip_data)):
         name, size = info.basename, info.bytes
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-            return f"basename: {name!r} is no name of a file"
+            return f"basename: got {name!r}; expected a file name without a folder"
         if type(size) is not int or size < 0:
-            return f"bytes: {size!r} is no size of {name}"
+            return f"bytes: got {size!r}; expected the size of {name}"
     return None
-
-
-def _is_final(error: Exception) -> bool:
-    """Return whether an error is permanent, so that a retry is useless."""
-    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
-    return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
 
 
 def open_shards(path: str, local: str | None, split: str) -> Shards:
@@ -382,57 +356,6 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 
 # Workers read several shards of the same split.
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)
-
-
-def is_missing(error: Exception) -> bool:
-    """Return whether the store says that a file does not exist.
-
-    The result is False if the store cannot tell.
-
-    Args:
-        error: Exception that a download raised.
-    """
-    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    # S3 answers 403 if the credentials may not see a key, so 403 does not prove that a file is
-    # missing.
-    if code is not None:
-        return code in ("404", "NoSuchKey", "NoSuchBucket")
-    # Other stores have their own exceptions and messages.
-    words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
-    return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
-
-
-def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | None:
-    """Return the local path of a file that lies beside the splits of the shards.
-
-    A remote file is first downloaded to `folder`.
-
-    Args:
-        path: Folder or URL of the shards.
-        name: Name of the file.
-        folder: Folder for the download.
-        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
-
-    Returns:
-        The path on this machine, or None if the file does not exist.
-
-    Raises:
-        DataError: The store did not say whether the file exists.
-    """
-    if "://" not in path:
-        return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
-    remote, copy = f"{path.rstrip('/')}/{name}", os.path.join(folder, name)
-
-    def download() -> str | None:
-        try:
-            CloudDownloader.direct_download(remote, copy)
-        except Exception as error:
-            if is_missing(error):
-                return None
-            raise
-        return copy
-
-    return _with_retries(remote, download, retries, StoreError)
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
@@ -451,12 +374,12 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]
     shards.fetch(number)
     path, shard = shards.path(number), shards.shards[number]
     content = Path(path).read_bytes()
-    again = "; delete it, and it is fetched again" if shards.is_cache else ""
+    again = "; delete it to download it again" if shards.is_cache else ""
     if len(content) != shard.raw_data.bytes:
-        size = f"{len(content):,} bytes, not {shard.raw_data.bytes:,}"
+        size = f"{len(content):,} bytes instead of {shard.raw_data.bytes:,}"
         raise DataError(f"{path} is damaged: it has {size}{again}")
     for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
         if get_hash(algorithm, content) != expected:
-            raise DataError(f"{path} is damaged: its {algorithm} is not the index's{again}")
+            raise DataError(f"{path} is damaged: its {algorithm} differs from the index{again}")
     end = int(shards.ends[number])
     yield from (shards.read(index)[:3] for index in range(end - len(shard), end))

@@ -211,9 +211,9 @@ def check_labels(source: DataSource, max_masks: int = 64) -> None:
         try:
             masks.decode(Path(mask_path).read_bytes(), mask_path)
         except UnknownValues as error:
-            remedy = "name it under classes, or ignore"
+            remedy = ""
             if source.description.built_in is not None:
-                remedy = "set model.num_classes, or ignore_label"
-            raise DataError(f"{mask_path}: {error}: {remedy}") from error
+                remedy = "; set model.num_classes or ignore_label"
+            raise DataError(f"{mask_path}: {error}{remedy}") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{mask_path}: {error}") from error

@@ -84,7 +84,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a process died, of want of memory perhaps: try fewer --workers"
+                "a worker process died, possibly out of memory; try fewer --workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # The shutdown waits for the tasks that are running.
@@ -158,3 +158,10 @@ def decoder_complaint() -> str | None:
     os.ftruncate(2, 0)
     os.lseek(2, 0, os.SEEK_SET)
     return text.splitlines()[0] if text else None
+
+
+def default_workers() -> int:
+    """Return the number of cores of this rank, at least 1 and at most 8."""
+    from composer.utils import dist
+
+    return min(8, max(1, available_cores() // dist.get_local_world_size()))

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from dataset.paths import IMAGE_SUFFIXES
 from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
-from files import check_outputs, write_image
+from files import check_outputs, encode_image, write_file
 
 # Comment in every output file, so that later calls recognise their own files.
 COMMENT = "Written by predict.py"
@@ -81,9 +81,18 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
         prediction: (H, W) class indices, uint8 or uint16.
         path: Path of the PNG file.
     """
+    write_file(path, encode_index(prediction))
+
+
+def encode_index(prediction: np.ndarray) -> bytes:
+    """Return class indices as a grey PNG; see `save_index`.
+
+    Args:
+        prediction: (H, W) class indices, uint8 or uint16.
+    """
     info = PngInfo()
     info.add_text("Comment", COMMENT)
-    write_image(path, Image.fromarray(prediction), pnginfo=info)
+    return encode_image(".png", Image.fromarray(prediction), pnginfo=info)
 
 
 def check_predictions(
@@ -115,8 +124,7 @@ def check_predictions(
     for path in [*files, *existing]:
         if path.exists() and not _is_our_output(path):
             raise UserError(
-                f"{path} would be overwritten, and predict.py did not write it; "
-                "choose another --out"
+                f"{path} already exists and was not written by predict.py; choose another --out"
             )
 
 

@@ -25,7 +25,7 @@ from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
 CAMERA_SECONDS = 10  # Maximum time until a camera answers, and for each frame.
-NO_FRAMES = "there are no frames in it"
+NO_FRAMES = "the video has no frames"
 TICK = Fraction(1, 90_000)  # Clock period of written videos, in seconds.
 
 
@@ -50,7 +50,7 @@ def load_pyav() -> ModuleType:
     try:
         import av
     except ImportError:
-        raise UserError("videos need PyAV: make install WITH=video, or pip install av") from None
+        raise UserError("videos need PyAV; run make install WITH=video or pip install av") from None
     return av
 
 
@@ -76,10 +76,10 @@ class Video:
         except (self._av.FFmpegError, OSError) as error:
             raise DataError(self._explain(error)) from None
         if not self._container.streams.video:
-            raise DataError("there is no video in it")
+            raise DataError("the file contains no video stream")
         self._stream = self._container.streams.video[0]
         if self._stream.codec_context is None:
-            raise DataError("FFmpeg has no decoder for it")
+            raise DataError("FFmpeg has no decoder for this video; convert it")
         self._stream.thread_type = "AUTO"
         wide = self._stream.sample_aspect_ratio or 1  # Aspect ratio of pixels that are not square.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
@@ -120,7 +120,7 @@ class Video:
                     time -= self._start
                 yield Frame(number, time, np.ascontiguousarray(photo))
         except (self._av.FFmpegError, OSError) as error:
-            place = f"it breaks off after {count} frames: " if count else ""
+            place = f"the video breaks off after {count} frames: " if count else ""
             raise DataError(f"{place}{self._explain(error)}") from None
         finally:
             self._container.close()
@@ -277,7 +277,9 @@ class VideoWriter:
                 self._container.metadata["comment"] = self._comment
                 stream = self._container.add_stream("libx264", rate=rate, options={"crf": "20"})
             except self._av.codec.codec.UnknownCodecError:
-                raise UserError("this PyAV has no encoder for H.264 (libx264); pip's has") from None
+                raise UserError(
+                    "this PyAV has no H.264 encoder (libx264); install PyAV with pip"
+                ) from None
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK

@@ -56,6 +56,7 @@ class DeepLabV3(nn.Module):
         classifier: Maps the tuple of those feature maps to logits.
         upsample: Whether to resize the logits to the image. Training does not need it, because the
             loss and the metrics do so themselves, a part of the batch at a time.
+        neck: Maps the feature maps to those of the classifier, or None.
 
     Shape:
         image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without `upsample` (H / 8
@@ -66,15 +67,24 @@ class DeepLabV3(nn.Module):
     mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
     memory_format = torch.channels_last
 
-    def __init__(self, backbone: nn.Module, classifier: nn.Module, upsample: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        upsample: bool = True,
+        neck: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.neck = neck
         self.classifier = classifier
         self.upsample = upsample
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits; see the class for their shape."""
         features = self.backbone(image)
+        if self.neck is not None:
+            features = self.neck(features)
         logits = self.classifier(
             tuple(features.values() if isinstance(features, dict) else features)
         )

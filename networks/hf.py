@@ -44,10 +44,13 @@ def build(
         )
     if "config" in arguments:  # The lines below record this config.
         said = _without_pretrained(arguments["config"])
+        _check_type(whole, said.get("model_type"))
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
         config.num_labels = num_classes
     else:
         options = {**without_own(arguments), "num_labels": num_classes, **safe}
+        stated, _ = fetch(whole, transformers.PretrainedConfig.get_config_dict, name)
+        _check_type(whole, stated.get("model_type"))
         config = fetch(whole, kind.from_pretrained, name, **options)
         mean, std = _normalisation(transformers, name)
     if "config" in arguments or not pretrained:
@@ -63,6 +66,23 @@ def build(
     result = Network(network, whole, record, mean, std, size_divisor=32)
     result.rename = _renaming(network)
     return result
+
+
+def _check_type(whole: str, kind: str | None) -> None:
+    """Refuse networks that transformers does not build for semantic segmentation.
+
+    Mask2Former and its kin predict a set of masks, for which this project has no loss.
+
+    Raises:
+        ModelError: The type of the network is not known, or is another one.
+    """
+    module = importlib.import_module("transformers.models.auto.modeling_auto")
+    known = module.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+    if kind not in known:
+        raise ModelError(
+            f"model.name={whole}: a {kind} does not predict a class for each pixel; "
+            f"use one of {', '.join(sorted(known))}"
+        )
 
 
 def _renaming(network: Any) -> Callable[[str], str] | None:

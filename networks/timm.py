@@ -1,4 +1,4 @@
-"""DeepLabV3+ on the backbones of timm."""
+"""DeepLabV3+ on the backbones of timm, with a feature pyramid for vision transformers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from errors import ModelError
 from networks.base import Network
 from networks.deeplab import DeepLabV3, head
+from networks.feature_pyramid import SimpleFeaturePyramid
 from networks.libraries import call, fetch, require, unknown, without_own
 
 
@@ -21,6 +22,9 @@ def build(
     from_file: bool,
 ) -> Network:
     """Build DeepLabV3+ on a backbone of timm, with output stride 8 if the backbone supports it.
+
+    A plain vision transformer has features of one stride, so it gets a `SimpleFeaturePyramid`. Its
+    position embeddings are resized to each image.
 
     Args:
         name: Name of a timm model.
@@ -35,16 +39,23 @@ def build(
     whole = f"timm:{name}"
     timm = require("timm", whole, "timm")
     backbone, arguments = _features(timm, name, arguments, pretrained)
-    low, high = backbone.feature_info.channels()
-    network = DeepLabV3(backbone, head(num_classes, low, high), upsample=False)
+    channels, divisor, neck = backbone.feature_info.channels(), 32, None
+    if len(channels) == 1:
+        neck = SimpleFeaturePyramid(channels[0])
+        channels, divisor = neck.channels, backbone.feature_info.reduction()[0]
+    network = DeepLabV3(
+        backbone, head(num_classes, channels[0], channels[1]), upsample=False, neck=neck
+    )
     mean, std = _normalisation(timm, name)
-    return Network(network, whole, arguments, mean, std, size_divisor=32)
+    return Network(network, whole, arguments, mean, std, size_divisor=divisor)
 
 
 def _features(
     timm: Any, name: str, arguments: Mapping[str, Any], pretrained: str | None
 ) -> tuple[Any, dict[str, Any]]:
     """Build a timm backbone that returns its features of stride 4 and its last features.
+
+    A vision transformer, whose features all have the stride of its patches, returns the last ones.
 
     Returns:
         The backbone, and the arguments with the `output_stride` that it has.
@@ -65,13 +76,25 @@ def _features(
             except Exception:  # timm raises various errors if a network lacks this argument.
                 pass
         strides = call(whole, create).feature_info.reduction()
-    if 4 not in strides:
-        raise ModelError(
-            f"model.name={whole}: the backbone has features of strides {strides}, but "
-            "DeepLabV3+ needs stride 4; choose another backbone"
-        )
-    places = (strides.index(4), len(strides) - 1)
     options = {"pretrained": bool(pretrained), **options}
+    if set(strides) in ({14}, {16}):
+        options = {"dynamic_img_size": True, **options}
+        places: tuple[int, ...] = (-1,)
+        try:
+            with torch.device("meta"):
+                create(out_indices=places)
+        except TypeError as error:  # Only some of timm's transformers have this argument.
+            raise ModelError(
+                f"model.name={whole} takes images of one size; use another vision transformer, "
+                "such as vit_small_patch16_dinov3"
+            ) from error
+    elif 4 in strides:
+        places = (strides.index(4), len(strides) - 1)
+    else:
+        raise ModelError(
+            f"model.name={whole} has features of stride {strides}; use a backbone with stride 4, "
+            "or a vision transformer with patches of 14 or 16 pixels"
+        )
     backbone = fetch(whole, create, out_indices=places)
     if "output_stride" in options:
         arguments = {**arguments, "output_stride": options["output_stride"]}

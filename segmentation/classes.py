@@ -59,7 +59,7 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
     if len(classes) != num_classes:
         raise ClassError(
             f"{where} names {len(classes)} classes, but the model predicts {num_classes}; "
-            "give one name a line, in the order of the class indices"
+            "give one name per line, in the order of the class indices"
         )
     return classes
 
@@ -79,7 +79,7 @@ def _read(path: Path) -> list[ClassInfo]:
             color = (int(rgb[0]), int(rgb[1]), int(rgb[2]))
         elif rgb:
             raise ClassError(
-                f"{path}: {','.join(row)!r} is neither 'name' nor 'name,red,green,blue'"
+                f"{path}: got {','.join(row)!r}; expected 'name' or 'name,red,green,blue'"
             )
         classes.append(ClassInfo(name, color))
     return classes
@@ -112,7 +112,7 @@ def match_classes(
         return None
     assert classes is not None and others is not None
     if len(classes) != len(others):
-        counts = f"{len(classes)} classes, {others_where} has {len(others)}"
+        counts = f"{len(classes)} classes, but {others_where} has {len(others)}"
         raise ClassError(f"{where} has {counts}")
     keys, other_keys = ([class_key(info.name) for info in infos] for infos in (classes, others))
     if keys == other_keys:
@@ -122,7 +122,7 @@ def match_classes(
         raise ClassError(different)
     if len(set(keys)) < len(keys):
         twice = next(info.name for info, key in zip(classes, keys) if keys.count(key) > 1)
-        raise ClassError(f"{different}; {twice} is there twice, so names cannot be matched")
+        raise ClassError(f"{different}; the name {twice} occurs twice, so names cannot be matched")
     return [other_keys.index(key) for key in keys]
 
 
@@ -144,7 +144,7 @@ def first_difference(
     place = (missing or moved)[0]
     return (
         f"{where}: class {place} is {classes[place].name}, "
-        f"in {others_where} it is {others[place].name}"
+        f"but in {others_where} it is {others[place].name}"
     )
 
 
@@ -188,7 +188,7 @@ def rename_classes(
         if key in keys and keys[place] != key:
             where = source if isinstance(source, str) else "the list of class names"
             raise ClassError(
-                f"{where}: class {place} is {info.name}, in {recorded_where} it is "
+                f"{where}: class {place} is {info.name}, but in {recorded_where} it is "
                 f"{recorded[place].name}; give the names in the order of the class indices"
             )
     return classes

@@ -8,6 +8,8 @@ indices. An index below 0 or above the last class, such as 255, marks a pixel wi
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -34,6 +36,8 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with `num_classes` for every pixel without a label."""
+    if mask.dtype == np.uint8:  # A prediction, whose copy as int64 would take longer.
+        return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
 
@@ -49,14 +53,16 @@ def tint(
         classes: One entry per class index.
         alpha: Opacity of the colours, 0 to 1.
     """
-    labelled = (_indices(mask, len(classes)) < len(classes))[..., None]
-    blend = np.where(labelled, photo * (1 - alpha) + colorize(mask, classes) * alpha, photo)
+    blend = cv2.addWeighted(photo, 1 - alpha, colorize(mask, classes), alpha, 0)
+    unlabelled = _indices(mask, len(classes)) == len(classes)
+    if unlabelled.any():
+        blend[unlabelled] = photo[unlabelled]
     edge = np.zeros(mask.shape, np.uint8)
     edge[1:] |= mask[1:] != mask[:-1]
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     width = max(mask.shape) // 1000 + 1
-    edge = cv2.dilate(edge, np.ones((width, width), np.uint8))
-    return np.where(edge[..., None] > 0, 255, blend).astype(np.uint8)
+    blend[cv2.dilate(edge, np.ones((width, width), np.uint8)) > 0] = 255
+    return blend
 
 
 def draw_overlay(
@@ -139,22 +145,27 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
 
     Some of ADE20K's colours are hard to tell apart.
     """
-    draw, font = ImageDraw.Draw(picture), _font(_font_size(picture.height) * 0.9)
+    size = _font_size(picture.height) * 0.9
     # The position of a name need not be exact, so search a reduced mask.
-    scale = max(1, max(mask.shape) // 512)
+    scale = max(1, max(mask.shape) // 160)
     small = mask[::scale, ::scale]
-    for index in np.unique(small):
+    for index, area in zip(*np.unique(small, return_counts=True)):
         if not 0 <= index < len(classes):
+            continue
+        name = classes[index].name
+        left, top, right, bottom = _box(name, size)
+        diagonal = math.hypot(right - left, bottom - top)
+        # A region that holds a circle of this diameter has at least 0.78 of its square.
+        if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)
         distance = cv2.distanceTransform(inside, cv2.DIST_L2, 3)[1:-1, 1:-1]
         y, x = np.unravel_index(distance.argmax(), distance.shape)
-        name, room = classes[index].name, 2 * distance[y, x] * scale
-        left, top, right, bottom = font.getbbox(name)
-        if (right - left) ** 2 + (bottom - top) ** 2 < room**2:
-            stroke = max(1, font.size // 12)
+        if diagonal < 2 * distance[y, x] * scale:
             at = (int(x) * scale, int(y) * scale)
-            draw.text(at, name, PAPER, font, "mm", stroke_width=stroke, stroke_fill=INK)
+            stroke = max(1, _font(size).size // 12)
+            write_text(picture, at, name, size, INK, "mm", stroke)
+            write_text(picture, at, name, size, PAPER, "mm")
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
@@ -171,6 +182,50 @@ def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
     return page
 
 
+def write_text(
+    picture: Image.Image,
+    at: tuple[float, float],
+    text: str,
+    size: float,
+    color: tuple[int, int, int],
+    anchor: str,
+    stroke: float = 0,
+) -> None:
+    """Write a text on a picture, as `ImageDraw.text` does, and keep its shape for others."""
+    mask, (left, top) = _shape(text, size, anchor, stroke)
+    picture.paste(color, (round(at[0]) + left, round(at[1]) + top), mask)
+
+
+@functools.lru_cache(4096)
+def _shape(
+    text: str, size: float, anchor: str, stroke: float
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the opacity of a text's pixels, and the place of its corner relative to the anchor."""
+    font = _font(size)
+    left, top, right, bottom = font.getbbox(text, anchor=anchor, stroke_width=stroke)
+    left, top = math.floor(left), math.floor(top)
+    mask = Image.new("L", (max(math.ceil(right) - left, 1), max(math.ceil(bottom) - top, 1)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, font, anchor, stroke_width=stroke)
+    return mask, (left, top)
+
+
+@functools.lru_cache(4096)
+def _box(text: str, size: float) -> tuple[float, float, float, float]:
+    return _font(size).getbbox(text)
+
+
+@functools.lru_cache(4096)
+def text_length(text: str, size: float) -> float:
+    """Return the width of a text in pixels.
+
+    Args:
+        text: A line of text.
+        size: Size of the font in pixels.
+    """
+    return _font(size).getlength(text)
+
+
+@functools.lru_cache(64)
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """Return Pillow's built-in font, which is the same on every machine."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(size, 11)))
@@ -217,18 +272,18 @@ def _draw_entries(
     entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
 ) -> Image.Image:
     """Draw entries (text, grey text, colour) in up to three columns, each as wide as its text."""
-    font = _font(_font_size(height))
-    line = round(font.size * 1.5)
+    size = _font_size(height)
+    line = round(_font(size).size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))
     columns = [entries[i : i + rows] for i in range(0, len(entries), rows)]
     widths = [
         line * 2.5
-        + max(font.getlength(text) for text, _, _ in column)
-        + max(font.getlength(note) for _, note, _ in column)
+        + max(text_length(text, size) for text, _, _ in column)
+        + max(text_length(note, size) for _, note, _ in column)
         for column in columns
     ]
-    size = (round(sum(widths)), max(height, (len(columns[0]) + 1) * line))
-    panel = Image.new("RGB", size, PAPER)
+    shape = (round(sum(widths)), max(height, (len(columns[0]) + 1) * line))
+    panel = Image.new("RGB", shape, PAPER)
     draw, left = ImageDraw.Draw(panel), 0.0
     for column, width in zip(columns, widths):
         for row, (text, note, color) in enumerate(column):
@@ -236,8 +291,9 @@ def _draw_entries(
             if color is not None:
                 box = (left + line * 0.5, top + line * 0.14, left + line * 1.22, top + line * 0.86)
                 draw.rectangle(box, color, INK)
-            draw.text((left + line * 1.5, top + line / 2), text, INK, font, "lm")
-            draw.text((left + width - line * 0.25, top + line / 2), note, FAINT, font, "rm")
+            middle = top + line / 2
+            write_text(panel, (left + line * 1.5, middle), text, size, INK, "lm")
+            write_text(panel, (left + width - line * 0.25, middle), note, size, FAINT, "rm")
         left += width
     return panel
 

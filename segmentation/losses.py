@@ -115,11 +115,15 @@ def segmentation_loss(
         shapes = logits.ndim == 4 and logits.shape[1] > 1 and t.ndim == 3 and len(t) == len(logits)
         if not shapes or t.is_floating_point() or t.shape != targets[0].shape:
             raise ValueError(
-                "segmentation_loss takes logits (N, C, h, w) of two classes or more and integer "
-                f"targets (N, H, W), not {tuple(logits.shape)} and {tuple(t.shape)} {t.dtype}"
+                f"segmentation_loss got logits {tuple(logits.shape)} and targets "
+                f"{tuple(t.shape)} {t.dtype}; expected logits (N, C, h, w) of at least two classes "
+                "and integer targets (N, H, W)"
             )
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
-        raise ValueError(f"{class_weights.numel()} class_weights for {logits.shape[1]} classes")
+        raise ValueError(
+            f"got {class_weights.numel()} class_weights for {logits.shape[1]} classes; give one "
+            "per class"
+        )
     losses = _SegmentationLoss.apply(logits, weights, class_weights, ignore_index, *targets)
     cross_entropy, dice = cast("tuple[Tensor, Tensor]", losses)
     parts = {}

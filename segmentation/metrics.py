@@ -4,7 +4,7 @@
     mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
 
 Logits may have any resolution. They are upsampled to the target's size as
-`F.interpolate(mode="bilinear", align_corners=False)` does. The code upsamples a few classes of one
+`F.interpolate(mode="bilinear", align_corners=False)` does. The code upsamples a band of rows of one
 image at a time, so a full-size (N, C, H, W) tensor never exists. Half-precision logits are
 upsampled in fp32, because in bf16 neighbouring classes tie and the lower index wins.
 """
@@ -12,19 +12,15 @@ upsampled in fp32, because in bf16 neighbouring classes tie and the lower index 
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
 from segmentation.classes import ClassInfo
-
-# Bytes of upsampled fp32 logits held at once. A CPU keeps 16 classes of a 512 x 512 image in its
-# cache. A GPU, which needs about ten kernel launches for each slab, takes 128 classes.
-_SLAB_BYTES = {"cpu": 2**24, "cuda": 2**27}
+from segmentation.views import highest_class, resized_bands
 
 
 @torch.no_grad()
@@ -44,8 +40,8 @@ def confusion_matrix(
         (C, C) int64 on the logits' device; the row is the target class, the column the predicted
         class.
     """
-    pairs = zip(logits, target, strict=True)
-    prediction = torch.stack([_scan(*pair, with_cross_entropy=False)[0] for pair in pairs])
+    size = (target.shape[1], target.shape[2])
+    prediction = torch.stack([highest_class([(image, size)], size) for image in logits])
     return confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
 
 
@@ -80,8 +76,7 @@ def score_batch(
     pixels = torch.zeros((), dtype=torch.int64, device=logits.device)
     for image_logits, image_target in zip(logits, target.long(), strict=True):
         labelled = _labelled(image_target, len(image_logits), ignore_index)
-        prediction, cross_entropy = _scan(image_logits, image_target)
-        assert cross_entropy is not None
+        cross_entropy, prediction = _cross_entropy_and_prediction(image_logits, image_target)
         total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
         pixels += labelled.sum()
         predictions.append(prediction)
@@ -166,6 +161,28 @@ def pixel_accuracy(matrix: Tensor) -> Tensor:
         matrix: (C, C) confusion matrix.
     """
     return matrix.diagonal().sum().double() / matrix.sum()
+
+
+def confused_pairs(matrix: Tensor, count: int) -> list[tuple[int, int, int, float]]:
+    """Return the pairs of classes that are confused most.
+
+    Args:
+        matrix: (C, C) counts; the row is the target class, the column the predicted class.
+        count: Largest number of pairs.
+
+    Returns:
+        Class index of the mask, predicted class index, number of such pixels, and their share of
+        the class's pixels in percent. The pair with the most pixels comes first.
+    """
+    matrix = matrix.cpu()
+    wrong = matrix - torch.diag(matrix.diagonal())
+    pixels, places = wrong.flatten().topk(min(count, wrong.numel()))
+    pairs = []
+    for number, place in zip(pixels.tolist(), places.tolist()):
+        true, predicted = divmod(place, len(matrix))
+        if number > 0:
+            pairs.append((true, predicted, number, 100 * number / int(matrix[true].sum())))
+    return pairs
 
 
 def as_percent(share: Tensor | float) -> float | None:
@@ -266,47 +283,18 @@ def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return (target >= 0) & (target < num_classes) & (target != ignore_index)
 
 
-def _slabs(logits: Tensor, size: torch.Size) -> Iterator[tuple[int, Tensor]]:
-    """Upsample the (C, h, w) logits of one image, K classes at a time.
+def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross entropy (H, W), fp32, and the predicted class (H, W) of one image's pixels.
 
-    Slabs of classes, unlike slabs of rows, give exactly the same values as one call for the whole
-    image.
-
-    Yields:
-        The first class of a slab and its (K, H, W) fp32 logits.
+    The cross entropy of pixels without a label means nothing.
     """
-    classes = max(1, _SLAB_BYTES.get(logits.device.type, 2**24) // (4 * size[0] * size[1]))
-    for first in range(0, len(logits), classes):
-        slab = logits[first : first + classes].float().contiguous()
-        if slab.shape[1:] != size:
-            slab = F.interpolate(slab[None], size, mode="bilinear", align_corners=False)[0]
-        yield first, slab
-
-
-def _scan(
-    logits: Tensor, target: Tensor, with_cross_entropy: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Upsample the (C, h, w) logits of one image once, and return all values that metrics need.
-
-    Returns:
-        (H, W) int64 predicted classes and, if requested, the (H, W) fp32 cross entropy of each
-        pixel.
-    """
-    highest = logits.new_full(target.shape, -torch.inf, dtype=torch.float32)
-    prediction = torch.zeros_like(target, dtype=torch.int64)
-    normaliser, chosen = highest, torch.zeros_like(highest)
-    for first, slab in _slabs(logits, target.shape):
-        value, index = slab.max(dim=0)
-        # A later class must be strictly higher, so that the first of equal classes wins as in
-        # argmax.
-        prediction = torch.where(value > highest, index + first, prediction)
-        highest = torch.maximum(value, highest)
-        if with_cross_entropy:
-            normaliser = torch.logaddexp(normaliser, slab.logsumexp(dim=0))
-            here = (target >= first) & (target < first + len(slab))
-            logit = slab.gather(0, torch.where(here, target - first, 0)[None])[0]
-            chosen = torch.where(here, logit, chosen)
-    return prediction, normaliser - chosen if with_cross_entropy else None
+    prediction = torch.empty_like(target)
+    cross_entropy = logits.new_empty(target.shape, dtype=torch.float32)
+    index = target.clamp(0, len(logits) - 1)[..., None]
+    for rows, scores in resized_bands(logits, (target.shape[0], target.shape[1])):
+        prediction[rows] = scores.max(2).indices
+        cross_entropy[rows] = scores.logsumexp(2) - scores.gather(2, index[rows])[..., 0]
+    return cross_entropy, prediction
 
 
 def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import re
@@ -11,15 +12,47 @@ import threading
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import TYPE_CHECKING
 
-from composer.utils import dist
+import torch
+from composer.devices import Device
+from composer.utils import dist, get_device, reproducibility
 
 from dataset.workers import use_one_core
 from errors import SIGNALS, Lost, RunError, one_line
+from training.launcher import COLLECTIVE_TIMEOUT
+from training.precision import Precision, check_build_tools, check_kernels, choose_precision
+from training.schema import Config
 
 if TYPE_CHECKING:
     from training.watch import Watch
 
+log = logging.getLogger(__name__)
+
 SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches to the run through this folder.
+
+
+def set_up_process(config: Config) -> tuple[Device, Precision]:
+    """Check what this machine can compute, join the run's ranks, and seed this process.
+
+    Raises:
+        ConfigError: The GPU, the precision or the compiler cannot be used.
+    """
+    # A GPU without kernels in torch's wheel would otherwise fail deep in the first step.
+    check_kernels()
+    missing = check_build_tools(config)
+    if missing and dist.get_local_rank() == 0:
+        log.warning("%s", missing)
+    precision = choose_precision(config.precision)
+    device = get_device(None)
+    if dist.get_world_size() > 1:
+        # The timeout is long, because a rank may have to compile, download or save while the others
+        # wait.
+        dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
+    # Seed before the network is built, because its initial weights are random.
+    reproducibility.seed_all(config.seed)
+    # Training images all have one size, so cuDNN's search for the fastest kernels pays off. The
+    # search may choose another kernel in the next run, so deterministic runs go without it.
+    torch.backends.cudnn.benchmark = not config.deterministic
+    return device, precision
 
 
 def join_processes() -> Watch | None:

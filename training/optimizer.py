@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -15,6 +16,9 @@ from torch.optim.sgd import sgd
 from errors import ConfigError
 from networks.base import backbone_of
 from training.schema import OptimizerConfig
+
+# The blocks of a vision transformer in timm and in transformers.
+LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)")
 
 
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
@@ -73,8 +77,14 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
     """Build the optimizer of a network, with as few parameter groups as the config allows.
 
+    `layer_decay` gives layer l of a transformer of L layers the learning rate
+    `lr * layer_decay ** (L + 1 - l)`, as BEiT does (https://arxiv.org/abs/2106.08254, appendix).
+    Layer 0 is the embedding of the patches, and layer L + 1 is all that follows the transformer's
+    blocks.
+
     Raises:
-        ConfigError: `head_lr_scale` is set, but the network has no known backbone.
+        ConfigError: `head_lr_scale` is set, but the network has no known backbone, or `layer_decay`
+            is set, but the backbone has no layers.
     """
     backbone = backbone_of(network)
     if config.head_lr_scale != 1 and backbone is None:
@@ -82,24 +92,62 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
             "optimizer.head_lr_scale: this network has no known backbone; leave out the key"
         )
     in_backbone = set() if backbone is None else {*backbone.parameters()}
+    layers = {}
+    if config.layer_decay != 1:
+        layers = layers_of(backbone)
+        if not layers:
+            raise ConfigError(
+                "optimizer.layer_decay: the network has no transformer layers; remove the key"
+            )
     norms = [module for module in network.modules() if "norm" in type(module).__name__.lower()]
     in_norms = {weight for module in norms for weight in module.parameters(recurse=False)}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, weight in network.named_parameters():
         is_head = config.head_lr_scale != 1 and weight not in in_backbone
         kind = "norm" if weight in in_norms else "bias" if name.endswith("bias") else ""
-        groups.setdefault((is_head, kind in config.no_decay), []).append(weight)
+        group = (-layers.get(weight, 0), is_head, kind in config.no_decay)
+        groups.setdefault(group, []).append(weight)
     parameters: list[dict[str, Any]] = [
         {"params": weights}
         | ({"lr": config.lr * config.head_lr_scale} if is_head else {})
+        | ({"lr": config.lr * config.layer_decay**-depth} if depth else {})
         | ({"weight_decay": 0.0} if is_spared else {})
-        for (is_head, is_spared), weights in sorted(groups.items())
+        for (depth, is_head, is_spared), weights in sorted(groups.items())
     ]
     lr, decay = config.lr, config.weight_decay
     if config.name == "adamw":
         beta1, beta2 = config.betas
         return composer.optim.DecoupledAdamW(parameters, lr, (beta1, beta2), weight_decay=decay)
     return DecoupledSGDW(parameters, lr, config.momentum, weight_decay=decay)
+
+
+def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
+    """Return how many layers lie between each weight of a vision transformer and its end.
+
+    The weights of the last block have 1. Weights that follow the blocks are left out.
+
+    Args:
+        backbone: Backbone of a network.
+
+    Returns:
+        The weights with their distance from the end, or nothing if the backbone is not a plain
+        transformer.
+    """
+    if backbone is None:
+        return {}
+    names = dict(backbone.named_parameters())
+    matches = {name: LAYER.match(name) for name in names}
+    numbers = [int(match[1]) for match in matches.values() if match]
+    if not numbers:
+        return {}
+    count, is_before, layers = max(numbers) + 1, True, {}
+    for name, match in matches.items():
+        if match:
+            is_before = False
+            layers[names[name]] = count - int(match[1])
+        elif is_before:  # the embeddings
+            layers[names[name]] = count + 1
+    return layers
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -167,6 +167,12 @@ class OptimizerConfig:
     head_lr_scale: float = key(
         COMPARED, 1.0, "learning rate outside the backbone, as a multiple of lr", "(0, inf)"
     )
+    layer_decay: float = key(
+        COMPARED,
+        1.0,
+        "vision transformers: learning rate of a layer, as a multiple of that of the next layer",
+        "(0, 1]",
+    )
     clip_norm: float | None = key(
         APPLIED, None, "clip the gradient to this norm (2-norm over all weights)", "(0, inf)"
     )

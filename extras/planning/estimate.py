@@ -137,18 +137,20 @@ def assumed(name: str, compiled: bool) -> list[str]:
     """
     gpu = GPUS[name]
     moved = (
-        f"{PASSES} times what BatchNorms read, at least half of each operation's own"
+        f"{PASSES} times the inputs of BatchNorms, or at least half of all operands and results"
         if compiled
-        else "each operation's own"
+        else "all operands and results"
     )
     return [
         f"{name}: {gpu.half / 1e12:.0f} TFLOP/s in bf16 or fp16, {gpu.single / 1e12:.0f} in fp32, "
         f"{gpu.bandwidth / 1e9:.0f} GB/s, {gpu.memory:.1f} GiB (data sheet)",
-        f"convolutions at {ARITHMETIC:.0%} of that, memory at {BANDWIDTH:.0%}; "
+        f"convolutions reach {ARITHMETIC:.0%} of these rates, memory {BANDWIDTH:.0%}; "
         f"bytes moved: {moved}",
-        f"{1e3 * HOST:.0f} ms of host a step; {1e6 * COLLECTIVE:.0f} us a small all-reduce; "
-        f"gradients at {gpu.link / 1e9:.0f} GB/s, behind the way back; "
-        f"{NODE} GPUs a node, {BETWEEN_NODES / 1e9:.0f} GB/s beyond",
-        f"memory: as counted, {MARGIN:.0%} for fragments, {CONTEXT / GIB:.1f} GiB for CUDA, cuDNN",
-        "not counted: the loader on that machine, start and compilation, network storage",
+        f"the host takes {1e3 * HOST:.0f} ms per step, a small all-reduce "
+        f"{1e6 * COLLECTIVE:.0f} us; gradients are sent during the backward pass at "
+        f"{gpu.link / 1e9:.0f} GB/s; a node has {NODE} GPUs, and nodes exchange "
+        f"{BETWEEN_NODES / 1e9:.0f} GB/s",
+        f"memory: the counted bytes, {MARGIN:.0%} for fragmentation, {CONTEXT / GIB:.1f} GiB for "
+        "CUDA and cuDNN",
+        "not included: the loader on that machine, start and compilation, network storage",
     ]

@@ -103,7 +103,10 @@ def run_totals(
         rate, saved["free"] = _disk(config.save_folder)
         seconds = seconds | {"checkpoints": length.checkpoints * size / rate}
         if saved["free"] is not None and saved["free"] < kept * size:
-            problem = "save_folder has no room for the checkpoints; keep fewer"
+            problem = (
+                "save_folder has too little disk space for the checkpoints; reduce "
+                "save_num_checkpoints_to_keep"
+            )
     return {
         "length": length._asdict(),
         "checkpoint": saved,

@@ -43,14 +43,14 @@ class Plan(dict[str, Any]):
             ("device", f"{self['device']}, {self['precision']}{compiled}"),
             (
                 "batch",
-                f"{batch['images']} images, {batch['a_process']} a process, "
-                f"{batch['at_once']} at once",
+                f"{batch['images']} images, {batch['a_process']} per process, "
+                f"micro-batches of {batch['at_once']}",
             ),
         ]
         if memory := self.get("memory"):
             line = f"{memory['step'] / GIB:.2f} GiB of {memory['device'] / GIB:.1f}"
             if "counted" in memory:
-                line += f"; {memory['counted'] / GIB:.2f} counted for the step itself"
+                line += f"; {memory['counted'] / GIB:.2f} GiB counted for the step itself"
             rows.append(("memory", line))
         if "hours" in self:
             rows += self._speed() + self._length()
@@ -74,7 +74,7 @@ class Plan(dict[str, Any]):
             return [("speed", rate)]
         rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
         if "at_most" in speed:
-            peak = f"{speed['at_most']:.0f} if all of the data sheet were reached"
+            peak = f"{speed['at_most']:.0f} at the full speed of the data sheet"
             return [("step", f"{rate} ({peak})")]
         loader = f"{speed['loader']:.1f} images/s, {speed['loader_processes']} processes"
         rows = [("step", rate), ("network", f"{speed['network']:.1f} images/s"), ("loader", loader)]
@@ -90,9 +90,9 @@ class Plan(dict[str, Any]):
         saved = self["checkpoint"]
         room = "" if saved["free"] is None else f"; {saved['free'] / 1e9:.0f} GB are free"
         return [
-            ("length", f"{length['steps']} steps, {length['epoch']} an epoch"),
+            ("length", f"{length['steps']} steps, {length['epoch']} per epoch"),
             ("", f"{length['evaluations']} evaluations, {length['checkpoints']} checkpoints"),
-            ("checkpoint", f"{saved['bytes'] / 1e9:.2f} GB, {saved['at_once']} of them{room}"),
+            ("checkpoint", f"{saved['bytes'] / 1e9:.2f} GB, {saved['at_once']} kept{room}"),
         ]
 
 
@@ -116,9 +116,9 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
     try:
         for given in overrides:
             if given.startswith("-"):
-                raise ConfigError(f"{given}: no such option; see python main.py CONFIG --plan -h")
+                raise ConfigError(f"unknown option {given}; see python main.py CONFIG --plan -h")
         if options.gpu is None and (options.gpus != 1 or options.images):
-            raise ConfigError("--gpus and --images are for estimates: they need --gpu")
+            raise ConfigError("--gpus and --images are for estimates; add --gpu")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options)
@@ -144,17 +144,19 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python main.py", usage="%(prog)s CONFIG [key=value ...] --plan [options]"
     )
-    result.add_argument("config", help="the run's YAML")
-    result.add_argument("--plan", action="store_true", help="say what the run takes; do not run")
-    result.add_argument("--gpu", choices=GPUS, help="estimate for such; default: measure here")
+    result.add_argument("config", help="YAML config of the run")
+    result.add_argument("--plan", action="store_true", help="print the plan instead of running")
+    result.add_argument("--gpu", choices=GPUS, help="GPU to estimate for; default: measure here")
     result.add_argument(
-        "--gpus", type=whole(1, 100_000), default=1, help="how many of them (default: 1)"
+        "--gpus", type=whole(1, 100_000), default=1, help="number of GPUs (default: 1)"
     )
-    result.add_argument("--price", type=float, help="of the whole machine, an hour")
+    result.add_argument("--price", type=float, help="price of the whole machine per hour")
     names = ("TRAINING", "VALIDATION")
     count = whole(1, 10**12)
-    result.add_argument("--images", type=count, nargs=2, metavar=names, help="if no data is here")
-    result.add_argument("--json", action="store_true", help="for scripts")
+    result.add_argument(
+        "--images", type=count, nargs=2, metavar=names, help="numbers of images, without the data"
+    )
+    result.add_argument("--json", action="store_true", help="print JSON")
     return result
 
 
@@ -168,7 +170,10 @@ def _estimated_settings(
     """
     gpus, batch = options.gpus, getattr(config, section).batch_size
     if batch % gpus:
-        raise ConfigError(f"{section}.batch_size: {batch} does not divide among {gpus} GPUs")
+        raise ConfigError(
+            f"{section}.batch_size: {batch} does not divide among {gpus} GPUs; use a multiple of "
+            f"{gpus}"
+        )
     auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
     precision = auto if config.precision == "auto" else config.precision
     return gpus, batch, precision, config.compile is not False
@@ -191,7 +196,10 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     )
     epoch = (math.floor if config.train_dataset.drop_last else math.ceil)(training / batch)
     if epoch == 0:
-        raise ConfigError(f"train_dataset: {training} images do not fill one batch of {batch}")
+        raise ConfigError(
+            f"train_dataset.batch_size: {training} images do not fill one batch of {batch}; use a "
+            "smaller batch_size"
+        )
     footprint = _count(config, config.train_dataset.final_size, precision, compiled)
     found = estimate(footprint, config, options.gpu, gpus, passes(config), precision, compiled)
     plan = {
@@ -338,4 +346,6 @@ def _count(config: Config, size: int, precision: str, compiled: bool) -> Footpri
 
 
 def _too_large(at_once: int) -> str:
-    return f"not even {at_once} images at once; a smaller final_size or backbone_arch would help"
+    return (
+        f"even a micro-batch of {at_once} is too large; use a smaller final_size or backbone_arch"
+    )

@@ -77,9 +77,9 @@ def _coco(found: dict[str, Any]) -> Annotations:
         where = f"annotation {annotation.get('id', place)}"
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in shapes:
-            raise DataError(f"{where}: image {image} is not among the images")
+            raise DataError(f"{where}: image {image} is missing in images")
         if category not in names:
-            raise DataError(f"{where}: category {category} is not among the categories")
+            raise DataError(f"{where}: category {category} is missing in categories")
         used.add(category)
         outline = annotation["segmentation"]
         if isinstance(outline, list):
@@ -87,7 +87,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
         if outline:
             shapes[image].append(Shape(names[category], outline))
         else:
-            skipped.append(f"{where}: no outline of three points or more within its image")
+            skipped.append(f"{where}: no outline of at least three points within its image")
     # Roboflow's exports list the root of the categories as a category, which no shape can have.
     roots = {category.get("supercategory") for category in found["categories"]}
     classes = [name for number, name in names.items() if number in used or name not in roots]
@@ -114,7 +114,7 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
-            raise ValueError(f"id {entry['id']} is of {found[entry['id']]} and of {entry[key]}")
+            raise ValueError(f"{found[entry['id']]} and {entry[key]} share the id {entry['id']}")
     return found
 
 
@@ -157,7 +157,7 @@ def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
     if kind in ("polygon", "rectangle", "rotation"):
         return [float(v) for point in points for v in point] if len(points) > 2 else None
     if kind not in WITHOUT_AREA:
-        raise ValueError(f"a shape of the unknown type {kind}")
+        raise ValueError(f"unknown shape type {kind}")
     return None
 
 
@@ -193,9 +193,9 @@ def _cvat(root: ElementTree.Element) -> Annotations:
             shapes.append(Shape(element.attrib["label"], outline, level))
         photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
     if not photos and root.find(".//track") is not None:
-        raise ValueError("it holds the tracks of a video; export the task as CVAT for images 1.1")
+        raise ValueError("it contains tracks of a video; export the task as CVAT for images 1.1")
     if not photos:
-        raise ValueError("it holds no <image>")
+        raise ValueError("it contains no <image> elements")
     # The parts of a skeleton are listed as labels too, but they have a parent.
     areas = [
         label.findtext("name")
@@ -227,7 +227,7 @@ def _cvat_outline(
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
-        raise ValueError(f"run lengths do not fill a box of {width}x{height}")
+        raise ValueError(f"run lengths do not add up to a box of {width}x{height}")
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
     return _run_lengths(inside, left, top, size)
 
@@ -257,7 +257,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
         with reading(file):
             text = file.read_text(encoding="utf-8")
             if file.stem not in stems and not _is_yolo(text):
-                skipped.append(f"{file.relative_to(root)}: a text file that labels no image")
+                skipped.append(f"{file.relative_to(root)}: a text file without labels")
                 continue
             shapes = []
             for number, line in enumerate(text.splitlines(), 1):
@@ -269,12 +269,12 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} is none of the {len(classes)} with a name"
+                        f"{file}: class {kind} has no name; add it to the {len(classes)} names"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
-        raise DataError(f"{root} has neither LabelMe's JSON nor YOLO's text files")
+        raise DataError(f"{root}: no files found; expected LabelMe's JSON or YOLO's text files")
     return Annotations(photos, list(classes.values()), skipped)
 
 
@@ -295,7 +295,7 @@ def _yolo_names(root: Path) -> Any:
                 found = yaml.safe_load(config.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
-    raise DataError(f"{root} has no data.yaml with names, here or above: give --names")
+    raise DataError(f"{root}: found no data.yaml with names, here or above; give --names")
 
 
 def by_number(names: Any) -> dict[int, str]:

@@ -92,9 +92,9 @@ def reading(path: Path) -> Iterator[None]:
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
-        raise DataError(f"{path}: {error} is missing: not of a format that is known") from error
+        raise DataError(f"{path}: unknown format: {error} is missing") from error
     except MALFORMED as error:
-        raise DataError(f"{path}: not of a format that is known ({one_line(error)})") from error
+        raise DataError(f"{path}: unknown format: {one_line(error)}") from error
 
 
 def is_sound(part: list[float], size: tuple[int, int]) -> bool:
@@ -128,7 +128,7 @@ def _pycocotools() -> Any:
         from pycocotools import mask
     except ImportError as error:
         raise DataError(
-            "convert_dataset.py needs pycocotools: make install WITH=convert"
+            "convert_dataset.py needs pycocotools; run make install WITH=convert"
         ) from error
     return mask
 
@@ -158,15 +158,19 @@ def draw(
         runs = shape.outline
         if isinstance(runs, dict):
             if tuple(runs["size"]) != size:
-                raise ValueError(f"run lengths of {runs['size']} on a photo of {list(size)}")
+                raise ValueError(
+                    f"run lengths are for an image of {runs['size']}, but it is {list(size)}"
+                )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
-                    raise ValueError(f"run lengths do not fill {list(size)}")
+                    raise ValueError(f"run lengths do not add up to an image of {list(size)}")
                 runs = coco.frPyObjects(runs, *size)
         else:
             for part in runs:
                 if not is_sound(part, size):
-                    raise ValueError(f"an outline of {len(part) // 2} points, or far outside")
+                    raise ValueError(
+                        f"an outline of {len(part) // 2} points is too short or lies far outside"
+                    )
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))
     drawn.sort(key=(lambda one: -int(one[0])) if by_area else (lambda one: one[1]))

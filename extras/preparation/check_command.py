@@ -17,17 +17,15 @@ import contextlib
 import itertools
 import json
 import logging
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from composer.core import DataSpec
-from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -39,19 +37,18 @@ from dataset.shard_classes import shard_description
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import DataError, UserError
+from extras.preparation.check_report import as_text
 from extras.preparation.suggest import suggest
 from extras.preparation.unused import find_unused
 from extras.preparation.verify import Tally, check
 from files import check_outputs, check_writable, is_remote, write_file, write_image
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from segmentation.classes import ClassInfo, name_classes, rename_classes
+from segmentation.classes import ClassInfo, rename_classes
 from segmentation.drawing import sample_sheet
 
 log = logging.getLogger(__name__)
 
 SPEED_SECONDS, SPEED_BATCH = 5, 16
-SHOWN = 20  # Number of similar findings to print.
-TITLE = 60  # Maximum number of characters in the title of a row.
 
 BuildDataspec = Callable[..., DataSpec]  # The type of `data.build_ade20k_dataspec`.
 
@@ -152,129 +149,6 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
     }
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """Return the report as text.
-
-    Args:
-        report: The report from `validate`.
-    """
-    lines = [f"{report['path']}: {report['format']}, {report['num_classes']} classes", ""]
-    if any(split["good_pairs"] for split in report["splits"].values()):
-        lines += [*_size_table(report["splits"]), "", *_class_table(report["splits"]), ""]
-    if loader := report["loader"]:
-        image, target = loader["batches"][0]
-        lines += [
-            f"loader: {loader['images_per_second']:.0f} images/s with {loader['workers']} worker "
-            f"processes, batches of photos {image} and masks {target}",
-            "",
-        ]
-    for title, key in (("odd, but training works", "oddities"), ("PROBLEMS", "problems")):
-        if found := report[key]:
-            lines += [f"{title} ({len(found)})", *_first_of_each_kind(found), ""]
-    return "\n".join([*lines, _verdict(report)])
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    """Return the last line of the report."""
-    if report["problems"]:
-        return "training would fail"
-    classes = report["splits"]["train"]["classes"]
-    missing = [entry["name"] for entry in classes if not entry["photos"]]
-    if len(missing) == len(classes):
-        return "this can be read, but nothing is learnt: no training mask has a labelled pixel"
-    unused, both = report["unused"], report["in_both_splits"]
-    doubts = [f"{name} has no image" for name, s in report["splits"].items() if not s["good_pairs"]]
-    if images := unused.get("images"):
-        doubts.append(f"{count(images, 'image')} {'is' if images == 1 else 'are'} left out")
-    if either := unused.get("either"):
-        what = "an image that is" if either == 1 else "images that are"
-        doubts.append(f"{count(either, 'file')} may be {what} left out")
-    if both:
-        doubts.append(f"{count(both, 'image')} {'is' if both == 1 else 'are'} in both splits")
-    if missing:
-        doubts.append(f"no training mask has {name_classes(missing)}")
-    if not doubts:
-        return "no problem: this can be trained on"
-    line = f"this can be trained on, but {'; '.join(doubts)}"
-    if not missing:
-        return line
-    occurring = len(classes) - len(missing)
-    if report["described"]:  # The user has listed every label.
-        return line
-    if occurring == 1 and classes[0]["label"] == 1:
-        line += "; --no-ignore-background makes label 0 a class"
-    elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
-        line += f"; --num-classes {occurring} if there are no more"
-    return line
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "2 images".
-
-    Args:
-        number: The number.
-        noun: The noun in the singular.
-    """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
-    """Yield the first findings of each type; similar findings differ only in names and numbers."""
-    kinds: dict[str, list[dict[str, str]]] = {}
-    for finding in findings:
-        kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])
-        kinds.setdefault(kind, []).append(finding)
-    for alike in kinds.values():
-        yield from (f"  {f['path']}: {f['reason']}" for f in alike[:SHOWN])
-        if len(alike) > SHOWN:
-            yield f"  … and {len(alike) - SHOWN:,} more like these; --json has all"
-
-
-def _table(title: str, splits: dict[str, Any], rows: list[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table with one column per split."""
-    align = ("left", *("right" for _ in splits))
-    rows = [(title[:TITLE], *cells) for title, *cells in rows]
-    table = tabulate(rows, (title, *splits), "plain", disable_numparse=True, colalign=align)
-    return table.splitlines()
-
-
-def _size_table(splits: dict[str, Any]) -> list[str]:
-    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
-        return title, *(cell(split | split["size"]) for split in splits.values())
-
-    rows = [
-        row("photos", lambda s: f"{s['photos']:,}"),
-        row("masks", lambda s: f"{s['masks']:,}"),
-        row("good pairs", lambda s: f"{s['good_pairs']:,}"),
-        row("mean size", lambda s: f"{s['width_mean']:.0f}x{s['height_mean']:.0f}"),
-        row("shortest side, longest", lambda s: f"{s['shortest_side']}, {s['longest_side']}"),
-        row("megapixels, mean", lambda s: f"{s['megapixels_mean']:.3f}"),
-        row("megapixels, 90% are below", lambda s: f"{s['megapixels_90_percent_below']:.3f}"),
-        row("megapixels, largest", lambda s: f"{s['megapixels_largest']:.3f}"),
-        row("pixels without a class", lambda s: f"{s['unlabelled']:.1%}"),
-    ]
-    return _table("", splits, rows)
-
-
-def _class_table(splits: dict[str, Any]) -> list[str]:
-    """Return a table of class shares: up to 20 classes, or the ten largest and five smallest."""
-    by_split = [split["classes"] for split in splits.values()]
-    rows: list[tuple[str, ...]] = [
-        (
-            f"label {entries[0]['label']} ({entries[0]['name']})",
-            *(f"{entry['share']:.3%}" for entry in entries),
-        )
-        for entries in sorted(zip(*by_split), key=lambda entries: -entries[0]["share"])
-    ]
-    if len(rows) > 20:
-        rows[10:-5] = [(f"… {len(rows) - 15} more, --json has all", *("" for _ in splits))]
-    lines = _table("class, share of labelled pixels", splits, rows)
-    for name, split in splits.items():
-        never = [entry["name"] for entry in split["classes"] if not entry["photos"]]
-        lines.append(f"never in {name}: {', '.join(never) or 'none, every class occurs'}")
-    return lines
-
-
 def validate(
     build_dataspec: BuildDataspec,
     source: DataSource,
@@ -304,7 +178,7 @@ def validate(
     described = description.classes if is_described else None
     classes = rename_classes(class_names, labels.num_classes, described, "the description")
     if "://" not in source.path and not Path(source.path).is_dir():
-        raise DataError(f"there is no folder {source.path}")
+        raise DataError(f"folder {source.path} does not exist; check the path")
     # The picture must not overwrite an image or a mask of the data set.
     if picture:
         check_outputs([picture], [] if source.shards else _sample_files(source))
@@ -318,8 +192,10 @@ def validate(
     both = tallies["train"].images.keys() & tallies["val"].images.keys()
     loader = None
     if any(finding.fatal for finding in tallies["train"].findings):
-        what = "the loader is not measured"
-        log.warning("%s: see PROBLEMS", f"{what} nor a picture drawn" if picture else what)
+        skipped = "the loader is not measured"
+        if picture:
+            skipped += ", and no picture is drawn"
+        log.warning("%s, because training would fail; see PROBLEMS", skipped)
     else:
         loader, batch = measure_loader(build_dataspec, source, len(tallies["train"].sizes))
         if picture:
@@ -361,7 +237,7 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
         path, description = open_description(path, second)
         second = None
     elif is_remote(path) and second is None:
-        raise DataError(f"{path} needs a second argument, the local folder to keep shards in")
+        raise DataError(f"{path}: give a local folder for the shards as the second argument")
     else:
         description = shard_description(path)
     is_streaming = is_remote(path) or second is not None or any(Path(path).glob("*/index.json"))
@@ -382,10 +258,10 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     """
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
     if not is_description(str(path)):
-        raise DataError(f"{path}: the second argument is the description to write, a .yaml")
+        raise DataError(f"{path}: the second argument must be a .yaml file to write")
     for written in (path, path.with_suffix(".png")):
         if written.exists():
-            raise DataError(f"{written} exists: name another file as second argument")
+            raise DataError(f"{written} already exists; give another file as the second argument")
         check_writable(written)
     text, sheet = suggest(folder, workers or available_cores())
     write_image(path.with_suffix(".png"), sheet)
@@ -395,7 +271,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     except BaseException:
         path.with_suffix(".png").unlink()
         raise
-    print(f"{text}\nwritten to {path}, and samples drawn in {path.with_suffix('.png')}")
+    print(f"{text}\nwrote {path}, and a picture of samples to {path.with_suffix('.png')}")
     return 0
 
 

@@ -137,18 +137,18 @@ def class_lines(root: Path, values: Values) -> list[str]:
         by_name[names.get(of) or f"class_{text}"].append(value)
     if not 2 <= len(by_name) <= MOST_CLASSES:
         raise DataError(
-            f"the masks below {root} have {len(by_name)} classes, and a description has 2 to "
-            f"{MOST_CLASSES}; merge values, or give names to two"
+            f"the masks below {root} have {len(by_name)} classes, but a description needs 2 to "
+            f"{MOST_CLASSES}; merge values, or name at least two"
         )
 
     lines = [*values.notes]
     if table:
-        lines.append(f"# Names are those of {table}.")
+        lines.append(f"# The names come from {table}.")
         absent = sorted({n for v, n in names.items() if v not in values.pixels} - by_name.keys())
         if absent:
             lines.append(f"# No mask has {list_some(absent)}.")
     if unnamed:
-        lines.append("# Fill in: names such as class_1 are blanks.")
+        lines.append("# To do: replace names such as class_1.")
     lines.append("classes:")
     for name, labels in by_name.items():
         share = sum(values.pixels[value] for value in labels) / total

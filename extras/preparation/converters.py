@@ -8,14 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import yaml
-from tqdm import tqdm
 
-from dataset.decoding import decode_mask
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
 from dataset.panoptic import Segments
@@ -36,10 +34,8 @@ from extras.preparation.annotations import (
 from files import explain_output, write_file
 
 BACKGROUND = "background"
+
 SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "val"}
-# Names in Hugging Face data sets for values that are not a class.
-IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
-MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
 
 
 class Converted(NamedTuple):
@@ -98,8 +94,9 @@ def draw_masks(
         try:
             size = photo_size(photo)
             if annotated.size not in (None, size):
+                width, height = annotated.size[::-1]
                 raise ValueError(
-                    f"is {size[1]}x{size[0]}, its annotation of {annotated.size[::-1]}"
+                    f"the image is {size[1]}x{size[0]}, but its annotation is for {width}x{height}"
                 )
             shapes = annotated.shapes
             if annotated.size is None:  # YOLO's coordinates are fractions of the sides.
@@ -197,7 +194,10 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     classes.sort(key=lambda name: name != options.background)
     values = {name: place + 1 - first for place, name in enumerate(classes)}
     if len(classes) >= IGNORED:
-        raise DataError(f"{options.source}: {len(classes)} classes are more than {IGNORED - 1}")
+        raise DataError(
+            f"{options.source}: found {len(classes)} classes, but at most {IGNORED - 1} are "
+            "possible; merge some"
+        )
     drawn = {IGNORED_NAME: 255, BACKGROUND_NAME: 0, **values}
     tasks = []
     for split, read in found.items():
@@ -207,7 +207,7 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
         for annotated in read.photos:
             photo = find(annotated.photo)
             if photo in seen:
-                raise DataError(f"{options.source} names {annotated.photo} twice")
+                raise DataError(f"{options.source} lists {annotated.photo} twice; remove one")
             seen.add(photo)
             name = photo.relative_to(images)
             link(photo, out / "photos" / split / name)
@@ -219,10 +219,12 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     if skipped:
         listed = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         notes.append(f"left out, because they have no area: {len(skipped)} ({listed})")
-    order = "the smaller on the larger" if options.overlap == "area" else "in the file's order"
+    order = "later shapes cover earlier ones"
+    if options.overlap == "area":
+        order = "smaller shapes cover larger ones"
     shapes = [shape.name for read in found.values() for one in read.photos for shape in one.shapes]
     ignored = [255] if IGNORED_NAME in shapes else []
-    return Converted(values, [f"where shapes overlap, they lie {order}", *notes], ignored)
+    return Converted(values, [f"where shapes overlap, {order}", *notes], ignored)
 
 
 def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
@@ -243,7 +245,7 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
         return {"train": read}, []
     others = {word: found for word, found in groups.items() if word not in ("train", val)}
     notes = [
-        f"{len(found)} images of {word or 'no split'} are left out, first {found[0].photo}"
+        f"{len(found)} images of {word or 'no split'} are left out, such as {found[0].photo}"
         for word, found in others.items()
     ]
     train, validation = (read._replace(photos=groups[word]) for word in ("train", val))
@@ -275,8 +277,10 @@ def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
                 return next(iter(found))
             if found:
                 first, second, *_ = sorted(found)
-                raise DataError(f"{source} names {name}, which may be {first} or {second}")
-        raise DataError(f"{source} names {name}, not in {images}")
+                raise DataError(
+                    f"{source} names {name}, which may be {first} or {second}; rename one of them"
+                )
+        raise DataError(f"{source} names {name}, which is missing in {images}")
 
     return find
 
@@ -312,7 +316,7 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
         for file in files:
             name = Path(file).with_suffix("") if Path(file).name else Path(file)
             if str(name) not in photos:
-                raise DataError(f"{source} names {name}, not in {images}")
+                raise DataError(f"{source} names {name}, which is missing in {images}")
             photo = photos[str(name)]
             link(photo, out / "photos" / split / f"{name}{photo.suffix}")
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
@@ -321,113 +325,3 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
         tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunked(jobs)]
     map_chunks(read_panoptic, tasks, options.workers, "convert", " images")
     return Converted(values, [], [])
-
-
-def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert a data set of Hugging Face, or a local folder in that format.
-
-    Args:
-        options: Options of the command line.
-        out: Folder of the new data set.
-
-    Raises:
-        DataError: The data set cannot be loaded, or its columns or names are ambiguous.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("hf:// needs the package datasets: make install WITH=datasets") from error
-    name = options.source.removeprefix("hf://")
-    try:
-        is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
-        found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # The library raises exceptions of many types.
-        raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
-    found = found if isinstance(found, dict) else {"train": found}
-    names, notes = _names(name, options.names), []
-    pixels: dict[int, int] = {}
-    # Number of rows written to each split. Two source splits may share one.
-    written: dict[str, int] = {}
-    for key, rows in found.items():
-        split = str(key)
-        if split not in SPLITS or (split == "test" and len(found) > 2):
-            notes.append(f"split {split} is left out")
-            continue
-        photo_column, mask_column = _columns(rows, datasets.Image, options)
-        for column in (photo_column, mask_column):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        table: Any = rows
-        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
-            number = written.get(SPLITS[split], 0)
-            written[SPLITS[split]] = number + 1
-            content = [_content(row[column]) for column in (photo_column, mask_column)]
-            where = f"{options.source}: {split}, row {place}"
-            try:
-                mask = decode_mask(content[1], 2**16 - 1)
-            except ValueError as error:
-                raise DataError(f"{where}: {error}") from error
-            suffix = ".png" if content[0].startswith(b"\x89PNG") else ".jpg"
-            write_file(out / "photos" / SPLITS[split] / f"{number:08}{suffix}", content[0])
-            write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
-            for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
-                pixels[int(value)] = pixels.get(int(value), 0) + int(count)
-    ignored = {value for value, label in names.items() if label.strip().lower() in IGNORE_NAMES}
-    ignored |= options.ignore
-    total = sum(pixels.values())
-    for value in sorted(ignored & pixels.keys()):
-        notes.append(f"value {value} is ignored, {pixels[value] / total:.2%} of the pixels")
-    if 255 in pixels and 255 not in ignored | names.keys():
-        share = pixels[255] / total
-        notes.append(f"value 255 is a class, {share:.2%} of the pixels; --ignore 255 ignores it")
-    known = sorted((pixels.keys() | names.keys()) - ignored)
-    values = {names.get(value, f"class_{value}"): value for value in known}
-    if len(values) < len(known):
-        raise DataError(f"{options.source}: two values have one name; give --names")
-    return Converted(values, notes, sorted(ignored))
-
-
-def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
-    """Return the names of the columns of images and masks."""
-    if options.columns:
-        photo, _, mask = options.columns.partition(",")
-        return photo, mask
-    images = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-    masks = [name for name in images if any(word in name.lower() for word in MASK_COLUMNS)]
-    photos = [name for name in images if name not in masks]
-    if len(photos) != 1 or len(masks) != 1:
-        listed = ", ".join(images) or "none"
-        raise DataError(f"{options.source}: columns of images: {listed}; give --columns PHOTO,MASK")
-    return photos[0], masks[0]
-
-
-def _content(cell: dict[str, Any]) -> bytes:
-    return cell["bytes"] or Path(cell["path"]).read_bytes()
-
-
-def _names(name: str, file: str | None) -> dict[int, str]:
-    """Return the name of each value, from a file with one name per line or from id2label.json.
-
-    id2label.json is Hugging Face's format.
-    """
-    if file and not file.endswith(".json"):
-        return by_number(read_names(file))
-    path = Path(file or Path(name, "id2label.json"))
-    if not path.is_file() and not Path(name).exists():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # The hub's client passes on exceptions of the network.
-            is_missing = isinstance(error, EntryNotFoundError)
-            if is_missing and not isinstance(error, LocalEntryNotFoundError):
-                return {}  # The data set has no names, so its classes get numbers.
-            raise DataError(
-                f"{name}: cannot fetch id2label.json, the names of its classes "
-                f"({one_line(error)[:160]}); try again, or give --names"
-            ) from error
-    if not file and not path.is_file():
-        return {}
-    with reading(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {int(value): str(label) for value, label in found.items()}

@@ -85,12 +85,13 @@ def _read_file(path: str) -> FileValues:
         in_colors = mode not in ("1", "L", "LA", "P", "PA") and not mode.startswith("I")
         mask = decode_colors(data) if in_colors else decode_mask(data, MAX_VALUE)
     except (ValueError, OSError) as error:
-        reason = "not an image" if "identify" in str(error) else " ".join(str(error).split())
+        reason = " ".join(str(error).split())
+        reason = "unknown image format" if "identify" in reason else reason
         return FileValues(path, "", {}, {}, reason)
     values, counts = np.unique(mask, return_counts=True)
     if len(values) > MOST_VALUES:
         what = "colours" if in_colors else "values"
-        return FileValues(path, "", {}, {}, f"holds {len(values)} {what}, which are no labels")
+        return FileValues(path, "", {}, {}, f"holds {len(values)} {what}, too many for labels")
     rare = values[counts < EDGE_SHARE_OF_FILE * mask.size]
     thin = _thin_pixels(mask, in_colors, rare)
     found = {v: (n, *thin.get(v, (0, 0))) for v, n in zip(values.tolist(), counts.tolist())}
@@ -209,14 +210,14 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
         )
     if classes < 2:
         raise DataError(
-            f"{paths[0]} and the other masks hold {classes} {what}, and a class is told from "
-            "another by two or more"
+            f"{paths[0]} and the other masks hold {classes} {what}; at least two are needed to "
+            "tell classes apart"
         )
     # Up to two of the values may be ignored later.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"{paths[0]} and the other masks hold {classes} {what}, and {MOST_CLASSES} classes are "
-            "the most; they may tell objects apart rather than classes, or have to be merged"
+            f"{paths[0]} and the other masks hold {classes} {what}, but at most {MOST_CLASSES} "
+            "classes are possible; merge them, or check whether they number objects"
         )
 
 
@@ -229,9 +230,9 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
         shown = {v for f in files if f.kind != "color" for v in _by_color(f).values}
         if not shown <= values:
             raise DataError(
-                f"{by_kind['color'].path} is in colours, and {other.path} is "
-                f"{'grey' if other.kind != 'palette' else 'a palette of other colours'}: "
-                "masks have to be of one kind"
+                f"{by_kind['color'].path} is in colours, but {other.path} "
+                f"{'is grey' if other.kind != 'palette' else 'has a palette of other colours'}; "
+                "export all masks in the same way"
             )
         return [_by_color(file) for file in files], True, []
     if "color" in by_kind:
@@ -246,8 +247,8 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
     if "palette" in by_kind and len(by_kind) > 1:
         grey = next(file for kind, file in by_kind.items() if kind != "palette")
         notes.append(
-            f"# A guess: {by_kind['palette'].path} has a palette, {grey.path} has none; both are "
-            "read by number."
+            f"# A guess: {by_kind['palette'].path} has a palette, but {grey.path} has none; both "
+            "are read by number."
         )
     return files, False, notes
 
@@ -264,9 +265,9 @@ def _read_palettes(
     uses = Counter(color for file in files for color in set(file.palette.values()))
     if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
         raise DataError(
-            f"{differ}, and the colours do not say what it means: export the masks with one palette"
+            f"{differ}, so its meaning is unknown; export the masks with the same palette"
         )
-    note = f"# A guess: masks are read by colour, as {differ}."
+    note = f"# A guess: masks are read by colour, because {differ}."
     return [_by_color(file) for file in files], True, [note]
 
 

@@ -353,25 +353,25 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
         if all(errors) and images_fit:
             return (
                 f"{len(masks)} masks cannot be decoded, first {first.relative_to(root)} "
-                f"({'not an image' if 'identify' in errors[0] else errors[0]}); "
+                f"({'unknown image format' if 'identify' in errors[0] else errors[0]}); "
                 "copy or export them again"
             )
         lossy = first.suffix.lower() in (".jpg", ".jpeg", ".webp")
         if lossy and all(is_lossy_mask(path) for path in sample):
             kind = "WebPs" if first.suffix.lower() == ".webp" else "JPEGs"
-            reason = "a mask has to be a PNG, TIFF, BMP or GIF"
+            reason = "masks must be PNG, TIFF, BMP or GIF"
             if kind == "JPEGs":
                 reason = "JPEG changes the values near every border, so that labels are lost"
             return (
-                f"{len(masks)} masks are {kind}, first {first.relative_to(root)}; {reason}: "
+                f"{len(masks)} masks are {kind}, first {first.relative_to(root)}; {reason}; "
                 "export them again as PNG"
             )
     looks = [look_at(path) for path in paths]
     broken = [path for path, look in zip(paths, looks) if look.error]
     masks = sum(look.is_mask for look in looks)
     reason = (
-        f"{len(paths) - masks - len(broken)} images and {masks} masks, but no mask has a name that "
-        "belongs to an image's"
+        f"found {len(paths) - masks - len(broken)} images and {masks} masks, but no mask name "
+        "matches an image name"
     )
     if broken:
         reason += f"; {len(broken)} files cannot be decoded, first {broken[0].relative_to(root)}"

@@ -18,9 +18,10 @@ from streaming import MDSWriter
 from streaming.base.storage import CloudDownloader, CloudUploader
 
 from dataset.decoding import decode_mask, decode_photo
+from dataset.downloads import is_missing
 from dataset.mask_decoder import Masks
 from dataset.paths import Sample
-from dataset.shards import cached_shards, is_missing, open_shards, read_shard
+from dataset.shards import cached_shards, open_shards, read_shard
 from dataset.workers import map_chunks
 from errors import DataError, one_line
 from files import explain_output, write_file
@@ -212,7 +213,7 @@ def verify_shard(
             expected = (sample.uid, *_read(sample, target.masks))
             if found != expected:
                 note.unlink(missing_ok=True)
-                raise Mismatch(f"sample {found[0]} of {name} is not {sample.image_path}")
+                raise Mismatch(f"sample {found[0]} of {name} differs from {sample.image_path}")
     except Mismatch:
         raise
     except DataError as error:
@@ -244,10 +245,10 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
                 _verify(samples, out, cache, split, target)
             except Mismatch as error:
                 raise DataError(
-                    f"{out}/{split} is a finished data set already, and another one ({error}): "
-                    "delete it, or use another --out"
+                    f"{out}/{split} already holds another finished data set ({error}); delete it "
+                    "or choose another --out"
                 ) from error
-            log.info("%s/%s is complete and verified, nothing to do", out, split)
+            log.info("%s/%s is complete and verified; nothing to do", out, split)
             return
         entries = _write_shards(samples, split, target)
         _write(index, {"version": 2, "shards": entries})
@@ -289,8 +290,8 @@ def _fetch_index(remote: str, index: Path) -> bool:
 def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dict[str, Any]]:
     if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
         raise DataError(
-            f"{shards[0]} is there already, and no interrupted conversion wrote it; "
-            "move it away, or use another --out"
+            f"{shards[0]} already exists and was not written by an interrupted conversion; move it "
+            "away or choose another --out"
         )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
@@ -301,7 +302,7 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
 def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Target) -> None:
     shards = open_shards(out, cache, split)
     if len(shards) != len(samples):
-        raise Mismatch(f"it has {len(shards):,} samples, not {len(samples):,}")
+        raise Mismatch(f"it has {len(shards):,} samples instead of {len(samples):,}")
     tasks: list[tuple] = []
     for number, (shard, end) in enumerate(zip(shards.shards, shards.ends)):
         if (shard.compression, shard.hashes) != (target.compression, target.hashes):
@@ -312,7 +313,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     wrong = [reason for reason in reasons if reason]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise DataError(f"{wrong[0]}{more}; run again")
+        raise DataError(f"{wrong[0]}{more}; run the command again")
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:

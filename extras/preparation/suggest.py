@@ -64,7 +64,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"there is no folder {folder}")
+        raise DataError(f"folder {folder} does not exist; check the path")
     suffixes = IMAGE_SUFFIXES | MASK_SUFFIXES
     paths = [path for _, path in visible_files(root) if path.suffix.lower() in suffixes]
     search = search_layout(root, paths)
@@ -81,12 +81,12 @@ def suggest(folder: str, workers: int) -> Suggestion:
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
-        raise DataError(f"{folder}: found no description of it: {error}") from error
+        raise DataError(f"{folder}: cannot write a valid description: {error}") from error
     samples, problems = pair_described(description, folder)
     if len(samples) != number:
         raise DataError(
             f"{folder}: {number} images have masks, but {splits[0]} finds {len(samples)}; rename "
-            "files whose names are alike or hold braces"
+            "files with similar names or with braces in their names"
         )
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])
@@ -98,7 +98,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
         f"#   composer main.py yamls/own.yaml data={root.resolve().name}.yaml",
         *_describe_unused(root, [path for path in paths if str(path) not in used]),
         *_describe_others(search),
-        *(f"# To do, or training stops: {problem}" for problem in problems),
+        *(f"# To do before training: {problem}" for problem in problems),
         "",
     ]
     return Suggestion("\n".join([*header, *lines]) + "\n", picture)
@@ -199,15 +199,15 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
     )
     verb = "is" if len(paths) == 1 else "are"
     folders = sorted({str(Path(name).parent) for names in named.values() for name in names})
-    more = f" They are below {_some(folders)}." if len(paths) > 1 and folders != ["."] else ""
+    more = f" They are in {_some(folders)}." if len(paths) > 1 and folders != ["."] else ""
     first = " and ".join(names[0] for names in named.values())
-    return [f"# {counts} {verb} not part of it, first {first}.{more}"]
+    return [f"# {counts} {verb} left out, such as {first}.{more}"]
 
 
 def _describe_others(search: Search) -> list[str]:
     """Return comments about layouts that pair as many images as the chosen one."""
     return [
-        f"# A guess: {x.masks.template(x.words['train'][1])} would fit as many images "
+        f"# A guess: {x.masks.template(x.words['train'][1])} would match as many images "
         f"({x.images.template(x.words['train'][0])})."
         for x in search.others[:3]
     ]

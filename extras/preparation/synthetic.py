@@ -143,7 +143,7 @@ def make(
     root = Path(path) / "ADEChallengeData2016"
     done, kind = root / "synthetic.txt", f"{training} {validation} {size} {seed}\n"
     if done.is_file() and done.read_text() == kind:
-        log.info("%s is there already", path)
+        log.info("%s already exists", path)
         return
     for split, short, count in (("training", "train", training), ("validation", "val", validation)):
         for folder in ("images", "annotations"):

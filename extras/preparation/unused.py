@@ -44,20 +44,20 @@ class Unused(NamedTuple):
 
     def findings(self) -> list[Finding]:
         """Return findings about the files, none of which stops training."""
-        findings = [Finding(path, "its photo is missing", False) for path in self.orphans]
-        reason = "is not in training or validation, so it is left out"
+        findings = [Finding(path, "its image is missing", False) for path in self.orphans]
+        reason = "is in neither training nor validation, so it is left out"
         for what in ("images", "masks", "either"):
             noun = what if what != "either" else "images or masks"
             unread = [file for file in getattr(self, what) if _suffix(file) in UNREAD_SUFFIXES]
             read = [file for file in getattr(self, what) if file not in set(unread)]
             findings += _summed_up(read, reason, noun)
-            findings += _summed_up(unread, "is left out: its format is not read", noun)
-        findings += _summed_up(self.unlisted, "is in no list, so it is left out", "files")
+            findings += _summed_up(unread, "is left out, because its format is not supported", noun)
+        findings += _summed_up(self.unlisted, "is not in a list, so it is left out", "files")
         by_suffix: dict[str, list[str]] = defaultdict(list)
         for path in self.others:
             by_suffix[_suffix(path)].append(path)
         for suffix, paths in by_suffix.items():
-            reason = f"{suffix} is not a format that is read, training does not use it"
+            reason = f"is left out, because the format {suffix} is not supported"
             findings += _summed_up(paths, reason, "files")
         return findings
 

@@ -85,7 +85,7 @@ class Tally:
         image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
         counts = np.bincount(target.ravel(), minlength=256)
         if not counts[masks.labels.classes()].any():
-            self.find(names[1], "not one pixel has a class, nothing is learnt", fatal=False)
+            self.find(names[1], "no pixel has a class, so nothing is learnt from it", fatal=False)
         if image is not None:
             self.sizes.append((image.shape[1], image.shape[0]))
             self.pixels += counts
@@ -98,7 +98,7 @@ class Tally:
             self.find(name, one_line(error))
             image = None
         if (complaint := decoder_complaint()) and image is not None:
-            self.find(name, f"damaged inside, though it decodes ({complaint})", fatal=False)
+            self.find(name, f"decodes, but is damaged ({complaint})", fatal=False)
         return image
 
 
@@ -117,7 +117,9 @@ def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
         try:
             for uid, photo, mask in read_shard(shards, chunk.number):
                 tally.photos, tally.masks = tally.photos + 1, tally.masks + 1
-                tally.check(photo, mask, (f"{name}: x of {uid}", f"{name}: y of {uid}"), masks)
+                tally.check(
+                    photo, mask, (f"{name}: image of {uid}", f"{name}: mask of {uid}"), masks
+                )
         except DataError as error:
             tally.find(name, str(error).removeprefix(f"{name}: "))
         return tally
@@ -172,6 +174,6 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     val.findings = [finding for finding in val.findings if finding not in train.findings]
     for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):
         name, other = val.images[digest], train.images[digest]
-        alias = "" if name == other else f" as {other}"
-        val.find(name, f"is in both splits, in train{alias}", fatal=False)
+        alias = "" if name == other else f", in train as {other}"
+        val.find(name, f"is in both splits{alias}", fatal=False)
     return tallies

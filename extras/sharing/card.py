@@ -28,17 +28,17 @@ from files import write_file, write_image
 CARD, PICTURE = "README.md", "overlay.jpg"
 MARK = "<!-- Written by export.py, which replaces this file as long as this line is here. -->"
 PROTOCOLS = {
-    "paper": "photos keep their aspect ratio (shorter side {size}), and the prediction is brought "
+    "paper": "images keep their aspect ratio (shorter side {size}), and the prediction is resized "
     "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
-    "square": "photo and mask become squares of {size} pixels, as in training's evaluation",
+    "square": "image and mask are resized to squares of {size} pixels, as in training's evaluation",
 }
 # Keys of the run's config, with their names on the card.
 SETTINGS = {
     "recipe_name": "recipe",
     "max_duration": "duration",
-    "model.backbone_weights": "began from",
-    "train_dataset.final_size": "crop, pixels",
-    "train_dataset.batch_size": "batch",
+    "model.backbone_weights": "backbone weights",
+    "train_dataset.final_size": "crop size, pixels",
+    "train_dataset.batch_size": "batch size",
     "optimizer.name": "optimizer",
     "optimizer.lr": "learning rate",
     "optimizer.weight_decay": "weight decay",
@@ -113,7 +113,7 @@ def card_text(card: Card) -> str:
     """
     parts = [
         f"---\n{_front_matter(card)}---\n{MARK}",
-        f"# {_plain(card.title)}\n\n{_summary(card)}\n\n![Classes over a photo]({PICTURE})",
+        f"# {_plain(card.title)}\n\n{_summary(card)}\n\n![Classes over an image]({PICTURE})",
         "## Use\n\n" + _use(card),
         "## Accuracy\n\n" + _accuracy(card),
         "## Files\n\n" + _files(card),
@@ -163,10 +163,10 @@ def _use(card: Card) -> str:
     if "model.onnx" in names:
         path = path.replace(weights, "model.onnx")
         text += (
-            "\n\nWith onnxruntime alone, normalisation and upsampling being inside:\n\n"
+            "\n\nWith onnxruntime alone (the file includes normalisation and upsampling):\n\n"
             f"```python\n{imports}session = onnxruntime.InferenceSession({path})\n"
             '(logits,) = session.run(None, {"image": image})  # (1, C, H, W)\n```\n\n'
-            f"`image` is (1, 3, H, W) uint8 RGB, its shorter side about {card.size}; "
+            f"`image` is (1, 3, H, W) uint8 RGB with a shorter side of about {card.size}; "
             "`logits.argmax(1)` are the class indices."
         )
     return text
@@ -189,7 +189,7 @@ def _accuracy(card: Card) -> str:
     return (
         f"mIoU **{_percent(scores['mIoU'])}**, mean accuracy {_percent(scores['mean_accuracy'])}, "
         f"pixel accuracy {_percent(scores['pixel_accuracy'])}, in percent, "
-        f"on {scores['photos']} photos.\n\n"
+        f"on {scores['photos']} images.\n\n"
         f"Protocol `{scores['protocol']}`: {how}; {scores['weights']} weights.\n\n"
         + "\n".join(table)
     )
@@ -200,14 +200,15 @@ def _percent(value: float | None) -> str:
 
 
 def _files(card: Card) -> str:
-    table = ["| file | MB | seconds a photo |", "|---|---|---|"]
+    table = ["| file | MB | seconds per image |", "|---|---|---|"]
     table += [f"| `{f.name}` | {f.megabytes:.1f} | {f.seconds:.3g} |" for f in card.files]
     width, height = card.photo
     which = "the moving average of the weights" if card.which == "ema" else "the weights as trained"
     return (
         "\n".join(table)
-        + f"\n\nThey hold {which}. From a photo of {width} x {height} pixels to its "
-        f"classes, at a shorter side of {card.size}, on {card.machine}; median of three."
+        + f"\n\nThe files hold {which}. The times are for an image of {width} x {height} pixels, "
+        f"with a shorter side of {card.size} at the network's input, on {card.machine} (median of "
+        "three)."
     )
 
 
@@ -220,7 +221,7 @@ def _training(card: Card) -> str:
         if value not in (None, ""):
             rows.append(f"- {name}: {_plain(str(value))}")
     licence = _plain(card.licence) if card.licence else "not stated"
-    data = f"- data: {_plain(card.data or 'not known')}; their licence: {licence}"
+    data = f"- data: {_plain(card.data or 'not known')}; licence: {licence}"
     return "\n".join([data, *rows])
 
 
@@ -245,11 +246,14 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [row["class"] for row in scores["classes"]], scores["weights"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not written by evaluate.py --json") from error
+        raise UserError(f"{path}: expected the output of evaluate.py --json") from error
     if found[0] != list(classes):
-        raise UserError(f"{path}: of other classes: {', '.join(found[0])[:100]}")
+        others = ", ".join(found[0])[:100]
+        raise UserError(f"{path}: scores of other classes ({others}); score this checkpoint again")
     if found[1] != which:
-        raise UserError(f"{path}: of {found[1]} weights, and these are {which} weights")
+        raise UserError(
+            f"{path}: scores of {found[1]} weights, but these are {which} weights; score them again"
+        )
     return scores
 
 
@@ -280,7 +284,9 @@ def check_place(folder: Path) -> None:
     """
     path = folder / CARD
     if path.exists() and not is_card(folder):
-        raise UserError(f"{path}: there already, and no card of export.py; move it, or give --out")
+        raise UserError(
+            f"{path}: already exists and was not written by export.py; move it or give --out"
+        )
 
 
 def is_card(folder: Path) -> bool:

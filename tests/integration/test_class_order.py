@@ -106,8 +106,8 @@ def test_evaluate_matches_a_description_by_name(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        pytest.param(PARTLY, "class 0 is lorry, in .* it is sky", id="one other"),
-        pytest.param(OTHERS, "class 0 is thing a, in .* it is sky", id="all others"),
+        pytest.param(PARTLY, "class 0 is lorry, but in .* it is sky", id="one other"),
+        pytest.param(OTHERS, "class 0 is thing a, but in .* it is sky", id="all others"),
     ],
 )
 def test_other_names_are_refused(
@@ -225,7 +225,7 @@ def test_a_list_of_names_in_another_order_is_refused(
     names, translated = tmp_path / "names.txt", tmp_path / "translated.txt"
     names.write_text("\n".join(REVERSED))
     translated.write_text("\n".join(f"Klasse {name}" for name in NAMES))
-    with pytest.raises(ClassError, match=r"names.txt: class 0 is plane, in .* it is sky; give"):
+    with pytest.raises(ClassError, match=r"names.txt: class 0 is plane, but in .* it is sky; give"):
         Segmenter(trained[0], classes=str(names))
     arguments = [trained[0], "--weights-only", "--out", str(tmp_path / "out.safetensors")]
     assert export.main([*arguments, "--classes", str(names)]) == 2

@@ -10,7 +10,7 @@ from tests.support.s3_server import BUCKET
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def test_a_staging_folder_keeps_what_else_it_holds(server, path, tmp_path):

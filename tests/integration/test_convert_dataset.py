@@ -47,7 +47,7 @@ def test_masks_are_those_drawn_independently(
     arguments = ["--images", photos, "--out", out, "--val", "0.4", "--overlap", overlap]
     assert convert(source, *arguments) == 0
     printed = capsys.readouterr()
-    assert "no problem: this can be trained on" in printed.out
+    assert "training would work; no problems found" in printed.out
     assert "pixels without a shape are of class background" in printed.err
     assert ("because they have no area" in printed.err) == (tool == "labelme")
     names, masks = masks_of(out)
@@ -108,7 +108,7 @@ def test_yolo_as_others_lay_it_out(
     assert convert(source, "--images", root, "--out", out, *more) == 0
     left_out = capsys.readouterr().err
     if not has_labels:
-        assert "README.roboflow.txt: a text file that labels no image" in left_out
+        assert "README.roboflow.txt: a text file without labels" in left_out
     names, masks = masks_of(out)
     assert names == ["background", "road", "car"]
     whole = drawn((ROAD, 1), (CAR, 2))
@@ -178,8 +178,10 @@ def test_shapes_of_labelme(
         ),
         pytest.param({"root": True}, ["road", "car"], [], id="the root of the categories"),
         pytest.param({"windows": True}, ["road", "car"], [], id="separators of Windows"),
-        pytest.param({"category_id": 9}, "annotation 7: category 9 is not", [], id="a category"),
-        pytest.param({"image_id": 99}, "annotation 7: image 99 is not", [], id="an image"),
+        pytest.param(
+            {"category_id": 9}, "annotation 7: category 9 is missing in", [], id="a category"
+        ),
+        pytest.param({"image_id": 99}, "annotation 7: image 99 is missing in", [], id="an image"),
     ],
 )
 def test_files_of_coco(
@@ -218,7 +220,7 @@ def test_files_of_coco(
     found, masks = masks_of(tmp_path / "out")
     assert found == ["background", *names]
     for name in left_out:
-        assert f"{name}: no outline of three points or more" in errors
+        assert f"{name}: no outline of at least three points" in errors
     for name, mask in masks.items():
         if not name.endswith("/0"):
             np.testing.assert_array_equal(mask, drawn((ROAD, 1), (CAR, 2)))
@@ -280,13 +282,13 @@ def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, out
 @pytest.mark.parametrize(
     ("values", "names", "more", "classes", "note"),
     [
-        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class, 14.", id="binary"),
+        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class (", id="binary"),
         pytest.param([0, 127, 255], None, [], [0, 127, 255], "--ignore 255 ignores it", id="three"),
         pytest.param(
-            [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored, ", id="asked for"
+            [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored (", id="asked for"
         ),
         pytest.param(
-            [0, 1, 9], {0: "a", 1: "b", 9: "void"}, [], [0, 1], "value 9 is ignored, ", id="by name"
+            [0, 1, 9], {0: "a", 1: "b", 9: "void"}, [], [0, 1], "value 9 is ignored (", id="by name"
         ),
     ],
 )
@@ -314,7 +316,7 @@ def test_what_hugging_faces_masks_ignore(
     if names:
         (tmp_path / "saved/id2label.json").write_text(json.dumps(names))
     assert convert(f"hf://{tmp_path}/saved", "--out", tmp_path / "out", *more) == 0
-    assert note.partition(" 14.")[0] in capsys.readouterr().err
+    assert note in capsys.readouterr().err
     _, masks = masks_of(tmp_path / "out")
     expected_index = np.full(mask.shape, -1)
     for index, value in enumerate(classes):

@@ -20,6 +20,7 @@ import evaluate
 import export
 from dataset.labels import Labels
 from evaluate import evaluate_paper, main
+from extras import evaluation_data
 from predict import Segmenter
 from segmentation.classes import load_classes
 from tests.support.artifacts import CLASSES, finished_run, random_weights
@@ -268,7 +269,7 @@ def test_a_config_needs_only_its_validation_set(data: str, tmp_path: Path) -> No
     command = [random_weights(), "--config", str(path), "--path", data, "--json", str(scores)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        evaluate.resolve_file(str(path))
+        evaluation_data.resolve_file(str(path))
     assert main(command) == 0
     assert json.loads(scores.read_text())["photos"] == 7
 

@@ -197,7 +197,7 @@ def test_a_fault_of_an_exporter_is_not_taken_for_the_users(
 def test_a_photo_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.jpg").write_text("text")
     assert export.main([random_weights(), "--card", "--photo", str(tmp_path / "a.jpg")]) == 2
-    assert capsys.readouterr().err == f"error: --photo {tmp_path}/a.jpg: not an image\n"
+    assert capsys.readouterr().err == f"error: --photo {tmp_path}/a.jpg: unknown image format\n"
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2", "safetensors", "web", "hub"])

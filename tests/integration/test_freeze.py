@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import main
-from benchmarks.kill_resume import tensors
 from checkpointing.weights import load_weights
 from errors import ConfigError
 
@@ -19,10 +18,8 @@ pytestmark = pytest.mark.usefixtures("small_network")
 EMA = {"half_life": "2ba", "update_interval": "1ba"}
 
 
-@pytest.mark.parametrize(("optimizer", "resumes"), [("sgdw", (1, 2, 3)), ("adamw", (1,))])
-def test_frozen_then_trained_and_the_same_when_resumed(
-    tiny: dict[str, Any], tmp_path: Path, optimizer: str, resumes: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("optimizer", ["sgdw", "adamw"])
+def test_frozen_then_trained(tiny: dict[str, Any], tmp_path: Path, optimizer: str) -> None:
     tiny["optimizer"]["name"] = optimizer
     tiny |= {"recipe_name": "hot", "hot": {"max_duration": "4ba", "ema": EMA}}
     tiny |= {"save_interval": "1ba", "save_num_checkpoints_to_keep": -1}
@@ -40,12 +37,6 @@ def test_frozen_then_trained_and_the_same_when_resumed(
         assert any(not torch.equal(first[n], second[n]) for n in first if n not in backbone)
         floats = [name for name in backbone if first[name].is_floating_point()]
         assert sum(torch.equal(second[n], fourth[n]) for n in floats) < 0.1 * len(floats)
-    for batch in resumes:
-        path = tmp_path / "whole" / f"ep0-ba{batch}-rank0.pt"
-        main.main({**tiny, "load_path": str(path), "save_folder": str(tmp_path / str(batch))})
-        found, expected = tensors(str(tmp_path / str(batch))), tensors(str(tmp_path / "whole"))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_without_a_backbone_it_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *a: self)
     monkeypatch.setattr("composer.utils.get_device", lambda _: PretendedGPU())
-    monkeypatch.setattr("main.get_device", lambda _: PretendedGPU())
+    monkeypatch.setattr("training.distributed.get_device", lambda _: PretendedGPU())
     yield
 
 
@@ -328,7 +328,10 @@ def test_a_plan_measures_a_gpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     assert program.run([str(file), "--plan", "--json"]) == 2
-    assert "not even 2 images" in json.loads(capsys.readouterr().out)["does_not_fit"]
+    assert (
+        "even a micro-batch of 2 is too large"
+        in json.loads(capsys.readouterr().out)["does_not_fit"]
+    )
 
 
 @pytest.fixture

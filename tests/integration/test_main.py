@@ -348,11 +348,11 @@ def test_one_error_of_all_processes_is_one_line(capsys: pytest.CaptureFixture[st
         def is_first_to_say(self, text: str) -> bool:
             return self.is_first
 
-    error = DataError("/data/a.jpg: not an image")
+    error = DataError("/data/a.jpg: unknown image format")
     for rank in range(8):
         watch = cast(Any, First(rank == 3))
         assert main_module._refuse(error, 2, watch) == 2
-    assert capsys.readouterr().err == "error: /data/a.jpg: not an image\n"
+    assert capsys.readouterr().err == "error: /data/a.jpg: unknown image format\n"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -55,16 +55,6 @@ def run(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     return config, folder, main.main(config)
 
 
-def test_a_run_goes_on_bit_for_bit(run: Any, tmp_path: Path) -> None:
-    config, folder, _ = run
-    resumed = {"load_path": str(folder / "ep0-ba2-rank0.pt"), "save_folder": str(tmp_path)}
-    main.main({**config, **resumed})
-    for which in ("ema", "training"):
-        states = [load_weights(f / "latest-rank0.pt", which).state for f in (folder, tmp_path)]
-        assert states[0].keys() == states[1].keys()
-        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
 def test_the_auxiliary_losses_are_logged_and_the_photos_normalised(run: Any) -> None:
     _, _, trainer = run
     assert trainer.state.total_loss_dict["loss/train/auxiliary"] > 0

@@ -79,7 +79,7 @@ def test_an_evaluation_is_planned_as_one(config: Path, capsys: pytest.CaptureFix
     assert program.run([str(config), *overrides, "--plan", "--gpu", "H100"]) == 0
     screen = capsys.readouterr().out
     assert "length        1 evaluation of 6 images" in screen
-    assert "step" not in screen.replace("host a step", "")
+    assert "step" not in screen.replace("ms per step", "")
 
 
 def test_another_machine(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +99,11 @@ def test_what_does_not_fit(
     """In memory, of another machine and of this one, before a step is tried; on the disk."""
     large = "train_dataset.final_size=8192"
     status, found = plan(capsys, str(config), large, "--gpu", "T4")
-    assert status == 2 and "not even 2 images" in found["does_not_fit"] and "hours" not in found
+    assert (
+        status == 2
+        and "even a micro-batch of 2 is too large" in found["does_not_fit"]
+        and "hours" not in found
+    )
     monkeypatch.setattr("extras.planning.plan.measure", lambda *a: pytest.fail("was tried"))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**24}))
     status, found = plan(capsys, str(config))
@@ -109,7 +113,7 @@ def test_what_does_not_fit(
     usage = type("U", (), {"free": 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     status, found = plan(capsys, str(config), "--gpu", "T4")
-    assert status == 2 and "no room for the checkpoints" in found["does_not_fit"]
+    assert status == 2 and "too little disk space for the checkpoints" in found["does_not_fit"]
 
 
 def test_the_network_of_a_plan_is_that_of_a_run(tiny: dict[str, Any]) -> None:

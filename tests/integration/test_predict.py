@@ -12,6 +12,7 @@ from PIL import Image
 
 import predict
 from errors import ClassError
+from extras.prediction_files import save_index
 from predict import Segmenter, main
 from segmentation.classes import load_classes
 from tests.support.artifacts import CLASSES, random_weights
@@ -108,7 +109,10 @@ def test_only_its_own_outputs_are_replaced(
     Image.fromarray(photo).save(target, "PNG")
     before = target.read_bytes()
     assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 2
-    assert f"error: {target} would be overwritten, and predict.py did" in capsys.readouterr().err
+    assert (
+        f"error: {target} already exists and was not written by predict.py"
+        in capsys.readouterr().err
+    )
     assert target.read_bytes() == before
     target.unlink()
     if existing == "x":
@@ -145,7 +149,7 @@ def test_more_classes_than_a_byte_holds(photo: np.ndarray, tmp_path: Path):
     many.classes = load_classes([f"class {number}" for number in range(300)], 300)
     prediction = many(photo)
     assert prediction.dtype == np.uint16 and set(np.unique(prediction)) == {5, 290}
-    predict.save_index(prediction, tmp_path / "index.png")
+    save_index(prediction, tmp_path / "index.png")
     assert np.array_equal(np.array(Image.open(tmp_path / "index.png")), prediction)
     legend = many.overlay(photo, prediction)
     assert legend.size == many.overlay(photo).size

@@ -248,19 +248,19 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "cityscapes",
         lambda root: (root / AACHEN).unlink(),
         "leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.png",
-        "its mask is missing, gtFine/train/{dir}/{stem}_gtFine_labelIds.png",
+        "its mask is missing; expected gtFine/train/{dir}/{stem}_gtFine_labelIds.png",
     ),
     "train ids in place of ids": (
         "cityscapes",
         lambda root: shutil.copy(root / AACHEN.replace("labelIds", "labelTrainIds"), root / AACHEN),
         AACHEN,
-        "value 255 on 5.00% of its pixels, which is neither a class nor ignored",
+        "5.00% of its pixels have value 255, which the description does not name",
     ),
     "colours in place of ids": (
         "cityscapes",
         lambda root: shutil.copy(root / AACHEN.replace("labelIds", "color"), root / AACHEN),
         AACHEN,
-        "a colour picture (RGB), where labels are expected",
+        "the mask is in colours (RGB), but labels are expected",
     ),
     "half unpacked": (
         "cityscapes",
@@ -272,31 +272,31 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "voc2012",
         lambda root: as_rgb(root / VOC),
         VOC,
-        "a colour picture (RGB), where labels are expected",
+        "the mask is in colours (RGB), but labels are expected",
     ),
     "a list with a name too many": (
         "voc2012",
         lambda root: (root / "ImageSets/Segmentation/val.txt").write_text("2007_000007\n2009_1\n"),
         "ImageSets/Segmentation/val.txt:2",
-        "2009_1 is the name of no photo in",
+        "has no image named 2009_1",
     ),
     "no list": (
         "voc2012",
         lambda root: (root / "ImageSets/Segmentation/train.txt").unlink(),
         "ImageSets/Segmentation/train.txt",
-        "the list cannot be read: No such file or directory",
+        "cannot read the list: No such file or directory",
     ),
     "another size": (
         "voc2012",
         lambda root: resize(root / VOC),
         "JPEGImages/2007_000003.jpg",
-        "the photo is 40x40, its mask 40x20",
+        "the image is 40x40, but its mask is 40x20",
     ),
     "an image that the JSON leaves out": (
         "coco_panoptic",
         lambda root: rewrite(root / JSON, lambda found: found["annotations"].pop(2)),
         PANOPTIC,
-        "has no segments in",
+        "the segments of this mask are missing in",
     ),
     "a category of another JSON": (
         "coco_panoptic",
@@ -305,7 +305,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
             lambda found: found["annotations"][2]["segments_info"][0].update(category_id=12),
         ),
         PANOPTIC,
-        "has a segment of category 12, which is neither a class nor ignored",
+        "has a segment of category 12, which the description does not name",
     ),
     "a segment that the JSON leaves out": (
         "coco_panoptic",
@@ -319,7 +319,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "coco_panoptic",
         lambda root: (root / JSON).write_text('{"annotations": [{"bbox": [1, 2, 3, 4]}]}'),
         JSON,
-        "not JSON of COCO's panoptic format",
+        "cannot be read as JSON in COCO's panoptic format",
     ),
     "stuff of another archive": (
         "coco_stuff",
@@ -327,7 +327,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
             root / "stuffthingmaps/val2017/000000000001.png", np.full((SIZE, SIZE), 183)
         ),
         "stuffthingmaps/val2017/000000000001.png",
-        "value 183 on 100.00% of its pixels, which is neither a class nor ignored",
+        "100.00% of its pixels have value 183, which the description does not name",
     ),
     "a colour of none": (
         "camvid",
@@ -335,7 +335,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
             root / "LabeledApproved_full/0001TP_000002_L.png", np.full((SIZE, SIZE, 3), 7)
         ),
         "LabeledApproved_full/0001TP_000002_L.png",
-        "colour (7, 7, 7) on 100.00% of its pixels, which is neither a class nor ignored",
+        "100.00% of its pixels have colour (7, 7, 7), which the description does not name",
     ),
 }
 

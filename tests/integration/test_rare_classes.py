@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 import data
@@ -98,31 +97,14 @@ def test_max_class_share_reaches_the_crop(synthetic: str) -> None:
         assert spec.dataloader.dataset.both_transforms.max_class_share == share
 
 
-def test_a_run_counts_logs_and_resumes(
-    tiny: dict[str, Any], synthetic: str, tmp_path: Path, small_network: None
-) -> None:
-    """With both, a run that was cut in an epoch ends with the weights of one that was not."""
+def test_a_run_counts_and_logs(tiny: dict[str, Any], synthetic: str, small_network: None) -> None:
     from composer.loggers import InMemoryLogger
 
-    def run(name: str, *durations: str) -> tuple[list[torch.Tensor], str]:
-        for duration in durations:
-            config = {
-                **tiny,
-                "save_folder": str(tmp_path / name),
-                "save_interval": "1ba",
-                "autoresume": True,
-                "max_duration": duration,
-            }
-            config["model"] = {**tiny["model"], "class_weights": "auto"}
-            config["train_dataset"] = {**tiny["train_dataset"], "rare_class_sampling": 0.5}
-            logger = InMemoryLogger()
-            trainer = program.main(config, loggers=[logger])
-            trainer.close()
-        return list(trainer.state.model.parameters()), logger.hyperparameters["class_weights"]
-
-    whole, line = run("whole", "9ba")
-    cut, _ = run("cut", "1ba", "9ba")  # one step, as the schedule depends on the length
-    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    tiny["model"]["class_weights"] = "auto"
+    tiny["train_dataset"]["rare_class_sampling"] = 0.5
+    logger = InMemoryLogger()
+    program.main(tiny, loggers=[logger]).close()
     counts = count_classes(folders(synthetic, Labels(12)), workers=1)
     expected = auto_weights(counts.pixels)
-    assert line == ", ".join(f"class {i} {weight:.4g}" for i, weight in enumerate(expected))
+    line = ", ".join(f"class {i} {weight:.4g}" for i, weight in enumerate(expected))
+    assert logger.hyperparameters["class_weights"] == line

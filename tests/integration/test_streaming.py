@@ -83,7 +83,7 @@ def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Pa
     # With room for all of it, it is the order without a limit.
     spec = stream(mds, tmp_path / "c", cache_limit=sum(sizes))
     assert digests(batches(spec)) == expected[0]
-    with pytest.raises(DataError, match=r"cache_limit 1kb is less than 4 shards of .*/train, the"):
+    with pytest.raises(DataError, match=r"cache_limit 1kb is too small for .*/train; use at least"):
         stream(mds, tmp_path, cache_limit="1kb")
 
 

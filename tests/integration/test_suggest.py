@@ -108,7 +108,7 @@ LAYOUTS = {
         [("train/{}.jpg", "train_masks/{}_mask.gif", N), ("test/{}.jpg", "", M)],
         ("train_masks/{stem}_mask.gif", None),
         (8, None),
-        ("# 4 images are not part of it, first test/008.jpg.",),
+        ("# 4 images are left out, such as test/008.jpg.",),
     ),
     "test as val": (
         [("train/a/{}.jpg", "train/b/{}.png", N), ("test/a/{}.jpg", "test/b/{}.png", M)],
@@ -124,7 +124,7 @@ LAYOUTS = {
         ],
         ("train/b/{stem}.png", "val/b/{stem}.png"),
         (8, 4),
-        ("# 3 images and 3 masks are not part of it, first test/a/x1.jpg and test/b/x1.png.",),
+        ("# 3 images and 3 masks are left out, such as test/a/x1.jpg and test/b/x1.png.",),
     ),
     "a hash in the names": (
         [("train/{}.jpg", "train/{}_mask.png", [f"shot_{n}_jpg.rf.{int(n):05x}ab9" for n in N])],
@@ -152,7 +152,7 @@ LAYOUTS = {
         ],
         ("trainannot/{stem}.png", "valannot/{stem}.png"),
         (8, 4),
-        ("# 1 image and 1 mask are not part of it, first test/t.png and testannot/t.png.",),
+        ("# 1 image and 1 mask are left out, such as test/t.png and testannot/t.png.",),
     ),
     "extensions in the masks' names": (
         [("ds/img/{}.jpg", "ds/masks_machine/{}.jpg.png", N)],
@@ -195,7 +195,7 @@ LAYOUTS = {
         [("x/{}.jpg", "y/{}.png", N), ("extra/{}-a.jpg", "other/{}-b.png", M)],
         ("y/{stem}.png", None),
         (8, None),
-        ("# 4 images and 4 masks are not part of it, first extra/008-a.jpg and other/008-b.png.",),
+        ("# 4 images and 4 masks are left out, such as extra/008-a.jpg and other/008-b.png.",),
     ),
 }
 
@@ -216,7 +216,9 @@ def test_all_images_are_paired_or_named(name: str, tmp_path: Path) -> None:
         assert (len(samples["train"]), len(samples["val"])) == counts
     for comment in comments:
         assert comment in text
-    assert ("not part of it" in text) == any("not part" in comment for comment in comments)
+    assert ("left out, such as" in text) == any(
+        "left out, such as" in comment for comment in comments
+    )
     for sample in [*samples["train"], *samples["val"]]:  # each mask is the one drawn for the image
         drawn = Image.open(sample.mask_path)
         labels = Masks.of(description, "train", str(tmp_path)).decode(
@@ -275,13 +277,17 @@ def with_wild_palettes(mask: np.ndarray, n: int, path: Path) -> None:
 REFUSED = [
     pytest.param(as_jpeg, "8 masks are JPEGs, first m/000.jpg; JPEG changes", id="JPEGs"),
     pytest.param(as_grey_jpeg, "8 masks are JPEGs, first m/000.jpeg; JPEG", id="grey JPEGs"),
-    pytest.param(as_webp, "8 masks are WebPs, first m/000.webp; a mask has to be", id="WebPs"),
+    pytest.param(as_webp, "8 masks are WebPs, first m/000.webp; masks must be", id="WebPs"),
     pytest.param(cut_short, "8 masks cannot be decoded, first m/000.png", id="cut short"),
-    pytest.param(as_text, "8 masks cannot be decoded, first m/000.png (not an image)", id="text"),
+    pytest.param(
+        as_text, "8 masks cannot be decoded, first m/000.png (unknown image format)", id="text"
+    ),
     pytest.param(some_cut_short, "2 of 8 masks cannot be read, first ", id="some cut short"),
-    pytest.param(of_both_kinds, "is in colours, and ", id="of both kinds"),
-    pytest.param(of_many_values, "hold 512 values, and 253 classes are the most", id="many values"),
-    pytest.param(with_wild_palettes, "in different colours, and the colours do not", id="palettes"),
+    pytest.param(of_both_kinds, "is in colours, but ", id="of both kinds"),
+    pytest.param(
+        of_many_values, "hold 512 values, but at most 253 classes are possible", id="many values"
+    ),
+    pytest.param(with_wild_palettes, "in different colours, so its meaning", id="palettes"),
 ]
 
 

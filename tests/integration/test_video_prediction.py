@@ -40,8 +40,8 @@ def broken(folder: Path, clip: Path) -> dict[str, str]:
     return {
         "junk": said,
         "empty": said,
-        "sound": "there is no video in it",
-        "header": "there are no frames in it",
+        "sound": "the file contains no video stream",
+        "header": "the video has no frames",
         "half": said,
         "gone": "No such file or directory",
     }
@@ -68,12 +68,12 @@ def test_a_video_that_breaks_off_is_written_up_to_there(
 
     def decode(video: Video) -> object:
         yield from frames[:2]
-        raise DataError("it breaks off after 2 frames: Input/output error")
+        raise DataError("the video breaks off after 2 frames: Input/output error")
 
     monkeypatch.setattr(Video, "__iter__", decode)
     assert main([random_weights(), f"{tmp_path}/clip.mp4", "--out", f"{tmp_path}/out"]) == 1
     output = capsys.readouterr()
-    assert f"{tmp_path}/clip.mp4: it breaks off after 2 frames" in output.err
+    assert f"{tmp_path}/clip.mp4: the video breaks off after 2 frames" in output.err
     assert "0 of 1 images and videos segmented" in output.out and "1 cut short" in output.out
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
 
@@ -85,7 +85,7 @@ def test_a_camera_until_it_ends_or_is_stopped(
         arguments = [random_weights(), address, "--write", "overlay,index", "--out", str(tmp_path)]
         assert main(arguments) == 1
         output, indices = capsys.readouterr(), len(list((tmp_path / "camera").iterdir()))
-        assert "error: camera: it breaks off after 6 frames" in output.err
+        assert "error: camera: the video breaks off after 6 frames" in output.err
         assert f"{indices} frames segmented into {tmp_path}/" in output.out
         assert len(opencv_frames(tmp_path / "camera.mp4")) == indices > 1
         with pytest.raises(SystemExit):
@@ -123,7 +123,9 @@ def test_a_full_disk_leaves_no_part_of_a_video(
         assert main(arguments) == 0
     shutil.copy(clip, tmp_path / "out/clip.mp4")
     assert main(arguments) == 2
-    assert "out/clip.mp4 would be overwritten" in capsys.readouterr().err
+    assert (
+        "out/clip.mp4 already exists and was not written by predict.py" in capsys.readouterr().err
+    )
 
 
 def test_ctrl_c_completes_a_cameras_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +175,9 @@ def test_what_cannot_be_done_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr("av.container.OutputContainer.add_stream", no_codec, raising=True)
         assert main(arguments) == 2
-    assert "no encoder for H.264" in capsys.readouterr().err
+    assert "no H.264 encoder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "av", None)
     assert main(arguments) == 2
     assert capsys.readouterr().err == (
-        "error: videos need PyAV: make install WITH=video, or pip install av\n"
+        "error: videos need PyAV; run make install WITH=video or pip install av\n"
     )

@@ -19,7 +19,7 @@ from tests.support.s3_server import BUCKET
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def objects(server, prefix: str) -> dict[str, bytes]:
@@ -50,7 +50,7 @@ def test_goes_on_after_an_upload_that_failed(server, path, tmp_path, monkeypatch
     content = photo.read_bytes()
     photo.write_bytes(b"not a photo")
     url = f"s3://{BUCKET}/resumed"
-    with pytest.raises(DataError, match="not an image"):
+    with pytest.raises(DataError, match="unknown image format"):
         write(path, url, staging=str(staging))
     before = {
         entry["Key"]: entry["LastModified"]

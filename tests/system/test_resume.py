@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from benchmarks.kill_resume import (
     largest_difference,
@@ -15,93 +17,173 @@ from benchmarks.kill_resume import (
     read_log,
     same_log,
 )
-from tests.support.forked import Death, run
+from tests.support.forked import Death, run, run_ranks
+from tests.support.layouts import lay_out
+
+SHARDS = {
+    "max_duration": "4ba",
+    "eval_interval": "100ep",
+    "save_interval": "1ba",
+    "save_num_checkpoints_to_keep": 1,
+}
+ADAMW = {
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1e-3,
+    "optimizer.head_lr_scale": 10,
+    "optimizer.no_decay": ["norm", "bias"],
+    "optimizer.clip_norm": 1.0,
+    "schedule": {"name": "poly", "warmup": "5ba", "final": 0.1},
+    "save_interval": "1ba",
+}
+RARE = {"model.class_weights": "auto", "train_dataset.rare_class_sampling": 0.5}
+BISENET = {
+    "model": {"name": "mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes"},
+    "model.num_classes": 12,
+    "model.backbone_weights": None,
+    "train_dataset.final_size": 64,
+}
+# Statistics of BatchNorm are those of micro-batches of two, whichever process has them.
+ANY_RANKS = {
+    "max_duration": "6ba",
+    "eval_interval": "100ep",
+    "device_train_microbatch_size": 2,
+    "model.sync_bn": False,
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Generated photos, as folders and as shards."""
+    """Generated images as folders, as shards, and as a data set with a description."""
     folder = str(tmp_path_factory.mktemp("data"))
     make_data(folder)
+    lay_out(f"{folder}/folders", Path(folder, "described"), "merged", 12)
     return folder
 
 
+def configure(data: str, recipe: str, source: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a run of 12 steps, with dotted keys changed."""
+    config: Any = OmegaConf.create(make_config(data, recipe, source, workers=0))
+    if source == "described":
+        config.data = f"{data}/described/merged.yaml"
+        for name in ("train_dataset", "eval_dataset"):
+            del config[name]["path"]
+        del config.model["num_classes"]
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    return OmegaConf.to_container(config)  # type: ignore[return-value]
+
+
 @pytest.fixture(scope="module")
-def hot(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The config of a run with EMA, SAM and MixUp, and the folder of one that nobody disturbed."""
-    folder = str(tmp_path_factory.mktemp("reference"))
-    config = make_config(data, "hot", "folders", workers=1)
-    assert run({**config, "save_folder": folder}, f"{folder}/log") == 0
-    return {**config, "autoresume": True, "save_num_checkpoints_to_keep": 2}, folder
+def undisturbed(
+    data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[dict[str, Any]], str]:
+    """A function that returns the folder of a run with a config that nobody disturbed."""
+    folders: dict[str, str] = {}
+
+    def train(config: dict[str, Any]) -> str:
+        key = repr(config)
+        if key not in folders:
+            folder = str(tmp_path_factory.mktemp("undisturbed"))
+            assert run({**config, "save_folder": folder}, f"{folder}/log") == 0
+            folders[key] = folder
+        return folders[key]
+
+    return train
 
 
-def test_a_run_killed_four_times_ends_as_one_that_was_not(
-    hot: tuple[dict[str, Any], str], tmp_path: Path
+# In which recipe, data, network and optimizer a run is cut, where, and by how many processes.
+@pytest.mark.parametrize(
+    ("recipe", "source", "changes", "cuts", "ranks"),
+    [
+        pytest.param("baseline", "folders", {}, [(1, Death("batch", 2))], 1, id="baseline"),
+        pytest.param("mild", "shards", {}, [(1, Death("eval", 0))], 1, id="mild, shards"),
+        pytest.param("medium", "described", {}, [(1, Death("write", 0))], 1, id="medium"),
+        pytest.param(
+            "hot",
+            "folders",
+            {"save_interval": "2ba"},
+            [
+                (1, Death("forward", 3)),  # SAM's second pass of batch 2, before a checkpoint
+                (1, Death("batch", 4)),  # in mid-epoch, one batch after the checkpoint
+                (1, Death("eval", 1)),  # in the first evaluation, whose batch has a checkpoint
+                (1, Death("write", 1)),  # in mid-epoch, in the second save
+            ],
+            1,
+            id="hot, killed four times",
+        ),
+        pytest.param(
+            "hot",
+            "folders",
+            ADAMW,
+            [(1, Death("batch", 2)), (1, Death("batch", 5))],
+            1,
+            id="AdamW in groups, clipped, in the warm-up and after it",
+        ),
+        pytest.param("baseline", "shards", SHARDS, [(1, Death("pointer", 1))], 1, id="rename"),
+        pytest.param("baseline", "shards", SHARDS, [(1, Death("remove", 1))], 1, id="removal"),
+        pytest.param(
+            "hot",
+            "folders",
+            {"model.freeze_backbone": "4ba", "save_interval": "1ba"},
+            [(1, Death("batch", 2)), (1, Death("batch", 3))],
+            1,
+            id="frozen backbone, and after it",
+        ),
+        pytest.param("baseline", "folders", RARE, [(1, Death("batch", 3))], 1, id="rare classes"),
+        pytest.param("hot", "folders", BISENET, [(1, Death("batch", 3))], 1, id="BiSeNet"),
+        pytest.param(
+            "baseline",
+            "folders",
+            ANY_RANKS,
+            # Only the second process gets the first signal, and both stop after the same batch.
+            [(2, Death("forward", 1, signal.SIGTERM)), (1, Death("forward", 2, signal.SIGTERM))],
+            2,
+            id="two processes, one, two",
+        ),
+    ],
+)
+def test_a_resumed_run_equals_one_that_never_stopped(
+    undisturbed: Callable[[dict[str, Any]], str],
+    data: str,
+    tmp_path: Path,
+    recipe: str,
+    source: str,
+    changes: dict[str, Any],
+    cuts: list[tuple[int, Death]],
+    ranks: int,
 ) -> None:
-    config, reference = hot
+    config = configure(data, recipe, source, changes)
+    reference = undisturbed(config)
+    keep = config.setdefault("save_num_checkpoints_to_keep", 2)
+    config |= {"save_folder": str(tmp_path), "autoresume": True}
     log = f"{tmp_path}/log"
-    config |= {"save_folder": str(tmp_path), "save_interval": "2ba"}
-    for death in (
-        Death("forward", 3),  # SAM passes twice: in the second batch, before any checkpoint
-        Death("batch", 4),  # in mid-epoch, with the checkpoint one batch back
-        Death("eval", 1),  # in the first evaluation, with the checkpoint of its batch there
-        Death("write", 1),  # in mid-epoch, in the second save
-    ):
-        assert run(config, log, death) == -signal.SIGKILL
-    assert Path(tmp_path, "ep1-ba10-rank0.pt.unfinished").exists()
-    assert run(config, log) == 0
-    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == [
-        "ep1-ba10-rank0.pt",
-        "ep1-ba12-rank0.pt",
-        "latest-rank0.pt",
-    ]
-    assert largest_difference(str(tmp_path), reference) == 0
-    assert same_log(log, f"{reference}/log")
+    for count, death in cuts:
+        status = 75 if death.signal == signal.SIGTERM else -death.signal
+        assert run_ranks(config, log, count, death) == [status] * count
+    assert run_ranks(config, log, ranks) == [0] * ranks
+    if ranks == 1:
+        assert largest_difference(str(tmp_path), reference) == 0
+        assert same_log(log, f"{reference}/log")
+    else:  # Sums over several processes are in another order.
+        assert losses(log) == pytest.approx(losses(f"{reference}/log"), abs=1e-5)
+    assert len(list(tmp_path.glob("ep*.pt"))) == keep
 
 
-def test_adamw_in_groups_clipped_and_with_a_warm_up_goes_on(data: str, tmp_path: Path) -> None:
-    config = make_config(data, "hot", "folders", workers=0) | {
-        "optimizer": {
-            "name": "adamw",
-            "lr": 1e-3,
-            "head_lr_scale": 10,
-            "no_decay": ["norm", "bias"],
-            "clip_norm": 1.0,
-        },
-        "schedule": {"name": "poly", "warmup": "5ba", "final": 0.1},
-        "save_interval": "1ba",
+def losses(log: str) -> list[float]:
+    """Return the losses of each batch, none of which may be logged twice."""
+    values = {
+        step: value for (step, name), value in read_log(log).items() if name == "loss/train/total"
     }
-    whole, killed = f"{tmp_path}/whole", f"{tmp_path}/killed"
-    assert run({**config, "save_folder": whole}, f"{tmp_path}/log") == 0
-    config |= {"save_folder": killed, "autoresume": True}
-    for batch in (2, 5):  # during the warm-up, and after it in the next epoch
-        assert run(config, f"{tmp_path}/killed.log", Death("batch", batch)) == -signal.SIGKILL
-    assert run(config, f"{tmp_path}/killed.log") == 0
-    assert largest_difference(killed, whole) == 0
-    assert same_log(f"{tmp_path}/killed.log", f"{tmp_path}/log")
-    config |= {"max_duration": "3ep", "hot": config["hot"] | {"max_duration": "3ep"}}
-    for changed in ({"name": "sgdw"}, {"head_lr_scale": 2.0}, {"no_decay": []}):
-        other = config | {"optimizer": config["optimizer"] | changed}
-        assert run(other, f"{tmp_path}/other") == 2
-        line = Path(f"{tmp_path}/other.0.out").read_text().splitlines()[-1]
-        assert line.startswith(f"error: optimizer.{next(iter(changed))}: ")
-        assert " was trained with " in line
+    assert all(len(value) == 1 for value in values.values())
+    assert sorted(values) == list(range(len(values)))
+    return [values[step][0] for step in sorted(values)]
 
 
-@pytest.mark.parametrize("moment", ["pointer", "remove"])
-def test_shards_and_a_kill_between_the_steps_of_a_save(
-    data: str, tmp_path: Path, moment: str
-) -> None:
-    config = make_config(data, "baseline", "shards", workers=0)
-    config |= {"max_duration": "4ba", "eval_interval": "100ep", "save_interval": "1ba"}
-    assert run({**config, "save_folder": f"{tmp_path}/whole"}, f"{tmp_path}/log") == 0
-    config |= {"save_folder": f"{tmp_path}/killed", "autoresume": True}
-    assert run(config, f"{tmp_path}/killed.log", Death(moment, 1)) == -signal.SIGKILL
-    assert run(config, f"{tmp_path}/killed.log") == 0
-    assert largest_difference(f"{tmp_path}/killed", f"{tmp_path}/whole") == 0
-    assert same_log(f"{tmp_path}/killed.log", f"{tmp_path}/log")
-    kept = [path.name for path in Path(tmp_path, "killed").glob("ep*.pt")]
-    assert kept == ["ep0-ba4-rank0.pt"]
+@pytest.fixture(scope="module")
+def hot(data: str, undisturbed: Callable[[dict[str, Any]], str]) -> tuple[dict[str, Any], str]:
+    """The config of a run with EMA, SAM and MixUp, and the folder of an undisturbed one."""
+    config = configure(data, "hot", "folders", {})
+    return {**config, "autoresume": True, "save_num_checkpoints_to_keep": 2}, undisturbed(config)
 
 
 @pytest.mark.parametrize("death", [Death("batch", 3), Death("eval", 0), Death("batch", 5)])

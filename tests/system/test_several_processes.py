@@ -67,20 +67,6 @@ def test_shared_statistics_are_those_of_the_whole_batch(
         torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_goes_on_with_fewer_and_with_more_processes(
-    one: tuple[dict[str, Any], str], tmp_path: Path
-) -> None:
-    config, folder = one
-    config = {**config, "save_folder": str(tmp_path)}
-    log = f"{tmp_path}/log"
-    # Only the second process gets the signal, and both stop after the same batch.
-    assert run_ranks(config, log, 2, Death("forward", 1, signal.SIGTERM)) == [75, 75]
-    assert "stopped after batch 2 as requested" in Path(f"{log}.0.out").read_text()
-    assert run(config, log, Death("forward", 2, signal.SIGTERM)) == 75
-    assert run_ranks(config, log, 2) == [0, 0]
-    assert losses(log) == pytest.approx(losses(f"{folder}/log"), abs=1e-5)
-
-
 def test_evaluation_is_the_same_for_any_number_of_processes(
     one: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:

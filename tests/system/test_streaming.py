@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset import shards
+from dataset import downloads
 from errors import DataError
 from tests.support.data import batches, digests, train
 from tests.support.faulty_store import FaultyStore
@@ -88,7 +88,7 @@ def test_a_store_at_fault_costs_retries_not_the_run(
 def test_what_s3_refuses_is_said_at_once(
     s3: S3Server, url: str, mds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: pytest.fail("it waited"))
     options = dict(download_retry=6, predownload=0)
     with pytest.raises(DataError, match=r"^s3://data/typo/train/index\.json: .*not found"):
         stream("s3://data/typo", tmp_path / "a", **options)

@@ -121,7 +121,7 @@ def test_a_broken_file_is_answered(page: Page, photos: list[Path], tmp_path: Pat
     page.choose("#file", broken)
     page.wait("document.querySelector('#status').className == 'wrong'")
     said = page.run("document.querySelector('#status').textContent")
-    assert said == "notes.jpg: not a photo that this browser can read"
+    assert said == "notes.jpg: this browser cannot read the file as an image"
     page.choose("#file", photos[0])  # and it goes on
     assert segmented(page, photos[0].name).shape == (96, 96)
     assert page.run("document.querySelector('#status').className") == ""
@@ -172,7 +172,7 @@ def test_a_network_that_is_not_there_is_answered(page: Page, folder: Path, tmp_p
         page.open(address)
         page.wait("document.querySelector('#status').className == 'wrong'")
         said = page.run("document.querySelector('#status').textContent")
-    assert said == "The network cannot be loaded: model.onnx: the server says 404"
+    assert said == "The network cannot be loaded: model.onnx: the server answered with status 404"
 
 
 def test_a_browser_whose_webgpu_fails_uses_webassembly(page: Page, photos: list[Path]) -> None:

@@ -20,7 +20,7 @@ def test_fp16_on_a_cpu_is_refused(tiny: dict[str, Any]) -> None:
 
 def test_too_few_classes_for_the_data_are_found_before_training(tiny: dict[str, Any]) -> None:
     tiny["model"]["num_classes"] = 5
-    with pytest.raises(DataError, match=r"label .* set model.num_classes"):
+    with pytest.raises(DataError, match=r"labels .*; set model.num_classes"):
         main(tiny)
 
 

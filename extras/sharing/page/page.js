@@ -41,7 +41,7 @@ async function openSession(backend, model) {
 
 async function download(path) {
   const response = await fetch(path);
-  if (!response.ok) throw new Error(`${path}: the server says ${response.status}`);
+  if (!response.ok) throw new Error(`${path}: the server answered with status ${response.status}`);
   const parts = [];
   let length = 0;
   for (const reader = response.body.getReader(); ; ) {
@@ -248,7 +248,7 @@ async function decode(blob) {
   try {
     bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   } catch {
-    throw Object.assign(new Error("not a photo that this browser can read"), { isPhoto: true });
+    throw Object.assign(new Error("this browser cannot read the file as an image"), { isPhoto: true });
   }
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });

@@ -85,7 +85,7 @@ def tiff(pixels: np.ndarray, photometric: int, *extra: int) -> bytes:
 )
 def test_more_channels_are_refused(channels: int, photometric: int, extra: tuple) -> None:
     data = tiff(np.full((6, 5, channels), 9, np.uint8), photometric, *extra)
-    with pytest.raises(ValueError, match=f"^{channels} channels, where grey or RGB is read"):
+    with pytest.raises(ValueError, match=f"^the image has {channels} channels; export it"):
         decode_image(data)
     with pytest.raises(ValueError, match=r"expected \(H, W, 3\) uint8"):
         read_photo(np.zeros((6, 5, channels), np.uint8))
@@ -128,7 +128,7 @@ def test_turns_photos_as_exif_says_if_the_mask_is_so(orientation: int) -> None:
 
 def test_photo_and_mask_of_different_size() -> None:
     data = encode(PHOTO, "JPEG")
-    with pytest.raises(ValueError, match="the photo is 61x45, its mask 60x45"):
+    with pytest.raises(ValueError, match="the image is 61x45, but its mask is 60x45"):
         decode_photo(data, (45, 60))
 
 
@@ -211,13 +211,13 @@ def test_decodes_masks_of_every_kind(data: bytes, expected: np.ndarray) -> None:
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"<html>not found</html>", "not an image"),
+        (b"<html>not found</html>", "unknown image format"),
         (encode(GRAY)[:500], "truncated"),
         (encode(GRAY)[:500] + b"\0\0\0\0IEND\xaeB`\x82", "truncated"),
         (encode(GRAY)[:300] + b"damage" + encode(GRAY)[306:], "cannot be decoded"),
         (of_many_pixels(), "exceeds limit"),
-        (b"II*\0", "not an image"),
-        (b"MM\0*\0\0", "not an image"),
+        (b"II*\0", "unknown image format"),
+        (b"MM\0*\0\0", "unknown image format"),
     ],
 )
 def test_refuses_what_is_no_image(decode, data: bytes, reason: str) -> None:
@@ -235,11 +235,14 @@ def test_refuses_a_photo_that_is_cut_short() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (encode(PHOTO), r"a colour picture \(RGB\)"),
-        (encode(GRAY, "JPEG"), "JPEG changes labels"),
+        (encode(PHOTO), r"the mask is in colours \(RGB\)"),
+        (encode(GRAY, "JPEG"), "the mask is a JPEG, which changes labels"),
         (encode_16_bit(MASK.astype(int) + 300, ".png"), "label 311"),
-        (encode(np.float32(MASK) / 11, "TIFF"), "with fractions"),
-        (encode(np.where(MASK, np.float32(MASK), np.float32(np.nan)), "TIFF"), "with fractions"),
+        (encode(np.float32(MASK) / 11, "TIFF"), "the pixels are fractions"),
+        (
+            encode(np.where(MASK, np.float32(MASK), np.float32(np.nan)), "TIFF"),
+            "the pixels are fractions",
+        ),
     ],
 )
 def test_refuses_masks_without_labels(data: bytes, reason: str) -> None:
@@ -280,14 +283,14 @@ def test_masks_of_several_channels_in_16_bits_keep_their_labels(kind: str) -> No
     labels = np.arange(48).reshape(6, 8) % 12
     assert (decode_mask(wide(kind, labels)) == labels).all()
     assert (decode_mask(wide(kind, labels + 300), 1000) == labels + 300).all()
-    with pytest.raises(ValueError, match="16 bits, where 8 are expected"):
+    with pytest.raises(ValueError, match="the mask has colours of 16 bits"):
         decode_colors(wide(kind, labels))
 
 
 def test_colours_of_16_bits_are_no_labels() -> None:
     pixels = np.zeros((6, 8, 3), np.uint16)
     pixels[2:, :, 1] = 7
-    with pytest.raises(ValueError, match="a colour picture"):
+    with pytest.raises(ValueError, match="the mask is in colours"):
         decode_mask(cv2.imencode(".png", pixels)[1].tobytes())
 
 
@@ -305,7 +308,7 @@ def test_a_bigtiff_of_four_bands_is_refused(bands: int) -> None:
     header = b"II" + struct.pack("<HHHQ", 43, 8, 0, 16)
     data = header + body + struct.pack("<Q", 0) + pixels.tobytes()
     if bands == 4:
-        with pytest.raises(ValueError, match="4 channels, where grey or RGB is read"):
+        with pytest.raises(ValueError, match="the image has 4 channels; export it as grey or RGB"):
             decode_image(data)
     else:
         assert (decode_image(data) == pixels).all()

@@ -137,29 +137,41 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (changed("kinds", value={}), "unknown key kinds; known: root, train, val, classes"),
-        (changed("train", "folder", value="a"), "train: unknown key folder; known: images, masks"),
-        (changed("train", value="photos"), "train is missing; as in train: {images"),
+        (changed("kinds", value={}), "unknown key kinds; known keys: root, train, val, classes"),
+        (
+            changed("train", "folder", value="a"),
+            "train: unknown key folder; known keys: images, masks",
+        ),
+        (changed("train", value="photos"), "train is missing; add it, as in train: {images"),
         (changed("train", value={"images": "a"}), "train.masks is missing"),
-        (changed("train", "images", value=3), "train.images: 3 is not a path"),
-        (changed("val", value=None), "val is missing; as in val: {fraction: 0.15}"),
-        (changed("val", "fraction", value=1.5), "fraction stands alone, a number between 0 and 1"),
+        (changed("train", "images", value=3), "train.images: got 3; expected a path"),
+        (changed("val", value=None), "val is missing; add it, as in val: {fraction: 0.15}"),
+        (
+            changed("val", "fraction", value=1.5),
+            "fraction must be the only key, with a number between 0 and 1",
+        ),
         (changed("classes", value=["a"]), "classes is missing"),
-        (changed("classes", value={"a": 1}), "classes: 1 names are not 2 to 253"),
-        (changed("classes", "car", value={"label": 2}), "car: unknown key label; known: labels"),
+        (changed("classes", value={"a": 1}), "classes: must be 2 to 253 names; found 1"),
+        (
+            changed("classes", "car", value={"label": 2}),
+            "car: unknown key label; known keys: labels",
+        ),
         (changed("classes", "car", value=None), "classes.car: labels is empty"),
-        (changed("classes", "car", value="2"), "car: '2' is neither a mask's value, 0 to 65535"),
-        (changed("classes", "car", value=70000), "car: 70000 is neither a mask's value"),
-        (changed("classes", "car", value=[[1, 2, 256]]), "car: .1, 2, 256. is neither"),
+        (
+            changed("classes", "car", value="2"),
+            "car: got '2'; expected a mask value from 0 to 65535",
+        ),
+        (changed("classes", "car", value=70000), "car: got 70000; expected a mask value"),
+        (changed("classes", "car", value=[[1, 2, 256]]), "car: got .1, 2, 256.; expected"),
         (changed("classes", "car", value=[[1, 2, 3]]), "some labels are numbers and some are col"),
         (changed("classes", "car", value=1), "label 1 is in both road and car"),
         (changed("ignore", value=2), "label 2 is in both car and ignore"),
         (
             changed("classes", "car", value={"labels": 2, "color": "red"}),
-            "classes.car: color: 'red' is not .red, green, blue.",
+            "classes.car: color: got 'red'; expected .red, green, blue.",
         ),
-        (changed("root", value=5), "root: 5 is not a folder"),
-        ({**GOOD, "classes": {True: 1, "b": 2}}, "classes: True is no name; put it in quotes"),
+        (changed("root", value=5), "root: got 5; expected the path of a folder"),
+        ({**GOOD, "classes": {True: 1, "b": 2}}, "classes: got the name True; put it in quotes"),
     ],
 )
 def test_a_wrong_description_is_one_line(raw: dict[str, Any], reason: str) -> None:
@@ -171,16 +183,16 @@ def test_a_wrong_description_is_one_line(raw: dict[str, Any], reason: str) -> No
 def test_a_file_that_is_no_description(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     for text, reason in [
-        ("- a", "is not a mapping"),
-        ("a: [", "is not YAML"),
-        ("classes: {a: 1, a: 2}", "a is there twice, line 1 on"),
+        ("- a", "must be a mapping"),
+        ("a: [", "cannot parse the description"),
+        ("classes: {a: 1, a: 2}", "duplicate key a in the mapping at line 1"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=reason):
             read_description(str(file))
     with pytest.raises(ConfigError, match="cannot read the description"):
         read_description(str(tmp_path / "none.yaml"))
-    with pytest.raises(ConfigError, match="has no root"):
+    with pytest.raises(ConfigError, match="root is missing"):
         file.write_text(yaml.safe_dump(GOOD))
         open_description(str(file))
 
@@ -220,7 +232,7 @@ def unnamed(root: Path) -> tuple[str, str]:
     labels = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
     labels[:1, :2] = 77
     cv2.imwrite(str(mask), labels)
-    return "labels/train/00000002.png", "value 77 on 0.09% of its pixels, which is neither"
+    return "labels/train/00000002.png", "0.09% of its pixels have value 77, which"
 
 
 @fault("a colour that nothing names", "colors")
@@ -229,20 +241,20 @@ def unnamed_color(root: Path) -> tuple[str, str]:
     picture = cv2.imread(str(mask))
     picture[0, 0] = (3, 2, 1)
     cv2.imwrite(str(mask), picture)
-    return "masks/val/00000001.png", "colour (1, 2, 3) on 0.04% of its pixels, which is neither"
+    return "masks/val/00000001.png", "0.04% of its pixels have colour (1, 2, 3), which"
 
 
 @fault("no mask", "templates")
 def no_mask(root: Path) -> tuple[str, str]:
     (root / "train/00000003_mask.png").unlink()
-    return "train/00000003_rgb.jpg", "its mask is missing, train/{stem}_mask.png"
+    return "train/00000003_rgb.jpg", "its mask is missing; expected train/{stem}_mask.png"
 
 
 @fault("an unknown name in a list", "lists")
 def unknown_name(root: Path) -> tuple[str, str]:
     with open(root / "split/train.txt", "a") as file:
         file.write("00000099\n")
-    return "split/train.txt:10", "00000099 is the name of no photo"
+    return "split/train.txt:10", f"{root}/JPEGImages has no image named 00000099"
 
 
 @pytest.mark.parametrize("name", FAULTS)

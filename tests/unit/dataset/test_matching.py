@@ -48,17 +48,17 @@ def test_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images/training: folder is missing"):
         list_samples(str(tmp_path), "train")
     make_data(tmp_path, 5, 1)
-    with pytest.raises(DataError, match="split: 'test' is unknown; use train or val"):
+    with pytest.raises(DataError, match="unknown split 'test'; use train or val"):
         list_samples(str(tmp_path), "test")
     for number in (2, 4):
         (tmp_path / f"annotations/training/ADE_train_{number:08d}.png").unlink()
     with pytest.raises(
-        DataError, match=r"00000002.jpg: its mask is missing, .*training \(and 1 more such\)"
+        DataError, match=r"00000002.jpg: its mask is missing; expected .*training \(and 1 more\)"
     ):
         list_samples(str(tmp_path), "train")
     for path in (tmp_path / "images/training").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="holds no photos"):
+    with pytest.raises(DataError, match="contains no images"):
         list_samples(str(tmp_path), "train")
     save(tmp_path, "train", "a", np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.uint8))
     (tmp_path / "images/training/a.png").write_bytes(b"")
@@ -127,7 +127,7 @@ def test_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("1\n7\n")
     assert pairs(tmp_path, source) == [
         expected[0],
-        ("train.txt:2", f"7 is the name of no photo in {tmp_path}/img"),
+        ("train.txt:2", f"{tmp_path}/img has no image named 7; correct the list"),
     ]
     columns = {"list": "train.txt"}
     for lines in (
@@ -138,11 +138,11 @@ def test_lists(tmp_path: Path) -> None:
         assert pairs(tmp_path, columns) == expected
     (tmp_path / "train.txt").write_text("img/1.jpg seg/9.png\nimg/2.jpg\n")
     assert pairs(tmp_path, columns) == [
-        ("train.txt:1", "there is no file seg/9.png"),
-        ("train.txt:2", "1 columns; without images, a line is a photo and its mask"),
+        ("train.txt:1", "file seg/9.png is missing"),
+        ("train.txt:2", "got 1 columns; expected an image and its mask"),
     ]
     assert pairs(tmp_path, {"list": "none.txt"}) == [
-        ("none.txt", "the list cannot be read: No such file or directory")
+        ("none.txt", "cannot read the list: No such file or directory")
     ]
 
 
@@ -151,15 +151,17 @@ def test_what_is_wrong_with_names(tmp_path: Path) -> None:
     found = pairs(tmp_path, {"images": "img", "masks": "seg/{stem}.png"})
     assert found == [
         ("1", "img/1.jpg", "seg/1.png"),
-        ("img/2.jpg", "its mask is missing, seg/{stem}.png"),
-        ("img/a/1.jpg", f"has the same mask as {tmp_path}/img/1.jpg"),
-        ("seg/7.png", "its photo is missing"),
+        ("img/2.jpg", "its mask is missing; expected seg/{stem}.png"),
+        ("img/a/1.jpg", f"has the same mask as {tmp_path}/img/1.jpg; rename one of them"),
+        ("seg/7.png", "its image is missing"),
     ]
     assert pairs(tmp_path, {"images": "no", "masks": "seg"})[0] == ("no", "folder is missing")
     assert pairs(tmp_path, {"images": "img", "masks": "no"}) == [("no", "folder is missing")]
     nothing = pairs(tmp_path, {"images": "seg/{stem}.jpg", "masks": "seg/{stem}.png"})
-    assert "holds no photos of train" in nothing[-1][1]
-    with pytest.raises(ConfigError, match=r"train.images: {city} is none of {stem}, {dir}"):
+    assert "contains no images for train" in nothing[-1][1]
+    with pytest.raises(
+        ConfigError, match=r"train.images: unknown placeholder {city}; use {stem}, {dir}"
+    ):
         pairs(tmp_path, {"images": "{city}/{stem}.jpg", "masks": "seg"})
 
 

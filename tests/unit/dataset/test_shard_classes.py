@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from dataset import shards
+from dataset import downloads
 from dataset.description import ade20k
+from dataset.downloads import fetch_beside
 from dataset.shard_classes import shard_classes
-from dataset.shards import fetch_beside
 from dataset.source import DataSource, ShardOptions
 from errors import DataError
 from tests.support.source import client_error, tree
@@ -39,8 +39,8 @@ def test_only_a_store_that_says_so_has_no_description(
     def download(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(shards.CloudDownloader, "direct_download", download)
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads.CloudDownloader, "direct_download", download)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
 
     def find() -> str | None:
         return fetch_beside("s3://b/set", "description.yaml", str(tmp_path))

@@ -15,7 +15,7 @@ from tests.support.source import describe, tree
 
 @pytest.mark.parametrize("exclude", [3, [""], [["a"]], [{"a": 1}]])
 def test_exclude_is_a_list_of_paths(exclude: Any) -> None:
-    with pytest.raises(ConfigError, match=r"exclude: .* is not a path"):
+    with pytest.raises(ConfigError, match=r"exclude: got .*; list folders or files"):
         describe(exclude=exclude)
 
 
@@ -35,13 +35,13 @@ def test_a_fraction_leaves_no_split_empty(tmp_path: Path, names: str, fraction: 
 @pytest.mark.parametrize(
     ("files", "reasons"),
     [
-        pytest.param(["img/5.jpg"], {"its mask is missing, seg"}, id="no mask"),
-        pytest.param(["seg/5.png"], {"its photo is missing"}, id="no image"),
+        pytest.param(["img/5.jpg"], {"its mask is missing; expected seg"}, id="no mask"),
+        pytest.param(["seg/5.png"], {"its image is missing"}, id="no image"),
         pytest.param(["img/1.png"], {"same name as"}, id="the same name twice"),
         pytest.param(["seg/1.bmp"], {"same name as"}, id="two masks"),
         pytest.param(
             ["img/5.jpg", "seg/6.png"],
-            {"its mask is missing, seg", "its photo is missing"},
+            {"its mask is missing; expected seg", "its image is missing"},
             id="one of each",
         ),
     ],

@@ -35,7 +35,7 @@ def short_measurement(monkeypatch):
 
 
 def test_a_process_that_dies_is_one_line():
-    with pytest.raises(DataError, match="a process died"):
+    with pytest.raises(DataError, match="a worker process died"):
         list(in_processes({0: (os._exit, 1)}, workers=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from checkpointing.partial_load import load_fitting
 from checkpointing.weights import load_weights
+from errors import ModelError
+from networks import hf
 from networks.base import current_names
 from networks.registry import named_network
 from tests.support.networks import hf_folder  # noqa: F401
@@ -81,3 +84,14 @@ def test_hf_weights_of_transformers_4_fit(hf_folder: str) -> None:
             parameter.zero_()
     assert load_fitting(network, weights, "file", least=1.0, num_classes=5) is None
     assert all(p.abs().sum() > 0 for p in network.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "maskformer", "eomt", "oneformer", "detr", "bert"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_network_that_predicts_other_things_is_refused(
+    tmp_path: Path, kind: str, from_file: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    arguments = {"config": {"model_type": kind}} if from_file else {}
+    with pytest.raises(ModelError, match=rf"a {kind} does not predict a class .*segformer"):
+        hf.build(str(tmp_path), 3, arguments, None, from_file)

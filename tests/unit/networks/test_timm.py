@@ -29,12 +29,42 @@ def test_features_of_stride_4_and_of_the_last_stage(name: str, stride: int | Non
     ("name", "error"),
     [
         pytest.param("resnet10", "resnet10: .*resnet", id="unknown"),
-        pytest.param("vit_tiny_patch16_224", "DeepLabV3\\+ needs stride 4", id="no stride 4"),
+        pytest.param("vit_base_patch32_224", "patches of 14 or 16 pixels", id="large patches"),
+        pytest.param("vit_base_patch8_224", "use a backbone with stride 4", id="no stride 4"),
+        pytest.param("beit_base_patch16_224", "takes images of one size", id="one size alone"),
     ],
 )
 def test_a_network_that_cannot_be_used_is_refused(name: str, error: str) -> None:
-    with pytest.raises(ModelError, match=error):
+    with torch.device("meta"), pytest.raises(ModelError, match=error):
         build(name, 5, {}, None, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [
+        pytest.param("vit_tiny_patch16_224", 16, id="ViT"),
+        pytest.param("vit_small_patch14_reg4_dinov2", 14, id="DINOv2"),
+        pytest.param("vit_small_patch16_dinov3", 16, id="DINOv3"),
+        pytest.param("vit_base_patch16_siglip_224", 16, id="SigLIP"),
+        pytest.param("vit_base_patch16_224.mae", 16, id="MAE"),
+    ],
+)
+def test_a_vision_transformer_takes_images_of_any_size(name: str, patch: int) -> None:
+    with torch.device("meta"):
+        network = build(name, 5, {}, None, False).eval()
+        assert network.size_divisor == patch
+        for rows, columns in ((2, 3), (5, 4)):
+            image = torch.zeros(1, 3, rows * patch, columns * patch)
+            assert network(image).shape == (1, 5, 4 * rows, 4 * columns)
+
+
+def test_a_vision_transformer_sees_its_position_embeddings_at_every_size() -> None:
+    network = build("vit_tiny_patch16_224", 5, {}, None, False).eval()
+    image = torch.zeros(1, 3, 48, 64)
+    with torch.no_grad():
+        before = network(image)
+        network.get_parameter("network.backbone.model.pos_embed").mul_(3)
+        assert not torch.equal(network(image), before)
 
 
 def test_normalisation_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,19 +111,24 @@ def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order
         pytest.param(
             "sky,bicyclist",
             "sky,road",
-            "B.yaml: class 1 is bicyclist, in x.pt it is road",
+            "B.yaml: class 1 is bicyclist, but in x.pt it is road",
             id="one",
         ),
         pytest.param(
             "road,bus,sky",
             "sky,road,tree",
-            "B.yaml: class 1 is bus, in x.pt it is road",
+            "B.yaml: class 1 is bus, but in x.pt it is road",
             id="moved",
         ),
-        pytest.param("cat,dog", "sky,road", "B.yaml: class 0 is cat, in x.pt it is sky", id="all"),
-        pytest.param("sky", "sky,road", "B.yaml has 1 classes, x.pt has 2", id="number"),
         pytest.param(
-            "sky,road,sky", "sky,sky,road", "class 1 is road, .*; sky is there twice", id="twice"
+            "cat,dog", "sky,road", "B.yaml: class 0 is cat, but in x.pt it is sky", id="all"
+        ),
+        pytest.param("sky", "sky,road", "B.yaml has 1 classes, but x.pt has 2", id="number"),
+        pytest.param(
+            "sky,road,sky",
+            "sky,sky,road",
+            "class 1 is road, .*; the name sky occurs twice",
+            id="twice",
         ),
     ],
 )
@@ -145,7 +150,7 @@ def test_classes_that_cannot_be_matched_are_named(ours: str, theirs: str, messag
 def test_new_names_may_not_move_old_ones(names: list[str], is_refused: bool):
     recorded = named("sky,road,tree")
     if is_refused:
-        with pytest.raises(ClassError, match=r"class \d is \w+, in x.pt it is \w+; give"):
+        with pytest.raises(ClassError, match=r"class \d is \w+, but in x.pt it is \w+; give"):
             rename_classes(names, 3, recorded, "x.pt")
     else:
         assert [c.name for c in rename_classes(names, 3, recorded, "x.pt")] == names

@@ -9,7 +9,16 @@ from segmentation.classes import (
     ClassInfo,
     load_classes,
 )
-from segmentation.drawing import colorize, draw_legend, draw_overlay, prediction_sheet, tint
+from segmentation.drawing import (
+    INK,
+    VideoOverlay,
+    colorize,
+    draw_confusion,
+    draw_legend,
+    draw_overlay,
+    prediction_sheet,
+    tint,
+)
 
 NAMES = ["sky", "road", "Straßenlaterne", "tree"]
 
@@ -94,3 +103,45 @@ def test_sheet_shows_where_they_differ():
     assert share_wrong(np.zeros((240, 240), int)) == 0
     two = prediction_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
     assert two.height == 2 * 262
+
+
+@pytest.mark.parametrize("count", [2, 12, 150])
+def test_a_confusion_matrix_shows_the_shares_of_each_row(count: int):
+    classes = load_classes([f"class {i}" for i in range(count)], count)
+    matrix = np.eye(count, dtype=int)
+    matrix[1] = 0
+    matrix[1, 0] = 7  # Class 1 is always predicted as class 0; no pixel of it is right.
+    page = np.array(draw_confusion(matrix, classes)).astype(int)
+    cell = max(16, min(48, 960 // count))
+    left, top = page.shape[1] - cell // 2 - cell * count, cell // 2
+
+    def shade(row: int, column: int) -> list[int]:
+        return page[top + row * cell + 2, left + column * cell + 2].tolist()
+
+    assert shade(0, 0) == shade(1, 0) == [8, 48, 107]
+    assert shade(1, 1) == shade(0, 1) == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("side", "is_named"), [(200, True), (12, False)])
+def test_a_region_with_room_has_the_name_of_its_class(side: int, is_named: bool):
+    classes = [ClassInfo("floor", (10, 20, 30)), ClassInfo("door", (200, 120, 90))]
+    mask = np.zeros((320, 320), int)
+    mask[60 : 60 + side, 60 : 60 + side] = 1
+    picture = np.array(draw_overlay(np.full((320, 320, 3), 128, np.uint8), mask, classes))
+    inside = picture[63 : 57 + side, 63 : 57 + side]  # without its outline
+    colors = {tuple(color) for color in inside.reshape(-1, 3).tolist()}
+    assert ({PAPER, INK} <= colors) is is_named
+    assert (len(colors) == 1) is not is_named
+
+
+def test_a_long_legend_of_a_video_says_how_many_are_left_out():
+    pages = []
+    for count in (100, 101):
+        classes = [ClassInfo(f"class {i:03}", (0, i, 0)) for i in range(count)]
+        mask = np.arange(320 * 320).reshape(320, 320) % count
+        pages.append(VideoOverlay(classes, 320, 320)(np.zeros((320, 320, 3), np.uint8), mask))
+    legends = [page[:, 320:] for page in pages]
+    assert legends[0].shape == legends[1].shape == (320, legends[0].shape[1], 3)
+    differs = np.where((legends[0] != legends[1]).any(2).any(1))[0]
+    # The two legends show the same classes, so only the number in the last line differs.
+    assert differs.min() > 240 and differs.max() < 320

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from segmentation import metrics
+from segmentation import views
 from segmentation.metrics import (
     CrossEntropy,
     MIoU,
     accuracy_per_class,
+    confused_pairs,
     confusion_matrix,
     confusion_matrix_of_predictions,
     iou_per_class,
@@ -118,28 +119,27 @@ def test_narrow_targets_and_other_ignore_index(batches, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(32, 40), (37, 51), (8, 10), (5, 7)])
 def test_predictions_are_those_of_fp32_logits(monkeypatch, layout, dtype, size):
-    """At any ratio, however few classes are upsampled at once."""
+    """At any ratio, however many rows are upsampled at once."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, CLASSES, 8, 10, generator=generator).to(dtype)
     target = torch.randint(0, CLASSES, (2, *size), generator=generator)
     prediction = upsample(logits, target).argmax(1)
     expected = confusion_matrix_of_predictions(prediction, target, CLASSES)
-    for classes in (1, 5, CLASSES):
-        monkeypatch.setitem(metrics._SLAB_BYTES, "cpu", classes * size[0] * size[1] * 4)
+    for rows in (1, 5, 1000):
+        monkeypatch.setattr(views, "CPU_ROWS", rows)
         matrix = confusion_matrix(logits.to(memory_format=layout), target, CLASSES)
         assert torch.equal(matrix, expected)
 
 
-def test_first_of_equal_logits_wins(monkeypatch):
-    monkeypatch.setitem(metrics._SLAB_BYTES, "cpu", 1)
+def test_first_of_equal_logits_wins():
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     matrix = confusion_matrix(torch.zeros(1, CLASSES, 2, 2), target, CLASSES)
     assert matrix[0, 0] == 64
 
 
-@pytest.mark.parametrize("slab", [1, 2**24])
-def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, slab):
-    monkeypatch.setitem(metrics._SLAB_BYTES, "cpu", slab)
+@pytest.mark.parametrize("rows", [1, 8, 1000])
+def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, rows):
+    monkeypatch.setattr(views, "CPU_ROWS", rows)
     batches[0][1][0] = -1  # batches of unequal numbers of labels
     metric = CrossEntropy()
     for logits, target in batches:
@@ -211,3 +211,10 @@ def test_total_matrix_is_the_last_evaluations(batches):
     metric.update(*batches[1])
     assert metric.compute() != first  # not the cached value
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
+
+
+def test_confused_pairs_by_hand():
+    matrix = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 1, 0]])
+    assert confused_pairs(matrix, 2) == [(1, 0, 5, 50.0), (0, 1, 2, 20.0)]
+    assert confused_pairs(matrix, 9)[2:] == [(2, 1, 1, 100.0)]
+    assert confused_pairs(torch.eye(3, dtype=torch.int64), 5) == []

@@ -14,7 +14,7 @@ from predict import highest_class, window_starts
 def test_highest_class_is_two_resizes_and_argmax(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("segmentation.views.BAND_ELEMENTS", 3 * size[1] * 7)  # bands of seven rows
+    monkeypatch.setattr("segmentation.views.CPU_ROWS", 7)
     torch.manual_seed(0)
     views = [(torch.randn(3, 8, 12), (32, 45)), (torch.randn(3, 16, 22), (64, 88))]
     full = [

@@ -187,7 +187,7 @@ def test_class_names_in_another_order_than_the_descriptions_are_refused(
     names.write_text("\n".join(f"Klasse {name}" for name in NAMES))
     assert resolve(tiny).class_names == str(names)
     names.write_text("\n".join(reversed(NAMES)))
-    with pytest.raises(ClassError, match=r"names.txt: class 0 is plane, in .*yaml it is sky"):
+    with pytest.raises(ClassError, match=r"names.txt: class 0 is plane, but in .*yaml it is sky"):
         resolve(tiny)
 
 

@@ -121,3 +121,48 @@ def test_groups_are_what_the_config_asks_for(name):
 def test_without_a_backbone_there_is_no_head():
     with pytest.raises(ConfigError, match=r"head_lr_scale: this network has no known backbone"):
         build_optimizer(OptimizerConfig(head_lr_scale=10.0), network())
+
+
+class Transformer(nn.Module):
+    """A backbone with the names of a vision transformer of three blocks."""
+
+    def __init__(self, blocks: str) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 4, 4))
+        self.patch_embed = nn.Conv2d(3, 4, 16)
+        part: nn.Module = self
+        *parents, last = blocks.split(".")
+        for name in parents:
+            part.add_module(name, nn.Module())
+            part = part.get_submodule(name)
+        part.add_module(last, nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(4, 4)}) for _ in "abc"))
+        self.norm = nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize("blocks", ["blocks", "layers", "encoder.layer"])
+def test_layers_of_a_transformer_learn_at_decaying_rates(blocks: str) -> None:
+    """As in BEiT: layer l of L has lr * decay ** (L + 1 - l), and the embeddings are layer 0."""
+    model = nn.Module()
+    model.backbone = Transformer(blocks)
+    model.head = nn.Linear(4, 2)
+    config = OptimizerConfig(
+        name="adamw", lr=1.0, layer_decay=0.5, head_lr_scale=4.0, no_decay=["bias"]
+    )
+    optimizer = build_optimizer(config, model)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if name.endswith("weight")}
+    assert list(found.values()) == [0.0625, 0.125, 0.25, 0.5, 1.0, 4.0]
+    assert rates[id(model.backbone.pos_embed)] == 0.0625
+    decays = {g["weight_decay"] for g in optimizer.param_groups for p in g["params"] if p.ndim == 1}
+    assert 0.0 in decays
+
+
+@pytest.mark.parametrize("has_backbone", [True, False])
+def test_layer_decay_is_refused_without_layers(has_backbone: bool) -> None:
+    model = network()
+    if has_backbone:
+        model.backbone = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ModuleList([nn.Conv2d(3, 3, 1)]))
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.layer_decay: the network has no transformer"
+    ):
+        build_optimizer(OptimizerConfig(layer_decay=0.8), model)

@@ -99,10 +99,10 @@ def test_sam_with_a_gradient_scaler(overflows):
     assert scaler.get_scale() == (8 if overflows is None else 4)
 
 
-def test_sam_gives_no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SAM(0.3, 2)
+def test_sam_gives_no_warning(recwarn):
+    warnings.simplefilter("always")
+    assert SAM(0.3, 2).interval == 2
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize("rho, interval", [(0, 1), (-1, 1), (0.3, 0)])

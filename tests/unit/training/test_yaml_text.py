@@ -64,7 +64,7 @@ def test_class_names_of_a_description_are_text(tmp_path: Path) -> None:
     assert [info.name for info in description.classes] == ["no", "007", "12:30"]
     assert description.sources["val"].images == "a"
     path.write_text("classes: {no: {labels: [1]}, no: {labels: [2]}}")
-    with pytest.raises(ConfigError, match="no is there twice"):
+    with pytest.raises(ConfigError, match="duplicate key no"):
         read_description(str(path))
 
 

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("small_network")
     ("arguments", "complaint"),
     [
         (["--gpu", "H100", "--gpus", "3"], "4 does not divide among 3 GPUs"),
-        (["--gpus", "2"], "they need --gpu"),
-        (["--fast"], "--fast: no such option"),
+        (["--gpus", "2"], "for estimates; add --gpu"),
+        (["--fast"], "unknown option --fast"),
         (["train_dataset.path=nowhere", "--gpu", "H100"], "train_dataset.path: no folder nowhere"),
         (["--gpu", "H100", "--images", "3", "1"], "3 images do not fill one batch of 4"),
         (["activation_memory_budget=1.5"], "is not 0 to 1"),

@@ -77,5 +77,7 @@ def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None
     assert list(converters.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
-        with pytest.raises(DataError, match=f"1.txt: class {number} is none of the 6 with a name"):
+        with pytest.raises(
+            DataError, match=f"1.txt: class {number} has no name; add it to the 6 names"
+        ):
             read_annotations(str(source))

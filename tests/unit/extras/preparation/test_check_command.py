@@ -15,7 +15,7 @@ from PIL import Image
 from convert_ade20k import convert
 from dataset.matching import list_samples
 from dataset.workers import available_cores
-from extras.preparation import check_command
+from extras.preparation import check_command, check_report
 from tests.support.description import check
 from tests.support.report import (  # noqa: F401
     ROOT,
@@ -33,7 +33,11 @@ from tests.support.run_helpers import file_limit
 
 
 @pytest.mark.parametrize(
-    ("photo", "reason"), [(b"", "the file is empty"), (None, "the photo is 9x9, its mask 24x24")]
+    ("photo", "reason"),
+    [
+        (b"", "the file is empty"),
+        (None, "the image is 9x9, but its mask is 24x24; export both in the same size"),
+    ],
 )
 def test_a_photo_that_cannot_be_drawn_is_one_line(
     photo: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -73,42 +77,42 @@ def dangling_link(photo: Path, mask: Path) -> None:
 # kind: (what is done, which file is to be named, what is said of it, whether training would fail)
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     "no mask": (lambda p, m: m.unlink(), "photo", "its mask is missing", True),
-    "no photo": (lambda p, m: p.unlink(), "mask", "its photo is missing", False),
+    "no photo": (lambda p, m: p.unlink(), "mask", "its image is missing", False),
     "JPEG cut short": (lambda p, m: cut(p, 0.7), "photo", "truncated", True),
     "JPEG without its end": (lambda p, m: cut(p, 0.99), "photo", "truncated", True),
     "PNG cut short": (lambda p, m: cut(m, 0.5), "mask", "cannot be decoded", True),
     "empty photo": (lambda p, m: write(p, b""), "photo", "the file is empty", True),
     "empty mask": (lambda p, m: write(m, b""), "mask", "the file is empty", True),
-    "web page": (lambda p, m: write(p, b"<html>404</html>"), "photo", "not an image", True),
+    "web page": (lambda p, m: write(p, b"<html>404</html>"), "photo", "unknown image format", True),
     "other size": (
         lambda p, m: write(m, np.ones((24, 48), np.uint8)),
         "photo",
-        "48x48, its mask 48x24",
+        "48x48, but its mask is 48x24",
         True,
     ),
     "label": (
         wrong_label,
         "mask",
-        "label 77 on 0.04% of its pixels, but classes are 1..12",
+        "0.04% of its pixels have label 77, but the classes are labels 1 to 12",
         True,
     ),
     "16-bit mask": (
         lambda p, m: write(m, labels_of(m).astype(np.uint16) * 1000 + 300),
         "mask",
-        "labels end at 255",
+        "labels must be between 0 and 255",
         True,
     ),
     "colour mask": (
         lambda p, m: write(m, cv2.applyColorMap(labels_of(m) * 20, cv2.COLORMAP_JET)),
         "mask",
-        "a colour picture",
+        "the mask is in colours",
         True,
     ),
-    "JPEG mask": (lambda p, m: Image.open(m).save(m, "JPEG"), "mask", "a JPEG mask", True),
+    "JPEG mask": (lambda p, m: Image.open(m).save(m, "JPEG"), "mask", "the mask is a JPEG", True),
     "nothing labelled": (
         lambda p, m: write(m, np.zeros((48, 48), np.uint8)),
         "mask",
-        "not one pixel has a class",
+        "no pixel has a class",
         False,
     ),
     "same name": (
@@ -120,16 +124,16 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     "stray file": (
         lambda p, m: write(p.with_suffix(".docx"), b"PK"),
         ".docx",
-        "training does not use it",
+        "the format .docx is not supported",
         False,
     ),
     "stray photo": (
         lambda p, m: shutil.copy(p, p.parent.parent / "stray.jpg"),
         "../stray.jpg",
-        "not in training or validation",
+        "in neither training nor validation",
         False,
     ),
-    "damage inside": (damage_inside, "photo", "damaged inside", False),
+    "damage inside": (damage_inside, "photo", "decodes, but is damaged", False),
     "dangling link": (dangling_link, "photo", "cannot be read: No such file", True),
 }
 
@@ -240,12 +244,12 @@ def test_text_names_classes_faults_and_verdict(path, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "label 1 (kind 0)" in text and "images/s" in text and "24" in text
-    assert text.endswith("no problem: this can be trained on\n")
+    assert text.endswith("training would work; no problems found\n")
     expected = plant(path, ["web page"])
     assert main(arguments) == 1
     text = capsys.readouterr().out
     assert "PROBLEMS (1)" in text and next(iter(expected)) in text
-    assert text.endswith("training would fail\n")
+    assert text.endswith("training would fail; fix the problems above\n")
 
 
 def test_a_folder_that_is_missing_is_a_problem(path, capsys):
@@ -262,14 +266,14 @@ def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
 
 
 def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
-    monkeypatch.setattr(check_command, "SHOWN", 3)
+    monkeypatch.setattr(check_report, "SHOWN", 3)
     for number in range(1, 9):
         sample(path, number)[1].unlink()
     write(sample(path, 9)[0], b"")
     assert main([str(path), "--num-classes", "12"]) == 1
     text = capsys.readouterr().out
     assert "PROBLEMS (9)" in text and text.count("its mask is missing") == 3
-    assert "… and 5 more like these; --json has all" in text and "the file is empty" in text
+    assert "… and 5 more like these; --json lists all" in text and "the file is empty" in text
     assert len(run(capsys, path)[1]["problems"]) == 9
 
 
@@ -292,9 +296,12 @@ def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
 
 def test_one_line_for_what_is_no_data_set(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 1
-    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'none'}\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: folder {tmp_path / 'none'} does not exist; check the path\n"
+    )
     assert main(["s3://bucket/set"]) == 1
-    assert "needs a second argument" in capsys.readouterr().err
+    assert "as the second argument" in capsys.readouterr().err
     assert main([str(tmp_path), "--class-names", "none.txt", "--num-classes", "3"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit, match="2"):
@@ -308,9 +315,9 @@ def test_background_and_ignored_labels(path, capsys):
     entries = json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]
     assert [entry["label"] for entry in entries] == list(range(13)) and entries[0]["photos"] > 0
     assert main([*arguments, "12", "--keep-background"]) == 1
-    assert "but classes are 0..11" in capsys.readouterr().out
+    assert "but the classes are labels 0 to 11" in capsys.readouterr().out
     assert main([*arguments, "11"]) == 1
-    assert "but classes are 1..11" in capsys.readouterr().out
+    assert "but the classes are labels 1 to 11" in capsys.readouterr().out
     assert main([*arguments, "11", "--ignore-label", "12"]) == 0
 
 
@@ -323,13 +330,15 @@ def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
     assert (status, report["format"]) == (1, "MDS shards")
     assert report["splits"]["train"]["photos"] == 24
     (problem,), (oddity,) = report["problems"], report["oddities"]
-    assert problem["path"].endswith("/train/shard.00000.mds: y of 00000001")
+    assert problem["path"].endswith("/train/shard.00000.mds: mask of 00000001")
     assert "label 77" in problem["reason"]
-    assert oddity["path"].endswith("y of 00000002") and "not one pixel" in oddity["reason"]
+    assert (
+        oddity["path"].endswith("mask of 00000002") and "no pixel has a class" in oddity["reason"]
+    )
 
 
 def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
     shards, cache = tmp_path / "shards", tmp_path / "cache"
     convert(str(path), str(shards), size_limit="20kb", workers=1)
     assert run(capsys, shards, cache)[0] == 0

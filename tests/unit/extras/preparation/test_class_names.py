@@ -41,7 +41,7 @@ def test_names_are_read(file: str, table: str, mode: str, tmp_path: Path) -> Non
     text = suggest(str(tmp_path), 1).text
     description, _ = described(tmp_path, text)
     assert {c.name for c in description.classes} == {"sky", "on", "007"}
-    assert f"# Names are those of m/{file}." in text and "Fill in" not in text
+    assert f"# The names come from m/{file}." in text and "To do" not in text
 
 
 def test_colours_of_one_name_are_merged_and_absent_classes_named(tmp_path: Path) -> None:

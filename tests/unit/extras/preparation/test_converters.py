@@ -1,95 +1,43 @@
-"""Tests of extras/preparation/converters.py."""
+"""Tests of extras/preparation/converters.py; unit/test_convert_dataset.py converts whole sets."""
 
-from __future__ import annotations
-
-import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from errors import DataError
-from extras.preparation import check_command, converters
-from tests.support.convert_dataset import COUNT, columns, convert, expected, masks_of, photos  # noqa: F401
+from extras.preparation.converters import link, read_names, write_mask
 
 
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        pytest.param("names.txt", "road\n\ncar\n", ["road", "car"], id="lines"),
+        pytest.param("data.yaml", "names: [road, car]", {0: "road", 1: "car"}, id="a list"),
+        pytest.param("data.yaml", "names: {3: road, 1: car}", {3: "road", 1: "car"}, id="numbers"),
+    ],
+)
+def test_names_of_classes(tmp_path: Path, name: str, text: str, expected: object) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_names(str(tmp_path / name)) == expected
 
 
-def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    datasets = pytest.importorskip("datasets")
-
-    def rows(numbers: range) -> Any:
-        pictures = [Image.open(photos / f"{number}.jpg") for number in numbers]
-        labels = [Image.fromarray(expected(number)) for number in numbers]
-        columns = {"pixel_values": pictures, "label": labels}
-        return datasets.Dataset.from_dict(
-            columns,
-            features=datasets.Features(
-                {"pixel_values": datasets.Image(), "label": datasets.Image()}
-            ),
-        )
-
-    saved = tmp_path / "saved"
-    whole = datasets.DatasetDict({"train": rows(range(5)), "validation": rows(range(5, COUNT))})
-    whole.save_to_disk(str(saved))
-    names = {0: "background", 1: "road", 2: "car", 3: "pole"}
-    (saved / "id2label.json").write_text(json.dumps(names))
-    assert convert(f"hf://{saved}", "--out", tmp_path / "out") == 0
-    assert "no problem" in capsys.readouterr().out
-    found, masks = masks_of(tmp_path / "out")
-    assert found == list(names.values()) and len(masks) == COUNT
-    for number in range(COUNT):
-        split, row = ("train", number) if number < 5 else ("val", number - 5)
-        np.testing.assert_array_equal(masks[f"{split}/{row:08}"], expected(number))
-        kept = tmp_path / f"out/photos/{split}/{row:08}.jpg"
-        assert kept.read_bytes() == (photos / f"{number}.jpg").read_bytes()
-
-    # Both become validation, and neither may overwrite the other's files.
-    shared = tmp_path / "shared"
-    halves = {"validation": rows(range(5)), "test": rows(range(5, COUNT))}
-    datasets.DatasetDict(halves).save_to_disk(str(shared))
-    options = argparse.Namespace(source=f"hf://{shared}", names=None, columns=None, ignore=set())
-    converters.convert_hugging_face(options, tmp_path / "both")
-    kept = sorted((tmp_path / "both/photos/val").iterdir())
-    assert [file.read_bytes() for file in kept] == [
-        (photos / f"{number}.jpg").read_bytes() for number in range(COUNT)
-    ]
-
-    (tmp_path / "names.txt").write_text("\n".join(names.values()))
-    arguments = f"hf://{saved}", "--names", tmp_path / "names.txt", "--out", tmp_path / "named"
-    assert convert(*arguments) == 0
-    assert masks_of(tmp_path / "named")[0] == list(names.values())
-    for text in ('{"road": 1}', "[]", "{"):
-        (saved / "id2label.json").write_text(text)
-        capsys.readouterr()
-        assert convert(f"hf://{saved}", "--out", tmp_path / "refused") == 1
-        *_, line = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {saved}/id2label.json: not of a format that is known")
-        assert not (tmp_path / "refused/photos").exists()
+@pytest.mark.parametrize(("largest", "mode"), [(255, "L"), (256, "I;16")])
+def test_masks_have_as_many_bits_as_they_need(tmp_path: Path, largest: int, mode: str) -> None:
+    mask = np.array([[0, largest]], np.uint8 if largest < 256 else np.uint16)
+    write_mask(mask, tmp_path / "out" / "mask.png")
+    with Image.open(tmp_path / "out" / "mask.png") as image:
+        assert image.mode == mode and np.array_equal(np.array(image), mask)
 
 
-def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def test_an_image_is_linked_or_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    link(tmp_path / "a.jpg", tmp_path / "out" / "a.jpg")
+    assert (tmp_path / "out" / "a.jpg").read_bytes() == b"image"
 
-    errors: list[Exception] = [
-        EntryNotFoundError.__new__(EntryNotFoundError),
-        LocalEntryNotFoundError("the hub cannot be reached"),
-        OSError(101, "Network is unreachable"),
-        RuntimeError("503 Service Unavailable"),
-    ]
+    def refuse(*paths: object) -> None:
+        raise OSError("hard links are not supported")
 
-    def download(*arguments: Any, **options: Any) -> str:
-        raise errors[0]
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert converters._names("owner/name", None) == {}
-    while errors := errors[1:]:
-        with pytest.raises(DataError, match=r"owner/name: cannot fetch id2label.json.*--names"):
-            converters._names("owner/name", None)
+    monkeypatch.setattr("os.link", refuse)
+    link(tmp_path / "a.jpg", tmp_path / "other" / "a.jpg")
+    assert (tmp_path / "other" / "a.jpg").read_bytes() == b"image"

@@ -15,5 +15,5 @@ def test_names_that_have_little_in_common_are_no_pairs(tmp_path: Path) -> None:
     for n, name in enumerate(("street", "yard", "wood", "lake")):
         save(tmp_path / f"a/{name}.jpg", photo(n))
         save(tmp_path / f"b/mask{n}of_street{n}.png", blocks(n))
-    with pytest.raises(DataError, match="4 images and 4 masks, but no mask has a name"):
+    with pytest.raises(DataError, match="found 4 images and 4 masks, but no mask name matches"):
         suggest(str(tmp_path), 1)

@@ -83,7 +83,7 @@ def test_palettes_that_differ_are_read_by_colour(tmp_path: Path) -> None:
         palette[order] = COLORED
         save(path, order.astype(np.uint8)[mask], palette.ravel().tolist())
     text = suggest(str(tmp_path), 1).text
-    assert f"as {tmp_path}/m/000.png and {tmp_path}/m/001.png show value 0 in different" in text
+    assert f"because {tmp_path}/m/000.png and {tmp_path}/m/001.png show value 0 in dif" in text
     description, samples = described(tmp_path, text)
     names = ["class_0_0_0", "class_128_64_128", "class_0_0_142"]
     masks = Masks.of(description, "train", str(tmp_path))

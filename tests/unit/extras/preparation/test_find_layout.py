@@ -18,8 +18,8 @@ def test_semantic_masks_come_before_instances_and_newer_ones_before_older(tmp_pa
             save(tmp_path / f"SegmentationClass_v{version}/{n}.png", blocks(n))
     text = suggest(str(tmp_path), 1).text
     assert yaml.safe_load(text)["train"]["masks"] == "SegmentationClass_v2/{stem}.png"
-    assert "# 16 masks are not part of it, first SegmentationClass_v1/0.png." in text
-    assert "# A guess: SegmentationClass_v1/{stem}.png would fit as many images" in text
+    assert "# 16 masks are left out, such as SegmentationClass_v1/0.png." in text
+    assert "# A guess: SegmentationClass_v1/{stem}.png would match as many images" in text
 
 
 def test_copies_of_a_data_set_are_not_paired_twice(tmp_path: Path) -> None:
@@ -29,11 +29,11 @@ def test_copies_of_a_data_set_are_not_paired_twice(tmp_path: Path) -> None:
             save(tmp_path / f"{version}/masks/{n}.png", blocks(n))
     text = suggest(str(tmp_path), 1).text
     assert yaml.safe_load(text)["train"]["masks"] == "v2/masks/{stem}.png"
-    assert "# 8 images and 8 masks are not part of it, first v1/images/0.jpg" in text
+    assert "# 8 images and 8 masks are left out, such as v1/images/0.jpg" in text
 
 
 def test_an_image_without_a_mask_is_named(tmp_path: Path) -> None:
     lay_out(tmp_path, [("a/{}.jpg", "b/{}.png", N), ("a/{}.jpg", "", ["logo"])])
     text = suggest(str(tmp_path), 1).text
-    assert f"# To do, or training stops: {tmp_path}/a/logo.jpg: " in text
-    assert "# 1 image is not part of it, first a/logo.jpg." in text
+    assert f"# To do before training: {tmp_path}/a/logo.jpg: " in text
+    assert "# 1 image is left out, such as a/logo.jpg." in text

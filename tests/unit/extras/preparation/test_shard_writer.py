@@ -17,7 +17,7 @@ from tests.support.convert_ade20k import check_shards, out, path, write  # noqa:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.shards.time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def test_shards_are_filled_to_the_limit(synthetic, out):
@@ -75,7 +75,7 @@ def test_files_of_others_stay(path, out, monkeypatch):
     (out / "train").mkdir(parents=True)
     shard = out / "train/shard.00000.mds"
     shard.write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"train/shard\.00000\.mds is there already, and no"):
+    with pytest.raises(DataError, match=r"train/shard\.00000\.mds already exists and was not"):
         write(path, out)
     assert shard.read_bytes() == b"mine"
     shard.unlink()

@@ -55,13 +55,16 @@ def test_a_suggestion_of_any_name_reads_back(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(DataError, match="none does not exist"):
         suggest(str(tmp_path / "none"), 1)
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((9, 9, 3), np.uint8))
-    with pytest.raises(DataError, match=": 1 images and 0 masks, but no mask has a name"):
+    with pytest.raises(DataError, match=": found 1 images and 0 masks, but no mask name matches"):
         suggest(str(tmp_path), 1)
     (tmp_path / "mine.png").write_bytes(b"a picture of somebody's")
-    for name, reason in (("mine.yaml", "mine.png exists"), ("mine", "to write, a .yaml")):
+    for name, reason in (
+        ("mine.yaml", "mine.png already exists"),
+        ("mine", "must be a .yaml file"),
+    ):
         assert check([str(tmp_path), "--suggest", str(tmp_path / name)]) == 1
         assert reason in capsys.readouterr().err
 

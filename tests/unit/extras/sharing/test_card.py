@@ -17,13 +17,13 @@ def test_what_the_card_says(exported: Path, weights: Path, photo: Path) -> None:
     assert card.startswith("---\n") and MARK in card
     parameters = sum(p.numel() for p in random_network.__wrapped__(12).parameters()) / 1e6
     assert f"12 classes: DeepLabV3+ on resnet50, {parameters:.1f} million parameters" in card
-    assert "their licence: CC BY 4.0" in card and "- recipe: mild" in card
-    assert "- learning rate: 0.02" in card and "- crop, pixels: 32" in card
+    assert "; licence: CC BY 4.0" in card and "- recipe: mild" in card
+    assert "- learning rate: 0.02" in card and "- crop size, pixels: 32" in card
     assert Image.open(exported / "overlay.jpg").width > 320
     for name in ("model.safetensors", "model.onnx"):
         (row,) = [line for line in card.splitlines() if line.startswith(f"| `{name}`")]
         _, _, size, seconds, _ = row.split("|")
         assert float(size) == pytest.approx((exported / name).stat().st_size / 1e6, abs=0.06)
         assert float(seconds) > 0
-    assert "60 x 45 pixels to its classes, at a shorter side of 32, on " in card
+    assert "60 x 45 pixels, with a shorter side of 32 at the network's input, on " in card
     assert "/" not in front_matter(card)["model-index"][0]["results"][0]["dataset"]["name"]

@@ -17,6 +17,8 @@ def test_a_token_that_may_not_write(
     from extras.sharing.hub import push
 
     the_hub.writable = False
-    with pytest.raises(UserError, match=r"may the token write there\? the hub says 403") as caught:
+    with pytest.raises(
+        UserError, match=r"check that the token may write: the hub says 403"
+    ) as caught:
         push(exported, ["README.md"], REPO)
     assert "\n" not in str(caught.value)

@@ -47,7 +47,9 @@ def test_the_runtime_is_fetched_once(
 
 def test_other_files_are_refused(package: dict[str, bytes], tmp_path: Path) -> None:
     package["ort.wasm.bundle.min.mjs"] = b"changed on the way"
-    with pytest.raises(UserError, match=r"ort\.wasm\.bundle\.min\.mjs: not the file of"):
+    with pytest.raises(
+        UserError, match=r"ort\.wasm\.bundle\.min\.mjs: differs from onnxruntime-web"
+    ):
         web.fetch_runtime(tmp_path)
 
 
@@ -73,7 +75,7 @@ def test_without_npm_or_network_one_line_says_so(
 
 @pytest.mark.parametrize(
     ("names", "reason"),
-    [(["a.tif"], "browsers do not show .tif"), (["a.png", "b/a.png"], "two photos are called a")],
+    [(["a.tif"], "browsers cannot show .tif"), (["a.png", "b/a.png"], "two images are named a")],
 )
 def test_examples_that_cannot_be_shown(names: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):

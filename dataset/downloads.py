@@ -1,0 +1,100 @@
+"""Downloads from a store of shards, with retries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from streaming.base.storage.download import CloudDownloader
+
+from errors import DataError, StoreError, one_line
+
+log = logging.getLogger(__name__)
+
+_NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId"}
+
+
+def with_retries(
+    name: str, action: Callable[[], Any], retries: int, away: type[DataError] = DataError
+) -> Any:
+    """Call a function, and retry while the store may be temporarily down.
+
+    Args:
+        name: Name of the download in errors.
+        action: Function that downloads.
+        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
+        away: Exception to raise if the store does not answer. If the store refuses, the exception
+            is DataError.
+    """
+    for attempt in range(retries + 1):
+        try:
+            return action()
+        except Exception as error:
+            if is_final(error) or attempt == retries:
+                kind = DataError if is_final(error) else away
+                raise kind(f"{name}: {one_line(error)}") from error
+            delay = 2**attempt
+            log.warning("%s: %s; trying again in %d s", name, one_line(error), delay)
+            time.sleep(delay)
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether an error is permanent, so that a retry is useless."""
+    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
+    is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
+    return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
+
+
+def is_missing(error: Exception) -> bool:
+    """Return whether the store says that a file does not exist.
+
+    The result is False if the store cannot tell.
+
+    Args:
+        error: Exception that a download raised.
+    """
+    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
+    # S3 answers 403 if the credentials may not see a key, so 403 does not prove that a file is
+    # missing.
+    if code is not None:
+        return code in ("404", "NoSuchKey", "NoSuchBucket")
+    # Other stores have their own exceptions and messages.
+    words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
+    return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
+
+
+def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | None:
+    """Return the local path of a file that lies beside the splits of the shards.
+
+    A remote file is first downloaded to `folder`.
+
+    Args:
+        path: Folder or URL of the shards.
+        name: Name of the file.
+        folder: Folder for the download.
+        retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
+
+    Returns:
+        The path on this machine, or None if the file does not exist.
+
+    Raises:
+        DataError: The store did not say whether the file exists.
+    """
+    if "://" not in path:
+        return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
+    remote, copy = f"{path.rstrip('/')}/{name}", os.path.join(folder, name)
+
+    def download() -> str | None:
+        try:
+            CloudDownloader.direct_download(remote, copy)
+        except Exception as error:
+            if is_missing(error):
+                return None
+            raise
+        return copy
+
+    return with_retries(remote, download, retries, StoreError)

@@ -1,0 +1,182 @@
+"""Scores of single images, and pictures of the images with the lowest scores."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from composer.utils import dist
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from files import write_image
+from segmentation.classes import PAPER, ClassInfo
+from segmentation.drawing import INK, prediction_sheet, text_length, write_text
+from segmentation.metrics import (
+    as_percent,
+    confused_pairs,
+    confusion_matrix_of_predictions,
+    mean_iou,
+    pixel_accuracy,
+)
+
+COLUMNS = ("image", "mIoU", "pixel accuracy", "pixels", "class", "predicted as", "share of class")
+
+
+class ImageScore(NamedTuple):
+    """The scores of one image.
+
+    Attributes:
+        index: Number of the image in the data set.
+        name: File of the image.
+        miou: Mean IoU over the classes that occur, in percent, or None without a label.
+        accuracy: Share of the labelled pixels that are predicted correctly, in percent, or None.
+        pixels: Number of labelled pixels.
+        confusion: The pair of classes that is confused most, as of `confused_pairs`, or None.
+    """
+
+    index: int
+    name: str
+    miou: float | None
+    accuracy: float | None
+    pixels: int
+    confusion: tuple[int, int, int, float] | None
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The place of an image among others; images without a label come last."""
+        return (101 if self.miou is None else self.miou), self.index
+
+
+class ErrorAnalysis:
+    """The scores of the images that a rank evaluates, and the images with the lowest ones.
+
+    Args:
+        classes: Names and colours of the classes.
+        name: Function from the number of an image to its file.
+        keep: Number of images to draw.
+    """
+
+    def __init__(
+        self, classes: Sequence[ClassInfo], name: Callable[[int], str], keep: int = 0
+    ) -> None:
+        self.classes, self.name, self.keep = classes, name, keep
+        self.scores: list[ImageScore] = []
+        self._worst: list[tuple[float, int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
+
+    def add(self, index: int, photo: np.ndarray, target: Tensor, prediction: Tensor) -> None:
+        """Score an image.
+
+        Args:
+            index: Number of the image in the data set.
+            photo: (H, W, 3) uint8.
+            target: (H, W) class indices, -1 for pixels without a label.
+            prediction: (H, W) predicted class indices.
+        """
+        number = len(self.classes)
+        matrix = confusion_matrix_of_predictions(prediction[None], target[None], number).cpu()
+        pairs = confused_pairs(matrix, 1)
+        score = ImageScore(
+            index,
+            self.name(index),
+            as_percent(mean_iou(matrix)),
+            as_percent(pixel_accuracy(matrix)),
+            int(matrix.sum()),
+            pairs[0] if pairs else None,
+        )
+        self.scores.append(score)
+        if not self.keep or score.miou is None:
+            return
+        arrays = (photo, target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
+        heapq.heappush(self._worst, (-score.miou, -index, (arrays[0], arrays[1], arrays[2])))
+        if len(self._worst) > self.keep:
+            heapq.heappop(self._worst)  # the image with the highest score
+
+    def gather(self) -> list[ImageScore]:
+        """Return the scores of all ranks' images, in the order of the data set."""
+        parts = dist.all_gather_object(self.scores)
+        return sorted((score for part in parts for score in part), key=lambda score: score.index)
+
+    def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:
+        """Draw this rank's images among the worst of all ranks, each with its mask and prediction.
+
+        The name of a picture starts with its place: `01_NAME.jpg` is the worst.
+
+        Args:
+            scores: Scores of all ranks, as of `gather`.
+            folder: Folder of the pictures.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
+        places = {score.index: place for place, score in enumerate(worst, 1)}
+        for _, index, (photo, target, prediction) in self._worst:
+            if -index not in places:
+                continue
+            sheet = prediction_sheet([photo], [target], [prediction], self.classes, height=360)
+            place, name = places[-index], Path(self.name(-index)).stem
+            write_image(folder / f"{place:02}_{name}.jpg", sheet, quality=92)
+
+
+def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) -> str:
+    """Return the scores as CSV, one row per image.
+
+    The last three columns name the pair of classes that is confused most in the image.
+
+    Args:
+        scores: Scores in the order of the rows.
+        classes: Names and colours of the classes.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for score in scores:
+        numbers = ["" if n is None else f"{n:.4f}" for n in (score.miou, score.accuracy)]
+        pair = ["", "", ""]
+        if score.confusion is not None:
+            true, predicted, _, share = score.confusion
+            pair = [classes[true].name, classes[predicted].name, f"{share:.4f}"]
+        writer.writerow([score.name, *numbers, score.pixels, *pair])
+    return text.getvalue()
+
+
+def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
+    """Draw a confusion matrix: a row per class of the masks, a column per predicted class.
+
+    A cell is the darker, the larger its share of the pixels of its row. Names stand on the left,
+    and on the diagonal, where they name the columns.
+
+    Args:
+        matrix: (C, C) counts.
+        classes: One entry per class index.
+    """
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    cell = max(16, min(48, 960 // len(classes)))
+    size = min(cell * 0.7, 18)
+    left = round(max(text_length(info.name, size) for info in classes) + 2.5 * cell)
+    side = cell * len(classes)
+    page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
+    # White to blue, with a root so that small shares can be seen.
+    depth = np.sqrt(share)[..., None]
+    colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
+    cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    page.paste(cells, (left, cell // 2))
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((left - 1, cell // 2 - 1, left + side, cell // 2 + side), outline=INK)
+    for row, info in enumerate(classes):
+        middle = cell // 2 + cell * (row + 0.5)
+        box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
+        draw.rectangle(box, info.color, INK)
+        write_text(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
+        if cell >= 32:  # There is room for the numbers.
+            for column in np.flatnonzero(share[row] >= 0.005):
+                color = PAPER if share[row, column] > 0.3 else INK
+                at = (left + cell * (column + 0.5), middle)
+                write_text(page, at, f"{100 * share[row, column]:.0f}", 11, color, "mm")
+    return page

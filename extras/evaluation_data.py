@@ -1,0 +1,176 @@
+"""The validation set of evaluate.py, and the order of its classes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from composer.utils import dist
+
+from dataset.description import ade20k, parse_description, read_description
+from dataset.labels import Labels
+from dataset.shard_classes import shard_classes
+from dataset.shards import DESCRIPTION
+from dataset.source import DataSource, ShardOptions
+from dataset.workers import available_cores
+from errors import ConfigError
+from files import is_remote
+from segmentation.classes import ClassInfo, match_classes
+from training.config import class_infos, load, resolve
+from training.schema import Config
+
+log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """The parts of `predict.Segmenter` that tell the validation set."""
+
+    config: Mapping[str, Any] | None
+    classes: list[ClassInfo]
+    recorded_classes: list[ClassInfo] | None
+    names_given: bool
+
+
+def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSource, dict[str, Any]]:
+    """Return the validation set of the command line, of `--config`, or of the checkpoint.
+
+    Args:
+        options: Command line.
+        segmenter: Model to evaluate.
+
+    Returns:
+        The data set, and the keys of `eval_dataset` as arguments of `data.build_ade20k_dataspec`.
+
+    Raises:
+        ConfigError: No validation set is known, or it has other classes than the model.
+    """
+    config = segmenter.config or {}
+    recorded = dict(config.get("eval_dataset") or {})
+    if options.config:
+        config = asdict(resolve_file(options.config))
+    arguments = dict(config.get("eval_dataset") or {})
+    raw = config.get("data")
+    if options.data is not None:
+        raw = read_description(options.data) if options.data else None
+        arguments.update(path=(raw or {}).get("root"), is_streaming=False)
+    described = None if raw is None else parse_description(raw, options.data or "data")
+    if options.path:
+        streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
+        arguments.update(path=options.path, is_streaming=streaming, local=options.local)
+    if not arguments.get("path"):
+        raise ConfigError("the checkpoint does not name a validation set; give --path or --config")
+    if is_remote(arguments["path"]) and not arguments.get("local"):
+        raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
+    if described is not None and len(described.classes) != len(segmenter.classes):
+        counts = (
+            f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
+            "data with the model's classes"
+        )
+        raise ConfigError(f"{options.data or 'data'} has {counts}")
+    if options.ignore_background is not None:
+        if described is not None:
+            raise ConfigError(
+                "--ignore-background applies only to ADE20K's layout; list the ignored "
+                f"labels under ignore in {options.data or 'data'}"
+            )
+        arguments["ignore_background"] = options.ignore_background
+    if described is None:
+        compare_background(arguments, recorded)
+    cores = available_cores() // dist.get_local_world_size()
+    arguments.update(
+        split="val",
+        shuffle=False,
+        drop_last=False,
+        batch_size=options.batch_size,
+        num_workers=min(max(cores - 1, 1), 16),
+    )
+    labels = Labels(
+        len(segmenter.classes),
+        arguments.get("ignore_background", True),
+        arguments.get("ignore_label"),
+    )
+    keys = {field.name for field in fields(ShardOptions)} & arguments.keys()
+    shards = ShardOptions(**{key: arguments[key] for key in keys})
+    source = DataSource(
+        arguments["path"],
+        "val",
+        described or ade20k(labels),
+        shards if arguments.get("is_streaming") else None,
+    )
+    return source, arguments
+
+
+def resolve_file(path: str) -> Config:
+    """Read the config of a run, for its validation set."""
+    return resolve(load(path, []), with_data=False)
+
+
+def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Compare the meaning of label 0 with its meaning in the run's own evaluations.
+
+    Args:
+        arguments: Keys of `eval_dataset` that are used now.
+        recorded: The same keys in the checkpoint; empty if it has none.
+
+    Raises:
+        ConfigError: The meanings differ for the same data set.
+    """
+    ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
+    if not recorded or ours == theirs:
+        return
+    line = f"ignore_background is {str(ours).lower()}, but was {str(theirs).lower()} in the run"
+    paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
+    if paths[0] == paths[1]:
+        raise ConfigError(f"{line}, on the same data set; leave out --ignore-background")
+    log.warning("%s; label 0 of %s is read with the value given here", line, arguments["path"])
+
+
+def class_order(
+    options: argparse.Namespace, segmenter: Model, source: DataSource
+) -> list[int] | None:
+    """Match the classes of the validation set with those of the model.
+
+    Args:
+        options: Command line.
+        segmenter: Model to evaluate.
+        source: Validation set.
+
+    Returns:
+        The model's class index for each class of the data; None if they are the same, or if no
+            names are known.
+
+    Raises:
+        ClassError: The classes have other names.
+    """
+    recorded = segmenter.config or {}
+    own = recorded.get("data")
+    model = segmenter.recorded_classes
+    if segmenter.names_given:
+        model = segmenter.classes
+    elif own is not None:
+        # The run's class_names may have renamed the classes of its description.
+        model = parse_description(own).classes
+    beside = None
+    if source.shards is not None:
+        beside = shard_classes(source)
+    is_described = source.description.built_in is None
+    if beside is not None:  # The masks in the shards were written in this order.
+        where, classes = f"{source.path}/{DESCRIPTION}", beside
+    elif is_described and (options.data or options.config):
+        where, classes = options.data or options.config, source.description.classes
+    elif options.config and options.data is None:
+        where, classes = options.config, class_infos(resolve_file(options.config))
+    else:
+        return None
+    order = match_classes(classes, model, where, options.model)
+    if order is not None:
+        log.warning(
+            "%s: its classes are in another order than the model's; they were matched by name",
+            where,
+        )
+    return order

@@ -1,0 +1,195 @@
+"""A pipeline that reads, draws and encodes images in threads, beside the network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dataset.decoding import read_photo
+from dataset.workers import available_cores
+from extras.prediction_files import COMMENT, encode_index
+from files import encode_image, write_file
+
+BATCH = 8  # Images of one size that the network takes at once on a GPU.
+MAX_BYTES = 2**28  # Decoded images in the pipeline, beyond the one that is needed next.
+JPEG_SIDE = 65_500  # Largest width and height of a JPEG, pixels.
+
+
+class Segmenter(Protocol):
+    """The parts of `predict.Segmenter` that the pipeline needs."""
+
+    device: Any
+    classes: list[Any]
+
+    def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Return the sizes of an image in the network."""
+        ...
+
+    def predict(self, photos: Sequence[np.ndarray]) -> list[Any]:
+        """Return the class indices (H, W) of images with the same `network_sizes`."""
+        ...
+
+    def overlay(self, photo: np.ndarray, prediction: np.ndarray) -> Image.Image:
+        """Draw an image under the colours of its classes."""
+        ...
+
+
+@dataclass
+class _Job:
+    """An image on its way through the pipeline.
+
+    Attributes:
+        path: File of the image.
+        target: Path of the outputs, without an extension.
+        photo: The image, or None before it is read and after it is encoded.
+        outputs: The encoded files and a note for the user, once the image is segmented.
+        problem: Why the file was skipped.
+    """
+
+    path: Path
+    target: Path
+    photo: Future[np.ndarray] | None = None
+    outputs: Future[tuple[dict[str, bytes], str]] | None = None
+    problem: str = ""
+    bytes: int = 0
+
+
+def segment_images(
+    segmenter: Segmenter, files: Sequence[tuple[Path, Path]], kinds: Sequence[str]
+) -> Iterator[str]:
+    """Segment images into files, in their order.
+
+    Args:
+        segmenter: Model that predicts.
+        files: Path of each image, and the path of its outputs without an extension.
+        kinds: `"overlay"`, `"index"` or both.
+
+    Yields:
+        For each image "" if it succeeded, or a word for the failure.
+
+    Raises:
+        OutputError: The disk is full.
+        UserError: An output cannot be written.
+    """
+    workers = min(max(available_cores(), 2), 16)
+    batch = BATCH if segmenter.device.type == "cuda" else 1
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = iter(files)
+        jobs: deque[_Job] = deque()  # in the order of the files
+        while True:
+            _read_ahead(jobs, waiting, pool, workers + batch)
+            if not jobs:
+                return
+            if jobs[0].outputs is None and not jobs[0].problem:
+                _segment_batch(segmenter, jobs, pool, batch, kinds)
+            # The network works on later images while the outputs of the first are encoded.
+            is_done = jobs[0].problem or (jobs[0].outputs and jobs[0].outputs.done())
+            unsegmented = next((job for job in jobs if not job.outputs and not job.problem), None)
+            if not is_done and unsegmented and len(jobs) < 2 * (workers + batch):
+                _segment_batch(segmenter, jobs, pool, batch, kinds)
+                continue
+            yield _finish(jobs.popleft())
+    finally:
+        # On an error or Ctrl-C, wait only for work that has begun. It writes nothing.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_ahead(
+    jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
+) -> None:
+    """Start to read images, as long as the pipeline has room for them."""
+    while not jobs or (
+        sum(job.outputs is None for job in jobs) < count
+        and len(jobs) < 3 * count
+        and sum(job.bytes for job in jobs) < MAX_BYTES
+    ):
+        file = next(files, None)
+        if file is None:
+            return
+        job = _Job(*file)
+        job.photo = pool.submit(read_photo, job.path)
+        jobs.append(job)
+
+
+def _segment_batch(
+    segmenter: Segmenter,
+    jobs: Sequence[_Job],
+    pool: ThreadPoolExecutor,
+    count: int,
+    kinds: Sequence[str],
+) -> None:
+    """Segment the first image that is not segmented yet, with others of its size."""
+    chosen: list[_Job] = []
+    photos: list[np.ndarray] = []
+    sizes = None
+    for job in jobs:
+        if job.outputs or job.problem or job.photo is None:
+            continue
+        if chosen and not job.photo.done():
+            break
+        try:
+            photo = job.photo.result()
+        except (ValueError, OSError) as error:
+            job.problem = f"{getattr(error, 'strerror', None) or error}"
+            continue
+        job.bytes = photo.nbytes
+        found = segmenter.network_sizes(*photo.shape[:2])
+        if chosen and found != sizes:
+            continue
+        sizes = found
+        chosen.append(job)
+        photos.append(photo)
+        if len(chosen) == count:
+            break
+    if not chosen:
+        return
+    dtype = np.uint8 if len(segmenter.classes) <= 256 else np.uint16
+    for job, photo, prediction in zip(chosen, photos, segmenter.predict(photos), strict=True):
+        indices = prediction.cpu().numpy().astype(dtype)
+        job.photo = None
+        job.outputs = pool.submit(_encode, segmenter, photo, indices, kinds)
+
+
+def _encode(
+    segmenter: Segmenter, photo: np.ndarray, prediction: np.ndarray, kinds: Sequence[str]
+) -> tuple[dict[str, bytes], str]:
+    """Draw and encode the outputs of an image; return them by extension, and a note."""
+    outputs = {}
+    if "index" in kinds:
+        outputs[".png"] = encode_index(prediction)
+    if "overlay" in kinds:
+        picture = segmenter.overlay(photo, prediction)
+        if max(picture.size) > JPEG_SIDE:
+            size = (
+                f"{picture.width} x {picture.height} pixels, but a JPEG can have only {JPEG_SIDE:,}"
+            )
+            return outputs, f"its overlay would have {size} a side; use --write index"
+        options = {"quality": 92, "subsampling": 0, "comment": COMMENT}
+        outputs[".jpg"] = encode_image(".jpg", picture, **options)
+    return outputs, ""
+
+
+def _finish(job: _Job) -> str:
+    """Write the outputs of an image; return "" or a word for the failure."""
+    if job.problem:
+        tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
+        return "skipped"
+    assert job.outputs is not None
+    outputs, note = job.outputs.result()
+    for suffix, content in outputs.items():
+        write_file(f"{os.fspath(job.target)}{suffix}", content)
+    if note:
+        tqdm.write(f"{job.path}: {note}", sys.stderr)
+        return "without overlay"
+    return ""

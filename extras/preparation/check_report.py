@@ -1,0 +1,137 @@
+"""The report of python data.py as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tabulate import tabulate
+
+from segmentation.classes import name_classes
+
+SHOWN = 20  # Number of similar findings to print.
+TITLE = 60  # Maximum number of characters in the title of a row.
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Return the report as text.
+
+    Args:
+        report: The report from `validate`.
+    """
+    lines = [f"{report['path']}: {report['format']}, {report['num_classes']} classes", ""]
+    if any(split["good_pairs"] for split in report["splits"].values()):
+        lines += [*_size_table(report["splits"]), "", *_class_table(report["splits"]), ""]
+    if loader := report["loader"]:
+        image, target = loader["batches"][0]
+        lines += [
+            f"loader: {loader['images_per_second']:.0f} images/s with {loader['workers']} worker "
+            f"processes, batches of images {image} and masks {target}",
+            "",
+        ]
+    for title, key in (("odd, but no problem for training", "oddities"), ("PROBLEMS", "problems")):
+        if found := report[key]:
+            lines += [f"{title} ({len(found)})", *_first_of_each_kind(found), ""]
+    return "\n".join([*lines, _verdict(report)])
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Return the last line of the report."""
+    if report["problems"]:
+        return "training would fail; fix the problems above"
+    classes = report["splits"]["train"]["classes"]
+    missing = [entry["name"] for entry in classes if not entry["photos"]]
+    if len(missing) == len(classes):
+        return "training would work but learn nothing: no training mask has a labelled pixel"
+    unused, both = report["unused"], report["in_both_splits"]
+    doubts = [f"{name} has no image" for name, s in report["splits"].items() if not s["good_pairs"]]
+    if images := unused.get("images"):
+        doubts.append(f"{count(images, 'image')} {'is' if images == 1 else 'are'} left out")
+    if either := unused.get("either"):
+        what = "an image that is" if either == 1 else "images that are"
+        doubts.append(f"{count(either, 'file')} may be {what} left out")
+    if both:
+        doubts.append(f"{count(both, 'image')} {'is' if both == 1 else 'are'} in both splits")
+    if missing:
+        doubts.append(f"no training mask has {name_classes(missing)}")
+    if not doubts:
+        return "training would work; no problems found"
+    line = f"training would work, but {'; '.join(doubts)}"
+    if not missing:
+        return line
+    occurring = len(classes) - len(missing)
+    if report["described"]:  # The user has listed every label.
+        return line
+    if occurring == 1 and classes[0]["label"] == 1:
+        line += "; use --no-ignore-background to make label 0 a class"
+    elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
+        line += f"; use --num-classes {occurring} if there are no other classes"
+    return line
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "2 images".
+
+    Args:
+        number: The number.
+        noun: The noun in the singular.
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
+    """Yield the first findings of each type; similar findings differ only in names and numbers."""
+    kinds: dict[str, list[dict[str, str]]] = {}
+    for finding in findings:
+        kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])
+        kinds.setdefault(kind, []).append(finding)
+    for alike in kinds.values():
+        yield from (f"  {f['path']}: {f['reason']}" for f in alike[:SHOWN])
+        if len(alike) > SHOWN:
+            yield f"  … and {len(alike) - SHOWN:,} more like these; --json lists all"
+
+
+def _table(title: str, splits: dict[str, Any], rows: list[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table with one column per split."""
+    align = ("left", *("right" for _ in splits))
+    rows = [(title[:TITLE], *cells) for title, *cells in rows]
+    table = tabulate(rows, (title, *splits), "plain", disable_numparse=True, colalign=align)
+    return table.splitlines()
+
+
+def _size_table(splits: dict[str, Any]) -> list[str]:
+    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return title, *(cell(split | split["size"]) for split in splits.values())
+
+    rows = [
+        row("images", lambda s: f"{s['photos']:,}"),
+        row("masks", lambda s: f"{s['masks']:,}"),
+        row("good pairs", lambda s: f"{s['good_pairs']:,}"),
+        row("mean size", lambda s: f"{s['width_mean']:.0f}x{s['height_mean']:.0f}"),
+        row("shortest, longest side", lambda s: f"{s['shortest_side']}, {s['longest_side']}"),
+        row("megapixels, mean", lambda s: f"{s['megapixels_mean']:.3f}"),
+        row("megapixels, 90th percentile", lambda s: f"{s['megapixels_90_percent_below']:.3f}"),
+        row("megapixels, largest", lambda s: f"{s['megapixels_largest']:.3f}"),
+        row("pixels without a class", lambda s: f"{s['unlabelled']:.1%}"),
+    ]
+    return _table("", splits, rows)
+
+
+def _class_table(splits: dict[str, Any]) -> list[str]:
+    """Return a table of class shares: up to 20 classes, or the ten largest and five smallest."""
+    by_split = [split["classes"] for split in splits.values()]
+    rows: list[tuple[str, ...]] = [
+        (
+            f"label {entries[0]['label']} ({entries[0]['name']})",
+            *(f"{entry['share']:.3%}" for entry in entries),
+        )
+        for entries in sorted(zip(*by_split), key=lambda entries: -entries[0]["share"])
+    ]
+    if len(rows) > 20:
+        rows[10:-5] = [(f"… {len(rows) - 15} more; --json lists all", *("" for _ in splits))]
+    lines = _table("class, share of labelled pixels", splits, rows)
+    for name, split in splits.items():
+        never = [entry["name"] for entry in split["classes"] if not entry["photos"]]
+        lines.append(f"never in {name}: {', '.join(never) or 'none, every class occurs'}")
+    return lines

@@ -1,0 +1,139 @@
+"""A converter from data sets of Hugging Face to a data set for training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.decoding import decode_mask
+from errors import DataError, one_line
+from extras.preparation.annotation_formats import by_number
+from extras.preparation.annotations import (
+    reading,
+)
+from extras.preparation.converters import SPLITS, Converted, read_names, write_mask
+from files import write_file
+
+# Names in Hugging Face data sets for values that are not a class.
+IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
+MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
+
+
+def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
+    """Convert a data set of Hugging Face, or a local folder in that format.
+
+    Args:
+        options: Options of the command line.
+        out: Folder of the new data set.
+
+    Raises:
+        DataError: The data set cannot be loaded, or its columns or names are ambiguous.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            "hf:// needs the package datasets; run make install WITH=datasets"
+        ) from error
+    name = options.source.removeprefix("hf://")
+    try:
+        is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
+    except Exception as error:  # The library raises exceptions of many types.
+        raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
+    found = found if isinstance(found, dict) else {"train": found}
+    names, notes = _names(name, options.names), []
+    pixels: dict[int, int] = {}
+    # Number of rows written to each split. Two source splits may share one.
+    written: dict[str, int] = {}
+    for key, rows in found.items():
+        split = str(key)
+        if split not in SPLITS or (split == "test" and len(found) > 2):
+            notes.append(f"split {split} is left out")
+            continue
+        photo_column, mask_column = _columns(rows, datasets.Image, options)
+        for column in (photo_column, mask_column):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        table: Any = rows
+        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
+            number = written.get(SPLITS[split], 0)
+            written[SPLITS[split]] = number + 1
+            content = [_content(row[column]) for column in (photo_column, mask_column)]
+            where = f"{options.source}: {split}, row {place}"
+            try:
+                mask = decode_mask(content[1], 2**16 - 1)
+            except ValueError as error:
+                raise DataError(f"{where}: {error}") from error
+            suffix = ".png" if content[0].startswith(b"\x89PNG") else ".jpg"
+            write_file(out / "photos" / SPLITS[split] / f"{number:08}{suffix}", content[0])
+            write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
+            for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
+                pixels[int(value)] = pixels.get(int(value), 0) + int(count)
+    ignored = {value for value, label in names.items() if label.strip().lower() in IGNORE_NAMES}
+    ignored |= options.ignore
+    total = sum(pixels.values())
+    for value in sorted(ignored & pixels.keys()):
+        notes.append(f"value {value} is ignored ({pixels[value] / total:.2%} of the pixels)")
+    if 255 in pixels and 255 not in ignored | names.keys():
+        share = pixels[255] / total
+        notes.append(f"value 255 is a class ({share:.2%} of the pixels); --ignore 255 ignores it")
+    known = sorted((pixels.keys() | names.keys()) - ignored)
+    values = {names.get(value, f"class_{value}"): value for value in known}
+    if len(values) < len(known):
+        raise DataError(f"{options.source}: two values have the same name; give --names")
+    return Converted(values, notes, sorted(ignored))
+
+
+def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
+    """Return the names of the columns of images and masks."""
+    if options.columns:
+        photo, _, mask = options.columns.partition(",")
+        return photo, mask
+    images = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    masks = [name for name in images if any(word in name.lower() for word in MASK_COLUMNS)]
+    photos = [name for name in images if name not in masks]
+    if len(photos) != 1 or len(masks) != 1:
+        listed = ", ".join(images) or "none"
+        raise DataError(
+            f"{options.source}: cannot choose among the image columns ({listed}); give --columns "
+            "PHOTO,MASK"
+        )
+    return photos[0], masks[0]
+
+
+def _content(cell: dict[str, Any]) -> bytes:
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+
+def _names(name: str, file: str | None) -> dict[int, str]:
+    """Return the name of each value, from a file with one name per line or from id2label.json.
+
+    id2label.json is Hugging Face's format.
+    """
+    if file and not file.endswith(".json"):
+        return by_number(read_names(file))
+    path = Path(file or Path(name, "id2label.json"))
+    if not path.is_file() and not Path(name).exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
+        except Exception as error:  # The hub's client passes on exceptions of the network.
+            is_missing = isinstance(error, EntryNotFoundError)
+            if is_missing and not isinstance(error, LocalEntryNotFoundError):
+                return {}  # The data set has no names, so its classes get numbers.
+            raise DataError(
+                f"{name}: cannot download id2label.json, the names of its classes "
+                f"({one_line(error)[:160]}); try again, or give --names"
+            ) from error
+    if not file and not path.is_file():
+        return {}
+    with reading(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {int(value): str(label) for value, label in found.items()}

@@ -1,0 +1,53 @@
+"""A feature pyramid for plain vision transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Features of stride 4 and 8, made from the last features of a vision transformer.
+
+    The simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527) without
+    its last two convolutions, because the head of DeepLabV3+ begins with its own. For patches of 14
+    pixels, the strides are 3.5 and 7.
+
+    Args:
+        channels: Number of channels D of the transformer.
+
+    Shape:
+        [(N, D, H / 16, W / 16)] -> [(N, D // 4, H / 4, W / 4), (N, D // 2, H / 8, W / 8)]
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = (channels // 4, channels // 2)
+        self.stride_4 = nn.Sequential(
+            nn.ConvTranspose2d(channels, channels // 2, 2, 2),
+            ChannelNorm(channels // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(channels // 2, channels // 4, 2, 2),
+            ChannelNorm(channels // 4),
+        )
+        self.stride_8 = nn.Sequential(
+            nn.ConvTranspose2d(channels, channels // 2, 2, 2), ChannelNorm(channels // 2)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the two feature maps; see the class for their shapes."""
+        return [self.stride_4(features[-1]), self.stride_8(features[-1])]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of each position.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised features."""
+        return cast(Tensor, super().forward(input.movedim(1, -1))).movedim(-1, 1)

@@ -1,0 +1,73 @@
+"""Tests of extras/error_analysis.py."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from extras.error_analysis import COLUMNS, ErrorAnalysis, scores_as_csv
+from segmentation.classes import load_classes
+
+CLASSES = load_classes(["road", "car", "tree"], 3)
+
+
+def analyse(keep: int = 0) -> ErrorAnalysis:
+    """Score four images of 10 x 10: right, half right, without a label, and wrong."""
+    analysis = ErrorAnalysis(CLASSES, lambda index: f"images/{index}.png", keep)
+    photo = np.zeros((10, 10, 3), np.uint8)
+    road, car, none = (torch.full((10, 10), value) for value in (0, 1, -1))
+    half = road.clone()
+    half[:5] = 1
+    analysis.add(0, photo, road, road)
+    analysis.add(3, photo, car, road)
+    analysis.add(1, photo, road, half)
+    analysis.add(2, photo, none, road)
+    return analysis
+
+
+def test_scores_of_images_by_hand() -> None:
+    scores = analyse().gather()
+    assert [score.index for score in scores] == [0, 1, 2, 3]
+    assert [score.miou for score in scores] == [100, 25, None, 0]
+    assert [score.accuracy for score in scores] == [100, 50, None, 0]
+    assert [score.pixels for score in scores] == [100, 100, 0, 100]
+    assert [score.confusion for score in scores] == [
+        None,
+        (0, 1, 50, 50.0),
+        None,
+        (1, 0, 100, 100.0),
+    ]
+
+
+def test_the_file_has_a_row_per_image() -> None:
+    rows = list(csv.reader(scores_as_csv(analyse().gather(), CLASSES).splitlines()))
+    assert rows == [
+        list(COLUMNS),
+        ["images/0.png", "100.0000", "100.0000", "100", "", "", ""],
+        ["images/1.png", "25.0000", "50.0000", "100", "road", "car", "50.0000"],
+        ["images/2.png", "", "", "0", "", "", ""],
+        ["images/3.png", "0.0000", "0.0000", "100", "car", "road", "100.0000"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (1, ["01_3.jpg"]),
+        (2, ["01_3.jpg", "02_1.jpg"]),
+        (9, ["01_3.jpg", "02_1.jpg", "03_0.jpg"]),
+    ],
+)
+def test_the_images_with_the_lowest_scores_are_drawn(
+    tmp_path: Path, keep: int, expected: list[str]
+) -> None:
+    analysis = analyse(keep)
+    analysis.draw(analysis.gather(), tmp_path / "worst")
+    assert sorted(path.name for path in (tmp_path / "worst").iterdir()) == expected
+    with Image.open(tmp_path / "worst" / "01_3.jpg") as sheet:
+        assert sheet.height >= 360 and sheet.width > 4 * 360

@@ -1,0 +1,37 @@
+"""Tests of networks/feature_pyramid.py."""
+
+import pytest
+import torch
+
+from networks.feature_pyramid import ChannelNorm, SimpleFeaturePyramid
+
+
+def test_two_feature_maps_of_four_and_two_times_the_size() -> None:
+    pyramid = SimpleFeaturePyramid(16)
+    maps = pyramid([torch.zeros(2, 16, 7, 7), torch.randn(2, 16, 3, 5)])
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 12, 20), (2, 8, 6, 10)]
+    assert pyramid.channels == (4, 8)
+
+
+def test_each_position_is_normalised_by_itself() -> None:
+    image = torch.randn(2, 8, 3, 3) * 5 + 2
+    result = ChannelNorm(8)(image)
+    expected = (image - image.mean(1, True)) / (
+        image.var(1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(result, expected)
+    alone = ChannelNorm(8)(image[:, :, :1, :1])
+    torch.testing.assert_close(alone, result[:, :, :1, :1])
+
+
+def test_every_weight_learns() -> None:
+    pyramid = SimpleFeaturePyramid(16)
+    weights = [torch.randn(m.shape) for m in pyramid([torch.zeros(1, 16, 2, 2)])]
+    maps = pyramid([torch.randn(1, 16, 2, 2)])
+    torch.stack([(m * w).sum() for m, w in zip(maps, weights)]).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pyramid.parameters())
+
+
+@pytest.mark.parametrize("channels", [192, 384, 768])
+def test_channels_of_common_transformers_divide(channels: int) -> None:
+    assert SimpleFeaturePyramid(channels).channels == (channels // 4, channels // 2)
