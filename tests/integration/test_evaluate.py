@@ -283,6 +283,6 @@ def test_a_full_dev_shm_is_one_line(
     monkeypatch.setattr(evaluate, "evaluate", fail)
     assert main([random_weights()]) == 1
     assert re.fullmatch(
-        r"error: /dev/shm is full \(\d+ [KM]B\): docker run --shm-size 16g\n",
+        r"error: /dev/shm is full \(\d+ [KM]B\); use docker run --shm-size 16g\n",
         capsys.readouterr().err,
     )
