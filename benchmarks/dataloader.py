@@ -8,8 +8,8 @@ image, and crops with up to 10 retries that call `np.unique`. Then it flips, app
 ColorJitter, pads, and converts targets to int64.
 
 This project distorts colours on the device, where the cost is negligible if the device is a GPU
-(see `benchmarks.device_transform`). The third line includes this step and the normalisation, on the
-same core.
+(see `benchmarks.studies.device_transform`). The third line includes this step and the
+normalisation, on the same core.
 """
 
 from __future__ import annotations

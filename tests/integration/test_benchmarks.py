@@ -22,22 +22,18 @@ from composer.loggers import Logger
 from torch import nn
 
 import main as program
-from benchmarks import (
+from benchmarks import dataloader, loss, plain, run_all, train_step
+from benchmarks.stopwatch import PARTS
+from benchmarks.studies import (
     auto_microbatch,
     camvid,
     counted,
-    dataloader,
     device_transform,
     kernels,
-    loss,
     masks,
     peers,
-    plain,
     rare_classes,
-    run_all,
-    train_step,
 )
-from benchmarks.stopwatch import PARTS
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
 from networks.deeplab import create_meta_network

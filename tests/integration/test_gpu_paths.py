@@ -40,7 +40,8 @@ from torch.overrides import TorchFunctionMode
 
 import main as program
 import model
-from benchmarks import camvid, device_transform, loss, train_step
+from benchmarks import loss, train_step
+from benchmarks.studies import camvid, device_transform
 from errors import ConfigError
 from networks.deeplab import create_meta_network
 from predict import Segmenter, highest_class

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import commits, kernels
+from benchmarks import commits
+from benchmarks.studies import kernels
 
 
 @pytest.fixture

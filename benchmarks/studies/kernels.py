@@ -1,7 +1,7 @@
 """Instructions and registers of the loss kernels, compiled for GPUs of other machines.
 
-    python -m benchmarks.kernels                  # the working tree
-    python -m benchmarks.kernels --commit HEAD~1  # the files of a commit
+    python -m benchmarks.studies.kernels                  # the working tree
+    python -m benchmarks.studies.kernels --commit HEAD~1  # the files of a commit
 
 The kernels are compiled for 150 classes in bf16 at stride 4, for A100, H100, B200 and RTX 50.
 "loop" is the innermost loop with an exponential, which processes 4 pixels with all their classes.

@@ -1,8 +1,8 @@
 """Counts of GPU launches and bytes for the small parts of a training step, without a GPU.
 
-    python -m benchmarks.counted                    # the working tree, a minute
-    python -m benchmarks.counted --commit 98f566d   # the files of a commit
-    python -m benchmarks.counted --memory           # also the error of training/microbatch.py
+    python -m benchmarks.studies.counted                    # the working tree, a minute
+    python -m benchmarks.studies.counted --commit 98f566d   # the files of a commit
+    python -m benchmarks.studies.counted --memory    # also the error of training/microbatch.py
 
 A launch is a PyTorch operation that is not a view, run on tensors without data. For compiled parts,
 the launches are the loops that Inductor generates on a CPU. Bytes are those of operands and

@@ -1,7 +1,7 @@
 """Training images per second on one core, for masks stored as indices, palettes or colours.
 
-    python -m benchmarks.masks             # on generated data with ADE20K's image sizes
-    python -m benchmarks.masks --path ./ade20k --json result.json
+    python -m benchmarks.studies.masks             # on generated data with ADE20K's image sizes
+    python -m benchmarks.studies.masks --path ./ade20k --json result.json
 
 The images and labels are the same. Only the storage of the masks and their description differ.
 """

@@ -1,7 +1,7 @@
 """The cost of the data pipeline's device part: colours, normalisation, class indices.
 
-    python -m benchmarks.device_transform      # on a GPU if there is one, otherwise on the CPU
-    python -m benchmarks.device_transform --batch 32 --json result.json
+    python -m benchmarks.studies.device_transform      # on a GPU if there is one
+    python -m benchmarks.studies.device_transform --batch 32 --json result.json
 
 The times are milliseconds for a batch that the loader has put on the device.
 """

@@ -1,7 +1,7 @@
 """A test that builds a network of each mmsegmentation family and trains it for one step.
 
-    python -m benchmarks.families                          # the table, as Markdown; 10 minutes
-    python -m benchmarks.families --families swin segformer
+    python -m benchmarks.studies.families                  # the table, as Markdown; 10 minutes
+    python -m benchmarks.studies.families --families swin segformer
 
 Each network has 11 classes and no pretrained weights. It takes one SGD step on two random images.
 Then it is rebuilt from its checkpoint record and gets the weights of the first network. In

@@ -1,7 +1,7 @@
 """A test that trains a network of each library, kills and resumes it, and uses its checkpoint.
 
-    python -m benchmarks.networks --path camvid      # the table, as Markdown; 15 minutes on a CPU
-    python -m benchmarks.networks --path camvid --networks smp:Unet --batches 40
+    python -m benchmarks.studies.networks --path camvid      # the table; 15 minutes on a CPU
+    python -m benchmarks.studies.networks --path camvid --networks smp:Unet --batches 40
 
 Each row is a run of the hot recipe on CamVid from scratch. SIGKILL ends the run in the middle, and
 the same command resumes it. The row shows the largest difference from an undisturbed run in
@@ -40,7 +40,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "smp:Unet": {"encoder_name": "resnet18"},
     "hf:FOLDER": {},
     "timm:convnext_atto": {},
-    "benchmarks.networks:plain": {},
+    "benchmarks.studies.networks:plain": {},
 }
 
 

@@ -1,11 +1,11 @@
 """Gains and losses on CamVid from class weights and rare-class sampling.
 
-    python -m benchmarks.rare_classes --path camvid --minutes 3 --size 64 --batch 4 --probe 8
-    python -m benchmarks.rare_classes --path camvid --seeds 17 --minutes 1 --json result.json
+    python -m benchmarks.studies.rare_classes --path camvid --minutes 3 --size 64 --batch 4
+    python -m benchmarks.studies.rare_classes --path camvid --seeds 17 --minutes 1 --json out.json
 
-Each variant trains for the same minutes from each seed, as in `benchmarks.camvid`, with the options
-of that benchmark. The table shows means over the seeds. A class is rare if it occurs in a smaller
-fraction of the images than `--rare`. The rarest class of CamVid, fence, is in 47% of the images.
+Each variant trains for the same minutes from each seed, as in `benchmarks.studies.camvid`, with the
+options of that study. The table shows means over the seeds. A class is rare if it occurs in a
+smaller fraction of the images than `--rare`. CamVid's rarest class, fence, is in 47% of the images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import main as program
-from benchmarks import camvid
+from benchmarks.studies import camvid
 from benchmarks.train_step import Steps, machine, never_evaluate, release
 from segmentation.classes import load_classes
 from segmentation.metrics import MIoU, iou_per_class
@@ -42,7 +42,7 @@ WAYS: dict[str, tuple[Any, bool]] = {
     "both": ("auto", True),
 }
 SHOWN = ("pole", "sign symbol", "pedestrian", "bicyclist")
-NAMES = Path(__file__).parent.parent / "yamls" / "camvid_classes.txt"
+NAMES = Path(__file__).parents[2] / "yamls" / "camvid_classes.txt"
 
 
 class LastMatrix(Callback):

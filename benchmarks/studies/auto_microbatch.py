@@ -1,6 +1,6 @@
 """A test of `device_train_microbatch_size: auto` with a batch that a GPU cannot hold.
 
-    python -m benchmarks.auto_microbatch --batch 128 --memory 40      # in GiB; works on larger GPUs
+    python -m benchmarks.studies.auto_microbatch --batch 128 --memory 40     # GiB
 
 The benchmark takes three steps with main.py's trainer and starts with the whole batch.
 """

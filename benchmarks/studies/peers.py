@@ -1,6 +1,6 @@
 """DeepLabV3+ with ResNet-50 on CamVid, trained for the same time by this project and its peers.
 
-    python -m benchmarks.peers --path camvid --minutes 2      # first: make install WITH=smp
+    python -m benchmarks.studies.peers --path camvid --minutes 2      # first: make install WITH=smp
 
 The peers are mmsegmentation 0.30, with its own runner, pipeline and config, and a plain PyTorch
 loop with the network of segmentation_models.pytorch (smp). All use the same image size, batch,

@@ -1,7 +1,7 @@
 """Training of each recipe on CamVid from scratch for the same number of minutes: mIoU over time.
 
-    python -m benchmarks.camvid --path camvid --minutes 5
-    python -m benchmarks.camvid --path camvid --recipes none mild --minutes 1 --json result.json
+    python -m benchmarks.studies.camvid --path camvid --minutes 5
+    python -m benchmarks.studies.camvid --path camvid --recipes none mild --json out.json
 
 A schedule needs the length of the run. So each run's steps are timed first, and its length is set
 in batches. Evaluations are not counted. The half-life of EMA is a twentieth of the run; all other
