@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import kill_resume
 from benchmarks.commits import ROOT, unpack
-from benchmarks.kill_resume import RECIPES, tensors
 from extras.preparation.synthetic import make
+from tests.support import resumed_runs
+from tests.support.resumed_runs import RECIPES, tensors
 
 PROTOCOLS = ("paper", "square")
 
@@ -43,7 +43,7 @@ def make_config(
     data: str, folder: str, recipe: str, size: int = 64, steps: int = 10
 ) -> dict[str, Any]:
     """Return the config of a run that saves a checkpoint at its end."""
-    config = kill_resume.make_config(data, recipe, "folders", workers=0)
+    config = resumed_runs.make_config(data, recipe, "folders", workers=0)
     for section in ("train_dataset", "eval_dataset"):
         config[section] |= {"base_size": size, "final_size": size}
     for parent in (config, *(config[name] for name in RECIPES[1:])):

@@ -33,11 +33,11 @@ import torch
 
 import main as program
 from benchmarks import loss
-from benchmarks.kill_resume import largest_difference
 from benchmarks.numbers import make_config
 from benchmarks.studies.device_transform import make_batch
 from benchmarks.train_step import never_evaluate, release
 from extras.preparation.synthetic import make
+from tests.support.resumed_runs import largest_difference
 from training.config import resolve
 from training.pictures import Curves
 from transforms import DeviceTransform

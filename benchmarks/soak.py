@@ -33,9 +33,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks import soak_memory
-from benchmarks.kill_resume import RECIPES, largest_difference
 from benchmarks.soak_run import EVERY, Run, make_config
 from tests.support.faulty_store import FAULTS, FaultyStore
+from tests.support.resumed_runs import RECIPES, largest_difference
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 500

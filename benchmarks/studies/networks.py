@@ -27,10 +27,10 @@ from typing import Any
 import evaluate
 import export
 import predict
-from benchmarks.kill_resume import largest_difference, read_log, same_log
 from dataset.paths import find_root
 from errors import one_line
 from tests.support.forked import Death, run, shrink
+from tests.support.resumed_runs import largest_difference, read_log, same_log
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "deeplabv3": {},

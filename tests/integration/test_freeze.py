@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import main
-from benchmarks.kill_resume import tensors
 from checkpointing.weights import load_weights
 from errors import ConfigError
+from tests.support.resumed_runs import tensors
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

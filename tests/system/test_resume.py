@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kill_resume import (
+from tests.support.forked import Death, run
+from tests.support.resumed_runs import (
     largest_difference,
     make_config,
     make_data,
     read_log,
     same_log,
 )
-from tests.support.forked import Death, run
 
 
 @pytest.fixture(scope="module")
