@@ -10,7 +10,6 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from benchmarks.stopwatch import PARTS
 from benchmarks.studies import (
     auto_microbatch,
     camvid,
-    counted,
     device_transform,
     kernels,
     masks,
@@ -36,11 +34,10 @@ from benchmarks.studies import (
 )
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
-from networks.deeplab import create_meta_network
 from networks.depthwise import DilatedDepthwiseConv2d
 from tests.support.forked import shrink
 from tests.support.paths import ROOT
-from training.schema import Config, ModelConfig
+from training.schema import Config
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +55,6 @@ def step(synthetic: str) -> list[str]:
     """Arguments of train_step for two steps a run."""
     text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
     return f"{text} --warmup 1 --steps 2 --rounds 2".split()
-
-
-CONFIG = Config(model=ModelConfig(num_classes=12, backbone_arch="resnet50", backbone_weights=None))
 
 
 class FirstLoss(Callback):
@@ -422,18 +416,3 @@ def test_kernels_are_read(backward: bool) -> None:
     cells, rows = kernels.LOW + 1, kernels.SIZE
     fewest = kernels.IMAGES * cells * rows
     assert fewest <= found.rounds < 1.5 * fewest
-
-
-def test_small_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: a network of so many BatchNorms counts them in one operation."""
-    found = dict(counted.passes("resnet50"))
-    assert found["counters of a forward pass"] == 1
-    network = create_meta_network(**asdict(CONFIG.model))
-    layers = sum(1 for name, _ in network.named_buffers() if "mean" in name)
-    assert layers > 20 and found["an update of the average"] < layers / 2
-    monkeypatch.setattr(counted, "SIZE", 32)
-    monkeypatch.delattr("transforms.DeviceTransform.compile")
-    launches, moved = counted.transform(distort=False)
-    plain, _ = counted.transform(distort=True)
-    assert 10 < launches < plain
-    assert moved > counted.IMAGES * 32 * 32 * (3 + 1 + 12 + 8)  # photo and labels in and out
