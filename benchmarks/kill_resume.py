@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.harness import Table, make_parser, write_json
 from tests.support.forked import Death, run
 from tests.support.resumed_runs import (
     RECIPES,
@@ -90,28 +91,24 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
 
 def main() -> int:
     """Print the table; return 1 if a run differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when (0)")
     arguments = parser.parse_args()
-    print("| recipe | data | killed | at | saves every | workers | largest difference | losses |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    columns = "recipe", "data", "killed", "at", "saves every", "workers", "largest difference"
+    table = Table(*columns, "losses")
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         make_data(f"{folder}/data")
         for case in cases(arguments):
             difference, same = measure(case, folder)
             worst = max(worst, difference, 0 if same else float("inf"))
-            row = [
-                case["recipe"],
-                case["source"],
-                case["point"],
-                f"{case['kill'].moment} {case['kill'].number}",
-            ]
-            row += [f"{case['save_every']}ba", case["workers"], difference]
-            row.append("match" if same else "DIFFER")
-            print("|", " | ".join(map(str, row)), "|", flush=True)
+            kill = f"{case['kill'].moment} {case['kill'].number}"
+            where = case["recipe"], case["source"], case["point"], kill
+            losses = "match" if same else "DIFFER"
+            table.add(*where, f"{case['save_every']}ba", case["workers"], difference, losses)
+    write_json(arguments, table.result())
     return int(worst > 0)
 
 

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.train_step import RECIPES, machine
+from benchmarks.harness import machine
+from benchmarks.train_step import RECIPES
 from training.precision import choose_precision
 
 ROOT = Path(__file__).resolve().parent.parent
