@@ -1,9 +1,10 @@
-# make demo     set up, then train on generated data (2 to 4 minutes once installed)
-# make test     set up, then run the linters and all tests (12 minutes)
-# make check    set up, then run the linters and the unit tests (1 to 2 minutes)
-# make install  only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
-# make lock     update uv.lock and requirements.txt after a change of pyproject.toml
-# make image    build the Docker image, and write IMAGE=registry/name into the files that use it
+# make demo       set up, then train on generated data (2 to 4 minutes once installed)
+# make gpu-check  set up, then check the results and the speed of your GPU (5 minutes)
+# make test       set up, then run the linters and all tests (12 minutes)
+# make check      set up, then run the linters and the unit tests (1 to 2 minutes)
+# make install    only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
+# make lock       update uv.lock and requirements.txt after a change of pyproject.toml
+# make image      build the Docker image, and write IMAGE=registry/name into the files that use it
 #
 # TORCH=2.7.0 installs torch 2.7.0, for GPUs older than Turing, into .venv-2.7.0. PYTHON=PATH chooses the Python.
 
@@ -14,7 +15,7 @@ LOCK := pyproject.toml uv.lock install.sh
 PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
 
-.PHONY: demo test check lint quick install lock image
+.PHONY: demo gpu-check test check lint quick install lock image
 
 demo: $(VENV)/.train
 	@$(PY) -m extras.preparation.synthetic demo/data
@@ -23,6 +24,9 @@ demo: $(VENV)/.train
 	@echo 'Next, segment an image of yours, or describe a folder of yours for training:'
 	@echo '  $(PY) predict.py demo/checkpoints/latest-rank0.pt IMAGE'
 	@echo '  $(PY) data.py FOLDER --suggest'
+
+gpu-check: $(VENV)/.train
+	@$(PY) -m benchmarks.gpu_check
 
 test: lint
 	$(PY) -m pytest $(PARALLEL)

@@ -29,7 +29,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.kill_resume import largest_difference, make_config
+from benchmarks.harness import Table, make_parser, write_json
+from tests.support.resumed_runs import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
@@ -250,14 +251,14 @@ def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def main() -> int:
     """Print the table; return 1 if a run failed a test."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="(10 30)")
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.settings:
         return node(arguments.settings)
-    print("| link cut for | statuses | lost after | back after | ended | difference | samples |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    columns = "link cut for", "statuses", "lost after", "back after", "ended", "difference"
+    table = Table(*columns, "samples")
     failed = False
     with made_config() as (folder, config):
         undisturbed = run(f"{folder}/0", 0, config)
@@ -275,8 +276,8 @@ def main() -> int:
                 failed |= outcome.lost is None or outcome.lost > 60
             name = f"{cut:g} s" if cut else "good, one killed" if alone else "good"
             times = [f"{t:.1f} s" if t else "" for t in outcome[1:4]]
-            row = [name, outcome.statuses, *times, difference, "same" if same else "other"]
-            print("|", " | ".join(map(str, row)), "|", flush=True)
+            table.add(name, outcome.statuses, *times, difference, "same" if same else "other")
+    write_json(arguments, table.result())
     return int(failed)
 
 

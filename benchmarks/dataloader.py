@@ -8,16 +8,13 @@ image, and crops with up to 10 retries that call `np.unique`. Then it flips, app
 ColorJitter, pads, and converts targets to int64.
 
 This project distorts colours on the device, where the cost is negligible if the device is a GPU
-(see `benchmarks.device_transform`). The third line includes this step and the normalisation, on the
-same core.
+(see `benchmarks.studies.device_transform`). The third line includes this step and the
+normalisation, on the same core.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
-import platform
 import random
 import statistics
 import tempfile
@@ -34,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from benchmarks.harness import head, in_turn, machine, make_parser, row, write_json
 from data import ADE20k, build_ade20k_dataspec
 from dataset.paths import FOLDERS
 from dataset.sampler import EpochSampler
@@ -181,19 +179,13 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
     samples = [dataset.samples[index] for index in range(count)]
     dataset.samples = samples
     sampler.__init__(dataset, BATCH)
-    sides: dict[str, Callable[[], Iterable]] = {
-        "Pillow": lambda: PillowLoader(samples),
-        "this project": lambda: loader,
-        "this project, and its device's part": lambda: (transform(batch) for batch in loader),
+    sides: dict[str, Callable[[], float]] = {
+        "Pillow": lambda: images_per_second(PillowLoader(samples)),
+        "this project": lambda: images_per_second(loader),
+        "this project, and its device's part": lambda: images_per_second(map(transform, loader)),
     }
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        sampler.set_epoch(repeat)
-        for name, side in sides.items():
-            rate = images_per_second(side())
-            if repeat:  # The first pass fills the file cache.
-                rates[name].append(rate)
-    return results(path, len(samples), rates)
+    # The first pass fills the file cache.
+    return results(path, len(samples), in_turn(sides, repeats, warm_up=True))
 
 
 def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
@@ -212,31 +204,13 @@ def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, 
     }
 
 
-def machine() -> dict[str, str]:
-    """Return the machine and library versions that the results depend on."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    import PIL
-
-    return {
-        "cpu": name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "opencv": cv2.__version__,
-        "pillow": PIL.__version__,
-    }
-
-
 def table(result: dict[str, Any]) -> str:
     """Return the result as a Markdown table."""
-    lines = ["| | images/s on one core | of the passes | ratio |", "|---|---|---|---|"]
+    lines = [head("", "images/s on one core", "of the passes", "ratio")]
     for name, rates in result["images_per_second"].items():
         median, ratio = result["median"][name], result["ratio"][name]
-        lines.append(f"| {name} | {median:.0f} | {min(rates):.0f}-{max(rates):.0f} | {ratio:.2f} |")
+        spread = f"{min(rates):.0f}-{max(rates):.0f}"
+        lines.append(row(name, f"{median:.0f}", spread, f"{ratio:.2f}"))
     return "\n".join(lines)
 
 
@@ -246,8 +220,7 @@ def main(
     images: int = 400,
 ) -> dict[str, Any]:
     """Run the command line for `measure` and return the result that --json writes."""
-    doc = inspect.getmodule(measure).__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser = make_parser(inspect.getmodule(measure).__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
     parser.add_argument(
@@ -256,7 +229,6 @@ def main(
     parser.add_argument(
         "--repeats", type=int, default=5, help="passes to take the median of (default: 5)"
     )
-    parser.add_argument("--json", help="write the result there as well")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:
@@ -266,8 +238,7 @@ def main(
         result["data"] = "made, with ADE20K's size distribution"
     print(f"{result['images']} images of {result['data']}, {SIZE} px, {result['machine']['cpu']}\n")
     print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args, result)
     return result
 
 

@@ -15,16 +15,11 @@ Memory is the additional peak of a separate process: resident on a CPU, allocate
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
-import re
 import statistics
-import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +27,7 @@ from composer.loss import DiceLoss, soft_cross_entropy
 from composer.loss.utils import ensure_targets_one_hot
 from torch import Tensor
 
+from benchmarks import harness
 from segmentation.losses import MixedTarget, segmentation_loss
 
 SIDES = ("Composer", "this project")
@@ -92,46 +88,27 @@ class Case:
         return loss.detach(), gradient
 
 
-def seconds(target: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Time steps of both sides in turn, after a warm-up step that checks that the sides agree."""
+def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Check that the sides agree, then time their steps in turn."""
     cases = {side: Case(side, target, args) for side in args.sides}
     (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in args.sides)
     tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
     torch.testing.assert_close(other_loss, loss.to(other_loss), rtol=tolerance, atol=0)
     assert (other_gradient - gradient).norm() < tolerance * gradient.norm()
     del gradient, other_gradient
-    taken: dict[str, list[float]] = {side: [] for side in args.sides}
-    for _ in range(args.repeats):
-        for side in args.sides:
-            start = time.perf_counter()
-            cases[side].step()
-            taken[side].append(time.perf_counter() - start)
-    return taken
+    steps = {side: partial(harness.seconds_of, case.step, threads) for side, case in cases.items()}
+    return harness.in_turn(steps, args.repeats)
 
 
+@harness.quiet()
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
     """Return the peak memory of one step beyond the memory in use before it."""
-    quiet()
     torch.set_num_threads(args.threads[-1])
     Case(side, target, args, size=64).step()  # The small step loads libraries and compiles kernels.
     case = Case(side, target, args)
-    if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    with harness.PeakMemory(args.device == "cuda") as peak:
         case.step()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak to the resident memory.
-    before = _resident("VmHWM")
-    case.step()
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> int:
-    """Return the bytes in one line of this process's /proc status."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{key}:\s+(\d+) kB", status)
-    assert found is not None
-    return 1024 * int(found[1])
+    return peak.bytes
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
@@ -144,53 +121,35 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 memory[side] = process.submit(extra_bytes, side, target, args).result()
         for threads in args.threads:
-            torch.set_num_threads(threads)
-            row = {"target": target, "threads": threads, "bytes": memory}
-            yield row | {"seconds": seconds(target, args)}
+            found = {"target": target, "threads": threads, "bytes": memory}
+            yield found | {"seconds": seconds(target, threads, args)}
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """Return the machine and library versions that the results depend on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        name = found[1]
-    return {"device": name, "python": platform.python_version(), "torch": torch.__version__}
-
-
-HEAD = (
-    "| target | CPU threads | loss | time (median) | least | most | extra memory |\n"
-    "|---|---|---|---|---|---|---|"
+HEAD = harness.head(
+    "target", "CPU threads", "loss", "time (median)", "least", "most", "extra memory"
 )
 
 
-def lines(row: dict) -> str:
+def lines(result: dict) -> str:
     """Return the lines of the Markdown table for one type of target."""
-    start = f"| {row['target']} | {row['threads']} |"
-    sides = list(row["seconds"])
-    medians = [statistics.median(row["seconds"][side]) for side in sides]
-    memory, found = [row["bytes"][side] for side in sides], []
-    for side, median, size in zip(sides, medians, memory, strict=True):
-        taken = row["seconds"][side]
-        digits = 0 if median > 0.1 else 2
-        times = " | ".join(f"{1e3 * t:.{digits}f} ms" for t in (median, min(taken), max(taken)))
-        found.append(f"{start} {side} | {times} | {size / 1e6:.0f} MB |")
+    start = result["target"], result["threads"]
+    medians, memory, found = [], [], []
+    for side, taken in result["seconds"].items():
+        medians.append(statistics.median(taken))
+        memory.append(result["bytes"][side])
+        digits = 0 if medians[-1] > 0.1 else 2
+        times = (f"{1e3 * t:.{digits}f} ms" for t in (medians[-1], min(taken), max(taken)))
+        found.append(harness.row(*start, side, *times, f"{memory[-1] / 1e6:.0f} MB"))
     # The ratio is left out below one page of memory.
     smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""
-    ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in sides else 1}f}"
-    return "\n".join([*found, f"{start} ratio | {ratio} | | | {smaller} |"])
+    ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in result['seconds'] else 1}f}"
+    return "\n".join([*found, harness.row(*start, "ratio", ratio, "", "", smaller)])
 
 
-def quiet() -> None:
-    """Silence Composer's warning about ignored pixels, which appears at each step."""
-    warnings.filterwarnings("ignore", module="composer")
-
-
+@harness.quiet()
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--size", type=int, default=512, help="side of the target in pixels")
@@ -202,10 +161,8 @@ def main() -> None:
     parser.add_argument(
         "--class-weights", action="store_true", help="compare ours without and with them instead"
     )
-    parser.add_argument("--json", help="write the result there as well")
     args = parser.parse_args()
     args.sides = WEIGHTED if args.class_weights else SIDES
-    quiet()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.get_num_threads()
     args.threads = args.threads or ([chosen] if args.device == "cuda" else sorted({1, chosen}))
@@ -217,17 +174,17 @@ def main() -> None:
         "size": args.size,
         "dtype": str(args.dtype).removeprefix("torch."),
         "rows": [],
-        "machine": machine(args.device),
+        "machine": harness.machine(),
     }
     shape = ", ".join(map(str, result["logits"]))
-    print(f"Logits ({shape}), {result['dtype']}, to {args.size} px; {result['machine']['device']}")
+    device = result["machine"]["gpu" if args.device == "cuda" else "cpu"]
+    print(f"Logits ({shape}), {result['dtype']}, to {args.size} px; {device}")
     print(f"\n{HEAD}", flush=True)
-    for row in measure(args):
+    for found in measure(args):
         # Print at once, so that an interrupted run keeps its first rows.
-        print(lines(row), flush=True)
-        result["rows"].append(row)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        print(lines(found), flush=True)
+        result["rows"].append(found)
+    harness.write_json(args, result)
 
 
 if __name__ == "__main__":

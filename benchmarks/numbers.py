@@ -11,7 +11,6 @@ must be the same.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,11 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import kill_resume
-from benchmarks.commits import ROOT, unpack
-from benchmarks.kill_resume import RECIPES, tensors
+from benchmarks.harness import Table, make_parser, write_json
 from extras.preparation.synthetic import make
+from tests.support import resumed_runs
+from tests.support.resumed_runs import RECIPES, tensors
 
+ROOT = Path(__file__).resolve().parent.parent
 PROTOCOLS = ("paper", "square")
 
 
@@ -39,11 +39,29 @@ class Numbers(NamedTuple):
     scores: list[float]  # mIoU in percent for each protocol.
 
 
+def unpack(commit: str, folder: str | Path) -> None:
+    """Write the files of a commit into a folder.
+
+    Args:
+        commit: Any name that git has for the commit.
+        folder: Folder for the files.
+
+    Raises:
+        SystemExit: The commit does not exist.
+    """
+    command = ["git", "archive", f"{commit}^{{tree}}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SystemExit(f"error: {commit}: no commit of {ROOT}: {''.join(reason)}")
+    subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
+
+
 def make_config(
     data: str, folder: str, recipe: str, size: int = 64, steps: int = 10
 ) -> dict[str, Any]:
     """Return the config of a run that saves a checkpoint at its end."""
-    config = kill_resume.make_config(data, recipe, "folders", workers=0)
+    config = resumed_runs.make_config(data, recipe, "folders", workers=0)
     for section in ("train_dataset", "eval_dataset"):
         config[section] |= {"base_size": size, "final_size": size}
     for parent in (config, *(config[name] for name in RECIPES[1:])):
@@ -83,12 +101,12 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; return 1 if a result differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("commit", help="what to compare with, as git names it")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     options = parser.parse_args(arguments)
-    print("| recipe | losses of steps 1, 5, 10 | state | mIoU paper, square | the commit's |")
-    print("|---|---|---|---|---|", flush=True)
+    columns = "recipe", "losses of steps 1, 5, 10", "state", "mIoU paper, square", "the commit's"
+    table = Table(*columns)
     differs = False
     with tempfile.TemporaryDirectory() as folder:
         before, data = Path(folder, "before"), f"{folder}/data"
@@ -104,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
             losses = ", ".join(f"{ours.losses[step]:.9g}" for step in (0, 4, 9))
             scores = ", ".join(f"{score:.4f}" for score in ours.scores)
             verdict = f"DIFFER in {', '.join(parts)}" if parts else "identical"
-            print(f"| {recipe} | {losses} | {ours.state[:10]} | {scores} | {verdict} |", flush=True)
+            table.add(recipe, losses, ours.state[:10], scores, verdict)
+    write_json(options, table.result())
     return int(differs)
 
 

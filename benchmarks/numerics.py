@@ -20,24 +20,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import main as program
-from benchmarks import loss
-from benchmarks.device_transform import make_batch
-from benchmarks.kill_resume import largest_difference
+from benchmarks import harness, loss
 from benchmarks.numbers import make_config
-from benchmarks.train_step import never_evaluate, release
+from dataset.labels import PADDING
 from extras.preparation.synthetic import make
+from tests.support.resumed_runs import largest_difference
 from training.config import resolve
 from training.pictures import Curves
 from transforms import DeviceTransform
@@ -48,6 +46,14 @@ CLASSES, STRIDE = 150, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
 LEVEL = 1 / 255 / 0.225  # The smallest step of an image, normalised.
+# Changes of a config for a run in plain fp32.
+EXACTLY = {"precision": "fp32", "tf32": False, "compile": False}
+# Columns of the tables.
+LOSSES = "logits", "target", "class weights", "error of the loss", "of its gradient"
+IMAGES = "images on the GPU", "greatest difference from a CPU's", "labels"
+RESUMED = "hot, deterministic", "steps", "losses", "greatest difference of a tensor"
+NAMES = {False: "not compiled", True: "compiled"}
+Row = tuple[list[str], bool]  # The cells of a row, and whether the result is correct.
 
 
 def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[float, float]:
@@ -75,38 +81,41 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
     return abs(found.item() / value.item() - 1), error.item()
 
 
-def loss_rows(size: int) -> Iterator[tuple[str, bool]]:
-    """Yield the rows of the first table, and whether each row is correct."""
-    yield "| logits | target | class weights | error of the loss | of its gradient |", True
-    yield "|---|---|---|---|---|", True
+def loss_rows(size: int) -> Iterator[Row]:
+    """Yield a row of the first table for each type, target and side."""
     for dtype, tolerance in TOLERANCE.items():
         for target in loss.TARGETS:
             for side in loss.WEIGHTED:
                 errors = loss_errors(dtype, target, side, size)
                 holds = errors[0] < TOLERANCE[torch.float32] and errors[1] < tolerance
                 name = str(dtype).removeprefix("torch.")
-                cells = [name, target, "no" if side == loss.WEIGHTED[0] else "yes"]
-                cells += [f"{error:.1e}" for error in errors]
-                yield f"| {' | '.join(cells)}{'' if holds else ' DIFFER'} |", holds
+                weights = "no" if side == loss.WEIGHTED[0] else "yes"
+                yield [name, target, weights, *(f"{error:.1e}" for error in errors)], holds
 
 
-def transform_rows(size: int) -> Iterator[tuple[str, bool]]:
-    """Yield the rows of the second table: with the device's own operations, and compiled."""
-    yield "| photos on the GPU | greatest difference from a CPU's | labels |", True
-    yield "|---|---|---|", True
-    photos, labels = make_batch(8, size, "cpu")
+def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images with a strip of padding, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, size, size)
+    images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 151, shape, dtype=torch.uint8, generator=generator)
+    labels[:, : size // 16] = PADDING
+    return images.permute(0, 3, 1, 2).to(device), labels.to(device)
+
+
+def transform_rows(size: int) -> Iterator[Row]:
+    """Yield the rows of the second table: with the GPU's own operations, and compiled."""
+    images, labels = make_batch(8, size, "cpu")
     transform = DeviceTransform(distort=True, seed=5)
-    expected, classes = transform((photos, labels))
+    expected, classes = transform((images, labels))
     for compiled in (False, True):
         if compiled:
             transform.compile()
-        found, target = transform((photos.cuda(), labels.cuda()))
-        apart = (found.cpu() - expected).abs().max().item()
+        found, target = transform((images.cuda(), labels.cuda()))
+        difference = (found.cpu() - expected).abs().max().item()
         same = torch.equal(target.cpu(), classes)
-        holds = same and apart < LEVEL
-        cells = ["compiled" if compiled else "not compiled", f"{apart:.1e}"]
-        cells.append("the same" if same else "differ")
-        yield f"| {' | '.join(cells)}{'' if holds else ' DIFFER'} |", holds
+        cells = [NAMES[compiled], f"{difference:.1e}", "the same" if same else "differ"]
+        yield cells, same and difference < LEVEL
 
 
 def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[float]:
@@ -117,27 +126,28 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
         tf32: Whether a GPU may compute fp32 in TF32, as Composer allows.
         **changes: Changes of the config.
     """
-    release()
+    harness.release()
     trainer = program.build_trainer(dataclasses.replace(resolve(config), **changes))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    never_evaluate(trainer)  # Without evaluations, the evaluation pass is not compiled either.
+    # Without evaluations, the evaluation pass is not compiled either.
+    harness.never_evaluate(trainer)
     trainer.fit()
     trainer.close()
     (curves,) = (c for c in trainer.state.callbacks if isinstance(c, Curves))
     return [value for _, value, _ in curves.train]
 
 
-def precision_rows(config: dict[str, Any], steps: int) -> Iterator[tuple[str, bool]]:
-    """Yield the rows of the third table, with training in each precision."""
-    shown = sorted({1, max(steps // 4, 1), max(steps // 2, 1), steps})
-    heads = ["precision", *(f"loss {step}" for step in shown), "mean difference", "greatest"]
-    yield f"| {' | '.join(heads)} |", True
-    yield "|---" * len(heads) + "|", True
+def precision_rows(config: dict[str, Any], shown: Sequence[int]) -> Iterator[Row]:
+    """Yield the rows of the third table, with training in each precision.
+
+    Args:
+        config: Content of a YAML config.
+        shown: Steps whose losses are shown.
+    """
     on_gpu = torch.cuda.is_available()
-    exactly = {"precision": "fp32", "tf32": False, "compile": False}
-    runs: dict[str, dict[str, Any]] = {"fp32": exactly, "fp32, again": exactly}
+    runs: dict[str, dict[str, Any]] = {"fp32": EXACTLY, "fp32, again": EXACTLY}
     if on_gpu:
-        runs["TF32"] = exactly | {"tf32": True}
+        runs["TF32"] = EXACTLY | {"tf32": True}
     for precision in ("amp_bf16", "amp_fp16")[: 1 + on_gpu]:
         runs[precision] = {"precision": precision, "compile": False}
         if on_gpu:
@@ -146,35 +156,71 @@ def precision_rows(config: dict[str, Any], steps: int) -> Iterator[tuple[str, bo
     for name, changes in runs.items():
         losses = train(config, save_folder=None, **changes)
         apart = [abs(a - b) for a, b in zip(losses, reference or losses, strict=True)]
-        cells = [name, *(f"{losses[step - 1]:.4f}" for step in shown)]
-        cells += [f"{sum(apart) / steps:.1e}", f"{max(apart):.1e}"] if reference else ["", ""]
+        means = [f"{sum(apart) / len(apart):.1e}", f"{max(apart):.1e}"] if reference else ["", ""]
         reference = reference or losses
-        yield f"| {' | '.join(cells)} |", True
+        yield [name, *(f"{losses[step - 1]:.4f}" for step in shown), *means], True
 
 
-def resume_rows(config: dict[str, Any], steps: int, folder: str) -> Iterator[tuple[str, bool]]:
+def resume(
+    config: dict[str, Any], steps: int, folder: str, compiled: bool = False
+) -> tuple[bool, float]:
+    """Compare a run that resumes from its middle checkpoint with one that never stopped.
+
+    Args:
+        config: Content of a YAML config.
+        steps: Number of steps of the run.
+        folder: Folder for the checkpoints; the first run writes to its subfolder `whole`.
+        compiled: Whether to compile the network.
+
+    Returns:
+        Whether all losses are the same, and the largest difference of a tensor.
+    """
+    whole, resumed, half = f"{folder}/whole", f"{folder}/resumed", steps // 2
+    same = {"precision": "auto", "compile": compiled, "deterministic": True}
+    keep = {"save_interval": f"{half}ba", "save_num_checkpoints_to_keep": -1}
+    losses = train(config, save_folder=whole, **same, **keep)
+    (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
+    again = train(config, save_folder=resumed, load_path=str(middle), **same)
+    torch.use_deterministic_algorithms(False)  # Composer leaves this on.
+    return losses == again, largest_difference(resumed, whole)
+
+
+def resume_rows(config: dict[str, Any], steps: int, folder: str) -> Iterator[Row]:
     """Yield the rows of the fourth table: resumed runs, not compiled and, on a GPU, compiled."""
-    yield "| hot, deterministic | steps | losses | greatest difference of a tensor |", True
-    yield "|---|---|---|---|", True
     for compiled in (False, True)[: 1 + torch.cuda.is_available()]:
-        whole, resumed = (f"{folder}/{name}-{compiled}" for name in ("whole", "resumed"))
-        same = {"precision": "auto", "compile": compiled, "deterministic": True}
-        half = steps // 2
-        keep = {"save_interval": f"{half}ba", "save_num_checkpoints_to_keep": -1}
-        losses = train(config, save_folder=whole, **same, **keep)
-        (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
-        again = train(config, save_folder=resumed, load_path=str(middle), **same)
-        apart = largest_difference(resumed, whole)
-        holds = losses == again and apart == 0
-        cells = ["compiled" if compiled else "not compiled", f"{steps}, from {half} on again"]
-        cells += ["the same" if losses == again else "differ", f"{apart}"]
-        yield f"| {' | '.join(cells)}{'' if holds else ' DIFFER'} |", holds
+        same, difference = resume(config, steps, f"{folder}/{compiled}", compiled)
+        cells = [NAMES[compiled], f"{steps}, from {steps // 2} on again"]
+        yield [*cells, "the same" if same else "differ", f"{difference}"], same and difference == 0
 
 
+@contextmanager
+def made_config(size: int, batch: int) -> Iterator[tuple[str, Callable[..., dict[str, Any]]]]:
+    """Make a folder with generated images.
+
+    Args:
+        size: Side of the images in pixels.
+        batch: Number of images in a batch.
+
+    Yields:
+        The folder, and a function from a recipe and a number of steps to the config of a run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        make(f"{folder}/data/folders", training=8 * batch, validation=8, size=size)
+
+        def config(recipe: str, steps: int) -> dict[str, Any]:
+            found = make_config(f"{folder}/data", folder, recipe, size, steps)
+            for section in ("train_dataset", "eval_dataset"):
+                found[section]["batch_size"] = batch
+            return found | {"device_train_microbatch_size": batch}
+
+        yield folder, config
+
+
+@harness.quiet()
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; return 1 if a row says DIFFER."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = harness.make_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=50 if on_gpu else 20, help="of a loss curve")
     add("--resumed-steps", type=int, default=12, help="of the run that goes on")
@@ -183,31 +229,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # The variable must be set before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    warnings.simplefilter("ignore")
-    logging.getLogger("composer").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        make(f"{folder}/data/folders", training=8 * args.batch, validation=2, size=args.size)
-
-        def config(recipe: str, steps: int) -> dict[str, Any]:
-            found = make_config(f"{folder}/data", folder, recipe, args.size, steps)
-            for section in ("train_dataset", "eval_dataset"):
-                found[section]["batch_size"] = args.batch
-            return found | {"device_train_microbatch_size": args.batch}
-
-        tables = (
-            loss_rows(args.size),
-            *([transform_rows(args.size)] * on_gpu),
-            precision_rows(config("baseline", args.steps), args.steps),
-            resume_rows(config("hot", args.resumed_steps), args.resumed_steps, folder),
-        )
-        whole = True
-        for rows in tables:
-            for row, holds in rows:
-                # Print at once, so that an interrupted run keeps its first rows.
-                print(row, flush=True)
-                whole &= holds
+    shown = sorted({1, max(args.steps // 4, 1), max(args.steps // 2, 1), args.steps})
+    curves = "precision", *(f"loss {step}" for step in shown), "mean difference", "greatest"
+    results, correct = [], True
+    with made_config(args.size, args.batch) as (folder, config):
+        tables: list[tuple[tuple[str, ...], Iterator[Row]]] = [(LOSSES, loss_rows(args.size))]
+        if on_gpu:
+            tables.append((IMAGES, transform_rows(args.size)))
+        tables.append((curves, precision_rows(config("baseline", args.steps), shown)))
+        hot = config("hot", args.resumed_steps)
+        tables.append((RESUMED, resume_rows(hot, args.resumed_steps, folder)))
+        for columns, rows in tables:
+            table = harness.Table(*columns)
+            for cells, holds in rows:
+                table.add(*cells[:-1], cells[-1] if holds else f"{cells[-1]} DIFFER")
+                correct &= holds
+            results.append(table.result())
             print()
-    return int(not whole)
+    harness.write_json(args, {"tables": results})
+    return int(not correct)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ Plan and run are separate processes. Memory is the peak of the process: resident
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.harness import Table, make_parser, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "yamls/demo.yaml"
@@ -56,7 +57,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("config", nargs="?", default=str(DEMO), help="default: the demo's")
     parser.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_args(argv)
@@ -69,9 +70,10 @@ def main(argv: list[str] | None = None) -> None:
             overrides += [f"{section}.path={folder}/data" for section in SECTIONS]
             overrides.append(f"save_folder={folder}/checkpoints")
         found = measure(args.config, overrides)
-    print("| | planned | taken | planned / taken |\n|---|---|---|---|")
+    table = Table("", "planned", "taken", "planned / taken")
     for name, (planned, taken) in found.items():
-        print(f"| {name} | {planned:.2f} | {taken:.2f} | {planned / taken:.2f} |")
+        table.add(name, *(f"{value:.2f}" for value in (planned, taken, planned / taken)))
+    write_json(args, table.result())
 
 
 SECTIONS = ("train_dataset", "eval_dataset")

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.train_step import RECIPES, machine
+from benchmarks.harness import machine
+from benchmarks.train_step import RECIPES
 from training.precision import choose_precision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +53,8 @@ GPU = [
     Benchmark("benchmarks.train_step", "--rounds 2 --warmup 3", 270),
     Benchmark("benchmarks.numerics", seconds=100),
     Benchmark("benchmarks.loss", "--batch 16", 80),
-    Benchmark("benchmarks.auto_microbatch", seconds=60),
-    Benchmark("benchmarks.device_transform", "--batch 32", 30),
+    Benchmark("benchmarks.studies.auto_microbatch", seconds=60),
+    Benchmark("benchmarks.studies.device_transform", "--batch 32", 30),
 ]
 SMALL = "--size 64 --steps 2 --warmup 1"
 CPU = [
@@ -61,7 +62,7 @@ CPU = [
     Benchmark("benchmarks.train_step", f"{SMALL} --precision fp32", 270),
     Benchmark("benchmarks.numerics", "--steps 10 --resumed-steps 4", 270),
     Benchmark("benchmarks.loss", "--batch 1 --repeats 3 --threads 1", 100),
-    Benchmark("benchmarks.device_transform", seconds=60),
+    Benchmark("benchmarks.studies.device_transform", seconds=60),
     Benchmark("benchmarks.dataloader", "--images 160 --repeats 3", 60),
 ]
 # Compilation would take half of the time.
@@ -90,7 +91,7 @@ def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
     overhead = OVERHEAD if on_gpu else OVERHEAD_SMALL
     minutes = max((seconds - overhead) / len(RECIPES) - overhead, 10) / 60
     arguments = CAMVID.format(path=shlex.quote(path), minutes=minutes)
-    return Benchmark("benchmarks.camvid", arguments + CAMVID_SMALL * (not on_gpu))
+    return Benchmark("benchmarks.studies.camvid", arguments + CAMVID_SMALL * (not on_gpu))
 
 
 def run(benchmark: Benchmark, limit: float) -> Outcome:

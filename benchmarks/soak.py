@@ -33,9 +33,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks import soak_memory
-from benchmarks.kill_resume import RECIPES, largest_difference
+from benchmarks.harness import Table, machine, make_parser, write_json
 from benchmarks.soak_run import EVERY, Run, make_config
 from tests.support.faulty_store import FAULTS, FaultyStore
+from tests.support.resumed_runs import RECIPES, largest_difference
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 500
@@ -176,7 +177,7 @@ def share(world: World, run: Run, name: str) -> bool:
         other.end()
 
 
-def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) -> str | None:
+def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) -> tuple | None:
     """Inject a fault into a run.
 
     Args:
@@ -187,7 +188,7 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
         other: Name for another run, if the fault needs one.
 
     Returns:
-        A row of the table, or None if the run was done before.
+        Cells of a row of the table, or None if the run was done before.
     """
     began, batch, ended = time.monotonic(), run.newest, len(run.endings)
     run.watch()
@@ -205,7 +206,7 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
     if not met:
         return None
     endings = "; ".join(run.endings[ended:]) or "went on"
-    return f"{batch} | {kind} | {lasted:.0f} s | {endings} | {run.gap:.0f} s"
+    return batch, kind, f"{lasted:.0f} s", endings, f"{run.gap:.0f} s"
 
 
 class Soak:
@@ -225,8 +226,8 @@ class Soak:
     def __call__(self, minutes: float) -> float:
         """Inject faults into runs for the given minutes; return the largest difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
-        print("| at | recipe | batch | strike | it lasted | the run | no batch for |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        columns = "at", "recipe", "batch", "strike", "it lasted", "the run", "no batch for"
+        self.table = Table(*columns)
         self.began = time.monotonic()
         for number, recipe in enumerate(itertools.cycle(RECIPES)):
             if time.monotonic() - self.began > 60 * minutes:
@@ -249,17 +250,17 @@ class Soak:
             if not run.reach(batch):
                 break
             at = time.monotonic()
-            row = strike(self.world, run, hand[0], self.rng, f"{name}-other")
-            if row:
+            cells = strike(self.world, run, hand[0], self.rng, f"{name}-other")
+            if cells:
                 del hand[0]
-                self.print(at, recipe, row)
+                self.print(at, recipe, *cells)
         self.deck += hand
         run.finish()
         difference = largest_difference(self.world.checkpoint(name), reference)
         self.worst = max(self.worst, difference)
         left = f"; LEFT OVER: {found}" if (found := run.left_over()) else ""
         end = f"{run.attempt} attempts; difference {difference}{left}"
-        self.print(time.monotonic(), recipe, f"{run.newest} | the end | | {end} |")
+        self.print(time.monotonic(), recipe, run.newest, "the end", "", end, "")
 
     def deal(self) -> list[str]:
         """Take the faults of a run from the deck, with the slowest to begin first."""
@@ -268,25 +269,26 @@ class Soak:
         hand = [self.deck.pop() for _ in range(STRIKES)]
         return sorted(hand, key=lambda kind: kind != SHARED)
 
-    def print(self, at: float, recipe: str, row: str) -> None:
+    def print(self, at: float, recipe: str, *cells: object) -> None:
         """Print a row of the table."""
         minutes, seconds = divmod(round(at - self.began), 60)
-        print(f"| {minutes}:{seconds:02} | {recipe} | {row} |", flush=True)
+        self.table.add(f"{minutes}:{seconds:02}", recipe, *cells)
 
 
-def memory(world: World) -> int:
+def memory(world: World, arguments: argparse.Namespace) -> int:
     """Print and draw the memory and open files of an undisturbed run; return 1 if they grow."""
     run = world.run("undisturbed", "hot", steps=soak_memory.STEPS + EVERY)
     samples = soak_memory.follow(run)
     text, growth = soak_memory.table(samples)
     print(text)
     soak_memory.draw(samples, world.folder / "memory.png")
+    write_json(arguments, {"samples": samples, "machine": machine()})
     return int(growth > soak_memory.TOLERANCE or bool(run.endings))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return 1 if a run differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="of being struck (20)")
     parser.add_argument("--seed", type=int, default=0, help="of what strikes when (0)")
     parser.add_argument("--memory", action="store_true", help="of a run that nothing strikes")
@@ -301,10 +303,13 @@ def main(argv: list[str] | None = None) -> int:
         os.makedirs(folder, exist_ok=True)
         world = World(Path(folder).resolve(), stack.enter_context(s3_server()), stack)
         if arguments.memory:
-            return memory(world)
+            return memory(world, arguments)
         for missing in world.missing:
             print(f"left out: {missing}")
-        return int(Soak(world, random.Random(arguments.seed))(arguments.minutes) > 0)
+        soak = Soak(world, random.Random(arguments.seed))
+        worst = soak(arguments.minutes)
+        write_json(arguments, soak.table.result())
+        return int(worst > 0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness import head, row
 from benchmarks.soak_run import Run
 
 STEPS = 2000
@@ -51,16 +52,15 @@ def read(run: Run) -> Sample:
 def table(samples: Sequence[tuple[int, Sample]]) -> tuple[str, float]:
     """Return a table of memory and open files by step, and the largest growth over the run."""
     steps = [step for step, _ in samples]
-    lines = ["| process | " + " | ".join(f"step {step}" for step in steps) + " | growth |"]
-    lines.append("|---" * (len(steps) + 2) + "|")
+    lines = [head("process", *(f"step {step}" for step in steps), "growth")]
     worst = 0.0
     for name in samples[0][1]:
         for i, unit in enumerate(UNITS):
             values = [sample[name][i] for _, sample in samples]
             growth = values[-1] / values[0] - 1
             worst = max(worst, growth)
-            row = " | ".join(f"{value:.{1 - i}f}" for value in values)
-            lines.append(f"| {name}, {unit} | {row} | {growth:+.1%} |")
+            shown = (f"{value:.{1 - i}f}" for value in values)
+            lines.append(row(f"{name}, {unit}", *shown, f"{growth:+.1%}"))
     return "\n".join(lines), worst
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.kill_resume import RECIPES
+from tests.support.resumed_runs import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2

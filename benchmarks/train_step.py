@@ -18,21 +18,16 @@ GPUs that `main.py --plan` knows, the table also shows the estimate.
 from __future__ import annotations
 
 import argparse
-import atexit
 import copy
 import functools
 import gc
-import json
-import logging
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -40,10 +35,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.version
-from composer import Callback, Trainer
-from composer.core import DataSpec, Engine, State, get_precision_context
-from composer.loggers import Logger
+from composer import Trainer
+from composer.core import DataSpec, get_precision_context
 from composer.models import ComposerModel
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
@@ -51,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 from torch.utils.flop_counter import FlopCounterMode
 
 import main as program
-from benchmarks import plain
+from benchmarks import harness, plain
 from benchmarks.dataloader import make_data
 from benchmarks.stopwatch import PARTS, Stopwatch
 from data import build_data
@@ -73,28 +66,11 @@ BUILDERS: dict[str, Callable[..., Trainer]] = {
 }
 
 
-class Steps(Callback):
-    """A callback that records the end of each step, after Composer has waited for the device.
-
-    Composer waits in order to log the loss.
-    """
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self.ends.append(time.perf_counter())
-
-    def mean(self, count: int) -> float:
-        """Return the mean seconds of the last `count` steps."""
-        return (self.ends[-1] - self.ends[-1 - count]) / count
-
-
-def config(args: argparse.Namespace, recipe: str) -> Config:
-    """Return the config of a run without pictures, checkpoints or evaluations."""
+def config(args: argparse.Namespace, recipe: str, **changes: Any) -> Config:
+    """Return the config of a run without pictures, checkpoints or evaluations, with changes."""
     dataset = {
         "path": args.path,
-        "base_size": args.size,
+        "base_size": vars(args).get("base_size", args.size),
         "final_size": args.size,
         "batch_size": args.batch,
     }
@@ -118,6 +94,7 @@ def config(args: argparse.Namespace, recipe: str) -> Config:
             "optimizer": {"lr": 0.001},
             "pictures": 0,
         }
+        | changes
     )
 
 
@@ -134,10 +111,9 @@ class Contender:
         self.args, self.side, self.recipe = args, side, recipe
         # The contenders share loaders and workers, but not the trainer's wrappers around them.
         data = data and (copy.copy(data[0]), copy.copy(data[1]))
-        self.steps = Steps()
+        self.steps = harness.Steps()
         self.trainer = BUILDERS[side](config(args, recipe), callbacks=[self.steps], data=data)
-        never_evaluate(self.trainer)
-        self.seconds: list[float] = []
+        harness.never_evaluate(self.trainer)
         self.bytes = 0  # Peak memory on a GPU.
 
     def fit(self, steps: int) -> None:
@@ -147,17 +123,17 @@ class Contender:
             torch.cuda.empty_cache()  # Free the cached memory of the other contenders.
         self.trainer.fit(duration=f"{steps}ba")
 
-    def time(self) -> None:
-        """Measure the mean step of another run and, on a GPU, its peak memory."""
+    def time(self) -> float:
+        """Return the mean seconds of a step in another run; on a GPU, measure its peak memory."""
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         self.fit(1 + self.args.steps)  # The first step waits for the start of the loader.
-        self.seconds.append(self.steps.mean(self.args.steps))
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
+        return self.steps.mean(self.args.steps)
 
     def profile(self) -> float:
         """Return the average number of host waits per step."""
@@ -209,12 +185,6 @@ class Contender:
         return {"images_per_second": images / taken, "forward": len(batch[1]) / forward}
 
 
-def never_evaluate(trainer: Trainer) -> None:
-    """Turn off the evaluation that Composer runs at the end of each `fit`."""
-    for evaluator in trainer.state.evaluators:
-        evaluator.eval_interval = lambda state, event: False
-
-
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
     """Return the peak memory of building a trainer and of its first steps, in a new process.
 
@@ -252,18 +222,11 @@ def standing_bytes(trainer: Trainer) -> int:
 
 @torch.no_grad()
 def forward_seconds(trainer: Trainer, batch: Any) -> float:
-    """Return the seconds of the fastest of four forward passes in evaluation."""
+    """Return the median seconds of a forward pass in evaluation."""
     model = cast(ComposerModel, trainer.state.model)
     model.eval()
-    taken = []
-    for _ in range(4):
-        start = time.perf_counter()
-        with get_precision_context(trainer.state.precision):
-            model.eval_forward(batch)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    with get_precision_context(trainer.state.precision):
+        return harness.seconds_of(lambda: model.eval_forward(batch), min_run_time=0.5)
 
 
 def operations(args: argparse.Namespace) -> int:
@@ -287,10 +250,18 @@ def data_sheet(name: str) -> str | None:
     return max(known, key=len, default=None)
 
 
-def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, dict[str, float]]:
-    """Return the estimate of `main.py --plan --gpu` for the steps of each recipe.
+def estimates(
+    args: argparse.Namespace, gpu: str | None, precision: str
+) -> dict[str, dict[str, float]]:
+    """Return the estimate of `main.py --plan` for the steps of each recipe.
 
-    The memory excludes the CUDA context.
+    Args:
+        args: Command line.
+        gpu: Name in `extras.planning.estimate`. Without one, only the memory is estimated.
+        precision: Precision of the run, as Composer names it.
+
+    Returns:
+        For each recipe, the images per second, and the bytes without the CUDA context.
     """
     found = {}
     settings = config(args, "none")
@@ -298,33 +269,20 @@ def estimates(args: argparse.Namespace, name: str, precision: str) -> dict[str, 
     network = create_meta_network(**asdict(settings.model))
     footprint = count(network, args.size, AUTOCAST.get(precision), compiled)
     for recipe in args.recipes:
-        step = estimate(
-            footprint,
-            config(args, recipe),
-            name,
-            gpus=1,
-            passes=passes(config(args, recipe)),
-            precision=precision,
-            compiled=compiled,
-        )
-        found[recipe] = {"images_per_second": args.batch / step.step, "bytes": step.memory}
+        settings = config(args, recipe)
+        found[recipe] = {"bytes": footprint.step(args.batch, settings, 1)}
+        if gpu:
+            step = estimate(footprint, settings, gpu, 1, passes(settings), precision, compiled)
+            found[recipe] = {"images_per_second": args.batch / step.step, "bytes": step.memory}
     return found
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
-    """Return the operations per second of a large matrix product, the best within a second."""
+    """Return the operations per second of a large matrix product, measured for a second."""
     on_gpu = torch.cuda.is_available()
     n, device = (GPU_MATRIX, "cuda") if on_gpu else (2048, "cpu")
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best, end = float("inf"), time.perf_counter() + 1
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(10 if on_gpu else 1):
-            torch.matmul(a, b)
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / (10 if on_gpu else 1))
-    return 2 * n**3 / best
+    return 2 * n**3 / harness.seconds_of(lambda: torch.matmul(a, b), min_run_time=1)
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -346,7 +304,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "operations_per_image": flops,
         "matrix_rates": rates,
         "recipes": recipes,
-        "machine": machine(),
+        "machine": harness.machine(),
     }
     contenders: dict[str, dict[str, Contender]] = {}
     for recipe in args.recipes:
@@ -356,20 +314,20 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         sides = {side: Contender(args, side, recipe, data) for side in BUILDERS}
         for contender in sides.values():
             contender.fit(args.warmup)
-        for _ in range(args.rounds):
-            for contender in sides.values():
-                contender.time()
+        runs = harness.in_turn(
+            {side: contender.time for side, contender in sides.items()}, args.rounds
+        )
         recipes[recipe] = {}
         of_a_step = flops * passes(config(args, recipe)) * args.batch
         for side, contender in sides.items():
-            seconds = statistics.median(contender.seconds)
+            seconds = statistics.median(runs[side])
             recipes[recipe][side] = {
                 "milliseconds": 1e3 * seconds,
                 "images_per_second": args.batch / seconds,
                 "utilisation": of_a_step / seconds / rates[types[side]],
                 "waits": contender.profile(),
                 "bytes": contender.bytes or resident[side],
-                "runs": contender.seconds,
+                "runs": runs[side],
             }
         contenders[recipe] = sides
         if sheet and recipe == args.recipes[-1]:
@@ -403,17 +361,6 @@ def compute_type(args: argparse.Namespace, side: str) -> str:
     return {"amp_bf16": "bfloat16", "amp_fp16": "float16"}.get(precision, "float32")
 
 
-def machine() -> dict[str, Any]:
-    """Return the machine and library versions that the results depend on."""
-    from benchmarks.dataloader import machine as host
-
-    found: dict[str, Any] = host() | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-    return found | {"platform": platform.platform()}
-
-
 def step_rows(recipe: str, result: dict[str, Any]) -> str:
     """Return the speed and memory of a recipe as Markdown.
 
@@ -423,27 +370,22 @@ def step_rows(recipe: str, result: dict[str, Any]) -> str:
     lines = []
     if recipe == next(iter(result["recipes"])):
         types = ", ".join(f"{side} in {dtype}" for side, dtype in result["types"].items())
+        names = "recipe", "", "images/s", "ms/step", "ratio", "utilisation", "peak memory"
         lines = [
             f"{result['arch']}, {result['size']} px, batch {result['batch']}; {types}; "
             f"{'ours compiled; ' * result['compile']}{result['rounds']} runs of "
             f"{result['steps']} steps each, {result['machine']['threads']} threads",
             "",
-            "| recipe | | images/s | ms/step | ratio | utilisation | peak memory | waits a step |",
-            "|---|---|---|---|---|---|---|---|",
+            harness.head(*names, "waits per step"),
         ]
     entry = result["recipes"][recipe]
     for side, found in entry.items():
-        cells = [
-            recipe,
-            side,
-            f"{found['images_per_second']:.1f}",
-            f"{found['milliseconds']:.0f}",
-            f"{ratio(entry):.2f}" if side == "ours" else "",
-            f"{found['utilisation']:.0%}",
-            f"{found['bytes'] / 2**30:.2f} GiB",
-            f"{found['waits']:g}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rates = f"{found['images_per_second']:.1f}", f"{found['milliseconds']:.0f}"
+        shown = f"{ratio(entry):.2f}" if side == "ours" else ""
+        memory = f"{found['bytes'] / 2**30:.2f} GiB", f"{found['waits']:g}"
+        lines.append(
+            harness.row(recipe, side, *rates, shown, f"{found['utilisation']:.0%}", *memory)
+        )
     if "estimates" in result:
         lines += ["", *estimate_lines(result)]
     return "\n".join(lines)
@@ -451,16 +393,13 @@ def step_rows(recipe: str, result: dict[str, Any]) -> str:
 
 def estimate_lines(result: dict[str, Any]) -> list[str]:
     """Return the estimates compared with the measurements of this project, as Markdown."""
-    lines = [
-        "| estimated / measured | images/s | | | peak memory, GiB | | |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [harness.head("estimated / measured", "images/s", "", "", "peak memory, GiB", "", "")]
     for recipe, planned in result["estimates"].items():
         ours, cells = result["recipes"][recipe]["ours"], [recipe]
         for key, unit in (("images_per_second", 1), ("bytes", 2**30)):
             pair = planned[key] / unit, ours[key] / unit
             cells += [f"{value:.1f}" for value in pair] + [f"{pair[0] / pair[1]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(harness.row(*cells))
     return lines
 
 
@@ -471,9 +410,11 @@ def ratio(entry: dict[str, Any]) -> float:
 
 def evaluation_table(result: dict[str, Any]) -> str:
     """Return the evaluation and the number of compiled graphs as Markdown."""
-    lines = ["", "| evaluation | images/s | forward pass alone |", "|---|---|---|"]
+    lines = ["", harness.head("evaluation", "images/s", "forward pass alone")]
     for side, found in result["evaluation"].items():
-        lines.append(f"| {side} | {found['images_per_second']:.1f} | {found['forward']:.1f} |")
+        lines.append(
+            harness.row(side, f"{found['images_per_second']:.1f}", f"{found['forward']:.1f}")
+        )
     if result["compile"]:
         breaks = result["graph_breaks"]
         lines += ["", f"Graphs compiled: {result['graphs']}; graph breaks: {breaks}."]
@@ -485,10 +426,12 @@ def kernels_table(result: dict[str, Any]) -> str:
     kernels = result["kernels"]
     longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:10]
     whole = sum(kernels.values())
-    lines = ["", f"| the longest of {len(kernels)} kernels | ms/step | share |", "|---|---|---|"]
+    lines = ["", harness.head(f"the longest of {len(kernels)} kernels", "ms/step", "share")]
     for name in longest:
         shown = name.replace("|", "/")[:80]
-        lines.append(f"| `{shown}` | {kernels[name]:.2f} | {kernels[name] / whole:.1%} |")
+        lines.append(
+            harness.row(f"`{shown}`", f"{kernels[name]:.2f}", f"{kernels[name] / whole:.1%}")
+        )
     return "\n".join(lines)
 
 
@@ -496,21 +439,17 @@ def parts_table(result: dict[str, Any]) -> str:
     """Return the parts of the steps as Markdown."""
     recipes = result["recipes"]
     names = [(recipe, side) for recipe in recipes for side in BUILDERS]
-    lines = [
-        "",
-        "| ms/step | " + " | ".join(f"{recipe}, {side}" for recipe, side in names) + " |",
-        "|---|" + "---|" * len(names),
-    ]
+    lines = ["", harness.head("ms/step", *(f"{recipe}, {side}" for recipe, side in names))]
     for part in PARTS:
         cells = [f"{recipes[recipe][side]['parts'][part]:.1f}" for recipe, side in names]
-        lines.append(f"| {part} | {' | '.join(cells)} |")
+        lines.append(harness.row(part, *cells))
     return "\n".join(lines)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
     parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
@@ -518,15 +457,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
     parser.add_argument("--precision", default="auto", help="main.py's")
-    parser.add_argument("--compile", default="auto", help="main.py's")
+    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="main.py's")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--warmup", type=int, default=6, help="steps before a run is timed")
     parser.add_argument("--steps", type=int, default=10, help="steps of a run that are timed")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side and recipe")
-    parser.add_argument("--json", help="write the result there as well")
-    args = parser.parse_args(argv)
-    args.compile = {"true": True, "false": False}.get(str(args.compile).lower(), args.compile)
-    return args
+    return parser.parse_args(argv)
 
 
 def make_photos(root: Path, count: int, batch: int) -> None:
@@ -551,24 +487,14 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):
         print(table(result), flush=True)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        harness.write_json(args, result)
     return result
 
 
-def release() -> None:
-    """Free the memory of earlier trainers, which Composer keeps until the process ends."""
-    atexit.unregister(Engine._close)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
+@harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the result that --json writes."""
     args = arguments(argv)
-    warnings.simplefilter("ignore")
-    logging.getLogger("composer").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:
             args.path = folder
@@ -579,7 +505,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             except torch.OutOfMemoryError:
                 args.batch //= 2
                 print(f"Out of memory; now with batch {args.batch}.\n", flush=True)
-            release()
+            harness.release()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +20,23 @@ from composer.loggers import Logger
 from torch import nn
 
 import main as program
-from benchmarks import (
+from benchmarks import dataloader, harness, loss, plain, run_all, train_step
+from benchmarks.stopwatch import PARTS
+from benchmarks.studies import (
     auto_microbatch,
     camvid,
-    counted,
-    dataloader,
     device_transform,
     kernels,
-    loss,
     masks,
     peers,
-    plain,
     rare_classes,
-    run_all,
-    train_step,
 )
-from benchmarks.stopwatch import PARTS
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
-from networks.deeplab import create_meta_network
 from networks.depthwise import DilatedDepthwiseConv2d
 from tests.support.forked import shrink
 from tests.support.paths import ROOT
-from training.schema import Config, ModelConfig
+from training.schema import Config
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    train_step.release()
+    harness.release()
 
 
 @pytest.fixture
@@ -62,9 +54,6 @@ def step(synthetic: str) -> list[str]:
     """Arguments of train_step for two steps a run."""
     text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
     return f"{text} --warmup 1 --steps 2 --rounds 2".split()
-
-
-CONFIG = Config(model=ModelConfig(num_classes=12, backbone_arch="resnet50", backbone_weights=None))
 
 
 class FirstLoss(Callback):
@@ -192,7 +181,7 @@ def test_estimates_stand_beside_what_was_measured(step: list[str]) -> None:
     measured = {"images_per_second": 40.0, "bytes": 2**32}
     estimates = {"none": {"images_per_second": 50.0, "bytes": 2**31}}
     result = {"estimates": estimates, "recipes": {"none": {"ours": measured}}}
-    assert train_step.estimate_lines(result)[2:] == [
+    assert train_step.estimate_lines(result)[1:] == [
         "| none | 50.0 | 40.0 | 1.25 | 2.0 | 4.0 | 0.50 |"
     ]
 
@@ -265,11 +254,11 @@ def test_dataloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_device_transform(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class ShortTimer(device_transform.Timer):
+    class ShortTimer(harness.Timer):
         def blocked_autorange(self, min_run_time: float) -> object:
             return super().blocked_autorange(min_run_time=min_run_time / 100)
 
-    monkeypatch.setattr(device_transform, "Timer", ShortTimer)
+    monkeypatch.setattr(harness, "Timer", ShortTimer)
     main, text = device_transform.main, "--batch 2 --size 32"
     rows = run_main(main, text, tmp_path / "r", monkeypatch)["rows"]
     assert capsys.readouterr().out.splitlines()[3:] == [
@@ -406,10 +395,7 @@ def test_the_peers_are_trained_and_scored(synthetic: str, tmp_path: Path) -> Non
     names = ["mmsegmentation 0.30", "plain loop, smp"]
     small = ["--size", "32", "--minutes", "0.01", "--rounds", "1", "--classes", "12"]
     small += ["--workers", "1", "--json", str(tmp_path / "peers.json")]
-    try:
-        result = peers.main(["--path", synthetic, *small, "--only", *names])
-    finally:
-        logging.disable(logging.NOTSET)
+    result = peers.main(["--path", synthetic, *small, "--only", *names])
     assert list(result["contenders"]) == names
     for row in result["contenders"].values():
         assert 0 < row["images_per_second"][0] < 1000
@@ -426,18 +412,3 @@ def test_kernels_are_read(backward: bool) -> None:
     cells, rows = kernels.LOW + 1, kernels.SIZE
     fewest = kernels.IMAGES * cells * rows
     assert fewest <= found.rounds < 1.5 * fewest
-
-
-def test_small_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: a network of so many BatchNorms counts them in one operation."""
-    found = dict(counted.passes("resnet50"))
-    assert found["counters of a forward pass"] == 1
-    network = create_meta_network(**asdict(CONFIG.model))
-    layers = sum(1 for name, _ in network.named_buffers() if "mean" in name)
-    assert layers > 20 and found["an update of the average"] < layers / 2
-    monkeypatch.setattr(counted, "SIZE", 32)
-    monkeypatch.delattr("transforms.DeviceTransform.compile")
-    launches, moved = counted.transform(distort=False)
-    plain, _ = counted.transform(distort=True)
-    assert 10 < launches < plain
-    assert moved > counted.IMAGES * 32 * 32 * (3 + 1 + 12 + 8)  # photo and labels in and out

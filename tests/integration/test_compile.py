@@ -17,7 +17,8 @@ from torch.nn import functional
 
 import main as program
 import model
-from benchmarks.train_step import RECIPES, release
+from benchmarks.harness import release
+from benchmarks.train_step import RECIPES
 from tests.support.forked import shrink
 from training.config import resolve
 

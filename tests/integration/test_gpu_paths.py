@@ -40,7 +40,8 @@ from torch.overrides import TorchFunctionMode
 
 import main as program
 import model
-from benchmarks import camvid, device_transform, loss, train_step
+from benchmarks import harness, loss, train_step
+from benchmarks.studies import camvid, device_transform
 from errors import ConfigError
 from networks.deeplab import create_meta_network
 from predict import Segmenter, highest_class
@@ -460,6 +461,13 @@ class OnTheCPU(TorchFunctionMode):
         return torch.device("cpu") if wanted else value
 
 
+class HostTimer(harness.Timer):
+    """A timer that does not wait for the GPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, timer=time.perf_counter)
+
+
 @pytest.fixture
 def calls(
     gpu: None, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
@@ -477,11 +485,12 @@ def calls(
     count("max_memory_allocated", 12 * 2**20)
     monkeypatch.setattr("benchmarks.plain.get_device", lambda _: PretendedGPU())
     monkeypatch.setattr(train_step, "GPU_MATRIX", 64)
+    monkeypatch.setattr(harness, "Timer", HostTimer)
     threads = torch.get_num_threads()
     with OnTheCPU():
         yield found
     torch.set_num_threads(threads)
-    train_step.release()
+    harness.release()
 
 
 def test_train_step_measures_a_gpu(
@@ -533,7 +542,7 @@ def test_loss_measures_a_gpu(
     monkeypatch.setattr(sys, "argv", text.split())
     loss.main()
     result = json.loads(path.read_text())
-    assert result["machine"]["device"] == "NVIDIA H100 80GB HBM3"
+    assert result["machine"]["gpu"] == "NVIDIA H100 80GB HBM3"
     assert result["dtype"] == "bfloat16"
     sides = len(loss.SIDES)
     for row in result["rows"]:
@@ -544,14 +553,11 @@ def test_loss_measures_a_gpu(
 def test_device_transform_measures_a_gpu(
     calls: collections.Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class ShortTimer(device_transform.Timer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs, timer=time.perf_counter)  # not CUDA's
-
+    class ShortTimer(harness.Timer):
         def blocked_autorange(self, min_run_time: float) -> object:
             return super().blocked_autorange(min_run_time=min_run_time / 100)
 
-    monkeypatch.setattr(device_transform, "Timer", ShortTimer)
+    monkeypatch.setattr(harness, "Timer", ShortTimer)
     rows = list(device_transform.measure("cuda", 1, 2, 32))
     assert [row["transform"] for row in rows] == ["training", "evaluation"]
     assert all(row["device"].startswith("NVIDIA") and row["peak_mib"] == 5 for row in rows)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import main as program
-from benchmarks.train_step import release, standing_bytes
+from benchmarks.harness import release
+from benchmarks.train_step import standing_bytes
 from data import build_data
 from model import build_composer_deeplabv3
 from networks.deeplab import create_meta_network

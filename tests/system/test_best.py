@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kill_resume import largest_difference, make_config, make_data
 from checkpointing.remote_store import RemoteFolder
 from checkpointing.stores import batch_of
 from main import main
 from tests.support.best import Scores, files, record, saving, scores  # noqa: F401
 from tests.support.forked import Death, run
+from tests.support.resumed_runs import largest_difference, make_config, make_data
 from tests.support.s3_server import s3_server
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from benchmarks.kill_resume import (
+from tests.support.forked import Death, run, run_ranks
+from tests.support.layouts import lay_out
+from tests.support.resumed_runs import (
     largest_difference,
     make_config,
     make_data,
     read_log,
     same_log,
 )
-from tests.support.forked import Death, run, run_ranks
-from tests.support.layouts import lay_out
 
 SHARDS = {
     "max_duration": "4ba",

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kill_resume import make_config, read_log, tensors
 from extras.preparation.synthetic import make
 from tests.support.forked import Death, run, run_ranks
+from tests.support.resumed_runs import make_config, read_log, tensors
 
 LOSS = "loss/train/total"
 

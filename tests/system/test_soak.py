@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks import soak_memory, soak_run
-from benchmarks.kill_resume import RECIPES
 from tests.support.faulty_store import FAULTS, FaultyStore
+from tests.support.resumed_runs import RECIPES
 from training.config import resolve
 
 

@@ -25,6 +25,7 @@ FILES = [
         "dataset",
         "segmentation",
         "benchmarks",
+        "benchmarks/studies",
         "tests",
     )
     for path in sorted((ROOT / folder).glob("*.py"))

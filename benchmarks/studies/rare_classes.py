@@ -1,21 +1,18 @@
 """Gains and losses on CamVid from class weights and rare-class sampling.
 
-    python -m benchmarks.rare_classes --path camvid --minutes 3 --size 64 --batch 4 --probe 8
-    python -m benchmarks.rare_classes --path camvid --seeds 17 --minutes 1 --json result.json
+    python -m benchmarks.studies.rare_classes --path camvid --minutes 3 --size 64 --batch 4
+    python -m benchmarks.studies.rare_classes --path camvid --seeds 17 --minutes 1 --json out.json
 
-Each variant trains for the same minutes from each seed, as in `benchmarks.camvid`, with the options
-of that benchmark. The table shows means over the seeds. A class is rare if it occurs in a smaller
-fraction of the images than `--rare`. The rarest class of CamVid, fence, is in 47% of the images.
+Each variant trains for the same minutes from each seed, as in `benchmarks.studies.camvid`, with the
+options of that study. The table shows means over the seeds. A class is rare if it occurs in a
+smaller fraction of the images than `--rare`. CamVid's rarest class, fence, is in 47% of the images.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import statistics
 import sys
-import warnings
 from collections.abc import Sized
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import main as program
-from benchmarks import camvid
-from benchmarks.train_step import Steps, machine, never_evaluate, release
+from benchmarks.harness import head, machine, quiet, release, row, write_json
+from benchmarks.studies import camvid
 from segmentation.classes import load_classes
 from segmentation.metrics import MIoU, iou_per_class
 from training.schema import Config
@@ -42,7 +39,7 @@ WAYS: dict[str, tuple[Any, bool]] = {
     "both": ("auto", True),
 }
 SHOWN = ("pole", "sign symbol", "pedestrian", "bicyclist")
-NAMES = Path(__file__).parent.parent / "yamls" / "camvid_classes.txt"
+NAMES = Path(__file__).parents[2] / "yamls" / "camvid_classes.txt"
 
 
 class LastMatrix(Callback):
@@ -74,16 +71,6 @@ def config(args: argparse.Namespace, way: str, seed: int, batches: int) -> Confi
     )
 
 
-def seconds_per_step(args: argparse.Namespace, way: str) -> float:
-    """Return the seconds per step, measured in a short run whose first half is a warm-up."""
-    steps = Steps()
-    trainer = program.build_trainer(config(args, way, args.seeds[0], 10**6), callbacks=[steps])
-    never_evaluate(trainer)
-    trainer.fit(duration=f"{2 * args.probe}ba")
-    trainer.close()
-    return steps.mean(args.probe)
-
-
 def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[str, Any]:
     """Train one variant from one seed; return the IoU of each class in percent."""
     release()
@@ -107,7 +94,10 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     The loop goes seed by seed, so that disturbances on the machine affect all variants.
     """
     release()
-    seconds = {way: seconds_per_step(args, way) for way in args.ways}
+    seconds = {
+        way: camvid.seconds_per_step(config(args, way, args.seeds[0], 10**6), args.probe)
+        for way in args.ways
+    }
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
     for seed in args.seeds:
         for way in args.ways:
@@ -126,10 +116,7 @@ def mean(values: list[float]) -> float:
 def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
     """Return the means over the seeds as a Markdown table, and the spread of mIoU."""
     shown = [name for name in SHOWN if name in names] or names[:4]
-    lines = [
-        f"| | mIoU | of the seeds | {' | '.join(shown)} | the other classes |",
-        "|---" * (4 + len(shown)) + "|",
-    ]
+    lines = [head("", "mIoU", "of the seeds", *shown, "the other classes")]
     for way, runs in found.items():
         mious = [mean(run["iou"]) for run in runs]
         by_class = {
@@ -139,11 +126,11 @@ def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
         rest = mean([by_class[name] for name in names if name not in shown])
         cells = [f"{by_class[name]:.2f}" for name in shown]
         spread = f"{min(mious):.2f}-{max(mious):.2f}"
-        middle = statistics.fmean(mious)
-        lines.append(f"| {way} | {middle:.2f} | {spread} | {' | '.join(cells)} | {rest:.2f} |")
+        lines.append(row(way, f"{statistics.fmean(mious):.2f}", spread, *cells, f"{rest:.2f}"))
     return "\n".join(lines)
 
 
+@quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the result that --json writes."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -156,8 +143,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(parser.format_help())
     args = camvid.arguments(rest if "--recipes" in rest else [*rest, "--recipes", "none"])
     args = argparse.Namespace(**{**vars(args), **vars(own)})
-    warnings.simplefilter("ignore")
-    logging.getLogger("composer").setLevel(logging.ERROR)
     names = [info.name for info in load_classes(args.names, args.classes)]
     found = measure(args)
     keys = ("arch", "size", "batch", "lr", "minutes", "seeds", "rare")
@@ -167,8 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{args.minutes:g} minutes each, rare below {args.rare:g}: IoU in percent, mean of "
         f"{len(args.seeds)} seeds\n\n{table(found, names)}"
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args, result)
     return result
 
 

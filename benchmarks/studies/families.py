@@ -1,7 +1,7 @@
 """A test that builds a network of each mmsegmentation family and trains it for one step.
 
-    python -m benchmarks.families                          # the table, as Markdown; 10 minutes
-    python -m benchmarks.families --families swin segformer
+    python -m benchmarks.studies.families                  # the table, as Markdown; 10 minutes
+    python -m benchmarks.studies.families --families swin segformer
 
 Each network has 11 classes and no pretrained weights. It takes one SGD step on two random images.
 Then it is rebuilt from its checkpoint record and gets the weights of the first network. In
@@ -10,16 +10,14 @@ evaluation mode, both must give the same logits. The table names each failure an
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import logging
 import time
-import warnings
 from typing import Any
 
 import torch
 
+from benchmarks.harness import Table, make_parser, quiet, write_json
 from errors import one_line
 from model import ComposerDeepLabV3, build_composer_model
 from networks.base import Network
@@ -98,15 +96,14 @@ def measure(family: str, size: int) -> dict[str, Any]:
     }
 
 
+@quiet()
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of families that fail."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--families", nargs="+", default=families(), choices=families())
     parser.add_argument("--size", type=int, default=128, help="pixels")
     options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    print("| family | config | million parameters | pixels | loss | |\n|---|---|---|---|---|---|")
+    table = Table("family", "config", "million parameters", "pixels", "loss", "")
     failed = 0
     for family in options.families:
         try:
@@ -115,9 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:  # The table reports every failure.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
-        print("|", " | ".join(map(str, (family, choose(family), *cells))), "|", flush=True)
+        table.add(family, choose(family), *cells)
         gc.collect()
     print(f"\n{len(options.families) - failed} of {len(options.families)} families work")
+    write_json(options, table.result())
     return failed
 
 

@@ -1,7 +1,7 @@
 """Training of each recipe on CamVid from scratch for the same number of minutes: mIoU over time.
 
-    python -m benchmarks.camvid --path camvid --minutes 5
-    python -m benchmarks.camvid --path camvid --recipes none mild --minutes 1 --json result.json
+    python -m benchmarks.studies.camvid --path camvid --minutes 5
+    python -m benchmarks.studies.camvid --path camvid --recipes none mild --json out.json
 
 A schedule needs the length of the run. So each run's steps are timed first, and its length is set
 in batches. Evaluations are not counted. The half-life of EMA is a twentieth of the run; all other
@@ -11,11 +11,7 @@ numbers are the recipe's. `--path` is a folder in ADE20K's layout.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import warnings
 from collections.abc import Sized
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,8 +21,8 @@ from composer.loggers import Logger
 from torch.utils.data import DataLoader
 
 import main as program
-from benchmarks.train_step import RECIPES, Steps, machine, never_evaluate, release
-from training.config import resolve
+from benchmarks import harness, train_step
+from benchmarks.train_step import RECIPES
 from training.schema import Config
 
 
@@ -49,53 +45,33 @@ class Evaluations(Callback):
 
 def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
     """Return the config of a run with `args.evaluations` evaluations."""
-    dataset: dict[str, Any] = {
-        "path": args.path,
-        "base_size": args.base_size,
-        "final_size": args.size,
-        "batch_size": args.batch,
-    }
-    if args.workers is not None:
-        dataset["num_workers"] = args.workers
-    raw: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "run_name": f"camvid-{recipe}",
-        "recipe_name": None if recipe == "none" else recipe,
         "max_duration": f"{batches}ba",
-        "device_train_microbatch_size": args.batch,
-        "precision": args.precision,
-        "compile": args.compile,
-        "model": {
-            "num_classes": args.classes,
-            "backbone_arch": args.arch,
-            "backbone_weights": None,
-        },
-        "train_dataset": dataset,
-        "eval_dataset": dict(dataset),
         "eval_interval": f"{max(batches // args.evaluations, 1)}ba",
         "optimizer": {"lr": args.lr},
-        "pictures": 0,
     }
     if recipe != "none":
         half_life = {"half_life": f"{max(batches // 20, 1)}ba", "update_interval": "1ba"}
-        raw[recipe] = {"max_duration": f"{batches}ba", "ema": half_life}
-    return resolve(raw)
+        changes[recipe] = {"max_duration": f"{batches}ba", "ema": half_life}
+    return train_step.config(args, recipe, **changes)
 
 
-def seconds_per_step(args: argparse.Namespace, recipe: str) -> float:
-    """Return the seconds per step, measured in a short run whose first half is a warm-up."""
-    steps = Steps()
-    trainer = program.build_trainer(config(args, recipe, 10**6), callbacks=[steps])
-    never_evaluate(trainer)
-    trainer.fit(duration=f"{2 * args.probe}ba")
+def seconds_per_step(settings: Config, probe: int) -> float:
+    """Return the seconds per step over `probe` steps, after as many steps of warm-up."""
+    steps = harness.Steps()
+    trainer = program.build_trainer(settings, callbacks=[steps])
+    harness.never_evaluate(trainer)
+    trainer.fit(duration=f"{2 * probe}ba")
     trainer.close()
-    return steps.mean(args.probe)
+    return steps.mean(probe)
 
 
 def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
     """Train one recipe for `args.minutes`."""
-    release()
-    seconds = seconds_per_step(args, recipe)
-    release()
+    harness.release()
+    seconds = seconds_per_step(config(args, recipe, 10**6), args.probe)
+    harness.release()
     batches = max(round(60 * args.minutes / seconds), args.evaluations)
     evaluations = Evaluations()
     trainer = program.build_trainer(config(args, recipe, batches), callbacks=[evaluations])
@@ -117,22 +93,21 @@ def header(args: argparse.Namespace) -> str:
     return (
         f"CamVid from scratch, {args.arch}, {args.size} px, batch {args.batch}, lr {args.lr}: "
         "mIoU in percent after a part of the run\n\n"
-        f"| recipe | minutes | epochs | {' | '.join(parts)} |\n" + "|---" * (3 + len(parts)) + "|"
+        f"{harness.head('recipe', 'minutes', 'epochs', *parts)}"
     )
 
 
-def row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
+def score_row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
     """Return the row of a recipe."""
     scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][:evaluations]
     scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
-    cells = [recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores]
-    return f"| {' | '.join(cells)} |"
+    return harness.row(recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--minutes", type=float, default=5, help="of training, for each recipe")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
@@ -146,28 +121,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probe", type=int, default=20, help="steps to take a step's time from")
     parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
     parser.add_argument("--precision", default="auto", help="main.py's")
-    parser.add_argument("--compile", default="auto", help="main.py's")
-    parser.add_argument("--json", help="write the result there as well")
+    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="main.py's")
     args = parser.parse_args(argv)
     args.base_size = args.base_size or args.size
-    args.compile = {"true": True, "false": False}.get(str(args.compile).lower(), args.compile)
     return args
 
 
+@harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the result that --json writes."""
     args = arguments(argv)
-    warnings.simplefilter("ignore")
-    logging.getLogger("composer").setLevel(logging.ERROR)
     names = ("arch", "size", "batch", "lr", "minutes", "evaluations")
     result: dict[str, Any] = {name: getattr(args, name) for name in names}
-    result |= {"machine": machine(), "recipes": {}}
+    result |= {"machine": harness.machine(), "recipes": {}}
     print(header(args))
     for recipe in args.recipes:
         result["recipes"][recipe] = train(args, recipe)
-        print(row(recipe, result["recipes"][recipe], args.evaluations), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        print(score_row(recipe, result["recipes"][recipe], args.evaluations), flush=True)
+    harness.write_json(args, result)
     return result
 
 

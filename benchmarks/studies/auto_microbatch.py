@@ -1,6 +1,6 @@
 """A test of `device_train_microbatch_size: auto` with a batch that a GPU cannot hold.
 
-    python -m benchmarks.auto_microbatch --batch 128 --memory 40      # in GiB; works on larger GPUs
+    python -m benchmarks.studies.auto_microbatch --batch 128 --memory 40     # GiB
 
 The benchmark takes three steps with main.py's trainer and starts with the whole batch.
 """
@@ -8,11 +8,8 @@ The benchmark takes three steps with main.py's trainer and starts with the whole
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,9 @@ from composer.core import State
 from composer.loggers import Logger
 
 import main as program
-from benchmarks.train_step import Steps, config, machine, make_photos, never_evaluate
+from benchmarks.harness import Steps, machine, make_parser, never_evaluate, quiet, write_json
 from benchmarks.train_step import arguments as step_arguments
+from benchmarks.train_step import config, make_photos
 from training.precision import compiles
 
 
@@ -65,28 +63,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+@quiet()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--arch", default="resnet101")
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
     parser.add_argument("--memory", type=float, default=40, help="GiB that may be used")
     parser.add_argument("--compile", action="store_true", help="anew for every size tried")
-    parser.add_argument("--json", help="write the result there as well")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("error: no GPU; on a CPU auto is the whole batch")
-    warnings.simplefilter("ignore")
-    logging.getLogger("composer").setLevel(logging.ERROR)
     result = measure(args)
     print(
         f"batch {args.batch} in {args.memory:g} GiB: {result['microbatch']} images at a time, "
         f"{result['bytes'] / 2**30:.1f} GiB; first step {result['first_step']:.1f} s, "
         f"then {result['step']:.2f} s"
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training images per second on one core, for masks stored as indices, palettes or colours.
 
-    python -m benchmarks.masks             # on generated data with ADE20K's image sizes
-    python -m benchmarks.masks --path ./ade20k --json result.json
+    python -m benchmarks.studies.masks             # on generated data with ADE20K's image sizes
+    python -m benchmarks.studies.masks --path ./ade20k --json result.json
 
 The images and labels are the same. Only the storage of the masks and their description differ.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import dataloader
 from benchmarks.dataloader import BATCH, SIZE, images_per_second
+from benchmarks.harness import in_turn
 from data import ADE20k, build_ade20k_dataspec
 from dataset.description import parse_description
 from dataset.matching import list_samples
@@ -80,7 +82,6 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
     samples = list_samples(path, "train")[:limit]
     samples = samples[: len(samples) // BATCH * BATCH]
     loaders: dict[str, DataLoader] = {}
-    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, raw in lay_out(samples, Path(folder), num_classes).items():
             spec = build_ade20k_dataspec(
@@ -93,17 +94,12 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
                 description=parse_description(raw),
             )
             loaders[name] = cast(DataLoader, spec.dataloader)
-            rates[name] = []
             dataset = cast(ADE20k, loaders[name].dataset)
             stems = {Path(sample.image_path).stem for sample in samples}
             dataset.samples = [s for s in dataset.samples if Path(s.image_path).stem in stems]
             cast(EpochSampler, loaders[name].sampler).__init__(dataset, BATCH)
-        for repeat in range(repeats + 1):
-            for name, loader in loaders.items():
-                cast(EpochSampler, loader.sampler).set_epoch(repeat)
-                rate = images_per_second(loader)
-                if repeat:  # The first pass fills the file cache.
-                    rates[name].append(rate)
+        passes = {name: partial(images_per_second, loader) for name, loader in loaders.items()}
+        rates = in_turn(passes, repeats, warm_up=True)  # The first pass fills the file cache.
     return dataloader.results(path, len(samples), rates)
 
 

@@ -1,6 +1,6 @@
 """DeepLabV3+ with ResNet-50 on CamVid, trained for the same time by this project and its peers.
 
-    python -m benchmarks.peers --path camvid --minutes 2      # first: make install WITH=smp
+    python -m benchmarks.studies.peers --path camvid --minutes 2      # first: make install WITH=smp
 
 The peers are mmsegmentation 0.30, with its own runner, pipeline and config, and a plain PyTorch
 loop with the network of segmentation_models.pytorch (smp). All use the same image size, batch,
@@ -18,14 +18,11 @@ on the same squares.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import random
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,12 +38,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import main as program
-from benchmarks.train_step import machine, never_evaluate, release
+from benchmarks import harness, train_step
 from data import build_data
 from dataset.matching import list_samples
 from dataset.paths import find_root
 from segmentation.metrics import confusion_matrix, mean_iou
-from training.config import resolve
 from training.schema import Config
 from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
@@ -88,26 +84,16 @@ class Clock:
 
 def config(args: argparse.Namespace, precision: str = "auto") -> Config:
     """Return the config of this project's run."""
-    dataset = {"path": args.path, "base_size": args.size, "final_size": args.size}
-    dataset |= {"batch_size": args.batch, "num_workers": args.workers}
-    return resolve(
-        {
-            "run_name": "peers",
-            "max_duration": "1000000ba",
-            "precision": precision,
-            "seed": args.seed,
-            "model": {
-                "num_classes": args.classes,
-                "backbone_arch": "resnet50",
-                "backbone_weights": None,
-            },
-            "train_dataset": dataset,
-            "eval_dataset": dict(dataset),
-            # Decoupled weight decay is a fraction per step.
-            "optimizer": {"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
-            "schedule": {"name": "constant"},
-            "pictures": 0,
-        }
+    settings = {"arch": "resnet50", "precision": precision, "compile": "auto"}
+    return train_step.config(
+        argparse.Namespace(**vars(args), **settings),
+        "none",
+        max_duration="1000000ba",
+        device_train_microbatch_size="auto",
+        seed=args.seed,
+        # Decoupled weight decay is a fraction per step.
+        optimizer={"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
+        schedule={"name": "constant"},
     )
 
 
@@ -131,7 +117,7 @@ def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
     clock = Clock(args.minutes)
     run = config(args, precision)
     trainer = program.build_trainer(run, callbacks=[Timed(clock, args.lr)])
-    never_evaluate(trainer)
+    harness.never_evaluate(trainer)
     clock.start = time.perf_counter()
     trainer.fit()
     trainer.close()
@@ -311,7 +297,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     on_gpu = torch.cuda.is_available()
     cores = os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--classes", type=int, default=11)
     parser.add_argument("--minutes", type=float, default=2, help="of training, each time")
@@ -322,15 +308,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=max(cores // 2, 1), help="of torch's")
     parser.add_argument("--workers", type=int, default=4 if on_gpu else 1, help="of the loader")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
-    parser.add_argument("--json", help="write the result there as well")
     return parser.parse_args(argv)
 
 
+@harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the result that --json writes."""
     args = arguments(argv)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # mmsegmentation sets the levels of its loggers itself.
     torch.set_num_threads(args.threads)
     found: dict[str, dict[str, list[float]]] = {
         name: {"images_per_second": [], "miou": []} for name in args.only
@@ -345,21 +329,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 trained = CONTENDERS[name](args)
                 found[name]["images_per_second"].append(trained.images_per_second)
                 found[name]["miou"].append(score(args, trained))
-                release()
+                harness.release()
     print(
         f"CamVid from scratch, ResNet-50, {args.size} px, batch {args.batch}, {args.threads} "
         f"threads and {args.workers} loader processes, {args.minutes:g} minutes, {args.rounds} "
-        "times in turn\n\n| | images/s, median | mIoU, mean | each |\n|---|---|---|---|"
+        f"times in turn\n\n{harness.head('', 'images/s, median', 'mIoU, mean', 'each')}"
     )
-    for name, row in found.items():
-        each = ", ".join(f"{miou:.1f}" for miou in row["miou"])
-        rate, miou = statistics.median(row["images_per_second"]), statistics.mean(row["miou"])
-        print(f"| {name} | {rate:.2f} | {miou:.2f} | {each} |")
+    for name, runs in found.items():
+        each = ", ".join(f"{miou:.1f}" for miou in runs["miou"])
+        rate, miou = statistics.median(runs["images_per_second"]), statistics.mean(runs["miou"])
+        print(harness.row(name, f"{rate:.2f}", f"{miou:.2f}", each))
     names = ("size", "batch", "lr", "threads", "workers", "minutes", "rounds")
     result: dict[str, Any] = {name: getattr(args, name) for name in names}
-    result |= {"machine": machine(), "contenders": found}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"machine": harness.machine(), "contenders": found}
+    harness.write_json(args, result)
     return result
 
 

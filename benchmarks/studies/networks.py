@@ -1,7 +1,7 @@
 """A test that trains a network of each library, kills and resumes it, and uses its checkpoint.
 
-    python -m benchmarks.networks --path camvid      # the table, as Markdown; 15 minutes on a CPU
-    python -m benchmarks.networks --path camvid --networks smp:Unet --batches 40
+    python -m benchmarks.studies.networks --path camvid      # the table; 15 minutes on a CPU
+    python -m benchmarks.studies.networks --path camvid --networks smp:Unet --batches 40
 
 Each row is a run of the hot recipe on CamVid from scratch. SIGKILL ends the run in the middle, and
 the same command resumes it. The row shows the largest difference from an undisturbed run in
@@ -15,8 +15,6 @@ deeplabv3 has a ResNet of four blocks.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import signal
 import sys
@@ -27,10 +25,11 @@ from typing import Any
 import evaluate
 import export
 import predict
-from benchmarks.kill_resume import largest_difference, read_log, same_log
+from benchmarks.harness import Table, make_parser, run_command, write_json
 from dataset.paths import find_root
 from errors import one_line
 from tests.support.forked import Death, run, shrink
+from tests.support.resumed_runs import largest_difference, read_log, same_log
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "deeplabv3": {},
@@ -40,7 +39,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "smp:Unet": {"encoder_name": "resnet18"},
     "hf:FOLDER": {},
     "timm:convnext_atto": {},
-    "benchmarks.networks:plain": {},
+    "benchmarks.studies.networks:plain": {},
 }
 
 
@@ -82,15 +81,6 @@ def make_config(args: argparse.Namespace, name: str, arguments: dict[str, Any]) 
     }
 
 
-def command(main: Any, *arguments: str) -> tuple[int, str]:
-    """Call the `main` of a command; return its status and the last line of its output."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = main(list(arguments))
-    lines = [line for line in output.getvalue().splitlines() if line.strip()]
-    return status, lines[-1] if lines else ""
-
-
 def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
     """Return the row of a network."""
     place = name
@@ -114,18 +104,18 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
 
     checkpoint = f"{killed}/latest-rank0.pt"
     named = ["--network", place] if "." in place.partition(":")[0] else []
-    evaluate_status, line = command(
+    evaluate_status, line = run_command(
         evaluate.main, checkpoint, "--json", f"{folder}/scores.json", *named
     )
     miou = line
     if evaluate_status == 0:
         miou = f"{json.loads(Path(f'{folder}/scores.json').read_text())['mIoU']:.2f}"
     photo = next((find_root(args.path) / "images" / "validation").iterdir())
-    _, predicted = command(
+    _, predicted = run_command(
         predict.main, checkpoint, str(photo), "--out", f"{folder}/predictions", *named
     )
     size = ["--photo", str(photo), "--size", "128"]
-    _, exported = command(
+    _, exported = run_command(
         export.main, checkpoint, "--to", "onnx", "--out", f"{folder}/model.onnx", *size, *named
     )
     ran = f"{losses[0]:.3f} to {losses[-1]:.3f}"
@@ -134,7 +124,7 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--size", type=int, default=64, help="pixels")
@@ -145,11 +135,12 @@ def main(argv: list[str] | None = None) -> int:
     shrink()  # The processes shrink the network too.
     columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
     columns += ["mIoU", "predict.py", "export.py --to onnx"]
-    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|", flush=True)
+    table = Table(*columns)
     for name in args.networks:
         with tempfile.TemporaryDirectory() as folder:
             cells = measure(args, name, folder)
-        print("|", " | ".join([name, *cells]), "|", flush=True)
+        table.add(name, *cells)
+    write_json(args, table.result())
     return 0
 
 

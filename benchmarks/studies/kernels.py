@@ -1,7 +1,7 @@
 """Instructions and registers of the loss kernels, compiled for GPUs of other machines.
 
-    python -m benchmarks.kernels                  # the working tree
-    python -m benchmarks.kernels --commit HEAD~1  # the files of a commit
+    python -m benchmarks.studies.kernels
+    python -m benchmarks.studies.kernels --capabilities 90
 
 The kernels are compiled for 150 classes in bf16 at stride 4, for A100, H100, B200 and RTX 50.
 "loop" is the innermost loop with an exponential, which processes 4 pixels with all their classes.
@@ -11,7 +11,6 @@ warp. It excludes the code around the loop.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import inspect
 import re
@@ -22,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.commits import files_of, imported
+from benchmarks.harness import Table, make_parser, write_json
+from segmentation import losses_triton as kernels
 
 CAPABILITIES = (80, 90, 100, 120)
 CLASSES, LOW, SIZE, IMAGES = 150, 128, 512, 16
@@ -39,17 +39,11 @@ class Found(NamedTuple):
     rounds: int
 
 
-def loss_kernels() -> Any:
-    """Import the kernels from their present or former module."""
-    return imported("segmentation.losses_triton", "losses_triton")
-
-
 def compile_for(capability: int, backward: bool, targets: int) -> bytes:
     """Compile a kernel of the loss."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernels = loss_kernels()
     kernel: Any = kernels._backward_kernel if backward else kernels._forward_kernel
     logits = torch.empty(1, CLASSES, LOW, LOW, device="meta", dtype=torch.bfloat16)
     pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
@@ -75,7 +69,6 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
 
 def tile(backward: bool) -> tuple[int, int]:
     """Return the rows and cells of a program."""
-    kernels = loss_kernels()
     if backward:
         return kernels.BACKWARD_ROWS, kernels.BACKWARD_CELLS
     return kernels.FORWARD_ROWS, kernels.FORWARD_CELLS
@@ -124,23 +117,21 @@ def read(cubin: bytes, backward: bool) -> Found:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--commit", help="compile its files instead")
+    parser = make_parser(__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     args = parser.parse_args(argv)
-    with files_of(args.commit):
-        head = ["kernel", "GPU", "registers", "stack", "shared", "loop", *SHOWN, "work, 10^9"]
-        print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-        for backward in (False, True):
-            for targets in (1, 2):
-                name = f"{'backward' if backward else 'forward'}, {('index', 'mixed')[targets - 1]}"
-                for capability in args.capabilities:
-                    found = read(compile_for(capability, backward, targets), backward)
-                    total = found.loop.total()
-                    cells = [name, f"sm_{capability}", found.registers, found.stack, found.shared]
-                    cells += [total, *(found.loop[each] for each in SHOWN)]
-                    cells.append(f"{total * found.rounds / 1e9:.2f}")
-                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    columns = "kernel", "GPU", "registers", "stack", "shared", "loop"
+    table = Table(*columns, *SHOWN, "work, 10^9")
+    for backward in (False, True):
+        for targets in (1, 2):
+            name = f"{'backward' if backward else 'forward'}, {('index', 'mixed')[targets - 1]}"
+            for capability in args.capabilities:
+                found = read(compile_for(capability, backward, targets), backward)
+                total = found.loop.total()
+                cells = [name, f"sm_{capability}", found.registers, found.stack, found.shared]
+                cells += [total, *(found.loop[each] for each in SHOWN)]
+                table.add(*cells, f"{total * found.rounds / 1e9:.2f}")
+    write_json(args, table.result())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,306 @@
+"""A check of this machine's GPU before a long run: five minutes, correctness first, then speed.
+
+    python -m benchmarks.gpu_check                 # or: make gpu-check
+    python -m benchmarks.gpu_check --device cpu    # a stand-in at small sizes, two minutes
+
+The first table compares the GPU with a reference:
+
+- the loss and its gradient, from the kernels of this machine, with Composer's formula in fp64;
+- the losses of a training run in mixed precision with the same run in fp32;
+- a run that resumes from its middle checkpoint with one that never stopped;
+- an evaluation of its checkpoint with the same evaluation on the CPU;
+- the checkpoint as an ONNX file on the GPU, if onnxruntime can use it, with PyTorch on the CPU.
+
+The second table measures a compiled training step, and shows the estimate of `main.py --plan` for
+GPUs that it knows. Speed never decides the verdict.
+
+The last line is `verdict: passed`, or `verdict: failed` with the names of the failed rows. It also
+names rows that were left out. The exit status is 0 or 1. `benchmarks.numerics` compares more types,
+and compiled runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import io
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import export
+from benchmarks import harness, loss, numerics, train_step
+from command_lines import parse_evaluate
+from data import open_dataset
+from errors import one_line
+from evaluate import data_source, evaluate_paper
+from predict import segmenter_from
+from training.precision import choose_precision
+
+
+class Sizes(NamedTuple):
+    """The sizes of all measurements. Each is an option of the command line."""
+
+    check_size: int = 256  # Pixels of the runs in the first table.
+    check_batch: int = 8  # Images per step of these runs.
+    check_steps: int = 30  # Steps that mixed precision and fp32 are compared for.
+    resumed_steps: int = 8  # Steps of the run that resumes in the middle.
+    arch: str = "resnet101"  # Backbone of the training step in the second table.
+    size: int = 512  # Pixels of this step.
+    batch: int = 16  # Images of this step. The check halves it if memory runs out.
+    timed_steps: int = 10  # Steps whose mean time is shown.
+
+
+ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
+RECIPES = {"baseline": "none", "medium": "medium"}  # Names in `benchmarks.train_step`.
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+# Largest mean difference of a loss in mixed precision, relative to the loss in fp32.
+CURVE = 0.05
+# Largest share of pixels that a GPU may count in another cell of the confusion matrix, because it
+# adds in another order.
+PIXELS = 1e-3
+
+
+class Outcome(NamedTuple):
+    """The cells of a row, and whether the result is correct. None: the row was left out."""
+
+    cells: tuple[str, ...]
+    holds: bool | None
+
+
+Rows = Iterator[tuple[str, Callable[[], Outcome]]]  # Names of rows, and functions that measure.
+
+
+def loss_row(dtype: torch.dtype, side: str, size: int) -> Outcome:
+    """Compare the loss with fp64 for index targets and MixUp's targets; return the worse errors."""
+    errors = [numerics.loss_errors(dtype, target, side, size) for target in loss.TARGETS]
+    worst = [max(pair) for pair in zip(*errors, strict=True)]
+    limits = numerics.TOLERANCE[torch.float32], numerics.TOLERANCE[dtype]
+    # A comparison with nan is False.
+    holds = all(error < limit for error, limit in zip(worst, limits, strict=True))
+    return Outcome((_pair(worst), _pair(limits)), holds)
+
+
+def _pair(errors: Sequence[float]) -> str:
+    return f"loss {errors[0]:.0e}, gradient {errors[1]:.0e}"
+
+
+def precision_row(config: dict[str, Any], precision: str) -> Outcome:
+    """Compare the losses of a run in mixed precision with those in fp32."""
+    expected = numerics.train(config, save_folder=None, **numerics.EXACTLY)
+    found = numerics.train(config, save_folder=None, precision=precision, compile=False)
+    apart = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
+    mean = math.fsum(apart) / len(apart)
+    cells = f"losses differ by {mean:.2%}", f"{CURVE:.0%} on average"
+    return Outcome(cells, mean < CURVE)
+
+
+def resume_row(config: dict[str, Any], steps: int, folder: str) -> Outcome:
+    """Compare a resumed run with one that never stopped."""
+    same, difference = numerics.resume(config, steps, folder)
+    losses = f"losses {'the same' if same else 'differ'}, tensors differ by {difference:g}"
+    return Outcome((losses, "the same, 0"), same and difference == 0)
+
+
+def confusion(model: str, device: str) -> Tensor:
+    """Return the confusion matrix that `evaluate.py` counts for a model on a device."""
+    options = parse_evaluate([model, "--device", device])
+    segmenter = segmenter_from(options)
+    source, _ = data_source(options, segmenter)
+    index = torch.from_numpy(source.labels.index())
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with contextlib.redirect_stderr(io.StringIO()):  # Hide the progress bar.
+        return evaluate_paper(segmenter, open_dataset(source), index, batch_size=4).cpu()
+
+
+def evaluation_row(model: str, checkpoint: str, device: str) -> Outcome:
+    """Compare an evaluation of a model on the device with that of its checkpoint on the CPU."""
+    expected, found = confusion(checkpoint, "cpu"), confusion(model, device)
+    share = float((found - expected).abs().sum()) / 2 / float(expected.sum())
+    return Outcome((f"{share:.3%} of the pixels differ", f"{PIXELS:.1%}"), share < PIXELS)
+
+
+def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
+    """Compare an evaluation of the exported ONNX file with that of its checkpoint on the CPU."""
+    if not all(importlib.util.find_spec(name) for name in export.ONNX):
+        return Outcome(("make install WITH=onnx", ""), None)
+    import onnxruntime
+
+    path = f"{folder}/model.onnx"
+    status, line = harness.run_command(export.main, checkpoint, "--to", "onnx", "--out", path)
+    if status:
+        raise RuntimeError(line)
+    # onnxruntime lists a provider whose libraries are missing, but a session does without it.
+    session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    if device == "cuda" and not set(GPU_PROVIDERS) & set(session.get_providers()):
+        return Outcome(("onnxruntime cannot use the GPU; pip install onnxruntime-gpu", ""), None)
+    return evaluation_row(path, checkpoint, device)
+
+
+def checks(sizes: Sizes, device: str, folder: str, config: Callable[..., dict[str, Any]]) -> Rows:
+    """Yield the name and the function of each row of the first table.
+
+    Args:
+        sizes: Sizes of the measurements.
+        device: "cuda" or "cpu".
+        folder: Folder for checkpoints.
+        config: Function of `numerics.made_config`.
+    """
+    plain, weighted = loss.WEIGHTED
+    for dtype in numerics.TOLERANCE:
+        name = f"loss in {str(dtype).removeprefix('torch.')}, beside fp64"
+        yield name, functools.partial(loss_row, dtype, plain, sizes.check_size)
+    name = "loss with class weights, beside fp64"
+    yield name, functools.partial(loss_row, torch.bfloat16, weighted, sizes.check_size)
+
+    steps, resumed = sizes.check_steps, sizes.resumed_steps
+    precision = choose_precision("auto")[0] if device == "cuda" else "amp_bf16"
+    name = f"{steps} steps in {precision}, beside fp32"
+    yield name, functools.partial(precision_row, config("baseline", steps), precision)
+    name = f"{resumed} steps, resumed after {resumed // 2}"
+    yield name, functools.partial(resume_row, config("hot", resumed), resumed, folder)
+
+    checkpoint = f"{folder}/whole/latest-rank0.pt"
+    name = "evaluation, beside the CPU's"
+    yield name, functools.partial(evaluation_row, checkpoint, checkpoint, device)
+    yield "ONNX, beside PyTorch", functools.partial(onnx_row, checkpoint, folder, device)
+
+
+def measure_step(args: argparse.Namespace, recipe: str) -> tuple[float, int, bool]:
+    """Return the seconds of a step, its peak memory, and whether its losses are finite."""
+    harness.release()
+    with harness.PeakMemory(torch.cuda.is_available()) as peak:
+        contender = train_step.Contender(args, "ours", recipe)
+        contender.fit(args.warmup)
+        seconds = contender.time()
+    losses = contender.trainer.state.total_loss_dict.values()
+    contender.trainer.close()
+    return seconds, peak.bytes, all(math.isfinite(float(value)) for value in losses)
+
+
+def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
+    """Measure the training step of a recipe; return its speed and memory beside the estimates.
+
+    Args:
+        args: Arguments of `benchmarks.train_step`. If memory runs out, `batch` is halved.
+        recipe: Recipe of `benchmarks.train_step`.
+        gpu: Name in `extras.planning.estimate`, or None.
+    """
+    measured = None
+    while measured is None:
+        try:
+            measured = measure_step(args, recipe)
+        except torch.OutOfMemoryError:
+            if args.batch <= 2:  # BatchNorm needs two images.
+                raise
+            args.batch //= 2
+    seconds, most, finite = measured
+    planned = train_step.estimates(args, gpu, choose_precision("auto")[0])[recipe]
+    rate = planned.get("images_per_second")
+    rates = f"{args.batch / seconds:.1f}", f"{rate:.1f}" if rate else "unknown"
+    # On a CPU, the new trainer reuses memory that earlier trainers have freed.
+    memory = f"{most / 2**30:.2f} GiB" if torch.cuda.is_available() else "not measured"
+    estimate = f"{planned['bytes'] / 2**30:.2f} GiB"
+    return Outcome((str(args.batch), *rates, memory, estimate), finite)
+
+
+def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
+    """Yield the name and the function of each row of the second table.
+
+    Args:
+        sizes: Sizes of the measurements.
+        gpu: Name in `extras.planning.estimate`, or None.
+        folder: Folder for generated images.
+    """
+    args = train_step.arguments(["--recipes", *RECIPES.values()])
+    args.arch, args.size, args.batch = sizes.arch, sizes.size, sizes.batch
+    args.path, args.steps, args.warmup = folder, sizes.timed_steps, train_step.CYCLE
+    images = args.batch * (args.warmup + args.steps + 2)
+    train_step.make_photos(Path(folder), images, args.batch)
+    for name, recipe in RECIPES.items():
+        yield name, functools.partial(step_row, args, recipe, gpu)
+
+
+def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
+    """Measure and print each row of a table; leave out rows that cannot start in time."""
+    words = {True: "ok", False: "FAILED", None: "left out"}
+    for name, measure in rows:
+        try:
+            in_time = time.monotonic() < deadline
+            cells, holds = measure() if in_time else Outcome(("out of time; --minutes 15",), None)
+        except Exception as error:  # A failure of one row must not hide the others.
+            cells, holds = (one_line(error)[:300],), False
+        empty = [""] * (len(table.names) - len(cells) - 2)
+        table.add(name, *cells, *empty, words[holds])
+
+
+def verdict(rows: Sequence[Sequence[str]]) -> str:
+    """Return "passed" or "failed", with the names of the rows that failed or were left out."""
+    names = {word: [row[0] for row in rows if row[-1] == word] for word in ("FAILED", "left out")}
+    text = f"failed: {'; '.join(names['FAILED'])}" if names["FAILED"] else "passed"
+    return f"{text} (left out: {'; '.join(names['left out'])})" if names["left out"] else text
+
+
+@harness.quiet()
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables and the verdict; return 1 if a row failed."""
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--minutes", type=float, default=5, help="later rows are left out")
+    for field, default in Sizes()._asdict().items():
+        option = f"--{field.replace('_', '-')}"
+        parser.add_argument(
+            option, type=type(default), help=f"{default}; on a CPU {getattr(ON_CPU, field)}"
+        )
+    args = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    if args.device == "cpu" and on_gpu:  # Start again where PyTorch finds no GPU.
+        command = [sys.executable, "-m", "benchmarks.gpu_check", *(argv or sys.argv[1:])]
+        return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
+    given = {name: value for name in Sizes._fields if (value := getattr(args, name)) is not None}
+    sizes = (Sizes() if on_gpu else ON_CPU)._replace(**given)
+    # The variable must be set before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    deadline = time.monotonic() + 60 * args.minutes
+
+    # Say what is checked.
+    about = harness.machine()
+    print(
+        f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}\n"
+        if on_gpu
+        else f"No GPU is used: a stand-in at small sizes on {about['cpu']}\n"
+    )
+
+    # Check the results, then measure the speed.
+    correctness = harness.Table("check", "measured", "limit", "result")
+    with numerics.made_config(sizes.check_size, sizes.check_batch) as (folder, config):
+        fill(correctness, checks(sizes, "cuda" if on_gpu else "cpu", folder, config), deadline)
+    print(f"\n{sizes.arch}, {sizes.size} px{', compiled' * on_gpu}; planned as in main.py --plan\n")
+    columns = "training step", "batch", "images/s", "planned", "peak memory", "planned"
+    speed = harness.Table(*columns, "result")
+    gpu = train_step.data_sheet(about["gpu"]) if on_gpu else None
+    with tempfile.TemporaryDirectory() as folder:
+        fill(speed, steps(sizes, gpu, folder), deadline)
+    harness.release()
+
+    result = verdict([*correctness.rows, *speed.rows])
+    tables = {"correctness": correctness.result(), "speed": speed.result()}
+    harness.write_json(args, {"verdict": result, **tables})
+    print(f"\nverdict: {result}")
+    return int(result.startswith("failed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
