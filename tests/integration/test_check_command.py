@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extras.preparation import check_command
+from extras.preparation import check_command, check_report
 from segmentation.classes import load_classes
 from tests.support.report import ROOT, labels_of, main, original, path, write  # noqa: F401
 
@@ -128,7 +128,7 @@ def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, ve
     assert lines[-1].endswith(verdict) or lines[-1].startswith(verdict)
     leaks = [line for line in lines if line.startswith("  ") and "is in both splits" in line]
     counted = re.search(r"(\d+) images? (is|are) in both", verdict)
-    assert len(leaks) == min(check_command.SHOWN, int(counted[1]) if counted else 0)
+    assert len(leaks) == min(check_report.SHOWN, int(counted[1]) if counted else 0)
 
 
 def test_draws_the_samples(path, tmp_path):
