@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Rows of an image whose scores are held at once. On a CPU they stay in the cache. On a GPU, where
@@ -69,13 +70,18 @@ def resized_bands(
         The rows of a band, from top to bottom, and its scores (rows, W, C), float32.
     """
     # With the classes last, each step handles all classes of a pixel in consecutive memory.
-    source = logits.float().permute(1, 2, 0).contiguous()
+    source, device = logits.float().permute(1, 2, 0).contiguous(), logits.device
     steps = [seen, size] if seen else [size]
     by_row = resize_matrix([source.shape[0], *(step[0] for step in steps)])
     by_column = resize_matrix([source.shape[1], *(step[1] for step in steps)])
     # A pixel mixes only a few columns of the logits, which have all the weight.
-    weights, places = by_column.topk(int((by_column != 0).sum(1).max()), 1)
-    columns = list(zip(places.T.to(logits.device), weights.T[:, :, None].to(logits.device)))
+    count = int((by_column != 0).sum(1).max())
+    places = np.argsort(-by_column, 1, kind="stable")[:, :count]
+    weights = np.take_along_axis(by_column, places, 1)
+    columns = [
+        (torch.tensor(place, device=device), torch.tensor(weight[:, None], device=device))
+        for place, weight in zip(places.T, weights.T, strict=True)
+    ]
 
     def widen(first: int, end: int) -> Tensor:
         (place, weight), *others = columns
@@ -84,27 +90,28 @@ def resized_bands(
             wide.addcmul_(source[first:end].index_select(1, place), weight)
         return wide
 
-    is_cpu = logits.device.type == "cpu"
+    is_cpu = device.type == "cpu"
     band = CPU_ROWS if is_cpu else max(1, BAND_ELEMENTS // (len(logits) * size[1]))
     wide, begin = source.new_empty(0, size[1], len(logits)), 0
     for top in range(0, size[0], band):
         part = by_row[top : top + band]
-        used = part.any(0).nonzero().flatten().tolist()
-        first, end = used[0], used[-1] + 1
+        used = np.flatnonzero(part.any(0))
+        first, end = int(used[0]), int(used[-1]) + 1
         # Neighbouring bands share rows of the logits, so widen only the new rows.
         known = max(begin + len(wide), first)
         ranges = [(y, y + 1) for y in range(known, end)] if is_cpu else [(known, end)]
         wide = torch.cat([wide[first - begin :], *(widen(*span) for span in ranges)])
         begin = first
-        with torch.autocast(logits.device.type, enabled=False):  # It would multiply in bf16.
-            scores = part[:, first:end].to(logits.device) @ wide.flatten(1)
+        with torch.autocast(device.type, enabled=False):  # It would multiply in bf16.
+            scores = torch.tensor(part[:, first:end], device=device) @ wide.flatten(1)
         yield slice(top, top + band), scores.unflatten(1, wide.shape[1:])
 
 
-def resize_matrix(lengths: Sequence[int]) -> Tensor:
+def resize_matrix(lengths: Sequence[int]) -> np.ndarray:
     """Return the matrix of several successive bilinear resizes of one side.
 
-    The resizes use align_corners=False.
+    The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
+    them, so a GPU never has to wait.
 
     Args:
         lengths: Length of the side before the first resize and after each resize.
@@ -112,7 +119,11 @@ def resize_matrix(lengths: Sequence[int]) -> Tensor:
     Returns:
         (last length, first length) float32.
     """
-    matrix = torch.eye(lengths[0])[None]
-    for length in lengths[1:]:
-        matrix = F.interpolate(matrix, length, mode="linear", align_corners=False)
-    return matrix[0].T
+    matrix = np.eye(lengths[0], dtype=np.float32)
+    for old, new in itertools.pairwise(lengths):
+        places = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(old / new)
+        places = np.maximum(places - np.float32(0.5), 0)
+        low = places.astype(np.int64)
+        share = (places - low).astype(np.float32)[:, None]
+        matrix = matrix[low] * (1 - share) + matrix[np.minimum(low + 1, old - 1)] * share
+    return matrix
