@@ -82,8 +82,8 @@ def draw_masks(
 ) -> None:
     """Draw and write the masks of annotated images.
 
+    Args:
         jobs: Tuples of an image's path, its shapes, and the path of its mask.
-        jobs: Path of the image, its shapes, and the path of the mask, for each image.
         values: Mask value of each class.
         by_area: Whether smaller shapes cover larger ones.
 
