@@ -70,8 +70,8 @@ def random_keys(length: int, seed: int, epoch: int) -> np.ndarray:
 def length_of_repeated(factors: np.ndarray) -> int:
     """Return the number of samples that `repeated` returns.
 
-    factors: Average number of times that each sample is drawn per epoch, (n,).
-    factors: Average number of times that an epoch takes each sample, (n,).
+    Args:
+        factors: Average number of times that each sample is drawn per epoch, (n,).
     """
     return math.ceil(round(float(factors.sum()), 6))
 
