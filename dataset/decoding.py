@@ -191,7 +191,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     if _is_wide(data):
         wide = _opencv(data, cv2.IMREAD_UNCHANGED)
         if wide is None or wide.ndim != 3:
-            raise ValueError("several channels of 16 bits cannot be read; export one channel")
+            raise ValueError("the mask has several 16-bit channels; export it with one channel")
         mask = wide
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
@@ -212,11 +212,11 @@ def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
         ValueError: A value is negative, is a fraction or exceeds `max_value`.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
-        raise ValueError("the pixels are fractions; export the mask with integers as labels")
+        raise ValueError("the pixels are fractions; export the mask with integer labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
         wrong = mask.min() if mask.min() < 0 else largest
-        raise ValueError(f"holds label {wrong}; labels must be between 0 and {max_value}")
+        raise ValueError(f"contains label {wrong}; labels must be between 0 and {max_value}")
     return np.ascontiguousarray(mask, dtype=np.uint8 if largest <= 255 else np.uint16)
 
 
@@ -245,7 +245,7 @@ def decode_colors(data: bytes) -> np.ndarray:
     if image.format in ("JPEG", "MPO"):
         raise ValueError("the mask is a JPEG, which changes colours; export it as PNG")
     if _is_wide(data):
-        raise ValueError("the mask has colours of 16 bits; export it with 8 bits per channel")
+        raise ValueError("the mask has 16-bit colours; export it with 8 bits per channel")
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     return pixels[..., 0] | pixels[..., 1] << 8 | pixels[..., 2] << 16
 

@@ -171,7 +171,8 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(
-            f"{where}: classes: labels are colours, but segments need category numbers; use those"
+            f"{where}: classes: labels are colours, but segments need category "
+            "numbers; list the numbers"
         )
     exclude = _as_list(raw.get("exclude"))
     for pattern in exclude:
@@ -200,7 +201,7 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
                 raise ConfigError(
-                    f"{where}: val: fraction must be the only key, with a number between 0 and 1"
+                    f"{where}: val: fraction must be the only key and a number between 0 and 1"
                 )
             sources[split] = sources["train"]
             continue
@@ -226,7 +227,7 @@ def _parse_classes(
             f"{where}: classes is missing; add it, as in classes: {{road: {{labels: [1]}}}}"
         )
     if not 2 <= len(given) < IGNORED:
-        raise ConfigError(f"{where}: classes: must be 2 to {IGNORED - 1} names; found {len(given)}")
+        raise ConfigError(f"{where}: classes: need 2 to {IGNORED - 1} classes; found {len(given)}")
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)
     kinds, colors, found = set(), [], []

@@ -102,7 +102,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if description.fraction and len(names) == 1 < len(pairs.images):
             findings += _moved(pairs, names, name, description.fraction)
         if not names and not any(finding.fatal for finding in findings):
-            reason = f"contains no images for {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            reason = (
+                f"contains no images for {name}; add files with {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
             findings.append(Finding(where, reason, True))
         chosen = list(pairs.masks)
         if len(names) < len(chosen):

@@ -78,6 +78,6 @@ class Segments:
         """
         name = os.path.basename(path)
         if name not in self.places:
-            raise ValueError(f"the segments of this mask are missing in {self.path}")
+            raise ValueError(f"{self.path} does not list this mask; add its segments")
         first, end = self.places[name]
         return [(number, category) for number, category in self.numbers[first:end].tolist()]

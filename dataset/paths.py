@@ -92,7 +92,11 @@ def list_files(folder: str | Path) -> list[str]:
                 entries = [entry for entry in scan if entry.name[0] != "."]
         except OSError as error:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                log.warning("%s: files are left out: %s", error.filename, error.strerror)
+                log.warning(
+                    "%s: cannot list this folder, so its files are left out: %s",
+                    error.filename,
+                    error.strerror,
+                )
             continue
         folders = [(entry.name, entry.is_symlink()) for entry in entries if _is_folder(entry)]
         names = [entry.name for entry in entries]
@@ -279,7 +283,9 @@ class Files(NamedTuple):
             (
                 name,
                 Finding(
-                    self.folder + path, f"same name as {self.path(name)}; rename one of them", True
+                    self.folder + path,
+                    f"has the same name as {self.path(name)}; rename one of them",
+                    True,
                 ),
             )
             for name, path in self.same

@@ -72,7 +72,7 @@ class Shards:
     ):
         if local is None:
             if not remote or is_remote(remote):
-                raise DataError(f"{remote}: give a local folder to keep the shards in")
+                raise DataError(f"{remote}: remote shards need a cache; set local to a folder")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
             # The cache folder is the data set itself, so nothing must be downloaded or deleted.
@@ -148,7 +148,7 @@ class Shards:
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
             raise DataError(
-                f"{self.folder} holds an earlier version of {self.location}; delete the folder"
+                f"{self.folder} contains an earlier version of {self.location}; delete this folder"
             )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
@@ -213,7 +213,7 @@ class Shards:
                 again = "; delete it to download it again" if self.is_cache else ""
                 raise DataError(f"{path} is damaged: {one_line(error)}{again}") from error
         else:
-            raise DataError(f"{path} is deleted before it can be read; increase cache_limit")
+            raise DataError(f"{path} was deleted before it could be read; increase cache_limit")
         if self.cache_limit:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
