@@ -65,7 +65,7 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
     if not arguments.get("path"):
         raise ConfigError("the checkpoint does not name a validation set; give --path or --config")
     if is_remote(arguments["path"]) and not arguments.get("local"):
-        raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
+        raise ConfigError(f"{arguments['path']} is remote; set --local to a cache folder")
     if described is not None and len(described.classes) != len(segmenter.classes):
         counts = (
             f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
@@ -170,7 +170,7 @@ def class_order(
     order = match_classes(classes, model, where, options.model)
     if order is not None:
         log.warning(
-            "%s: its classes are in another order than the model's; they were matched by name",
+            "%s: its class order differs from the model's, so the classes were matched by name",
             where,
         )
     return order

@@ -173,9 +173,9 @@ def _encode(
         picture = segmenter.overlay(photo, prediction)
         if max(picture.size) > JPEG_SIDE:
             size = (
-                f"{picture.width} x {picture.height} pixels, but a JPEG can have only {JPEG_SIDE:,}"
+                f"{picture.width} x {picture.height} pixels, but a JPEG is limited to {JPEG_SIDE:,}"
             )
-            return outputs, f"its overlay would have {size} a side; use --write index"
+            return outputs, f"its overlay would have {size} per side; use --write index"
         options = {"quality": 92, "subsampling": 0, "comment": COMMENT}
         outputs[".jpg"] = encode_image(".jpg", picture, **options)
     return outputs, ""

@@ -120,7 +120,7 @@ class Video:
                     time -= self._start
                 yield Frame(number, time, np.ascontiguousarray(photo))
         except (self._av.FFmpegError, OSError) as error:
-            place = f"the video breaks off after {count} frames: " if count else ""
+            place = f"the video is cut short after {count} frames: " if count else ""
             raise DataError(f"{place}{self._explain(error)}") from None
         finally:
             self._container.close()

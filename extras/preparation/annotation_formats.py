@@ -77,9 +77,9 @@ def _coco(found: dict[str, Any]) -> Annotations:
         where = f"annotation {annotation.get('id', place)}"
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in shapes:
-            raise DataError(f"{where}: image {image} is missing in images")
+            raise DataError(f"{where}: image {image} is not listed under images")
         if category not in names:
-            raise DataError(f"{where}: category {category} is missing in categories")
+            raise DataError(f"{where}: category {category} is not listed under categories")
         used.add(category)
         outline = annotation["segmentation"]
         if isinstance(outline, list):
@@ -295,7 +295,7 @@ def _yolo_names(root: Path) -> Any:
                 found = yaml.safe_load(config.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
-    raise DataError(f"{root}: found no data.yaml with names, here or above; give --names")
+    raise DataError(f"{root}: no data.yaml here or in a parent folder lists names; give --names")
 
 
 def by_number(names: Any) -> dict[int, str]:

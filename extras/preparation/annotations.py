@@ -160,7 +160,7 @@ def draw(
         if isinstance(runs, dict):
             if tuple(runs["size"]) != size:
                 raise ValueError(
-                    f"run lengths are for an image of {runs['size']}, but it is {list(size)}"
+                    f"run lengths are for size {runs['size']}, but the image has size {list(size)}"
                 )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
@@ -170,7 +170,8 @@ def draw(
             for part in runs:
                 if not is_sound(part, size):
                     raise ValueError(
-                        f"an outline of {len(part) // 2} points is too short or lies far outside"
+                        f"an outline of {len(part) // 2} points is too short or far outside the "
+                        "image"
                     )
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))

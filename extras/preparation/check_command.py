@@ -261,7 +261,9 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
         raise DataError(f"{path}: the second argument must be a .yaml file to write")
     for written in (path, path.with_suffix(".png")):
         if written.exists():
-            raise DataError(f"{written} already exists; give another file as the second argument")
+            raise DataError(
+                f"{written} already exists; give a different file as the second argument"
+            )
         check_writable(written)
     text, sheet = suggest(folder, workers or available_cores())
     write_image(path.with_suffix(".png"), sheet)

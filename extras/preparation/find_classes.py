@@ -92,7 +92,9 @@ def _read_file(path: str) -> FileValues:
     values, counts = np.unique(mask, return_counts=True)
     if len(values) > MOST_VALUES:
         what = "colours" if in_colors else "values"
-        return FileValues(path, "", {}, {}, f"holds {len(values)} {what}, too many for labels")
+        return FileValues(
+            path, "", {}, {}, f"contains {len(values)} {what}, which are too many for labels"
+        )
     rare = values[counts < EDGE_SHARE_OF_FILE * mask.size]
     thin = _thin_pixels(mask, in_colors, rare)
     found = {v: (n, *thin.get(v, (0, 0))) for v, n in zip(values.tolist(), counts.tolist())}
@@ -206,19 +208,19 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     what = "colours" if in_colors else "values"
     if edges > MOST_VALUES // 4:
         raise DataError(
-            f"{paths[0]} and the other masks hold {edges} {what} on blurred edges; "
+            f"{paths[0]} and the other masks contain {edges} {what} on blurred edges; "
             "export the masks without smoothing"
         )
     if classes < 2:
         raise DataError(
-            f"{paths[0]} and the other masks hold {classes} {what}; at least two are needed to "
+            f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
             "tell classes apart"
         )
     # Allow for two more values, which may be ignored later.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"{paths[0]} and the other masks hold {classes} {what}, but at most {MOST_CLASSES} "
-            "classes are possible; merge them, or check whether they number objects"
+            f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "
+            "classes are possible; merge some, or check whether they number objects, not classes"
         )
 
 

@@ -81,11 +81,16 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         notes.append(f"value {value} is ignored ({pixels[value] / total:.2%} of the pixels)")
     if 255 in pixels and 255 not in ignored | names.keys():
         share = pixels[255] / total
-        notes.append(f"value 255 is a class ({share:.2%} of the pixels); --ignore 255 ignores it")
+        notes.append(
+            f"value 255 is a class ({share:.2%} of the pixels); to ignore it, add --ignore 255"
+        )
     known = sorted((pixels.keys() | names.keys()) - ignored)
     values = {names.get(value, f"class_{value}"): value for value in known}
     if len(values) < len(known):
-        raise DataError(f"{options.source}: two values have the same name; give --names")
+        raise DataError(
+            f"{options.source}: two mask values have the same class name; give unique names "
+            "with --names"
+        )
     return Converted(values, notes, sorted(ignored))
 
 

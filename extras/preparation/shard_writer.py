@@ -245,8 +245,8 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
                 _verify(samples, out, cache, split, target)
             except Mismatch as error:
                 raise DataError(
-                    f"{out}/{split} already holds another finished data set ({error}); delete it "
-                    "or choose another --out"
+                    f"{out}/{split} already contains a different data set ({error}); delete it "
+                    "or choose a different --out"
                 ) from error
             log.info("%s/%s is complete and verified; nothing to do", out, split)
             return
@@ -291,7 +291,7 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
     if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
         raise DataError(
             f"{shards[0]} already exists and was not written by an interrupted conversion; move it "
-            "away or choose another --out"
+            "away or choose a different --out"
         )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)

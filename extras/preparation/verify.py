@@ -85,7 +85,11 @@ class Tally:
         image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
         counts = np.bincount(target.ravel(), minlength=256)
         if not counts[masks.labels.classes()].any():
-            self.find(names[1], "no pixel has a class, so nothing is learnt from it", fatal=False)
+            self.find(
+                names[1],
+                "no pixel has a class, so training learns nothing from this mask",
+                fatal=False,
+            )
         if image is not None:
             self.sizes.append((image.shape[1], image.shape[0]))
             self.pixels += counts
@@ -98,7 +102,7 @@ class Tally:
             self.find(name, one_line(error))
             image = None
         if (complaint := decoder_complaint()) and image is not None:
-            self.find(name, f"decodes, but is damaged ({complaint})", fatal=False)
+            self.find(name, f"can be decoded but is damaged ({complaint})", fatal=False)
         return image
 
 

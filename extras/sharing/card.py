@@ -249,10 +249,12 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         raise UserError(f"{path}: expected the output of evaluate.py --json") from error
     if found[0] != list(classes):
         others = ", ".join(found[0])[:100]
-        raise UserError(f"{path}: scores of other classes ({others}); score this checkpoint again")
+        raise UserError(
+            f"{path}: has scores for different classes ({others}); score this checkpoint"
+        )
     if found[1] != which:
         raise UserError(
-            f"{path}: scores of {found[1]} weights, but these are {which} weights; score them again"
+            f"{path}: has scores for {found[1]} weights; score the {which} weights instead"
         )
     return scores
 

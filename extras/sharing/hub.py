@@ -79,7 +79,7 @@ def _told(repo: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", 0)
         said = error.server_message or one_line(error)
         hint = {401: "check the token: ", 403: "check that the token may write: "}.get(status, "")
-        raise UserError(f"{where}: {hint}the hub says {status}: {said[:200]}") from error
+        raise UserError(f"{where}: {hint}the hub answered {status}: {said[:200]}") from error
     except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"

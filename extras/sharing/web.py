@@ -66,7 +66,8 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise UserError(
-                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder}"
+                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder} and "
+                "retry"
             )
     return folder
 
