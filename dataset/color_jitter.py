@@ -59,7 +59,7 @@ def equal_steps(count: int) -> Tensor:
 def _mix(state: Tensor) -> Tensor:
     """Mix the 64 bits of each state as SplitMix64 does.
 
-    The products wrap in int64. A mask removes the sign bits that a right shift copies in.
+    The products wrap in int64. A bit mask removes the sign bits that a right shift copies in.
     """
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -73,8 +73,8 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     step.
 
     - Brightness is multiplied by a factor in 1 ± 32/255.
-    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. It is applied right
-      after brightness for half of the samples, and last for the other half.
+    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. Contrast is applied
+      right after brightness for half of the samples, and last for the other half.
     - Saturation scales each pixel's distance from its own grey by 0.5 to 1.5.
     - Hue is rotated by up to ±18/255 of the colour circle.
 

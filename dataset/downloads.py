@@ -43,7 +43,7 @@ def with_retries(
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether an error is permanent, so that a retry is useless."""
+    """Return whether an error is permanent, which makes a retry useless."""
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
     is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
     return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
@@ -82,7 +82,7 @@ def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | N
         The path on this machine, or None if the file does not exist.
 
     Raises:
-        DataError: The store did not say whether the file exists.
+        DataError: The store failed, so it is unknown whether the file exists.
     """
     if "://" not in path:
         return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dataset.decoding import decode_photo
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # Part of the public interface.
+from dataset.matching import list_samples as list_samples  # Re-exported as public.
 from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 
@@ -33,7 +33,8 @@ class PairTransform:
 
         Args:
             load_image: Function that decodes the image to (H, W, 3) uint8. Its argument is the
-                divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_photo`). It may be ignored.
+                divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_photo`). The function may ignore
+                the argument.
             mask: (H, W) uint8 labels.
             rng: Random number generator, which must be the only source of randomness.
 
@@ -61,7 +62,7 @@ class EncodedSamples(Dataset):
 
     Args:
         transforms: Transforms for the image and mask together, for the image, and for the mask.
-            Each may be None.
+            Each transform may be None.
         seed: Seed of the random transforms.
         masks: Decoder of the masks.
     """

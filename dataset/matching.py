@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Listing(NamedTuple):
-    """The images and masks of a split, and the problems with their names.
+    """A split's images and masks, and problems with their file names.
 
     Attributes:
         samples: Images with a mask, sorted by name.

@@ -29,7 +29,7 @@ def shard_description(path: str, retries: int = 2) -> Description | None:
 
     Raises:
         ConfigError: The description is invalid.
-        DataError: The store did not say whether a description exists.
+        DataError: The store failed, so it is unknown whether a description exists.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = fetch_beside(path, DESCRIPTION, folder, retries)
@@ -52,7 +52,7 @@ def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
 
     Raises:
         ConfigError: The description of the shards is invalid.
-        DataError: The store did not say whether a description exists.
+        DataError: The store failed, so it is unknown whether a description exists.
     """
     assert source.shards is not None
     local = source.shards.local

@@ -118,7 +118,7 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the alphabetically last hash. Between sha1 and xxh64, this is the faster xxh64.
+            # Use the alphabetically last hash. With sha1 and xxh64, this is xxh64, the faster one.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -132,7 +132,7 @@ class Shards:
         return FileLock(os.path.join(self.folder, "index.json.lock"))
 
     def _check_index(self) -> None:
-        """Raise DataError if the cache holds an earlier version of the data set."""
+        """Raise DataError if the cache contains an earlier version of the data set."""
         path = os.path.join(self.folder, "index.json")
         if not self.is_cache or not os.path.exists(path) or not World.detect().is_local_leader:
             return

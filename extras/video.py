@@ -81,7 +81,7 @@ class Video:
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for this video; convert it")
         self._stream.thread_type = "AUTO"
-        wide = self._stream.sample_aspect_ratio or 1  # Pixels may not be square.
+        wide = self._stream.sample_aspect_ratio or 1  # Video pixels need not be square.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every

@@ -244,7 +244,7 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
         names: Names of the classes.
         most: Maximum number of names to show.
     """
-    names = [name.removeprefix("class ") for name in names]  # Avoids "class class 7".
+    names = [name.removeprefix("class ") for name in names]  # Avoid "class class 7".
     if len(names) == 1:
         return f"class {names[0]}"
     rest = f" and {len(names) - most} more" if len(names) > most else ""

@@ -155,7 +155,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         name = classes[index].name
         left, top, right, bottom = _box(name, size)
         diagonal = math.hypot(right - left, bottom - top)
-        # A region that contains a circle of this diameter covers at least 0.78 of its square.
+        # A region that contains a circle of this diameter covers 0.78 of the circle's square.
         if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)

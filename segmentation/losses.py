@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # Epsilon of composer.loss.DiceLoss.
+EPSILON = 1e-5  # Same epsilon as in composer.loss.DiceLoss.
 # Number of elements in a tile. On a CPU, a tile takes 1 MiB in fp32 per thread, which fits in the
 # L2 cache of current servers. On a GPU, where the number of kernel launches determines the cost, a
 # tile takes 128 MiB.
@@ -54,7 +54,7 @@ def fused_kernels(allowed: bool) -> Iterator[None]:
 class MixedTarget(NamedTuple):
     """The target for images that are blended in pairs.
 
-    It represents `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
+    The target represents `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
 
     Attributes:
         target: Class indices of the first image of each pair, (N, H, W).
@@ -156,7 +156,7 @@ class _SegmentationLoss(torch.autograd.Function):
             present = truth > 0
             if class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
-            else:  # From here on, `present` holds the weight of each class in the target.
+            else:  # From here on, `present` contains the weight of each class in the target.
                 pixels, present = truth @ class_weights, present * class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
@@ -322,7 +322,7 @@ def _labels(
 ) -> tuple[Tensor, Tensor]:
     """Return the class indices and weights of one image, each (H, targets, W).
 
-    Both are 0 for ignored pixels.
+    The indices and the weights are 0 for ignored pixels.
     """
     targets = [t.long() for t in targets]
     index = [t.masked_fill(t == ignore_index, 0) for t in targets]

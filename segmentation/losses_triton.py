@@ -70,7 +70,10 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
 
 @triton.jit
 def _label(target, pixel, present, weight, num_classes, ignore_index):
-    """Return the class indices and weights of pixels. A weight is 0 if ignored, nan if invalid."""
+    """Return the class indices and weights of pixels.
+
+    The weight is 0 for ignored pixels and nan for pixels with an invalid class index.
+    """
     label = tl.load(target + pixel, present, ignore_index).to(tl.int32)
     share = tl.where((label >= 0) & (label < num_classes), weight, float("nan"))
     return label[:, None], tl.where(label == ignore_index, 0.0, share)
@@ -96,8 +99,8 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 def _sum(head, tail):
     """Return the sum over classes of (pixels, HEAD) and (pixels, TAIL).
 
-    Elements whose distance is a multiple of TAIL belong to the same thread. They are added in
-    registers first, which needs half as many warp shuffles as two separate sums.
+    Elements whose distance is a multiple of TAIL belong to the same thread. These elements are
+    added in registers first, which needs half as many warp shuffles as two separate sums.
     """
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]

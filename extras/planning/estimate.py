@@ -14,9 +14,9 @@ from training.schema import Config
 
 # Fractions of the data-sheet values that real steps reach.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
-# Number of times that a compiled network reads or writes the input of a BatchNorm. The forward pass
-# has three (for the statistics, and to read and write during normalisation). The backward pass has
-# seven (for two sums, for the gradient, and for ReLU and the residual).
+# Number of times that a compiled network reads or writes the input of a BatchNorm. In the forward
+# pass it is three times (once for the statistics, twice to normalise). In the backward pass it is
+# seven times (for two sums, for the gradient, and for ReLU and the residual).
 PASSES = 10
 HOST = 8e-3  # Seconds per step that the GPU waits for Composer on the host.
 COLLECTIVE = 30e-6  # Seconds per small all-reduce. A synchronised BatchNorm needs two.

@@ -118,7 +118,7 @@ def run_totals(
 
 def _disk(folder: str) -> tuple[float, int | None]:
     """Return the write speed for checkpoints in bytes per second, and the free bytes."""
-    # For a remote folder, measure the local disk. Training continues during the upload.
+    # For a remote folder, measure the local disk, because training continues during the upload.
     remote = is_remote(folder)
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())

@@ -69,7 +69,7 @@ class _Watch(Callback):
         # At this point, Composer has already waited for the device, in order to log the loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
-            # Discard the peak of a micro-batch size that Composer tried but that does not fit.
+            # Discard the memory peak of the first step, which may try too large a micro-batch.
             torch.cuda.reset_peak_memory_stats()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:

@@ -15,7 +15,7 @@ from dataset.paths import visible_files
 from errors import DataError
 from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
 
-RARE = 0.2  # If they cover a smaller fraction of pixels, black, white and 0 may mean "ignored".
+RARE = 0.2  # Black, white and 0 may mean "ignored" if they cover less than this fraction.
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
 # Column headings in class tables, mapped to the meaning of the column.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}

@@ -37,7 +37,7 @@ class FileValues(NamedTuple):
         path: Path of the file.
         kind: `bit`, `grey`, `palette` or `color`.
         values: Three pixel counts for each value: all pixels, pixels on thin lines, and pixels on
-            thin lines that lie between the values around them.
+            thin lines that are between the values around them.
         palette: Packed colour of each palette index in use.
         error: Reason why the file cannot be read, or an empty string.
     """
@@ -290,7 +290,7 @@ def _by_color(file: FileValues) -> FileValues:
 
 
 def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
-    """Return {1: 255} if masks hold either 0 and 1 or 0 and 255, but never both."""
+    """Return {1: 255} if masks contain either 0 and 1 or 0 and 255, but never both."""
     kinds = {frozenset(file.values) for file in files}
     has = [any(v in kind for kind in kinds) for v in (1, 255)]
     if in_colors or not all(has) or any({1, 255} <= kind for kind in kinds):

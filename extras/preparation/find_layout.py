@@ -42,7 +42,7 @@ CANDIDATES = 60  # Maximum number of layouts to try on all files.
 LOOKED_AT = 7  # Number of files whose pixels are read to distinguish images from masks.
 
 
-# Path patterns
+# These functions propose path patterns.
 
 
 def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Side, Side]]:
@@ -240,7 +240,7 @@ def _holds_copies(layout: Layout) -> bool:
     return all(len({path.read_bytes() for path in paths[:2]}) == 1 for paths in sample)
 
 
-# Choice of the layout
+# These functions choose the best layout.
 
 
 class Search(NamedTuple):
@@ -266,7 +266,7 @@ def _rank(layout: Layout, most: int) -> tuple:
         are_splits and len(layout.words) > 1,
         layout.covered,
         -layout.alone,
-        all(look.is_grey for look in looks),  # Grey masks hold labels rather than colours.
+        all(look.is_grey for look in looks),  # Grey masks contain labels, not colours.
         not OUTDATED & {*images.words(), *masks.words()},
         sum(colored),
         masks.version() + images.version(),

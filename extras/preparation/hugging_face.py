@@ -44,7 +44,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     try:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
         found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # The library raises exceptions of many types.
+    except Exception as error:  # datasets raises many types of exceptions.
         raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
     found = found if isinstance(found, dict) else {"train": found}
     names, notes = _names(name, options.names), []
