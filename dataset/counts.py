@@ -30,7 +30,7 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
 
     Args:
         source: The split to count.
-        workers: Number of processes. If None, one process per core.
+        workers: Number of processes. If None, one process per core is used.
 
     Returns:
         The pixel counts, and whether each image contains each class.

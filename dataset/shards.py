@@ -125,7 +125,7 @@ class Shards:
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
     def _alone_with_index(self) -> AbstractContextManager:
-        """Return a lock on the cache's index. Only the first rank of each node needs it."""
+        """Return a lock on the cache's index. Only the first rank of each node needs the lock."""
         if not self.is_cache or not World.detect().is_local_leader:
             return contextlib.nullcontext()
         os.makedirs(self.folder, exist_ok=True)

@@ -53,7 +53,7 @@ def use_one_core(worker: int) -> None:
     """Limit OpenCV and PyTorch to one core in a loader process.
 
     Args:
-        worker: Index of the worker. It is unused, but PyTorch's DataLoader passes it.
+        worker: Index of the worker. The index is unused, but PyTorch's DataLoader passes it.
     """
     # Import OpenCV and PyTorch only here, so that a command can call `available_cores` before it
     # imports them.
@@ -112,7 +112,7 @@ def map_chunks(
         function: Function to call with the values of each tuple as arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
-        workers: Number of processes. If None, one process per core.
+        workers: Number of processes. If None, one process per core is used.
         desc: Text to show before the progress bar.
         unit: Unit to show after the numbers of the progress bar.
 

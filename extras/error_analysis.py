@@ -73,7 +73,7 @@ class ErrorAnalysis:
         """Score an image, and keep it for drawing if its score is among the lowest.
 
         Args:
-            index: Number of the image in the data set.
+            index: Index of the image in the data set.
             photo: (H, W, 3) uint8.
             target: (H, W) class indices, -1 for pixels without a label.
             prediction: (H, W) predicted class indices.

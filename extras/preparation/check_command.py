@@ -163,7 +163,7 @@ def validate(
         build_dataspec: Function that builds the training data, to measure its loader.
         source: The training split of the data set.
         class_names: Names of the classes; see `classes.load_classes`.
-        workers: Number of processes. If None, one process per core.
+        workers: Number of processes. If None, one process per core is used.
         picture: Path of a picture of samples to write, or None.
         own: Paths of pictures that earlier commands wrote, which are not part of the data set.
 
@@ -251,7 +251,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     Args:
         folder: Folder of the data set.
         file: Path of the description. If None, it is written to the working directory.
-        workers: Number of processes. If None, one process per core.
+        workers: Number of processes. If None, one process per core is used.
 
     Raises:
         DataError: The description cannot be created, or an output file already exists.

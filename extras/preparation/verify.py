@@ -144,7 +144,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
 
     Args:
         source: Any split of the data set.
-        workers: Number of processes. If None, one process per core.
+        workers: Number of processes. If None, one process per core is used.
 
     Returns:
         The tally of each split, indexed by split.
