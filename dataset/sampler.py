@@ -83,8 +83,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     epoch, so all epochs have the same number of batches.
 
     The method is systematic sampling (Madow 1949). The method lays the factors end to end in random
-    order, and draws a sample once for each integer that falls into its interval. To make
-    the total an integer, the factors are first scaled up by less than 1 / n.
+    order, and draws a sample once for each integer that falls into its interval. To make the total
+    an integer, the factors are first scaled up by less than 1 / n.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).

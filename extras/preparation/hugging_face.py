@@ -60,7 +60,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         for column in (photo_column, mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         table: Any = rows
-        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
+        for place, row in enumerate(tqdm(table, unit=" images", desc=split, disable=None)):
             number = written.get(SPLITS[split], 0)
             written[SPLITS[split]] = number + 1
             content = [_content(row[column]) for column in (photo_column, mask_column)]
