@@ -17,22 +17,23 @@ def uniform_per_sample(
     Source: SplitMix64 (Steele et al. 2014).
 
     Args:
-        image: (N, 3, H, W) uint8 on any device. All devices compute the same bits.
+        image: (N, 3, H, W) uint8 on any device. The result is bit-identical on all devices.
         seed: Seed of the run, as an integer or a tensor.
         epoch: Epoch of the run, as an integer or a tensor.
-        steps: Number of random numbers per sample, or the result of `equal_steps` for that number.
+        steps: Number of random numbers per sample, or the tensor that `equal_steps` returns for
+            this number.
 
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
-    # A channels-last image is not copied here.
+    # For a channels-last image, this reshape is a view rather than a copy.
     pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)
-    # The last bytes do not fill a 64-bit word. Drop them; the copy is aligned to words.
+    # Drop the last bytes if they do not fill a 64-bit word. The clone is aligned to words.
     if pixels.shape[1] % 8:
         whole = pixels[:, : pixels.shape[1] // 8 * 8]
         pixels = whole.clone(memory_format=torch.contiguous_format)
     words = pixels.contiguous().view(torch.int64)
-    state = words.sum(dim=1)  # The sum wraps, so the order of the words does not matter.
+    state = words.sum(dim=1)  # Integer sums wrap around, so the order of addition does not matter.
     for number in (seed, epoch):
         if isinstance(number, int):
             number = torch.full_like(state, number)
@@ -45,9 +46,9 @@ def uniform_per_sample(
 
 
 def equal_steps(count: int) -> Tensor:
-    """Return SplitMix64's steps, (count, 1) int64.
+    """Return the multiples of SplitMix64's increment, (count, 1) int64.
 
-    Inductor cannot compile this product because it wraps around.
+    Inductor cannot compile this product, because it wraps around.
 
     Args:
         count: Number of steps.
@@ -58,7 +59,7 @@ def equal_steps(count: int) -> Tensor:
 def _mix(state: Tensor) -> Tensor:
     """Mix the 64 bits of each state as SplitMix64 does.
 
-    The products wrap in int64. A mask removes the sign bits that a right shift copies in.
+    The products wrap in int64. A bit mask removes the sign bits that a right shift copies in.
     """
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -72,14 +73,14 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     step.
 
     - Brightness is multiplied by a factor in 1 ± 32/255.
-    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. For half of the samples
-      it comes right after brightness, and for the other half last.
+    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. Contrast is applied
+      right after brightness for half of the samples, and last for the other half.
     - Saturation scales each pixel's distance from its own grey by 0.5 to 1.5.
-    - Hue turns by up to ±18/255 of the colour circle.
+    - Hue is rotated by up to ±18/255 of the colour circle.
 
     Args:
         image: (N, 3, H, W) float, 0 to 255.
-        inside: (N, 1, H, W) float, 0 where the image is padded and 1 elsewhere.
+        inside: (N, 1, H, W) float, 0 in the padding and 1 inside the image.
         uniform: (9, N, 1, 1, 1) random numbers in [0, 1).
 
     Returns:
@@ -100,9 +101,9 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _any(change: Tensor) -> bool:
-    """Return whether any sample changes.
+    """Return whether any sample is changed.
 
-    The result is always True on a GPU, because a check there would wait for the device.
+    On a GPU, the result is always True, because reading the values would wait for the device.
     """
     return change.device.type != "cpu" or bool(change.any())
 
@@ -118,8 +119,8 @@ def _gray(image: Tensor) -> Tensor:
 
 
 def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
-    """Return the mean luma of each image without its padding, (N, 1, 1, 1)."""
-    # Sum each row in float32 and the rows in float64. Threads may add the rows in any order.
+    """Return each image's mean luma outside the padding, (N, 1, 1, 1)."""
+    # Threads may add the rows in any order, so add the float32 sums of the rows in float64.
     rows = torch.stack([_gray(image).mul_(inside), inside]).sum(dim=-1)
     total, area = rows.sum(dim=-1, dtype=torch.float64)[..., None, None]
     return (total / area.clamp_(min=1)).to(image.dtype)
@@ -130,7 +131,7 @@ def _blend(image: Tensor, other: Tensor, weight: Tensor) -> Tensor:
 
 
 def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn`, a fraction of the colour circle, to the hue in HSV; keep saturation and value.
+    """Rotate the HSV hue by `turn`, a fraction of the colour circle; keep saturation and value.
 
     Let V be the value, C the chroma and h the hue in sixths of the circle. Then red is V - C (1 -
     clip(|h - 3| - 1)), green is V - C (1 - clip(2 - |h - 2|)) and blue is V - C (1 - clip(2 - |h -

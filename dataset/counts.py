@@ -1,4 +1,4 @@
-"""Pixel counts of each class in a split, and the images that show each class."""
+"""Pixel counts per class in a split, and the images that contain each class."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from errors import DataError
 
 
 class Counts(NamedTuple):
-    """The contents of a split's masks.
+    """Statistics about the classes in a split's masks.
 
     Attributes:
         pixels: Number of pixels of each class, (C,) int64.
-        present: Whether each sample shows each class, (samples, C) bool, in the order of the data
-            set.
+        present: Whether each sample contains each class, (samples, C) bool, in the order of the
+            data set.
     """
 
     pixels: np.ndarray
@@ -29,14 +29,14 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
     """Count the classes in every mask of a split, in parallel, with a progress bar on stderr.
 
     Args:
-        source: The split whose masks are counted.
-        workers: Number of processes. If None, one process per core.
+        source: The split to count.
+        workers: Number of processes. If None, one process per core is used.
 
     Returns:
-        The pixel counts and the images that show each class.
+        The pixel counts, and whether each image contains each class.
 
     Raises:
-        DataError: A mask cannot be read or holds a value that is not a class.
+        DataError: A mask cannot be read or contains a value that is not a class.
     """
     parts = map_chunks(_count, source.chunks(), workers, f"count {source.split}", " masks")
     counts = np.concatenate(parts)

@@ -1,6 +1,6 @@
 """Decoders for images and masks in common formats.
 
-If a file cannot be decoded, the error is one line that names the problem.
+Errors for files that cannot be decoded are a single line that names the problem.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
     # OpenCV 5 rejects REDUCED_COLOR together with COLOR_RGB, because REDUCED_COLOR contains
-    # IMREAD_COLOR. So the reductions use the GRAYSCALE flags.
+    # IMREAD_COLOR. The reductions therefore use the GRAYSCALE flags.
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
@@ -33,26 +33,26 @@ REDUCTIONS = {
 def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.ndarray:
     """Decode an image of any common format and colour mode.
 
-    A grey image gets three equal channels. Alpha is dropped. A 16-bit image keeps the high byte, or
-    the low byte if no pixel exceeds 255.
+    A grey image is expanded to three equal channels. An alpha channel is dropped. A 16-bit value
+    is reduced to its high byte, or to its low byte if no pixel of the image exceeds 255.
 
     Args:
-        data: The encoded file.
-        reduction: Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, rounded up. A reduction saves
-            time in libjpeg.
-        upright: Whether to rotate the image as its EXIF orientation says.
+        data: Content of the image file.
+        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8. The reduced size is rounded up. Larger
+            divisors save time in libjpeg.
+        upright: Whether to apply the EXIF orientation.
 
     Returns:
         np.ndarray: (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: The file is not an image, is cut short or has too many channels. The message is
+        ValueError: The file is not an image, is truncated or has too many channels. The message is
             one line.
     """
     is_jpeg = data.startswith(_JPEG_START)
     _refuse_more_channels(data)
-    # OpenCV pads the missing part of a truncated file, whereas Pillow rejects the file. So OpenCV
-    # decodes only files that end as their format requires.
+    # OpenCV fills in the missing part of a truncated file without an error, whereas Pillow rejects
+    # the file. Use OpenCV only for files with the end marker of their format.
     if data.endswith(_JPEG_END) if is_jpeg else data.endswith(_PNG_END):
         flags = REDUCTIONS[reduction if is_jpeg else 1]
         flags |= 0 if is_jpeg else cv2.IMREAD_ANYDEPTH
@@ -73,7 +73,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("the pixels are floating-point numbers; convert the image to 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey values.
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit grey values.
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     return image.convert("RGB")
 
@@ -82,7 +82,7 @@ def _opencv(data: bytes, flags: int) -> np.ndarray | None:
     """Decode a file with OpenCV; return None if OpenCV cannot decode it."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # The image has more pixels than OpenCV allows.
+    except cv2.error:  # OpenCV raises an error for images above its pixel limit.
         return None
 
 
@@ -95,7 +95,7 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _refuse_more_channels(data: bytes) -> None:
-    """Raise ValueError for a TIFF with more channels than grey, RGB or CMYK with alpha."""
+    """Raise ValueError if a TIFF has extra channels besides its colours and alpha."""
     tags = _tiff_tags(data)
     channels, kind, extra = tags.get(277, 1), tags.get(262, 1), tags.get(338, ())
     colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
@@ -122,7 +122,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG or TIFF has several 16-bit channels, whose low bytes Pillow drops."""
+    """Return whether a PNG or TIFF has several 16-bit channels. Pillow drops their low bytes."""
     if data.startswith(_PNG_START):
         return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
     bits = _tiff_tags(data).get(258, 8)
@@ -130,21 +130,21 @@ def _is_wide(data: bytes) -> bool:
 
 
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
-    """Decode an image whose mask has `shape` (H, W).
+    """Decode an image so that it matches a mask of `shape` (H, W).
 
-    The mask decides about the EXIF orientation. The image is rotated as the EXIF orientation says,
-    as in an image viewer, unless only the stored orientation fits the mask.
+    The EXIF orientation is applied, as in an image viewer, unless only the stored orientation
+    matches the mask.
 
     Args:
-        data: The encoded image.
+        data: Content of the image file.
         shape: Height and width of the mask.
-        reduction: Divisor of the size of a JPEG: 1, 2, 4 or 8.
+        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8.
 
     Returns:
         np.ndarray: (ceil(H / reduction), ceil(W / reduction), 3) uint8 RGB.
 
     Raises:
-        ValueError: `decode_image` failed, or the image and the mask differ in size.
+        ValueError: The image cannot be decoded, or its size differs from the mask's.
     """
     expected = tuple(-(-side // reduction) for side in shape)
     if not data.startswith(_JPEG_START):
@@ -166,19 +166,19 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     """Decode a mask of class labels.
 
     Args:
-        data: The encoded file in a lossless format. It must be grey, have a palette (whose indices
-            are the labels) or have three equal channels.
-        max_value: Largest allowed label, up to 16 bits.
+        data: Content of the mask file in a lossless format. The mask must be grey, have three equal
+            channels, or have a palette. The indices of a palette are the labels.
+        max_value: Largest allowed label, at most 65535.
 
     Returns:
         np.ndarray: (H, W) labels as stored: uint8, or uint16 if some labels exceed 255.
 
     Raises:
-        ValueError: The file is not an image, is cut short or does not hold labels. The message is
-            one line.
+        ValueError: The file is not an image, is truncated or does not contain labels. The message
+            is one line.
     """
     depth, color = data[24:25], data[25:26]
-    # PNG header of 8-bit and 16-bit grey images.
+    # These bytes of a PNG header mean an 8-bit or 16-bit grey image.
     grey = depth + color in (b"\x08\x00", b"\x10\x00")
     if data.startswith(_PNG_START) and data.endswith(_PNG_END) and grey:
         mask = _opencv(data, cv2.IMREAD_UNCHANGED)
@@ -191,7 +191,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     if _is_wide(data):
         wide = _opencv(data, cv2.IMREAD_UNCHANGED)
         if wide is None or wide.ndim != 3:
-            raise ValueError("several channels of 16 bits cannot be read; export one channel")
+            raise ValueError("the mask has several 16-bit channels; export it with one channel")
         mask = wide
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
@@ -201,42 +201,42 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
-        mask = mask // (255 // (2 ** depth[0] - 1))  # Pillow scales grey levels to 0..255.
+        mask = mask // (255 // (2 ** depth[0] - 1))  # Undo Pillow's scaling of grey levels.
     return _narrowed(mask, max_value)
 
 
 def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
-    """Return the labels in the smallest type that holds them.
+    """Convert labels to uint8, or to uint16 if any label exceeds 255.
 
     Raises:
-        ValueError: A value is larger than `max_value` or is not a label.
+        ValueError: A value is negative, is a fraction or exceeds `max_value`.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
-        raise ValueError("the pixels are fractions; export the mask with integers as labels")
+        raise ValueError("the pixels are fractions; export the mask with integer labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
         wrong = mask.min() if mask.min() < 0 else largest
-        raise ValueError(f"holds label {wrong}; labels must be between 0 and {max_value}")
+        raise ValueError(f"contains label {wrong}; labels must be between 0 and {max_value}")
     return np.ascontiguousarray(mask, dtype=np.uint8 if largest <= 255 else np.uint16)
 
 
 def decode_colors(data: bytes) -> np.ndarray:
-    """Decode a mask whose colours are its values.
+    """Decode a mask that encodes values as colours.
 
     Args:
-        data: The encoded file in a lossless format, with 8 bits per channel: grey, palette or RGB.
-            Alpha is dropped.
+        data: Content of the mask file in a lossless format, with 8 bits per channel: grey, palette
+            or RGB. An alpha channel is dropped.
 
     Returns:
-        np.ndarray: (H, W) int32, red + 256 * green + 65536 * blue.
+        np.ndarray: (H, W) int32 values, red + 256 * green + 65536 * blue.
 
     Raises:
-        ValueError: The file is not such an image or is cut short. The message is one line.
+        ValueError: The file is not a lossless 8-bit image or is truncated. The message is one line.
     """
     is_whole = data.startswith(_PNG_START) and data.endswith(_PNG_END)
-    # The PNG has 8 bits per channel, RGB or RGBA.
+    # These bytes of a PNG header mean 8-bit RGB or RGBA.
     if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):
-        # If the fast decoder fails, Pillow below names the problem.
+        # If the fast decoder fails, Pillow decodes the file below, and its error names the problem.
         with contextlib.suppress(RuntimeError):
             pixels = (_fast_decoder() if data[25] == 2 else _decode_png)(data)
             packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.int32)[..., 0]
@@ -245,7 +245,7 @@ def decode_colors(data: bytes) -> np.ndarray:
     if image.format in ("JPEG", "MPO"):
         raise ValueError("the mask is a JPEG, which changes colours; export it as PNG")
     if _is_wide(data):
-        raise ValueError("the mask has colours of 16 bits; export it with 8 bits per channel")
+        raise ValueError("the mask has 16-bit colours; export it with 8 bits per channel")
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     return pixels[..., 0] | pixels[..., 1] << 8 | pixels[..., 2] << 16
 
@@ -254,7 +254,7 @@ def decode_colors(data: bytes) -> np.ndarray:
 def _fast_decoder() -> Callable[[bytes], np.ndarray]:
     """Return the fastest installed decoder for RGB PNG files.
 
-    kornia-rs, an optional package, takes half of torchvision's time.
+    The optional package kornia-rs decodes twice as fast as torchvision.
     """
     try:
         from kornia_rs.io import decode_image_png_u8
@@ -263,12 +263,12 @@ def _fast_decoder() -> Callable[[bytes], np.ndarray]:
 
     def decode(data: bytes) -> np.ndarray:
         width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-        # kornia-rs would allocate memory for any size.
+        # kornia-rs allocates memory for any size in the header, so reject huge sizes here.
         if width * height > (Image.MAX_IMAGE_PIXELS or 0):
             raise RuntimeError("too large")
         try:
             return decode_image_png_u8(data, (height, width), "rgb")
-        except Exception as error:  # kornia-rs has no exception type of its own.
+        except Exception as error:  # kornia-rs does not define its own exception type.
             raise RuntimeError(str(error)) from error
 
     return decode
@@ -306,10 +306,11 @@ Photo = str | os.PathLike | np.ndarray | Image.Image
 
 
 def read_photo(photo: Photo) -> np.ndarray:
-    """Read an image as an (H, W, 3) uint8 RGB array, rotated as its EXIF orientation says.
+    """Read an image as an (H, W, 3) uint8 RGB array and apply its EXIF orientation.
 
     Args:
-        photo: Path, array or Pillow image. Arrays and Pillow images are not rotated.
+        photo: Path, (H, W, 3) uint8 array or Pillow image. Only files are rotated by their EXIF
+            orientation.
 
     Raises:
         ValueError: The input is not an image. The message is one line.

@@ -1,4 +1,4 @@
-"""The description of a data set: where its images and masks are, and what the masks contain.
+"""A parser for data set descriptions, which locate images and masks and define the mask values.
 
     root: /data/yard
     train: {images: photos/train, masks: "labels/{stem}_mask.png"}
@@ -9,7 +9,7 @@
     ignore: [0, 255]
     exclude: [photos/test]
 
-The module imports nothing slow, so that errors in a description are reported with the config's.
+This module imports no slow packages, so that errors in a description are reported quickly.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from segmentation.classes import ClassInfo, distinct_colors
 
 KEYS = ("root", "train", "val", "classes", "ignore", "exclude")
 SPLITS = ("train", "val")
-MAX_VALUE = 2**16 - 1  # Largest value of a 16-bit mask.
+MAX_VALUE = 2**16 - 1  # Largest value in a 16-bit mask.
 EXAMPLE = 'train: {images: photos/train, masks: "labels/{stem}_mask.png"}'
 
 
 class Source(NamedTuple):
-    """The location of a split; see `dataset.matching`.
+    """The location of a split's images and masks; see `dataset.matching`.
 
     Attributes:
         images: Folder of the images, or a template of their paths.
         masks: Folder of the masks, or a template of their paths.
-        list: Text file that names the images of the split, or its images and masks.
-        segments: JSON file in COCO's panoptic format, with the category of each segment of each
-            mask.
+        list: Text file that lists the split's images, or the split's images and masks.
+        segments: JSON file in COCO's panoptic format that states the category of each segment of
+            each mask.
     """
 
     images: str | None = None
@@ -52,19 +52,19 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """The checked content of a description.
+    """A validated data set description.
 
     Attributes:
-        root: Folder that contains the paths of the description, or None if it names no folder.
+        root: Folder that the description's paths are relative to, or None if it is not specified.
         sources: Location of each split.
-        fraction: Fraction of `train` that serves as `val`, or 0 if `val` has its own files.
+        fraction: Fraction of `train` that is used as `val`, or 0 if `val` has its own files.
         classes: Names and colours, in the order of the class indices.
         values: Label of each mask value: 0 if the value is ignored, k for class k - 1. The value of
             a colour is `red + 256 * green + 65536 * blue`.
-        in_colors: Whether the values of the masks are colours.
-        exclude: Folders or templates of files that are left out on purpose.
-        built_in: Meaning of the labels in the built-in ADE20K layout, or None. With it, masks hold
-            labels directly, so `values` is None and `classes` is empty.
+        in_colors: Whether the mask values are colours.
+        exclude: Folders, files or templates to leave out of the data set.
+        built_in: Meaning of the labels in the built-in ADE20K layout, or None for other layouts.
+            ADE20K's masks contain labels directly, so `values` is None and `classes` is empty.
     """
 
     root: str | None
@@ -78,20 +78,20 @@ class Description:
 
     @property
     def labels(self) -> Labels:
-        """The meaning of the loader's labels: by default, 0 is ignored and k is class k - 1."""
+        """The meaning of the loader's labels. By default, 0 is ignored and k is class k - 1."""
         return self.built_in or Labels(len(self.classes))
 
 
 def read_description(path: str) -> dict[str, Any]:
-    """Read a description from a file, and make its root absolute.
+    """Read a description from a file and make its root absolute.
 
-    A relative root starts at the folder of the file.
+    A relative root is resolved against the folder of the file.
 
     Args:
         path: Path of the YAML file.
 
     Raises:
-        ConfigError: The file is missing, not YAML, or not a mapping.
+        ConfigError: The file is missing, is not valid YAML, or is not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -114,7 +114,7 @@ def is_description(path: str) -> bool:
     """Return whether a path names a description file rather than a data set.
 
     Args:
-        path: Path that was given to a command.
+        path: Path passed to a command.
     """
     return path.lower().endswith((".yaml", ".yml"))
 
@@ -123,11 +123,11 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
     """Return the folder of a data set, and its description if it has one.
 
     Args:
-        path: A data set or a description file.
-        root: Folder of the described data set. If None, the root in the description is used.
+        path: Path of a data set or of a description file.
+        root: Folder of the described data set. If None, the description's own root is used.
 
     Raises:
-        ConfigError: The description is wrong, or does not say where the data set is.
+        ConfigError: The description is invalid or does not specify the data set's folder.
     """
     if not is_description(path):
         return path, None
@@ -138,7 +138,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that rejects duplicate keys and reads keys such as no or 12:30 as text."""
+    """A YAML loader that rejects duplicate keys and reads keys like `no` and `12:30` as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         self.flatten_mapping(node)  # Resolve merge keys such as `<<: *anchor`.
@@ -154,14 +154,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_description(raw: Mapping[str, Any], where: str = "data") -> Description:
-    """Check a description that was read from YAML.
+    """Validate a description that was read from YAML.
 
     Args:
         raw: Keys and values of the description.
-        where: Name of the description in errors.
+        where: Name of the description in error messages.
 
     Raises:
-        ConfigError: The description is wrong; the message names the key.
+        ConfigError: The description is invalid. The message names the key.
     """
     _refuse_unknown(raw, KEYS, where)
     root = raw.get("root")
@@ -171,7 +171,8 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(
-            f"{where}: classes: labels are colours, but segments need category numbers; use those"
+            f"{where}: classes: labels are colours, but segments need category "
+            "numbers; list the numbers"
         )
     exclude = _as_list(raw.get("exclude"))
     for pattern in exclude:
@@ -187,9 +188,9 @@ def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) ->
 
 
 def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source], float]:
-    """Return the location of each split, and the fraction of `train` that serves as `val`, or 0."""
+    """Return each split's location, and the fraction of `train` used as `val` (0 for none)."""
     sources, fraction = {}, 0.0
-    # The description of shards names no splits.
+    # The description of a shard data set does not list splits.
     for split in SPLITS if "train" in raw or "val" in raw else ():
         given = raw.get(split)
         if not isinstance(given, Mapping):
@@ -200,7 +201,7 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
                 raise ConfigError(
-                    f"{where}: val: fraction must be the only key, with a number between 0 and 1"
+                    f"{where}: val: fraction must be the only key and a number between 0 and 1"
                 )
             sources[split] = sources["train"]
             continue
@@ -226,7 +227,7 @@ def _parse_classes(
             f"{where}: classes is missing; add it, as in classes: {{road: {{labels: [1]}}}}"
         )
     if not 2 <= len(given) < IGNORED:
-        raise ConfigError(f"{where}: classes: must be 2 to {IGNORED - 1} names; found {len(given)}")
+        raise ConfigError(f"{where}: classes: need 2 to {IGNORED - 1} classes; found {len(given)}")
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)
     kinds, colors, found = set(), [], []
@@ -275,7 +276,7 @@ def _parse_classes(
 
 
 def _as_list(labels: Any) -> list[Any]:
-    """Return the values of a key as a list. A single value may stand without brackets."""
+    """Return a key's values as a list. A single value may be written without brackets."""
     if labels is None:
         return []
     return list(labels) if isinstance(labels, list | tuple) else [labels]
@@ -300,7 +301,7 @@ def _number(value: Any, where: str) -> int:
 
 
 def pack(red: int, green: int, blue: int) -> int:
-    """Return the integer that stands for a colour.
+    """Encode a colour as the integer red + 256 * green + 65536 * blue.
 
     Args:
         red: Red, 0 to 255.
@@ -311,16 +312,16 @@ def pack(red: int, green: int, blue: int) -> int:
 
 
 def unpack(value: int) -> tuple[int, int, int]:
-    """Return the colour for an integer from `pack`.
+    """Decode a colour that `pack` encoded.
 
     Args:
-        value: The packed colour.
+        value: The encoded colour.
     """
     return value & 255, value >> 8 & 255, value >> 16
 
 
 def describe_labels(classes: Iterable[ClassInfo]) -> dict[str, Any]:
-    """Return the description of masks that hold the loader's labels, such as masks in shards.
+    """Return a description for masks that contain the loader's labels, as masks in shards do.
 
     Args:
         classes: Names and colours, in the order of the class indices.
@@ -350,7 +351,7 @@ def as_yaml(raw: Mapping[str, Any]) -> str:
 
 
 def ade20k(labels: Labels | None = None) -> Description:
-    """Return the description of ADE20K's layout, whose masks hold labels directly.
+    """Return the description of ADE20K's layout, whose masks contain labels directly.
 
     Args:
         labels: Meaning of the labels. If None, ADE20K's labels are used.

@@ -21,14 +21,14 @@ _NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "Invali
 def with_retries(
     name: str, action: Callable[[], Any], retries: int, away: type[DataError] = DataError
 ) -> Any:
-    """Call a function, and retry while the store may be temporarily down.
+    """Call a download function, and retry it after temporary errors.
 
     Args:
-        name: Name of the download in errors.
-        action: Function that downloads.
+        name: Name of the download in error messages.
+        action: Function that performs the download.
         retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
-        away: Exception to raise if the store does not answer. If the store refuses, the exception
-            is DataError.
+        away: Exception class to raise if temporary errors outlast the retries. Permanent errors
+            raise DataError.
     """
     for attempt in range(retries + 1):
         try:
@@ -43,19 +43,19 @@ def with_retries(
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether an error is permanent, so that a retry is useless."""
+    """Return whether an error is permanent, which makes a retry useless."""
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
     is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
     return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
 
 
 def is_missing(error: Exception) -> bool:
-    """Return whether the store says that a file does not exist.
+    """Return whether a download error means that the file does not exist.
 
-    The result is False if the store cannot tell.
+    The result is False if the error is ambiguous.
 
     Args:
-        error: Exception that a download raised.
+        error: Exception raised by a download.
     """
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
     # S3 answers 403 if the credentials may not see a key, so 403 does not prove that a file is
@@ -68,21 +68,21 @@ def is_missing(error: Exception) -> bool:
 
 
 def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | None:
-    """Return the local path of a file that lies beside the splits of the shards.
+    """Return the local path of a file stored next to the split folders of the shards.
 
-    A remote file is first downloaded to `folder`.
+    A remote file is downloaded to `folder` first.
 
     Args:
         path: Folder or URL of the shards.
         name: Name of the file.
-        folder: Folder for the download.
+        folder: Folder to download the file to.
         retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
 
     Returns:
         The path on this machine, or None if the file does not exist.
 
     Raises:
-        DataError: The store did not say whether the file exists.
+        DataError: The store failed, so it is unknown whether the file exists.
     """
     if "://" not in path:
         return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None

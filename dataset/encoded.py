@@ -14,12 +14,12 @@ from torch.utils.data import Dataset, default_collate
 
 from dataset.decoding import decode_photo
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # Part of the public interface.
+from dataset.matching import list_samples as list_samples  # Re-exported as public.
 from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 
 LoadImage = Callable[[int], np.ndarray]
-# Transforms of the pair, the image and the mask.
+# Transforms for the image and mask together, for the image, and for the mask.
 Transforms = tuple[Callable | None, Callable | None, Callable | None]
 
 
@@ -32,13 +32,15 @@ class PairTransform:
         """Transform a sample.
 
         Args:
-            load_image: Function that decodes the image to (H, W, 3) uint8. Its argument, 1, 2, 4 or
-                8, divides the size of a JPEG (see `decode_photo`). It may ignore the argument.
+            load_image: Function that decodes the image to (H, W, 3) uint8. Its argument is the
+                divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_photo`). The function may ignore
+                the argument.
             mask: (H, W) uint8 labels.
-            rng: The only source of randomness.
+            rng: Random number generator, which must be the only source of randomness.
 
         Returns:
-            tuple[np.ndarray, np.ndarray]: (final_size, final_size, 3) and (final_size, final_size).
+            tuple[np.ndarray, np.ndarray]: The image (final_size, final_size, 3) and the mask
+                (final_size, final_size).
         """
         raise NotImplementedError
 
@@ -56,10 +58,11 @@ class PairTransform:
 
 
 class EncodedSamples(Dataset):
-    """A data set of encoded files that become training samples.
+    """A base class for data sets that decode and transform files into training samples.
 
     Args:
-        transforms: Transforms of the pair, the image and the mask. Each may be None.
+        transforms: Transforms for the image and mask together, for the image, and for the mask.
+            Each transform may be None.
         seed: Seed of the random transforms.
         masks: Decoder of the masks.
     """
@@ -73,7 +76,7 @@ class EncodedSamples(Dataset):
         raise NotImplementedError
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Return a sample's uid, its encoded image and mask, and names of both for errors.
+        """Return a sample's uid, its encoded image and mask, and their names for error messages.
 
         Args:
             index: Index of the sample.
@@ -88,10 +91,10 @@ class EncodedSamples(Dataset):
         """
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the items in the order of an epoch.
+        """Return the items in the epoch's order.
 
         Args:
-            items: Indices of the epoch's samples, as `Item.index` counts them.
+            items: Indices of the epoch's samples; see `Item.index`.
             seed: Seed of the order.
             epoch: Number of the epoch.
         """
@@ -111,7 +114,7 @@ class EncodedSamples(Dataset):
             self.prefetch(item.prefetch % len(self))
         repetition, index = divmod(item.index, len(self))
         uid, photo, mask, names = self.read(index)
-        # A repeated sample gets its own crop and colours.
+        # Give each repetition its own uid, so that it gets a different crop and colours.
         if repetition > 0:
             uid = f"{uid}#{repetition}"
         try:
@@ -144,9 +147,9 @@ class EncodedSamples(Dataset):
         return image, target
 
     def resume_with(self, sampler: EpochSampler) -> None:
-        """Save and restore the position of a sampler in the epoch.
+        """Save and restore a sampler's position in the epoch as the state of this data set.
 
-        Composer asks the data set for the position, not the sampler.
+        Composer saves the state of the data set, but not of the sampler.
 
         Args:
             sampler: The sampler of the training loader.
@@ -157,7 +160,7 @@ class EncodedSamples(Dataset):
         """Return the position that Composer saves in a checkpoint.
 
         Args:
-            num_samples: Number of samples of the epoch that the run has seen.
+            num_samples: Number of samples that the run has seen in this epoch.
             from_beginning: Unused; Composer passes it.
         """
         return {"epoch": self.sampler.epoch if self.sampler else 0, "sample_in_epoch": num_samples}
@@ -165,7 +168,7 @@ class EncodedSamples(Dataset):
     def load_state_dict(self, state: dict[str, int] | None) -> None:
         """Restore the position in the epoch.
 
-        Because this method exists, Composer does not load samples only to skip them.
+        Without this method, Composer would load the epoch's first samples only to skip them.
 
         Args:
             state: The result of `state_dict`, or None.
@@ -175,7 +178,7 @@ class EncodedSamples(Dataset):
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Make a batch of images (N, 3, H, W) and labels (N, H, W).
+    """Stack samples into a batch of images (N, 3, H, W) and labels (N, H, W).
 
     The images stay channels-last in memory, as they were decoded.
 

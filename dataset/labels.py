@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-PADDING = 255  # Label of pixels outside the image. It is ignored, and the image is black there.
-IGNORED = 254  # Label of ignored pixels inside the image. Label 0 may be a class.
+PADDING = 255  # Label of padding outside the image, which is black and ignored.
+IGNORED = 254  # Label of ignored pixels inside the image, because label 0 may be a class.
 
 
 class Labels(NamedTuple):
-    """The values of a mask that are classes, and the values that are ignored.
+    """The mask values that are classes, and the mask values that are ignored.
 
     Value 255 is always ignored.
 
@@ -19,7 +19,7 @@ class Labels(NamedTuple):
         num_classes: Number of classes C.
         ignore_background: Whether label 0 is ignored and label k is class k - 1. If False, label k
             is class k.
-        ignore_label: One more value that is ignored.
+        ignore_label: Additional value to ignore, or None.
     """
 
     num_classes: int = 150
@@ -48,17 +48,17 @@ class Labels(NamedTuple):
         return (label == PADDING) | (label == self.ignore_label) | zero
 
     def unknown(self) -> np.ndarray:
-        """Return a (256,) bool array that is True for labels that a mask must not contain."""
+        """Return a (256,) bool array that is True for labels that are neither class nor ignored."""
         return ~self.classes() & ~self.ignored()
 
     def loaded(self) -> np.ndarray:
-        """Return a (256,) uint8 table from file labels to loader labels.
+        """Return a (256,) uint8 table that maps labels in files to the loader's labels.
 
-        The loader reserves label 255 for padding.
+        The loader reserves label 255 for padding, so ignored pixels get a different label.
         """
         label = np.arange(256, dtype=np.uint8)
         return np.where((label == PADDING) | (label == self.ignore_label), np.uint8(IGNORED), label)
 
     def index(self) -> np.ndarray:
-        """Return a (256,) int64 table from labels to class indices; other labels map to -1."""
+        """Return a (256,) int64 table that maps labels to class indices, and other labels to -1."""
         return np.where(self.classes(), np.arange(256) - self.first, -1)

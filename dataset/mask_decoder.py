@@ -1,7 +1,7 @@
 """A decoder that reads mask files and translates their values to training labels.
 
-One lookup table does both the translation and the check. It holds label + 1 for each known value
-and 0 for all others, so one pass suffices for any mask.
+One lookup table both translates the values and detects unknown values. It stores label + 1 for each
+known value and 0 for all other values, so one pass over the mask is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLORS = 2**24  # Number of 24-bit colours.
 
 
 class UnknownValues(ValueError):
-    """An error for a mask that holds values that are neither classes nor ignored."""
+    """An error for a mask with values that are neither classes nor ignored."""
 
 
 class Masks:
@@ -34,10 +34,10 @@ class Masks:
 
     Args:
         labels: The meaning of the labels that the decoder returns.
-        values: The label of each mask value. None if the values are labels already.
-        in_colors: Whether the values are colours, packed as in `dataset.description.pack`.
-        segments: The categories of the segments of each mask, in COCO's panoptic format. The
-            categories are then the keys of `values`.
+        values: Label of each mask value, or None if the values are already labels.
+        in_colors: Whether the values are colours, encoded by `dataset.description.pack`.
+        segments: Categories of each mask's segments, from a file in COCO's panoptic format. The
+            keys of `values` are then categories.
     """
 
     def __init__(
@@ -53,19 +53,20 @@ class Masks:
             loaded, known = labels.loaded(), ~labels.unknown()
             values = {value: int(loaded[value]) for value in np.flatnonzero(known).tolist()}
         self.values = values
-        # The table takes 16 MB of address space, of which few pages are ever used.
+        # The 16 MB colour table is allocated on first use.
         self._colors: torch.Tensor | None = None
         self._index = np.zeros(MAX_VALUE + 1, np.uint8)
         if not in_colors:
             self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
-        # All values below this one are labels already.
+        # Find the first value that differs from its label. If all values of a mask are smaller, the
+        # mask needs no translation.
         same = self._index[:255] == np.arange(1, 256)
         self._same = int(np.argmin(np.append(same, False)))
         self.max_value = MAX_VALUE if self.described else 255
 
     @classmethod
     def of(cls, description: Description, split: str, root: str) -> Masks:
-        """Return a decoder for the masks of a described split.
+        """Return a decoder for the masks of a split, given the data set's description.
 
         Args:
             description: Description of the data set.
@@ -83,7 +84,7 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return a decoder for the given masks only, which takes less data to send to a process.
+        """Return a decoder for only the given masks, which is smaller to send to a process.
 
         Args:
             paths: Paths of the masks.
@@ -101,15 +102,15 @@ class Masks:
         """Decode a mask to labels.
 
         Args:
-            data: The encoded file.
-            path: Path of the file, which identifies its segments.
+            data: Content of the mask file.
+            path: Path of the mask file, which identifies its segments.
 
         Returns:
             np.ndarray: (H, W) uint8 labels.
 
         Raises:
-            UnknownValues: The mask holds unknown values; the message lists them.
-            ValueError: The mask cannot be decoded; the message is one line.
+            UnknownValues: The mask contains unknown values. The message lists them.
+            ValueError: The mask cannot be decoded. The message is one line.
         """
         if self.in_colors or self.segments:
             mask = decode_colors(data)
@@ -147,7 +148,7 @@ class Masks:
         self._colors[list(table)] = labels + 1
 
     def _table_of_segments(self, path: str) -> dict[int, int]:
-        """Return the label of each segment id. Id 0 means no segment, and is ignored."""
+        """Return the label of each segment id. Id 0 marks pixels without a segment."""
         assert self.segments is not None
         table = {0: 0}
         for number, category in self.segments.of(path):

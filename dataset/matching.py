@@ -1,6 +1,6 @@
 """The image and mask pairs of a split, matched by templates or by lists.
 
-A mask belongs to an image if the placeholders of its template have the same values; see
+A mask belongs to an image if the placeholders of their templates have the same values; see
 `dataset.paths`.
 """
 
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 
 class Listing(NamedTuple):
-    """The images and masks of a split, and the problems with their names.
+    """A split's images and masks, and problems with their file names.
 
     Attributes:
         samples: Images with a mask, sorted by name.
-        findings: Problems with the names of files.
-        orphans: Masks without an image in the split.
+        findings: Problems with file names.
+        orphans: Masks that belong to no image of the split.
         images: Number of images, with or without a mask.
     """
 
@@ -53,11 +53,11 @@ class _Pairs(NamedTuple):
     """The images and masks of a source, before they are divided among the splits.
 
     Attributes:
-        images: Path of each image below `folders[0]`, by its name including folders.
-        masks: Path of each mask below `folders[1]`, by the name of its image.
-        findings: Problems, each with the name of its image, or None.
+        images: Path of each image relative to `folders[0]`, indexed by name including folders.
+        masks: Path of each mask relative to `folders[1]`, indexed by the name of its image.
+        findings: Problems, each with the name of the affected image, or None if there is none.
         orphans: Masks without an image.
-        folders: Start of the paths of the images and of the masks.
+        folders: Common start of the image paths, and common start of the mask paths.
     """
 
     images: dict[str, str]
@@ -68,19 +68,19 @@ class _Pairs(NamedTuple):
 
 
 def list_splits(description: Description, split: str, root: str) -> dict[str, Listing]:
-    """Pair the images and masks of a split, and find problems with their names.
+    """Pair a split's images and masks, and find problems with their file names.
 
     Args:
         description: Description of the data set.
         split: 'train' or 'val'.
-        root: Folder that contains the paths of the layout.
+        root: Folder that the layout's paths are relative to.
 
     Returns:
-        The listings of both splits if one is a fraction of the other, otherwise the listing of the
-        given split.
+        The listing of each split, indexed by split. If `val` is a fraction of `train`, both splits
+        are included, otherwise only the given split.
 
     Raises:
-        ConfigError: The description does not say where the images and masks are.
+        ConfigError: The description does not specify where the images and masks are.
     """
     if split not in description.sources:
         raise ConfigError(
@@ -89,7 +89,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
-    # ADE20K's prefix is part of the sort order.
+    # In the built-in ADE20K layout, the prefix of the file names is part of the sort order.
     keep_prefix = description.built_in is not None
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
@@ -102,14 +102,17 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if description.fraction and len(names) == 1 < len(pairs.images):
             findings += _moved(pairs, names, name, description.fraction)
         if not names and not any(finding.fatal for finding in findings):
-            reason = f"contains no images for {name} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            reason = (
+                f"contains no images for {name}; add files with {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
             findings.append(Finding(where, reason, True))
         chosen = list(pairs.masks)
         if len(names) < len(chosen):
             chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
-        # Masks without an image are reported once. If both splits share a folder of masks, neither
-        # split reports them. If one split is a fraction of the other, only training does.
+        # If both splits share a mask folder, a mask without an image here may belong to the other
+        # split, so do not report it. If one split is a fraction of the other, report such masks
+        # only once, for training.
         layouts = [layout for layout in description.sources.values() if layout != source]
         is_shared = source.masks in [layout.masks for layout in layouts]
         if description.fraction:
@@ -120,9 +123,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
 
 
 def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
-    """Return the samples without ADE20K's prefix, sorted by name.
+    """Return the samples sorted by name, with ADE20K's prefix removed from the names.
 
-    With `keep_prefix`, the prefix still counts in the sort order.
+    If `keep_prefix` is True, the names are sorted before the prefix is removed.
     """
     images, masks = pairs.images, pairs.masks
     names.sort()
@@ -138,9 +141,9 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
 
 
 def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
-    """Divide names among training and validation by a hash.
+    """Assign each name to training or validation by its hash.
 
-    If there are two names or more, each split gets at least one.
+    If there are at least two names, each split gets at least one.
     """
     place = {name: _place(name) for name in names}
     val = {name for name in names if place[name] < fraction}
@@ -164,12 +167,12 @@ def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[
 
 
 def find_samples(description: Description, split: str, root: str) -> tuple[Samples, list[Finding]]:
-    """Return the pairs of a split, sorted by name, and the problems with the names.
+    """Return a split's image and mask pairs, sorted by name, and problems with the file names.
 
     Args:
         description: Description of the data set.
         split: 'train' or 'val'.
-        root: Folder that contains the paths of the layout.
+        root: Folder that the layout's paths are relative to.
     """
     listing = list_splits(description, split, root)[split]
     return listing.samples, listing.findings + _orphaned(listing.orphans)
@@ -183,27 +186,27 @@ def _orphaned(orphans: list[str]) -> list[Finding]:
 
 
 def list_described(description: Description, split: str, root: str) -> Samples:
-    """Return the samples of a split of a described data set.
+    """Return a split's samples, given the data set's description.
 
     Args:
         description: Description of the data set.
         split: 'train' or 'val'.
-        root: Folder that contains the paths of the layout.
+        root: Folder that the layout's paths are relative to.
 
     Raises:
-        DataError: The split has no images, or some image has no mask.
+        DataError: The split has no images, or an image has no mask.
     """
     return require(list_splits(description, split, root)[split])
 
 
 def require(listing: Listing) -> Samples:
-    """Return the samples of a listing, and log a warning for each problem that is not fatal.
+    """Return a listing's samples, and log a warning for each non-fatal problem.
 
     Args:
         listing: Listing of a split.
 
     Raises:
-        DataError: The split has no images, or some image has no mask.
+        DataError: The split has no images, or an image has no mask.
     """
     fatal = [finding for finding in listing.findings if finding.fatal]
     if fatal:
@@ -215,13 +218,13 @@ def require(listing: Listing) -> Samples:
 
 
 def _place(name: str) -> float:
-    """Return a number in [0, 1) that is a hash of an image's name."""
+    """Hash an image's name to a number in [0, 1)."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
-    """Pair images and masks by their templates. A list, if there is one, selects the images."""
+    """Pair images and masks by their templates. If the source has a list, it selects the images."""
     assert source.images is not None
     pairs = _Pairs({}, {}, [], [])
     images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
@@ -238,16 +241,16 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     if not masks.folder.is_dir():
         pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
         return pairs
-    # If the mask's template has `{dir}` or `{name}`, masks match by folder and name. Otherwise they
-    # match by name only.
+    # If the mask template contains `{dir}` or `{name}`, match masks by folder and name. Otherwise
+    # match them by name only.
     with_folders = bool(masks.fields & {"dir", "name"})
     files = masks.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
-        # In the usual case all names match, so the loop below is not needed.
+        # Usually all names match, so the slower loop below is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    used = dict(zip(reversed(keys), reversed(photos)))  # The first image for each mask.
+    used = dict(zip(reversed(keys), reversed(photos)))  # Maps each mask's key to its first image.
     for name, key in zip(photos, keys):
         if key not in files.paths:
             reason = f"its mask is missing; expected {source.masks}"
@@ -277,7 +280,7 @@ def _photos(
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:
         folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
-        # Masks may lie in the same folder as the images.
+        # If the folders overlap, do not mistake masks for images.
         if os.path.commonpath(folders) in folders:
             left_out.append(masks.matches)
     files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)
@@ -286,7 +289,7 @@ def _photos(
 
 
 def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
-    """Yield each line of a list file, with its location for errors."""
+    """Yield the location (for error messages) and the text of each line in a list file."""
     path = Path(root, file)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -301,7 +304,11 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
 
 
 def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str]:
-    """Return the images that a list names, by path, by path below their folder, or by name."""
+    """Return the images named in a list file.
+
+    A line may contain a path relative to the root or to the image folder, or a file name. The
+    extension may be omitted.
+    """
     known: dict[str, set[str]] = {}
     for uid, below in photos.paths.items():
         path, stem = photos.path(uid), uid.rpartition("/")[2]
@@ -324,7 +331,7 @@ def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str
 
 
 def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
-    """Return the images and masks that a list names in two columns."""
+    """Return the image and mask pairs listed in a file with two columns."""
     assert source.list is not None
     pairs = _Pairs({}, {}, [], [])
     masks: dict[str, str] = {}
@@ -354,7 +361,7 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
 
 
 def _existing(root: str, file: str, name: str) -> str | None:
-    """Return the path of a listed file, which starts at the root or at the list's own folder."""
+    """Find a listed file relative to the root or to the folder of the list, or return None."""
     places = [Path(root, name), Path(root, name.lstrip("/")), Path(root, file).parent / name]
     return next((str(place) for place in places if place.is_file()), None)
 
@@ -364,16 +371,16 @@ def list_samples(datadir: str, split: str) -> list[Sample]:
 
     Args:
         datadir: Folder with `images/{training,validation}` and `annotations/{training,validation}`,
-            or a folder that contains `ADEChallengeData2016` with these. Subfolders are read as
-            well, and files of other types are ignored.
+            or the parent of ADE20K's folder `ADEChallengeData2016`. Subfolders are included, and
+            files of other types are ignored.
         split: 'train' or 'val'.
 
     Returns:
-        Samples whose `uid` is the path of the image, without its extension and ADE20K's
-        `ADE_train_`.
+        Samples. The `uid` is the path of the image without its extension and without ADE20K's
+        prefix, such as `ADE_train_`.
 
     Raises:
-        DataError: The split has no images, or some image has no mask.
+        DataError: The split has no images, or an image has no mask.
     """
     if split not in FOLDERS:
         raise DataError(f"unknown split {split!r}; use {' or '.join(FOLDERS)}")

@@ -16,13 +16,13 @@ MAX_SEGMENTS = 2**24  # COCO stores a segment's id in the three bytes of a pixel
 
 
 class Segments:
-    """A lookup from each mask's segments to their categories, in COCO's panoptic format.
+    """A table of the segments of each mask and their categories, in COCO's panoptic format.
 
     Args:
         path: Path of the JSON file.
 
     Raises:
-        DataError: The file cannot be read or has another format.
+        DataError: The file cannot be read or is not in COCO's panoptic format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class Segments:
             )
 
     def only(self, paths: Iterable[str]) -> Segments:
-        """Return a smaller lookup that holds only the given masks.
+        """Return a smaller table that contains only the given masks.
 
         Args:
             paths: Paths of the masks to keep.
@@ -68,7 +68,7 @@ class Segments:
         return few
 
     def of(self, path: str) -> list[tuple[int, int]]:
-        """Return the id and the category of each segment of a mask.
+        """Return the id and the category of each segment in a mask.
 
         Args:
             path: Path of the mask. Only its file name matters.
@@ -78,6 +78,6 @@ class Segments:
         """
         name = os.path.basename(path)
         if name not in self.places:
-            raise ValueError(f"the segments of this mask are missing in {self.path}")
+            raise ValueError(f"{self.path} does not list this mask; add its segments")
         first, end = self.places[name]
         return [(number, category) for number, category in self.numbers[first:end].tolist()]

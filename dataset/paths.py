@@ -1,17 +1,17 @@
 """Paths of images and masks: file listings and path templates.
 
-A template is a path below the root with these placeholders:
+A template is a path relative to the data set's root. It may contain these placeholders:
 
-- `{stem}` stands for a name.
-- `{dir}/` stands for any folders, or none.
-- `{name}` stands for folders and a name.
-- `**/` stands for folders that are ignored.
-- `*` stands for a part of a name that is ignored.
+- `{stem}` matches a file's base name or a part of it.
+- `{dir}/` matches any number of folders, including none.
+- `{name}` matches any number of folders and a file's base name.
+- `**/` matches any number of folders, which are not part of the sample's name.
+- `*` matches a part of a file name, which is not part of the sample's name.
 
-A folder stands for all files in it and below it. A path without an extension matches any image or
-mask extension.
+A folder's path matches all files in the folder and its subfolders. A path without an extension
+matches any image or mask extension.
 
-The module imports only the standard library, so that a bad config is reported quickly.
+This module imports only the standard library, so that a bad config is reported quickly.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from errors import ConfigError
 log = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
-ADE20K = "ADEChallengeData2016"  # Folder in ADE20K's archive.
+ADE20K = "ADEChallengeData2016"  # Top folder in ADE20K's archive.
 FOLDERS = {"train": "training", "val": "validation"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MASK_SUFFIXES = {".png", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class Sample(NamedTuple):
-    """An image and its mask."""
+    """The name of a sample, and the paths of its image and mask."""
 
     uid: str
     image_path: str
@@ -55,11 +55,11 @@ class Finding(NamedTuple):
 
     path: str
     reason: str
-    fatal: bool  # If False, the file is odd, but training works.
+    fatal: bool  # If False, the problem does not prevent training.
 
 
 def find_root(path: str | Path) -> Path:
-    """Return the folder with `images` and `annotations`: `path`, or ADE20K's folder in it.
+    """Return `path` if it contains the folder `images`, otherwise its ADE20K subfolder.
 
     Args:
         path: Folder of a data set in ADE20K's layout.
@@ -77,13 +77,13 @@ def list_files(folder: str | Path) -> list[str]:
         folder: Folder to list.
 
     Returns:
-        Paths relative to `folder`. Within each folder they are sorted, and files come before
-        subfolders.
+        Sorted paths relative to `folder`. A folder's files come before its subfolders.
     """
     files: list[str] = []
     top = os.path.realpath(folder)
     seen = {top}
-    # Folders still to read. Each entry is the path below `folder`, with a slash, and the real path.
+    # Folders still to list. Each entry is a folder's path relative to the top folder, with a
+    # trailing slash, and its resolved path.
     waiting = [("", top)]
     while waiting:
         below, real = waiting.pop()
@@ -92,7 +92,11 @@ def list_files(folder: str | Path) -> list[str]:
                 entries = [entry for entry in scan if entry.name[0] != "."]
         except OSError as error:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                log.warning("%s: files are left out: %s", error.filename, error.strerror)
+                log.warning(
+                    "%s: cannot list this folder, so its files are left out: %s",
+                    error.filename,
+                    error.strerror,
+                )
             continue
         folders = [(entry.name, entry.is_symlink()) for entry in entries if _is_folder(entry)]
         names = [entry.name for entry in entries]
@@ -123,7 +127,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the path below `folder` without its extension, and the full path, of each listed file.
+    """Yield each listed file's relative path without its extension, and its full path.
 
     Args:
         folder: Folder to list; see `list_files`.
@@ -134,18 +138,18 @@ def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 class Template:
-    """A path template or a folder.
+    """A matcher for the paths that a template or a folder describes.
 
     Args:
-        text: Text of the template.
-        root: Folder that contains the template's paths.
-        suffixes: Extensions of the files if the template has no extension.
-        where: Name of the template in errors.
+        text: Template or folder, relative to `root`.
+        root: Folder that the template's paths are relative to.
+        suffixes: Extensions to accept if the template has none.
+        where: Name of the template in error messages.
 
     Attributes:
         folder: Deepest folder that contains every matching file.
-        fields: Placeholders among `stem`, `dir` and `name` that the template uses.
-        has_suffix: Whether the template has an extension.
+        fields: Names of the placeholders that the template uses: `stem`, `dir` or `name`.
+        has_suffix: Whether the template includes a file extension.
 
     Raises:
         ConfigError: The template uses an unknown placeholder.
@@ -163,7 +167,7 @@ class Template:
         for place, token in enumerate(tokens[1:], 1):
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # The regular expression of the template's `.*`.
+        any_suffix = r"\.[^/]*"  # Regular expression that the template's `.*` becomes.
         self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
         if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))
@@ -186,12 +190,12 @@ class Template:
         self.fields.add(field)
         if field == "dir" and slash:
             return "(?:(?P<dir>.+?)/)?"
-        # A single placeholder can end in only one place, so its pattern need not be lazy.
+        # With a single placeholder, only one match is possible, so the pattern need not be lazy.
         lazy = "" if self.is_simple else "?"
         return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
 
     def _name(self, match: re.Match[str]) -> str:
-        """Return the folders and the name of a file that matches."""
+        """Return a matching file's name, including its folders."""
         if "name" in self.fields:
             return match["name"]
         values = match.groupdict()
@@ -211,11 +215,12 @@ class Template:
         return path.startswith(folder) and self.regex.fullmatch(path[len(folder) :]) is not None
 
     def files(self, is_excluded: Exclusion = None, with_folders: bool = True) -> Files:
-        """Return the matching files by name.
+        """List the matching files, indexed by name.
 
         Args:
-            is_excluded: Function that returns whether to leave out a file, given its full path.
-            with_folders: Whether the names include the folders of the files.
+            is_excluded: Function that takes a full path and returns whether to skip the file, or
+                None to skip no file.
+            with_folders: Whether each name includes the file's folders.
         """
         folder = os.path.join(self.folder, "")
         below = list_files(folder)
@@ -235,12 +240,12 @@ class Template:
 
 
 class Files(NamedTuple):
-    """Files by name, and files whose name another file already has.
+    """Files indexed by name, and files with a duplicate name.
 
     Attributes:
-        paths: Path of each file below `folder`, by name.
-        same: Name and path of each file whose name another file already has.
-        folder: Start of all paths, with a trailing slash.
+        paths: Path of each file relative to `folder`, indexed by name.
+        same: Name and relative path of each file whose name is already taken.
+        folder: Common start of all paths, with a trailing slash.
     """
 
     paths: dict[str, str]
@@ -249,12 +254,12 @@ class Files(NamedTuple):
 
     @classmethod
     def of(cls, names: list[str], paths: list[str], folder: str) -> Files:
-        """Return the files with the given names and paths.
+        """Build the index from the names and paths of files.
 
         Args:
-            names: Names of the files.
-            paths: Path of each file below `folder`.
-            folder: Start of all paths, with a trailing slash.
+            names: Name of each file.
+            paths: Path of each file relative to `folder`.
+            folder: Common start of all paths, with a trailing slash.
         """
         first, same = dict(zip(names, paths)), []
         if len(first) < len(names):
@@ -273,12 +278,14 @@ class Files(NamedTuple):
         return self.folder + self.paths[name]
 
     def findings(self) -> list[tuple[str, Finding]]:
-        """Return the name and a finding for each file whose name another file already has."""
+        """Return a finding for each file with a duplicate name, together with that name."""
         return [
             (
                 name,
                 Finding(
-                    self.folder + path, f"same name as {self.path(name)}; rename one of them", True
+                    self.folder + path,
+                    f"has the same name as {self.path(name)}; rename one of them",
+                    True,
                 ),
             )
             for name, path in self.same
@@ -289,11 +296,11 @@ Exclusion = Callable[[str], bool] | None
 
 
 def exclusion(exclude: Collection[str], root: str) -> Exclusion:
-    """Return a function that tells whether a file is excluded, or None if nothing is excluded.
+    """Return a function that tells whether a path is excluded, or None if nothing is excluded.
 
     Args:
         exclude: Folders, files or templates to leave out.
-        root: Folder that contains these paths.
+        root: Folder that the excluded paths are relative to.
     """
     if not exclude:
         return None
@@ -307,14 +314,14 @@ def exclusion(exclude: Collection[str], root: str) -> Exclusion:
 class Samples(Sequence[Sample]):
     """A sequence of samples that shares its memory with forked loader processes.
 
-    The text of all names is one array. Python would copy a list of strings into every process,
-    because it counts references inside each string.
+    All names are stored in one array. A list of strings would be copied into every process, because
+    Python updates the reference counts inside the strings.
 
     Args:
         uids: Name of each sample.
-        images: Path of each image below `folders[0]`.
-        masks: Path of each mask below `folders[1]`.
-        folders: Start of the paths of the images and of the masks.
+        images: Path of each image relative to `folders[0]`.
+        masks: Path of each mask relative to `folders[1]`.
+        folders: Common start of the image paths, and common start of the mask paths.
     """
 
     def __init__(
@@ -327,7 +334,7 @@ class Samples(Sequence[Sample]):
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Position where each name ends.
+        # Position of the NUL byte that ends each name, after an initial -1.
         self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """Samplers that divide the samples of an epoch among the ranks.
 
-The order of the samples does not depend on the number of ranks, nor on a resume. Samplers yield
-`Item`s instead of indices, because workers live for the whole run and learn the epoch from each
-item.
+The order of the samples is the same for any number of ranks and after a resume. Samplers yield
+`Item`s instead of indices, because worker processes live for the whole run and learn the epoch from
+each item.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class Item(NamedTuple):
-    """A request to a loader: a sample of an epoch, and a later sample to prefetch.
+    """A request to a loader: a sample to load now, and a later sample to prefetch.
 
     In a data set of n samples, an index of n or more is a repetition: `i + k * n` is the k-th
     repetition of sample i.
@@ -39,7 +39,7 @@ class Ordered(Protocol):
     def __len__(self) -> int: ...
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the items in the order of an epoch."""
+        """Return the items in the epoch's order."""
         ...
 
 
@@ -55,9 +55,9 @@ def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def random_keys(length: int, seed: int, epoch: int) -> np.ndarray:
-    """Return random 64-bit integers, one for each sample.
+    """Return one random 64-bit integer per sample.
 
-    NumPy guarantees that all its versions give the same bits for this generator.
+    NumPy guarantees that this generator produces the same bits in every version.
 
     Args:
         length: Number of integers.
@@ -71,7 +71,7 @@ def length_of_repeated(factors: np.ndarray) -> int:
     """Return the number of samples that `repeated` returns.
 
     Args:
-        factors: Average number of times that an epoch takes each sample, (n,).
+        factors: Average number of times that each sample is drawn per epoch, (n,).
     """
     return math.ceil(round(float(factors.sum()), 6))
 
@@ -79,21 +79,21 @@ def length_of_repeated(factors: np.ndarray) -> int:
 def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Repeat each sample floor(factor) or ceil(factor) times, chosen at random.
 
-    On average a sample is taken as often as its factor says. The number of samples is always the
-    same, so all epochs have equally many batches.
+    On average, each sample is drawn as often as its factor says. The total is the same in every
+    epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). It lays the factors end to end in random order
-    and counts the integers that fall into each. To make the total an integer, it stretches the
-    factors by less than 1 / n.
+    The method is systematic sampling (Madow 1949). The method lays the factors end to end in random
+    order, and draws a sample once for each integer that falls into its interval. To make the total
+    an integer, the factors are first scaled up by less than 1 / n.
 
     Args:
-        factors: Average number of times that an epoch takes each sample, (n,).
+        factors: Average number of times that each sample is drawn per epoch, (n,).
         seed: Seed of the random choice.
         epoch: Number of the epoch.
 
     Returns:
-        The first take of each sample, 0 to n - 1, followed by the repetitions, as `Item.index`
-        counts them.
+        Indices of the drawn samples in ascending order. A repeated sample has additional indices of
+        n or more; see `Item.index`.
     """
     generator = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])
     place = generator.random_raw(len(factors)).argsort(kind="stable")
@@ -101,7 +101,7 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     length = length_of_repeated(factors)
     ends = factors[place].cumsum()
     teeth = np.floor(ends * (length / ends[-1]) + offset).astype(np.int64)
-    teeth[-1] = length  # The last sum may have been rounded, so set it to the exact length.
+    teeth[-1] = length  # Rounding may change the last sum, so set it to the exact length.
     times = np.empty_like(teeth)
     times[place] = np.diff(teeth, prepend=0)
     takes = [np.flatnonzero(times > k) + k * len(factors) for k in range(times.max())]
@@ -109,27 +109,27 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 class EpochSampler(DistributedSampler):
-    """A sampler for training: batch b of the run is the b-th part of the epoch's order.
+    """A training sampler that takes batches from the epoch's order, one after the other.
 
-    Each rank gets a contiguous part of each batch. Together the ranks see the same samples as one
-    process whose micro-batches have the size of one rank's part.
+    Each rank gets a contiguous part of each batch. Together, the ranks see the same samples as one
+    process whose micro-batches are as large as one rank's part.
 
-    The class is a `DistributedSampler` so that Composer sets its epoch. Its length is the length of
-    the whole epoch, even if the epoch is resumed in the middle, because Composer compares it with
-    the number of batches since the epoch began.
+    The class extends `DistributedSampler`, so that Composer sets its epoch. Its length is always
+    the length of the complete epoch, even after a resume in the middle of an epoch, because
+    Composer compares it with the number of batches since the start of the epoch.
 
     Args:
         dataset: Data set with a length and a method `order(items, seed, epoch)`.
-        batch_size: Number of samples of one rank in a batch.
+        batch_size: Number of samples per rank in each batch.
         seed: Seed of the order.
         shuffle: Whether to shuffle the samples.
-        drop_last: Whether to drop the last, smaller batch. If False, its samples are repeated until
-            all ranks have equally many.
+        drop_last: Whether to drop an incomplete last batch. If False, its samples are repeated
+            until all ranks have the same number.
         prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
         num_replicas: Number of ranks. If None, Composer's value is used.
         rank: Number of this rank. If None, Composer's value is used.
-        repeat_factors: Average number of times that an epoch takes each sample, (n,). If None,
-            each sample is taken once.
+        repeat_factors: Average number of times that each sample is drawn per epoch, (n,). If None,
+            each sample is drawn once.
     """
 
     dataset: Ordered
@@ -159,7 +159,7 @@ class EpochSampler(DistributedSampler):
 
         Args:
             epoch: Number of the epoch.
-            seen: Number of samples to skip, over all ranks.
+            seen: Number of samples to skip, summed over all ranks.
         """
         self.resumed_epoch, self.seen = epoch, seen
 
@@ -173,7 +173,7 @@ class EpochSampler(DistributedSampler):
         return _items(self.epoch, indices, self.prefetch_distance)
 
     def _positions(self, seen: int) -> np.ndarray:
-        """Return the positions of this rank's samples in the order of the epoch."""
+        """Return the positions of this rank's samples in the epoch's order."""
         length = len(self.dataset)
         if self.repeat_factors is not None:
             length = length_of_repeated(self.repeat_factors)
@@ -189,10 +189,10 @@ class EpochSampler(DistributedSampler):
 
 
 class EvalSampler(DistributedSampler):
-    """A sampler for evaluation: all samples in order, divided among the ranks as torch does.
+    """An evaluation sampler that yields all samples in order, divided among the ranks.
 
-    torch repeats samples until all ranks have equally many. Composer removes the repetitions from
-    the results.
+    `DistributedSampler` repeats samples until all ranks have the same number. Composer removes the
+    repetitions from the results.
 
     Args:
         dataset: Data set to evaluate.

@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 
 def shard_description(path: str, retries: int = 2) -> Description | None:
-    """Return the description that lies beside the shards and from which they were written.
+    """Return the description stored next to the shards, from which they were written.
 
     Args:
         path: Folder or URL of the shards.
-        retries: Number of times to ask the store again.
+        retries: Number of times to ask the store again after a temporary error.
 
     Returns:
         The description, or None if the shards have no description.
 
     Raises:
-        ConfigError: The description is not valid.
-        DataError: The store did not say whether a description exists.
+        ConfigError: The description is invalid.
+        DataError: The store failed, so it is unknown whether a description exists.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = fetch_beside(path, DESCRIPTION, folder, retries)
@@ -39,20 +39,20 @@ def shard_description(path: str, retries: int = 2) -> Description | None:
 
 
 def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
-    """Return the classes that the shards of a run were written with.
+    """Return the classes that the shards were written with.
 
-    If the store does not answer but the cache holds the split, the run continues without this
-    check.
+    If the store does not answer but the split's index is in the cache, the function logs a warning
+    and returns None.
 
     Args:
-        source: The shards.
+        source: A split that is stored as shards.
 
     Returns:
         Names and colours in the order of the class indices, or None if they are not known.
 
     Raises:
-        ConfigError: The description of the shards is not valid.
-        DataError: The store did not say whether a description exists.
+        ConfigError: The description of the shards is invalid.
+        DataError: The store failed, so it is unknown whether a description exists.
     """
     assert source.shards is not None
     local = source.shards.local
@@ -71,11 +71,11 @@ def check_shard_classes(source: DataSource, classes: Sequence[ClassInfo]) -> Non
     """Check that the classes of the shards match the classes of a run.
 
     Args:
-        source: The shards.
+        source: A split that is stored as shards.
         classes: The classes of the run, in the order of the class indices.
 
     Raises:
-        ClassError: The names differ, or the same names have another order.
+        ClassError: The names differ, or they are in a different order.
     """
     ours = shard_classes(source)
     where = f"{source.path}/{DESCRIPTION}"

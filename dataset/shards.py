@@ -31,30 +31,30 @@ from files import is_remote
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
-DESCRIPTION = "description.yaml"  # File beside the splits, with the description of the data set.
+DESCRIPTION = "description.yaml"  # Name of the description file next to the split folders.
 MAX_SAMPLES = 10**9  # Maximum number of samples in a shard.
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 
 
 class Shards:
-    """The samples of the shards of one split, in any order.
+    """Random access to the samples in the shards of one split.
 
     Streaming's own dataset has a fixed order that depends on the number of ranks. This class uses
-    only Streaming's downloads, decompression, hashes and shard format. The processes of a machine
+    only Streaming's downloads, decompression, hashes and shard format. The processes on a machine
     share the cache and coordinate with file locks, which the system releases when a process is
     killed.
 
     Args:
         remote: Folder or URL that contains the split's folder, in any store that Streaming
-            supports. None if the shards are in `local`, which is then not changed.
-        local: Folder of the cache. If None, the folder `remote` is read in place.
+            supports. If None, the shards are read from `local`, which is not modified.
+        local: Cache folder. If None, the folder `remote` is read in place.
         split: Name of the split's folder.
         cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least
             recently used shards are deleted first. If None, the size is not limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
-        download_timeout: Seconds to wait for an answer.
-        validate_hash: Hash that checks each downloaded shard. 'auto' takes a hash that the index
-            contains, if it contains one. If None, shards are not checked.
+        download_timeout: Seconds to wait for an answer from the store.
+        validate_hash: Hash algorithm to check each downloaded shard with. 'auto' uses a hash from
+            the index if there is one. If None, shards are not checked.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -72,10 +72,10 @@ class Shards:
     ):
         if local is None:
             if not remote or is_remote(remote):
-                raise DataError(f"{remote}: give a local folder to keep the shards in")
+                raise DataError(f"{remote}: remote shards need a cache; set local to a folder")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
-            # The cache is the data set itself: nothing to download, and nothing may be deleted.
+            # The cache folder is the data set itself, so nothing must be downloaded or deleted.
             remote = None
         self.is_cache = remote is not None
         self.location = os.path.join(remote or local, split)
@@ -118,25 +118,25 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # The alphabetically last hash: of sha1 and xxh64 it is xxh64, the faster one.
+            # Use the alphabetically last hash. With sha1 and xxh64, this is xxh64, the faster one.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
     def _alone_with_index(self) -> AbstractContextManager:
-        """Return a lock that keeps other runs out of this cache; other ranks wait for the first."""
+        """Return a lock on the cache's index. Only the first rank of each node needs the lock."""
         if not self.is_cache or not World.detect().is_local_leader:
             return contextlib.nullcontext()
         os.makedirs(self.folder, exist_ok=True)
         return FileLock(os.path.join(self.folder, "index.json.lock"))
 
     def _check_index(self) -> None:
-        """Raise DataError if the cache holds an earlier version of the data set."""
+        """Raise DataError if the cache contains an earlier version of the data set."""
         path = os.path.join(self.folder, "index.json")
         if not self.is_cache or not os.path.exists(path) or not World.detect().is_local_leader:
             return
-        # Other processes check too, so use a folder of this process.
+        # Other processes run this check at the same time, so use a per-process folder.
         with tempfile.TemporaryDirectory() as folder:
             fresh = os.path.join(folder, "index.json")
             try:
@@ -148,7 +148,7 @@ class Shards:
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
             raise DataError(
-                f"{self.folder} holds an earlier version of {self.location}; delete the folder"
+                f"{self.folder} contains an earlier version of {self.location}; delete this folder"
             )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
@@ -179,9 +179,10 @@ class Shards:
 
     @property
     def shards_at_once(self) -> int | None:
-        """Number of shards to read from at the same time, or None if all shards fit the cache.
+        """Number of shards to read from at the same time, or None if all shards fit in the cache.
 
-        The cache then also has room for the next shards, which are downloaded in the meantime.
+        These shards fill half of the cache. The other half is for the shards that are downloaded
+        next.
         """
         sizes = [shard.get_max_size() for shard in self.shards]
         if self.cache_limit is None or sum(sizes) <= self.cache_limit:
@@ -189,7 +190,7 @@ class Shards:
         return self.cache_limit // max(sizes) // 2
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Return a sample's uid, its encoded image and mask, and names of both for errors.
+        """Return a sample's uid, its encoded image and mask, and their names for error messages.
 
         Args:
             index: Index of the sample.
@@ -205,20 +206,20 @@ class Shards:
             try:
                 sample = reader[row]
                 break
-            # The shard is not downloaded yet, or another process deleted it to make room.
+            # The shard is not downloaded yet, or another process deleted it to free space.
             except FileNotFoundError:
                 self.fetch(shard)
             except Exception as error:
                 again = "; delete it to download it again" if self.is_cache else ""
                 raise DataError(f"{path} is damaged: {one_line(error)}{again}") from error
         else:
-            raise DataError(f"{path} is deleted before it can be read; increase cache_limit")
+            raise DataError(f"{path} was deleted before it could be read; increase cache_limit")
         if self.cache_limit:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
         uid = sample["uid"]
         uid = uid.decode("utf-8", "surrogateescape") if isinstance(uid, bytes) else str(uid)
-        # Remove the prefix, as for data sets in folders.
+        # Remove ADE20K's prefix, as for data sets in folders.
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, image", f"{name}, mask")
@@ -232,7 +233,7 @@ class Shards:
         shard = int(self.shard_of(index))
         if os.path.exists(self.path(shard)):
             return
-        # A forked process inherits the queue of its parent, but not the thread.
+        # A forked process inherits its parent's queue but not the thread that reads it.
         if os.getpid() not in self.wanted:
             self.wanted = {os.getpid(): queue.SimpleQueue()}
             threading.Thread(target=self._fetch_wanted, daemon=True).start()
@@ -247,7 +248,7 @@ class Shards:
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:
-        """Return the path of a shard on this machine, which exists once it is downloaded.
+        """Return the local path of a shard, which exists after the shard is downloaded.
 
         Args:
             shard: Number of the shard.
@@ -256,7 +257,7 @@ class Shards:
 
     @property
     def stream(self) -> Stream:
-        """The downloader of this thread.
+        """The downloader for the current thread.
 
         Threads and forked processes cannot share the connections of a downloader.
         """
@@ -279,8 +280,8 @@ class Shards:
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
             return
-        # With a limit, download one shard at a time, because each download takes up some of the
-        # space.
+        # If the cache has a size limit, download one shard at a time, so that parallel downloads
+        # cannot exceed the limit.
         lock = "cache" if self.cache_limit else os.path.basename(path)
         os.makedirs(self.folder, exist_ok=True)
         try:
@@ -325,7 +326,7 @@ class Shards:
 def _implausible(shard: Any) -> str | None:
     """Return the reason why a shard's entry in the index is invalid, or None.
 
-    Names must stay inside the folder, and counts must be possible.
+    File names must not point outside the folder, and numbers must be within their limits.
     """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
         return f"samples: got {shard.samples!r}; expected 0 to {MAX_SAMPLES}"
@@ -348,21 +349,21 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 
     Args:
         path: Folder or URL of the shards.
-        local: Folder of the cache. If None, the folder `path` is read in place.
+        local: Cache folder. If None, the folder `path` is read in place.
         split: Name of the split's folder.
     """
     return Shards(path, local, split, download_retry=2)
 
 
-# Workers read several shards of the same split.
+# Keep the opened splits, because a worker process reads several shards of the same split.
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]]:
-    """Yield the uid, the encoded image and the encoded mask of each sample of a shard.
+    """Yield the uid, the encoded image and the encoded mask of each sample in a shard.
 
-    The hash is checked even if the shard was in the cache. Training checks it only after a
-    download.
+    The hash is checked even if the shard is already in the cache. Training checks hashes only after
+    downloads.
 
     Args:
         shards: The shards of a split.

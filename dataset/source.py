@@ -40,8 +40,8 @@ class DataSource:
     Attributes:
         path: Folder of the data set, or folder or URL of MDS shards.
         split: 'train' or 'val'.
-        description: Layout of the folders and meaning of the masks. Shards hold the labels of the
-            description that they were written from.
+        description: Layout of the folders and meaning of the mask values. Masks in shards contain
+            the labels of the description that the shards were written with.
         shards: Options for MDS shards, or None if the data set is in folders.
     """
 
@@ -58,11 +58,11 @@ class DataSource:
 
     @property
     def root(self) -> str:
-        """The folder that contains the paths of the layout."""
+        """The folder that the layout's paths are relative to."""
         return self.path if self.description.built_in is None else str(find_root(self.path))
 
     def of_split(self, split: str) -> DataSource:
-        """Return another split of the same data set, without listing its folders again.
+        """Return a split of the same data set that shares the cached listings of its folders.
 
         Args:
             split: 'train' or 'val'.
@@ -70,19 +70,19 @@ class DataSource:
         return dataclasses.replace(self, split=split)
 
     def listing(self) -> Listing:
-        """Return the image and mask pairs of a split in folders, and the problems with their names.
+        """Return the split's image and mask pairs, and problems with their file names.
 
-        A process lists the files only once.
+        The files are listed only once per process.
         """
         if self.split not in self._listings:
             self._listings.update(list_splits(self.description, self.split, self.root))
         return self._listings[self.split]
 
     def samples(self) -> Samples:
-        """Return the samples of a split in folders, sorted by name.
+        """Return the samples of a split stored in folders, sorted by name.
 
         Raises:
-            DataError: The split has no images, or some image has no mask.
+            DataError: The split has no images, or an image has no mask.
         """
         return require(self.listing())
 
@@ -97,7 +97,7 @@ class DataSource:
         return Masks.of(self.description, self.split, self.root)
 
     def open_shards(self) -> Shards:
-        """Return the split's shards, with the options of the run.
+        """Open the split's shards with the options of this source.
 
         Raises:
             DataError: The shards are missing or damaged.
@@ -108,10 +108,11 @@ class DataSource:
         return Shards(self.path, split=self.split, **dataclasses.asdict(self.shards))
 
     def chunks(self, samples: Samples | None = None) -> list[tuple[Chunk, Masks]]:
-        """Divide the split into chunks for several processes, each with a decoder for its masks.
+        """Divide the split into chunks for worker processes, each with a decoder for its masks.
 
         Args:
-            samples: Samples of a split in folders. If None, all samples of training are taken.
+            samples: Samples to divide if the split is stored in folders. If None, all its samples
+                are used.
         """
         masks = self.masks()
         if self.shards is None:
@@ -132,7 +133,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class FileChunk:
-    """A chunk of samples in folders."""
+    """A chunk of samples that are stored in folders."""
 
     samples: list[Sample]
 
@@ -140,7 +141,7 @@ class FileChunk:
         return len(self.samples)
 
     def masks(self) -> Iterator[tuple[str, bytes]]:
-        """Yield a name for errors and the file content of each mask."""
+        """Yield the name (for error messages) and the encoded file of each mask."""
         for sample in self.samples:
             yield sample.mask_path, read_file(sample.mask_path)
 
@@ -159,13 +160,13 @@ class ShardChunk:
         return self.size
 
     def open(self) -> Shards:
-        """Return the split's shards, which contain this shard."""
+        """Open the split that this shard belongs to."""
         from dataset.shards import cached_shards
 
         return cached_shards(self.path, self.local, self.split)
 
     def masks(self) -> Iterator[tuple[str, bytes]]:
-        """Yield a name for errors and the file content of each mask."""
+        """Yield the name (for error messages) and the encoded file of each mask."""
         from dataset.shards import read_shard
 
         shards = self.open()
@@ -196,14 +197,14 @@ def read_file(path: str) -> bytes:
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Check, before training, that the labels of some masks in folders fit the model.
+    """Check before training that the labels in some masks match the model's classes.
 
     Args:
         source: The split to check.
         max_masks: Maximum number of masks to check, spread evenly over the split.
 
     Raises:
-        DataError: A mask cannot be read or holds a label that is not a class.
+        DataError: A mask cannot be read or contains a label that is not a class.
     """
     samples, masks = source.samples(), source.masks()
     for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):

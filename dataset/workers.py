@@ -1,6 +1,6 @@
 """Worker processes that load or check samples.
 
-Each process uses one core and ends with its parent.
+Each process uses one core and exits when its parent exits.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
 Result = TypeVar("Result")
-# Microseconds of CPU time that a container may use per period.
+# File with a container's CPU quota and period, in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-CHUNK = 64  # Number of samples that a process takes at a time.
+CHUNK = 64  # Number of samples in one task for a worker process.
 
 
 def available_cores(quota: Path = QUOTA) -> int:
     """Return the number of cores that this process may use.
 
-    The share of a container is rounded up to whole cores.
+    A container's CPU limit is rounded up to whole cores.
 
     Args:
         quota: File with the container's CPU limit.
     """
-    # Only Linux restricts a process to some cores; macOS does not.
+    # sched_getaffinity exists on Linux but not on macOS.
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -44,7 +44,7 @@ def available_cores(quota: Path = QUOTA) -> int:
     try:
         limit, period = quota.read_text().split()
         return min(cores, math.ceil(int(limit) / int(period)))
-    # The file does not exist, or it says "max", which means no limit.
+    # The quota file is missing or contains "max", which means no limit.
     except (OSError, ValueError):
         return cores
 
@@ -53,10 +53,10 @@ def use_one_core(worker: int) -> None:
     """Limit OpenCV and PyTorch to one core in a loader process.
 
     Args:
-        worker: Number of the worker. It is unused; PyTorch's DataLoader passes it.
+        worker: Index of the worker. The index is unused, but PyTorch's DataLoader passes it.
     """
-    # Import OpenCV and PyTorch only here, so that a command can count the cores before it imports
-    # them.
+    # Import OpenCV and PyTorch only here, so that a command can call `available_cores` before it
+    # imports them.
     import cv2
     import torch
 
@@ -68,14 +68,14 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
     """Run tasks in several processes, and cancel the remaining tasks when interrupted.
 
     Args:
-        tasks: A function with its arguments for each tag. A tag is any hashable value.
+        tasks: Tuples of a function and its arguments, indexed by a hashable tag.
         workers: Number of processes.
 
     Yields:
-        The tag and the result of each task, as the tasks finish.
+        The tag and the result of each task, in the order of completion.
 
     Raises:
-        DataError: A process died.
+        DataError: A worker process died.
     """
     with ProcessPoolExecutor(workers, initializer=_init_process) as pool:
         try:
@@ -91,7 +91,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
-    """Yield the samples in chunks of `CHUNK`.
+    """Divide samples into chunks of at most `CHUNK` samples.
 
     Args:
         samples: The samples to divide.
@@ -109,18 +109,18 @@ def map_chunks(
     """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
 
     Args:
-        function: Function that takes the values of one tuple as its arguments.
+        function: Function to call with the values of each tuple as arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
-        workers: Number of processes. If None, one process per core.
-        desc: Text in front of the progress bar.
-        unit: Unit of the numbers on the progress bar.
+        workers: Number of processes. If None, one process per core is used.
+        desc: Text to show before the progress bar.
+        unit: Unit to show after the numbers of the progress bar.
 
     Returns:
-        The results of the function, in the order of the chunks.
+        The results, in the order of the chunks.
 
     Raises:
-        DataError: A process died.
+        DataError: A worker process died.
     """
     results: dict[int, Result] = {}
     tasks = {number: (function, *arguments) for number, arguments in enumerate(chunks)}
@@ -134,24 +134,24 @@ def map_chunks(
 
 def _init_process() -> None:
     global _captures_stderr
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # On Ctrl-C, the parent process ends the work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # On Ctrl-C, the parent process stops the work.
     # On Linux, this process dies with its parent, even if the parent is killed.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     use_one_core(0)
-    # A JPEG with damaged content still decodes. Only the line that libjpeg prints to stderr tells
-    # of the damage, so send stderr to a file.
+    # libjpeg decodes a damaged JPEG and reports the damage only on stderr, so redirect stderr to a
+    # file.
     descriptor, name = tempfile.mkstemp()
     os.unlink(name)
     os.dup2(descriptor, 2)
     _captures_stderr = True
 
 
-_captures_stderr = False  # Whether this process keeps the lines that libjpeg and libpng print.
+_captures_stderr = False  # Whether stderr is redirected to capture messages of image decoders.
 
 
 def decoder_complaint() -> str | None:
-    """Return the first line that the decoders have printed since the last call, or None."""
+    """Return the first line that an image decoder printed since the last call, or None."""
     if not _captures_stderr or os.fstat(2).st_size == 0:
         return None
     text = os.pread(2, 2000, 0).decode(errors="replace").strip()
@@ -161,7 +161,7 @@ def decoder_complaint() -> str | None:
 
 
 def default_workers() -> int:
-    """Return the number of cores of this rank, at least 1 and at most 8."""
+    """Return the number of CPU cores per rank, limited to between 1 and 8."""
     from composer.utils import dist
 
     return min(8, max(1, available_cores() // dist.get_local_world_size()))

@@ -1,4 +1,4 @@
-"""Scores of single images, and pictures of the images with the lowest scores."""
+"""Scores of individual images, and pictures of the images with the lowest scores."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ImageScore(NamedTuple):
     """The scores of one image.
 
     Attributes:
-        index: Number of the image in the data set.
-        name: File of the image.
-        miou: Mean IoU over the classes that occur, in percent, or None without a label.
-        accuracy: Share of the labelled pixels that are predicted correctly, in percent, or None.
+        index: Index of the image in the data set.
+        name: File name of the image.
+        miou: Mean IoU over the classes that occur, in percent, or None if no pixel has a label.
+        accuracy: Percentage of the labelled pixels that are predicted correctly, or None.
         pixels: Number of labelled pixels.
-        confusion: The pair of classes that is confused most, as of `confused_pairs`, or None.
+        confusion: Most confused pair of classes, as returned by `confused_pairs`, or None.
     """
 
     index: int
@@ -49,16 +49,16 @@ class ImageScore(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """The place of an image among others; images without a label come last."""
+        """The sort key that puts the lowest score first and images without a label last."""
         return (101 if self.miou is None else self.miou), self.index
 
 
 class ErrorAnalysis:
-    """The scores of the images that a rank evaluates, and the images with the lowest ones.
+    """The scores of the images that a rank evaluates, and the images with the lowest scores.
 
     Args:
         classes: Names and colours of the classes.
-        name: Function from the number of an image to its file.
+        name: Function that maps the index of an image to its file name.
         keep: Number of images to draw.
     """
 
@@ -70,10 +70,10 @@ class ErrorAnalysis:
         self._worst: list[tuple[float, int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
 
     def add(self, index: int, photo: np.ndarray, target: Tensor, prediction: Tensor) -> None:
-        """Score an image.
+        """Score an image, and keep it for drawing if its score is among the lowest.
 
         Args:
-            index: Number of the image in the data set.
+            index: Index of the image in the data set.
             photo: (H, W, 3) uint8.
             target: (H, W) class indices, -1 for pixels without a label.
             prediction: (H, W) predicted class indices.
@@ -95,7 +95,7 @@ class ErrorAnalysis:
         arrays = (photo, target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         heapq.heappush(self._worst, (-score.miou, -index, (arrays[0], arrays[1], arrays[2])))
         if len(self._worst) > self.keep:
-            heapq.heappop(self._worst)  # the image with the highest score
+            heapq.heappop(self._worst)  # Drop the image with the highest score.
 
     def gather(self) -> list[ImageScore]:
         """Return the scores of all ranks' images, in the order of the data set."""
@@ -103,13 +103,13 @@ class ErrorAnalysis:
         return sorted((score for part in parts for score in part), key=lambda score: score.index)
 
     def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:
-        """Draw this rank's images among the worst of all ranks, each with its mask and prediction.
+        """Draw this rank's images that have the lowest scores of all ranks, with their predictions.
 
-        The name of a picture starts with its place: `01_NAME.jpg` is the worst.
+        The name of a picture starts with its position: `01_NAME.jpg` has the lowest score.
 
         Args:
-            scores: Scores of all ranks, as of `gather`.
-            folder: Folder of the pictures.
+            scores: Scores of all ranks, as returned by `gather`.
+            folder: Folder to write the pictures to.
 
         Raises:
             OutputError: The disk is full.
@@ -147,10 +147,9 @@ def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) ->
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
-    """Draw a confusion matrix: a row per class of the masks, a column per predicted class.
+    """Draw a confusion matrix, with a row per target class and a column per predicted class.
 
-    A cell is the darker, the larger its share of the pixels of its row. Names stand on the left,
-    and on the diagonal, where they name the columns.
+    The darker a cell, the larger its share of the row's pixels. The class names are on the left.
 
     Args:
         matrix: (C, C) counts.
@@ -162,7 +161,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
     left = round(max(text_length(info.name, size) for info in classes) + 2.5 * cell)
     side = cell * len(classes)
     page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
-    # White to blue, with a root so that small shares can be seen.
+    # Use a white-to-blue scale of the square root, so that small shares stay visible.
     depth = np.sqrt(share)[..., None]
     colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
     cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
@@ -174,7 +173,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
         box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
         draw.rectangle(box, info.color, INK)
         write_text(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
-        if cell >= 32:  # There is room for the numbers.
+        if cell >= 32:  # Cells of this size have room for numbers.
             for column in np.flatnonzero(share[row] >= 0.005):
                 color = PAPER if share[row, column] > 0.3 else INK
                 at = (left + cell * (column + 0.5), middle)

@@ -1,4 +1,4 @@
-"""The validation set of evaluate.py, and the order of its classes."""
+"""The validation set for evaluate.py, and the order of its classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """The parts of `predict.Segmenter` that tell the validation set."""
+    """The parts of `predict.Segmenter` that determine the validation set."""
 
     config: Mapping[str, Any] | None
     classes: list[ClassInfo]
@@ -37,17 +37,17 @@ class Model(Protocol):
 
 
 def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set of the command line, of `--config`, or of the checkpoint.
+    """Return the validation set from the command line, from `--config` or from the checkpoint.
 
     Args:
-        options: Command line.
+        options: Command-line options.
         segmenter: Model to evaluate.
 
     Returns:
-        The data set, and the keys of `eval_dataset` as arguments of `data.build_ade20k_dataspec`.
+        The data set, and the `eval_dataset` keys as arguments for `data.build_ade20k_dataspec`.
 
     Raises:
-        ConfigError: No validation set is known, or it has other classes than the model.
+        ConfigError: No validation set is known, or its classes differ from the model's.
     """
     config = segmenter.config or {}
     recorded = dict(config.get("eval_dataset") or {})
@@ -65,7 +65,7 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
     if not arguments.get("path"):
         raise ConfigError("the checkpoint does not name a validation set; give --path or --config")
     if is_remote(arguments["path"]) and not arguments.get("local"):
-        raise ConfigError(f"{arguments['path']} is remote; give --local, a folder to cache it in")
+        raise ConfigError(f"{arguments['path']} is remote; set --local to a cache folder")
     if described is not None and len(described.classes) != len(segmenter.classes):
         counts = (
             f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
@@ -106,16 +106,16 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
 
 
 def resolve_file(path: str) -> Config:
-    """Read the config of a run, for its validation set."""
+    """Read and resolve a run's config file without requiring its data."""
     return resolve(load(path, []), with_data=False)
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Compare the meaning of label 0 with its meaning in the run's own evaluations.
+    """Compare the meaning of label 0 with its meaning in the evaluations during training.
 
     Args:
-        arguments: Keys of `eval_dataset` that are used now.
-        recorded: The same keys in the checkpoint; empty if it has none.
+        arguments: `eval_dataset` keys of this evaluation.
+        recorded: `eval_dataset` keys in the checkpoint, or an empty mapping.
 
     Raises:
         ConfigError: The meanings differ for the same data set.
@@ -133,19 +133,19 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
 def class_order(
     options: argparse.Namespace, segmenter: Model, source: DataSource
 ) -> list[int] | None:
-    """Match the classes of the validation set with those of the model.
+    """Match the validation set's classes with the model's classes.
 
     Args:
-        options: Command line.
+        options: Command-line options.
         segmenter: Model to evaluate.
         source: Validation set.
 
     Returns:
-        The model's class index for each class of the data; None if they are the same, or if no
-            names are known.
+        The model's class index for each class of the data. None if the order is the same, or if no
+        names are known.
 
     Raises:
-        ClassError: The classes have other names.
+        ClassError: The names of the classes differ.
     """
     recorded = segmenter.config or {}
     own = recorded.get("data")
@@ -170,7 +170,7 @@ def class_order(
     order = match_classes(classes, model, where, options.model)
     if order is not None:
         log.warning(
-            "%s: its classes are in another order than the model's; they were matched by name",
+            "%s: its class order differs from the model's, so the classes were matched by name",
             where,
         )
     return order

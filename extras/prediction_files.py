@@ -17,24 +17,24 @@ from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
 from files import check_outputs, encode_image, write_file
 
-# Comment in every output file, so that later calls recognise their own files.
+# Comment in every output file, by which later runs recognise files that predict.py wrote.
 COMMENT = "Written by predict.py"
 
 
 def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     """Find all images and videos for the given files, folders and glob patterns.
 
-    Folders are searched with all their subfolders. All outputs have different paths. Two files get
-    different names if they differ only in their extension or in case. A video gets a different name
-    from every folder of images, because its class indices go to a folder of its own name.
+    Folders are searched recursively. Every output has a different path. Files that differ only in
+    extension or case get different output names. A video's name also differs from all folders of
+    images, because its class indices are written to a folder of that name.
 
     Args:
         arguments: Files, folders and glob patterns.
 
     Returns:
-        Each path, with the name of its outputs without an extension.
+        The path of each file, and the name of its outputs without an extension.
     """
-    files: dict[Path, str] = {}  # The keys are resolved paths.
+    files: dict[Path, str] = {}  # Output names, indexed by resolved path.
     paths: dict[Path, Path] = {}
     for argument in arguments:
         found = (
@@ -50,7 +50,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Name the videos last, when all folders of images are known.
+    # Name the videos last, when the names of all image folders are known.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():
@@ -66,7 +66,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether the extension of a file is that of a video.
+    """Return whether a file has the extension of a video.
 
     Args:
         path: Path of the file.
@@ -85,7 +85,7 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
 
 
 def encode_index(prediction: np.ndarray) -> bytes:
-    """Return class indices as a grey PNG; see `save_index`.
+    """Encode class indices as a grey PNG; see `save_index`.
 
     Args:
         prediction: (H, W) class indices, uint8 or uint16.
@@ -101,7 +101,7 @@ def check_predictions(
     """Check that no output would overwrite an input or a file of another program.
 
     Args:
-        photos: Inputs with the names of their outputs; see `find_photos`.
+        photos: Input files and the names of their outputs; see `find_photos`.
         options: Options of predict.py.
         is_camera: Whether the input is a camera.
 
@@ -124,12 +124,12 @@ def check_predictions(
     for path in [*files, *existing]:
         if path.exists() and not _is_our_output(path):
             raise UserError(
-                f"{path} already exists and was not written by predict.py; choose another --out"
+                f"{path} already exists and was not written by predict.py; choose a different --out"
             )
 
 
 def _is_our_output(path: Path) -> bool:
-    """Return whether an earlier call of predict.py wrote a file."""
+    """Return whether an earlier run of predict.py wrote the file."""
     if is_video(path):
         return read_comment(path) == COMMENT
     try:

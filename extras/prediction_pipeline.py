@@ -1,4 +1,4 @@
-"""A pipeline that reads, draws and encodes images in threads, beside the network."""
+"""A pipeline that reads, draws and encodes images in threads while the network predicts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
 
-BATCH = 8  # Images of one size that the network takes at once on a GPU.
-MAX_BYTES = 2**28  # Decoded images in the pipeline, beyond the one that is needed next.
-JPEG_SIDE = 65_500  # Largest width and height of a JPEG, pixels.
+BATCH = 8  # Maximum number of images of one size in a batch on a GPU.
+MAX_BYTES = 2**28  # Bytes of decoded images in the pipeline above which no more images are read.
+JPEG_SIDE = 65_500  # Maximum width and height of a JPEG in pixels.
 
 
 class Segmenter(Protocol):
-    """The parts of `predict.Segmenter` that the pipeline needs."""
+    """The parts of `predict.Segmenter` that the pipeline uses."""
 
     device: Any
     classes: list[Any]
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Return the sizes of an image in the network."""
+        """Return the sizes at which the network processes an image."""
         ...
 
     def predict(self, photos: Sequence[np.ndarray]) -> list[Any]:
@@ -40,20 +40,21 @@ class Segmenter(Protocol):
         ...
 
     def overlay(self, photo: np.ndarray, prediction: np.ndarray) -> Image.Image:
-        """Draw an image under the colours of its classes."""
+        """Draw the colours of the predicted classes over an image."""
         ...
 
 
 @dataclass
 class _Job:
-    """An image on its way through the pipeline.
+    """The state of an image in the pipeline.
 
     Attributes:
         path: File of the image.
-        target: Path of the outputs, without an extension.
-        photo: The image, or None before it is read and after it is encoded.
-        outputs: The encoded files and a note for the user, once the image is segmented.
-        problem: Why the file was skipped.
+        target: Path of the output files, without an extension.
+        photo: The decoded image. None before reading starts and after the image is segmented.
+        outputs: The encoded files and a note for the user. None before the image is segmented.
+        problem: Reason why the file was skipped, or an empty string.
+        bytes: Size of the decoded image.
     """
 
     path: Path
@@ -67,15 +68,15 @@ class _Job:
 def segment_images(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], kinds: Sequence[str]
 ) -> Iterator[str]:
-    """Segment images into files, in their order.
+    """Segment images and write the outputs, in the order of `files`.
 
     Args:
         segmenter: Model that predicts.
         files: Path of each image, and the path of its outputs without an extension.
-        kinds: `"overlay"`, `"index"` or both.
+        kinds: Outputs to write: `"overlay"`, `"index"` or both.
 
     Yields:
-        For each image "" if it succeeded, or a word for the failure.
+        An empty string for each image that succeeded, or a word that describes the failure.
 
     Raises:
         OutputError: The disk is full.
@@ -86,14 +87,14 @@ def segment_images(
     pool = ThreadPoolExecutor(workers)
     try:
         waiting = iter(files)
-        jobs: deque[_Job] = deque()  # in the order of the files
+        jobs: deque[_Job] = deque()  # Images in the pipeline, in the order of `files`.
         while True:
             _read_ahead(jobs, waiting, pool, workers + batch)
             if not jobs:
                 return
             if jobs[0].outputs is None and not jobs[0].problem:
                 _segment_batch(segmenter, jobs, pool, batch, kinds)
-            # The network works on later images while the outputs of the first are encoded.
+            # Let the network process later images while the first image's outputs are encoded.
             is_done = jobs[0].problem or (jobs[0].outputs and jobs[0].outputs.done())
             unsegmented = next((job for job in jobs if not job.outputs and not job.problem), None)
             if not is_done and unsegmented and len(jobs) < 2 * (workers + batch):
@@ -101,14 +102,14 @@ def segment_images(
                 continue
             yield _finish(jobs.popleft())
     finally:
-        # On an error or Ctrl-C, wait only for work that has begun. It writes nothing.
+        # On an error or Ctrl-C, wait only for running tasks. These tasks write no files.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _read_ahead(
     jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
 ) -> None:
-    """Start to read images, as long as the pipeline has room for them."""
+    """Start to read images while the pipeline has room for them."""
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count
@@ -129,7 +130,7 @@ def _segment_batch(
     count: int,
     kinds: Sequence[str],
 ) -> None:
-    """Segment the first image that is not segmented yet, with others of its size."""
+    """Segment the first unsegmented image, together with available images of the same size."""
     chosen: list[_Job] = []
     photos: list[np.ndarray] = []
     sizes = None
@@ -164,7 +165,7 @@ def _segment_batch(
 def _encode(
     segmenter: Segmenter, photo: np.ndarray, prediction: np.ndarray, kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], str]:
-    """Draw and encode the outputs of an image; return them by extension, and a note."""
+    """Draw and encode an image's outputs. Return them by extension, and a note for the user."""
     outputs = {}
     if "index" in kinds:
         outputs[".png"] = encode_index(prediction)
@@ -172,16 +173,16 @@ def _encode(
         picture = segmenter.overlay(photo, prediction)
         if max(picture.size) > JPEG_SIDE:
             size = (
-                f"{picture.width} x {picture.height} pixels, but a JPEG can have only {JPEG_SIDE:,}"
+                f"{picture.width} x {picture.height} pixels, but a JPEG is limited to {JPEG_SIDE:,}"
             )
-            return outputs, f"its overlay would have {size} a side; use --write index"
+            return outputs, f"its overlay would have {size} per side; use --write index"
         options = {"quality": 92, "subsampling": 0, "comment": COMMENT}
         outputs[".jpg"] = encode_image(".jpg", picture, **options)
     return outputs, ""
 
 
 def _finish(job: _Job) -> str:
-    """Write the outputs of an image; return "" or a word for the failure."""
+    """Write the outputs of an image. Return "" or a word that describes the failure."""
     if job.problem:
         tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
         return "skipped"

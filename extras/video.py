@@ -1,8 +1,8 @@
-"""Readers for videos and cameras, and a writer of H.264 videos for browsers.
+"""Readers for videos and cameras, and a writer for H.264 videos that browsers can play.
 
-PyAV, which wraps FFmpeg's libraries, reads and writes the files. OpenCV is installed too, but its
-package has no H.264 encoder, does not say why it cannot read a file, and shows all frames for the
-same time.
+PyAV, a wrapper of FFmpeg's libraries, reads and writes the files. OpenCV is also installed, but its
+package has no H.264 encoder, does not report why it cannot read a file, and gives all frames the
+same duration.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from errors import DataError, UserError, one_line
 from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
-CAMERA_SECONDS = 10  # Maximum time until a camera answers, and for each frame.
+CAMERA_SECONDS = 10  # Maximum seconds to wait for a camera's answer, and for each frame.
 NO_FRAMES = "the video has no frames"
 TICK = Fraction(1, 90_000)  # Clock period of written videos, in seconds.
 
@@ -34,7 +34,7 @@ class Frame(NamedTuple):
 
     number: int  # Position in the video, from 0.
     time: Fraction  # Seconds since the start of the video.
-    # An upright image, (H, W, 3) uint8 RGB.
+    # Image in upright orientation, (H, W, 3) uint8 RGB.
     photo: np.ndarray
 
 
@@ -59,11 +59,11 @@ class Video:
 
     Args:
         path: Path of the file.
-        every: Interval of the frames to take: 1 takes all frames, n every n-th frame.
+        every: Interval between frames to read: 1 reads all frames, n reads every n-th frame.
 
     Attributes:
-        rate: Average number of taken frames per second of the video.
-        length: Number of taken frames according to the file, or None if the file does not say.
+        rate: Average number of frames read per second of the video.
+        length: Number of frames to read according to the file, or None if it is not stated.
 
     Raises:
         DataError: The file cannot be read as a video.
@@ -81,11 +81,11 @@ class Video:
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for this video; convert it")
         self._stream.thread_type = "AUTO"
-        wide = self._stream.sample_aspect_ratio or 1  # Aspect ratio of pixels that are not square.
+        wide = self._stream.sample_aspect_ratio or 1  # Video pixels need not be square.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
-        # A clip cut from a broadcast may start hours into the clock of the broadcast.
+        # A clip cut from a broadcast may start hours after zero on the broadcast's clock.
         start = self._container.start_time
         self._start = None if start is None else Fraction(start, 1_000_000)
         seconds = Fraction(self._container.duration or 0, 1_000_000)
@@ -102,7 +102,7 @@ class Video:
             Every n-th frame.
 
         Raises:
-            DataError: The video has no frames or breaks off.
+            DataError: The video has no frames or is cut short.
         """
         count = 0
         try:
@@ -111,7 +111,7 @@ class Video:
                 if number % self.every:
                     continue
                 photo = frame.reformat(format="rgb24", **self._size).to_ndarray()
-                # Rotate the frame to the orientation of the phone.
+                # Rotate the frame to the orientation in which it was recorded.
                 photo = np.rot90(photo, frame.rotation // 90)
                 time = number / self.rate / self.every
                 if frame.pts is not None:
@@ -120,7 +120,7 @@ class Video:
                     time -= self._start
                 yield Frame(number, time, np.ascontiguousarray(photo))
         except (self._av.FFmpegError, OSError) as error:
-            place = f"the video breaks off after {count} frames: " if count else ""
+            place = f"the video is cut short after {count} frames: " if count else ""
             raise DataError(f"{place}{self._explain(error)}") from None
         finally:
             self._container.close()
@@ -132,14 +132,14 @@ class Video:
 
 
 class Camera(Video):
-    """The frames of a camera: each request gets the newest frame, and older frames are dropped.
+    """A reader that yields the newest frame of a camera and drops older frames.
 
-    The time of a frame is the time since the start of the iteration.
+    A frame's time counts from the start of the iteration.
 
     Args:
         address: A device such as /dev/video0, or an rtsp://, http:// or other URL that FFmpeg
             reads.
-        every: Interval of the frames to take: 1 takes all frames, n at most every n-th frame.
+        every: Interval between frames: 1 reads all frames, n reads at most every n-th frame.
 
     Raises:
         DataError: The camera does not answer or sends no video.
@@ -154,7 +154,7 @@ class Camera(Video):
         return self._av.open(path, format=kind, timeout=CAMERA_SECONDS)
 
     def __iter__(self) -> Iterator[Frame]:
-        """Yield frames until the camera ends.
+        """Yield frames until the camera stops.
 
         Raises:
             DataError: The camera sends no frames, or the connection breaks off.
@@ -171,7 +171,7 @@ class Camera(Video):
                     newest.put(frame)
                     if stop.is_set():
                         return
-            except Exception as error:  # The consumer of the frames raises the exception.
+            except Exception as error:  # Pass the exception to the consumer, which raises it.
                 last = error
             newest.put(last)
 
@@ -201,7 +201,7 @@ def read_comment(path: Path) -> str:
 
 
 class VideoWriter:
-    """A context manager that writes pictures of equal size as a video.
+    """A context manager that writes pictures of equal size to a video.
 
     The file appears when the context ends without an exception, if at least one picture was
     written.
@@ -209,7 +209,7 @@ class VideoWriter:
     Args:
         path: Path of the MP4 file.
         rate: Average number of pictures per second.
-        comment: Comment in the file, which `read_comment` returns.
+        comment: Comment to store in the file; see `read_comment`.
 
     Raises:
         UserError: The video cannot be written.
@@ -218,7 +218,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction, comment: str = ""):
         self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
-        self._context = contextlib.ExitStack()  # The open, unfinished file.
+        self._context = contextlib.ExitStack()  # Closes the unfinished file.
         self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
@@ -251,7 +251,7 @@ class VideoWriter:
         """Add a picture to the video.
 
         Args:
-            picture: (H, W, 3) uint8 RGB, with even sides.
+            picture: (H, W, 3) uint8 RGB, with even height and width.
             time: Time at which the picture appears, in seconds.
 
         Raises:
@@ -262,7 +262,7 @@ class VideoWriter:
             self._stream = self._begin(*picture.shape[:2])
         frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-        # Two pictures cannot have the same time.
+        # Every picture needs a later time than the previous picture.
         self._last = max(round(time / TICK), self._last + 1)
         frame.pts, frame.time_base = self._last, TICK
         self._write(frame)
@@ -283,9 +283,9 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        # The value 1 stands for BT.709.
+        # In FFmpeg, 1 means BT.709.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        context.color_range = 1  # The value 1 stands for the range 16 to 235.
+        context.color_range = 1  # In FFmpeg, 1 means the range 16 to 235.
         return stream
 
     def _write(self, frame: Any) -> None:
@@ -295,7 +295,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
-        """Raise the error of the file, which FFmpeg may report as another error."""
+        """Raise the file's own write error, which FFmpeg may report as a different error."""
         try:
             yield
         except self._av.FFmpegError as error:
@@ -312,7 +312,7 @@ class _File(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            # On a nearly full disk, a write takes only part of the data, and the next write raises.
+            # On a nearly full disk, one call writes only part of the data, and the next call fails.
             view, done = memoryview(data), 0
             while done < len(view):
                 done += super().write(view[done:]) or 0

@@ -21,7 +21,7 @@ from segmentation.drawing import VideoOverlay
 
 
 class Segmenter(Protocol):
-    """The interface of `predict.Segmenter` that videos need."""
+    """The parts of `predict.Segmenter` that this module uses."""
 
     classes: list[ClassInfo]
 
@@ -33,7 +33,7 @@ class Segmenter(Protocol):
 def segment_video(
     segmenter: Segmenter, path: Path, target: Path, options: argparse.Namespace
 ) -> str:
-    """Segment a video; write an overlay video and a folder with the class indices of each frame.
+    """Segment a video; write an overlay video and a folder with each frame's class indices.
 
     Args:
         segmenter: Function that segments an image.
@@ -52,7 +52,7 @@ def segment_video(
             try:
                 for _ in _segment_frames(segmenter, frames, writer, target, options.write):
                     done += 1
-            except DataError as error:  # The frames before the damage become a complete video.
+            except DataError as error:  # Keep the frames before the damage as a complete video.
                 problem = error
     except DataError as error:
         problem = error
@@ -63,7 +63,7 @@ def segment_video(
 
 
 def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
-    """Segment the frames of a camera until the camera ends or until Ctrl-C.
+    """Segment the frames of a camera until the camera stops or the user presses Ctrl-C.
 
     Args:
         segmenter: Function that segments an image.
@@ -74,7 +74,7 @@ def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
     """
     target, done, problem = Path(options.out, "camera"), 0, None
     if threading.current_thread() is threading.main_thread():
-        # Composer's handler of Ctrl-C would end the process before the video is complete.
+        # Replace Composer's Ctrl-C handler, which would end the process before the video is saved.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         camera = Camera(options.photos[0], options.every)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @functools.cache
 def missing_build_tools(gpu: bool) -> str | None:
-    """Return the build tools that Triton (on a GPU) or Inductor (on a CPU) lacks, or None.
+    """Describe the build tools that are missing for Triton (GPU) or Inductor (CPU), or return None.
 
     Triton compiles C code that launches GPU kernels. Inductor compiles C++ for a CPU.
 
@@ -31,8 +31,8 @@ def missing_build_tools(gpu: bool) -> str | None:
     if compiler is None:
         lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
         packages.append("gcc" if gpu else "g++")
-    # Triton also uses the scheme posix_prefix, because Debian's default scheme names another
-    # folder.
+    # Triton also uses the scheme posix_prefix, because Debian's default scheme points to a
+    # different folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not headers.is_file():
         lacks.append(f"Python's headers ({headers})")
@@ -43,7 +43,10 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program that a variable names, or of the first installed program."""
+    """Return the path of the program in an environment variable or of the first installed one.
+
+    The variable takes precedence if it is set.
+    """
     if variable in os.environ:
         names = shlex.split(os.environ[variable])[:1]
     return next(filter(None, map(shutil.which, names)), None)

@@ -18,7 +18,7 @@ import numpy as np
 from errors import ClassError
 
 ADE20K_CSV = Path(__file__).with_name("ade20k_classes.csv")
-# Colours of the paper and of wrong pixels in drawings. All class colours differ from them.
+# Colours of the paper and of wrong pixels in drawings. All class colours differ from these two.
 PAPER, WRONG = (255, 255, 255), (230, 25, 75)
 
 
@@ -30,7 +30,7 @@ class ClassInfo(NamedTuple):
 
 
 def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[ClassInfo]:
-    """Return the names and colours of the classes that a model predicts.
+    """Return the names and colours of a model's classes.
 
     Args:
         source: Source of the names, in one of these forms:
@@ -38,13 +38,14 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
             - a CSV file with the columns `name` or `name,red,green,blue`, with or without that
               header;
             - a list of names;
-            - None, for ADE20K's 150 classes, for these after an `other` class if there are 151
+            - None, which means ADE20K's 150 classes. With 151 classes, the class `other` comes
+              before these. With any other number, the names are numbers.
               classes, or for numbers with any other count.
         num_classes: Number of classes that the model predicts. Entry i is the name of class index
             i.
 
     Raises:
-        ClassError: The file is missing or malformed, or has another number of classes.
+        ClassError: The file is missing or malformed, or has the wrong number of classes.
     """
     if source is None:
         if num_classes in (150, 151):
@@ -91,22 +92,22 @@ def match_classes(
     where: str,
     others_where: str = "the checkpoint",
 ) -> list[int] | None:
-    """Match two lists of classes by name, for example those of a data set and of a checkpoint.
+    """Match two lists of classes by name, for example a data set's and a checkpoint's classes.
 
-    The comparison ignores case, and treats a space, `_` and `-` between words as equal.
+    The comparison ignores case, and treats spaces, `_` and `-` between words as equal.
 
     Args:
         classes: The first list, in the order of the class indices, or None if it is not known.
         others: The second list, or None if it is not known.
-        where: Source of the first list, for the error.
-        others_where: Source of the second list, for the error.
+        where: Source of the first list, for the error message.
+        others_where: Source of the second list, for the error message.
 
     Returns:
-        The index in `others` of each of `classes`. None if both have the same order, or if a list
-        is not known or contains only numbers ("class 0", "12").
+        The index in `others` of each class in `classes`. None if both lists have the same order, or
+        if a list is not known or contains only numbers ("class 0", "12").
 
     Raises:
-        ClassError: The lists contain different names; the message shows the first difference.
+        ClassError: The lists contain different names. The message shows the first difference.
     """
     if not are_named(classes) or not are_named(others):
         return None
@@ -129,13 +130,13 @@ def match_classes(
 def first_difference(
     classes: Sequence[ClassInfo], others: Sequence[ClassInfo], where: str, others_where: str
 ) -> str:
-    """Return a line about the first class whose name is missing or elsewhere in the other list.
+    """Describe the first class that is missing from the other list or has a different index there.
 
     Args:
         classes: The first list, in the order of the class indices.
         others: The second list.
-        where: Source of the first list.
-        others_where: Source of the second list.
+        where: Source of the first list, for the message.
+        others_where: Source of the second list, for the message.
     """
     other_keys = [class_key(info.name) for info in others]
     pairs = list(enumerate(zip(classes, others)))
@@ -149,7 +150,7 @@ def first_difference(
 
 
 def are_named(classes: Sequence[ClassInfo] | None) -> bool:
-    """Return whether classes have names, and not only numbers such as "class 0" or "12".
+    """Return whether any class has a proper name instead of a number such as "class 0" or "12".
 
     Args:
         classes: The classes, or None if they are not known.
@@ -164,17 +165,17 @@ def rename_classes(
     recorded: Sequence[ClassInfo] | None,
     recorded_where: str = "the checkpoint",
 ) -> list[ClassInfo]:
-    """Return the classes with the names and colours that a user chose.
+    """Return the classes with the names and colours that the user chose.
 
     Args:
-        source: Names and colours; see `load_classes`. None keeps the recorded names.
+        source: Names and colours; see `load_classes`. If None, the recorded names are kept.
         num_classes: Number of classes.
-        recorded: Names and colours in the checkpoint or the description, or None.
-        recorded_where: Source of the recorded names, for the error.
+        recorded: Names and colours from the checkpoint or the description, or None.
+        recorded_where: Source of the recorded names, for the error message.
 
     Raises:
-        ClassError: `load_classes` failed, or a name is recorded for another class. The list would
-            then have another order and label every drawing wrongly.
+        ClassError: `load_classes` failed, or a name belongs to a different class in `recorded`.
+            Such a list is in the wrong order and would label every drawing wrongly.
     """
     if source is None and recorded is not None:
         return list(recorded)
@@ -210,14 +211,14 @@ def label_warning(
     unlabelled: float | None = None,
     hint: str = "",
 ) -> str | None:
-    """Return a warning about labels that give nothing to learn or to score, or None.
+    """Return a warning if labels are missing or rare, or None.
 
     Args:
         occurs: Whether any pixel has the class, for each class.
         classes: The classes.
         masks: Name for one of the masks, such as "validation mask".
-        unlabelled: Fraction of the pixels without a class, 0 to 1. None if it is not known.
-        hint: Advice for the case that most pixels have no class.
+        unlabelled: Fraction of the pixels without a class, 0 to 1, or None if it is not known.
+        hint: Advice to add if most pixels have no class.
     """
     missing = [info.name for info, there in zip(classes, occurs, strict=True) if not there]
     parts = []
@@ -237,13 +238,13 @@ def label_warning(
 
 
 def name_classes(names: Sequence[str], most: int = 5) -> str:
-    """Return names as part of a sentence: "class pole" or "the classes pole, car and 3 more".
+    """Format names as part of a sentence: "class pole" or "the classes pole, car and 3 more".
 
     Args:
         names: Names of the classes.
         most: Maximum number of names to show.
     """
-    names = [name.removeprefix("class ") for name in names]  # The name "class 7" becomes "7".
+    names = [name.removeprefix("class ") for name in names]  # Avoid "class class 7".
     if len(names) == 1:
         return f"class {names[0]}"
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -251,9 +252,9 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """Return colours that differ from each other, and from black, white and red.
+    """Return colours that differ from each other and from black, white and red.
 
-    Each colour is as far as possible from the colours before it. Distances are Euclidean in CIELAB,
+    Each colour is as far as possible from the previous ones. Distances are Euclidean in CIELAB,
     where equal distances look about equally large.
 
     Args:
@@ -274,7 +275,7 @@ def distinct_colors(count: int) -> list[tuple[int, int, int]]:
 def _lab(colors: np.ndarray | Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Convert RGB (N, 3) to CIELAB.
 
-    The result is rounded to integers, so that every machine finds the same distances.
+    The values are rounded to integers, so that all machines compute the same distances.
     """
     rgb = np.array([colors], np.float32) / 255
     return np.rint(cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0]).astype(np.int64)
@@ -294,13 +295,13 @@ def classes_to_json(classes: Sequence[ClassInfo]) -> str:
 
 
 def classes_from_json(text: str) -> list[ClassInfo]:
-    """Return the classes from the JSON that `classes_to_json` wrote.
+    """Return the classes from JSON text written by `classes_to_json`.
 
     Args:
         text: The JSON text.
 
     Raises:
-        ClassError: The text has another form.
+        ClassError: The text does not have the expected form.
     """
     try:
         return [

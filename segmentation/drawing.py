@@ -1,6 +1,6 @@
 """Drawings of segmentations: tinted images, overlays with a legend, and sheets of predictions.
 
-    overlay = draw_overlay(photo, prediction, classes)    # the tinted image and a legend
+    overlay = draw_overlay(photo, prediction, classes)    # the tinted image, beside a legend
 
 Images are (H, W, 3) uint8 RGB arrays. Masks and predictions are (H, W) integer arrays of class
 indices. An index below 0 or above the last class, such as 255, marks a pixel without a label.
@@ -24,7 +24,7 @@ UNLABELLED = ClassInfo("not labelled", (0, 0, 0))
 
 
 def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
-    """Draw class indices (H, W) as an RGB picture (H, W, 3); pixels without a label are black.
+    """Draw class indices as an RGB picture (H, W, 3), with black for pixels without a label.
 
     Args:
         mask: (H, W) class indices.
@@ -35,8 +35,8 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the class indices, with `num_classes` for every pixel without a label."""
-    if mask.dtype == np.uint8:  # A prediction, whose copy as int64 would take longer.
+    """Return the class indices, with every pixel without a label set to `num_classes`."""
+    if mask.dtype == np.uint8:  # For uint8 predictions, avoid the slower copy as int64.
         return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
@@ -45,7 +45,7 @@ def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
 def tint(
     photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo], alpha: float = 0.6
 ) -> np.ndarray:
-    """Draw the colours of the classes over an image, with outlines between the regions.
+    """Draw the classes' colours over an image, with outlines between regions.
 
     Args:
         photo: (H, W, 3) uint8.
@@ -68,10 +68,10 @@ def tint(
 def draw_overlay(
     photo: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
-    """Draw a tinted image with names on its large regions, beside a legend.
+    """Draw a tinted image with class names on its large regions, beside a legend.
 
-    If the longer side of the image is under 320 pixels, the image is enlarged by an integer factor,
-    because the text of the legend needs a minimum size.
+    If the image's longer side is under 320 pixels, the image is enlarged by an integer factor,
+    because the legend's text has a minimum size.
 
     Args:
         photo: (H, W, 3) uint8.
@@ -87,7 +87,7 @@ def draw_overlay(
 
 
 class VideoOverlay:
-    """A renderer for video frames in which each class keeps its colour and its legend position.
+    """A renderer for video frames that keeps each class's colour and legend position.
 
     Args:
         classes: One entry per class index.
@@ -107,7 +107,7 @@ class VideoOverlay:
         self._legend = Image.new("RGB", (0, 0))
 
     def __call__(self, photo: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """Draw a frame with its classes and the legend, as (H, W, 3) uint8 with even sides.
+        """Draw a frame with its classes and the legend, as (H, W, 3) uint8 with even side lengths.
 
         Args:
             photo: (H, W, 3) uint8 frame.
@@ -128,7 +128,7 @@ class VideoOverlay:
         return np.asarray(page)
 
     def _draw_legend(self) -> Image.Image:
-        """Draw the names of the classes seen so far; the last line counts those that do not fit."""
+        """Draw the names of the classes seen so far. The last line counts omitted classes."""
         shown = self._seen
         if len(shown) > self._rows:
             shown = shown[: self._rows - 1]
@@ -141,12 +141,12 @@ class VideoOverlay:
 
 
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
-    """Write the name of each class on a region with enough room.
+    """Write each class's name on a region that has enough room for it.
 
-    Some of ADE20K's colours are hard to tell apart.
+    The names help because some of ADE20K's colours are hard to tell apart.
     """
     size = _font_size(picture.height) * 0.9
-    # The position of a name need not be exact, so search a reduced mask.
+    # Search a reduced mask, because a name's position need not be exact.
     scale = max(1, max(mask.shape) // 160)
     small = mask[::scale, ::scale]
     for index, area in zip(*np.unique(small, return_counts=True)):
@@ -155,7 +155,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         name = classes[index].name
         left, top, right, bottom = _box(name, size)
         diagonal = math.hypot(right - left, bottom - top)
-        # A region that holds a circle of this diameter has at least 0.78 of its square.
+        # A region that contains a circle of this diameter covers 0.78 of the circle's square.
         if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)
@@ -169,7 +169,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
-    """Draw a legend to the right of a picture, on a page as high as the taller of the two.
+    """Place a legend to the right of a picture, on a page as high as the taller of the two.
 
     Args:
         picture: Picture on the left.
@@ -191,7 +191,7 @@ def write_text(
     anchor: str,
     stroke: float = 0,
 ) -> None:
-    """Write a text on a picture, as `ImageDraw.text` does, and keep its shape for others."""
+    """Draw text on a picture, like `ImageDraw.text`, and cache the rendered text for reuse."""
     mask, (left, top) = _shape(text, size, anchor, stroke)
     picture.paste(color, (round(at[0]) + left, round(at[1]) + top), mask)
 
@@ -200,7 +200,7 @@ def write_text(
 def _shape(
     text: str, size: float, anchor: str, stroke: float
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Return the opacity of a text's pixels, and the place of its corner relative to the anchor."""
+    """Return the opacity of a text's pixels, and its top left corner relative to the anchor."""
     font = _font(size)
     left, top, right, bottom = font.getbbox(text, anchor=anchor, stroke_width=stroke)
     left, top = math.floor(left), math.floor(top)
@@ -216,10 +216,10 @@ def _box(text: str, size: float) -> tuple[float, float, float, float]:
 
 @functools.lru_cache(4096)
 def text_length(text: str, size: float) -> float:
-    """Return the width of a text in pixels.
+    """Return the width of a line of text in pixels.
 
     Args:
-        text: A line of text.
+        text: Text without line breaks.
         size: Size of the font in pixels.
     """
     return _font(size).getlength(text)
@@ -242,16 +242,16 @@ def draw_legend(
     height: int,
     notes: Sequence[tuple[str, str, tuple[int, int, int] | None]] = (),
 ) -> Image.Image:
-    """Draw a panel with the name and the share of every class in the masks, largest first.
+    """Draw a panel with the name and the share of every class in the masks, largest share first.
 
-    Classes under 0.1% of the pixels share one line. If three columns cannot hold all classes, the
-    panel is taller than `height`. Text is never cut off.
+    Classes with less than 0.1% of the pixels share one line. If three columns have no room for all
+    classes, the panel is taller than `height`. Text is never cut off.
 
     Args:
         masks: (H, W) class indices of each mask.
         classes: One entry per class index.
         height: Minimum height of the panel in pixels.
-        notes: Additional entries at the end: a text, a text to its right, and a colour.
+        notes: Additional entries at the end, each a text, a grey text to its right, and a colour.
     """
     counts = np.zeros(len(classes) + 1, np.int64)
     for mask in masks:
@@ -271,7 +271,7 @@ def draw_legend(
 def _draw_entries(
     entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
 ) -> Image.Image:
-    """Draw entries (text, grey text, colour) in up to three columns, each as wide as its text."""
+    """Draw entries (text, grey text, colour) in up to three columns, as wide as their text."""
     size = _font_size(height)
     line = round(_font(size).size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))
@@ -305,7 +305,7 @@ def prediction_sheet(
     classes: Sequence[ClassInfo],
     height: int = 240,
 ) -> Image.Image:
-    """Draw one row per image with its mask, its prediction and their difference, and a legend.
+    """Draw one row per image: the image, its mask, its prediction, and their difference.
 
     Args:
         photos: (H, W, 3) uint8 images.
@@ -359,7 +359,7 @@ def _sheet_row(
 def sample_sheet(
     photos: np.ndarray, targets: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
-    """Draw up to six images in two columns, each beside its overlay of the mask and a legend.
+    """Draw up to six images in two columns, each next to its mask overlay and legend.
 
     Args:
         photos: (N, H, W, 3) uint8 images.

@@ -1,13 +1,13 @@
 """Cross entropy and Dice loss in one pass over logits of any resolution.
 
-At 150 classes and 512 px, the logits of one image take 157 MB in fp32. An implementation with
-ordinary tensor operations holds a dozen such tensors for every image: upsampled logits, softmax,
-one-hot targets, their products and all their gradients.
+With 150 classes at 512 px, one image's logits take 157 MB in fp32. An implementation with ordinary
+tensor operations keeps a dozen such tensors for every image: upsampled logits, softmax, one-hot
+targets, their products and all their gradients.
 
-Here the logits stay at the network's resolution. The code upsamples one tile of pixels at a time
-and uses it while it is in the cache. The forward pass sums over the pixels what both losses need.
-The backward pass computes the gradient and brings it to the network's resolution with the adjoint
-of the upsampling.
+This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time
+and uses the tile while it is in the cache. The forward pass computes the sums over pixels that both
+losses need. The backward pass computes the gradient, and applies the adjoint of the upsampling to
+return to the network's resolution.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # Epsilon of composer.loss.DiceLoss.
-# Elements of a tile. On a CPU, a tile has 1 MiB in fp32 per thread, which fits the L2 cache of
-# current servers. On a GPU, where the number of launches determines the cost, it has 128 MiB.
+EPSILON = 1e-5  # Same epsilon as in composer.loss.DiceLoss.
+# Number of elements in a tile. On a CPU, a tile takes 1 MiB in fp32 per thread, which fits in the
+# L2 cache of current servers. On a GPU, where the number of kernel launches determines the cost, a
+# tile takes 128 MiB.
 CPU_TILE = 2**18
 GPU_TILE = 2**25
 
@@ -35,9 +36,9 @@ _kernels_allowed = True
 
 @contextmanager
 def fused_kernels(allowed: bool) -> Iterator[None]:
-    """Allow or forbid the Triton kernels for losses computed inside, and for their gradients.
+    """Allow or forbid the Triton kernels within a context, for losses and their gradients.
 
-    Without the kernels, PyTorch's operations compute the same loss.
+    Without the kernels, ordinary PyTorch operations compute the same loss.
 
     Args:
         allowed: Whether the kernels may be used.
@@ -51,9 +52,9 @@ def fused_kernels(allowed: bool) -> Iterator[None]:
 
 
 class MixedTarget(NamedTuple):
-    """The target of images that are blended in pairs.
+    """The target for images that are blended in pairs.
 
-    It represents `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
+    The target represents `(1 - mixing) * onehot(target) + mixing * onehot(permuted)`.
 
     Attributes:
         target: Class indices of the first image of each pair, (N, H, W).
@@ -79,27 +80,27 @@ def segmentation_loss(
 
     The values and gradients equal those of Composer's `soft_cross_entropy(ignore_index)` and
     `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits, size,
-    mode='bilinear', align_corners=False)`. For a mixed target, they equal those for its dense
+    mode='bilinear', align_corners=False)`. For a mixed target, the equivalent target is its dense
     one-hot mixture.
 
     If every pixel is ignored, the loss and its gradient are 0, whereas Composer's are nan. On a GPU
-    the loss runs as two Triton kernels, unless `fused_kernels(False)` forbids them.
+    the loss uses two Triton kernels, unless `fused_kernels(False)` forbids them.
 
     Args:
-        logits: (N, C, h, w), floating point, at least two classes, any memory format. All sums are
-            computed in fp32 (fp64 for fp64 logits), even under autocast.
+        logits: (N, C, h, w), floating point, with at least two classes, in any memory format. All
+            sums are computed in fp32 (fp64 for fp64 logits), even under autocast.
         target: Integer class indices (N, H, W), each in [0, C) or `ignore_index`, or a
             `MixedTarget`.
         ignore_index: Class index of pixels without a label.
         cross_entropy_weight: Weight of the cross entropy, a mean over pixels.
         dice_weight: Weight of the Dice loss, a mean over the classes in the batch's target.
         class_weights: (C,) weights of the classes in both means. The cross entropy weights each
-            pixel by its class, as PyTorch's `F.cross_entropy(weight=...)` does. None gives all
-            classes the same weight.
+            pixel by its class, like PyTorch's `F.cross_entropy(weight=...)`. If None, all classes
+            have the same weight.
 
     Returns:
-        A dict with `cross_entropy`, `dice` and their weighted sum `total`, each 0-d. A part with
-        weight 0 is missing.
+        A dict with `cross_entropy`, `dice` and their weighted sum `total`, each 0-d. Parts with
+        weight 0 are omitted.
 
     Raises:
         ValueError: The shapes or types do not match.
@@ -138,11 +139,11 @@ def segmentation_loss(
 
 
 class _SegmentationLoss(torch.autograd.Function):
-    """Cross entropy and Dice of logits (N, C, h, w) and one or two weighted targets (N, H, W)."""
+    """Cross entropy and Dice loss of logits (N, C, h, w) for one or two targets (N, H, W)."""
 
     @staticmethod
     def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
-        # Choose the backward pass now, because it may run outside `fused_kernels`.
+        # Choose the backward pass now, because it may run outside the `fused_kernels` context.
         forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             if class_weights is not None:
@@ -155,13 +156,13 @@ class _SegmentationLoss(torch.autograd.Function):
             present = truth > 0
             if class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
-            else:  # From here on, `present` holds the weight of each class in the target.
+            else:  # From here on, `present` contains the weight of each class in the target.
                 pixels, present = truth @ class_weights, present * class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
-            # Derivatives of Dice with respect to two of the sums over pixels, for each class.
+            # Compute each class's derivatives of Dice with respect to two of the sums over pixels.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
         ctx.save_for_backward(
@@ -192,10 +193,10 @@ class _SegmentationLoss(torch.autograd.Function):
 
 
 def _implementation(logits: Tensor) -> tuple:
-    """Return the forward and backward pass.
+    """Return the functions for the forward and the backward pass.
 
-    On a GPU they are Triton's kernels if allowed. On a CPU and for fp64 they are PyTorch's
-    operations.
+    On a GPU these are the Triton kernels, if they are allowed and can be built. Otherwise, and for
+    fp64, these are PyTorch operations.
     """
     fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
     if fits and importlib.util.find_spec("triton"):
@@ -224,15 +225,15 @@ def forward_sums(
         ignore_index: Class index of pixels without a label.
 
     Returns:
-        - Negative log-likelihood of the targets, 0-d, weighted by `class_weights` too.
+        - Negative log-likelihood of the targets, 0-d, also weighted by `class_weights`.
         - Sum of the softmax over the pixels of each class's target, (C,).
         - Number of pixels in each class's target, (C,).
         - Sum of the softmax of each class over all pixels with a target, (C,).
-        - Normalisers (2, N, H, W): the largest logit of each pixel, and the excess of the
-          log-sum-exp over it, or inf for pixels without a target.
+        - Normalisers (2, N, H, W): each pixel's largest logit, and the difference between the
+          log-sum-exp and this logit. The difference is inf for pixels without a target.
 
-        All sums are weighted by `weights`. The normalisers are kept apart, because their sum would
-        round away the small distance of a confident softmax from 1, and with it the gradient.
+        All sums are weighted by `weights`. The two normalisers are stored separately. Their sum
+        would round away a confident softmax's small distance from 1, and with it the gradient.
     """
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
@@ -240,8 +241,8 @@ def forward_sums(
     tiles = _tiles(logits, height, width, dtype)
     lse = logits.new_empty((2, n, height, width), dtype=dtype)
     nll = lse.new_zeros(n)
-    # Sum within each tile and each row first. Adding a million terms one by one loses too much
-    # precision in fp32.
+    # Sum within each tile and each row first, because adding a million terms one by one loses too
+    # much precision in fp32.
     predicted = lse.new_zeros(len(tiles), c)
     intersection, truth = lse.new_zeros(2, height, c)
     for image in range(n):
@@ -256,7 +257,7 @@ def forward_sums(
             picked[y, :, x] = z.sub_(peak[:, None]).gather(1, index[y, :, x])
             total = z.exp_().sum(1)
             lse[0, image, y, x], lse[1, image, y, x] = peak, total.log()
-            # Sum exp(z) / total over the columns and rows of the pixels with a target.
+            # Add exp(z) / total, summed over the tile's pixels that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
         nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
@@ -301,12 +302,12 @@ def backward(
         constant = _by_class(share, index, class_weights) * by_nll
         for tile in tiles:
             y, x = tile.y, tile.x
-            # The softmax p. It is 0 for pixels without a target, because their lse is inf.
+            # The softmax p is 0 for pixels without a target, because their lse is inf.
             p = tile.upsample(low)
             p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
-            # Let u be p times the derivative with respect to p. It is `by_predicted * p` for each
-            # class, plus `at_target` for the target's class. The softmax turns u into the gradient
-            # u - p * sum(u).
+            # Let u be p times the derivative with respect to p. For every class, u contains
+            # `by_predicted * p`. For the target's class, it also contains `at_target`. Through the
+            # softmax, the gradient with respect to the logits is u - p * sum(u).
             labels = index[y, :, x]
             at_target = p.gather(1, labels).mul_(slope[y, :, x]).sub_(constant[y, :, x])
             inner = torch.matmul(by_predicted, p) + at_target.sum(1)
@@ -321,7 +322,7 @@ def _labels(
 ) -> tuple[Tensor, Tensor]:
     """Return the class indices and weights of one image, each (H, targets, W).
 
-    Both are 0 for ignored pixels.
+    The indices and the weights are 0 for ignored pixels.
     """
     targets = [t.long() for t in targets]
     index = [t.masked_fill(t == ignore_index, 0) for t in targets]
@@ -335,10 +336,10 @@ def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Ten
 
 
 class _Tile(NamedTuple):
-    """A rectangle of pixels, with the two matrices of its bilinear upsampling.
+    """A rectangle of pixels with the two matrices of its bilinear upsampling.
 
-    With axes in the order rows, classes, columns, an image needs one matrix product for each
-    matrix, and one for each adjoint.
+    The axes are ordered as rows, classes, columns. In this order, upsampling an image takes only
+    one product with each matrix, and so does the adjoint.
     """
 
     y: slice
@@ -349,7 +350,7 @@ class _Tile(NamedTuple):
     columns: Tensor
 
     def upsample(self, low: Tensor) -> Tensor:
-        """Upsample the logits (h, C, w) of one image to this tile (rows, C, columns)."""
+        """Upsample one image's logits (h, C, w) to this tile (rows, C, columns)."""
         z = self.rows @ (low[self.low_y, :, self.low_x] @ self.columns).flatten(1)
         return z.view(len(z), low.shape[1], -1)
 
@@ -360,12 +361,12 @@ class _Tile(NamedTuple):
 
 
 def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[_Tile]:
-    """Return nearly square tiles that cover (height, width) and fit the device's cache."""
+    """Return nearly square tiles that cover (height, width) and fit in the device's cache."""
     classes, h, w = logits.shape[1:]
     cpu = logits.device.type == "cpu"
     pixels = (CPU_TILE * torch.get_num_threads() if cpu else GPU_TILE) / classes
-    # PyTorch's reductions over classes process 64 columns at a time, and the remaining columns
-    # singly.
+    # PyTorch's reductions over classes process 64 columns at a time, and any remaining columns one
+    # by one.
     columns = 64 * max(1, round(math.sqrt(pixels) / 64))
     rows = max(1, int(pixels / columns))
     down = _interpolation(h, height, rows, dtype, logits.device)
@@ -380,10 +381,10 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
 def _interpolation(
     size: int, new_size: int, step: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[slice, slice, Tensor]]:
-    """Return the linear interpolation of `size` positions to `new_size`, in pieces of `step`.
+    """Return the linear interpolation from `size` to `new_size` positions, in pieces of `step`.
 
-    Each piece is a slice of the output, a slice of the input, and the matrix between them.
-    `F.interpolate` computes the matrices from the identity, so the roundings are the same.
+    Each piece is a slice of the output, a slice of the input, and the matrix between them. The
+    matrices come from `F.interpolate` of the identity, so rounding is the same.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

@@ -2,12 +2,12 @@
 
 The upsampled logits and their softmax stay in registers. Both kernels process the pixels cell by
 cell. A cell is the set of pixels between two neighbouring columns of logits. All pixels of a cell
-are interpolated from the same few values, which a program loads once for all classes.
+are interpolated from the same few logits, so a program loads these logits once for all classes.
 
 The forward kernel writes the normalisers of each pixel and a few sums. The backward kernel computes
 the softmax again. Each of its programs owns a rectangle of the gradient and adds up the
-contributions of all pixels interpolated from it. So there are no atomic operations, and the
-gradient is the same every time.
+contributions of all pixels that are interpolated from the rectangle. The kernel therefore needs no
+atomic operations, and the gradient is reproducible.
 """
 
 # Triton's type annotations do not cover all values that kernels compute with.
@@ -23,15 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORWARD_ROWS, FORWARD_CELLS = 32, 4  # Pixel rows and cells of a forward program.
-BACKWARD_ROWS, BACKWARD_CELLS = 4, 16  # Gradient rows and columns of a backward program.
-PIXELS = 4  # Number of pixels that a program holds at a time, with all their classes.
+FORWARD_ROWS, FORWARD_CELLS = 32, 4  # Pixel rows and cells per program of the forward kernel.
+BACKWARD_ROWS, BACKWARD_CELLS = 4, 16  # Gradient rows and columns per backward program.
+PIXELS = 4  # Number of pixels that a program processes at a time, with all their classes.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _source(pixel, scale, size):
-    """Return the position that `F.interpolate` reads, in pixels of the logits.
+    """Return the position in the logits that `F.interpolate` reads for a pixel.
 
     The interpolation is bilinear with align_corners=False.
     """
@@ -40,15 +40,15 @@ def _source(pixel, scale, size):
 
 @triton.jit
 def _first_pixel(cell, scale):
-    """Return the first pixel whose source position is `cell - 1` or larger."""
+    """Return the first pixel whose position in the logits is `cell - 1` or more."""
     return tl.ceil((cell - 0.5) / scale - 0.5).to(tl.int32)
 
 
 @triton.jit
 def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
-    """Return a row's logits (classes,) at a cell's left edge, and the step to its right edge.
+    """Return a row's logits (classes,) at a cell's left edge, and their change to the right edge.
 
-    The values are in units of ln 2, because the hardware computes powers of 2.
+    The values are multiplied by log2(e), because the hardware computes powers of 2.
     """
     source = _source(y, scale_y, h)
     top = source.to(tl.int32)
@@ -62,7 +62,7 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
     right = tl.load(above + at_right, known, 0.0).to(tl.float32)
     left += down * (tl.load(below + at_left, known, 0.0).to(tl.float32) - left)
     right += down * (tl.load(below + at_right, known, 0.0).to(tl.float32) - right)
-    # Give probability 0 to the classes that pad the block to a power of 2.
+    # Give probability 0 to the extra classes that pad the block to a power of 2.
     left = tl.where(known, left * LOG2_E, -1e30)
     right = tl.where(known, right * LOG2_E, -1e30)
     return left[None, :], (right - left)[None, :]
@@ -70,7 +70,10 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
 
 @triton.jit
 def _label(target, pixel, present, weight, num_classes, ignore_index):
-    """Return the class indices and weights of pixels: 0 if ignored, nan if out of range."""
+    """Return the class indices and weights of pixels.
+
+    The weight is 0 for ignored pixels and nan for pixels with an invalid class index.
+    """
     label = tl.load(target + pixel, present, ignore_index).to(tl.int32)
     share = tl.where((label >= 0) & (label < num_classes), weight, float("nan"))
     return label[:, None], tl.where(label == ignore_index, 0.0, share)
@@ -85,7 +88,7 @@ def _weighted(class_weights, label, share, num_classes):
 
 @triton.jit
 def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
-    """Return (pixels, classes) with one value per target and pixel, at the class of its label."""
+    """Return (pixels, classes), which is 0 except for each pixel's values at its labels."""
     result = tl.where(c[None, :] == label, value[:, None], 0.0)
     if MIXED:
         result += tl.where(c[None, :] == second_label, second_value[:, None], 0.0)
@@ -96,8 +99,8 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 def _sum(head, tail):
     """Return the sum over classes of (pixels, HEAD) and (pixels, TAIL).
 
-    Elements that are a tail apart belong to the same thread, so they are added in registers first.
-    This needs half as many warp shuffles as two separate sums.
+    Elements whose distance is a multiple of TAIL belong to the same thread. These elements are
+    added in registers first, which needs half as many warp shuffles as two separate sums.
     """
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]
@@ -200,7 +203,7 @@ def _forward_kernel(
                 intersection_d += exp_d * (at_d * inverse[:, None])
                 log_likelihood_c += at_c * z_c
                 log_likelihood_d += at_d * z_d
-                # Only the cross entropy weights the pixels by class.
+                # Class weights apply only to the cross entropy.
                 if WEIGHTED:
                     any_share = _weighted(class_weights, label, share, num_classes)
                     if MIXED:
@@ -269,11 +272,11 @@ def _backward_kernel(
     by_predicted_c = tl.load(by_predicted + c)[None, :]
     by_predicted_d = tl.load(by_predicted + d, d < num_classes, 0.0)[None, :]
     pixels = tl.num_programs(2).to(tl.int64) * height * width
-    # Pixels less than one row of logits away from the program's rows.
+    # Find the rows of pixels that are interpolated from this program's rows of logits.
     y_start = tl.maximum(_first_pixel(top, scale_y), 0)
     y_stop = tl.minimum(_first_pixel(top + ROWS + 1, scale_y), height)
-    # The gradient of a column is the sum of a part from the cell on its left, which is kept, and a
-    # part from the cell on its right.
+    # A column's gradient is the sum of two contributions: from the cell on its left, which is kept
+    # from the previous iteration, and from the cell on its right.
     kept_c = tl.zeros((ROWS, HEAD), tl.float32)
     kept_d = tl.zeros((ROWS, TAIL), tl.float32)
     first_cell = tl.program_id(0) * CELLS
@@ -334,9 +337,9 @@ def forward_sums(
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the result of `losses.forward_sums` for fp32, bf16 and fp16 logits on a GPU.
+    """Compute `losses.forward_sums` for fp32, bf16 and fp16 logits on a GPU.
 
-    The lse is in base 2.
+    The normalisers are logarithms to base 2.
 
     Args:
         logits: (N, C, h, w).
@@ -380,7 +383,7 @@ def backward(
     by_intersection: Tensor,
     by_predicted: Tensor,
 ) -> Tensor:
-    """Return the result of `losses.backward`, given the lse of `forward_sums` in base 2.
+    """Compute `losses.backward` from the base-2 normalisers of this module's `forward_sums`.
 
     Args:
         logits: (N, C, h, w).
@@ -415,8 +418,8 @@ def backward(
     return grad
 
 
-# Plain-Python versions of Triton's `cdiv` and `next_power_of_2`, whose type annotations are for
-# kernels only.
+# Plain-Python versions of Triton's `cdiv` and `next_power_of_2`, because Triton's type annotations
+# only allow their use in kernels.
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -428,14 +431,14 @@ def _next_power_of_2(n: int) -> int:
 def _layout(logits: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Return channels-last logits and contiguous targets.
 
-    A program reads the classes of a pixel together.
+    In channels-last order, the classes of a pixel are contiguous in memory.
     """
     logits = logits.contiguous(memory_format=torch.channels_last)
     return logits, [target.contiguous() for target in targets]
 
 
 def _geometry(logits: Tensor, height: int, width: int) -> tuple:
-    """Return the sizes of logits (N, C, h, w) and pixels, and their ratios, for the kernels."""
+    """Return the sizes of the logits and of the targets, and their ratios, for the kernels."""
     _, c, h, w = logits.shape
     return c, h, w, height, width, h / height, w / width
 
@@ -446,13 +449,13 @@ def _constants(
     """Return the compile-time constants of the kernels."""
     c, w = logits.shape[1], logits.shape[3]
     head = _next_power_of_2(c) // 2
-    # Maximum number of pixels in a cell, with rounding.
+    # Maximum number of pixels in a cell, including the effect of rounding.
     support = math.ceil(width / w) + (width % w != 0)
     return {
         "MIXED": num_targets == 2,
         "WEIGHTED": class_weights is not None,
-        # Block sizes are powers of 2. Two blocks, `_c` and `_d` in the kernels, fit 150 classes
-        # better than one.
+        # Block sizes must be powers of 2. With 150 classes, two blocks (`_c` and `_d` in the
+        # kernels) waste less space than one.
         "HEAD": head,
         "TAIL": _next_power_of_2(c - head),
         "PIXELS": min(PIXELS, _next_power_of_2(support)),

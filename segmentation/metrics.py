@@ -3,9 +3,9 @@
     matrix = confusion_matrix(logits, target, num_classes)  # add up over batches and ranks
     mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
 
-Logits may have any resolution. They are upsampled to the target's size as
-`F.interpolate(mode="bilinear", align_corners=False)` does. The code upsamples a band of rows of one
-image at a time, so a full-size (N, C, H, W) tensor never exists. Half-precision logits are
+Logits may have any resolution. They are upsampled to the target's size as in
+`F.interpolate(mode="bilinear", align_corners=False)`. The code upsamples one band of rows of one
+image at a time, so a full-size (N, C, H, W) tensor is never materialised. Half-precision logits are
 upsampled in fp32, because in bf16 neighbouring classes tie and the lower index wins.
 """
 
@@ -27,18 +27,18 @@ from segmentation.views import highest_class, resized_bands
 def confusion_matrix(
     logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:
-    """Count the predicted class of each labelled pixel.
+    """Count each combination of target class and predicted class over the labelled pixels.
 
     Args:
         logits: (N, C, h, w) of any float type, at any resolution.
         target: (N, H, W) integer class indices. Indices outside 0..C-1 are ignored, because raising
-            an error would wait for the GPU.
+            an error would require waiting for the GPU.
         num_classes: Number of classes C.
         ignore_index: Class index of pixels without a label.
 
     Returns:
-        (C, C) int64 on the logits' device; the row is the target class, the column the predicted
-        class.
+        (C, C) int64 counts on the logits' device. Rows are target classes, and columns are
+        predicted classes.
     """
     size = (target.shape[1], target.shape[2])
     prediction = torch.stack([highest_class([(image, size)], size) for image in logits])
@@ -46,7 +46,7 @@ def confusion_matrix(
 
 
 class BatchScore(NamedTuple):
-    """Counts from which the metrics of a batch are computed.
+    """The counts that the metrics of a batch are computed from.
 
     Attributes:
         matrix: (C, C) int64, as returned by `confusion_matrix`.
@@ -88,7 +88,7 @@ def score_batch(
 def confusion_matrix_of_predictions(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
 ) -> Tensor:
-    """Return the confusion matrix of predicted classes, as `confusion_matrix` does for logits.
+    """Return the confusion matrix of predicted class indices; see `confusion_matrix` for logits.
 
     Args:
         prediction: (N, H, W) integer class indices.
@@ -98,8 +98,8 @@ def confusion_matrix_of_predictions(
     """
     target = target.long()
     cell = target * num_classes + prediction
-    # Unlabelled pixels get a bin of their own. Selecting the other pixels would make the host wait
-    # for their number.
+    # Count unlabelled pixels in a separate bin. Selecting only the labelled pixels would make the
+    # host wait for their number.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
     if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
         counts = cell.new_zeros(num_classes**2 + 1)
@@ -112,8 +112,8 @@ def confusion_matrix_of_predictions(
 def iou_per_class(matrix: Tensor) -> Tensor:
     """Return the intersection over union of each class, (C,) float64 in 0..1.
 
-    A class that is neither in the target nor predicted has nan. A class that is only predicted has
-    0.
+    The IoU is nan for a class that occurs neither in the target nor in the prediction, and 0 for a
+    class that occurs only in the prediction.
 
     Args:
         matrix: (C, C) confusion matrix.
@@ -123,7 +123,7 @@ def iou_per_class(matrix: Tensor) -> Tensor:
 
 
 def mean_iou(matrix: Tensor) -> Tensor:
-    """Return the mean of `iou_per_class`, 0..1, over the classes that occur; nan if none occurs.
+    """Return the mean of `iou_per_class`, 0..1, over classes that occur, or nan if none occurs.
 
     Args:
         matrix: (C, C) confusion matrix.
@@ -164,15 +164,15 @@ def pixel_accuracy(matrix: Tensor) -> Tensor:
 
 
 def confused_pairs(matrix: Tensor, count: int) -> list[tuple[int, int, int, float]]:
-    """Return the pairs of classes that are confused most.
+    """Return the pairs of classes that are confused most often.
 
     Args:
-        matrix: (C, C) counts; the row is the target class, the column the predicted class.
-        count: Largest number of pairs.
+        matrix: (C, C) counts. Rows are target classes, and columns are predicted classes.
+        count: Maximum number of pairs.
 
     Returns:
-        Class index of the mask, predicted class index, number of such pixels, and their share of
-        the class's pixels in percent. The pair with the most pixels comes first.
+        Target class index, predicted class index, number of such pixels, and their percentage of
+        the target class's pixels. The pair with the most pixels comes first.
     """
     matrix = matrix.cpu()
     wrong = matrix - torch.diag(matrix.diagonal())
@@ -196,7 +196,7 @@ def as_percent(share: Tensor | float) -> float | None:
 
 
 class MIoU(Metric):
-    """Mean intersection over union in percent, as defined by Composer and mmsegmentation.
+    """The mean intersection over union in percent, as defined by Composer and mmsegmentation.
 
     Args:
         num_classes: Number of classes C.
@@ -204,9 +204,9 @@ class MIoU(Metric):
 
     Attributes:
         matrix: (C, C) int64 counts of this rank since the last reset.
-        total_matrix: The sum of `matrix` over all ranks at the last `compute()`, or None. Composer
-            computes its metrics before `Event.EVAL_END`. A callback on any rank can therefore read
-            the matrix of the whole evaluation here.
+        total_matrix: Sum of `matrix` over all ranks at the last `compute()`, or None. Composer
+            computes metrics before `Event.EVAL_END`, so callbacks on any rank can then read the
+            matrix of the complete evaluation.
     """
 
     full_state_update = False
@@ -224,7 +224,7 @@ class MIoU(Metric):
         """Add a batch to the counts.
 
         Args:
-            logits: (N, C, h, w) logits, or the batch's counts from `score_batch`.
+            logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
             target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
         """
         if isinstance(logits, BatchScore):
@@ -235,17 +235,17 @@ class MIoU(Metric):
 
     def compute(self) -> Tensor:
         """Return the mean IoU over the counts of all ranks, 0..100."""
-        # Copy the matrix, because torchmetrics holds the sum over the ranks only while this
-        # function runs.
+        # Copy the matrix, because torchmetrics keeps the sum over all ranks only while this method
+        # runs.
         self.total_matrix = self.matrix.clone()
         return 100 * mean_iou(self.total_matrix)
 
 
 class CrossEntropy(Metric):
-    """Cross entropy averaged over all labelled pixels of the data set.
+    """The cross entropy, averaged over all labelled pixels of the data set.
 
-    Composer's metric averages the means of the batches, so a pixel counts more in a batch with
-    fewer labels.
+    Composer's metric averages the batch means, which gives pixels more weight in batches with fewer
+    labels.
 
     Args:
         ignore_index: Class index of pixels without a label.
@@ -265,7 +265,7 @@ class CrossEntropy(Metric):
         """Add a batch to the sums.
 
         Args:
-            logits: (N, C, h, w) logits, or the batch's counts from `score_batch`.
+            logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
             target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
         """
         if not isinstance(logits, BatchScore):
@@ -275,7 +275,7 @@ class CrossEntropy(Metric):
         self.pixels += logits.pixels
 
     def compute(self) -> Tensor:
-        """Return the mean over the labelled pixels of all ranks; nan if no pixel has a label."""
+        """Return the mean over the labelled pixels of all ranks, or nan if no pixel has a label."""
         return self.total / self.pixels
 
 
@@ -284,9 +284,9 @@ def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy (H, W), fp32, and the predicted class (H, W) of one image's pixels.
+    """Return each pixel's cross entropy, (H, W) fp32, and predicted class, (H, W), for one image.
 
-    The cross entropy of pixels without a label means nothing.
+    The cross entropy is meaningless for pixels without a label.
     """
     prediction = torch.empty_like(target)
     cross_entropy = logits.new_empty(target.shape, dtype=torch.float32)
@@ -301,7 +301,7 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
     """Return a table with the IoU, the accuracy and the number of labelled pixels of each class.
 
     Args:
-        matrix: (C, C) counts; the row is the target class, the column the predicted class.
+        matrix: (C, C) counts. Rows are target classes, and columns are predicted classes.
         classes: The C classes.
 
     Returns:
@@ -320,7 +320,7 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
 
 
 def table_as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table as CSV; None becomes an empty cell.
+    """Format a table as CSV, with empty cells for None.
 
     Args:
         columns: Names of the columns.

@@ -1,4 +1,4 @@
-"""Predictions from several views of one image, resized to the image's size and averaged."""
+"""Predictions averaged over several views of one image, at the image's size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows of an image whose scores are held at once. On a CPU they stay in the cache. On a GPU, where
-# each operation is a kernel launch, a band has 2**24 scores (64 MB).
+# Number of rows of an image whose scores are computed at a time on a CPU, so that they fit in the
+# cache. On a GPU, where each operation is a kernel launch, a band has 2**24 scores (64 MB).
 CPU_ROWS = 8
 BAND_ELEMENTS = 2**24
 
@@ -34,11 +34,11 @@ def window_starts(length: int, window: int) -> list[int]:
 def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[int, int]) -> Tensor:
     """Return the class with the highest mean probability at every pixel of an image.
 
-    The logits of each view are resized to the size in the network and then to the size of the
-    image, bilinearly, as mmsegmentation does.
+    The logits of each view are resized bilinearly, first to the size of the network's input and
+    then to the size of the image, as in mmsegmentation.
 
     Args:
-        views: Logits (C, h, w) of each view, with the height and width that the network saw.
+        views: Logits (C, h, w) of each view, with the height and width of the network's input.
         size: Height H and width W of the image.
 
     Returns:
@@ -57,19 +57,19 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
 def resized_bands(
     logits: Tensor, size: tuple[int, int], seen: tuple[int, int] | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Resize the logits of one image, a band of rows at a time.
+    """Resize the logits of one image, one band of rows at a time.
 
-    Full-size scores (C, H, W) never exist, and a band of a CPU stays in its cache.
+    Full-size scores (C, H, W) are never materialised. On a CPU, each band fits in the cache.
 
     Args:
         logits: (C, h, w) of any float type.
         size: Height H and width W of the result.
-        seen: Height and width to resize to before that, or None.
+        seen: Height and width of an intermediate size to resize to first, or None.
 
     Yields:
         The rows of a band, from top to bottom, and its scores (rows, W, C), float32.
     """
-    # With the classes last, each step handles all classes of a pixel in consecutive memory.
+    # With classes as the last dimension, each step reads a pixel's classes from consecutive memory.
     source, device = logits.float().permute(1, 2, 0).contiguous(), logits.device
     steps = [seen, size] if seen else [size]
     by_row = resize_matrix([source.shape[0], *(step[0] for step in steps)])
@@ -97,27 +97,27 @@ def resized_bands(
         part = by_row[top : top + band]
         used = np.flatnonzero(part.any(0))
         first, end = int(used[0]), int(used[-1]) + 1
-        # Neighbouring bands share rows of the logits, so widen only the new rows.
+        # Neighbouring bands share rows of the logits, so resize only the new rows.
         known = max(begin + len(wide), first)
         ranges = [(y, y + 1) for y in range(known, end)] if is_cpu else [(known, end)]
         wide = torch.cat([wide[first - begin :], *(widen(*span) for span in ranges)])
         begin = first
-        with torch.autocast(device.type, enabled=False):  # It would multiply in bf16.
+        with torch.autocast(device.type, enabled=False):  # Autocast would multiply in bf16.
             scores = torch.tensor(part[:, first:end], device=device) @ wide.flatten(1)
         yield slice(top, top + band), scores.unflatten(1, wide.shape[1:])
 
 
 def resize_matrix(lengths: Sequence[int]) -> np.ndarray:
-    """Return the matrix of several successive bilinear resizes of one side.
+    """Return the matrix that applies successive linear resizes to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
     them, so a GPU never has to wait.
 
     Args:
-        lengths: Length of the side before the first resize and after each resize.
+        lengths: Length of the side at first and after each resize, in pixels.
 
     Returns:
-        (last length, first length) float32.
+        (last length, first length) float32 matrix.
     """
     matrix = np.eye(lengths[0], dtype=np.float32)
     for old, new in itertools.pairwise(lengths):

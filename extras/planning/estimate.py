@@ -1,7 +1,8 @@
-"""An estimate of a run's speed on GPUs of another machine, from the counts of its network.
+"""A speed and memory estimate for a run on a different machine's GPUs, from operation counts.
 
-The estimate is rough; `assumed` lists its assumptions. A step consists of convolutions at a
-fraction of the GPU's peak, other operations at a fraction of its bandwidth, and waiting time.
+The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of convolutions
+at a fraction of the GPU's peak rate, other operations at a fraction of its memory bandwidth, and
+waiting time.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from training.schema import Config
 
 # Fractions of the data-sheet values that real steps reach.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
-# In a compiled network, the input of a BatchNorm is read or written three times in the forward pass
-# (statistics; normalise and write). In the backward pass it is seven times (two sums; the gradient;
-# the parts of ReLU and of the residual).
+# Number of times that a compiled network reads or writes the input of a BatchNorm. In the forward
+# pass it is three times (once for the statistics, twice to normalise). In the backward pass it is
+# seven times (for two sums, for the gradient, and for ReLU and the residual).
 PASSES = 10
-HOST = 8e-3  # Seconds per step that the GPU waits for Composer.
-COLLECTIVE = 30e-6  # Seconds of a small all-reduce. A synchronised BatchNorm needs two.
-BETWEEN_NODES = 25e9  # Bytes per second of a GPU to other nodes.
+HOST = 8e-3  # Seconds per step that the GPU waits for Composer on the host.
+COLLECTIVE = 30e-6  # Seconds per small all-reduce. A synchronised BatchNorm needs two.
+BETWEEN_NODES = 25e9  # Bytes per second between a GPU and other nodes.
 NODE = 8  # Number of GPUs in a node.
 
 
 class GPU(NamedTuple):
-    """The data sheet of a GPU.
+    """The data-sheet values of a GPU.
 
     Attributes:
         memory: Memory that CUDA reports, in GiB.
@@ -61,14 +62,14 @@ NO_BF16 = ("T4", "V100")
 
 
 class Estimate(NamedTuple):
-    """The time and memory of one GPU of the run."""
+    """The estimated time and memory of a run, per GPU."""
 
     at_once: int  # Micro-batch size in images.
     fits: bool
-    memory: float  # Bytes of a step.
-    free: float  # Free bytes of a GPU.
-    step: float  # Seconds of a step, averaged over the recipe.
-    fastest: float  # Seconds of a step at the speed of the data sheet.
+    memory: float  # Bytes that a step needs.
+    free: float  # Free bytes on a GPU.
+    step: float  # Seconds per step, averaged over the steps of the recipe.
+    fastest: float  # Seconds per step at the full speed of the data sheet.
     evaluation: float  # Images per second on one GPU.
 
 
@@ -81,15 +82,15 @@ def estimate(
     precision: str,
     compiled: bool,
 ) -> Estimate:
-    """Estimate the time and memory of a run.
+    """Estimate the time and memory that a run needs.
 
     Args:
-        footprint: Counts of the network in the run's data type.
+        footprint: Operation and memory counts of the network in the run's data type.
         config: Config of the run.
         name: Name of a GPU in `GPUS`.
         gpus: Number of GPUs.
         passes: Average number of forward and backward passes per step of the recipe.
-        precision: Precision of the run, as Composer names it.
+        precision: Precision of the run in Composer's notation.
         compiled: Whether the run compiles its network.
     """
     gpu = GPUS[name]
@@ -101,8 +102,8 @@ def estimate(
     if compiled:
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
-    # Factor for recomputed activations: at most half of the forward pass, which is a third of the
-    # step.
+    # Activations that are not kept are recomputed. This repeats at most half of the forward pass,
+    # which takes a third of the step.
     again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH

@@ -1,4 +1,4 @@
-"""The length of a run in steps and hours, and its disk space."""
+"""The length of a run in steps and hours, and the disk space that it needs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def count_samples(config: Config, split: str) -> int:
         return length_of_repeated(sample_factors(source, rare))
     if source.shards is None:
         return len(source.samples())
-    # The folder holds the downloaded index.
+    # Download the index to a temporary folder, so that nothing is left behind.
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         options = replace(source.shards, local=folder if source.shards.local else None)
         return len(replace(source, shards=options).open_shards())
@@ -82,13 +82,13 @@ def count_samples(config: Config, split: str) -> int:
 def run_totals(
     config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the part of a plan with the duration of the run and the disk space of its checkpoints.
+    """Return the part of a plan about the run's duration and its checkpoints' disk space.
 
     Args:
         config: Config of the run.
         footprint: Footprint of the network.
         length: Number of steps, evaluations and checkpoints.
-        seconds: Duration of each part of the run.
+        seconds: Duration of each part of the run in seconds, indexed by name.
 
     Raises:
         ConfigError: The save folder is not writable.
@@ -118,7 +118,7 @@ def run_totals(
 
 def _disk(folder: str) -> tuple[float, int | None]:
     """Return the write speed for checkpoints in bytes per second, and the free bytes."""
-    # Training continues while a checkpoint is uploaded from a local file.
+    # For a remote folder, measure the local disk, because training continues during the upload.
     remote = is_remote(folder)
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())
@@ -135,12 +135,12 @@ def _disk(folder: str) -> tuple[float, int | None]:
 
 
 def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the part of a plan with the duration of an evaluation.
+    """Return the part of a plan about the duration of an evaluation.
 
     Args:
-        images: Number of images.
+        images: Number of evaluation images.
         rate: Images per second.
-        seconds: Duration of each part.
+        seconds: Duration of each part in seconds, indexed by name.
     """
     return {
         "speed": {"images_per_second": rate},

@@ -1,4 +1,4 @@
-"""Measurements of a few real steps of a run, the first batches of an evaluation, and the loader.
+"""Measurements of a few training steps, the first evaluation batches, and the loader.
 
 The measurements leave no checkpoint, log, downloaded weights or cached shards behind.
 """
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
 STEPS = 6  # Minimum number of timed steps.
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# The type of `main.build_trainer`. It gets a logger that stores nothing, so that pictures are drawn
-# and timed.
+# Type of `main.build_trainer`. The function is called with a logger that stores nothing, so that
+# pictures are drawn and timed.
 BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
     """Measurements of this process and its device, in seconds, bytes and images."""
 
-    start: float  # Seconds until the end of the first step, with imports and compilation.
+    start: float  # Seconds until the end of the first step, including imports and compilation.
     at_once: int  # Micro-batch size in images.
-    memory: float  # Peak memory of the steps.
-    step: float  # Seconds of a step without waiting for data, averaged over the recipe.
-    loader: float  # Images per second of the loader alone.
+    memory: float  # Peak memory of the steps, in bytes.
+    step: float  # Seconds per step without waiting for data, averaged over the recipe's steps.
+    loader: float  # Images per second of the loader alone, without the network.
     workers: int
-    epoch: int  # Batches in an epoch.
-    evaluation: float  # Seconds for all evaluation images, with pictures.
-    # Bytes of a remote data set, and bytes per second from its store.
+    epoch: int  # Number of batches in an epoch.
+    evaluation: float  # Seconds for all evaluation images, including pictures.
+    # Size of a remote data set in bytes, and bytes per second from its store.
     store: tuple[float, float] | None
 
 
 class _Watch(Callback):
-    """A callback that times steps, without the wait for data, and evaluation batches."""
+    """A callback that times evaluation batches, and training steps without the wait for data."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -66,10 +66,10 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has waited for the device in order to log the loss.
+        # At this point, Composer has already waited for the device, in order to log the loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
-            # Automatic micro-batching may have tried a size that does not fit.
+            # Discard the memory peak of the first step, which may try too large a micro-batch.
             torch.cuda.reset_peak_memory_stats()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
@@ -84,7 +84,7 @@ class _Watch(Callback):
 def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
     """Measure the training run of a config.
 
-    If the recipe uses SAM, its interval is reduced to 2, so that both kinds of step occur.
+    If the recipe uses SAM, its interval is reduced to 2, so that both kinds of step are measured.
 
     Args:
         config: Config of the run.
@@ -100,16 +100,16 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         watch = _Watch()
         trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
         _without_label_check(trainer)
-        # Composer would evaluate at the end of each `fit`.
+        # Disable evaluation, which Composer would otherwise run at the end of each `fit`.
         for evaluator in trainer.state.evaluators:
             evaluator.eval_interval = lambda state, event: False
         trainer.fit(duration=f"{cycle}ba")  # The first steps compile the network.
         start = seconds_since_start()
-        # `fit` restarts the loader's processes, which slows the first steps.
+        # Time several steps, because `fit` restarts the loader's processes, which slows the first.
         timed = cycle * math.ceil(STEPS / cycle)
         trainer.fit(duration=f"{cycle + timed}ba")
         kinds = [statistics.median(watch.steps[-timed + kind :: cycle]) for kind in range(cycle)]
-        # In each cycle of SAM, the last step has the additional pass.
+        # The last step of each SAM cycle has an additional pass.
         step = (kinds[-1] + (interval - 1) * kinds[0]) / interval
         memory = peak_memory()
         spec = train_data_spec(trainer)
@@ -132,11 +132,11 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
 
 
 class MeasuredEvaluation(NamedTuple):
-    """Time and memory of a separate evaluation, in this process and on its device."""
+    """Time and memory of a standalone evaluation, in this process and on its device."""
 
-    start: float  # Seconds until the first image, with imports.
-    evaluation: float  # Seconds for all images, with pictures.
-    images: int  # Number of images of all processes.
+    start: float  # Seconds until the first image, including imports.
+    evaluation: float  # Seconds for all images, including pictures.
+    images: int  # Number of images, summed over all processes.
     memory: float  # Peak memory of the first batches, in bytes.
 
 
@@ -162,13 +162,13 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
 
 
 def _without_label_check(trainer: Trainer) -> None:
-    """Remove the check of labels, because a few batches show only a few classes."""
+    """Remove the label check, because a few batches contain only a few classes."""
     callbacks = trainer.state.callbacks
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
 
 
 def _leaving_nothing(config: Config, folder: str) -> Config:
-    """Return the config of a run that writes nothing, and that caches shards in a given folder."""
+    """Return a config for a run that writes nothing except cached shards below `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
@@ -205,22 +205,22 @@ def peak_memory() -> float:
 
 
 def _loader_rate(loader: DataLoader) -> float:
-    """Return the images per second of a loader whose batches are taken at once."""
+    """Return the images per second that a loader reaches if no network slows it down."""
     most: float = math.inf
     shards = getattr(loader.dataset, "shards", None)
     if isinstance(shards, Shards) and shards.is_cache:
-        # The first pass downloads the shards that the second pass reads.
+        # Download the shards in a first pass, and measure the loader in a second pass.
         _, most = _load(loader, most)
     return _load(loader, most)[0]
 
 
 def _load(loader: DataLoader, most: float) -> tuple[float, int]:
-    """Load for some seconds, or at most `most` batches.
+    """Load batches for a few seconds, but at most `most` batches.
 
     Returns:
-        Images per second, and the number of the last batch.
+        Images per second, and the index of the last batch.
     """
-    # Batches that were already in progress when the clock started.
+    # Do not count the batches that the workers may have prepared before the clock starts.
     warm = 1 + 2 * loader.num_workers
     seen, number, began = 0, 0, 0.0
     with contextlib.closing(batches(loader)) as given:
@@ -238,7 +238,7 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
     (evaluator,) = trainer.state.evaluators
     count = len(cast(DataLoader, evaluator.dataloader.dataloader))
     few = min(2, count)
-    # The first call starts the loader and compiles the network.
+    # Do not time the first call, which starts the loader and compiles the network.
     trainer.eval(subset_num_batches=few)
     watch.eval_batches.clear()
     began = time.perf_counter()
@@ -248,7 +248,7 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
 
 
 def _store(loader: DataLoader, folder: str) -> tuple[float, float] | None:
-    """Return the bytes of a remote data set and the bytes per second from its store, or None."""
+    """Return a remote data set's size in bytes and its download rate in bytes/s, or None."""
     shards = getattr(loader.dataset, "shards", None)
     if not isinstance(shards, Shards) or not shards.is_cache:
         return None

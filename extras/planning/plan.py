@@ -1,4 +1,4 @@
-"""The `--plan` option: time, memory and disk space of a run, before it starts.
+"""The `--plan` option, which predicts the time, memory and disk space that a run needs.
 
     python main.py CONFIG [key=value ...] --plan                # measured on this machine
     composer main.py CONFIG --plan                              # on all of its GPUs
@@ -35,7 +35,7 @@ from training.schema import Config
 
 
 class Plan(dict[str, Any]):
-    """The plan of a run in the form that `--json` prints; `str` gives it as text."""
+    """The plan of a run in the form that `--json` prints. `str` formats the plan as text."""
 
     def __str__(self) -> str:
         batch, compiled = self["batch"], ", compiled" if self["compiled"] else ""
@@ -69,7 +69,7 @@ class Plan(dict[str, Any]):
     def _speed(self) -> list[tuple[str, str]]:
         speed = self["speed"]
         rate = f"{speed['images_per_second']:.1f} images/s"
-        # ^The plan of an evaluation has no step time.
+        # The plan of an evaluation has no step time.
         if "step" not in speed:
             return [("speed", rate)]
         rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
@@ -101,7 +101,7 @@ def _time(hours: float) -> str:
 
 
 def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
-    """Run the command line.
+    """Print the plan that the command line requests.
 
     Args:
         arguments: Command-line arguments of main.py.
@@ -118,7 +118,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
             if given.startswith("-"):
                 raise ConfigError(f"unknown option {given}; see python main.py CONFIG --plan -h")
         if options.gpu is None and (options.gpus != 1 or options.images):
-            raise ConfigError("--gpus and --images are for estimates; add --gpu")
+            raise ConfigError("--gpus and --images apply only to estimates; add --gpu to get one")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options)
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
 def _estimated_settings(
     config: Config, options: argparse.Namespace, section: str
 ) -> tuple[int, int, str, bool]:
-    """Return GPUs, batch size, precision and whether to compile, for GPUs of another machine.
+    """Return the number of GPUs, batch size, precision, and whether to compile, for an estimate.
 
     Raises:
         ConfigError: The batch size is not a multiple of the number of GPUs.
@@ -180,14 +180,14 @@ def _estimated_settings(
 
 
 def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the plan of a training run for GPUs of another machine.
+    """Estimate the plan of a training run on the GPUs of a different machine.
 
     Args:
         config: Config of the run.
-        options: Options of the command line.
+        options: Command-line options.
 
     Raises:
-        ConfigError: The batch size does not fit the GPUs or the data set.
+        ConfigError: The batch size does not match the number of GPUs, or exceeds the data set.
     """
     gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
     training, validation = options.images or (
@@ -228,7 +228,7 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _this_machine(config: Config) -> tuple[int, str, float]:
-    """Return the number of processes, the precision of the run, and the free bytes per process."""
+    """Return the number of processes, the run's precision, and the free bytes per process."""
     ranks, device = dist.get_world_size(), get_device(None)
     if ranks > 1:
         dist.initialize_dist(device)
@@ -241,7 +241,7 @@ def _this_machine(config: Config) -> tuple[int, str, float]:
 
 
 def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """Return the plan of a training run on this machine, measured with a few steps.
+    """Measure a few steps on this machine, and return the plan of a training run.
 
     Args:
         config: Config of the run.
@@ -295,11 +295,11 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
 
 
 def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the plan of an evaluation for GPUs of another machine, without its memory.
+    """Estimate the plan of an evaluation on the GPUs of a different machine, without its memory.
 
     Args:
         config: Config of the run.
-        options: Options of the command line.
+        options: Command-line options.
     """
     gpus, batch, precision, compiled = _estimated_settings(config, options, "eval_dataset")
     images = options.images[1] if options.images else count_samples(config, "val")
@@ -318,7 +318,7 @@ def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[st
 
 
 def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """Return the plan of an evaluation on this machine, measured with its first batches.
+    """Measure the first batches on this machine, and return the plan of an evaluation.
 
     Args:
         config: Config of the run.

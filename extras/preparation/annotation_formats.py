@@ -1,4 +1,4 @@
-"""Readers for annotation files of COCO, LabelMe, CVAT and YOLO."""
+"""Readers for COCO, LabelMe, CVAT and YOLO annotations."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from extras.preparation.annotations import (
 
 CORNERS = 128  # Number of corners of the polygon that approximates a circle.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Types of shapes in LabelMe and CVAT, and of labels in CVAT, that have no area.
+# Shape types in LabelMe and CVAT, and label types in CVAT, that have no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
-Names = list[str] | dict[int, str] | None  # The names of YOLO's classes.
+Names = list[str] | dict[int, str] | None  # YOLO's class names.
 
 
 def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
-    """Read COCO's instances, CVAT's XML for images, or a folder of LabelMe's or YOLO's files.
+    """Read COCO instances, CVAT's XML for images, or a folder of LabelMe or YOLO files.
 
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
-        names: Names of YOLO's classes, if no data.yaml has them.
-        images: Folder of the images, which tells YOLO's labels from other text files.
+        names: YOLO's class names, if no data.yaml contains them.
+        images: Folder of the images, to distinguish YOLO's label files from other text files.
 
     Raises:
-        DataError: The source is missing or has another format.
+        DataError: The source is missing or has an unknown format.
     """
     path = Path(source)
     with reading(path):
@@ -77,9 +77,9 @@ def _coco(found: dict[str, Any]) -> Annotations:
         where = f"annotation {annotation.get('id', place)}"
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in shapes:
-            raise DataError(f"{where}: image {image} is missing in images")
+            raise DataError(f"{where}: image {image} is not listed under images")
         if category not in names:
-            raise DataError(f"{where}: category {category} is missing in categories")
+            raise DataError(f"{where}: category {category} is not listed under categories")
         used.add(category)
         outline = annotation["segmentation"]
         if isinstance(outline, list):
@@ -88,7 +88,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
             shapes[image].append(Shape(names[category], outline))
         else:
             skipped.append(f"{where}: no outline of at least three points within its image")
-    # Roboflow's exports list the root of the categories as a category, which no shape can have.
+    # Roboflow exports the root of the category tree as an additional category without shapes.
     roots = {category.get("supercategory") for category in found["categories"]}
     classes = [name for number, name in names.items() if number in used or name not in roots]
     photos = [
@@ -99,7 +99,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the polygons of a COCO outline that can be drawn. A flat list is one polygon."""
+    """Return the polygons of a COCO outline that can be drawn. A flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
@@ -110,7 +110,7 @@ def _unix(path: str) -> str:
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
-    """Return the value of a key for each of COCO's entries, by id; the ids must be unique."""
+    """Return the value of one key in each COCO entry, indexed by id. The ids must be unique."""
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
@@ -127,7 +127,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
             shapes, size = [], (found["imageHeight"], found["imageWidth"])
             for shape in found["shapes"]:
                 kind, points = shape.get("shape_type") or "polygon", shape["points"]
-                if kind == "mask":  # A mask is a PNG of the box between the two points.
+                if kind == "mask":  # LabelMe stores a mask as a PNG of the box between two points.
                     picture = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
                     left, top = map(int, points[0])
                     runs = _run_lengths(np.asarray(picture) > 0, left, top, size)
@@ -146,7 +146,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
 
 
 def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
-    """Return a shape of LabelMe or X-AnyLabeling as a polygon, or None if it has no area."""
+    """Convert a LabelMe or X-AnyLabeling shape to a polygon; return None if it has no area."""
     if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [left, top, right, top, right, bottom, left, bottom]
@@ -196,7 +196,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         raise ValueError("it contains tracks of a video; export the task as CVAT for images 1.1")
     if not photos:
         raise ValueError("it contains no <image> elements")
-    # The parts of a skeleton are listed as labels too, but they have a parent.
+    # CVAT lists the parts of a skeleton as labels too. Unlike classes, they have a parent.
     areas = [
         label.findtext("name")
         for label in root.iter("label")
@@ -211,7 +211,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
 def _cvat_outline(
     kind: str, values: dict[str, str], size: tuple[int, int]
 ) -> list[list[float]] | dict[str, Any] | None:
-    """Return a CVAT shape as polygons or run lengths, or None if it has no area."""
+    """Convert a CVAT shape to polygons or run lengths; return None if it has no area."""
     if kind == "polygon":
         return [[float(v) for v in values["points"].replace(";", ",").split(",")]]
     degrees = float(values.get("rotation", 0))
@@ -223,7 +223,7 @@ def _cvat_outline(
         return [_turned(ellipse, degrees)]
     if kind != "mask":
         return None
-    # CVAT's run lengths go by rows within a box; COCO's go by columns over the whole image.
+    # CVAT's run lengths follow the rows of a box, whereas COCO's follow the columns of the image.
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
@@ -233,7 +233,7 @@ def _cvat_outline(
 
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Return COCO's run lengths of an area within a box."""
+    """Encode an area within a box as COCO's run lengths."""
     whole, (height, width) = np.zeros(size, np.uint8), inside.shape
     whole[top : top + height, left : left + width] = inside
     flat = whole.ravel(order="F")
@@ -295,11 +295,11 @@ def _yolo_names(root: Path) -> Any:
                 found = yaml.safe_load(config.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
-    raise DataError(f"{root}: found no data.yaml with names, here or above; give --names")
+    raise DataError(f"{root}: no data.yaml here or in a parent folder lists names; give --names")
 
 
 def by_number(names: Any) -> dict[int, str]:
-    """Return YOLO's names by class number.
+    """Return YOLO's class names, indexed by class number.
 
     Args:
         names: A list of names, or a mapping from numbers to names.

@@ -1,11 +1,12 @@
 """Shapes on images from any labelling tool, and masks drawn from the shapes.
 
-pycocotools, COCO's own library, draws the shapes. It applies one rule to the polygons of all tools,
-it alone can read COCO's compressed run lengths, and it depends only on NumPy.
+COCO's own library, pycocotools, draws the shapes. It applies the same rule to polygons from all
+tools, it is the only library that reads COCO's compressed run lengths, and it depends only on
+NumPy.
 
-Two other libraries were left out: datumaro reads as many formats but installs a second OpenCV over
-the existing one, and supervision does not read LabelMe and CVAT. Readers for LabelMe, CVAT and YOLO
-take a few lines each.
+Two other libraries were rejected. datumaro reads as many formats but installs a second OpenCV over
+the existing one, and supervision does not read LabelMe and CVAT. The readers for LabelMe, CVAT and
+YOLO take only a few lines each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from PIL import Image
 from dataset.paths import IMAGE_SUFFIXES, visible_files
 from errors import DataError, one_line
 
-BEYOND = 16  # Outlines must stay within this many times the longer side of the image.
+BEYOND = 16  # Maximum coordinate of an outline, as a multiple of the image's longer side.
 # LabelMe's names for ignored pixels and for pixels without a class.
 IGNORED_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
 # Exceptions raised while parsing a malformed file.
@@ -32,11 +33,11 @@ MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
 
 
 class Shape(NamedTuple):
-    """An area of a class.
+    """A labelled area in an image.
 
     Attributes:
         name: Name of the class.
-        outline: Polygons, each [x1, y1, x2, y2, ...] in pixels, or COCO's run lengths.
+        outline: Polygons, each [x1, y1, x2, y2, ...] in pixels, or run lengths in COCO's format.
         level: Drawing order. Shapes with a higher level cover shapes with a lower one.
     """
 
@@ -49,13 +50,13 @@ class Annotated(NamedTuple):
     """An image and the shapes on it.
 
     Attributes:
-        photo: Path of the image below the folder of images.
+        photo: Path of the image, relative to the image folder.
         size: Height and width, or None if the file does not contain them.
         shapes: Shapes on the image.
     """
 
     photo: str
-    size: tuple[int, int] | None  # Height and width, or None if the file does not contain them.
+    size: tuple[int, int] | None
     shapes: list[Shape]
 
 
@@ -65,7 +66,7 @@ class Annotations(NamedTuple):
     Attributes:
         photos: All annotated images.
         classes: Names of the classes in the tool's order, without the names in `RESERVED`.
-        skipped: A line on each shape or file that was left out, such as points and lines.
+        skipped: One line about each omitted shape or file, for example about points and lines.
     """
 
     photos: list[Annotated]
@@ -81,14 +82,14 @@ def reading(path: Path) -> Iterator[None]:
         path: Path of the file or folder.
 
     Raises:
-        DataError: The file cannot be read or has another format.
+        DataError: The file cannot be read or has an unknown format.
     """
     try:
         yield
     except DataError:
         raise
     except OSError as error:
-        # An undecodable image gives an OSError without strerror.
+        # A damaged image raises an OSError without strerror.
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
@@ -117,7 +118,7 @@ def photo_size(path: Path) -> tuple[int, int]:
         path: Path of the image.
     """
     with Image.open(path) as image:
-        # Pillow applies the orientation of a TIFF itself.
+        # Pillow already applies the EXIF orientation of a TIFF.
         turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size
     return (width, height) if turned else (height, width)
@@ -136,21 +137,21 @@ def _pycocotools() -> Any:
 def draw(
     shapes: list[Shape], size: tuple[int, int], labels: dict[str, int], by_area: bool
 ) -> np.ndarray:
-    """Draw shapes over each other.
+    """Draw an image's shapes as a mask.
 
     Args:
         shapes: Shapes in the order of the file.
         size: Height and width of the image.
-        labels: Value of each class in the mask.
+        labels: Mask value of each class, indexed by name.
         by_area: Whether smaller shapes cover larger ones. If False, higher levels cover lower ones,
             and later shapes cover earlier ones.
 
     Returns:
-        np.ndarray: (H, W) uint8, 0 for pixels without a shape.
+        np.ndarray: (H, W) uint8, 0 for pixels outside all shapes.
 
     Raises:
         DataError: pycocotools is missing.
-        ValueError: An outline does not fit the image size.
+        ValueError: An outline does not match the image size.
     """
     coco = _pycocotools()
     drawn = []
@@ -159,7 +160,7 @@ def draw(
         if isinstance(runs, dict):
             if tuple(runs["size"]) != size:
                 raise ValueError(
-                    f"run lengths are for an image of {runs['size']}, but it is {list(size)}"
+                    f"run lengths are for size {runs['size']}, but the image has size {list(size)}"
                 )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
@@ -169,7 +170,8 @@ def draw(
             for part in runs:
                 if not is_sound(part, size):
                     raise ValueError(
-                        f"an outline of {len(part) // 2} points is too short or lies far outside"
+                        f"an outline of {len(part) // 2} points is too short or far outside the "
+                        "image"
                     )
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))
@@ -183,8 +185,8 @@ def draw(
 def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the path of each image in a folder.
 
-    A name is the path below the folder. All names without an extension come first, followed by all
-    names with an extension.
+    A name is a path relative to the folder. Each image has two names: all names without an
+    extension come first, followed by all names with an extension.
 
     Args:
         folder: Folder to search.

@@ -1,4 +1,4 @@
-"""The check of a data set before training: every file is decoded, every label is counted.
+"""A data set check before training, which decodes every file and counts every label.
 
     python data.py PATH                          # folders in ADE20K's layout, or MDS shards
     python data.py my.yaml                       # folders as described in the file
@@ -6,9 +6,9 @@
     python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
     python data.py PATH --num-classes 11 --picture sheet.png
 
-The report shows the sizes, the classes and the speed of the loader on this machine. It lists
-oddities that do not stop training, and problems that do. The exit status is 0 if training would
-work, 1 if it would fail, and 2 for wrong arguments.
+The report shows the image sizes, the classes and the loader's speed on this machine. It lists
+oddities, which do not prevent training, and problems, which do. The exit status is 0 if training
+would work, 1 if it would fail, and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BuildDataspec = Callable[..., DataSpec]  # The type of `data.build_ade20k_datasp
 def measure_loader(
     build_dataspec: BuildDataspec, source: DataSource, samples: int
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """Measure the speed of the training loader on this machine, and return a batch.
+    """Measure the training loader's speed on this machine, and return its first batch.
 
     Args:
         build_dataspec: The function `data.build_ade20k_dataspec`.
@@ -64,13 +64,13 @@ def measure_loader(
         samples: Number of samples in the split.
 
     Returns:
-        The measurements, and the first batch as the model gets it. The images are (N, H, W, 3)
+        The measurements, and the first batch as the model receives it. The images are (N, H, W, 3)
         uint8 with distorted colours. The class indices are (N, H, W), -1 for ignored pixels.
     """
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
-    # Batches that were already in progress when the clock started.
+    # Do not count the batches that the workers may have prepared before the clock starts.
     warm = 1 + 2 * loader.num_workers
     with contextlib.closing(batches(loader)) as given:
         for number, (image, target) in enumerate(given):
@@ -96,7 +96,7 @@ def measure_loader(
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield the batches of a training loader, epoch after epoch.
 
-    When the generator is closed, the worker processes end.
+    Closing the generator stops the worker processes.
 
     Args:
         loader: The training loader.
@@ -107,12 +107,12 @@ def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
             sampler.set_epoch(epoch)
             yield from loader
     finally:
-        # End the workers now. The garbage collector would take 5 s for each worker.
+        # Stop the workers now, because the garbage collector would take 5 s for each worker.
         loader._iterator = None
 
 
 def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[str, Any]:
-    """Return a split's counts, sizes and class shares, ready for JSON.
+    """Summarise a split's counts, sizes and class shares for the JSON report.
 
     Args:
         tally: Counts of the split.
@@ -157,18 +157,18 @@ def validate(
     picture: str | None = None,
     own: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Check a data set.
+    """Check a data set and return the report.
 
     Args:
-        build_dataspec: Function that builds the data whose loader is measured.
+        build_dataspec: Function that builds the training data, to measure its loader.
         source: The training split of the data set.
         class_names: Names of the classes; see `classes.load_classes`.
-        workers: Number of processes. If None, one process per core.
-        picture: Path of the picture with samples to draw, or None.
-        own: Pictures that earlier commands drew. They are not part of the data set.
+        workers: Number of processes. If None, one process per core is used.
+        picture: Path of a picture of samples to write, or None.
+        own: Paths of pictures that earlier commands wrote, which are not part of the data set.
 
     Returns:
-        The report, as `--json` prints it. Its `problems` are empty if training would work.
+        The report that `--json` prints. Its list `problems` is empty if training would work.
 
     Raises:
         DataError: The path does not exist.
@@ -216,22 +216,22 @@ def validate(
 
 
 def _sample_files(source: DataSource) -> list[str]:
-    """Return the images and masks of a data set in folders."""
+    """Return the paths of all images and masks of a data set in folders."""
     listings = [source.of_split(split).listing() for split in SPLITS]
     return [file for listing in listings for sample in listing.samples for file in sample[1:]]
 
 
 def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
-    """Return the data set that a command line names.
+    """Return the data set that the command-line arguments describe.
 
     Args:
         path: Folder in ADE20K's layout, a description file, or folder or URL of MDS shards.
-        second: Root of a described data set, or local folder for shards.
+        second: Root of a described data set or cache folder for shards, or None.
         labels: Meaning of the labels if no description exists.
 
     Raises:
         DataError: The local folder for shards is missing, or the store does not answer.
-        ConfigError: The description is not valid.
+        ConfigError: The description is invalid.
     """
     if is_description(path):
         path, description = open_description(path, second)
@@ -246,28 +246,30 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
 
 
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
-    """Write the description of a folder, and a picture beside it; return the exit status.
+    """Write a description of a folder and a picture next to it, and return the exit status.
 
     Args:
         folder: Folder of the data set.
-        file: Path of the description. If None, a file in the working folder is written.
-        workers: Number of processes. If None, one process per core.
+        file: Path of the description. If None, it is written to the working directory.
+        workers: Number of processes. If None, one process per core is used.
 
     Raises:
-        DataError: The description cannot be made, or a file with that name exists.
+        DataError: The description cannot be created, or an output file already exists.
     """
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
     if not is_description(str(path)):
         raise DataError(f"{path}: the second argument must be a .yaml file to write")
     for written in (path, path.with_suffix(".png")):
         if written.exists():
-            raise DataError(f"{written} already exists; give another file as the second argument")
+            raise DataError(
+                f"{written} already exists; give a different file as the second argument"
+            )
         check_writable(written)
     text, sheet = suggest(folder, workers or available_cores())
     write_image(path.with_suffix(".png"), sheet)
     try:
         write_file(path, text)
-    # Leave no file behind, so that the user can give the same command again.
+    # Delete the picture if writing fails, so that the user can run the same command again.
     except BaseException:
         path.with_suffix(".png").unlink()
         raise
@@ -276,7 +278,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
 
 
 def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
-    """Check a data set as the command line says.
+    """Run the data set check that the command line describes.
 
     Args:
         arguments: Command-line arguments of data.py.
@@ -286,7 +288,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
         The exit status.
     """
     options = parse_data(arguments)
-    # Composer's own handler of Ctrl-C ends the process at once.
+    # Replace Composer's Ctrl-C handler, which ends the process immediately.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:
@@ -294,7 +296,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
             return write_suggestion(options.path, options.local, options.workers)
         source = find_source(options.path, options.local, labels)
         drawn = []
-        # `--suggest` writes a picture beside the description.
+        # An earlier `--suggest` may have written a picture next to the description.
         if is_description(options.path):
             drawn = [str(Path(options.path).with_suffix(".png"))]
         report = validate(

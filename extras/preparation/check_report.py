@@ -1,4 +1,4 @@
-"""The report of python data.py as text."""
+"""The text report of python data.py."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tabulate import tabulate
 
 from segmentation.classes import name_classes
 
-SHOWN = 20  # Number of similar findings to print.
-TITLE = 60  # Maximum number of characters in the title of a row.
+SHOWN = 20  # Maximum number of similar findings to print.
+TITLE = 60  # Maximum number of characters in a row's title.
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Return the report as text.
+    """Format the report as text.
 
     Args:
         report: The report from `validate`.
@@ -37,7 +37,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    """Return the last line of the report."""
+    """Return the report's last line, which says whether training would work."""
     if report["problems"]:
         return "training would fail; fix the problems above"
     classes = report["splits"]["train"]["classes"]
@@ -61,7 +61,7 @@ def _verdict(report: dict[str, Any]) -> str:
     if not missing:
         return line
     occurring = len(classes) - len(missing)
-    if report["described"]:  # The user has listed every label.
+    if report["described"]:  # A description already lists every label.
         return line
     if occurring == 1 and classes[0]["label"] == 1:
         line += "; use --no-ignore-background to make label 0 a class"
@@ -81,7 +81,7 @@ def count(number: int, noun: str) -> str:
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
-    """Yield the first findings of each type; similar findings differ only in names and numbers."""
+    """Yield the first findings of each type. Similar findings differ only in paths and numbers."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for finding in findings:
         kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])

@@ -1,4 +1,4 @@
-"""The classes of a suggested description: names for the mask values, as lines of YAML."""
+"""The classes of a suggested description: names for the mask values, formatted as YAML lines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dataset.paths import visible_files
 from errors import DataError
 from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
 
-RARE = 0.2  # Below this fraction of the pixels, black, white and 0 may mean "ignored".
+RARE = 0.2  # Black, white and 0 may mean "ignored" if they cover less than this fraction.
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
-# Column headings of class tables, and the contents of the columns.
+# Column headings in class tables, mapped to the meaning of the column.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
 _COLUMNS |= dict.fromkeys(
     ("name", "class", "label", "class name", "class_name", "category"), "name"
@@ -28,17 +28,17 @@ _COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "val
 
 
 def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
-    """Find a table that names colours or values.
+    """Find a file with a table that names the masks' colours or values.
 
-    The formats of `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt` are
-    known. A table of colours also serves masks with a palette.
+    The known formats are `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt`. A
+    table of colours also works for masks with a palette.
 
     Args:
         root: Folder of the data set.
         values: Values of the masks.
 
     Returns:
-        The names, and the file name of the table.
+        The name of each value, and the path of the table.
     """
     best: tuple[dict[int, str], str] = {}, ""
     needed = values.pixels.keys() - values.edges.keys()
@@ -56,7 +56,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names by colour and by value if the file is such a table."""
+    """Return the names in a table by colour and by value. Both are empty for other files."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
     place: dict[str, int] = {}  # Index of each column in the header.
@@ -67,7 +67,7 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
         if "name" in header and len(header) > 1 and not by_color and not by_value:
             place = header
             continue
-        # Example: `road:128,64,128::`
+        # CVAT writes lines such as `road:128,64,128::`.
         cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())
         if cvat:
             row = dict(zip(("name", "r", "g", "b"), cvat.groups()))
@@ -92,14 +92,14 @@ def _cells(line: str) -> list[str]:
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
             cells = [cell.strip() for cell in cells]
-            if separator == "\t":  # Example from CamVid: `64 128 64<tabs>Animal`
+            if separator == "\t":  # CamVid's table has lines such as `64 128 64<tabs>Animal`.
                 cells = [p for c in cells if c for p in (c.split() if c[0].isdigit() else [c])]
             return cells
     return [part for part in re.split(r"\s+(?=\d+(?:\s|$))|(?<=\d)\s+", line.strip()) if part]
 
 
 def _guess_columns(cells: list[str]) -> dict[str, str]:
-    """Return a row of a table without a header: a name beside one number or three numbers."""
+    """Parse a table row without a header: a name with one number, or with three for a colour."""
     numbers = [n for n, cell in enumerate(cells) if cell.isascii() and cell.isdigit()]
     names = [n for n in range(len(cells)) if n not in numbers and cells[n]]
     if len(names) != 1 or cells[names[0]].startswith("#"):
@@ -199,7 +199,7 @@ def _label(value: int, in_colors: bool) -> int | list[int]:
 
 
 def quoted_name(name: str) -> str:
-    """Quote a class name for YAML if necessary; plain words stay unquoted.
+    """Quote a class name for YAML if necessary.
 
     Args:
         name: Name of the class.

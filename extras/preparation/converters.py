@@ -1,4 +1,4 @@
-"""Converters from labelling tools, COCO and Hugging Face to a data set for training."""
+"""Converters from labelling tools and COCO to a data set for training."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Converted(NamedTuple):
     """The result of a conversion.
 
     Attributes:
-        values: Mask value of each class except the background, by name.
+        values: Mask value of each class except the background, indexed by name.
         notes: Lines to print, for example about images that were left out.
-        ignored: Mask values that are ignored.
+        ignored: Mask values to ignore.
     """
 
     values: dict[str, int]
@@ -80,15 +80,15 @@ def write_mask(mask: np.ndarray, target: Path) -> None:
 def draw_masks(
     jobs: list[tuple[Path, Annotated, Path]], values: dict[str, int], by_area: bool
 ) -> None:
-    """Draw the masks of some images.
+    """Draw and write the masks of annotated images.
 
     Args:
-        jobs: Path of the image, its shapes, and the path of the mask, for each image.
+        jobs: Tuples of an image's path, its shapes, and the path of its mask.
         values: Mask value of each class.
         by_area: Whether smaller shapes cover larger ones.
 
     Raises:
-        DataError: An image cannot be read, or its shapes do not fit.
+        DataError: An image cannot be read, or its shapes do not match its size.
     """
     for photo, annotated, target in jobs:
         try:
@@ -99,7 +99,7 @@ def draw_masks(
                     f"the image is {size[1]}x{size[0]}, but its annotation is for {width}x{height}"
                 )
             shapes = annotated.shapes
-            if annotated.size is None:  # YOLO's coordinates are fractions of the sides.
+            if annotated.size is None:  # YOLO's coordinates are fractions of the image's sides.
                 scale = np.array(size[::-1], float)
                 shapes = [
                     shape._replace(
@@ -117,10 +117,10 @@ def draw_masks(
 
 
 def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
-    """Convert panoptic masks to masks of classes.
+    """Convert panoptic masks to class masks.
 
     Args:
-        jobs: Path of the panoptic mask and path of the new mask, for each image.
+        jobs: Tuples of a panoptic mask's path and the path of the new mask.
         masks: Decoder for the panoptic masks.
 
     Raises:
@@ -137,7 +137,7 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
 def check_distinct(jobs: Iterable[tuple]) -> None:
     """Check that all jobs write different masks.
 
-    The comparison ignores case, because some file systems do.
+    The comparison ignores case, because some file systems ignore it.
 
     Args:
         jobs: Tuples that start with the path of the input and end with the path of the mask.
@@ -172,10 +172,10 @@ def read_names(path: str) -> list[str] | dict[int, str]:
 
 
 def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert the annotation files of training, and of validation if there are any.
+    """Convert the training annotations, and the validation annotations if there are any.
 
     Args:
-        options: Options of the command line.
+        options: Command-line options.
         out: Folder of the new data set.
 
     Raises:
@@ -234,7 +234,8 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
         read: Annotations of all splits.
 
     Returns:
-        The splits, or only `train` unless both exist, and notes on images that belong to neither.
+        The annotations of each split, and notes about images in neither split. If one of the splits
+        is missing, all annotations are in `train`.
     """
     groups: dict[str | None, list[Annotated]] = {}
     for annotated in read.photos:
@@ -253,13 +254,13 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
 
 
 def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
-    """Return a function that finds an image of the annotations in a folder, by name.
+    """Return a function that finds an annotated image in a folder by its name.
 
-    The function raises DataError if no image or several images have the name.
+    The function raises DataError if no image or several images match the name.
 
     Args:
         images: Folder of the images.
-        source: Name of the annotations, for errors.
+        source: Name of the annotations, for error messages.
     """
     photos = dict(find_photos(images))
     by_parts: dict[str, set[Path]] = {}
@@ -286,16 +287,16 @@ def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
 
 
 def _without_kind(name: str) -> str:
-    """Return a path without folders such as `images` and `labels`."""
+    """Remove folders such as `images` and `labels` from a path."""
     parts = [part for part in Path(name).parts if part not in ("images", "labels", "photos", ".")]
     return "/".join(parts)
 
 
 def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert panoptic JSON and PNG files of COCO.
+    """Convert COCO's panoptic JSON and PNG files.
 
     Args:
-        options: Options of the command line.
+        options: Command-line options.
         out: Folder of the new data set.
 
     Raises:

@@ -20,8 +20,8 @@ WORDS = {
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 MARK = "\0"  # Placeholder for the word that names the split.
-# A token is a hash, a number, a word (also within camel case), the word of a split as in
-# `trainannot` or `imagestrain`, or any other character.
+# A token is a hash, a number, a word (also within camel case), the first word in a name such as
+# `trainannot` or `imagestrain`, or any other single character.
 TOKEN = re.compile(
     r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
     r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
@@ -32,7 +32,7 @@ SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
 MOST_VALUES = 1000  # Maximum number of different values in a mask.
-SAMPLED = 150  # Maximum number of files whose partners are searched.
+SAMPLED = 150  # Maximum number of files for which matching files are searched.
 
 
 class Picture(NamedTuple):
@@ -66,7 +66,7 @@ class Side(NamedTuple):
     has_stem: bool = True
 
     def template(self, word: str) -> str:
-        """Return the template for the paths of a split.
+        """Return the path template for a split.
 
         Args:
             word: Word that names the split.
@@ -81,12 +81,12 @@ class Side(NamedTuple):
         return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
 
     def words(self) -> list[str]:
-        """Return the lower-case words of the fixed text."""
+        """Return the words in the pattern's fixed text, in lower case."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return [word.lower() for word in TOKEN.findall(text)]
 
     def version(self) -> int:
-        """Return the highest number after a `v` in the fixed text, or 0."""
+        """Return the highest version number in the fixed text, such as 2 for `v2`, or 0."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
 
@@ -95,17 +95,17 @@ Pair = tuple[Picture, Picture]
 
 
 class Layout(NamedTuple):
-    """A way to pair images and masks.
+    """A way to pair images and masks by their paths.
 
     Attributes:
         images: Path pattern of the images.
         masks: Path pattern of the masks.
-        pairs: Images and masks of the splits in `words`.
-        words: Words that name each split, in the paths of images and of masks. Without splits, the
-            only key is `train`.
+        pairs: Image and mask pairs in the splits of `words`.
+        words: Words that name each split in the image paths and in the mask paths, indexed by
+            split. If there are no splits, the only key is `train`.
         covered: Number of pairs, including the pairs of a test split.
         alone: Number of matching images without a mask.
-        twice: Number of matching files whose name another file already has.
+        twice: Number of matching files with a duplicate name.
     """
 
     images: Side
@@ -128,7 +128,7 @@ class Look(NamedTuple):
 
 @functools.lru_cache(100_000)
 def look_at(path: Path) -> Look:
-    """Return a summary of a file's pixels, which look like labels if they form areas of few values.
+    """Summarise a file's pixels. They look like labels if they form areas of a few values.
 
     Args:
         path: Path of the file.
@@ -151,7 +151,7 @@ def look_at(path: Path) -> Look:
 def is_lossy_mask(path: Path) -> bool:
     """Return whether a file looks like a mask that lossy compression has changed.
 
-    Nearly all pixels of such a mask are close to one of a few values, and so are their neighbours.
+    In such a mask, nearly all pixels and their neighbours are close to one of a few values.
 
     Args:
         path: Path of the file.
@@ -168,13 +168,13 @@ def is_lossy_mask(path: Path) -> bool:
 
 
 def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
-    """Parse a path.
+    """Parse a path into its folders, split and file name.
 
     Args:
         root: Folder of the data set.
         path: Path of the file.
-        splits_in: Places to search for the word that names the split, in this order: `folders`,
-            `names`.
+        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both.
+            Folders are searched first.
     """
     dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
     if "folders" in splits_in:
@@ -226,13 +226,13 @@ def without_numbers(name: str) -> str:
     """Return a name with each number or hash replaced by 0, so that similar names compare equal.
 
     Args:
-        name: The name.
+        name: Name or path to simplify.
     """
     return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "0", name)
 
 
 def sample_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Return a sample: one file for each type of path, and others at equal intervals.
+    """Return a sample of files: one for each type of path, and others at equal intervals.
 
     Args:
         pictures: All files.

@@ -1,4 +1,4 @@
-"""An analysis of a folder's masks: their values, and the way to read them."""
+"""An analysis of masks that finds their values and decides how to read them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from errors import DataError
 
 MOST_CLASSES = IGNORED - 1
 MOST_VALUES = 4000  # Maximum number of different values in all masks.
-# Thresholds for values that blurred edges produce. Nearly all pixels of such a value lie on thin
-# lines, between the values around them. Either the value occurs in few files and covers almost
-# nothing, or there are many such values that together cover little, because all masks were blurred.
+# Thresholds for values that result from blurred edges. Nearly all pixels of such a value are on
+# thin lines, and the value is between the values around it. In the first case, the value is rare
+# and occurs in few files. In the second case, all masks are blurred, and many such values together
+# cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-EDGE_SHARE_OF_FILE = 0.05  # For speed, larger values are not examined.
+EDGE_SHARE_OF_FILE = 0.05  # For speed, values with a larger share of a file are not examined.
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 
 
@@ -36,9 +37,9 @@ class FileValues(NamedTuple):
         path: Path of the file.
         kind: `bit`, `grey`, `palette` or `color`.
         values: Three pixel counts for each value: all pixels, pixels on thin lines, and pixels on
-            thin lines that lie between the values around them.
+            thin lines that are between the values around them.
         palette: Packed colour of each palette index in use.
-        error: Reason why the file cannot be read, or "".
+        error: Reason why the file cannot be read, or an empty string.
     """
 
     path: str
@@ -54,10 +55,10 @@ class Values(NamedTuple):
     Attributes:
         in_colors: Whether the values are packed colours.
         pixels: Number of pixels of each value.
-        edges: Files with each value that probably comes from a blurred edge.
+        edges: Files that contain each value that probably results from blurred edges.
         colors: Palette colour of each value.
-        same: Values with the same meaning as another value, to which they map.
-        notes: Comments for the description.
+        same: Values that mean the same as a different value, mapped to that value.
+        notes: Comment lines for the description.
     """
 
     in_colors: bool
@@ -91,7 +92,9 @@ def _read_file(path: str) -> FileValues:
     values, counts = np.unique(mask, return_counts=True)
     if len(values) > MOST_VALUES:
         what = "colours" if in_colors else "values"
-        return FileValues(path, "", {}, {}, f"holds {len(values)} {what}, too many for labels")
+        return FileValues(
+            path, "", {}, {}, f"contains {len(values)} {what}, which are too many for labels"
+        )
     rare = values[counts < EDGE_SHARE_OF_FILE * mask.size]
     thin = _thin_pixels(mask, in_colors, rare)
     found = {v: (n, *thin.get(v, (0, 0))) for v, n in zip(values.tolist(), counts.tolist())}
@@ -106,9 +109,9 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Count the pixels of rare values on thin lines, in total and between the values around them.
+    """Count the pixels of rare values on thin lines: all of them, and those between neighbours.
 
-    A pixel is on a thin line if one of its four neighbours has another value.
+    A pixel is on a thin line if one of its four neighbours has a different value.
     """
     if not len(rare):
         return {}
@@ -123,7 +126,7 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    # On a blurred edge, the value of at least one channel lies between those of its neighbours.
+    # On a blurred edge, the value of at least one channel is between those of its neighbours.
     between = np.zeros(mask.shape, bool)
     kernel = np.ones((7, 7), np.uint8)
     for channel in channels:
@@ -142,7 +145,7 @@ def count_values(paths: list[str], workers: int) -> Values:
         workers: Number of processes.
 
     Raises:
-        DataError: Masks cannot be read, differ in type, or hold too many values or only one.
+        DataError: Masks cannot be read, differ in type, or contain too many values or only one.
     """
     chunks = [(part,) for part in chunked(paths)]
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
@@ -175,7 +178,7 @@ def count_values(paths: list[str], workers: int) -> Values:
 def _suspect_edges(
     files: list[FileValues], pixels: Counter[int], where: dict[int, list[str]]
 ) -> set[int]:
-    """Return the values that probably come from blurred edges."""
+    """Return the values that probably result from blurred edges."""
     on_line: Counter[int] = Counter()
     between: Counter[int] = Counter()
     for file in files:
@@ -190,7 +193,7 @@ def _suspect_edges(
         edges = set(many)
     else:
         edges = {v for v in thin if share[v] < EDGE_SHARE and len(where[v]) <= most}
-    # Masks with several such values also contain similar values from sharpening and rounding.
+    # Blurred masks also contain other rare values on thin lines, from sharpening and rounding.
     blurred = {f.path for f in files if len(edges & f.values.keys()) >= EDGE_VALUES // 2}
     return edges | {
         value
@@ -205,24 +208,24 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     what = "colours" if in_colors else "values"
     if edges > MOST_VALUES // 4:
         raise DataError(
-            f"{paths[0]} and the other masks hold {edges} {what} on blurred edges; "
+            f"{paths[0]} and the other masks contain {edges} {what} on blurred edges; "
             "export the masks without smoothing"
         )
     if classes < 2:
         raise DataError(
-            f"{paths[0]} and the other masks hold {classes} {what}; at least two are needed to "
+            f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
             "tell classes apart"
         )
-    # Up to two of the values may be ignored later.
+    # Allow for two more values, which may be ignored later.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"{paths[0]} and the other masks hold {classes} {what}, but at most {MOST_CLASSES} "
-            "classes are possible; merge them, or check whether they number objects"
+            f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "
+            "classes are possible; merge some, or check whether they number objects, not classes"
         )
 
 
 def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:
-    """Return the values in the form to read them, whether they are colours, and comments."""
+    """Decide how to read masks. Return their values, whether these are colours, and comments."""
     by_kind = {file.kind: file for file in reversed(files)}
     if "color" in by_kind and len(by_kind) > 1:
         other = next(file for kind, file in by_kind.items() if kind != "color")
@@ -272,7 +275,7 @@ def _read_palettes(
 
 
 def _by_color(file: FileValues) -> FileValues:
-    """Return the values of a file as the colours that they are displayed in."""
+    """Convert a file's values to the colours that they are displayed in."""
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()
@@ -287,7 +290,7 @@ def _by_color(file: FileValues) -> FileValues:
 
 
 def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
-    """Return {1: 255} if masks hold either 0 and 1 or 0 and 255, but never both."""
+    """Return {1: 255} if masks contain either 0 and 1 or 0 and 255, but never both."""
     kinds = {frozenset(file.values) for file in files}
     has = [any(v in kind for kind in kinds) for v in (1, 255)]
     if in_colors or not all(has) or any({1, 255} <= kind for kind in kinds):
@@ -296,7 +299,7 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Return the first five names, and the number of further names.
+    """Format the first five names and the number of further names.
 
     Args:
         items: Names to list.

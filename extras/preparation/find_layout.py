@@ -1,9 +1,9 @@
-"""A search for the images and masks in a folder that belong together, by names and pixels.
+"""A search that matches the images and masks in a folder by their names and pixels.
 
-The search tries every way to read the names. The ways differ in the folder or word that names the
-split, in the folders that are part of a sample's name, and in the words at the start and end of a
-file name that only say what the file is. The layout that pairs the most images wins. A layout
-becomes templates of `dataset.matching`.
+The search tries every way to interpret the names. The ways differ in the folder or word that names
+the split, in the folders that are part of a sample's name, and in the words at the start and end of
+a file name that only state the file's type. The layout that pairs the most images wins. It is then
+converted to templates of `dataset.matching`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic"
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
-CANDIDATES = 60  # Number of layouts that are tried on all files.
-LOOKED_AT = 7  # Number of files whose pixels are read to tell images from masks.
+CANDIDATES = 60  # Maximum number of layouts to try on all files.
+LOOKED_AT = 7  # Number of files whose pixels are read to distinguish images from masks.
 
 
-# Path patterns
+# These functions propose path patterns.
 
 
 def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Side, Side]]:
-    """Return pairs of path patterns that fit a sample of the names, most likely first."""
+    """Return pairs of path patterns that match a sample of the names, most likely first."""
     by_core: dict[str, list[Picture]] = defaultdict(list)
     for image in sample_pictures(pictures):
         if image.suffix.lower() in IMAGE_SUFFIXES:
@@ -70,7 +70,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     ]
     votes: Counter[tuple[Side, Side]] = Counter()
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
-        # An image and a mask are compared by the longest common part of their names.
+        # Compare each image with the mask once, by the longest common part of their names.
         patterns, seen = set(), set()
         for core in stem_cores(mask.stem):
             images = _others(by_core, core, mask)
@@ -97,7 +97,7 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
         head, _, tail = stem.partition(core)
         ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
     # Folders that are equal in both paths may be part of the sample's name. Try none of them, and
-    # each run of equal folders.
+    # each run of consecutive equal folders.
     runs = [(len(image.dirs), len(mask.dirs), 0)]
     for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
         same = [MARK not in part for part in image.dirs[a : a + size]]
@@ -122,7 +122,7 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
 
 
 def _fixed_names(pictures: list[Picture]) -> Counter[tuple[Side, Side]]:
-    """Return patterns for folders that each hold one image and its masks, under recurring names."""
+    """Return patterns for one folder per image, with the same file names in each folder."""
     folders: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
     for picture in pictures:
         folders[picture.dirs].append(picture)
@@ -142,7 +142,7 @@ Groups = dict[tuple[tuple[str, ...], str], list[Picture]]
 
 
 def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, Picture], int]:
-    """Return the matching files by split, folders and name, and the number of duplicate names."""
+    """Return a pattern's files by split, folders and name, and the number of duplicate names."""
     named: dict[Key, Picture] = {}
     twice, fixed = 0, len(side.before) + len(side.after)
     wild = "*" in side.head + side.tail
@@ -178,7 +178,7 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
 
 
 def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> Layout | None:
-    """Pair all files by two patterns; return None if there is no pair."""
+    """Pair all files with two patterns; return None if there is no pair."""
     masks, masks_twice = _fitting(sides[1], groups, mask_suffixes)
     paths = {mask.path for mask in masks.values()}
     images, images_twice = _fitting(sides[0], groups, IMAGE_SUFFIXES)
@@ -186,7 +186,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     pairs = [(image, masks[key]) for key, image in images.items() if key in masks]
     if not pairs:
         return None
-    # A template can have only one word for a split, so the most frequent word is used.
+    # A template can contain only one word per split, so use the most frequent word.
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
@@ -206,7 +206,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
 
 
 def _tightened(layout: Layout) -> Layout:
-    """Write out the folders that all pairs have in common, instead of `{dir}`."""
+    """Replace `{dir}` by the folders that all pairs have in common, as far as possible."""
     if not layout.images.deep:
         return layout
     image = layout.images
@@ -216,7 +216,7 @@ def _tightened(layout: Layout) -> Layout:
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
     if not image.has_stem:
-        # The placeholder `{name}` stands for at least one folder.
+        # Leave at least one folder for the placeholder `{name}`.
         shared = min(shared, min(map(len, middles)) - 1)
     deep = any(len(middle) > shared for middle in middles)
     sides = [
@@ -227,7 +227,7 @@ def _tightened(layout: Layout) -> Layout:
 
 
 def _holds_copies(layout: Layout) -> bool:
-    """Return whether different folders hold the same images, as versions of a data set do."""
+    """Return whether different folders contain the same images, as versions of a data set do."""
     if not layout.images.deep:
         return False
     by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -240,24 +240,24 @@ def _holds_copies(layout: Layout) -> bool:
     return all(len({path.read_bytes() for path in paths[:2]}) == 1 for paths in sample)
 
 
-# Choice of the layout
+# These functions choose the best layout.
 
 
 class Search(NamedTuple):
     """The best layout, and alternatives to it."""
 
     layout: Layout
-    others: list[Layout]  # Layouts that pair as many images.
+    others: list[Layout]  # Alternatives that pair at least as many images.
 
 
 def _rank(layout: Layout, most: int) -> tuple:
-    """Return the criteria that rank a layout, the most important first."""
+    """Return a layout's ranking criteria, the most important first."""
     images, masks = layout.images, layout.masks
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
     many = 2 * layout.covered >= most
-    # In a file name, "train" may be a class beside "car". So nearly all names must contain the word
-    # of a split.
+    # In a file name, "train" may be a class, like "car", rather than a split. Require nearly all
+    # names to contain a split's name.
     in_names = any(MARK in side.head + side.tail for side in (images, masks))
     are_splits = layout.covered >= (0.8 if in_names else 0.5) * most
     return (
@@ -266,7 +266,7 @@ def _rank(layout: Layout, most: int) -> tuple:
         are_splits and len(layout.words) > 1,
         layout.covered,
         -layout.alone,
-        all(look.is_grey for look in looks),  # Grey masks hold labels rather than colours.
+        all(look.is_grey for look in looks),  # Grey masks contain labels, not colours.
         not OUTDATED & {*images.words(), *masks.words()},
         sum(colored),
         masks.version() + images.version(),
@@ -284,7 +284,7 @@ def _evenly(pictures: Iterable[Picture]) -> list[Path]:
 
 
 def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Layout]:
-    """Return all layouts that give at least one pair, by names alone."""
+    """Return all layouts that pair at least one image, judged by names alone."""
     layouts, seen = [], set()
     for splits_in in (("folders", "names"), ("folders",), ()):
         pictures = [take_apart(root, path, splits_in) for path in paths]
@@ -319,7 +319,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
         paths: Paths of all images and masks.
     """
     layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
-    # A single pair among several files is a coincidence.
+    # Reject a single pair among several files as a coincidence.
     layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:
@@ -327,7 +327,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
     most = max(layout.covered for layout in layouts)
     layouts.sort(key=lambda layout: _rank(layout, most), reverse=True)
     best = layouts[0]
-    # Alternatives assign other masks to the same images.
+    # Keep alternatives that assign different masks to the same images.
     chosen = {image.path: mask.path for image, mask in best.pairs}
     others: dict[Path, Layout] = {}
     for layout in layouts[1:]:
@@ -338,7 +338,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
 
 
 def explain_failure(root: Path, paths: list[Path]) -> str:
-    """Return the reason why no mask belongs to an image, as far as it is known.
+    """Explain why no mask belongs to an image, as far as the reason is known.
 
     Args:
         root: Folder of the data set.
@@ -379,9 +379,9 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 
 
 def _not_covered(layout: Layout) -> tuple:
-    """Return a sort key for layouts: coverage first, then the words in the paths of the masks.
+    """Return a sort key for layouts: coverage first, then the words in the mask paths.
 
-    The masks are more likely on the side with words such as `label`.
+    The side with words such as `label` more likely contains the masks.
     """
     hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
     hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}

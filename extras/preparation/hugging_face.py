@@ -1,4 +1,4 @@
-"""A converter from data sets of Hugging Face to a data set for training."""
+"""A converter from Hugging Face data sets to a data set for training."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from extras.preparation.annotations import (
 from extras.preparation.converters import SPLITS, Converted, read_names, write_mask
 from files import write_file
 
-# Names in Hugging Face data sets for values that are not a class.
+# Label names that mark ignored pixels in Hugging Face data sets.
 IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
 MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
 
 
 def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
-    """Convert a data set of Hugging Face, or a local folder in that format.
+    """Convert a Hugging Face data set from the hub or from a local folder.
 
     Args:
-        options: Options of the command line.
+        options: Command-line options.
         out: Folder of the new data set.
 
     Raises:
@@ -44,12 +44,12 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     try:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
         found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # The library raises exceptions of many types.
+    except Exception as error:  # datasets raises many types of exceptions.
         raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
     found = found if isinstance(found, dict) else {"train": found}
     names, notes = _names(name, options.names), []
     pixels: dict[int, int] = {}
-    # Number of rows written to each split. Two source splits may share one.
+    # Number of rows written to each split. Several source splits may map to the same split.
     written: dict[str, int] = {}
     for key, rows in found.items():
         split = str(key)
@@ -60,7 +60,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         for column in (photo_column, mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         table: Any = rows
-        for place, row in enumerate(tqdm(table, unit=" photos", desc=split, disable=None)):
+        for place, row in enumerate(tqdm(table, unit=" images", desc=split, disable=None)):
             number = written.get(SPLITS[split], 0)
             written[SPLITS[split]] = number + 1
             content = [_content(row[column]) for column in (photo_column, mask_column)]
@@ -81,16 +81,21 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         notes.append(f"value {value} is ignored ({pixels[value] / total:.2%} of the pixels)")
     if 255 in pixels and 255 not in ignored | names.keys():
         share = pixels[255] / total
-        notes.append(f"value 255 is a class ({share:.2%} of the pixels); --ignore 255 ignores it")
+        notes.append(
+            f"value 255 is a class ({share:.2%} of the pixels); to ignore it, add --ignore 255"
+        )
     known = sorted((pixels.keys() | names.keys()) - ignored)
     values = {names.get(value, f"class_{value}"): value for value in known}
     if len(values) < len(known):
-        raise DataError(f"{options.source}: two values have the same name; give --names")
+        raise DataError(
+            f"{options.source}: two mask values have the same class name; give unique names "
+            "with --names"
+        )
     return Converted(values, notes, sorted(ignored))
 
 
 def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
-    """Return the names of the columns of images and masks."""
+    """Return the names of the image column and the mask column."""
     if options.columns:
         photo, _, mask = options.columns.partition(",")
         return photo, mask
@@ -113,7 +118,7 @@ def _content(cell: dict[str, Any]) -> bytes:
 def _names(name: str, file: str | None) -> dict[int, str]:
     """Return the name of each value, from a file with one name per line or from id2label.json.
 
-    id2label.json is Hugging Face's format.
+    Hugging Face data sets store their class names in id2label.json.
     """
     if file and not file.endswith(".json"):
         return by_number(read_names(file))
@@ -124,7 +129,7 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # The hub's client passes on exceptions of the network.
+        except Exception as error:  # The hub's client does not wrap network exceptions.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
                 return {}  # The data set has no names, so its classes get numbers.

@@ -1,4 +1,4 @@
-"""A writer that writes, uploads and verifies the MDS shards of a split."""
+"""Functions that write, upload and verify the MDS shards of a split."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from files import explain_output, write_file
 log = logging.getLogger(__name__)
 
 COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
-UPLOAD_ATTEMPTS = 6  # The pauses of 1, 2, 4, ... seconds add up to half a minute.
+UPLOAD_ATTEMPTS = 6  # The pauses between attempts double and add up to half a minute.
 
 
 class Mismatch(DataError):
-    """An error for a complete data set at --out that differs from the data set to be written."""
+    """An error for a complete data set at --out that differs from the data set to write."""
 
 
 class Target(NamedTuple):
-    """The destination and the options of a split's shards."""
+    """The destination and the options for a split's shards."""
 
-    # Folder in which shards are written. If the destination is remote, they wait here for upload.
+    # Folder that shards are written to. Remote shards are stored here until they are uploaded.
     folder: str
     remote: str | None
     compression: str | None
     hashes: list[str]
     size_limit: int
     workers: int
-    # Decoder of a described data set, whose labels are merged in the shards.
+    # Mask decoder of a described data set, or None. The shards store the labels that it returns.
     masks: Masks | None = None
 
     @property
     def done(self) -> Path:
-        """The folder with notes on finished shards."""
+        """The folder with a note about each finished shard."""
         return Path(self.folder, ".finished")
 
 
@@ -83,7 +83,7 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         target: Destination and options.
 
     Returns:
-        The entry of the shard in `index.json`.
+        The shard's entry in `index.json`.
 
     Raises:
         DataError: A file cannot be read or decoded, or an image and its mask differ in size.
@@ -93,7 +93,7 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-        # A run with other options wrote the shard, perhaps under another name.
+        # A run with different options wrote this shard, perhaps under a different name.
         _remove_shard(target, finished["entry"])
     final = Path(target.folder, f"shard.{number:05}.mds")
     with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
@@ -113,8 +113,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # The note marks the shard as this program's, in case the run ends before the shard is
-        # finished.
+        # Write a note before the shard appears. If the run is interrupted, the note shows that this
+        # program wrote the shard.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:
@@ -133,7 +133,7 @@ def _name(number: int, written: str) -> str:
 
 
 def _inputs(samples: list[Sample], target: Target) -> str:
-    """Return a fingerprint of the files and options that the shard depends on."""
+    """Return a hash of the files and options that determine the shard's content."""
     files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     rule = [] if target.masks is None else sorted(target.masks.values.items())
@@ -144,7 +144,7 @@ def _inputs(samples: list[Sample], target: Target) -> str:
 def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
     """Return the image and mask files of a sample, after checking that training can use them.
 
-    A mask of a described data set is converted to labels: 0 is ignored, k is class k - 1.
+    Masks of a described data set are converted to labels: 0 is ignored, and k is class k - 1.
     """
     try:
         photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
@@ -163,7 +163,7 @@ def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
 
 
 def upload(target: Target, name: str) -> None:
-    """Upload a file of the folder, and remove the local copy.
+    """Upload a file from the target's folder and delete the local copy.
 
     Args:
         target: Destination and options.
@@ -180,7 +180,7 @@ def upload(target: Target, name: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
-    """Return the uploader of a process, because forked processes must not share a connection."""
+    """Return an uploader for the process. Forked processes must not share a connection."""
     return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
 
 
@@ -189,7 +189,7 @@ def verify_shard(
 ) -> str | None:
     """Read a shard back through Streaming and compare it with the files of its samples.
 
-    If the shard is wrong, its note is removed, so that the next run writes it again.
+    If the shard is wrong, its note is deleted, so that the next run writes the shard again.
 
     Args:
         samples: Samples of the shard.
@@ -200,10 +200,10 @@ def verify_shard(
         target: Destination and options.
 
     Returns:
-        A description of the problem, or None.
+        A description of the problem, or None if the shard is correct.
 
     Raises:
-        Mismatch: The shard is complete but holds other samples.
+        Mismatch: The shard is undamaged but contains different samples.
     """
     shards = cached_shards(out, cache, split)
     name = shards.shards[number].raw_data.basename
@@ -234,8 +234,8 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
         target: Destination and options.
 
     Raises:
-        DataError: A file is unusable, the shards are wrong, or the destination holds another data
-            set.
+        DataError: A file cannot be used, a shard is wrong, or the destination contains a different
+            data set.
     """
     with tempfile.TemporaryDirectory() as cache:
         index = Path(cache, split, "index.json")
@@ -245,8 +245,8 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
                 _verify(samples, out, cache, split, target)
             except Mismatch as error:
                 raise DataError(
-                    f"{out}/{split} already holds another finished data set ({error}); delete it "
-                    "or choose another --out"
+                    f"{out}/{split} already contains a different data set ({error}); delete it "
+                    "or choose a different --out"
                 ) from error
             log.info("%s/%s is complete and verified; nothing to do", out, split)
             return
@@ -258,7 +258,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
     if target.remote:
         upload(target, "index.json")
     for note in target.done.glob("*.json"):
-        # An interrupted run with other options wrote more shards.
+        # Delete the additional shards of an interrupted run with different options.
         if int(note.stem) >= len(entries):
             _remove_shard(target, json.loads(note.read_text())["entry"])
         note.unlink()
@@ -267,7 +267,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
 
 
 def remove_empty(folder: str | Path) -> None:
-    """Remove a folder if it is empty. Other programs may have written files there.
+    """Remove a folder unless it contains files, which other programs may have written.
 
     Args:
         folder: Folder to remove.
@@ -277,7 +277,7 @@ def remove_empty(folder: str | Path) -> None:
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
-    """Copy the index of a finished split to `index`; return False if it does not exist."""
+    """Copy a finished split's index to `index`, or return False if it does not exist."""
     try:
         CloudDownloader.direct_download(remote, str(index))
     except Exception as error:
@@ -291,7 +291,7 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
     if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
         raise DataError(
             f"{shards[0]} already exists and was not written by an interrupted conversion; move it "
-            "away or choose another --out"
+            "away or choose a different --out"
         )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)

@@ -1,9 +1,9 @@
-"""A search that writes the description of a folder of images and masks.
+"""A generator that writes a description for a folder of images and masks.
 
     python data.py FOLDER --suggest          # writes FOLDER's name + .yaml, and a picture
 
 `find_layout` pairs images and masks, and `find_classes` reads the masks. Comments in the
-description mark guesses, name the files that are left out, and say what to fill in.
+description mark guesses, name the omitted files, and say what the user must complete.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ SHOWN = 6  # Number of samples in the picture.
 
 
 class Suggestion(NamedTuple):
-    """A tested description: its text, and a picture of six samples."""
+    """The text of a tested description, and a picture of six samples."""
 
     text: str
     picture: Image.Image
 
 
 def suggest(folder: str, workers: int) -> Suggestion:
-    """Return the description of a folder's data set.
+    """Generate a description for the data set in a folder.
 
-    The description is tested: it parses, it finds all pairs that the search counted, and its
-    samples can be drawn.
+    The function checks that the description can be parsed, that it finds all pairs that the search
+    counted, and that its samples can be drawn.
 
     Args:
         folder: Folder of the data set.
         workers: Number of processes that read masks.
 
     Raises:
-        DataError: No mask belongs to an image, a mask cannot be read or holds no labels, or an
+        DataError: No mask belongs to an image, a mask cannot be read or has no labels, or an
             image cannot be drawn.
     """
     root = Path(folder)
@@ -72,12 +72,12 @@ def suggest(folder: str, workers: int) -> Suggestion:
         raise DataError(f"{folder}: {explain_failure(root, paths)}")
     layout = search.layout
 
-    # Locations of images and masks
+    # Describe the splits and the classes.
     splits, number = split_lines(root, layout)
     values = count_values([str(mask.path) for _, mask in layout.pairs], workers)
     lines = [f"root: {quoted(str(root.resolve()))}", *splits, *class_lines(root, values)]
 
-    # Test of the description
+    # Test the description.
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
@@ -91,7 +91,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])
 
-    # Comments for the user
+    # Write comments for the user.
     used = {path for sample in samples for path in sample[1:]}
     header = [
         f"# {number} images with masks, found by data.py --suggest. Guesses are marked.",
@@ -139,7 +139,7 @@ def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], b
     """Find the text files that list the images of a split.
 
     Returns:
-        For each split, the file, the names in it, and whether it lists test images.
+        The path of the list, the names in it, and whether it lists test images, for each split.
     """
     lists: dict[str, tuple[str, set[str], bool]] = {}
     for name, path in visible_files(root):
@@ -157,7 +157,7 @@ def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], b
 
 
 def pair_described(description: Description, root: str) -> tuple[list[Sample], list[str]]:
-    """Return the samples of both splits, and the problems that would stop training.
+    """Return the samples of both splits, and the problems that would prevent training.
 
     Args:
         description: Description of the data set.
@@ -178,9 +178,9 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 
 
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
-    """Return a comment with the number and the names of images and masks that are left out."""
+    """Return a comment with the number of omitted images and masks, and with examples."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
-    # Files in one folder are alike if their names differ only in numbers.
+    # Group files in the same folder whose names differ only in numbers.
     alike: dict[tuple, list[Path]] = defaultdict(list)
     for path in paths:
         alike[path.parent, without_numbers(path.stem), path.suffix].append(path)
@@ -221,13 +221,13 @@ def _some(items: Iterable[str]) -> str:
 def draw(
     description: Description, samples: list[Sample], root: str, masks_to_show: list[str]
 ) -> Image.Image:
-    """Draw six images, each beside an overlay of its mask.
+    """Draw up to six images, each next to an overlay of its mask.
 
     Args:
         description: Description of the data set.
         samples: Images and masks to choose from.
         root: Folder of the data set.
-        masks_to_show: Masks that must be among the six.
+        masks_to_show: Paths of masks that must be in the picture.
 
     Raises:
         DataError: A file cannot be read, or an image and its mask differ in size.

@@ -2,8 +2,8 @@
 
     python -m extras.preparation.synthetic demo/data
 
-A scene is divided into areas by textured shapes that overlap. The texture of a pixel is its class.
-Each surface has two random colours, so colour alone does not determine the class.
+Overlapping textured shapes divide each scene into areas. The texture of a pixel is its class. Each
+surface has two random colours, so colour alone does not determine the class.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TEXTURES = (
 
 
 def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a pattern of the values 0 and 1, with random period and phase.
+    """Draw a pattern of zeros and ones with a random period and phase.
 
     Args:
         name: Name of a texture in `TEXTURES`.
         size: Side of the pattern in pixels.
-        rng: Source of randomness.
+        rng: Random number generator.
 
     Returns:
         (size, size) float32.
@@ -54,7 +54,7 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
-        # Diagonals run up or down. Training flips scenes, and a flip must not change the class.
+        # Draw both diagonals, because training flips scenes and a flip must not change the class.
         "diagonals": (x + y * rng.choice([-1, 1])) % (1.4 * period) < 0.7 * period,
         "speckle": cv2.resize((rng.random((size // 2, size // 2)) < 0.12) * 1.0, (size, size))
         > 0.4,
@@ -74,7 +74,7 @@ def shape(size: int, rng: np.random.Generator) -> np.ndarray:
 
     Args:
         size: Side of the scene in pixels.
-        rng: Source of randomness.
+        rng: Random number generator.
 
     Returns:
         (size, size) bool.
@@ -104,7 +104,7 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         size: Side of the scene in pixels.
-        rng: Source of randomness.
+        rng: Random number generator.
 
     Returns:
         The image (size, size, 3) and its mask (size, size), both uint8. Label 0 is "other", and
@@ -134,11 +134,11 @@ def make(
     """Write the data set, unless a complete one with the same options exists.
 
     Args:
-        path: Folder that will hold ADEChallengeData2016.
-        training: Number of scenes to train on.
-        validation: Number of scenes to evaluate on.
+        path: Folder that will contain ADEChallengeData2016.
+        training: Number of training scenes.
+        validation: Number of validation scenes.
         size: Side of a scene in pixels.
-        seed: Seed of the scenes.
+        seed: Seed of the random scenes.
     """
     root = Path(path) / "ADEChallengeData2016"
     done, kind = root / "synthetic.txt", f"{training} {validation} {size} {seed}\n"

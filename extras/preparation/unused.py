@@ -11,23 +11,23 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# Formats of images that this project cannot read, and of files that often lie beside images.
+# Image formats that this project cannot read. SIDECARS are formats often stored next to images.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # Number of files that a finding names.
+NAMED = 3  # Maximum number of further files that a finding names.
 
 
 class Unused(NamedTuple):
-    """The files that no split uses.
+    """The files that no split uses, by group.
 
     Attributes:
         images: Unused images.
-        masks: Unused masks, perhaps of another type than the layout's.
+        masks: Unused masks, including types that the layout does not match.
         either: Unused files outside the layout's folders that may be images or masks, such as PNGs.
-        unlisted: Files in the folders of a list that the list omits on purpose.
-        orphans: Masks in the layout without an image.
-        others: Files in the folders of images and masks that are neither.
+        unlisted: Files that are absent from the list that selects the images in their folder.
+        orphans: Masks that match the layout but have no image.
+        others: Other types of files in the folders of images and masks.
     """
 
     images: list[str]
@@ -43,7 +43,7 @@ class Unused(NamedTuple):
         return {name: len(files) for name, files in self._asdict().items()}
 
     def findings(self) -> list[Finding]:
-        """Return findings about the files, none of which stops training."""
+        """Return findings about the files. None of the findings prevents training."""
         findings = [Finding(path, "its image is missing", False) for path in self.orphans]
         reason = "is in neither training nor validation, so it is left out"
         for what in ("images", "masks", "either"):
@@ -63,7 +63,7 @@ class Unused(NamedTuple):
 
 
 def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
-    """Return one finding that covers all the files and names the first, or no finding."""
+    """Return one finding that names the first file and sums up the others, or no finding."""
     if not paths:
         return []
     if len(paths) > 1:
@@ -74,13 +74,13 @@ def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
 
 
 def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
-    """Find the images and masks below the root of a data set that no split uses.
+    """Find images and masks in a data set's folder that no split uses.
 
     Files that the description excludes are skipped.
 
     Args:
         source: A split of the data set.
-        own: Files that the command itself writes.
+        own: Paths of files that the command itself writes, which are skipped.
     """
     root, splits = source.root, [source.of_split(split) for split in SPLITS]
     layouts = [source.description.sources[split] for split in SPLITS]
@@ -100,7 +100,7 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
-    # The layout's folders tell images from masks.
+    # Distinguish images from masks by the layout's folders.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
     has_list = [layout.list is not None for layout in layouts]
@@ -144,7 +144,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return the folder of a template, with a final slash, or a null character for no template."""
+    """Return a template's folder with a trailing slash, or a NUL character if it is None."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

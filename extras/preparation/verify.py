@@ -1,7 +1,7 @@
-"""Checks of a data set: file names, decoding, sizes, labels, and hashes of shards.
+"""Data set checks: file names, decoding, sizes, labels, and shard hashes.
 
-`check()` reads every file in parallel and returns a `Tally` for each split. check_command.py makes
-the report from the tallies. convert_ade20k.py uses the same functions to read its shards back.
+`check()` reads every file in parallel and returns a `Tally` for each split. check_command.py builds
+its report from the tallies. convert_ade20k.py uses the same functions to verify its shards.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Tally:
 
     photos: int = 0
     masks: int = 0
-    # Width and height of each good pair.
+    # Width and height of each image and mask pair without problems.
     sizes: list[tuple[int, int]] = field(default_factory=list)
     # Number of pixels of each label.
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     # Number of masks that contain each label.
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     findings: list[Finding] = field(default_factory=list)
-    # Names of images by the hash of their content.
+    # Image names, indexed by the hash of the file's content.
     images: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
-        """Add the counts and findings of another part.
+        """Add the counts and findings of another part of the split.
 
         Args:
-            other: Tally of the other part.
+            other: Tally of that part.
         """
         self.photos += other.photos
         self.masks += other.masks
@@ -72,8 +72,8 @@ class Tally:
         """Decode an image and its mask as training does, and count the labels.
 
         Args:
-            photo: The encoded image.
-            mask: The encoded mask.
+            photo: Content of the image file.
+            mask: Content of the mask file.
             names: Names of the image and of the mask, for findings.
             masks: Decoder for the mask.
         """
@@ -85,7 +85,11 @@ class Tally:
         image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
         counts = np.bincount(target.ravel(), minlength=256)
         if not counts[masks.labels.classes()].any():
-            self.find(names[1], "no pixel has a class, so nothing is learnt from it", fatal=False)
+            self.find(
+                names[1],
+                "no pixel has a class, so training learns nothing from this mask",
+                fatal=False,
+            )
         if image is not None:
             self.sizes.append((image.shape[1], image.shape[0]))
             self.pixels += counts
@@ -98,12 +102,12 @@ class Tally:
             self.find(name, one_line(error))
             image = None
         if (complaint := decoder_complaint()) and image is not None:
-            self.find(name, f"decodes, but is damaged ({complaint})", fatal=False)
+            self.find(name, f"can be decoded but is damaged ({complaint})", fatal=False)
         return image
 
 
 def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
-    """Check the samples of a chunk. A shard's hash is checked as well.
+    """Check the samples in a chunk. For a shard, also check its hash.
 
     Args:
         chunk: Samples in folders, or a shard.
@@ -139,11 +143,11 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     """Check every sample of every split in parallel, with a progress bar on stderr.
 
     Args:
-        source: A split of the data set.
-        workers: Number of processes. If None, one process per core.
+        source: Any split of the data set.
+        workers: Number of processes. If None, one process per core is used.
 
     Returns:
-        A tally for each split.
+        The tally of each split, indexed by split.
     """
     tallies: dict[str, Tally] = {}
     chunks: list[tuple[Chunk, Masks]] = []

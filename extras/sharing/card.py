@@ -1,4 +1,4 @@
-"""The model card: the network, its data, its accuracy, and how to load it.
+"""A model card that describes the network, its data, its accuracy, and how to load it.
 
     text = card_text(Card(...))           # README.md, as model hubs show it
     write_card("first-hub", text, picture)
@@ -32,7 +32,7 @@ PROTOCOLS = {
     "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
     "square": "image and mask are resized to squares of {size} pixels, as in training's evaluation",
 }
-# Keys of the run's config, with their names on the card.
+# Config keys that the card shows, with their names on the card.
 SETTINGS = {
     "recipe_name": "recipe",
     "max_duration": "duration",
@@ -48,12 +48,12 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class File:
-    """One exported file of the network.
+    """An exported file of the network.
 
     Attributes:
-        name: File name, in the folder of the card.
+        name: File name, relative to the card's folder.
         megabytes: Size of the file in MB.
-        seconds: Seconds from an image to its classes.
+        seconds: Time to segment one image, in seconds.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Card:
         title: Heading of the card.
         network: Name of the network, with its backbone.
         parameters: Number of parameters.
-        which: `"ema"` or `"training"` weights.
+        which: Type of the weights, `"ema"` or `"training"`.
         classes: Names of the classes.
         config: Config of the run, or None if it is not known.
         size: Length of an image's shorter side at the network's input, in pixels.
         scores: Output of `evaluate.py --json`, or None if there are no scores.
         files: Exported files of the network.
-        machine: Machine on which the files were timed.
+        machine: Name of the machine on which the files were timed.
         photo: Width and height of the timed image, in pixels.
         licence: Licence of the data, as stated by the user.
         repo: Repository of the card, as `user/name`.
@@ -97,16 +97,16 @@ class Card:
 
     @property
     def data(self) -> str:
-        """The name of the training data: the last part of its path.
+        """The name of the training data, which is the last part of its path.
 
-        A full path would reveal too much.
+        A full path could reveal private information.
         """
         dataset = (self.config or {}).get("train_dataset") or {}
         return str(dataset.get("path") or "").rstrip("/").rpartition("/")[2]
 
 
 def card_text(card: Card) -> str:
-    """Return the card as Markdown, with metadata for hubs at the top.
+    """Format the card as Markdown, with metadata for hubs at the top.
 
     Args:
         card: Content of the card.
@@ -226,7 +226,7 @@ def _training(card: Card) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape a text so that Markdown shows it unchanged, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     text = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text)
 
@@ -240,7 +240,7 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         which: Expected weights, `"ema"` or `"training"`.
 
     Raises:
-        UserError: The file has another format, or scores of other classes or weights.
+        UserError: The file has the wrong format, or its classes or weights are not as expected.
     """
     try:
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -249,10 +249,12 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         raise UserError(f"{path}: expected the output of evaluate.py --json") from error
     if found[0] != list(classes):
         others = ", ".join(found[0])[:100]
-        raise UserError(f"{path}: scores of other classes ({others}); score this checkpoint again")
+        raise UserError(
+            f"{path}: has scores for different classes ({others}); score this checkpoint"
+        )
     if found[1] != which:
         raise UserError(
-            f"{path}: scores of {found[1]} weights, but these are {which} weights; score them again"
+            f"{path}: has scores for {found[1]} weights; score the {which} weights instead"
         )
     return scores
 
@@ -274,7 +276,7 @@ def write_card(folder: Path, text: str, picture: Image.Image) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Check that the folder has no README.md of another author.
+    """Check that the folder has no README.md that export.py did not write.
 
     Args:
         folder: Folder of the card.
@@ -290,17 +292,17 @@ def check_place(folder: Path) -> None:
 
 
 def is_card(folder: Path) -> bool:
-    """Return whether a folder has a card that export.py wrote.
+    """Return whether a folder contains a card written by export.py.
 
     Args:
-        folder: Folder to look at.
+        folder: Folder to check.
     """
     path = folder / CARD
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def seconds_a_photo(segment: Callable[[], Any]) -> float:
-    """Return the median duration of three calls in seconds, after a call to warm up.
+    """Return the median duration of three calls in seconds, after one call to warm up.
 
     Args:
         segment: Function that segments an image.
@@ -320,7 +322,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        from cpuinfo import get_cpu_info  # The import takes a second.
+        from cpuinfo import get_cpu_info  # Import cpuinfo only here, because it takes a second.
 
         name = get_cpu_info().get("brand_raw") or platform.machine()
         name = f"{name} ({torch.get_num_threads()} threads)"

@@ -1,4 +1,4 @@
-"""Exporters that write a network as a file that runs without this project."""
+"""Exporters that write a network to a file that runs without this project's code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
 
-OPSET = 17  # Operator set of 2022, which every onnxruntime since 1.12 reads.
+OPSET = 17  # Operator set from 2022, which every onnxruntime since 1.12 supports.
 
 
 class Deployed(nn.Module):
@@ -29,8 +29,8 @@ class Deployed(nn.Module):
     Shape:
         Input: image (N, 3, H, W), uint8 RGB.
 
-        Output: logits (N, C, H, W), float32. Without `upsample`, the network's own (N, C, h, w). A
-            `Network` that pads always returns (N, C, H, W).
+        Output: float32 logits (N, C, H, W). Without `upsample`, the logits keep the network's own
+            resolution (N, C, h, w). A `Network` that pads always returns (N, C, H, W).
     """
 
     mean: Tensor
@@ -60,16 +60,16 @@ class Deployed(nn.Module):
 def export(
     model: Deployed, kind: str, path: str | os.PathLike[str], metadata: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
-    """Write a model as a file.
+    """Export a model to a file.
 
     Args:
         model: The model, in evaluation mode and on the CPU.
-        kind: `"onnx"`, `"torchscript"` or `"pt2"`.
+        kind: Format of the file: `"onnx"`, `"torchscript"` or `"pt2"`.
         path: Path of the file.
-        metadata: Metadata in the file.
+        metadata: Metadata to store in the file.
 
     Returns:
-        The function from an image to its logits, loaded from the written file.
+        A function that maps images to logits, loaded from the written file.
 
     Raises:
         OutputError: The disk is full.
@@ -78,7 +78,8 @@ def export(
     exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
     loaders = {"onnx": _load_onnx, "torchscript": torch.jit.load, "pt2": _load_pt2}
     with warnings.catch_warnings(), torch.no_grad():
-        # Tracers warn of differences; the comparison with PyTorch afterwards checks them.
+        # Ignore tracer warnings about possible differences, because the exported model is compared
+        # with PyTorch later.
         warnings.simplefilter("ignore")
         # The exporters write to memory, because torch's file writers end the process when the disk
         # is full.

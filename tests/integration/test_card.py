@@ -91,7 +91,7 @@ def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
     ("token", "repo", "reason"),
     [
         ("", REPO, "no token found; run hf auth login or set HF_TOKEN"),
-        ("hf_wrong", REPO, "check the token: the hub says 401"),
+        ("hf_wrong", REPO, "check the token: the hub answered 401"),
         (TOKEN, "user/other", "does not have this repository"),
         (TOKEN, "a/b/c", "expected user/name"),
     ],
@@ -159,9 +159,9 @@ def test_scores_of_another_are_refused(
     )
     capsys.readouterr()
     for change, reason in (
-        ({"weights": "training"}, "scores of training weights, but these are ema weights"),
+        ({"weights": "training"}, "has scores for training weights; score the ema weights"),
         ({"checkpoint": str(photo)}, f"is for {photo}; give scores for {weights}"),
-        ({"classes": rows[1:]}, "scores of other classes"),
+        ({"classes": rows[1:]}, "has scores for different classes"),
         ({"classes": 3}, "expected the output of evaluate.py --json"),
     ):
         file.write_text(json.dumps(scores | change))

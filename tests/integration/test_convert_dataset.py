@@ -179,9 +179,14 @@ def test_shapes_of_labelme(
         pytest.param({"root": True}, ["road", "car"], [], id="the root of the categories"),
         pytest.param({"windows": True}, ["road", "car"], [], id="separators of Windows"),
         pytest.param(
-            {"category_id": 9}, "annotation 7: category 9 is missing in", [], id="a category"
+            {"category_id": 9},
+            "annotation 7: category 9 is not listed under categories",
+            [],
+            id="a category",
         ),
-        pytest.param({"image_id": 99}, "annotation 7: image 99 is missing in", [], id="an image"),
+        pytest.param(
+            {"image_id": 99}, "annotation 7: image 99 is not listed under images", [], id="an image"
+        ),
     ],
 )
 def test_files_of_coco(
@@ -283,7 +288,9 @@ def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, out
     ("values", "names", "more", "classes", "note"),
     [
         pytest.param([0, 255], None, [], [0, 255], "value 255 is a class (", id="binary"),
-        pytest.param([0, 127, 255], None, [], [0, 127, 255], "--ignore 255 ignores it", id="three"),
+        pytest.param(
+            [0, 127, 255], None, [], [0, 127, 255], "to ignore it, add --ignore 255", id="three"
+        ),
         pytest.param(
             [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored (", id="asked for"
         ),

@@ -296,7 +296,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "coco_panoptic",
         lambda root: rewrite(root / JSON, lambda found: found["annotations"].pop(2)),
         PANOPTIC,
-        "the segments of this mask are missing in",
+        "does not list this mask; add its segments",
     ),
     "a category of another JSON": (
         "coco_panoptic",

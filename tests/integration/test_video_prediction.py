@@ -68,12 +68,12 @@ def test_a_video_that_breaks_off_is_written_up_to_there(
 
     def decode(video: Video) -> object:
         yield from frames[:2]
-        raise DataError("the video breaks off after 2 frames: Input/output error")
+        raise DataError("the video is cut short after 2 frames: Input/output error")
 
     monkeypatch.setattr(Video, "__iter__", decode)
     assert main([random_weights(), f"{tmp_path}/clip.mp4", "--out", f"{tmp_path}/out"]) == 1
     output = capsys.readouterr()
-    assert f"{tmp_path}/clip.mp4: the video breaks off after 2 frames" in output.err
+    assert f"{tmp_path}/clip.mp4: the video is cut short after 2 frames" in output.err
     assert "0 of 1 images and videos segmented" in output.out and "1 cut short" in output.out
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
 
@@ -85,7 +85,7 @@ def test_a_camera_until_it_ends_or_is_stopped(
         arguments = [random_weights(), address, "--write", "overlay,index", "--out", str(tmp_path)]
         assert main(arguments) == 1
         output, indices = capsys.readouterr(), len(list((tmp_path / "camera").iterdir()))
-        assert "error: camera: the video breaks off after 6 frames" in output.err
+        assert "error: camera: the video is cut short after 6 frames" in output.err
         assert f"{indices} frames segmented into {tmp_path}/" in output.out
         assert len(opencv_frames(tmp_path / "camera.mp4")) == indices > 1
         with pytest.raises(SystemExit):

@@ -97,7 +97,7 @@ def test_does_not_write_over_another_data_set(path, out):
     mask = Path(list_samples(str(path), "train")[5].mask_path)
     Image.fromarray(255 - np.array(Image.open(mask))).save(mask)
     with pytest.raises(
-        DataError, match=r"another finished data set .sample 00000006 .*; delete it"
+        DataError, match=r"contains a different data set .sample 00000006 .*; delete it"
     ):
         write(path, out)
     Path(list_samples(str(path), "train")[5].image_path).unlink()

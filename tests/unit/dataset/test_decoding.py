@@ -283,7 +283,7 @@ def test_masks_of_several_channels_in_16_bits_keep_their_labels(kind: str) -> No
     labels = np.arange(48).reshape(6, 8) % 12
     assert (decode_mask(wide(kind, labels)) == labels).all()
     assert (decode_mask(wide(kind, labels + 300), 1000) == labels + 300).all()
-    with pytest.raises(ValueError, match="the mask has colours of 16 bits"):
+    with pytest.raises(ValueError, match="the mask has 16-bit colours"):
         decode_colors(wide(kind, labels))
 
 

@@ -148,10 +148,10 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
         (changed("val", value=None), "val is missing; add it, as in val: {fraction: 0.15}"),
         (
             changed("val", "fraction", value=1.5),
-            "fraction must be the only key, with a number between 0 and 1",
+            "fraction must be the only key and a number between 0 and 1",
         ),
         (changed("classes", value=["a"]), "classes is missing"),
-        (changed("classes", value={"a": 1}), "classes: must be 2 to 253 names; found 1"),
+        (changed("classes", value={"a": 1}), "classes: need 2 to 253 classes; found 1"),
         (
             changed("classes", "car", value={"label": 2}),
             "car: unknown key label; known keys: labels",

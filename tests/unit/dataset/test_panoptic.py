@@ -20,7 +20,7 @@ def write(folder: Path, *segments: tuple[int, int], name: str = "a.png") -> Path
 def test_segments_of_a_mask_by_its_file_name(tmp_path: Path) -> None:
     segments = Segments(write(tmp_path, (7, 1), (2**24 - 1, 90)))
     assert segments.of("some/folder/a.png") == [(7, 1), (2**24 - 1, 90)]
-    with pytest.raises(ValueError, match="the segments of this mask are missing in"):
+    with pytest.raises(ValueError, match="does not list this mask; add its segments"):
         segments.of("b.png")
 
 

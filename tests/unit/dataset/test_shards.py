@@ -85,7 +85,7 @@ def test_a_cache_of_other_data_is_refused(folder: str, mds: str, tmp_path: Path)
     stream(str(path), tmp_path / "cache")
     shutil.rmtree(path)
     write(folder, path, size_limit=9_000)
-    with pytest.raises(DataError, match=f"cache/train holds an earlier version of {path}/train"):
+    with pytest.raises(DataError, match=f"cache/train contains an earlier version of {path}/train"):
         stream(str(path), tmp_path / "cache")
     assert sorted(os.listdir(tmp_path / "cache/train")) == ["index.json", "index.json.lock"]
 
@@ -129,7 +129,7 @@ def test_what_is_missing_is_named(mds: str, folder: str, tmp_path: Path) -> None
         stream("/nowhere", None)
     with pytest.raises(DataError, match=r"/nowhere/train/index\.json: "):
         stream("/nowhere", tmp_path / "a")
-    with pytest.raises(DataError, match=r"^s3://bucket/set: give a local folder"):
+    with pytest.raises(DataError, match=r"^s3://bucket/set: remote shards need a cache; set local"):
         stream("s3://bucket/set", None)
     with pytest.raises(DataError, match=r"nothing://set.*Unsupported remote path"):
         stream("nothing://set", tmp_path / "b")

@@ -37,8 +37,8 @@ def test_a_fraction_leaves_no_split_empty(tmp_path: Path, names: str, fraction: 
     [
         pytest.param(["img/5.jpg"], {"its mask is missing; expected seg"}, id="no mask"),
         pytest.param(["seg/5.png"], {"its image is missing"}, id="no image"),
-        pytest.param(["img/1.png"], {"same name as"}, id="the same name twice"),
-        pytest.param(["seg/1.bmp"], {"same name as"}, id="two masks"),
+        pytest.param(["img/1.png"], {"has the same name as"}, id="the same name twice"),
+        pytest.param(["seg/1.bmp"], {"has the same name as"}, id="two masks"),
         pytest.param(
             ["img/5.jpg", "seg/6.png"],
             {"its mask is missing; expected seg", "its image is missing"},

@@ -96,7 +96,7 @@ def test_colours_and_legend_are_steady() -> None:
 def test_a_camera_shows_its_newest_frame() -> None:
     numbers, times = [], []
     ends = pytest.raises(
-        DataError, match="the video breaks off after 40 frames: Input/output error"
+        DataError, match="the video is cut short after 40 frames: Input/output error"
     )
     with camera(scenes(40), 20) as address, ends:
         for frame in Camera(address):

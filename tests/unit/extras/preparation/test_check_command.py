@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
         "in neither training nor validation",
         False,
     ),
-    "damage inside": (damage_inside, "photo", "decodes, but is damaged", False),
+    "damage inside": (damage_inside, "photo", "can be decoded but is damaged", False),
     "dangling link": (dangling_link, "photo", "cannot be read: No such file", True),
 }
 
