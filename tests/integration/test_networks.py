@@ -195,7 +195,9 @@ def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> Non
         ModelError, match=r"as the function own_networks:build; .* --network own_networks:build"
     ):
         predict.Segmenter(path)
-    with pytest.raises(WeightsError, match="the network in the file is own_networks:build, not smp:Unet"):
+    with pytest.raises(
+        WeightsError, match="the network in the file is own_networks:build, not smp:Unet"
+    ):
         predict.Segmenter(path, network="smp:Unet")
     photo = np.zeros((40, 30, 3), np.uint8)
     segmenter = predict.Segmenter(path, network="own_networks:build", size=32, slide=True)
