@@ -124,7 +124,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the factor that Composer computed before the last batch, for the next step."""
+        """Return the factor for the next step, which Composer computes before the last batch."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -160,7 +160,7 @@ def resumed_factor(
 
 
 def build_schedule(config: Config) -> EpochSchedule:
-    """Build the schedule that `config.schedule` names, or the schedule of the recipe."""
+    """Build the learning-rate schedule from `config.schedule` or the recipe's default."""
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
     arguments: dict[str, Any] = {

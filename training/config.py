@@ -185,7 +185,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return the training and validation sources; a folder shared by both is listed once."""
+    """Return the training and validation sources; list a folder only once if both share it."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions

@@ -90,7 +90,7 @@ class EMA(composer.algorithms.EMA):
             torch._foreach_copy_(counters, list(mean.to(now.dtype).unbind()))
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        """Load the state from a checkpoint, including one that Composer's EMA wrote under DDP."""
+        """Load the state from a checkpoint, even one that Composer's EMA wrote under DDP."""
         names = self.ema_model.named_parameters_dict.keys()
         super().load_state_dict(state, strict)
         if names.isdisjoint(self.ema_model.named_parameters_dict):
