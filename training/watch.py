@@ -67,7 +67,7 @@ def join() -> Watch | None:
 
 
 class Watch:
-    """The connections of a process: the first process is connected to all others.
+    """The connections between the first process of a run and all others.
 
     Args:
         store: Distributed store in which the first process publishes its port.
