@@ -158,14 +158,12 @@ def build_trainer(
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe. Keep the optimizer's settings, because loading a
-    # checkpoint overwrites them.
+    # Build the optimizer and the recipe. Keep its settings, because a checkpoint replaces them.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
 
-    # Choose the micro-batch size before compiling, because the memory estimate needs an uncompiled
-    # network.
+    # Choose the micro-batch size while the network is uncompiled, as its estimate requires.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
@@ -196,8 +194,7 @@ def build_trainer(
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # With "auto", start at the estimated size, because each size that is too large costs a
-    # compilation.
+    # With "auto", start at the estimate, because each size that is too large costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)
