@@ -110,9 +110,9 @@ def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     add_model_options(parser)
     options = parser.parse_args(arguments)
     if (options.worst is None) != (options.out is None):
-        parser.error("--worst N and --out FOLDER belong together")
+        parser.error("--worst N and --out FOLDER must be given together")
     if options.protocol == "square" and (options.per_image or options.worst):
-        parser.error("--per-image and --worst belong to --protocol paper")
+        parser.error("--per-image and --worst work only with --protocol paper")
     if options.confusion and not options.confusion.lower().endswith(".png"):
         parser.error(f"--confusion: {options.confusion} must end in .png")
     if options.protocol == "square" and (options.tta or options.slide or options.size is not None):

@@ -74,7 +74,7 @@ def convert(options: argparse.Namespace) -> Path:
     """
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} already exists; delete it, or use another --out")
+        raise DataError(f"{out} already exists; delete it, or use a different --out")
     is_hub = options.source.startswith("hf://")
     if not is_hub and not (options.images and Path(options.images).is_dir()):
         raise DataError(f"--images: cannot find the folder {options.images}; check the path")

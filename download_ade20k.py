@@ -92,7 +92,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                 if problem := _what_is_missing(folder, sha1):
                     raise DownloadError(
                         f"{folder} exists, but {problem}; move it away and run the command "
-                        "again, or use another --path"
+                        "again, or use a different --path"
                     )
                 log.info("%s is complete; nothing to do", folder)
             else:
@@ -145,7 +145,7 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
         part.unlink()
         raise DownloadError(
             f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive; "
-            "it was deleted; try again, or give another --url"
+            "it was deleted; try again, or use a different --url"
         )
     return part
 
@@ -297,14 +297,14 @@ def _what_is_missing(folder: Path, sha1: str) -> str | None:
         expected = json.loads(marker.read_text())
         files = sum(len(names) for _, _, names in os.walk(folder)) - 1
         if files < expected["files"]:
-            return f"it holds {files:,} of {expected['files']:,} files"
+            return f"it contains {files:,} of {expected['files']:,} files"
         if expected["sha1"] != sha1:
             return f"it belongs to another archive (SHA-1 {expected['sha1']})"
         return None
     for name, expected in OFFICIAL_COUNTS.items():
         files = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
         if files < expected:
-            return f"{name} holds {files:,} of {expected:,} files"
+            return f"{name} contains {files:,} of {expected:,} files"
     return None
 
 
@@ -347,8 +347,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DownloadError(
-            f"{path} has {_bytes(free)} free, but {what} need {_bytes(needed)}; make room, "
-            "or use another --path"
+            f"{path} has {_bytes(free)} free, but {what} need {_bytes(needed)}; free some space, "
+            "or use a different --path"
         )
 
 

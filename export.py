@@ -276,7 +276,7 @@ def _check_folder(
         if path.exists() and not is_ours:
             raise UserError(
                 f"{path} would be overwritten, but no earlier export wrote it; move it, or give "
-                "another --out"
+                "a different --out"
             )
 
 

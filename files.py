@@ -174,7 +174,9 @@ def explain_output(path: PathLike) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or one_line(error)
         if error.errno in FULL:
-            raise OutputError(f"{path}: {reason}; make room, or choose another place") from error
+            raise OutputError(
+                f"{path}: {reason}; free some space, or choose a different location"
+            ) from error
         name = os.fspath(error.filename) if error.filename is not None else ""
         folder = os.path.dirname(os.path.realpath(path))
         hidden = isinstance(name, str) and ".unfinished-" in name
@@ -203,11 +205,13 @@ def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) 
             continue
         final = os.path.realpath(path)
         if final in read:
-            raise UserError(f"{path} would be overwritten, but it is an input; choose another name")
+            raise UserError(
+                f"{path} would be overwritten, but it is an input; choose a different name"
+            )
         if final in written:
             raise UserError(f"{path}: two outputs have this name; give them different names")
         if os.path.isdir(final):
-            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+            raise UserError(f"cannot write {path}: it is a folder; give a file name")
         written.add(final)
 
 
@@ -228,7 +232,7 @@ def check_writable(path: PathLike) -> None:
     with explain_output(path):
         final = Path(os.path.realpath(path))
         if final.exists() and not os.access(final, os.W_OK):
-            raise UserError(f"cannot write {path}: it is read-only")
+            raise UserError(f"cannot write {path}: it is read-only; choose another file")
         unfinished = _beside(final)
         try:
             unfinished.touch(exist_ok=False)

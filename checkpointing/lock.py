@@ -156,7 +156,9 @@ class RecordLock:
                 raise _in_use(self._place, found)
             if time.monotonic() > end:
                 log.warning(
-                    "%s: %s is dead; this run takes over its lock", self._place, _describe(found)
+                    "%s: %s does not respond, so this run takes over its lock",
+                    self._place,
+                    _describe(found),
                 )
                 return
             time.sleep(min(1.0, SILENCE / 10))
@@ -216,6 +218,6 @@ def _describe(record: dict[str, Any]) -> str:
 
 def _in_use(place: str, record: dict[str, Any]) -> ConfigError:
     return ConfigError(
-        f"save_folder: {_describe(record)} is writing to {place}; use another save_folder, "
-        "or end that run first"
+        f"save_folder: {_describe(record)} is writing to {place}; use a different save_folder, "
+        "or stop that run first"
     )

@@ -53,8 +53,8 @@ def load_fitting(
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if len(fitting) < least * len(own):
         raise WeightsError(
-            f"{where}: only {len(fitting)} of the network's {len(own)} tensors fit, less "
-            f"than load_least={least:g} of them; choose weights of this network"
+            f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, "
+            f"less than load_least={least:g} of them; choose weights for this network"
         )
     fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]
@@ -72,7 +72,7 @@ def load_fitting(
         notes.append(f"{layer}: {_class_note(len(state[tensors[0]]), rows, len(pairs), classes)}")
     left = [name for name in left if name not in scores]
     if left:
-        notes.append(f"{len(left)} tensors newly initialised, first {left[0]}")
+        notes.append(f"{len(left)} tensors newly initialised, starting with {left[0]}")
     return f"{where}: {'; '.join(notes)}" if notes else None
 
 

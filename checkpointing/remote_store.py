@@ -212,13 +212,15 @@ class RemoteFolder:
             except Exception as error:  # Each store's client raises its own types of errors.
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
             if self._waiting and self._waiting[-1].best != name:
-                log.warning("%s; skipped, because the next checkpoint follows", message)
+                log.warning("%s; skipped, because a newer checkpoint is waiting", message)
                 os.remove(item.file)
                 return
             if time.monotonic() - start > UPLOAD_FOR:
                 kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
                 os.replace(item.file, kept)  # The scratch folder is temporary.
-                raise RunError(f"{message}; gave up; the checkpoint is still at {kept}")
+                raise RunError(
+                    f"{message}; the upload was given up, but the checkpoint is still at {kept}"
+                )
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)
             pause = min(2 * pause, 30)
@@ -228,7 +230,11 @@ class RemoteFolder:
     def _delete(self, name: str) -> None:
         """Delete an object, and only log a failure or a store without deletion."""
         if not isinstance(self.store, S3ObjectStore):
-            log.info("%s/%s is kept, because Composer cannot delete in this store", self.path, name)
+            log.info(
+                "%s/%s is kept, because Composer cannot delete objects from this store",
+                self.path,
+                name,
+            )
             return
         try:
             key = self.store.get_key(f"{self.prefix}{name}")

@@ -58,12 +58,11 @@ class Start:
             return "restore the old value"
         if self.is_resume:
             return (
-                "restore the old value, or begin another run: use a new save_folder, with "
+                "restore the old value, or start a new run: use a new save_folder, with "
                 f"load_path={self.where} load_weights_only=true autoresume=false"
             )
         return (
-            "restore the old value, or begin another run from its weights with "
-            "load_weights_only=true"
+            "restore the old value, or start a new run from its weights with load_weights_only=true"
         )
 
     def check_config(
@@ -137,8 +136,8 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"model.arguments: {len(wrong)} tensors of {self.where} do not fit this network, "
-                f"first {wrong[0]}; {self._remedy}"
+                f"model.arguments: {len(wrong)} tensors of {self.where} do not match this "
+                f"network, starting with {wrong[0]}; {self._remedy}"
             )
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])
@@ -205,7 +204,9 @@ def find_start(
             return Start(where, weights, _plainly_named(path, scratch), True)
         line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
         if not overwrite:
-            raise ConfigError(f"{line}; use another save_folder, or run_name={weights.run_name}")
+            raise ConfigError(
+                f"{line}; use a different save_folder, or run_name={weights.run_name}"
+            )
         log.warning("%s; save_overwrite=true replaces it", line)
     if load_path:
         path = local_copy(load_path, scratch)
@@ -273,7 +274,7 @@ def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | Non
             return name
         log.warning("cannot resume from %s/%s: %s", target.path, name, damage)
     if names:
-        log.warning("%s contains no whole checkpoint, so the run begins at batch 0", target.path)
+        log.warning("%s contains no complete checkpoint, so the run starts at batch 0", target.path)
     return None
 
 

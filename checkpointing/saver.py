@@ -190,7 +190,7 @@ class Checkpoints(CheckpointSaver):
 
     def _refusal(self, name: str) -> ConfigError:
         return ConfigError(
-            f"save_folder: {self.target.path} contains {name} of another run; use another "
+            f"save_folder: {self.target.path} contains {name} of another run; use a different "
             "save_folder, resume that run with autoresume=true and its run_name, or "
             "replace it with save_overwrite=true"
         )
@@ -271,7 +271,7 @@ class Checkpoints(CheckpointSaver):
             command += f" with autoresume=true run_name={name}"
         where = self.last or "no checkpoint yet"
         raise Stopped(
-            f"stopped after batch {batch} as requested; checkpoint: {where}; to resume, give "
+            f"stopped after batch {batch} as requested; checkpoint: {where}; to resume, run "
             f"{command}"
         )
 

@@ -242,7 +242,7 @@ def _read_safetensors(path: Path) -> Weights:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: cannot be read as safetensors; it is damaged, or another kind of file "
+            f"{path}: cannot be read as safetensors; it is damaged, or a different kind of file "
             f"({error})"
         ) from error
     return from_metadata(metadata, _strip_prefixes(state))
@@ -375,10 +375,10 @@ def _load_pickle(path: Path, inert: bool) -> Any:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise WeightsError(
-                f"{path}: refused, because it contains {unsafe[1]}, which no training state "
-                "needs and which could run code; save the weights alone"
+                f"{path}: rejected, because it contains {unsafe[1]}, which no training state "
+                "needs and which could run code; save only the weights"
             ) from error
         raise WeightsError(
-            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or another "
+            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or a different "
             f"kind of file ({type(error).__name__})"
         ) from error

@@ -258,8 +258,8 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
     if wrong:
         raise ModelError(
-            f"{what} does not fit {arch}: {len(wrong)} of {len(needed)} tensors are missing "
-            f"or have another shape, first {wrong[0]}"
+            f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing "
+            f"or have a different shape, starting with {wrong[0]}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -326,7 +326,7 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 has none; set its keys below model")
+            raise ModelError("model.arguments: deeplabv3 takes none; set its keys below model")
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )

@@ -113,7 +113,7 @@ def plain(value: Any, where: str, key: str = "") -> Any:
         return [plain(part, where, key) for part in value]
     if isinstance(value, str) and not PLAIN.fullmatch(value):
         raise ModelError(
-            f"{where}: refused, because {key} is {value!r}, which could be a path or an address"
+            f"{where}: rejected, because {key} is {value!r}, which could be a path or a URL"
         )
     return value
 
@@ -144,8 +144,8 @@ def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Ne
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"model.name={name}: {one_line(error)}; Python must find the module, for "
-            "example on PYTHONPATH"
+            f"model.name={name}: {one_line(error)}; make sure that Python can import the "
+            "module, for example by adding its folder to PYTHONPATH"
         ) from error
     network = call(name, builder, num_classes=num_classes, **without_own(arguments))
     if not isinstance(network, nn.Module):

@@ -192,7 +192,7 @@ def _initialise(whole: str, segmentor: Any) -> None:
     except Exception as error:  # The download or loading failed.
         raise ModelError(
             f"model.name={whole}: its pretrained weights cannot be loaded "
-            f"({one_line(error)}); an empty model.backbone_weights= begins without them"
+            f"({one_line(error)}); to start without them, leave model.backbone_weights empty"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

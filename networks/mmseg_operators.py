@@ -110,7 +110,7 @@ def provide_extension() -> None:
             f"the compiled operators of this mmcv-full do not load with torch {torch.__version__} "
             f"({one_line(error)})"
         )
-        log.warning("%s; networks that need one of them are refused; %s", reason, REMEDY)
+        log.warning("%s; networks that need them cannot be used; %s", reason, REMEDY)
         sys.modules[EXTENSION] = MissingOperators(reason)
 
 

@@ -87,7 +87,7 @@ def _features(
                 create(out_indices=places)
         except TypeError as error:  # Some transformers lack this argument.
             raise ModelError(
-                f"model.name={whole} takes images of one size; use another vision transformer, "
+                f"model.name={whole} accepts only one image size; use a vision transformer "
                 "such as vit_small_patch16_dinov3"
             ) from error
     elif 4 in strides:

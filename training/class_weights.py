@@ -49,7 +49,7 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
         if counts is None:
             raise ConfigError(
                 "model.class_weights: auto needs the masks of train_dataset, but this run "
-                "has other data; give numbers"
+                "uses different data; give the weights as numbers"
             )
         weights = auto_weights(counts.pixels)
         log.info("class_weights: auto, %s: %s", FORMULA, named(weights, classes))

@@ -123,7 +123,7 @@ def _check_loggers(config: Config, with_data: bool) -> None:
                 f"loggers.{name}: {arguments!r} must be a mapping of arguments, or {{}} for none"
             )
         if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
+            raise ConfigError(f"loggers.{name} needs a package; run make install WITH={name}")
 
 
 def _check_names(config: Config) -> None:
@@ -171,7 +171,7 @@ def check_evaluates(config: Config) -> None:
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError("model.arguments: deeplabv3 has none; set its keys below model")
+            raise ConfigError("model.arguments: deeplabv3 takes none; set its keys below model")
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
@@ -226,13 +226,13 @@ def _check_number(number: float, name: str, bounds: str) -> None:
 def _check_optimizer(config: Config) -> None:
     optimizer, schedule = config.optimizer, config.schedule
     if len(optimizer.betas) != 2:
-        raise ConfigError(f"optimizer.betas: {optimizer.betas} must be two numbers")
+        raise ConfigError(f"optimizer.betas: {optimizer.betas} must be a list of two numbers")
     if optimizer.name == "adamw" and optimizer.lr > 0.01:
         raise ConfigError(f"optimizer.lr: {optimizer.lr} is too large for adamw; 1e-4 is usual")
     if unknown := set(optimizer.no_decay) - {"norm", "bias"}:
         raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is unknown; use norm or bias")
     if schedule.final and schedule.name == "constant":
-        raise ConfigError("schedule.final: a constant schedule has none; leave out the key")
+        raise ConfigError("schedule.final: a constant schedule has no final value; remove this key")
     if not re.fullmatch(r"(0|[1-9]\d*)(ep|ba)", schedule.warmup):
         raise ConfigError(
             f"schedule.warmup: {schedule.warmup!r} is not a time; write a number and a "
@@ -258,11 +258,11 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
             )
     if isinstance(given, list) and len(weights) != num_classes:
         raise ConfigError(
-            f"model.class_weights: {len(weights)} weights for {num_classes} classes; give one "
-            "for each class"
+            f"model.class_weights: {len(weights)} weights for {num_classes} classes; give "
+            "one weight for each class"
         )
     if isinstance(given, list) and not sum(weights):
-        raise ConfigError("model.class_weights: all are 0, so there is no loss; raise one of them")
+        raise ConfigError("model.class_weights: all weights are 0, so there is no loss; raise one")
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
@@ -348,7 +348,7 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
         raise ConfigError(f"{name}.num_workers: {workers} is too many here; use at most {most}")
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
-        raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; write one such as 100gb")
+        raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
     # An 8-bit RGB image and its mask take 4 bytes per pixel.
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -99,7 +99,9 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     lost = re.search(r"gloo|NCCL|onnection (closed|reset|refused)|[Tt]imed out", text)
     if lost and dist.get_world_size() > 1:
         cause = watch.cause() if watch else None
-        return cause or Lost(f"another process of the run ended or does not answer ({text[:160]})")
+        return cause or Lost(
+            f"another process of the run has ended or does not respond ({text[:160]})"
+        )
     return None
 
 

@@ -240,7 +240,7 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
     else:
         micro = next(filter(works, range(2, batch + 1)), None)
         key, value = "device_train_microbatch_size", str(chosen)
-        use = str(micro) if micro else "another train_dataset.batch_size"
+        use = str(micro) if micro else "a different train_dataset.batch_size"
     raise ConfigError(
         f"{key}: {value} leaves a process with one image in a micro-batch, and "
         f"{config.model.name} cannot train on a single image; use {use}"
@@ -253,7 +253,7 @@ def _told_of_failure() -> Iterator[None]:
         yield
     except Exception as error:  # A user's network can raise any type of error.
         raise ModelError(
-            f"model.name: the network cannot run without data: {one_line(error)}"
+            f"model.name: its memory cannot be estimated without data: {one_line(error)}"
         ) from error
 
 
@@ -365,7 +365,7 @@ def _first_microbatch(
     try:
         footprint = count(network, size, dtype, compiles(config))
     except ModelError as error:
-        log.info("auto begins with the whole batch: %s", error)
+        log.info("auto starts with the complete batch: %s", error)
         return images
     free, ranks = free_memory(device) - CONTEXT, dist.get_world_size()
     return fitting(footprint, config, images, free, ranks)[0]

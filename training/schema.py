@@ -286,13 +286,13 @@ class Config:
         FREE, False, "load only the weights of load_path, and start at batch 0"
     )
     load_least: float = key(
-        FREE, 0.5, "weights only: minimum share of the tensors that must fit", "[0, 1]"
+        FREE, 0.5, "weights only: minimum share of the tensors that must match", "[0, 1]"
     )
     load_classes_by_name: bool = key(
         FREE, False, "weights only: keep the weights of classes that have the same name"
     )
     autoresume: bool = key(
-        FREE, False, "resume from the newest whole checkpoint in save_folder, if there is one"
+        FREE, False, "resume from the newest complete checkpoint in save_folder, if there is one"
     )
     python_log_level: str | None = key(FREE, "warning", "debug, info, warning or error")
 

@@ -192,7 +192,7 @@ def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, st
                 return {peer: f"process 0 at {host}"}, token
             peer.close()
         time.sleep(0.2)
-    raise TimeoutError(f"process 0 does not answer at {host}:{port}")
+    raise TimeoutError(f"process 0 does not respond at {host}:{port}")
 
 
 def _last_words(peer: socket.socket, name: str) -> Lost | None:
@@ -206,12 +206,12 @@ def _last_words(peer: socket.socket, name: str) -> Lost | None:
     except OSError as error:
         silence = INTERVAL * (ATTEMPTS + 1)
         return Lost(
-            f"{name} has not answered for {silence} s: its machine or the link to it is lost "
+            f"{name} has not responded for {silence} s: its machine or the link to it is lost "
             f"({error.strerror})"
         )
     if not said:
         return Lost(f"{name} ended without a message: it was killed, or its machine went down")
     if said[0] == 0:
         return None
-    text = said[1:].decode() or f"{name} ended with status {said[0]}; its output says why"
+    text = said[1:].decode() or f"{name} ended with status {said[0]}; see its output for the reason"
     return Lost(text, said[0])

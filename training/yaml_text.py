@@ -74,7 +74,7 @@ def _collect(
                 scalars[node.end_mark.index] = node
         elif SURPRISING.fullmatch(node.value):
             raise ConfigError(
-                f"{place}: YAML reads {node.value} as another number; write it without leading "
+                f"{place}: YAML reads {node.value} as a different number; write it without leading "
                 "zeros or colons, or quote it if it is text"
             )
 
