@@ -279,7 +279,7 @@ def build_ade20k_dataspec(
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        sampler = EvalSampler(dataset, distance)  # Every image counts once.
+        sampler = EvalSampler(dataset, distance)  # Count every image once.
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options = dict(
         persistent_workers=workers > 0,

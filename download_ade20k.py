@@ -51,7 +51,7 @@ MARKER = ".complete.json"
 # Number of consecutive attempts without progress before giving up. The pauses between them (1, 2,
 # 4, ... s) add up to half a minute.
 ATTEMPTS = 6
-TIMEOUT = 60  # Seconds without any data before a timeout.
+TIMEOUT = 60  # Seconds to wait without receiving any data before giving up.
 CHUNK = 1 << 20
 # Unpacked size relative to the archive. JPEG and PNG files barely compress, but each file is
 # rounded up to whole disk blocks.
@@ -186,7 +186,7 @@ def _download_rest(url: str, archive: Path) -> None:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        if status == 416 and have:  # Our file is at least as long as the server's.
+        if status == 416 and have:  # The local file is at least as long as the server's file.
             if content_range == f"bytes */{have}":
                 return
             archive.unlink()
@@ -252,7 +252,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
     # position.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # This is a disk error.
+            raise  # The disk failed, not the archive.
         raise DownloadError(
             f"{archive} cannot be unpacked ({error}); delete it and run the command again"
         ) from error

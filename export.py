@@ -260,7 +260,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
-        size = source.weights.eval_size or 512  # Same default as predict.py.
+        size = source.weights.eval_size or 512  # 512 is also the default of predict.py.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")

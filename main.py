@@ -121,7 +121,7 @@ def main(
             print("", *start_lines(trainer, config), sep="\n", flush=True)
         train_or_evaluate(trainer, config)
     finally:
-        release_save_folder(config)  # Let other processes use the folder.
+        release_save_folder(config)  # Let other runs use the folder.
     return trainer
 
 
@@ -177,7 +177,7 @@ def build_trainer(
             eval_interval=evaluations,
             max_duration=config.max_duration,
             optimizers=optimizer,
-            schedulers=schedule if config.is_train else None,  # Needs the epoch length.
+            schedulers=schedule if config.is_train else None,  # Needs the length of an epoch.
             algorithms=algorithms,
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
@@ -215,7 +215,7 @@ def build_model(
         The config, completed with all arguments needed to rebuild the network; and the model.
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
-    del keys["freeze_backbone"]  # The algorithm FreezeBackbone reads this key.
+    del keys["freeze_backbone"]  # Read by the FreezeBackbone algorithm.
     if start.checkpoint:
         # Do not download pretrained weights that the checkpoint would replace anyway.
         keys["backbone_weights"] = None

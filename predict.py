@@ -182,7 +182,7 @@ class Segmenter:
         sizes = []
         for scale in self.scales:
             factor = scale
-            if self.size:  # Same rule and rounding as mmcv.rescale_size.
+            if self.size:  # Use the rule and the rounding of mmcv.rescale_size.
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
             # Align the windows with the grid of the logits, so that their logits can be added

@@ -83,7 +83,7 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            os.close(self._file)  # The previous owner has just removed this file.
+            os.close(self._file)  # The lock's previous owner has removed this file, so try again.
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         _held.append(self)
@@ -143,7 +143,7 @@ class RecordLock:
     def release(self) -> None:
         """Stop renewing, and mark the record as released."""
         self._stopping.set()
-        with suppress(Exception):  # If the store is down, the record expires.
+        with suppress(Exception):  # If the store is down, the lock's record expires by itself.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 

@@ -140,7 +140,8 @@ class RemoteFolder:
             RunError: An earlier upload failed for good, or another run has taken over the folder.
         """
         self.wait(0)
-        self._count += 1  # The same name may still be uploading.
+        # A checkpoint with the same name may still be uploading, so make the file name unique.
+        self._count += 1
         file = os.path.join(self.scratch, f"{self._count}-{name}")
         os.replace(unfinished, file)
         with self._lock:
@@ -217,7 +218,9 @@ class RemoteFolder:
                 return
             if time.monotonic() - start > UPLOAD_FOR:
                 kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
-                os.replace(item.file, kept)  # The scratch folder is temporary.
+                # Move the checkpoint out of the scratch folder, which is deleted when the process
+                # ends.
+                os.replace(item.file, kept)
                 raise RunError(
                     f"{message}; the upload was given up, but the checkpoint is still at {kept}"
                 )

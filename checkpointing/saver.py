@@ -135,7 +135,7 @@ class Checkpoints(CheckpointSaver):
         self.save_best = save_best
         self.run_name = run_name
         self.own: list[str] = []
-        self._is_own = False  # Whether the loaded state is this run's own.
+        self._is_own = False  # Whether this run saved the loaded state.
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -196,7 +196,7 @@ class Checkpoints(CheckpointSaver):
         )
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # Do not create the folder, unlike Composer.
+        pass  # check() has already created the folder.
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
@@ -236,7 +236,7 @@ class Checkpoints(CheckpointSaver):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluations.due = False
-        if state.timestamp.batch == 0:  # Save nothing before the first batch.
+        if state.timestamp.batch == 0:  # Save no checkpoint before the first batch.
             return
         if self.best.improved(state) and self.save_best:
             self.best_name = _name(state)
@@ -250,7 +250,8 @@ class Checkpoints(CheckpointSaver):
             # evaluation's result.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                self._save_now = False  # The checkpoint that the run resumed from is enough.
+                # No new checkpoint is needed, because the run has just resumed from one.
+                self._save_now = False
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
                 self._save_checkpoint(state, logger)
@@ -332,7 +333,7 @@ class Checkpoints(CheckpointSaver):
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # All ranks raise this together.
+            except RunError:  # All ranks raise a RunError together.
                 self.finish()
                 raise
             finally:

@@ -33,7 +33,7 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-SCORES = "classifier.conv_seg."  # DeepLabV3's layer with one row per class.
+SCORES = "classifier.conv_seg."  # Layer of DeepLabV3 with one row per class.
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # The same prefixes for other networks, and the prefix that `networks.base.Network` adds.

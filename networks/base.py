@@ -46,7 +46,7 @@ class Network(nn.Module):
             returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # As in torchvision's reference scripts.
+    auxiliary_weight = 0.5  # Same value as in torchvision's reference scripts.
     # Whether to pad images and resize logits at every size, because an exported graph cannot branch
     # on the size.
     always_pads = False

@@ -43,7 +43,7 @@ def build(
             f"{whole}: the file does not contain the network's config, so the network cannot be "
             "rebuilt"
         )
-    if "config" in arguments:  # The config of an earlier build.
+    if "config" in arguments:  # Use the config that an earlier build recorded.
         said = _without_pretrained(arguments["config"])
         _check_type(whole, said.get("model_type"))
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)

@@ -20,7 +20,7 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of `Network`.
+OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class `Network`.
 # Keys that make a library load a file or a URL.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"

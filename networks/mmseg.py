@@ -186,10 +186,10 @@ def _from_record(model: Any) -> Any:
 
 
 def _initialise(whole: str, segmentor: Any) -> None:
-    logging.disable(logging.WARNING)  # mmcv logs a line per tensor.
+    logging.disable(logging.WARNING)  # Silence mmcv, which logs a line per tensor.
     try:
         segmentor.init_weights()
-    except Exception as error:  # The download or loading failed.
+    except Exception as error:  # The download failed, or the file is unsuitable.
         raise ModelError(
             f"model.name={whole}: its pretrained weights cannot be loaded "
             f"({one_line(error)}); to start without them, leave model.backbone_weights empty"

@@ -98,7 +98,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         OmegaConf.update(config, f"{recipe}.max_duration", duration, force_add=True)
     for name in [key.removeprefix("loggers.") for key, _, text in pairs if text == "null"]:
         if isinstance(config.get("loggers"), DictConfig):
-            config.loggers.pop(name, None)  # For example, loggers.wandb=null removes W&B.
+            config.loggers.pop(name, None)  # loggers.NAME=null removes a logger.
     return config
 
 

@@ -206,7 +206,7 @@ def _check_numbers(section: Any, prefix: str = "") -> None:
 def _check_number(number: float, name: str, bounds: str) -> None:
     first, last = bounds[1:-1].split(", ")
     low, high = float(first), float(last)
-    from_low = number > low if bounds[0] == "(" else number >= low  # False for NaN.
+    from_low = number > low if bounds[0] == "(" else number >= low  # NaN is rejected.
     to_high = number < high if bounds[-1] == ")" else number <= high
     if from_low and to_high and math.isfinite(number):
         return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARED_MEMORY = "/dev/shm"  # Loader processes use it to pass batches.
+SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches through shared memory.
 
 
 def set_up_process(config: Config) -> tuple[Device, Precision]:

@@ -36,7 +36,7 @@ class EMA(composer.algorithms.EMA):
         update_interval: Time string between updates, in the same unit as `half_life`; None: 1.
     """
 
-    smoothing: float  # Never None, because half_life is always set.
+    smoothing: float  # This is never None, because half_life is always set.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
@@ -54,7 +54,8 @@ class EMA(composer.algorithms.EMA):
         if event == Event.INIT:
             self.ema_model = EMAParameters(network)  # A checkpoint is loaded into these tensors.
             return
-        if event in self.move_device_events:  # Checkpoints load onto the CPU.
+        # Loading a checkpoint puts the average on the CPU.
+        if event in self.move_device_events:
             self.ema_model.move_params_to_device(network)
         if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):
             self._activate(network, average=False)

@@ -63,7 +63,8 @@ class FreezeBackbone(UnusedWeights):
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration
-        if is_frozen:  # An evaluation ends in training mode.
+        # The trainer puts the complete network into training mode after an evaluation.
+        if is_frozen:
             backbone.eval()
         elif self.is_frozen:
             backbone.train()

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # Roles of a key when a resumed run has a different value from the checkpoint's record.
-APPLIED = "applied"  # The run uses the new value.
-COMPARED = "compared"  # The run stops with an error.
-FREE = "free"  # The key may change, because it does not affect training.
+APPLIED = "applied"  # A resumed run uses the new value.
+COMPARED = "compared"  # A resumed run rejects a different value.
+FREE = "free"  # The value may differ, because it does not affect training.
 
 
 def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:

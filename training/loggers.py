@@ -117,7 +117,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         """Start an MLflow run, or continue the run of the checkpoint."""
-        variable = "MLFLOW_RUN_ID"  # Read by Composer and MLflow.
+        variable = "MLFLOW_RUN_ID"  # Composer and MLflow read this variable.
         if not self._enabled or self._to_resume is None or variable in os.environ:
             super().init(state, logger)
             return
@@ -249,7 +249,7 @@ def _restore_get_url() -> None:
     """Add the method `get_url` to W&B runs, which Composer 0.32 calls but wandb 0.31 lacks."""
     try:
         import wandb
-    except ImportError:  # resolve() reports missing packages.
+    except ImportError:  # resolve() has already reported missing packages.
         return
     if not hasattr(wandb.Run, "get_url"):
         setattr(wandb.Run, "get_url", lambda run: run.url)  # noqa: B010 (for pyright)

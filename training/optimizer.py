@@ -143,7 +143,7 @@ def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
         if match:
             is_before = False
             layers[names[name]] = count - int(match[1])
-        elif is_before:  # embeddings
+        elif is_before:  # The weight belongs to the embeddings.
             layers[names[name]] = count + 1
     return layers
 

@@ -173,7 +173,7 @@ class Curves(Callback):
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, and learning rate.
+        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, learning rate.
         self.eval: list[tuple[int, float]] = []  # Batches done, and mIoU in percent.
         self.drawn: bytes | None = None
         self._learning_rate = float("nan")
@@ -217,7 +217,8 @@ def _collected() -> Iterator[None]:
     young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    gc.disable()  # An automatic collection would age the objects.
+    # Automatic collections would move objects out of the youngest generation.
+    gc.disable()
     try:
         yield
     finally:

@@ -62,7 +62,8 @@ class SAM(Algorithm):
                 return None
             if climb:
                 with _climbed(optimizer, self.rho):
-                    if closure(loss_dict={}) is None:  # Do not log this pass.
+                    # Do not log the losses of SAM's second pass.
+                    if closure(loss_dict={}) is None:
                         return loss
             plain_step()
             return loss

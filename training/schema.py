@@ -24,7 +24,7 @@ LOGGERS = {
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
 MAX_SIDE = 16384  # Maximum image side in pixels.
-MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit limit, minus room for rank numbers.
+MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit limit minus room for rank numbers.
 # Network libraries and the Python package that each one needs (None: no extra package). The install
 # extra has the same name as the library.
 LIBRARIES = {

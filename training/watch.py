@@ -109,7 +109,7 @@ class Watch:
         """Return whether this is the node's first process to ask about a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
-        except RuntimeError:  # The store ended with the first process.
+        except RuntimeError:  # The store ends with the first process.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
@@ -119,7 +119,7 @@ class Watch:
 
     def _tell(self, status: int, text: str) -> None:
         for peer in self._peers:
-            with suppress(OSError):  # The peer may be gone.
+            with suppress(OSError):  # The peer may be the lost process.
                 peer.sendall(bytes([status]) + text.encode())
                 peer.shutdown(socket.SHUT_WR)
 
