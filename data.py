@@ -209,7 +209,7 @@ def build_ade20k_dataspec(
 ) -> DataSpec:
     """Build the DataSpec of a split for Composer's Trainer.
 
-    Batches hold images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
+    Batches contain images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
     `DeviceTransform` turns them into the model's input. Evaluation keeps the order of samples.
 
     Args:

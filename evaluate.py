@@ -135,7 +135,8 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     rank = dist.get_global_rank()
-    # The sampler repeats samples to give all ranks the same number, so ignore the repeats.
+    # The sampler repeats samples so that all ranks get the same number of samples. Ignore the
+    # repeated samples.
     left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
     with torch.inference_mode():
         for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):

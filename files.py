@@ -67,7 +67,7 @@ def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
     Args:
         path: Path of the file.
         image: Image to write.
-        **options: Pillow's options for `Image.save`.
+        **options: Options for Pillow's `Image.save`.
 
     Raises:
         OutputError: The disk is full.
@@ -82,7 +82,7 @@ def encode_image(suffix: str, image: Image.Image, **options: Any) -> bytes:
     Args:
         suffix: File extension that selects the format, such as `.png`.
         image: Image to encode.
-        **options: Pillow's options for `Image.save`.
+        **options: Options for Pillow's `Image.save`.
     """
     data = io.BytesIO()
     image.save(data, IMAGE_FORMATS[suffix.lower()], **options)
@@ -156,7 +156,7 @@ def output_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def explain_output(path: PathLike) -> Iterator[None]:
-    """Turn an OSError from writing into a one-line error that names `path`.
+    """Turn an OSError while writing into a one-line error that names `path`.
 
     An OSError that names another file, such as an input, is raised unchanged.
 

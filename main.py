@@ -86,7 +86,7 @@ def main(
     loggers: Sequence[LoggerDestination] = (),
     data: Data | None = None,
 ) -> Trainer:
-    """Train, or evaluate if the config says `is_train: false`.
+    """Train, or only evaluate if the config sets `is_train: false`.
 
     Args:
         config: Content of the YAML, as loaded by OmegaConf; training/schema.py lists its keys.
@@ -134,7 +134,7 @@ def build_trainer(
 ) -> Trainer:
     """Build everything that a run needs before its first step.
 
-    The arguments are those of `main`.
+    See `main` for the arguments.
 
     Raises:
         UserError: See `main`.
@@ -250,7 +250,7 @@ def build_model(
 
 
 def train_or_evaluate(trainer: Trainer, config: Config) -> None:
-    """Train to the end of the run, or evaluate once if the config says `is_train: false`."""
+    """Train to the end of the run, or evaluate once if the config sets `is_train: false`."""
     if not config.is_train:
         trainer.eval()
         return

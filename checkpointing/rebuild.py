@@ -27,8 +27,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
     Args:
         weights: Result of `load_weights`. If they have a config, or if `network` is None, they are
             returned unchanged.
-        where: Name of the weights in an error.
-        network: Name of the network that the user gives, or None.
+        where: Name of the weights, for error messages.
+        network: Name of the network given by the user, or None.
 
     Raises:
         WeightsError: The weights do not match this network, or its layers have different numbers of
@@ -83,8 +83,8 @@ def build_network(
 
     Args:
         weights: Result of `load_weights`.
-        where: Name of the weights in an error.
-        network: Name of the network that the user gives, or None. A user's own function is called
+        where: Name of the weights, for error messages.
+        network: Name of the network given by the user, or None. A user's own function is called
             only if it is named here.
 
     Raises:

@@ -126,7 +126,7 @@ class Start:
         return recorded
 
     def check_network(self, network: nn.Module) -> None:
-        """Compare the checkpoint's tensors and arguments with those of a network.
+        """Compare the checkpoint's tensors and arguments with a network's.
 
         Raises:
             ConfigError: The name or shape of a tensor, or a recorded argument, differs.
@@ -248,7 +248,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
     def newest() -> str | None:
         try:
             return _newest_whole(target, scratch)
-        # File systems and the clients of object stores raise errors of their own.
+        # File systems and object-store clients raise their own types of errors.
         except Exception as error:
             raise ConfigError(
                 f"save_folder: cannot read {target.path}: {one_line(error)}"

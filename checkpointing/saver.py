@@ -57,7 +57,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
             outcome = (function(), None)
         except (UserError, RunError) as error:
             outcome = (None, error)
-        # File systems and the clients of object stores raise errors of their own.
+        # File systems and object-store clients raise their own types of errors.
         except Exception as error:
             outcome = (None, RunError(one_line(error)))
     outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
@@ -158,7 +158,7 @@ class Checkpoints(CheckpointSaver):
                 self.target.probe()
             except ConfigError:
                 raise
-            # File systems and the clients of object stores raise errors of their own.
+            # File systems and object-store clients raise their own types of errors.
             except Exception as error:
                 problem = f"cannot write to {self.target.path}: {one_line(error)}"
                 raise ConfigError(f"save_folder: {problem}") from None

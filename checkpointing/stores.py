@@ -248,7 +248,7 @@ def outdated(
 
 
 def is_in_folder(path: str, folder: str) -> bool:
-    """Return whether a path or URI is that of a file directly in a folder."""
+    """Return whether a path or URI refers to a file directly inside a folder."""
     parent, folder = path.rpartition("/")[0] or ".", folder.rstrip("/")
     if is_remote(path) or is_remote(folder):
         return parent == folder

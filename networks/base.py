@@ -2,7 +2,7 @@
 
 A network takes normalised images (N, 3, H, W). It returns logits (N, C, h, w) of any resolution as
 a tensor, as `.logits`, or as `{"out": ...}`. It also has the `mean` and `std` for normalisation,
-and a divisor of the image sides that it supports.
+and a number that must divide the sides of images.
 """
 
 from __future__ import annotations

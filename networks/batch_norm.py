@@ -20,7 +20,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """A BatchNorm2d that leaves num_batches_tracked to `count_batches` and requires a momentum."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalise an image, and update the running statistics."""
+        """Normalise a batch; in training, also update the running statistics."""
         if not self.training:
             return super().forward(image)
         assert self.momentum is not None
@@ -67,7 +67,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.group_name = group.group_name
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalise an image, and update the running statistics."""
+        """Normalise a batch; in training, also update the running statistics."""
         if not self.training:
             return super().forward(image)
         size = image.numel() // image.shape[1]

@@ -115,7 +115,7 @@ class TrainMIoU(Callback):
     weight. SAM's second pass with perturbed weights is not scored.
 
     Args:
-        interval: Number of batches between two scores.
+        interval: Number of batches from one score to the next.
         num_classes: Number of classes C.
         ignore_index: Target value of pixels without a label.
     """

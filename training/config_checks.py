@@ -311,7 +311,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
 
 
 def _check_same_labels(config: Config) -> None:
-    """Reject a config whose two data sections give the same label different meanings."""
+    """Reject a config whose two data sections interpret the same label differently."""
     train, val = config.train_dataset, config.eval_dataset
     ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
     for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):

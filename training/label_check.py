@@ -52,7 +52,7 @@ class _Labels:
 
 
 class LabelCheck(Callback):
-    """A callback that warns about a split that has too few labels for training or evaluation.
+    """A callback that warns if a split has too few labels for training or evaluation.
 
     Each split is checked once. The validation split is checked at the end of the first evaluation.
     The training split is checked after the first complete epoch or at the end of a shorter run,

@@ -25,9 +25,9 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
     """SGD with decoupled weight decay, which follows the learning-rate schedule.
 
     The arguments, arithmetic and state match Composer's class. The name also matches, because a
-    checkpoint contains the name of its optimizer. This version takes a fused step. Composer's step
-    launches about 1,300 kernels for the 340 parameters of ResNet-101, while the GPU is mostly idle
-    because the trainer has just waited for the loss.
+    checkpoint contains the name of its optimizer. This version uses one fused operation. Composer's
+    step launches about 1,300 kernels for the 340 parameters of ResNet-101, while the GPU is mostly
+    idle because the trainer has just waited for the loss.
     """
 
     @staticmethod
@@ -157,7 +157,7 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
-    """Set a loaded optimizer's settings to those of the config instead of the checkpoint.
+    """Replace a loaded optimizer's settings with the settings in the config.
 
     Args:
         state: State of the trainer, after a checkpoint is loaded.

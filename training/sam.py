@@ -31,8 +31,8 @@ class SAM(Algorithm):
 
     Args:
         rho: Distance to move the weights, in the 2-norm over all weights.
-        interval: Number of steps between SAM steps. A SAM step takes twice as long as an ordinary
-            step.
+        interval: Number of steps from one SAM step to the next. A SAM step takes twice as long as
+            an ordinary step.
 
     Raises:
         ValueError: `rho` is not positive, or `interval` is less than 1.

@@ -50,7 +50,7 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
         The callback, or None if the run saves nothing.
 
     Raises:
-        ConfigError: Another running process writes to the folder, or the folder is not writable.
+        ConfigError: Another active run writes to the folder, or the folder is not writable.
     """
     if not config.is_train:
         return None

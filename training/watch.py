@@ -1,9 +1,9 @@
 """Monitoring of a run's processes, which ends all processes when one is lost.
 
-Without this watch, a collective would wait half an hour for a lost process, because a live process
-may need that long to compile, download or save. Each process has a TCP connection to the first
-process and sends nothing on it until it ends. Linux closes the connection when a process dies. TCP
-keepalive detects within seconds that a machine is lost, even if the processes are busy.
+Without this watch, a collective would wait half an hour for a lost process, because a healthy
+process may need that long to compile, download or save. Each process has a TCP connection to the
+first process and sends nothing on it until it ends. Linux closes the connection when a process
+dies. TCP keepalive detects within seconds that a machine is lost, even if the processes are busy.
 """
 
 from __future__ import annotations
