@@ -56,7 +56,7 @@ def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="there is no class wave; did you mean waves"):
         class_weights(weighted(tiny, {"wave": 3}), None)
     with pytest.raises(
-        ConfigError, match=r"auto needs the masks of train_dataset, .*; give numbers"
+        ConfigError, match=r"auto needs the masks of train_dataset, .*; give the weights as numbers"
     ):
         class_weights(weighted(tiny, "auto"), None)
 
