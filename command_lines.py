@@ -1,6 +1,6 @@
-"""The command lines of all commands, parsed before torch is imported.
+"""Command-line parsers of all commands, which run before torch is imported.
 
-This module imports only what loads fast, so that --help and wrong options are answered at once.
+This module imports only fast modules, so that --help and errors in options appear at once.
 """
 
 from __future__ import annotations
@@ -29,31 +29,32 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
     """Prepare this process for a command; call this before torch is imported.
 
     Args:
-        parse: Parser of the command line, which answers --help and ends the process if an option is
-            wrong.
+        parse: Command-line parser, which answers --help and ends the process if an option is
+            invalid.
     """
     escape_names()
     if parse is not None:
         parse(sys.argv[1:])
     share_cores(os.environ)
     name_node(os.environ)
-    # mmcv imports torch.utils.cpp_extension, which warns if there is a CUDA toolkit but no GPU.
+    # Silence the warning of torch.utils.cpp_extension, which mmcv imports, about a CUDA toolkit
+    # without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def share_cores(environment: MutableMapping[str, str]) -> None:
-    """Set how OpenMP uses the cores, unless the user has set it.
+    """Configure how OpenMP uses the CPU cores, unless the user has already done so.
 
     OpenMP reads these variables when torch is imported:
 
-    - OMP_WAIT_POLICY: Waiting threads sleep. By default they spin, which takes the core from
-      another process. Two runs on two cores then take several times as long as one after the other.
-    - OMP_NUM_THREADS: The cores are divided among the processes of this machine. If one process has
-      all cores, the variable stays unset, because the number of threads changes the last bits of
-      sums.
+    - OMP_WAIT_POLICY: Let waiting threads sleep. By default they spin, which blocks the core for
+      other processes: two simultaneous runs on two cores then take several times as long as two
+      consecutive runs.
+    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process has all
+      cores, leave the variable unset, because the number of threads affects the last bits of sums.
 
     Args:
-        environment: Environment variables, which are changed.
+        environment: Environment variables, which are modified in place.
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     cores = available_cores()
@@ -63,7 +64,7 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
 
 
 def name_node(environment: MutableMapping[str, str]) -> None:
-    """Set NODE_RANK, the number of this node, which Composer reads and torchrun does not set."""
+    """Set NODE_RANK, the node number, which Composer reads but torchrun does not set."""
     if "GROUP_RANK" in environment:
         environment.setdefault("NODE_RANK", environment["GROUP_RANK"])
 
@@ -109,9 +110,9 @@ def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     add_model_options(parser)
     options = parser.parse_args(arguments)
     if (options.worst is None) != (options.out is None):
-        parser.error("--worst N and --out FOLDER belong together")
+        parser.error("--worst N and --out FOLDER must be given together")
     if options.protocol == "square" and (options.per_image or options.worst):
-        parser.error("--per-image and --worst belong to --protocol paper")
+        parser.error("--per-image and --worst work only with --protocol paper")
     if options.confusion and not options.confusion.lower().endswith(".png"):
         parser.error(f"--confusion: {options.confusion} must end in .png")
     if options.protocol == "square" and (options.tta or options.slide or options.size is not None):
@@ -183,7 +184,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the network, and allows a user's own function to run."""
+    """Add the option that names the network and thereby allows a user's own function to run."""
     parser.add_argument(
         "--network",
         metavar="NAME",
@@ -284,7 +285,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # The name of this option in earlier versions.
+        help=argparse.SUPPRESS,  # Keep the option's earlier name.
     )
     add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
     add("--class-names", help="file with one class name per line")

@@ -5,13 +5,13 @@
     python convert_ade20k.py --path my.yaml --out ./my-mds    # a data set with a description
 
 To train on the shards, set `is_streaming: true`, and `path` to the value of --out. Shards have the
-columns of Streaming's public ADE20K converter: `uid`, `x` (the file of the image, byte for byte)
-and `y` (the file of the mask). For a data set with a description, masks hold merged labels: 0 is
-ignored, and k is class k - 1. `description.yaml` beside the splits names the classes. After an
-interruption, run the command again: it continues with the next shard. Every shard is read back
-through Streaming and compared with the files. `index.json` is written last and marks a split as
-complete.
-Exit status: 0 written and verified, 1 failed, 130 interrupted.
+columns of Streaming's public ADE20K converter: `uid`, `x` (the unchanged bytes of the image file)
+and `y` (the mask file). For a data set with a description, the masks contain merged labels: 0 is
+ignored, and k stands for class k - 1. The file `description.yaml` beside the splits names the
+classes. If the command is interrupted, run it again to continue with the next shard. Every shard is
+read back through Streaming and compared with the original files. The file `index.json` is written
+last and marks a split as complete. Exit status: 0: written and verified, 1: failed, 130:
+interrupted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from files import check_outputs, is_remote, write_file
 
 
 def find_sources(path: str, root: str | None) -> list[DataSource]:
-    """Return the splits of a data set in folders; in ADE20K's layout, one split may be missing."""
+    """Return the splits of a data set in folders; ADE20K's layout may lack one of them."""
     path, description = open_description(path, root)
     source = DataSource(path, "train", description or ade20k())
     splits = list(FOLDERS)
@@ -68,24 +68,26 @@ def convert(
     staging: str | None = None,
     root: str | None = None,
 ) -> dict[str, int]:
-    """Write every split of a data set as shards, and verify them.
+    """Write every split of a data set as shards, and verify the shards.
 
     Args:
-        path: Folder of the data set, see `data.list_samples`; or file of its description.
-        out: Folder, or URL of any store that Streaming can write to. Each split has a folder there.
-        compression: Streaming's name of a compression, such as 'zstd' or 'zstd:7'; None: none.
-        hashes: Hashes of each shard that are written to the index.
-        size_limit: Size of a shard before compression, such as '4mb'.
+        path: Folder of the data set (see `data.list_samples`), or path of its description.
+        out: Folder, or URL of a store that Streaming can write to. It gets a subfolder for each
+            split.
+        compression: Compression by its Streaming name, such as 'zstd' or 'zstd:7', or None.
+        hashes: Names of the hash functions whose values the index lists for each shard.
+        size_limit: Maximum size of a shard before compression, such as '4mb'.
         workers: Number of processes; None: one per core.
-        staging: Folder for shards that wait for their upload, and for notes about finished uploads;
-            None: a temporary folder whose name depends on `path` and `out`.
-        root: Folder of a data set with a description, if it differs from the description's root.
+        staging: Folder for shards that have not been uploaded yet, and for records of finished
+            uploads; None: a temporary folder whose name depends on `path` and `out`.
+        root: Root folder to use instead of the description's root, or None.
 
     Returns:
         The number of samples in each split.
 
     Raises:
-        DataError: A file is unusable for training, an option is wrong, or the store refuses.
+        DataError: A file is unusable for training, an option is invalid, or the store rejects a
+            request.
     """
     if compression and not is_compression(compression):
         raise DataError(
@@ -129,7 +131,7 @@ def convert(
             write_file(Path(folder, DESCRIPTION), text)
             if to_store:
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
-    if to_store:  # All shards are uploaded.
+    if to_store:  # All shards have been uploaded.
         for split in splits:
             remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:
@@ -139,10 +141,10 @@ def convert(
 
 @contextmanager
 def _only_one(folder: str) -> Iterator[None]:
-    """Lock the folder itself; the lock ends with the process and leaves no file behind.
+    """Lock a folder until the context or the process ends, without creating a lock file.
 
-    download_ade20k.py has a copy of this function, because it runs without the rest of the
-    repository.
+    download_ade20k.py contains a copy of this function, because that script works without the rest
+    of the repository.
 
     Raises:
         DataError: Another process holds the lock.
@@ -161,13 +163,13 @@ def _only_one(folder: str) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line and return the exit status."""
     options = parse_convert_ade20k(arguments)
-    # Composer's handler would just end the process.
+    # Restore Python's SIGINT handler, because Composer's handler would end the process immediately.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     shard_writer.log.setLevel(logging.INFO)
-    # Streaming would warn that the staging folder is in use.
+    # Silence Streaming's warning that the staging folder is in use.
     logging.getLogger("streaming").setLevel(logging.ERROR)
     try:
         convert(

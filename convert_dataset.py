@@ -1,4 +1,4 @@
-"""Convert the output of a labelling tool, COCO or Hugging Face to a data set for training.
+"""Convert a data set from a labelling tool, COCO or Hugging Face for training.
 
     python convert_dataset.py annotations.json --images photos --out my-data    # COCO, instances
     python convert_dataset.py panoptic.json --images photos --out my-data       # COCO, panoptic
@@ -6,11 +6,11 @@
     python convert_dataset.py labelled --images photos --out my-data            # LabelMe, YOLO
     python convert_dataset.py hf://owner/name --out my-data                     # Hugging Face
 
-The folder `my-data` gets images (as links if the file system has them), masks, and `data.yaml`,
-which describes them. Then the data set is checked as by `data.py`. Where shapes overlap, the
-smaller shape covers the larger one. With `--overlap order`, the later shape covers the earlier one
-(in CVAT, the higher covers the lower). Pixels without a shape get the class `background`. With
-`--background ignore` they are ignored, as in panoptic masks.
+The command writes images (as hard links if the file system supports them), masks and their
+description `data.yaml` to the folder `my-data`. Then it checks the data set like `data.py`. If
+shapes overlap, the smaller shape covers the larger one. With `--overlap order`, the later shape
+covers the earlier one; in CVAT, the order is the z-order. Pixels without a shape get the class
+`background`. With `--background ignore` they are ignored, as in panoptic masks.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def describe(out: Path, converted: Converted, options: argparse.Namespace) -> No
 
 
 def convert(options: argparse.Namespace) -> Path:
-    """Convert a data set as the command line asks; return the path of its description.
+    """Convert the data set named on the command line and return the path of its description.
 
     Raises:
         DataError: An input or option cannot be used; the message names it.
     """
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} already exists; delete it, or use another --out")
+        raise DataError(f"{out} already exists; delete it, or use a different --out")
     is_hub = options.source.startswith("hf://")
     if not is_hub and not (options.images and Path(options.images).is_dir()):
         raise DataError(f"--images: cannot find the folder {options.images}; check the path")
@@ -83,7 +83,7 @@ def convert(options: argparse.Namespace) -> Path:
         is_panoptic = b"segments_info" in Path(options.source).read_bytes()
     if options.background is None:
         options.background = "ignore" if is_panoptic else BACKGROUND
-    # The data set appears when it is complete, and a failure leaves nothing behind.
+    # Write to a temporary folder first, so that a failure leaves no incomplete data set behind.
     with output_folder(out) as unfinished:
         if is_hub:
             converted = convert_hugging_face(options, unfinished)
@@ -99,7 +99,7 @@ def convert(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status of the check at the end."""
+    """Run the command line and return the exit status of the final check."""
     options = parse_convert_dataset(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

@@ -3,7 +3,7 @@
 python data.py PATH                # check a data set before training on it
 python data.py s3://... LOCAL
 
-A training sample depends on its seed, epoch and sample ID alone, so a resumed run sees the same.
+A training sample depends only on the seed, the epoch and its ID, also after a resume.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataset.description import Description, ade20k
 from dataset.encoded import EncodedSamples, Transforms, collate
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # part of the public interface
+from dataset.matching import list_samples as list_samples  # re-exported as part of the public API
 from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
 
 
 class ADE20k(EncodedSamples):
-    """A data set in folders: images (3, H, W) and masks (H, W), both uint8 tensors.
+    """A data set stored in folders, with images (3, H, W) and masks (H, W) as uint8 tensors.
 
     Args:
-        datadir: See `list_samples`; the root folder if there is a description.
+        datadir: Folder of the data set, as for `list_samples`; its root if there is a description.
         split: 'train' or 'val'.
-        both_transforms: Transform of the (image, mask) pair: either the result of
-            `build_ade20k_transformations`, or a function of a pair of Pillow images.
-        image_transforms: Transform of the image alone, applied next.
-        target_transforms: Transform of the mask alone, applied next.
+        both_transforms: Transform of the (image, mask) pair; see `build_ade20k_transformations`. It
+            may also be a function that takes a pair of Pillow images.
+        image_transforms: Transform of the image alone, applied after `both_transforms`.
+        target_transforms: Transform of the mask alone, applied after `both_transforms`.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
         description: Layout of the folders and meaning of the masks; None: ADE20K's layout.
-        source: The opened split; it replaces `datadir`, `split`, `labels` and `description`.
+        source: Opened split to use instead of `datadir`, `split`, `labels` and `description`.
 
     Raises:
-        DataError: Folders or masks are missing. A damaged file raises it on access.
+        DataError: Folders or masks are missing. For a damaged file, the error is raised on access.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ADE20k(EncodedSamples):
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
         """Read a sample: its ID, the encoded image and mask, and the names of both files."""
         sample = self.samples[index]
-        # `EncodedSamples` decodes the mask first, because it decides how large the image has to be.
+        # Return encoded files, because the size to decode the image at depends on the decoded mask.
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
                 return sample.uid, image.read(), mask.read(), sample[1:]
@@ -98,30 +98,30 @@ class ADE20k(EncodedSamples):
 
 
 class StreamingADE20k(EncodedSamples):
-    """A data set in MDS shards, with the samples and transforms of `ADE20k`.
+    """A data set stored in MDS shards, with the same samples and transforms as `ADE20k`.
 
-    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The order of
-    samples is that of the same data in folders. If `cache_limit` is smaller than the data set, the
-    order instead takes as many shards at a time as fit in the cache.
+    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The sample
+    order equals that of the same data in folders. If the data set is larger than `cache_limit`,
+    samples are instead shuffled within groups of shards that fit in the cache.
 
     Args:
-        remote: Folder or URL (s3://...) that holds the folders `train` and `val`.
-        local: Folder of the cache; None reads a `remote` folder in place.
+        remote: Folder or URL (s3://...) that contains the folders `train` and `val`.
+        local: Cache folder; None: read shards in a `remote` folder without copying them.
         split: 'train' or 'val'.
-        shuffle: Unused, because the sampler shuffles; the reference's scripts pass it.
+        shuffle: Unused, because the sampler shuffles; kept for scripts written for the reference.
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
         final_size: Side of the resulting square, pixels.
-        batch_size: Unused; the reference's scripts pass it.
+        batch_size: Unused; kept for scripts written for the reference.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
-        transforms: Transforms of the pair, of the image and of the mask; they replace the
-            transforms that the sizes describe.
+        transforms: Transforms of the pair, of the image and of the mask, to use instead of the
+            transforms built from the sizes above.
         **cache: See `dataset.shards.Shards`.
 
     Raises:
-        DataError: Shards are missing or damaged. Some damage shows only on access.
+        DataError: Shards are missing or damaged. Some damage is detected only on access.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class StreamingADE20k(EncodedSamples):
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
         super().__init__(transforms, seed, Masks(labels or Labels()))
-        # A run on folders need not import Streaming.
+        # Import lazily, because a run on folders does not need Streaming.
         from dataset.shards import Shards
 
         self.shards = Shards(remote, local, split, **cache)
@@ -164,17 +164,17 @@ class StreamingADE20k(EncodedSamples):
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Return these samples in the order of an epoch."""
         at_once = self.shards.shards_at_once
-        if at_once is None:  # The whole data set fits in the cache.
+        if at_once is None:  # The complete data set fits in the cache.
             return super().order(items, seed, epoch)
-        # Shuffle the shards, take a group of them that fits, and shuffle the samples in each group.
-        # A random order over all samples would download a shard for almost every sample.
+        # Shuffle the shards, split them into groups that fit in the cache, and shuffle within
+        # groups. A fully random order would download a shard for almost every sample.
         place = random_order(len(self.shards.shards), seed, epoch).argsort()
         group = place[self.shards.shard_of(items % len(self))] // at_once
-        # lexsort orders by its last key first: by group, and by random numbers within a group.
+        # Sort by group, which is lexsort's last key, and randomly within each group.
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The first arguments are those of MosaicML's reference. Newer arguments come after them.
+# The arguments up to `ignore_background` match MosaicML's reference. Newer arguments follow.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -209,49 +209,48 @@ def build_ade20k_dataspec(
 ) -> DataSpec:
     """Build the DataSpec of a split for Composer's Trainer.
 
-    Batches hold images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
-    `DeviceTransform` turns them into the input of the model. Evaluation sees every sample once and
-    in order.
+    Batches contain images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
+    `DeviceTransform` turns them into the model's input. Evaluation keeps the order of samples.
 
     Args:
-        path: Folder of the data set; for shards, a folder or URL.
+        path: Folder of the data set, or folder or URL of its shards.
         is_streaming: Whether the data set is in MDS shards.
-        local: Folder to cache shards in; None reads a folder of shards in place.
-        batch_size: Number of samples in a batch of one rank.
+        local: Folder to cache shards in; None: read a folder of shards without copying them.
+        batch_size: Number of samples per batch and rank.
         split: 'train' or 'val'.
-        drop_last: Whether training leaves out the last batch of an epoch if it is not full.
-        shuffle: Whether training shuffles.
+        drop_last: Whether training skips the last batch of an epoch if it is incomplete.
+        shuffle: Whether to shuffle the training samples.
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
         final_size: Side of the resulting square, pixels.
         ignore_background: See `dataset.labels.Labels`.
-        seed: Seed of the order of samples and of the augmentation.
+        seed: Seed of the sample order and of the augmentation.
         num_classes: Number of classes, 2 to 253.
-        ignore_label: A further label to ignore.
-        color_distortion: Whether training distorts colours.
-        shuffle_seed: Seed of the order of samples alone; None: `seed`.
+        ignore_label: One more label to ignore, or None.
+        color_distortion: Whether to distort the colours of training images.
+        shuffle_seed: Separate seed for the sample order; None: `seed`.
         predownload: Number of samples to download ahead; None: eight batches.
         cache_limit: See `dataset.shards.Shards`.
         download_retry: Number of retries of a failed download.
-        download_timeout: Seconds to wait for an answer.
-        validate_hash: Hash to check each downloaded shard with.
-        num_workers: Number of loader processes; 'auto': one for each core of this rank, at most 8.
-        description: Description of a data set that is not in ADE20K's layout. It replaces
+        download_timeout: Seconds to wait for the store's response.
+        validate_hash: Name of the hash that each downloaded shard is verified with.
+        num_workers: Number of loader processes per rank; 'auto': one per core, at most 8.
+        description: Description of a data set that does not use ADE20K's layout. It replaces
             `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
-        rare_class_sampling: A class is rare if it is in less than this share of the images.
-            Training repeats images of rare classes; see `training.class_weights.repeat_factors`.
-        counts: Counts of the training masks; None: count the masks if rare classes need it.
-        source: The opened split. It replaces the arguments that say where the data set is and what
-            its masks hold.
-        **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers persist, and
-            memory is pinned if there is a GPU.
+        rare_class_sampling: Share of the images below which a class counts as rare. Training
+            repeats images of rare classes; see `training.class_weights.repeat_factors`.
+        counts: Class counts of the training masks; None: count them here if rare-class sampling
+            needs them.
+        source: Opened split, which replaces the arguments about the data set's location and labels.
+        **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
+            persistent, and memory is pinned if there is a GPU.
 
     Raises:
         DataError: The data set cannot be read, or it is too small for one batch.
     """
-    # Two labels of a uint8 mask are reserved: 254 for ignored pixels and 255 for padding.
+    # Two uint8 label values are reserved: 254 for ignored pixels and 255 for padding.
     if not 2 <= num_classes < IGNORED:
         raise DataError(f"num_classes: {num_classes} is out of range; use 2 to {IGNORED - 1}")
     is_train = split == "train"
@@ -280,7 +279,7 @@ def build_ade20k_dataspec(
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        sampler = EvalSampler(dataset, distance)  # Every image counts once.
+        sampler = EvalSampler(dataset, distance)  # Count every image once.
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options = dict(
         persistent_workers=workers > 0,
@@ -293,7 +292,7 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # On micro-batches: the float32 copy is four times as large as the uint8 batch.
+    # Transform only micro-batches, because float32 copies are four times as large.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
@@ -311,9 +310,9 @@ def open_dataset(
     """Open a split of a data set in folders or MDS shards.
 
     Args:
-        source: Location and meaning of the split.
-        transforms: Transforms of the pair, of the image and of the mask. Without any, samples are
-            pairs of Pillow images.
+        source: Location of the split and meaning of its labels.
+        transforms: Transforms of the pair, of the image and of the mask. Without transforms,
+            samples are pairs of Pillow images.
         seed: Seed of the random transforms.
 
     Raises:
@@ -332,34 +331,35 @@ def open_dataset(
 def build_data(
     config: Config, split: str, counts: Counts | None = None, source: DataSource | None = None
 ) -> DataSpec:
-    """Build the DataSpec of one split of a run, after checking that its labels fit the model.
+    """Build the DataSpec of one split, after checking that the labels match the model's classes.
 
     Args:
         config: Config of the run.
         split: 'train' or 'val'.
-        counts: Result of `training.build_recipe.count_training`, if rare classes need it.
-        source: The split, if it is open already.
+        counts: Class counts from `training.build_recipe.count_training`, needed for rare-class
+            sampling.
+        source: The split, if it has already been opened.
 
     Raises:
-        DataError: The data set cannot be read, or its labels do not fit the model.
-        ClassError: The shards were written with other classes than the run's.
+        DataError: The data set cannot be read, or its labels do not match the model's classes.
+        ClassError: The shards were written with different classes from the run's.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The YAML counts the images of all ranks. The config has been checked: the ranks divide them.
+    # The batch size in the YAML covers all ranks. The config check ensures that it is divisible.
     arguments["batch_size"] //= dist.get_world_size()
-    # A label without a class would otherwise end the run in the middle of an epoch.
+    # Check the labels now, because an unknown label would end the run in the middle of an epoch.
     if source.shards is None:
         check_labels(source)
     else:
         from checkpointing.saver import on_first_process
         from dataset.shard_classes import check_shard_classes
 
-        # Shards hold class indices, whose order the config can no longer change.
+        # Shards already store class indices, so the config can no longer change the class order.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Schedulers send SIGTERM to all processes. The run needs its loader until it has saved.
+    # Schedulers send SIGTERM to all processes, but the run needs its loader until it has saved.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(
@@ -374,9 +374,9 @@ def build_data(
 
 
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
-    """Build a run's training data, if it trains, its evaluation data, and the counts of its masks.
+    """Build a run's training and evaluation data, and count the classes in its training masks.
 
-    The counts are None unless the config needs them. The errors are those of `build_data`.
+    Training data or counts that the config does not need are None. See `build_data` for the errors.
     """
     sources = data_sources(config)
     counts = count_training(config, sources["train"])
@@ -385,10 +385,10 @@ def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | 
 
 
 def check_dataloader() -> None:
-    """Check the data set that the command line names, and print the report.
+    """Check the data set named on the command line, and print a report.
 
     Raises:
-        SystemExit: Training on the data set would fail, or the command line is wrong.
+        SystemExit: Training on the data set would fail, or the command line is invalid.
     """
     from extras.preparation.check_command import main
 

@@ -4,12 +4,12 @@
     python download_ade20k.py --path /data/ade20k
     python download_ade20k.py --url http://mirror/ADEChallengeData2016.zip
 
-You may interrupt it at any time; run it again to continue. The archive is checked against its SHA-1
-before anything is unpacked, and the unpacked folder appears all at once. If the folder already
-exists and is complete, nothing happens. The download is `<path>/ADEChallengeData2016.zip.part`
-until it is unpacked. A complete or partial archive that you put at
-`<path>/ADEChallengeData2016.zip` is used and kept. Exit status: 0 complete, 1 failed, 130
-interrupted.
+You can interrupt the download at any time and run the command again to continue. The script
+verifies the archive's SHA-1 before unpacking it, and the unpacked folder appears only when it is
+complete. If a complete folder already exists, the script does nothing. The archive is downloaded to
+`<path>/ADEChallengeData2016.zip.part`, which is deleted after unpacking. If you put a complete or
+partial archive at `<path>/ADEChallengeData2016.zip`, the script uses and keeps it. Exit status: 0:
+complete, 1: failed, 130: interrupted.
 """
 
 import argparse
@@ -38,48 +38,48 @@ log = logging.getLogger(__name__)
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 FOLDER = "ADEChallengeData2016"
-# Files in the official archive. They tell whether a folder that was unpacked by other means is
-# complete.
+# Number of files in the official archive, used to check folders that this script did not unpack.
 OFFICIAL_COUNTS = {
     "images/training": 20_210,
     "images/validation": 2_000,
     "annotations/training": 20_210,
     "annotations/validation": 2_000,
 }
-# extract() writes this file last: the archive's SHA-1 and its number of files.
+# Marker file with the archive's SHA-1 and number of files, which extract() writes last.
 MARKER = ".complete.json"
 
-# Attempts in a row without progress. With pauses of 1, 2, 4, ... s, they take half a minute.
+# Number of consecutive attempts without progress before giving up. The pauses between them (1, 2,
+# 4, ... s) add up to half a minute.
 ATTEMPTS = 6
-TIMEOUT = 60  # Timeout in seconds without a byte from the server.
+TIMEOUT = 60  # Seconds to wait without receiving any data before giving up.
 CHUNK = 1 << 20
-# JPEG and PNG do not compress, so the files need about the size of the archive, plus rounding up to
-# blocks.
+# Unpacked size relative to the archive. JPEG and PNG files barely compress, but each file is
+# rounded up to whole disk blocks.
 UNPACKED_SIZE = 1.2
 BLOCK = 4096
 
 
 class DownloadError(RuntimeError):
-    """An error that prevents the download; the message is one line that says what to do."""
+    """An error that prevents the download, with a one-line message that says what to do."""
 
 
 class _ConnectionLost(Exception):
-    """A failure of the server or the connection that may pass, so that a retry is worthwhile."""
+    """A temporary failure of the server or the connection, which justifies a retry."""
 
 
 def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
-    """Download and unpack the data set to `<path>/ADEChallengeData2016`, if it is not complete.
+    """Download and unpack the data set, unless a complete `<path>/ADEChallengeData2016` exists.
 
     Args:
-        path: Folder that will contain `ADEChallengeData2016`; the `path` for training.
-        url: Address of the archive, http or https. A mirror must hold the same bytes.
+        path: Folder that will contain `ADEChallengeData2016`, for use as `path` in training.
+        url: HTTP(S) URL of the archive. A mirror's archive must match `sha1`.
         sha1: SHA-1 of the archive, 40 hex digits.
 
     Returns:
         `<path>/ADEChallengeData2016`.
 
     Raises:
-        DownloadError: The server, the archive or the disk fails, or an incomplete folder exists.
+        DownloadError: The download or the unpacking failed, or an incomplete folder exists.
     """
     if not re.match("https?://", url):
         raise DownloadError(f"{url}: the address must begin with http:// or https://")
@@ -92,7 +92,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                 if problem := _what_is_missing(folder, sha1):
                     raise DownloadError(
                         f"{folder} exists, but {problem}; move it away and run the command "
-                        "again, or use another --path"
+                        "again, or use a different --path"
                     )
                 log.info("%s is complete; nothing to do", folder)
             else:
@@ -101,7 +101,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                 if fetched != archive:
                     fetched.unlink()
                 log.info("%s is complete; train with path=%s", folder, path)
-    except OSError as error:  # The disk may be full, or the folder may not be writable.
+    except OSError as error:  # For example, the disk is full or the folder is read-only.
         raise DownloadError(
             f"{error.filename or path}: {error.strerror or error}; fix this and run the "
             "command again; the downloaded part is kept"
@@ -110,7 +110,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
 
 
 def fetch(url: str, archive: Path, sha1: str) -> Path:
-    """Download `url` to `archive` with the suffix `.part`; continue an earlier download.
+    """Download an archive to a file with the suffix `.part`, continuing an earlier download.
 
     Args:
         url: Address of the archive.
@@ -121,13 +121,13 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
         The downloaded file, or `archive` if the user put the complete archive there.
 
     Raises:
-        DownloadError: The server or the disk fails, or the archive has another SHA-1.
+        DownloadError: The server or the disk fails, or the archive has the wrong SHA-1.
     """
     part = archive.with_name(f"{archive.name}.part")
     if _size(archive) > 0:
         if _sha1(archive) == sha1:
             return archive
-        if not part.exists():  # Do not change the user's file.
+        if not part.exists():  # Leave the user's file unchanged.
             with _naming(part):
                 shutil.copyfile(archive, part)
     resumed = _size(part) > 0
@@ -136,7 +136,7 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     _download(url, part)
     found = _sha1(part)
     if found != sha1 and resumed:
-        # The first part may belong to another version of the file, or to another file.
+        # The existing part may come from a different version of the file, or from a different file.
         log.warning("the continued archive has SHA-1 %s; downloading it from the start", found)
         part.unlink()
         _download(url, part)
@@ -145,13 +145,13 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
         part.unlink()
         raise DownloadError(
             f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive; "
-            "it was deleted; try again, or give another --url"
+            "it was deleted; try again, or use a different --url"
         )
     return part
 
 
 def _download(url: str, archive: Path) -> None:
-    """Repeat `_download_rest` until the file is complete, as long as attempts bring new bytes."""
+    """Call `_download_rest` until the file is complete or several attempts add no data."""
     failures, most = 0, _size(archive)
     while True:
         try:
@@ -173,12 +173,12 @@ def _download(url: str, archive: Path) -> None:
 
 
 def _download_rest(url: str, archive: Path) -> None:
-    """Request the missing bytes, and append them to the file.
+    """Request the missing bytes and append them to the file.
 
     Raises:
-        DownloadError: The server refuses, or the disk is too small.
+        DownloadError: The server rejects the request, or the disk space is insufficient.
         _ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError: The connection
-            failed; another attempt may continue.
+            failed; a retry can continue the download.
     """
     have = _size(archive)
     headers = {"User-Agent": "ade20k-download/1.0", "Accept-Encoding": "identity"}
@@ -186,7 +186,7 @@ def _download_rest(url: str, archive: Path) -> None:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        if status == 416 and have:  # The server has nothing after our bytes.
+        if status == 416 and have:  # The local file is at least as long as the server's file.
             if content_range == f"bytes */{have}":
                 return
             archive.unlink()
@@ -206,7 +206,7 @@ def _download_rest(url: str, archive: Path) -> None:
             total=total, initial=start, unit="B", unit_scale=True, desc="download", disable=None
         )
         with bar, _naming(archive), open(archive, "ab" if is_rest else "wb") as file:
-            # Unlike iter_content, read1 loses no bytes when the connection breaks.
+            # Use read1, because iter_content loses data when the connection breaks.
             while chunk := response.raw.read1(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -217,19 +217,19 @@ def _size(file: Path) -> int:
 
 
 def extract(archive: Path, folder: Path, sha1: str) -> None:
-    """Unpack the archive's `ADEChallengeData2016/` so that `folder` appears all at once.
+    """Unpack `ADEChallengeData2016/` from the archive to a folder that appears only when complete.
 
     Args:
         archive: Path of the archive.
         folder: Folder to create.
-        sha1: SHA-1 of the archive, which is recorded in the folder.
+        sha1: SHA-1 of the archive, which is stored in the folder.
 
     Raises:
-        DownloadError: The archive is damaged or hostile, or the disk is too small. `folder` is not
-            created.
+        DownloadError: The archive is damaged or unsafe, or the disk space is insufficient. In this
+            case, `folder` is not created.
     """
     temporary = folder.with_name(f".{FOLDER}.unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)  # A killed run may have left this folder.
+    shutil.rmtree(temporary, ignore_errors=True)  # Remove the remains of a killed run.
     try:
         with zipfile.ZipFile(archive) as zipped:
             members = _safe_members(zipped)
@@ -238,7 +238,8 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             for member in tqdm(members, unit=" files", desc="unpack", disable=None):
                 target = temporary / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Reading stops at the size in the archive's directory, and checks the CRC there.
+                # The reader stops at the file size in the archive's directory, and checks the CRC
+                # at that point.
                 final = folder.parent / member.filename
                 with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
                     shutil.copyfileobj(source, out, CHUNK)
@@ -247,10 +248,11 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
         os.rename(temporary / FOLDER, folder)
     except DownloadError:
         raise
-    # zipfile raises many errors, even OSError if it reads a wrong position from a damaged file.
+    # zipfile raises many types of errors for a damaged file, including OSError for an invalid seek
+    # position.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # The disk failed.
+            raise  # The disk failed, not the archive.
         raise DownloadError(
             f"{archive} cannot be unpacked ({error}); delete it and run the command again"
         ) from error
@@ -259,7 +261,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
 
 
 def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the regular files under the folder; refuse a hostile archive."""
+    """Return the archive's regular files in the data set's folder; reject an unsafe archive."""
     members, seen = [], set()
     for member in zipped.infolist():
         name, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
@@ -289,29 +291,29 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _what_is_missing(folder: Path, sha1: str) -> str | None:
-    """Return what is missing in `folder`, or None if the data set is complete."""
+    """Describe why a folder is incomplete; return None if it is complete."""
     marker = folder / MARKER
     if marker.is_file():
         expected = json.loads(marker.read_text())
         files = sum(len(names) for _, _, names in os.walk(folder)) - 1
         if files < expected["files"]:
-            return f"it holds {files:,} of {expected['files']:,} files"
+            return f"it contains {files:,} of {expected['files']:,} files"
         if expected["sha1"] != sha1:
             return f"it belongs to another archive (SHA-1 {expected['sha1']})"
         return None
     for name, expected in OFFICIAL_COUNTS.items():
         files = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
         if files < expected:
-            return f"{name} holds {files:,} of {expected:,} files"
+            return f"{name} contains {files:,} of {expected:,} files"
     return None
 
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Lock the folder; the lock ends with the process and leaves no file behind.
+    """Lock a folder until the context or the process ends, without creating a lock file.
 
-    convert_ade20k.py has a copy of this function, because this file runs without the rest of the
-    repository.
+    convert_ade20k.py contains a copy of this function, because this script works without the rest
+    of the repository.
 
     Raises:
         DownloadError: Another process holds the lock.
@@ -332,7 +334,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the file's name to errors of a full disk, which do not name it."""
+    """Add the file's name to errors about a full disk, which do not contain it."""
     try:
         yield
     except OSError as error:
@@ -345,8 +347,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DownloadError(
-            f"{path} has {_bytes(free)} free, but {what} need {_bytes(needed)}; make room, "
-            "or use another --path"
+            f"{path} has {_bytes(free)} free, but {what} need {_bytes(needed)}; free some space, "
+            "or use a different --path"
         )
 
 
@@ -363,7 +365,7 @@ def _bytes(count: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -1,4 +1,4 @@
-"""The errors of all commands. Each message is one line that says where, what and why.
+"""The errors of all commands. Each message is one line that names the place and the cause.
 
 This module imports nothing slow, so that a bad config is reported before torch is loaded.
 """
@@ -11,70 +11,73 @@ import signal
 import sys
 from collections.abc import Callable
 
-# Exit status of a run that can be resumed by the same command (EX_TEMPFAIL of sysexits.h).
+# Exit status of a run that the same command can resume (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
-# Signals that ask a run to stop after its batch. SIGHUP comes when the terminal closes. The kernel
-# sends SIGUSR1 when the launcher dies.
+# Signals that ask a run to stop after the current batch. SIGHUP arrives when the terminal closes.
+# The kernel sends SIGUSR1 when the launcher dies.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class UserError(ValueError):
-    """An error in the input of a command; its message is one line."""
+    """An error in the input of a command, with a one-line message."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_printable(message))
 
 
 class ConfigError(UserError):
-    """A config that cannot be run; the message names the key."""
+    """An error in a config; the message names the key."""
 
 
 class UnevenBatch(ConfigError):
-    """A batch size that does not divide among the processes; more processes may still join."""
+    """An error for a batch size that does not divide among the current processes.
+
+    Under torchrun, another node may still join.
+    """
 
 
 class DataError(UserError):
-    """A data set that training cannot use; the message names the file."""
+    """An error in a data set; the message names the file."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises the error of a worker again, with the worker's traceback as its
-        # message.
+        # A DataLoader re-raises a worker's error with the traceback as its message, so keep only
+        # the text after the class name.
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
 class StoreError(DataError):
-    """A store that stopped answering during training, despite retries."""
+    """An error for an object store that stopped responding during training, despite retries."""
 
 
 class ModelError(UserError):
-    """A model that cannot be built, for example because its weights are missing."""
+    """An error for a model that cannot be built, for example because its weights are missing."""
 
 
 class WeightsError(UserError):
-    """A file of weights that is missing, damaged, unsafe, or not for a model of this project."""
+    """An error in a weights file that is missing, damaged, unsafe or incompatible."""
 
 
 class ClassError(UserError):
-    """Class names that cannot be read, or whose number differs from the model's."""
+    """An error in class names, which cannot be read or do not match the number of classes."""
 
 
 class OutputError(OSError):
-    """An output that cannot be completed, mostly because the disk is full; the message names it."""
+    """An error for an output that cannot be completed, usually because the disk is full."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot continue."""
+    """An error that prevents a run from continuing."""
 
 
 class Stopped(RunError):
-    """A run that ended on request; the message says how to resume it."""
+    """The end of a run on request; the message says how to resume it."""
 
 
 class Lost(RunError):
-    """A run that lost one of its processes.
+    """An error for a run that lost one of its processes.
 
     Args:
-        message: One line about the lost process.
+        message: One-line description of the loss.
         status: Exit status for this process.
     """
 
@@ -84,12 +87,12 @@ class Lost(RunError):
 
 
 def exit_status(error: BaseException) -> int:
-    """Return the exit status: 1 if an output could not be completed, 2 if the input is bad."""
+    """Return the exit status: 1 for an incomplete output, 2 for bad input."""
     return 1 if isinstance(error, OutputError) else 2
 
 
 def escape_names() -> None:
-    """Make print escape characters that it cannot encode, as in file names that are not text."""
+    """Make `print` escape characters that it cannot encode, for example in file names."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -118,5 +121,5 @@ def _printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error without line breaks, or its type if it has no message."""
+    """Return an error's message without line breaks, or its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -4,12 +4,12 @@
     python evaluate.py weights.safetensors --path ade20k --tta --csv classes.csv --json scores.json
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
-The protocol `paper` is that of mmsegmentation on ADE20K, so its numbers are comparable with
-published tables. Images keep their aspect ratio. Their shorter side becomes
-`eval_dataset.final_size` (512 in mmsegmentation), and their longer side is at most four times as
-long. The prediction is scored at the resolution of the mask. The protocol `square` is the
+The protocol `paper` matches mmsegmentation's evaluation on ADE20K, so its scores are comparable
+with published tables. Images keep their aspect ratio. Their shorter side becomes
+`eval_dataset.final_size` pixels (512 in mmsegmentation), unless the longer side would exceed four
+times that. Predictions are scored at the resolution of the mask. The protocol `square` matches the
 evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
-Every labelled pixel counts once, in one confusion matrix over all images and ranks.
+In both protocols, one confusion matrix counts every labelled pixel of all images and ranks once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from training.distributed import full_shared_memory
 
 log = logging.getLogger(__name__)
 
-PENDING = 128  # Images held back while a batch of equal size is collected
+PENDING = 128  # Maximum number of images held back to form batches of equal size.
 
 
 def evaluate_paper(
@@ -67,18 +67,20 @@ def evaluate_paper(
     num_workers: int = 0,
     analysis: ErrorAnalysis | None = None,
 ) -> Tensor:
-    """Count this rank's share of the images, at the resolution of their masks.
+    """Return the confusion matrix of this rank's images, scored at the resolution of their masks.
 
     Args:
-        segmenter: Model that predicts.
-        dataset: Pairs of an image and a mask of labels, as Pillow images of the same size.
-        index: (256,) class index of each label; -1 if the label is ignored.
-        batch_size: Number of images at once; they must have the same size in the network.
-        num_workers: Number of processes that read and decode.
-        analysis: Receives each image with its mask and its prediction.
+        segmenter: Model to evaluate.
+        dataset: Pairs of an image and its mask, as Pillow images of the same size.
+        index: (256,) class index of each label, or -1 for ignored labels.
+        batch_size: Maximum number of images per batch. Images of a batch have the same size in the
+            network.
+        num_workers: Number of processes that read and decode images.
+        analysis: Error analysis that receives each image with its mask and prediction, or None.
 
     Returns:
-        (C, C) int64 counts of this rank; row = class in the mask, column = predicted class.
+        (C, C) int64 pixel counts of this rank, with a row for each class in the mask and a column
+            for each predicted class.
     """
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
@@ -108,7 +110,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of the same kind into lists of up to `count`; hold back at most `PENDING`."""
+    """Group items of the same kind into lists of up to `count`, holding back at most `PENDING`."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -121,19 +123,20 @@ def group_by(
 
 
 def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
-    """Count this rank's share of the images, like the evaluation during training.
+    """Return the confusion matrix of this rank's images, scored as during training.
 
     Args:
-        segmenter: Model that predicts.
+        segmenter: Model to evaluate.
         spec: DataSpec that `data.build_ade20k_dataspec` builds for `split="val"`.
 
     Returns:
-        Confusion matrix; see `evaluate_paper`.
+        The confusion matrix; see `evaluate_paper`.
     """
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     rank = dist.get_global_rank()
-    # The sampler repeats samples so that all ranks have equally many; ignore the repeats.
+    # The sampler repeats samples so that all ranks get the same number of samples. Ignore the
+    # repeated samples.
     left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
     with torch.inference_mode():
         for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):
@@ -146,14 +149,13 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score a checkpoint as the command line asks.
+    """Score a checkpoint with the options of the command line.
 
     Args:
-        options: Command line; see `command_lines.parse_evaluate`.
+        options: Parsed command line; see `command_lines.parse_evaluate`.
 
     Returns:
-        The result that `--json` writes, with scores in percent. A score without any labelled pixel
-            is None.
+        The content for `--json`, with scores in percent. A score is None if no pixel is labelled.
     """
     segmenter = segmenter_from(options, amp=options.amp)
     source, arguments = data_source(options, segmenter)
@@ -166,7 +168,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = open_dataset(source)
         index = torch.from_numpy(source.labels.index())
-        if order is not None:  # The class indices of the model, for each label of the data.
+        if order is not None:  # Map each label of the data to the model's class index.
             index = torch.where(index < 0, index, torch.tensor(order)[index.clamp(0)])
         workers = arguments["num_workers"]
         analysis = None
@@ -180,7 +182,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
     if order is not None and options.protocol == "square":
-        # Rows are classes of the data, and columns are classes of the model.
+        # Rows follow the data's class order, and columns follow the model's.
         matrix[order] = matrix.clone()
     if options.confusion and dist.get_global_rank() == 0:
         write_image(options.confusion, draw_confusion(matrix.numpy(), segmenter.classes))
@@ -214,7 +216,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write_analysis(analysis: ErrorAnalysis, options: argparse.Namespace) -> None:
-    """Write the scores of single images, and draw those with the lowest."""
+    """Write the scores of each image, and draw the images with the lowest scores."""
     scores = analysis.gather()
     if options.per_image and dist.get_global_rank() == 0:
         write_file(options.per_image, scores_as_csv(scores, analysis.classes))
@@ -223,11 +225,11 @@ def _write_analysis(analysis: ErrorAnalysis, options: argparse.Namespace) -> Non
 
 
 def report(result: dict[str, Any], with_pairs: bool = False) -> str:
-    """Return the result as text: a table of the classes, then the three scores.
+    """Return the result as text, with a table of the classes and the three overall scores.
 
     Args:
         result: Result of `evaluate`.
-        with_pairs: Whether to name the pairs of classes that are confused most.
+        with_pairs: Whether to list the most frequently confused pairs of classes.
     """
 
     def percent(value: float | None, width: int = 7) -> str:
@@ -261,19 +263,19 @@ def report(result: dict[str, Any], with_pairs: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 1 if the disk is full, 2 if an input or option is unusable."""
+    """Run the command line; return 0, 1 for a full disk, or 2 for an unusable input or option."""
     options = parse_evaluate(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
         allows_tf32 = torch.backends.cuda.matmul.allow_tf32
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
-        # Composer's get_device allows TF32. A single process does not use it, so restore the
-        # setting.
+        # Composer's get_device() enables TF32. Restore the setting, so that the scores equal those
+        # of a single process.
         torch.backends.cuda.matmul.allow_tf32 = allows_tf32
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Check now whether the outputs can be written, and not after the last image.
+        # Check before the evaluation whether the outputs can be written.
         outputs = [options.csv, options.json, options.per_image, options.confusion]
         outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)

@@ -1,4 +1,4 @@
-"""Export a checkpoint for deployment, with everything that a program needs to use it.
+"""Export a checkpoint for deployment, with all metadata that a program needs.
 
     python export.py runs/first --to onnx                           # its best, as first.onnx
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
@@ -15,11 +15,11 @@
 | `web`         | a browser, from any static host      | see extras/sharing/web.py     |
 | `hub`         | any of these, from Hugging Face      | see extras/sharing/card.py    |
 
-The first three take `image`, (N, 3, H, W) uint8 RGB with any N, H and W. They return `logits`, (N,
-C, H, W) float32, and include normalisation and upsampling. All have metadata: `classes`, a JSON
-list of names and colours; `config`, the config of the run; `size`, the size of its validation
-images; `mean` and `std` of the normalisation. Each file is compared with the PyTorch model on an
-image before the export counts as complete.
+The first three formats take `image`, (N, 3, H, W) uint8 RGB with any N, H and W, and return
+`logits`, (N, C, H, W) float32. They include normalisation and upsampling. The metadata of all
+formats contains `classes` (a JSON list of names and colours), `config` (the run's config), `size`
+(the size of its validation images), and `mean` and `std` for normalisation. Before an export is
+complete, the exported file is compared with the PyTorch model on an image.
 """
 
 from __future__ import annotations
@@ -84,20 +84,20 @@ MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
 def compare(
     model: Deployed, exported: Callable[[Tensor], Tensor], photo: np.ndarray, size: int
 ) -> tuple[float, float]:
-    """Compare an exported file with the model that it was made from.
+    """Compare an exported file with the original PyTorch model.
 
-    The image is tested in two sizes that differ from the exporter's example. In the second size, it
-    is in a batch with its mirror image.
+    Both run on the image at two sizes that differ from the exporter's example input. At the second
+    size, the batch also contains the mirrored image.
 
     Args:
         model: PyTorch model.
-        exported: Function in the exported file.
+        exported: Function that runs the exported file.
         photo: (H, W, 3) uint8 RGB.
         size: Length of the image's shorter side, pixels.
 
     Returns:
-        The share of pixels with the same class, and the largest difference of a logit. The
-            difference is relative to the largest logit if that is above 1.
+        The share of pixels with the same class, and the largest difference between logits. The
+            difference is relative to the largest logit if that exceeds 1.
     """
     same, pixels, difference, largest = 0, 0, 0.0, 1.0
     for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
@@ -118,16 +118,16 @@ def compare(
 
 @dataclass(frozen=True)
 class Source:
-    """Everything needed to write an exported file.
+    """The data needed to write an exported file.
 
     Attributes:
-        name: Name of the run, or of the file if the run is unknown.
+        name: Name of the run, or of the weights file if the run is unknown.
         weights: Weights as read from the file.
-        network: Network with these weights.
+        network: Network that contains these weights.
         classes: Name and colour of each class.
         config: Config of the run, or None.
         photo: (H, W, 3) uint8 RGB image for the comparison.
-        size: Length of its shorter side, pixels.
+        size: Length of the shorter side of `photo` in the comparison, pixels.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Source:
 
     @property
     def normalisation(self) -> dict[str, str]:
-        """The metadata of every format about the normalisation of RGB values from 0 to 255."""
+        """The metadata about the normalisation of RGB values from 0 to 255."""
         return {"mean": json.dumps(self.network.mean), "std": json.dumps(self.network.std)}
 
 
@@ -148,8 +148,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 if the exported file differs from the model; 2 if the model or an option cannot be
-            used.
+        The exit status: 0 for success, 1 if the exported file differs from the model, or 2 if the
+            model or an option is unusable.
     """
     options = parse_export(arguments)
     options.photo = options.photo or [_sample_photo()]
@@ -192,7 +192,7 @@ def _stem(model: str) -> str:
 
 
 def _read(options: argparse.Namespace) -> Source:
-    """Read the files that the command line names."""
+    """Read the model, the class names and the images named on the command line."""
     weights = load_weights(options.model, options.weights)
     weights = complete(weights, options.model, options.network)
     classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
@@ -207,7 +207,7 @@ def _read(options: argparse.Namespace) -> Source:
 
 
 def _inputs(options: argparse.Namespace) -> list[str]:
-    """Return the files that an export reads; none of them may be overwritten."""
+    """Return the files that an export reads and must not overwrite."""
     optional = [path for path in (options.classes, options.scores) if path]
     return [checkpoint_in(options.model), *options.photo, *optional]
 
@@ -218,11 +218,11 @@ def _write_weights(source: Source, kind: str, path: Path) -> None:
 
 
 def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True) -> None:
-    """Write a format that contains the network, and compare it with the model.
+    """Write a self-contained format, and compare the file with the PyTorch model.
 
     Raises:
-        RunError: The network cannot be exported, or the file differs from the model. No file is
-            left.
+        RunError: The network cannot be exported, or the file differs from the model. In either
+            case, no file is left behind.
         OutputError: The disk is full.
     """
     network = source.network
@@ -234,7 +234,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
             agreement, difference = compare(model, exported, source.photo, source.size)
         except (OutputError, UserError):
             raise
-        except Exception as error:  # An exporter may raise any error.
+        except Exception as error:  # Exporters can raise any type of error.
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
@@ -251,7 +251,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
 
 
 def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> None:
-    """Write the page of extras/sharing/web.py."""
+    """Write the web page that extras/sharing/web.py describes."""
     photos = options.photo
     if len(source.classes) > 256:
         raise UserError("the page's masks have 8 bits, so the model can have at most 256 classes")
@@ -260,7 +260,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
-        size = source.weights.eval_size or 512  # The default of predict.py is 512, too.
+        size = source.weights.eval_size or 512  # 512 is also the default of predict.py.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")
@@ -269,19 +269,19 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
 def _check_folder(
     folder: Path, names: Sequence[str], is_ours: bool, options: argparse.Namespace
 ) -> None:
-    """Raise UserError if an export would overwrite inputs, or files that no export wrote."""
+    """Raise UserError if an export would overwrite inputs or files not written by an export."""
     paths = [folder / name for name in names]
     check_outputs(paths, _inputs(options))
     for path in paths:
         if path.exists() and not is_ours:
             raise UserError(
                 f"{path} would be overwritten, but no earlier export wrote it; move it, or give "
-                "another --out"
+                "a different --out"
             )
 
 
 def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> None:
-    """Write weights, ONNX, config and card, and push them if a repository is named."""
+    """Write weights, ONNX file, config and card, and push them if a repository is given."""
     check_place(folder)
     names = ["model.safetensors", MODEL, PICTURE, CARD]
     if source.config is not None:
@@ -325,7 +325,7 @@ def _write_card(
     scores: Mapping[str, Any] | None,
     options: argparse.Namespace,
 ) -> None:
-    """Measure the numbers on a model card, and write the card."""
+    """Write a model card with measured file sizes and speeds."""
     measured, picture = [], None
     for path in files:
         segmenter = Segmenter(
@@ -359,7 +359,7 @@ def _write_card(
 
 
 def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | None:
-    """Return the scores in `--scores`, or those of `evaluate.py`; None if it cannot run."""
+    """Return the scores from `--scores` or from `evaluate.py`, or None if evaluation fails."""
     if options.scores:
         names, which = [c.name for c in source.classes], source.weights.which
         scores = read_scores(options.scores, names, which)
@@ -388,7 +388,7 @@ def _print_size(source: Source, path: Path) -> None:
 
 
 def _sample_photo() -> str:
-    """Return the default image for the comparison, from matplotlib's sample data."""
+    """Return the path of the default comparison image, from matplotlib's sample data."""
     import matplotlib
 
     return os.path.join(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")

@@ -1,4 +1,4 @@
-"""Output files and folders that appear complete or not at all.
+"""Output files and folders that appear under their final name only when they are complete.
 
     write_file("scores.json", text)              # text or bytes
     write_image("overlay.jpg", picture, quality=92)
@@ -7,10 +7,10 @@
     with output_folder("page") as folder:        # several files that belong together
         write_page(folder)
 
-Each output is written under a hidden name, `.unfinished-...`, in the same folder, and renamed at
-the end. Any exception, including KeyboardInterrupt, removes the unfinished file and keeps an older
-file of that name. Only a killed process leaves the hidden file behind. This module imports nothing
-slow.
+Each output is written to a hidden file `.unfinished-...` in the same folder and renamed at the end.
+If any exception occurs, including KeyboardInterrupt, the unfinished file is removed and an older
+file with the final name is kept. Only a killed process leaves the hidden file behind. This module
+imports no slow packages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PathLike = str | os.PathLike[str]
-# The disk or the quota is full, or the file is too long for the process or the file system.
+# Errors for a full disk, an exhausted quota, and a file that exceeds a size limit.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
@@ -44,7 +44,7 @@ def is_remote(path: PathLike) -> bool:
 
 
 def write_file(path: PathLike, data: bytes | str) -> None:
-    """Write bytes, or text as UTF-8, to a file that appears complete or not at all.
+    """Write bytes, or text as UTF-8, to a file that appears only when it is complete.
 
     Args:
         path: Path of the file.
@@ -60,14 +60,14 @@ def write_file(path: PathLike, data: bytes | str) -> None:
 
 
 def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
-    """Write a PNG or JPEG, chosen by the extension of the path.
+    """Write an image as PNG or JPEG, depending on the path's extension.
 
-    Pillow encodes into memory, because its own writer does not report a full disk.
+    The image is encoded in memory first, because Pillow's own writer does not report a full disk.
 
     Args:
         path: Path of the file.
         image: Image to write.
-        **options: Pillow's options for `Image.save`.
+        **options: Options for Pillow's `Image.save`.
 
     Raises:
         OutputError: The disk is full.
@@ -77,12 +77,12 @@ def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
 
 
 def encode_image(suffix: str, image: Image.Image, **options: Any) -> bytes:
-    """Return the content of a PNG or JPEG.
+    """Return an image encoded as PNG or JPEG.
 
     Args:
-        suffix: Extension of the file, such as `.png`.
+        suffix: File extension that selects the format, such as `.png`.
         image: Image to encode.
-        **options: Pillow's options for `Image.save`.
+        **options: Options for Pillow's `Image.save`.
     """
     data = io.BytesIO()
     image.save(data, IMAGE_FORMATS[suffix.lower()], **options)
@@ -93,8 +93,8 @@ def encode_image(suffix: str, image: Image.Image, **options: Any) -> bytes:
 def output_file(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path with the same extension, and rename it to `path` at the end.
 
-    Missing parent folders are created, and a link is followed. A device or a pipe, such as
-    /dev/stdout, receives the complete bytes.
+    Missing parent folders are created, and symbolic links are followed. If `path` is a device or a
+    pipe, such as /dev/stdout, it receives the complete content at the end.
 
     Args:
         path: Path of the file.
@@ -126,9 +126,9 @@ def output_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(path: PathLike) -> Iterator[Path]:
-    """Yield an empty folder, and rename it to `path` at the end, or move its files there.
+    """Yield an empty folder, which is renamed to `path` or merged into it at the end.
 
-    Files in `path` with other names stay.
+    Files that exist only in `path` are kept.
 
     Args:
         path: Path of the folder.
@@ -139,7 +139,8 @@ def output_folder(path: PathLike) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(path))
     with explain_output(path):
-        # An existing folder may be a mount point. Nothing can be renamed from its parent into it.
+        # An existing folder may be a mount point. Create the unfinished folder inside it, because
+        # files cannot be renamed across file systems.
         unfinished = _beside(final / "_" if final.is_dir() else final)
         unfinished.mkdir(parents=True)
         try:
@@ -155,7 +156,7 @@ def output_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def explain_output(path: PathLike) -> Iterator[None]:
-    """Turn an OSError from writing into one line that names `path`.
+    """Turn an OSError while writing into a one-line error that names `path`.
 
     An OSError that names another file, such as an input, is raised unchanged.
 
@@ -173,27 +174,29 @@ def explain_output(path: PathLike) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or one_line(error)
         if error.errno in FULL:
-            raise OutputError(f"{path}: {reason}; make room, or choose another place") from error
+            raise OutputError(
+                f"{path}: {reason}; free some space, or choose a different location"
+            ) from error
         name = os.fspath(error.filename) if error.filename is not None else ""
         folder = os.path.dirname(os.path.realpath(path))
         hidden = isinstance(name, str) and ".unfinished-" in name
         if not name or hidden or os.path.realpath(name) == os.path.realpath(path):
             raise UserError(f"cannot write {path}: {reason}") from error
-        # The file in the error is a parent folder of the output.
+        # Here the error names a parent folder of the output.
         if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):
             raise UserError(f"cannot write {path}: {name}: {reason}") from error
         raise
 
 
 def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) -> None:
-    """Refuse outputs that would overwrite an input or another output, or that are folders.
+    """Reject outputs that are folders or would overwrite an input or another output.
 
     Args:
         outputs: Paths of the files that a command will write.
-        inputs: Paths of the files that it reads.
+        inputs: Paths of the files that the command reads.
 
     Raises:
-        UserError: An output has a name that it may not have.
+        UserError: An output path is a folder or would overwrite a file.
     """
     read = {os.path.realpath(path) for path in inputs}
     written = set()
@@ -202,16 +205,20 @@ def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) 
             continue
         final = os.path.realpath(path)
         if final in read:
-            raise UserError(f"{path} would be overwritten, but it is an input; choose another name")
+            raise UserError(
+                f"{path} would be overwritten, but it is an input; choose a different name"
+            )
         if final in written:
             raise UserError(f"{path}: two outputs have this name; give them different names")
         if os.path.isdir(final):
-            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+            raise UserError(f"cannot write {path}: it is a folder; give a file name")
         written.add(final)
 
 
 def check_writable(path: PathLike) -> None:
-    """Check that a file can be written, without leaving anything behind. Its folder must exist.
+    """Check that a file can be written, without leaving anything behind.
+
+    The file's folder must exist.
 
     Args:
         path: Path of the file.
@@ -225,7 +232,7 @@ def check_writable(path: PathLike) -> None:
     with explain_output(path):
         final = Path(os.path.realpath(path))
         if final.exists() and not os.access(final, os.W_OK):
-            raise UserError(f"cannot write {path}: it is read-only")
+            raise UserError(f"cannot write {path}: it is read-only; choose another file")
         unfinished = _beside(final)
         try:
             unfinished.touch(exist_ok=False)
@@ -235,7 +242,7 @@ def check_writable(path: PathLike) -> None:
 
 @contextmanager
 def _final_name_in_errors(unfinished: Path, path: PathLike) -> Iterator[None]:
-    """Replace the hidden path with `path` in the errors of outputs inside this context."""
+    """Replace the hidden path with `path` in error messages raised inside this context."""
     try:
         yield
     except (OutputError, UserError) as error:
@@ -254,12 +261,12 @@ def _is_stream(path: PathLike) -> bool:
 
 
 def _beside(final: Path) -> Path:
-    """Return an unused hidden path in the folder of a file, with the same extension."""
+    """Return an unused hidden path in a file's folder, with the same extension."""
     return final.with_name(f".unfinished-{secrets.token_hex(4)}{final.suffix}")
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Move the files of a folder into another one, and replace files with the same name."""
+    """Move a folder's files into another folder, replacing files with the same name."""
     for path in sorted(source.iterdir()):
         if path.is_dir() and (target / path.name).is_dir():
             _move_into(path, target / path.name)

@@ -1,4 +1,4 @@
-"""Train or evaluate a segmentation network as a YAML file describes.
+"""Train or evaluate the segmentation network that a YAML file describes.
 
 composer main.py yamls/deeplabv3.yaml                             # every GPU of this machine
 composer main.py yamls/deeplabv3.yaml recipe_name=mild seed=1     # override keys of the YAML
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Data = tuple[DataSpec | None, DataSpec]  # Training data and evaluation data.
+Data = tuple[DataSpec | None, DataSpec]  # A run's training data and evaluation data.
 
 
 def main(
@@ -86,41 +86,42 @@ def main(
     loggers: Sequence[LoggerDestination] = (),
     data: Data | None = None,
 ) -> Trainer:
-    """Train, or evaluate if the config says `is_train: false`.
+    """Train, or only evaluate if the config sets `is_train: false`.
 
     Args:
-        config: The YAML as OmegaConf loads it; see training/schema.py for the keys.
-        callbacks: Additional callbacks, which run before the run's own.
-        loggers: Additional loggers.
-        data: Training data and evaluation data that replace the config's.
+        config: Content of the YAML, as loaded by OmegaConf; training/schema.py lists its keys.
+        callbacks: Additional callbacks, called before the callbacks that the config requests.
+        loggers: Loggers to use in addition to those in the config.
+        data: Training data and evaluation data to use instead of the config's data sets.
 
     Returns:
         The trainer after the run; the network is `trainer.state.model.module`.
 
     Raises:
-        UserError: The config, the data set, the model or a checkpoint cannot be used; errors.py has
-            a class for each.
-        RunError: Training cannot continue, or was asked to stop (`Stopped`).
+        UserError: The config, the data set, the model or a checkpoint is unusable. Its subclasses
+            in errors.py tell these cases apart.
+        RunError: Training cannot continue, or the user or the scheduler asked it to stop
+            (`Stopped`).
     """
-    # Composer reads NODE_RANK, which torchrun does not set. The command line has set it already,
-    # but a caller of main() may not have.
+    # Composer reads NODE_RANK, which torchrun does not set. The command line sets it, but a program
+    # that calls main() directly may not.
     name_node(os.environ)
-    # Copy the caller's config, so that later changes to it do not change the run.
+    # Copy the caller's config, so that the caller can change it later without affecting the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
     else:
         config = resolve(config, with_data=data is None)
-    # An evaluation needs a checkpoint. A plan of one does not, so resolve() does not check this.
+    # An evaluation needs a checkpoint, but `--plan` does not, so resolve() cannot check for it.
     check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
-        # Only one rank prints, because the lines are the same on all ranks.
+        # Print from one rank only, because the lines are the same on all ranks.
         if dist.get_global_rank() == 0:
-            # The progress bar leaves the cursor within a line, so begin a new one.
+            # The progress bar leaves the cursor in the middle of a line, so start a new line.
             print("", *start_lines(trainer, config), sep="\n", flush=True)
         train_or_evaluate(trainer, config)
     finally:
-        release_save_folder(config)  # From here on, another process may use the folder.
+        release_save_folder(config)  # Let other runs use the folder.
     return trainer
 
 
@@ -133,7 +134,7 @@ def build_trainer(
 ) -> Trainer:
     """Build everything that a run needs before its first step.
 
-    The arguments are those of `main`.
+    See `main` for the arguments.
 
     Raises:
         UserError: See `main`.
@@ -141,32 +142,32 @@ def build_trainer(
     # Set up this process: check the GPU, join the other ranks, and seed.
     device, precision = set_up_process(config)
 
-    # Find where the run begins, lock the folder that it saves to, and start its loggers.
+    # Find the run's starting checkpoint, lock its save folder, and start its loggers.
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
     evaluations = EvaluationSchedule(config.eval_interval)
     saver = build_saver(config, evaluations)
     start = find_run_start(config, saver, scratch.name)
     destinations = build_loggers(config, start.server_runs)
 
-    # Open the data before the network, because a missing file is found within seconds.
+    # Open the data before building the network, so that a missing file is reported within seconds.
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
     check_lengths(config, train_data)
 
-    # Build the network. Its config then holds all arguments, so a checkpoint can rebuild it.
+    # Build the network, and complete its config so that a checkpoint can rebuild it.
     weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe. Loading a checkpoint will replace the settings.
+    # Build the optimizer and the recipe. Keep its settings, because a checkpoint replaces them.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
 
-    # Choose the micro-batch before compiling, because its estimate runs the network without data.
+    # Choose the micro-batch size while the network is uncompiled, as its estimate requires.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
-    # Build Composer's Trainer. It loads a checkpoint, which must not be able to run code.
+    # Build Composer's Trainer. It loads the checkpoint, so guard against code in the file.
     with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
@@ -176,12 +177,12 @@ def build_trainer(
             eval_interval=evaluations,
             max_duration=config.max_duration,
             optimizers=optimizer,
-            schedulers=schedule if config.is_train else None,  # A schedule needs an epoch's length.
+            schedulers=schedule if config.is_train else None,  # Needs the length of an epoch.
             algorithms=algorithms,
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
             load_path=start.state_path,
-            spin_dataloaders=False,  # Our sampler computes the order of samples from the epoch.
+            spin_dataloaders=False,  # Our sampler derives the sample order from the epoch.
             device=device,
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
@@ -189,11 +190,11 @@ def build_trainer(
         )
     scratch.cleanup()
 
-    # Apply the keys that the user has changed since the checkpoint, such as the learning rate.
+    # Apply config keys that the user has changed since the checkpoint, such as the learning rate.
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # With "auto", begin at the estimate: every size that does not fit costs a compilation.
+    # With "auto", start at the estimate, because each size that is too large costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)
@@ -208,60 +209,61 @@ def build_model(
     class_weights: list[float] | None,
     data: Data,
 ) -> tuple[Config, ComposerDeepLabV3]:
-    """Build the model, load its initial weights, and set the data's normalisation to match.
+    """Build the model, load its initial weights, and normalise the data as the network expects.
 
     Returns:
-        The config, completed with all arguments that rebuild the network, and the model.
+        The config, completed with all arguments needed to rebuild the network; and the model.
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
-    del keys["freeze_backbone"]  # The algorithm FreezeBackbone reads this key.
+    del keys["freeze_backbone"]  # Read by the FreezeBackbone algorithm.
     if start.checkpoint:
-        # The checkpoint's weights replace them, so do not download them.
+        # Do not download pretrained weights that the checkpoint would replace anyway.
         keys["backbone_weights"] = None
     model = build_composer_model(
         **keys,
         init_fn=weight_init,
         cpu_autocast=precision.cpu_autocast,
-        # A compiled network sees only one batch size if the last batch of an evaluation is padded.
+        # Pad the last evaluation batch, so that a compiled network sees only one batch size.
         eval_batch_size=per_process(config.eval_dataset) if compiles(config) else None,
     )
     network = model.module
-    # A network of another library brings its own normalisation and its own limits on image sizes.
-    # DeepLabV3 is not a Network; the data's default normalisation is the right one for it.
+    # A network from another library has its own normalisation and its own limits on image sizes.
+    # DeepLabV3 is not a `Network` and uses the data's default normalisation.
     if isinstance(network, Network):
         sizes = {config.train_dataset.final_size} if config.is_train else set()
-        # Try a forward pass at each size now, so that a network that does not fit fails in seconds.
+        # Try a forward pass at each image size, so that an incompatible network fails within
+        # seconds.
         network.check(config.model.num_classes, sorted(sizes | {config.eval_dataset.final_size}))
         config = replace(config, model=replace(config.model, arguments=network.arguments))
         for transform in device_transforms(data):
             transform.normalise_by(network.mean, network.std)
     if start.checkpoint and start.state_path:
-        # Composer loads these weights later, together with the optimizer's state.
+        # Only check the weights here; Composer loads them later with the optimizer's state.
         start.checkpoint.check_network(network)
     elif start.checkpoint:
         from training.initial_weights import load_initial_weights
 
         load_initial_weights(config, start.checkpoint, network)
-    # The loader's batches are channels-last, so the weights get the same layout.
+    # Convert the weights to channels-last, because the loader's batches have that layout.
     model.to(memory_format=network.memory_format)  # pyright: ignore (torch's overloads lack it)
     return config, model
 
 
 def train_or_evaluate(trainer: Trainer, config: Config) -> None:
-    """Train to the end of the run, or evaluate once if the config says `is_train: false`."""
+    """Train to the end of the run, or evaluate once if the config sets `is_train: false`."""
     if not config.is_train:
         trainer.eval()
         return
 
     saver = saver_of(trainer.state)
-    # From here on, a signal such as SIGTERM saves a checkpoint after the batch in progress.
+    # Make signals such as SIGTERM save a checkpoint after the batch in progress.
     with saver.listening() if saver else nullcontext():
         time, end = trainer.state.timestamp, trainer.state.max_duration
         is_complete = end is not None and time >= end
         is_stopped = saver is not None and saver.ended is not None
         is_due = saver is not None and saver.evaluations.due
-        # Evaluate before training if an interrupted run left an evaluation due. A finished run is
-        # evaluated too, so that repeating its command prints its score again.
+        # Evaluate before training if an interrupted run left an evaluation pending. Also evaluate a
+        # finished run, so that repeating its command prints its score again.
         if is_due or is_complete or is_stopped or (config.eval_first and time.batch == 0):
             trainer.eval()
         if is_complete:
@@ -270,8 +272,8 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
                 "continue",
                 config.max_duration,
             )
-        # Ask again instead of reusing is_stopped: the evaluation above may have used up the
-        # patience.
+        # Do not reuse is_stopped here, because the evaluation above may have triggered early
+        # stopping.
         elif saver and saver.ended:
             log.warning(
                 "nothing is left to train: the run did not improve for stop_after=%s; raise it "
@@ -280,7 +282,7 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
             )
         else:
             trainer.fit()
-        # Uploads to an object store run in the background; wait until all have arrived.
+        # Wait for the background uploads to an object store.
         if saver:
             saver.finish()
 
@@ -302,13 +304,13 @@ def run(
         config = read_command_line(arguments)
     except SystemExit as end:
         return int(end.code or 0)
-    # read_command_line returns no config for --plan, which has options of its own.
+    # For --plan, read_command_line returns None, because the planner parses its own options.
     return run_config(config, callbacks, loggers) if config else run_plan(arguments)
 
 
 def run_plan(arguments: list[str]) -> int:
     """Predict a run's time, memory and disk space without running it; return the exit status."""
-    # Import the planner here, because a plain training run never loads extras/.
+    # Import the planner only here, so that a training run does not load extras/.
     from extras.planning.plan import main as plan
 
     return plan(arguments, build_trainer)
@@ -326,7 +328,7 @@ def run_config(
         watch = join_processes()
     except Lost as lost:
         return _refuse(lost, lost.status)
-    # An unexpected error passes through this function, and the other ranks then see status 1.
+    # If an unexpected error occurs, report status 1 to the other ranks.
     status = 1
     try:
         status = _run_to_end(config, callbacks, loggers, watch)
@@ -342,26 +344,28 @@ def _run_to_end(
     loggers: Sequence[LoggerDestination],
     watch: Watch | None,
 ) -> int:
-    """Train or evaluate, and turn known errors into one line and an exit status.
+    """Train or evaluate; report known errors in one line and return an exit status.
 
     The status is 0 for success, 2 for bad input, and 75 for a run that can be started again.
     """
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
-    # A launcher or a scheduler can restart the run on this status: EX_TEMPFAIL of sysexits.h.
+    # Return EX_TEMPFAIL of sysexits.h, so that a launcher or a scheduler can restart the run.
     except Stopped as stop:
         if dist.get_global_rank() == 0:
             print(stop)
         return TRY_AGAIN
-    # StoreError is a UserError too, so it comes first. The store may be back at the next attempt.
+    # Handle StoreError before its base class UserError, because the store may recover by the next
+    # attempt.
     except StoreError as error:
         return _refuse(error, TRY_AGAIN, watch)
     except UserError as error:
         return _refuse(error, 2, watch)
-    # NCCL, gloo, the loader and the disk all raise these types; explain() tells them apart.
+    # NCCL, gloo, the data loader and the disk all raise these error types; explain() tells them
+    # apart.
     except (RuntimeError, OSError) as error:
         known = explain(error, watch)
-        if known is None and isinstance(error, OSError):  # A full disk, for example.
+        if known is None and isinstance(error, OSError):  # For example, the disk is full.
             return _refuse(one_line(error), 1, watch)
         if known is None:
             # An unknown error is probably a bug, so keep its traceback.
@@ -375,8 +379,9 @@ def _run_to_end(
 
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
-    """Print an error once, even if all ranks find it, and return the status."""
-    # torchrun restarts refused runs. Notes in its folder keep the later attempts silent.
+    """Print an error only once, even if every rank raises it, and return the status."""
+    # torchrun restarts a run even after a bad config. Marker files in torchrun's folder keep later
+    # attempts from printing the error again.
     is_first = is_first_to_refuse(str(error)) if status == 2 else None
     if is_first is None:
         is_first = watch is None or watch.is_first_to_say(str(error))

@@ -1,4 +1,4 @@
-"""The ComposerModel that trains DeepLabV3+ or another network.
+"""The ComposerModel for training DeepLabV3+ or any other segmentation network.
 
     network = deeplabv3(num_classes=150, backbone_arch="resnet101")  # a plain nn.Module
     model = build_composer_deeplabv3(num_classes=150)  # a ComposerModel, for Composer's Trainer
@@ -39,22 +39,24 @@ __all__ = [
 class ComposerDeepLabV3(ComposerClassifier):
     """A segmentation network with its loss and metrics, as Composer's Trainer expects it.
 
-    Batches are `(image, target)` pairs. Composer would score every training step; the callback
-    `TrainMIoU` scores only some of them.
+    Batches are `(image, target)` pairs. The model has no training metrics, because Composer would
+    compute them at every step. The callback `TrainMIoU` scores only some of the steps.
 
     Args:
-        network: Maps images (N, 3, H, W) to logits of any resolution; kept as `module`.
+        network: Network that maps images (N, 3, H, W) to logits of any resolution; stored as
+            `module`.
         num_classes: Number of classes C.
-        ignore_index: Target value of pixels that count neither in the loss nor in the metrics.
+        ignore_index: Target value of pixels that the loss and the metrics ignore.
         cross_entropy_weight: Weight of the cross entropy in the loss.
         dice_weight: Weight of the Dice loss in the loss.
-        class_weights: Weights of the classes in both parts of the loss; None: equal weights.
-        fused_loss: `"auto"` computes the loss with Triton kernels on a GPU, `False` with PyTorch's
-            operations. Both compute the same loss.
-        cpu_autocast: Type of the forward pass on a CPU, such as `torch.bfloat16`. Composer has
-            mixed precision for GPUs only.
-        eval_batch_size: Number of images that the last evaluation batch is padded to, so that a
-            compiled network sees one shape; None: no padding.
+        class_weights: Weight of each class in the cross entropy and the Dice loss; None: equal
+            weights.
+        fused_loss: `"auto"` to compute the loss with Triton kernels on a GPU, or `False` to compute
+            it with PyTorch operations. Both give the same loss.
+        cpu_autocast: Data type of the forward pass on a CPU, such as `torch.bfloat16`. Composer
+            supports mixed precision only on GPUs.
+        eval_batch_size: Size that the last evaluation batch is padded to, so that a compiled
+            network sees only one shape; None: no padding.
     """
 
     def __init__(
@@ -69,32 +71,33 @@ class ComposerDeepLabV3(ComposerClassifier):
         cpu_autocast: torch.dtype | None = None,
         eval_batch_size: int | None = None,
     ) -> None:
-        # The metrics read logits of any resolution, like the loss. The tensor (N, C, H, W) at full
-        # size never exists.
+        # Like the loss, the metrics accept logits of any resolution, so no full-size tensor (N, C,
+        # H, W) is ever allocated.
         metrics = {
             "MIoU": MIoU(num_classes, ignore_index),
             "CrossEntropy": CrossEntropy(ignore_index),
         }
-        # The collection of training metrics is empty, because Composer would score every step.
+        # Pass no training metrics, because Composer would compute them at every step.
         super().__init__(network, num_classes, MetricCollection([]), MetricCollection(metrics))
         self.num_classes: int = num_classes
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
         self.fused_loss = fused_loss
-        # The weights are not a buffer, because neither a checkpoint nor the averaged weights should
-        # hold them.
+        # Do not register the class weights as a buffer, because a buffer would become part of
+        # checkpoints and of the averaged weights.
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.cpu_autocast = cpu_autocast
         self.eval_batch_size = eval_batch_size
-        # PyTorch's BatchNorm layers each count their batches, in a hundred tiny operations. Count
-        # all of them at once instead, in forward().
+        # Each BatchNorm layer in PyTorch increments its own batch counter, which adds a hundred
+        # tiny operations. Update all counters at once in forward() instead.
         self._layers = stop_counting(network)
-        # The score of the last batch is shared by both metrics, so its logits are upsampled once.
+        # Cache the score of the last batch for both metrics, so that its logits are upsampled only
+        # once.
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
-        """Return the logits of a batch; in training, auxiliary outputs may follow in a tuple."""
+        """Return the logits of a batch; in training, possibly a tuple with auxiliary outputs."""
         image = batch[0]
         count_batches(self._layers)
         if self.cpu_autocast is not None and image.device.type == "cpu":
@@ -103,12 +106,12 @@ class ComposerDeepLabV3(ComposerClassifier):
         return self.module(image)
 
     def loss(self, outputs: Any, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
-        """Return `total` and its parts; see `segmentation.losses.segmentation_loss`."""
-        # Composer moves only parameters and buffers to the device. This copies once; later calls
-        # find the weights in place.
+        """Return the total loss and its parts; see `segmentation.losses.segmentation_loss`."""
+        # Composer moves only parameters and buffers to the device, so move the class weights here.
+        # After the first call, this does nothing.
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(main_logits(outputs).device)
-        # fused_kernels also decides which kernels compute the gradient of this loss.
+        # fused_kernels() selects the kernels for the loss and for its gradient.
         with fused_kernels(self.fused_loss is not False):
             losses = segmentation_loss(
                 main_logits(outputs),
@@ -118,8 +121,8 @@ class ComposerDeepLabV3(ComposerClassifier):
                 dice_weight=self.dice_weight,
                 class_weights=self.class_weights,
             )
-            # A network of another library may return auxiliary outputs in training, each with a
-            # loss.
+            # In training, a network from another library may return auxiliary outputs, each of
+            # which has its own loss.
             if isinstance(outputs, tuple):
                 network = cast(Network, self.module)
                 auxiliary = network.auxiliary_loss(outputs[1:], batch[1], self.ignore_index)
@@ -127,25 +130,25 @@ class ComposerDeepLabV3(ComposerClassifier):
         return losses
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
-        """Return the logits of a batch; the forward pass runs on `eval_batch_size` images."""
-        # Composer passes outputs if it has already computed them.
+        """Return the logits of a batch, which is first padded to `eval_batch_size` images."""
+        # Composer passes the outputs if it has already computed them.
         if outputs is not None:
             return outputs
         image, target = batch
         missing = (self.eval_batch_size or 0) - len(image)
         if missing <= 0:
             return self.forward(batch)
-        # Pad with images of zeros, and drop their logits again. In evaluation mode BatchNorm uses
-        # no statistics of the batch, so the other images keep their logits.
+        # Pad with images of zeros, and discard their logits afterwards. The padding does not affect
+        # the other images, because BatchNorm ignores batch statistics in evaluation mode.
         padded = F.pad(image, (0, 0) * 3 + (0, missing))
-        # Keep the memory layout of the other batches, because torch.compile would compile again for
-        # another layout.
+        # Use the memory layout of the other batches, because torch.compile would recompile for a
+        # different layout.
         padded = padded.contiguous(memory_format=torch.channels_last)
         return self.forward((padded, target))[: len(image)]
 
     def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
-        """Count an evaluation batch in a metric; all metrics share one upsampling."""
-        # A weak reference tells whether the logits are the same tensor without keeping them alive.
+        """Update a metric with an evaluation batch; all metrics share one upsampling."""
+        # Compare the logits through a weak reference, which does not keep them in memory.
         if self._scored is None or self._scored[0]() is not outputs:
             score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)
             self._scored = weakref.ref(outputs), score
@@ -169,8 +172,8 @@ def build_composer_deeplabv3(
 ) -> ComposerDeepLabV3:
     """Build DeepLabV3(+) as a ComposerModel.
 
-    The name and the order of the arguments are those of MosaicML's reference; newer arguments
-    follow by keyword. See `deeplabv3` and `ComposerDeepLabV3` for their meaning.
+    The function name and the argument order match MosaicML's reference. Newer arguments are
+    keyword-only. See `deeplabv3` and `ComposerDeepLabV3` for details.
 
     Args:
         num_classes: Number of classes C.
@@ -182,8 +185,8 @@ def build_composer_deeplabv3(
         cross_entropy_weight: See `ComposerDeepLabV3`.
         dice_weight: See `ComposerDeepLabV3`.
         init_fn: See `deeplabv3`.
-        upsample: Whether `forward` returns logits of the image's size, as in the reference, instead
-            of the decoder's.
+        upsample: Whether `forward` returns logits at the image's resolution, as in the reference,
+            instead of the decoder's resolution.
         class_weights: See `ComposerDeepLabV3`.
         fused_loss: See `ComposerDeepLabV3`.
 
@@ -217,8 +220,8 @@ def build_composer_model(
     Raises:
         ModelError: The network cannot be built.
     """
-    # Two functions share the keys: create_network takes the keys that its signature names, and
-    # ComposerDeepLabV3 the rest.
+    # Pass the keys that create_network's signature names to create_network, and all other keys to
+    # ComposerDeepLabV3.
     names = keys.keys() & inspect.signature(create_network).parameters.keys()
     of_network = {name: keys.pop(name) for name in names}
     network = create_network(name, arguments, **of_network)

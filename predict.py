@@ -1,13 +1,14 @@
-"""Segment images, videos or a camera with a checkpoint, weights or an exported ONNX model.
+"""Segment images, videos or a camera stream with a checkpoint, weights or an ONNX model.
 
     python predict.py runs/first/latest-rank0.pt street.jpg holiday/ "*.png" --out predictions
     python predict.py model.onnx street.jpg --write overlay,index
     python predict.py runs/first drive.mp4 --every 2
     python predict.py runs/first /dev/video0                # or rtsp://..., until Ctrl-C
 
-The overlay is the image under the colours of its classes, with a legend of the classes in it. The
-index is a PNG of the image's size with the class index of every pixel: 8 bits, or 16 if the model
-has more than 256 classes. predict.py replaces its own earlier outputs and no other file.
+The overlay shows the image under the colours of the predicted classes, with a legend of these
+classes. The index is a PNG of the same size as the image and contains the class index of every
+pixel. It has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py overwrites
+its own earlier outputs but no other files.
 
 In Python:
 
@@ -60,43 +61,46 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# mmsegmentation's scales, each used with and without a flip
+# mmsegmentation's test-time scales, each used with and without a flip.
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 class Segmenter:
     """A model that predicts the class of every pixel of an image.
 
-    Images are resized as in mmsegmentation's tests on ADE20K. The aspect ratio is kept, and the
-    shorter side becomes `size` pixels unless the longer side would exceed four times that. The
-    scores are resized back to the resolution of the image, and the highest score decides the class.
+    Images are resized as in mmsegmentation's evaluation on ADE20K. The aspect ratio is kept, and
+    the shorter side becomes `size` pixels, unless the longer side would exceed four times that. The
+    class scores are resized back to the image's resolution, and each pixel gets the class with the
+    highest score.
 
     Args:
-        path: Composer checkpoint, state dict, safetensors file, or ONNX file of `export.py`.
-        classes: File or list of class names; None: the names in the file, or see
-            `classes.load_classes`.
-        size: Length of the shorter side in pixels; 0: no resizing; None: the size of the run's
-            validation images, or 512 if it is unknown.
-        tta: Whether to average the probabilities over six sizes (x 0.5 to 1.75), with and without a
-            flip.
-        slide: Whether to process square windows of side `size` (512 if that is 0) that overlap by a
-            third, instead of the whole image.
-        weights: `"ema"` or `"training"`, if the file holds both.
-        network: Name of the network, if the file does not contain it, or to allow a user's own
-            function to run.
-        device: Name of the device in torch; None: a GPU if there is one.
+        path: Path of a Composer checkpoint, a state dict, a safetensors file, or an ONNX file
+            written by `export.py`.
+        classes: Class names, or a file that lists them; None: the names stored with the model, or
+            the defaults of `segmentation.classes.load_classes`.
+        size: Length of the shorter image side in pixels; 0: no resizing; None: the size of the
+            run's validation images, or 512 if unknown.
+        tta: Whether to use test-time augmentation, which averages the probabilities over six scales
+            (0.5 to 1.75), each with and without a flip.
+        slide: Whether to process overlapping square windows instead of the complete image. The
+            windows have side `size` (512 if `size` is 0) and overlap by a third.
+        weights: Weights to use if the file contains both: `"ema"` or `"training"`.
+        network: Name of the network. It is needed if the file does not contain the name, or to
+            allow a user's own function to run.
+        device: Name of the torch device; None: a GPU if there is one.
         amp: Whether to compute in bf16.
 
     Attributes:
         classes: Name and colour of each class.
-        recorded_classes: Names and colours in the file, or None.
-        names_given: Whether the user gave the names in `classes`.
+        recorded_classes: Class names and colours stored in the file, or None.
+        names_given: Whether the names in `classes` come from the user.
         config: Config of the run, if the file contains it.
 
     Raises:
-        WeightsError: The file cannot be read, or belongs to another network.
+        WeightsError: The file cannot be read, or it belongs to a different network.
         ModelError: The network cannot be built, or the device does not exist.
-        ClassError: The class names cannot be read or do not fit, or there are more than 65,536.
+        ClassError: The class names cannot be read or do not match the model, or the model has more
+            than 65,536 classes.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
-            # An ONNX file does not need this import, which takes seconds.
+            # Import lazily, because this takes seconds and ONNX files do not need it.
             from checkpointing.rebuild import (
                 build_network,
                 complete,
@@ -163,7 +167,7 @@ class Segmenter:
         return self.predict([read_photo(photo)])[0].cpu().numpy().astype(dtype)
 
     def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
-        """Draw an image under the colours of its classes, beside a legend of these classes.
+        """Draw an image under the colours of its predicted classes, beside a legend.
 
         Args:
             photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
@@ -174,14 +178,15 @@ class Segmenter:
         return draw_overlay(photo, prediction, self.classes)
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Return the height and width of an image in the network, at each scale."""
+        """Return the height and width at which the network sees an image, for each scale."""
         sizes = []
         for scale in self.scales:
             factor = scale
-            if self.size:  # This is the rule and the rounding of mmcv.rescale_size.
+            if self.size:  # Use the rule and the rounding of mmcv.rescale_size.
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
-            # Windows that begin on the grid of the logits add up without resampling.
+            # Align the windows with the grid of the logits, so that their logits can be added
+            # without resampling.
             if self.window:
                 size = tuple(max(round(side / 8), 1) * 8 for side in size)
             sizes.append(size)
@@ -189,13 +194,13 @@ class Segmenter:
 
     @torch.inference_mode()
     def predict(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
-        """Segment images that have the same `network_sizes`.
+        """Segment a batch of images that share the same `network_sizes`.
 
         Args:
-            photos: (H, W, 3) uint8 RGB images; H and W may differ.
+            photos: (H, W, 3) uint8 RGB images, whose H and W may differ between images.
 
         Returns:
-            (H, W) int64 class indices of each image, on the device.
+            The (H, W) int64 class indices of each image, on the segmenter's device.
         """
         views = []
         for size in self.network_sizes(*photos[0].shape[:2]):
@@ -210,7 +215,7 @@ class Segmenter:
         ]
 
     def _logits(self, batch: Tensor) -> Tensor:
-        """Return the logits of images (N, 3, H, W) uint8; average them where windows overlap."""
+        """Return the logits of uint8 images (N, 3, H, W), averaged where windows overlap."""
         height, width = batch.shape[2:]
         window = self.window
         if not window or (height <= window and width <= window):
@@ -220,8 +225,8 @@ class Segmenter:
             for left in window_starts(width, window):
                 part = batch[:, :, top : top + window, left : left + window]
                 logits = self.network(part)
-                # The logits are coarser than stride 8, or do not divide the window, so resample
-                # them to stride 8.
+                # Resample logits to stride 8 if they are coarser than that, or if their size does
+                # not divide the window.
                 if logits.shape[2] * 8 < part.shape[2] or part.shape[2] % logits.shape[2]:
                     grid = (part.shape[2] // 8, part.shape[3] // 8)
                     logits = F.interpolate(logits, grid, mode="bilinear", align_corners=False)
@@ -238,7 +243,7 @@ class Segmenter:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return a device by its name; None: a GPU if there is one.
+    """Return the torch device with this name; None: a GPU if there is one.
 
     Raises:
         ModelError: The device does not exist.
@@ -248,7 +253,7 @@ def find_device(name: str | None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it cannot hold numbers")
         torch.empty(1, device=device)
-    except Exception as error:  # Each kind of device raises errors of its own.
+    except Exception as error:  # Each device type raises its own types of errors.
         raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
     return device
 
@@ -256,8 +261,8 @@ def find_device(name: str | None) -> torch.device:
 def _torch_network(
     network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Move a network to a device; return a function from images (N, 3, H, W) uint8 to logits."""
-    # torch's overloads of `to` lack the memory format.
+    """Move a network to a device; return a function that maps uint8 images to logits."""
+    # The overloads of `to` in torch's type stubs lack the memory format.
     network.to(device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
@@ -280,7 +285,7 @@ def _torch_network(
 
 
 def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tensor], Weights]:
-    """Open an ONNX file of `export.py`; return a function to logits, and its metadata."""
+    """Open an ONNX file; return a function that maps images to logits, and the file's metadata."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -293,7 +298,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
             path, providers=onnxruntime.get_available_providers()
         )
         metadata = session.get_modelmeta().custom_metadata_map
-    # onnxruntime has a class of error for each status, but no common base class.
+    # onnxruntime's error classes have no common base class.
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:
@@ -310,7 +315,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line.
 
     Returns:
-        1 if something was skipped or the disk is full; 2 if the model or an option cannot be used.
+        The exit status: 0 for success, 1 if a file was skipped or the disk is full, or 2 if the
+            model or an option is unusable.
     """
     options = parse_predict(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
@@ -344,7 +350,7 @@ def main(arguments: list[str]) -> int:
 def _segment_files(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
 ) -> Iterator[str]:
-    """Segment images and videos in their order; yield "" or a word for the failure of each."""
+    """Segment images and videos in order; yield "" or one word about the failure for each file."""
     for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
         if are_videos:
             for path, target in group:
@@ -354,7 +360,7 @@ def _segment_files(
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
-    """Build the Segmenter for `model` and the options of `add_model_options`."""
+    """Build the Segmenter that the options `model` and `add_model_options` describe."""
     return Segmenter(
         options.model,
         classes=options.classes,

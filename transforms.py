@@ -1,9 +1,9 @@
-"""Transforms of images and masks, from encoded files to the input of the model.
+"""Transforms of images and masks, from encoded files to model input.
 
-On the CPU, samples are transformed one at a time and stay `uint8`. `RandomCrop` (training) decodes
-the mask, chooses a crop on it, decodes the image no larger than needed, and resizes only the crop.
-`Resize` (evaluation) resizes the whole image. On the device, `DeviceTransform` takes a batch at a
-time: it distorts colours, normalises, and turns labels into class indices.
+On the CPU, samples are transformed one at a time and stay `uint8`. In training, `RandomCrop`
+chooses a crop on the decoded mask, decodes the image no larger than needed, and resizes only the
+crop. In evaluation, `Resize` resizes the complete image. On the device, `DeviceTransform` distorts
+the colours of a batch, normalises it, and turns labels into class indices.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dataset.encoded import LoadImage, PairTransform
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
-# Images are padded with the mean colour, which normalises to about 0. DeviceTransform then sets
-# padding to exactly 0.
+# Padding uses the mean colour, which normalises to about 0. DeviceTransform then sets it to exactly
+# 0.
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image as Pillow does: bilinearly, with antialiasing where it shrinks.
+    """Resize an image as Pillow does, bilinearly and with antialiasing when it shrinks.
 
     Args:
         image: (H, W, 3) uint8.
@@ -39,7 +39,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == size:
         return image
-    # OpenCV does not antialias, so it only enlarges.
+    # OpenCV does not antialias, so use it only to enlarge images.
     if size[0] >= image.shape[0] and size[1] >= image.shape[1]:
         return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -48,23 +48,23 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
-    """Resize a mask (H, W) as Pillow does (nearest); return every `step`-th row and column."""
-    # OpenCV's nearest neighbour would choose other pixels than Pillow's, which the reference uses.
+    """Resize a mask (H, W) as Pillow does, and keep only every `step`-th row and column."""
+    # OpenCV's nearest neighbour picks different pixels from Pillow's, which the reference uses.
     rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]
 
 
 def _nearest(length: int, resized: int) -> np.ndarray:
-    """Return the source index of each resized pixel, rounding ties as Pillow does."""
+    """Return the source index of each pixel of the resized mask, rounding ties as Pillow does."""
     steps = np.full(resized, length / resized)
-    # Pillow adds the steps up one by one; a product would round differently. The first sample lies
-    # in the middle of the first resized pixel.
+    # Pillow accumulates the steps one by one, and a product would round differently. The first
+    # sampling point is the centre of the first resized pixel.
     steps[0] /= 2
     return np.add.accumulate(steps).astype(np.intp)
 
 
 class Resize(PairTransform):
-    """A resize of image (bilinear) and mask (nearest) to a square of side `final_size`."""
+    """A resize of image (bilinear) and mask (nearest) to squares of side `final_size`."""
 
     def __init__(self, final_size: int = 512):
         self.final_size = final_size
@@ -73,25 +73,26 @@ class Resize(PairTransform):
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Resize a sample; see `PairTransform.apply`."""
-        # The aspect ratio is not kept, as in the reference. evaluate.py scores images in their own
-        # shape.
+        # Like the reference, do not keep the aspect ratio. By default, evaluate.py scores images
+        # with their own aspect ratio.
         size = (self.final_size, self.final_size)
         return resize_image(load_image(1), size), resize_mask(mask, size)
 
 
 class RandomCrop(PairTransform):
-    """A random resize, crop and flip, padded evenly to a square of side `final_size`.
+    """A random resize, crop and flip, followed by even padding to a square of side `final_size`.
 
-    The image is resized to a square of random side, which is cropped if it is larger than
-    `final_size`. The crop is drawn again, up to `retries` times, while one class has more than
-    `max_class_share` of its labelled pixels. The shares are counted on a grid of about 128 x 128
-    pixels. A share of 1 never draws again.
+    The image is resized to a square of random size, and cropped if it is larger than `final_size`.
+    The crop is drawn again, up to `retries` times, while one class covers more than
+    `max_class_share` of its labelled pixels. The shares are estimated on a grid of about 128 x 128
+    pixels. With `max_class_share=1`, crops are never drawn again.
 
-    The sides of the crop lie between whole pixels of the image, so only the pixels inside are
-    resized. If the image shrinks to half or less, this holds for the smaller image that is decoded.
+    Crops are aligned with the image's pixels, so that only the pixels inside the crop are resized.
+    If the image shrinks to half or less, crops are aligned with the pixels of the smaller decoded
+    image.
 
-    `is_class` is a (256,) bool array that marks the labels which are classes. By default, all
-    labels but 0 are.
+    `is_class` is a (256,) bool array that marks the labels of classes; by default, all labels
+    except 0.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class RandomCrop(PairTransform):
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
-        # The share of 0.75 and the 10 retries are the reference's.
+        # The defaults of 0.75 and 10 retries match the reference.
         self.max_class_share, self.retries = max_class_share, retries
         self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
@@ -114,18 +115,18 @@ class RandomCrop(PairTransform):
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Crop a sample; see `PairTransform.apply`."""
-        # The random numbers are drawn in a fixed order (scale, crops, flip), because a resumed run
-        # must draw the same ones again.
+        # Draw the random numbers in a fixed order (scale, crops, flip), because a resumed run must
+        # reproduce them.
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
-        # The grid is the largest reduction (1, 2, 4 or 8) at which the decoded image is not smaller
-        # than the resized one. libjpeg decodes at such a reduction in less time.
+        # The grid is the largest reduction factor (1, 2, 4 or 8) at which the decoded image is at
+        # least as large as the resized image. libjpeg decodes reduced images in less time.
         grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
-        # A small square is taken whole and padded later.
+        # A resized image that is smaller than the crop is used completely and padded later.
         size = (min(side, self.final_size), min(side, self.final_size))
         rows, columns = self._choose_crop(mask, side, size, grid, rng)
         image, labels = load_image(grid), resize_mask(mask[rows, columns], size)
-        if image.shape[0] == mask.shape[0]:  # Only JPEG files are decoded at a smaller size.
+        if image.shape[0] == mask.shape[0]:  # Only JPEG files can be decoded at a reduced size.
             grid = 1
         rows, columns = (slice(s.start // grid, -(-s.stop // grid)) for s in (rows, columns))
         crop = resize_image(image[rows, columns], size)
@@ -141,12 +142,12 @@ class RandomCrop(PairTransform):
         grid: int,
         rng: np.random.Generator,
     ) -> list[slice]:
-        """Return the rows and columns of the image that give a crop of `size`.
+        """Return the image's rows and columns that form a crop of the given size.
 
-        The crop is counted in pixels of the image after its resize to `side` x `side`. Rows and
-        columns begin and end at multiples of `grid`, or at the end of the image.
+        The crop's size is in pixels of the image resized to `side` x `side`. Rows and columns begin
+        and end at multiples of `grid`, or at the image's edge.
         """
-        # About 128 x 128 pixels are enough to estimate the shares of the classes.
+        # A grid of about 128 x 128 pixels is enough to estimate the class shares.
         step = max(1, size[0] // 128)
         for _ in range(1 + self.retries):
             crop = []
@@ -154,12 +155,12 @@ class RandomCrop(PairTransform):
                 first = int(rng.random() * (side - size[0] + 1))
                 start = round(first * length / side / grid) * grid
                 stop = round((first + size[0]) * length / side / grid) * grid
-                # Rounding may leave no pixel at the end of a small image; keep at least one.
+                # Rounding may leave no pixel at the edge of a small image, so keep at least one.
                 start = min(start, (length - 1) // grid * grid)
                 is_end = first + size[0] == side or stop > length
                 crop.append(slice(start, length if is_end else max(stop, start + 1)))
             labels = mask[crop[0], crop[1]]
-            # The crop is the whole square, so another draw would give the same crop.
+            # Stop if the crop is the complete image, because another draw would give the same crop.
             if side == size[0] or self.max_class_share >= 1:
                 break
             if self._is_varied(resize_mask(labels, size, step)):
@@ -168,14 +169,14 @@ class RandomCrop(PairTransform):
 
     def _is_varied(self, labels: np.ndarray) -> bool:
         count = np.bincount(labels.ravel(), minlength=256)[self.classes]
-        # A crop without any labelled pixel is drawn again, too.
+        # Reject a crop without labelled pixels, so that it is drawn again.
         return bool(0 < count.max() <= self.max_class_share * count.sum())
 
     def _pad(self, crop: np.ndarray, value: tuple[int, ...]) -> np.ndarray:
         missing = self.final_size - len(crop)
         if missing == 0:
             return crop
-        # The padding is even on all sides: the image stays in the middle.
+        # Pad evenly on all sides, so that the image stays centred.
         before, after = missing // 2, missing - missing // 2
         sides = (before, after, before, after)
         return cv2.copyMakeBorder(crop, *sides, cv2.BORDER_CONSTANT, value=value)
@@ -193,7 +194,7 @@ def build_ade20k_transformations(
     """Return the transforms of a split, for `data.ADE20k`.
 
     Args:
-        split: 'train', or 'val', which only resizes.
+        split: 'train' for random crops, or 'val' for a plain resize.
         base_size: Side of the square that an image is resized to before the random scale, pixels.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
@@ -202,8 +203,9 @@ def build_ade20k_transformations(
         is_class: See `RandomCrop`.
 
     Returns:
-        tuple: The transforms of the pair, of the image and of the mask. The latter two are None,
-            because `DeviceTransform` does the work that the reference does there.
+        tuple: The transforms of the pair, of the image and of the mask. The last two are None,
+            because `DeviceTransform` replaces the reference's transforms of single images and
+            masks.
     """
     if split == "train":
         sizes = base_size, min_resize_scale, max_resize_scale, final_size
@@ -214,15 +216,15 @@ def build_ade20k_transformations(
 class DeviceTransform:
     """The part of the transforms that runs on the device.
 
-    It distorts colours (training only), normalises, and turns labels into class indices. The random
-    numbers depend only on the seed, the epoch and the pixels of the sample. The result is therefore
-    the same for any micro-batch size, any number of ranks, and after a resume.
+    It distorts colours (training only), normalises images, and turns labels into class indices. The
+    random numbers depend only on the seed, the epoch and the sample's pixels. Therefore the result
+    does not depend on the micro-batch size, the number of ranks or a resume.
 
     Args:
         labels: Meaning of the labels in the masks.
         distort: Whether to distort colours.
         seed: Seed of the distortion.
-        epoch: Function that returns the number of the epoch; None: always 0.
+        epoch: Function that returns the current epoch number; None: always 0.
     """
 
     def __init__(
@@ -235,10 +237,10 @@ class DeviceTransform:
         self.labels = labels or Labels()
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
-        # Keep plain numbers: torch 2.7 cannot compile reads from the properties of a NamedTuple.
+        # Store plain numbers, because torch 2.7 cannot compile accesses to NamedTuple properties.
         self.first, self.num_classes = self.labels.first, self.labels.num_classes
-        # Each sample needs 9 random numbers: whether and how far to change brightness, contrast,
-        # saturation and hue, and when to change contrast.
+        # Each sample needs 9 random numbers: two each for brightness, contrast, saturation and hue
+        # (whether to change it and how far), and one for the position of the contrast change.
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
@@ -249,7 +251,7 @@ class DeviceTransform:
         self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
-        """Compile for GPUs: a few fused kernels instead of 260 that each read the batch."""
+        """Compile for GPUs, which fuses 260 kernels that each read the batch into a few."""
         self._on_gpu = torch.compile(self._transform)
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -259,39 +261,39 @@ class DeviceTransform:
             batch: Images (N, 3, H, W) and labels (N, H, W), both uint8.
 
         Returns:
-            tuple[Tensor, Tensor]: Normalised images (N, 3, H, W) float32, channels-last, 0 where
-                padded; class indices (N, H, W) int64, -1 where ignored.
+            tuple[Tensor, Tensor]: Normalised images (N, 3, H, W) as channels-last float32, with 0
+                in the padding; and class indices (N, H, W) as int64, with -1 for ignored pixels.
         """
         raw, labels = batch
         self.mean, self.scale = self.mean.to(raw.device), self.scale.to(raw.device)
         self.steps = self.steps.to(raw.device)
-        # Pass the seed and the epoch as tensors. With Python numbers, each new epoch would be
-        # compiled again.
+        # Pass the seed and the epoch as tensors, because with Python numbers torch.compile would
+        # recompile in each epoch.
         seed, epoch = (
             torch.full((), number, dtype=torch.int64, device=raw.device)
             for number in (self.seed, self.epoch())
         )
-        # The transform is compiled for GPUs only; a CPU runs it as it is.
+        # Use the compiled transform only on GPUs.
         transform = self._on_gpu if raw.is_cuda else self._transform
         return transform(raw, labels, seed, epoch)
 
     def _transform(
         self, raw: Tensor, labels: Tensor, seed: Tensor, epoch: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Padding must not count in the mean grey that the contrast is changed against.
+        # Exclude the padding from the mean grey level that the contrast change uses.
         inside = (labels != PADDING)[:, None].float()
         uniform = uniform_per_sample(raw, seed, epoch, self.steps)
         image = torch.empty(raw.shape, device=raw.device, memory_format=torch.channels_last)
-        # On a CPU, take the images one by one: a single image fits the cache, and changes that no
-        # sample of the part needs are skipped.
+        # On a CPU, transform images one by one, because a single image fits in the cache and colour
+        # changes that it does not need can be skipped.
         parts = len(raw) if raw.device.type == "cpu" else 1
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
-        # An ignored label 0 wraps around to 255, because labels are uint8.
+        # An ignored label 0 wraps around to 255 in uint8 arithmetic.
         index = labels - self.first
-        # Labels 254 (ignored) and 255 (padding) also end above the largest class index, which is
-        # 252.
+        # Labels 254 (ignored) and 255 (padding) also end up above 252, the largest possible class
+        # index.
         return image, index.long().masked_fill_(index >= self.num_classes, -1)
 
     def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
@@ -302,6 +304,6 @@ class DeviceTransform:
 
 
 def device_transforms(data: Iterable[Any]) -> list[DeviceTransform]:
-    """Return the DeviceTransforms among the transforms of these DataSpecs."""
+    """Return the DeviceTransforms of these DataSpecs."""
     found = (spec.microbatch_transforms for spec in data if spec)
     return [transform for transform in found if isinstance(transform, DeviceTransform)]

@@ -1,1 +1,1 @@
-"""Checkpoints and files of weights: saving, finding and loading."""
+"""Saving, finding and loading of checkpoints and weights files."""

@@ -1,4 +1,4 @@
-"""The best evaluation of a run, and early stopping."""
+"""Tracking of a run's best evaluation, and early stopping."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from segmentation.metrics import MIoU, iou_per_class
 
 
 class Best:
-    """A comparison of a run's evaluations, whose state is part of the checkpoints.
+    """A comparison of a run's evaluations, with a state that is saved in checkpoints.
 
     Args:
-        metric: `MIoU`, or `IoU/NAME` for a class.
+        metric: Metric to compare: `MIoU`, or `IoU/NAME` for a single class.
         classes: Names of the classes.
-        patience: Time string, in `ep` or `ba`, after which a run ends if it does not improve; None:
+        patience: Time string in `ep` or `ba` after which a run without improvement ends; None:
             never.
 
     Attributes:
         value: Best score so far, in percent, or None.
-        batch: Batch of the best score.
-        unscored: Number of batches since then that led to an evaluation without a score.
+        batch: Number of batches at the best score.
+        unscored: Number of batches since the best score that led to evaluations without a score.
         batches_per_epoch: Number of batches in an epoch.
 
     Raises:
@@ -51,7 +51,7 @@ class Best:
             self._class = names[metric]
 
     def improved(self, state: State) -> bool:
-        """Record the evaluation that has just ended; return whether it is the best so far."""
+        """Record the evaluation that has just ended, and return whether it is the best so far."""
         metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
         if not isinstance(metric, MIoU):
             return False
@@ -61,8 +61,9 @@ class Best:
             value = 100 * float(iou_per_class(metric.total_matrix)[self._class])
         batch = state.timestamp.batch.value
         since, self._evaluated = max(self._evaluated, self.batch), batch
-        # The score is NaN if no pixel is labelled, or if the class is neither in the masks nor
-        # predicted. NaN is neither better nor worse, so these batches do not use up the patience.
+        # The score is NaN if no pixel is labelled, or if the class is neither present in the masks
+        # nor predicted. NaN is neither better nor worse, so these batches do not count towards the
+        # patience.
         self._is_scored = not math.isnan(value)
         if not self._is_scored:
             self.unscored += batch - since
@@ -73,7 +74,7 @@ class Best:
         return True
 
     def is_long_ago(self, state: State) -> bool:
-        """Return whether the run has not improved for `patience`."""
+        """Return whether the last improvement was at least `patience` ago."""
         if self.patience is None or not self._is_scored:
             return False
         patience = Time.from_timestring(self.patience)
@@ -89,7 +90,7 @@ class Best:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of a checkpoint, unless it belongs to another metric."""
+        """Load the state from a checkpoint, unless it belongs to a different metric."""
         if state.get("metric") == self.metric:
             self.value, self.batch = state["value"], state["batch"]
             self.unscored = state.get("unscored", 0)

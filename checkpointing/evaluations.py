@@ -1,4 +1,4 @@
-"""The schedule of a run's evaluations, with and without checkpoints."""
+"""The schedule of a run's evaluations."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from composer.utils import create_interval_scheduler
 
 
 class EvaluationSchedule:
-    """A schedule of evaluations for Composer's `eval_interval`: at every interval, and at the end.
+    """A schedule for Composer's `eval_interval` with evaluations at every interval and at the end.
 
     Args:
         interval: Time between two evaluations, as a Composer time string.
 
     Attributes:
-        due: Whether the current weights still have to be evaluated.
-        postponed: Whether the run was asked to stop. It then leaves evaluations to the run that
-            resumes it.
+        due: Whether the current weights still need an evaluation.
+        postponed: Whether the run was asked to stop. In this case, the resumed run does the
+            evaluation.
     """
 
     def __init__(self, interval: str) -> None:

@@ -1,4 +1,4 @@
-"""Reading of weight files that other projects and libraries wrote."""
+"""Reading of weight files written by other projects and libraries."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from torch import Tensor
 from errors import WeightsError
 from segmentation.classes import ClassInfo, load_classes
 
-# Names that other projects give to averaged weights
+# Names that other projects use for averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 
 
 def select_network(
     tensors: Mapping[str, dict[str, Tensor]], which: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the weights in another project's file, and whether they are averaged.
+    """Return the weights from another project's file, and whether they are averaged.
 
     The network is the mapping with the most tensors, either the file itself or one of its entries.
-    If an entry is named as an average, it replaces the training weights of the same names.
+    If another entry has the name of an average, its tensors replace the training weights with the
+    same names.
 
     Args:
-        tensors: Tensors by name, for the file itself (key "") and each of its entries.
-        which: `"ema"`, or `"training"` to ignore averages.
+        tensors: Tensors by name, for the file itself (under the key "") and for each of its
+            entries.
+        which: Weights to prefer: `"ema"`, or `"training"` to ignore averages.
 
     Raises:
-        WeightsError: Several entries have the same number of tensors.
+        WeightsError: Several entries tie for the largest number of tensors.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
@@ -53,7 +55,7 @@ def select_network(
 
 
 def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
-    """Return the classes that a checkpoint of mmsegmentation names, or None."""
+    """Return the classes listed in an mmsegmentation checkpoint, or None."""
     meta = content.get("meta")
     names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
     if not isinstance(names, list | tuple):
@@ -62,13 +64,13 @@ def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
 
 
 def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] | None]:
-    """Return the `config.json` that `save_pretrained` wrote beside a file, and its classes.
+    """Return the `config.json` that `save_pretrained` wrote beside a file, and the classes in it.
 
-    The config is empty if there is no such file.
+    If there is no such file, the config is empty.
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # There is no such file, or it belongs to something else.
+    except (OSError, ValueError):  # There is no such file, or it is not a config.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

@@ -1,8 +1,9 @@
-"""Locks that keep two live runs from writing to the same folder of checkpoints.
+"""Locks that keep two active runs from writing to the same checkpoint folder.
 
-`FileLock` is a lock of the file system. The kernel releases it when the process dies in any way.
-`RecordLock` is for object stores, and for file systems without locks. Its owner renews a record
-every `BEAT` seconds. A record that nobody renews for `SILENCE` seconds belongs to a dead run.
+`FileLock` uses a file-system lock, which the kernel releases when the process ends for any reason.
+`RecordLock` is for object stores and for file systems without locks. Its owner renews a record
+every `BEAT` seconds. If a record is not renewed for `SILENCE` seconds, its owner is considered
+dead.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from errors import ConfigError, RunError, one_line
 log = logging.getLogger(__name__)
 
 BEAT = 10.0  # Seconds between two renewals of a record.
-SILENCE = 30.0  # An owner counts as dead after this many seconds without a renewal.
-SETTLE = 1.0  # Seconds in which two runs that start together can see each other's record.
+SILENCE = 30.0  # Seconds without a renewal after which an owner counts as dead.
+SETTLE = 1.0  # Seconds to wait for the record of a run that starts at the same time.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []
@@ -39,13 +40,13 @@ def release_locks() -> None:
 
 
 def describe_self(run_name: str | None) -> dict[str, Any]:
-    """Return the description of a lock's owner: run, host and process."""
+    """Return a description of this process as a lock's owner, with run, host and process ID."""
     owner = {"run": run_name, "host": socket.gethostname(), "pid": os.getpid()}
     return {**owner, "machine": _machine(), "token": uuid.uuid4().hex}
 
 
 def _machine() -> str | None:
-    """Return an identifier of the kernel and the PID namespace, or None if there is none."""
+    """Return an identifier of this boot and PID namespace, or None if it is unavailable."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -54,9 +55,10 @@ def _machine() -> str | None:
 
 
 class FileLock:
-    """An exclusive lock on a folder of a file system.
+    """An exclusive lock on a folder in a file system.
 
-    It is a POSIX record lock. Loader processes do not inherit it, so it ends with its own process.
+    This is a POSIX record lock. Loader processes do not inherit it, so it ends with the process
+    that holds it.
 
     Args:
         folder: Existing folder.
@@ -81,7 +83,7 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            os.close(self._file)  # The previous owner removed this file before we locked it.
+            os.close(self._file)  # The lock's previous owner has removed this file, so try again.
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         _held.append(self)
@@ -90,24 +92,24 @@ class FileLock:
         """Do nothing, because no other run can take over this lock."""
 
     def release(self) -> None:
-        """Remove the file, and with it the lock."""
+        """Remove the lock file and release the lock."""
         with suppress(OSError):
             os.remove(self._path)
         os.close(self._file)
 
 
 class RecordLock:
-    """An exclusive lock that consists of a record which its owner keeps renewing.
+    """An exclusive lock that consists of a record, which its owner renews regularly.
 
     Args:
-        place: Folder or URI that is locked, for messages.
+        place: Locked folder or URI, for messages.
         owner: Description of the owner; see `describe_self`.
         read: Function that returns the bytes of the record, or None if there is none.
         write: Function that replaces the record.
 
     Raises:
-        ConfigError: Another live run holds the lock.
-        Exception: `read` or `write` raised it.
+        ConfigError: Another active run holds the lock.
+        Exception: `read` or `write` failed.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class RecordLock:
         _held.append(self)
 
     def check(self) -> None:
-        """Raise RunError if another run has taken over the lock while this one was cut off."""
+        """Raise RunError if another run took over the lock while this run could not renew it."""
         if self._successor:
             raise RunError(
                 f"{self._place}: {_describe(self._successor)} has taken over the folder, because "
@@ -141,12 +143,12 @@ class RecordLock:
     def release(self) -> None:
         """Stop renewing, and mark the record as released."""
         self._stopping.set()
-        with suppress(Exception):  # If the store is down, the record expires by itself.
+        with suppress(Exception):  # If the store is down, the lock's record expires by itself.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 
     def _wait_for_silence(self) -> None:
-        """Wait until no live run holds the lock; raise ConfigError if one does."""
+        """Wait until the lock is free; raise ConfigError if an active run holds it."""
         first = self._record()
         end = time.monotonic() + SILENCE
         while (found := self._record()) and not found.get("released") and not _is_gone(found):
@@ -154,7 +156,9 @@ class RecordLock:
                 raise _in_use(self._place, found)
             if time.monotonic() > end:
                 log.warning(
-                    "%s: %s is dead; this run takes over its lock", self._place, _describe(found)
+                    "%s: %s does not respond, so this run takes over its lock",
+                    self._place,
+                    _describe(found),
                 )
                 return
             time.sleep(min(1.0, SILENCE / 10))
@@ -175,7 +179,7 @@ class RecordLock:
                     self._successor = found
                     return
                 self._renew()
-            except Exception as error:  # The client of each store raises errors of its own.
+            except Exception as error:  # Each store's client raises its own types of errors.
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
 
 
@@ -186,7 +190,7 @@ def _is_file_at(file: int, path: str) -> bool:
 
 
 def _is_gone(record: dict[str, Any]) -> bool:
-    """Return whether the record's owner was this process, or has ended on this machine."""
+    """Return whether the record's owner is this process or an ended process on this machine."""
     if record.get("machine") is None or record["machine"] != _machine():
         return False
     if record["pid"] == os.getpid():
@@ -214,6 +218,6 @@ def _describe(record: dict[str, Any]) -> str:
 
 def _in_use(place: str, record: dict[str, Any]) -> ConfigError:
     return ConfigError(
-        f"save_folder: {_describe(record)} is writing to {place}; use another save_folder, "
-        "or end that run first"
+        f"save_folder: {_describe(record)} is writing to {place}; use a different save_folder, "
+        "or stop that run first"
     )

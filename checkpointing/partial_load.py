@@ -1,4 +1,4 @@
-"""Loading of the weights in a file that fit a slightly different network."""
+"""Loading of those weights in a file that match a slightly different network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errors import WeightsError
 from networks.base import current_names, inner
 from segmentation.classes import ClassInfo, class_key
 
-# Prefixes of tensor names in other projects' files, and their replacements here
+# Prefixes of tensor names in other projects' files, and their replacements in this project.
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
 
 
@@ -25,24 +25,26 @@ def load_fitting(
     num_classes: int | None = None,
     class_tensors: Collection[str] = (),
 ) -> str | None:
-    """Load the tensors of a file that fit a network; the other tensors keep their values.
+    """Load those tensors of a file that match a network; leave its other tensors unchanged.
 
     Args:
-        network: Network whose tensors are replaced.
+        network: Network to load the tensors into.
         weights: Content of the file.
-        where: Name of the file in messages.
-        least: Minimum share of the network's tensors that must fit.
-        classes: Classes of the network. If given, rows of classes with the same name in the file
-            are loaded, too.
-        num_classes: Number of classes of the network; None: the rows of DeepLabV3's last layer.
-        class_tensors: Names of the tensors with a row for each class, if the file has as many
-            classes, but other ones. Their rows are matched by class name, or not loaded at all.
+        where: Name of the file, for messages.
+        least: Minimum share of the network's tensors that must match.
+        classes: Classes of the network. If given, the rows of classes with the same name in the
+            file are also loaded.
+        num_classes: Number of classes of the network; None: the number of rows in DeepLabV3's last
+            layer.
+        class_tensors: Names of the tensors with a row for each class, if the number of classes in
+            the file is the same but the classes differ. The rows of these tensors are matched by
+            class name or not loaded at all.
 
     Returns:
-        A line about the tensors that were not loaded, or None.
+        A one-line note about the tensors that were not loaded, or None.
 
     Raises:
-        WeightsError: Too few tensors fit.
+        WeightsError: Too few tensors match.
     """
     found = current_names(network, weights.state)
     network = inner(network)
@@ -51,8 +53,8 @@ def load_fitting(
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if len(fitting) < least * len(own):
         raise WeightsError(
-            f"{where}: only {len(fitting)} of the network's {len(own)} tensors fit, less "
-            f"than load_least={least:g} of them; choose weights of this network"
+            f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, "
+            f"less than load_least={least:g} of them; choose weights for this network"
         )
     fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]
@@ -70,7 +72,7 @@ def load_fitting(
         notes.append(f"{layer}: {_class_note(len(state[tensors[0]]), rows, len(pairs), classes)}")
     left = [name for name in left if name not in scores]
     if left:
-        notes.append(f"{len(left)} tensors newly initialised, first {left[0]}")
+        notes.append(f"{len(left)} tensors newly initialised, starting with {left[0]}")
     return f"{where}: {'; '.join(notes)}" if notes else None
 
 
@@ -85,7 +87,7 @@ def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] 
 
 
 def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:
-    """Replace the prefix of tensor names."""
+    """Replace a prefix of tensor names."""
     return {
         after + name.removeprefix(before) if name.startswith(before) else name: tensor
         for name, tensor in state.items()
@@ -97,14 +99,14 @@ def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
 
 
 def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
-    """Return whether two tensors differ only in their number of rows, one for each class."""
+    """Return whether tensors with a row for each class match apart from their number of rows."""
     return tensor.ndim == own.ndim > 0 and tensor.shape[1:] == own.shape[1:] and len(own) == rows
 
 
 def _same_names(
     before: Sequence[ClassInfo] | None, after: Sequence[ClassInfo]
 ) -> list[tuple[int, int]]:
-    """Return pairs of indices, new and old, of the classes with the same name."""
+    """Return the pairs of new and old indices of classes with the same name."""
     places = {class_key(info.name): place for place, info in enumerate(before or ())}
     keys = enumerate(class_key(info.name) for info in after)
     return [(new, places[key]) for new, key in keys if key in places]

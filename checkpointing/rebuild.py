@@ -1,4 +1,4 @@
-"""Rebuilding of a network from a file of weights, for evaluation, prediction and export."""
+"""Rebuilding of a network from a weights file, for evaluation, prediction and export."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
 from networks.libraries import foreign_arguments
 from networks.registry import named_network
 
-PROBED = 251  # A number of classes that no other layer has as its number of channels
+PROBED = 251  # Number of classes for a trial, which no layer has as its number of channels.
 
 
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
-    """Add the network and the number of classes to weights of another project.
+    """Add the network's name and its number of classes to weights from another project.
 
-    The network is built with a number of classes that no layer has otherwise. The tensors with that
-    many rows have a row for each class, so the same tensors in the file tell its number of classes.
+    To find the number of classes, the network is built with a number that is not the size of any
+    other layer. Tensors with that many rows have one row for each class. The rows of the same
+    tensors in the file give its number of classes.
 
     Args:
-        weights: Result of `load_weights`. With a config, or without `network`, they are complete.
-        where: Name of the weights in an error.
-        network: Name of the network that the user gives, or None.
+        weights: Result of `load_weights`. If they have a config, or if `network` is None, they are
+            returned unchanged.
+        where: Name of the weights, for error messages.
+        network: Name of the network given by the user, or None.
 
     Raises:
-        WeightsError: The weights do not fit this network, or its layers have different numbers of
+        WeightsError: The weights do not match this network, or its layers have different numbers of
             classes.
         ModelError: The network cannot be built.
     """
@@ -62,7 +64,7 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
 
 
 def _named_as(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Remove prefixes that all tensor names share, until some match the names in the network."""
+    """Remove prefixes shared by all tensor names until some names match the network's."""
     own, state = network.state_dict(), dict(state)
     while state and not own.keys() & state.keys():
         first = {name.partition(".")[0] for name in state}
@@ -75,17 +77,19 @@ def _named_as(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
 def build_network(
     weights: Weights, where: str = "these weights", network: str | None = None
 ) -> DeepLabV3 | Network:
-    """Build a network in evaluation mode with these weights; its logits have its own stride.
+    """Build a network in evaluation mode with these weights.
+
+    The logits have the network's own stride.
 
     Args:
         weights: Result of `load_weights`.
-        where: Name of the weights in an error.
-        network: Name of the network that the user gives, or None. A user's own function is called
+        where: Name of the weights, for error messages.
+        network: Name of the network given by the user, or None. A user's own function is called
             only if it is named here.
 
     Raises:
-        WeightsError: The weights do not fit.
-        ModelError: The weights name a network that cannot be built, or that is not allowed.
+        WeightsError: The weights do not match the network.
+        ModelError: The network named in the weights cannot be built or is not allowed.
     """
     weights = complete(weights, where, network)
     name, arguments = weights.network

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store; see `checkpointing.stores` for the guarantees of all stores."""
+"""Checkpoints in an object store; `checkpointing.stores` explains the guarantees of all stores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
-UPLOAD_FOR = 3600.0  # Seconds after which a failing upload of a checkpoint is given up
+UPLOAD_FOR = 3600.0  # Seconds after which to give up a failing upload.
 
 
 class Upload(NamedTuple):
-    """A checkpoint that waits for its upload to an object store."""
+    """A checkpoint that is waiting for its upload to an object store."""
 
     file: str
     name: str
@@ -37,9 +37,9 @@ class Upload(NamedTuple):
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
-    A failed upload is tried again for an hour. A checkpoint is dropped if a newer one is saved
-    before its upload begins or while it fails, unless it is the best. At most three checkpoints
-    therefore wait on the local disk.
+    A failed upload is retried for an hour. If a newer checkpoint is saved before an upload begins
+    or while it fails, the older checkpoint is dropped unless it is the best. Therefore, at most
+    three checkpoints wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -48,7 +48,8 @@ class RemoteFolder:
     def __init__(self, uri: str):
         backend, bucket, folder = parse_uri(uri)
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        # With botocore's defaults, it takes five minutes to notice that nobody answers.
+        # With botocore's default timeouts, it takes five minutes to notice that the store does not
+        # respond.
         if backend == "s3":
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
             self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
@@ -64,11 +65,11 @@ class RemoteFolder:
         self._failed: RunError | None = None
 
     def lock(self, run_name: str | None) -> None:
-        """Lock the folder for this process, until it ends or calls `release_locks`.
+        """Lock the folder for this process until the process ends or calls `release_locks`.
 
         Raises:
-            ConfigError: Another live run writes to the folder.
-            Exception: The store's client raised it.
+            ConfigError: Another active run writes to the folder.
+            Exception: The store's client raised an error.
         """
 
         def read() -> bytes | None:
@@ -87,10 +88,10 @@ class RemoteFolder:
         self._run_lock = RecordLock(self.path, describe_self(run_name), read, write)
 
     def remove_unfinished(self) -> None:
-        """Do nothing, because an object appears complete or not at all."""
+        """Do nothing, because an object store never contains incomplete objects."""
 
     def probe(self) -> None:
-        """Write and delete a small object; raise the error of the store's client if that fails."""
+        """Write and delete a small object; raise the client's error if that fails."""
         with tempfile.NamedTemporaryFile() as file:
             self.store.upload_object(f"{self.prefix}.probe", file.name)
         self._delete(".probe")
@@ -98,11 +99,11 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
         names = (key.partition(self.prefix)[2] for key in self.store.list_objects(self.prefix))
-        # The function newest_first() drops the objects in folders below this one.
+        # The function newest_first() drops objects in subfolders.
         return newest_first(names)
 
     def latest(self) -> str | None:
-        """Return the name of the checkpoint that was published last, or None."""
+        """Return the name of the most recently published checkpoint, or None."""
         pointer = os.path.join(self.scratch, "latest")
         try:
             self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
@@ -112,7 +113,7 @@ class RemoteFolder:
             return file.read().rpartition("/")[2]
 
     def fetch(self, name: str, scratch: str) -> str:
-        """Download a checkpoint if it is not yet there; return its local path."""
+        """Download a checkpoint unless a local copy exists; return its local path."""
         path = os.path.join(scratch, name)
         if not os.path.exists(path):
             self.store.download_object(f"{self.prefix}{name}", path)
@@ -126,20 +127,21 @@ class RemoteFolder:
         best: str | None = None,
         own: Container[str] = (),
     ) -> None:
-        """Upload a finished file in the background, then point to it and remove old checkpoints.
+        """Upload a file in the background, then update pointers and remove old checkpoints.
 
         Args:
-            unfinished: Path of the finished file under its temporary name; the file is moved.
+            unfinished: Temporary path of the finished file, from which the file is moved.
             name: Name of the checkpoint.
             keep: Number of newest checkpoints to keep; -1: all.
-            best: Name of the best checkpoint, which is kept too, or None.
+            best: Name of the best checkpoint, which is also kept, or None.
             own: Names of the checkpoints that may be removed.
 
         Raises:
-            RunError: An earlier upload was given up, or another run has taken over the folder.
+            RunError: An earlier upload failed for good, or another run has taken over the folder.
         """
         self.wait(0)
-        self._count += 1  # A checkpoint with the same name may still be uploading.
+        # A checkpoint with the same name may still be uploading, so make the file name unique.
+        self._count += 1
         file = os.path.join(self.scratch, f"{self._count}-{name}")
         os.replace(unfinished, file)
         with self._lock:
@@ -167,10 +169,10 @@ class RemoteFolder:
         self.store.upload_object(f"{self.prefix}{pointer}.symlink", path)
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to `seconds` for pending uploads; return whether all are done.
+        """Wait up to `seconds` for pending uploads, and return whether all are done.
 
         Raises:
-            RunError: An upload was given up, or another run has taken over the folder.
+            RunError: An upload failed for good, or another run has taken over the folder.
         """
         if self._run_lock:
             self._run_lock.check()
@@ -208,16 +210,20 @@ class RemoteFolder:
                 os.remove(item.file)
                 old = outdated(self.names(), name, item.keep, item.best, item.own)
                 break
-            except Exception as error:  # The client of each store raises errors of its own.
+            except Exception as error:  # Each store's client raises its own types of errors.
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
             if self._waiting and self._waiting[-1].best != name:
-                log.warning("%s; skipped, because the next checkpoint follows", message)
+                log.warning("%s; skipped, because a newer checkpoint is waiting", message)
                 os.remove(item.file)
                 return
             if time.monotonic() - start > UPLOAD_FOR:
                 kept = os.path.join(tempfile.mkdtemp(prefix="checkpoint-"), name)
-                os.replace(item.file, kept)  # The scratch folder is removed when this process ends.
-                raise RunError(f"{message}; gave up; the checkpoint is still at {kept}")
+                # Move the checkpoint out of the scratch folder, which is deleted when the process
+                # ends.
+                os.replace(item.file, kept)
+                raise RunError(
+                    f"{message}; the upload was given up; the checkpoint is still at {kept}"
+                )
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)
             pause = min(2 * pause, 30)
@@ -225,9 +231,13 @@ class RemoteFolder:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete an object. A failure, or a store that cannot delete, is only logged."""
+        """Delete an object, and only log a failure or a store without deletion."""
         if not isinstance(self.store, S3ObjectStore):
-            log.info("%s/%s is kept, because Composer cannot delete in this store", self.path, name)
+            log.info(
+                "%s/%s is kept, because Composer cannot delete objects from this store",
+                self.path,
+                name,
+            )
             return
         try:
             key = self.store.get_key(f"{self.prefix}{name}")

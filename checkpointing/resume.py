@@ -1,4 +1,4 @@
-"""The checkpoint from which a run begins: the newest whole one in a folder, or a given file."""
+"""Finding and checking the checkpoint from which a run starts."""
 
 from __future__ import annotations
 
@@ -30,21 +30,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Networks other than DeepLabV3 ignore these keys.
+# Keys that networks other than DeepLabV3 ignore.
 DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint from which a run begins.
+    """A checkpoint from which a run starts.
 
     Attributes:
         where: Path or URI of the checkpoint.
         weights: Weights in the checkpoint.
-        state_path: Local path of the checkpoint if the run also needs the state of training, or
-            None.
-        is_resume: Whether the run saved the checkpoint itself, in its own folder.
+        state_path: Local path of the checkpoint if the run also needs its training state, or None.
+        is_resume: Whether the same run saved the checkpoint in its own folder.
     """
 
     where: str
@@ -54,28 +53,27 @@ class Start:
 
     @property
     def _remedy(self) -> str:
-        """The advice to a user whose config differs from the record."""
+        """The advice for a user whose config differs from the checkpoint's record."""
         if self.state_path is None:
             return "restore the old value"
         if self.is_resume:
             return (
-                "restore the old value, or begin another run: use a new save_folder, with "
+                "restore the old value, or start a new run: use a new save_folder, with "
                 f"load_path={self.where} load_weights_only=true autoresume=false"
             )
         return (
-            "restore the old value, or begin another run from its weights with "
-            "load_weights_only=true"
+            "restore the old value, or start a new run from its weights with load_weights_only=true"
         )
 
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:
-        """Compare the record of the checkpoint with the config of the run that loads it.
+        """Compare the checkpoint's record with the config of the run that loads it.
 
         Args:
-            values: Values of the config that must match, by their dotted names. For an evaluation,
-                the keys of `model` are enough.
-            defaults: Default values, for keys that an old record does not hold.
+            values: Config values that must match, by their dotted names. For an evaluation, only
+                the `model` keys must match.
+            defaults: Default values for keys that are missing in old records.
             classes: Classes of the config.
 
         Raises:
@@ -83,8 +81,7 @@ class Start:
         """
         for name, theirs in self._recorded(defaults).items():
             if name not in values or name in ("data", "class_names", "model.arguments"):
-                # These keys are compared by their meaning: by the classes below, and in
-                # check_network.
+                # The comparison of classes below and check_network cover these keys.
                 continue
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
@@ -104,7 +101,7 @@ class Start:
             raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of the keys in `defaults`, from the checkpoint's record and tensors."""
+        """Return the checkpoint's values of the keys in `defaults`, from record and tensors."""
         recorded: dict[str, Any] = {}
         config = self.weights.config
         if config is not None:
@@ -115,11 +112,12 @@ class Start:
                 recorded[name] = json.loads(json.dumps(default)) if found is _MISSING else found
             recorded["model.name"], _ = self.weights.network
             recorded["model.num_classes"] = self.weights.num_classes
-            # A user may continue a run under another name, in another folder.
+            # A user may continue a run under a different name in a different folder.
             if not self.is_resume:
                 del recorded["run_name"]
         if config is None or recorded["model.name"] == "deeplabv3":
-            # The checkpoint holds another network; its tensors are compared later.
+            # The checkpoint may contain a different network. In this case, check_network reports it
+            # later.
             with suppress(WeightsError):
                 architecture = infer_architecture(self.weights.state, self.where)
                 recorded |= {f"model.{name}": value for name, value in architecture.items()}
@@ -128,7 +126,7 @@ class Start:
         return recorded
 
     def check_network(self, network: nn.Module) -> None:
-        """Compare the checkpoint's tensors and arguments with those of a network.
+        """Compare the checkpoint's tensors and arguments with a network's.
 
         Raises:
             ConfigError: The name or shape of a tensor, or a recorded argument, differs.
@@ -138,8 +136,8 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"model.arguments: {len(wrong)} tensors of {self.where} do not fit this network, "
-                f"first {wrong[0]}; {self._remedy}"
+                f"model.arguments: {len(wrong)} tensors of {self.where} do not match this "
+                f"network, starting with {wrong[0]}; {self._remedy}"
             )
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])
@@ -153,10 +151,10 @@ class Start:
 
 
 def _is_same_argument(ours: Any, theirs: Any) -> bool:
-    """Return whether two arguments agree.
+    """Return whether two recorded arguments agree.
 
-    The record contains the complete config of a library's network. Another version of the library
-    has other keys, so only common keys are compared.
+    The record contains the complete config of a library's network. Different versions of the
+    library have different keys, so only common keys are compared.
     """
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         both = [key for key in ours.keys() & theirs.keys() if not key.endswith("_version")]
@@ -165,7 +163,7 @@ def _is_same_argument(ours: Any, theirs: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it is written in YAML."""
+    """Return a value in YAML notation."""
     if isinstance(value, bool):
         return str(value).lower()
     return "(empty)" if value is None else str(value)
@@ -179,24 +177,24 @@ def find_start(
     run_name: str | None = None,
     overwrite: bool = False,
 ) -> Start | None:
-    """Find the checkpoint to begin from: the newest in a folder, otherwise `load_path`.
+    """Find the checkpoint to start from: the newest in a folder, otherwise `load_path`.
 
     Args:
         folder: Folder or object-store URI to resume from, or None.
         load_path: Path or URI of a checkpoint or of weights, or None.
-        weights_only: Whether to take only the weights of `load_path`.
+        weights_only: Whether to load only the weights of `load_path`.
         scratch: Local folder for downloads.
-        run_name: Name of the run whose checkpoints `folder` must hold.
-        overwrite: Whether to skip checkpoints of another run in `folder`, because this run replaces
+        run_name: Name of the run that the checkpoints in `folder` must belong to.
+        overwrite: Whether to skip checkpoints of other runs in `folder`, because this run replaces
             them.
 
     Returns:
-        The start, or None if there is no checkpoint.
+        The checkpoint to start from, or None if there is none.
 
     Raises:
         ConfigError: A folder or file cannot be read, or `folder` belongs to another run.
-        WeightsError: The file is damaged, contains objects that could run code, or holds only
-            weights although a checkpoint is needed.
+        WeightsError: The file is damaged, contains objects that could run code, or contains only
+            weights although a full checkpoint is needed.
     """
     found = newest_checkpoint(folder, scratch) if folder else None
     if found:
@@ -206,7 +204,9 @@ def find_start(
             return Start(where, weights, _plainly_named(path, scratch), True)
         line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
         if not overwrite:
-            raise ConfigError(f"{line}; use another save_folder, or run_name={weights.run_name}")
+            raise ConfigError(
+                f"{line}; use a different save_folder, or run_name={weights.run_name}"
+            )
         log.warning("%s; save_overwrite=true replaces it", line)
     if load_path:
         path = local_copy(load_path, scratch)
@@ -220,9 +220,10 @@ def find_start(
 
 
 def _plainly_named(path: str, scratch: str) -> str:
-    """Link a file under a path without braces or colons, which Composer would interpret.
+    """Create a link to a file, with a path that contains no braces or colons.
 
-    Composer replaces placeholders in braces, and takes text before a colon for an object store.
+    Composer would replace placeholders in braces and interpret text before a colon as an object
+    store.
     """
     link = os.path.join(scratch, ".start")
     os.symlink(os.path.abspath(path), link)
@@ -230,14 +231,14 @@ def _plainly_named(path: str, scratch: str) -> str:
 
 
 def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
-    """Find the newest whole checkpoint in a folder; all ranks must call this together.
+    """Find the newest complete checkpoint in a folder; all ranks must call this together.
 
     Args:
         folder: Folder or object-store URI.
         scratch: Local folder for downloads.
 
     Returns:
-        Its path or URI and its local path, or None if there is no whole checkpoint.
+        The checkpoint's path or URI and its local path, or None if there is no complete checkpoint.
 
     Raises:
         ConfigError: The folder cannot be read.
@@ -247,7 +248,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
     def newest() -> str | None:
         try:
             return _newest_whole(target, scratch)
-        # File systems and the clients of object stores raise errors of their own.
+        # File systems and object-store clients raise their own types of errors.
         except Exception as error:
             raise ConfigError(
                 f"save_folder: cannot read {target.path}: {one_line(error)}"
@@ -262,7 +263,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
 
 def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
     names, latest = target.names(), target.latest()
-    if latest:  # Later checkpoints belong to another run; otherwise `latest` would name them.
+    if latest:  # Skip later checkpoints, which belong to other runs.
         names = [latest, *(name for name in names if time_of(name) < time_of(latest))]
     for name in names:
         try:
@@ -273,16 +274,17 @@ def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | Non
             return name
         log.warning("cannot resume from %s/%s: %s", target.path, name, damage)
     if names:
-        log.warning("%s contains no whole checkpoint, so the run begins at batch 0", target.path)
+        log.warning("%s contains no complete checkpoint, so the run starts at batch 0", target.path)
     return None
 
 
 def _damage(path: str) -> str | None:
-    """Check the checksums in a checkpoint's file; return a description of the damage, or None."""
+    """Verify the checksums in a checkpoint file; return a description of any damage, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    # zipfile raises many errors, even OSError if it reads a wrong position from a damaged file.
+    # zipfile raises many types of errors for a damaged file, including OSError for an invalid seek
+    # position.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
@@ -298,11 +300,11 @@ def local_copy(path: str, scratch: str) -> str:
         scratch: Local folder for downloads.
 
     Returns:
-        Its local path.
+        The local path of the checkpoint.
 
     Raises:
         ConfigError: The file cannot be read.
-        WeightsError: The folder holds no checkpoint.
+        WeightsError: The folder contains no checkpoint.
     """
     if not is_remote(path):
         return checkpoint_in(path)
@@ -311,7 +313,7 @@ def local_copy(path: str, scratch: str) -> str:
     def download() -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
-        except Exception as error:  # The client of an object store raises errors of its own.
+        except Exception as error:  # Each object store's client raises its own types of errors.
             raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
         return copy
 

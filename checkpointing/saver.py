@@ -1,8 +1,8 @@
-"""Saving of checkpoints from which a run resumes bit for bit.
+"""Saving of checkpoints from which a run resumes with bitwise equal results.
 
-A checkpoint is saved at each interval, and when a signal arrives. SIGTERM, SIGINT (Ctrl-C) and
-SIGUSR1 end a run with a checkpoint after the batch in progress. The same signal a second time ends
-the run at once.
+A checkpoint is saved at each interval and when a signal arrives. SIGTERM, SIGINT (Ctrl-C), SIGHUP
+and SIGUSR1 end a run with a checkpoint after the batch in progress. If the same signal arrives a
+second time, the run ends immediately.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ T = TypeVar("T")
 
 
 def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T:
-    """Call a function on the first rank, and give its result or its error to all ranks.
+    """Call a function on the first rank, and return its result or raise its error on all ranks.
 
     Args:
-        function: Function to call. Only the message of an error is kept.
-        of_each_node: Whether to call it on the first rank of each node, for the ranks of that node.
+        function: Function to call. For an unexpected error, only the message reaches the other
+            ranks.
+        of_each_node: Whether to call the function on the first rank of each node, for the ranks of
+            that node.
 
     Returns:
         The result of the function.
 
     Raises:
-        UserError, RunError: The function raised it. Any other error becomes a RunError.
+        UserError, RunError: The function raised this error. Other errors become a RunError.
     """
     rank, local_rank = dist.get_global_rank(), dist.get_local_rank()
     outcome: tuple[Any, Exception | None] = (None, None)
@@ -55,7 +57,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
             outcome = (function(), None)
         except (UserError, RunError) as error:
             outcome = (None, error)
-        # File systems and the clients of object stores raise errors of their own.
+        # File systems and object-store clients raise their own types of errors.
         except Exception as error:
             outcome = (None, RunError(one_line(error)))
     outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
@@ -66,7 +68,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
 
 
 def open_folder(path: str) -> LocalFolder | RemoteFolder:
-    """Open the folder or object store that `save_folder` names."""
+    """Open the folder or the object store named by `save_folder`."""
     if not is_remote(path):
         return LocalFolder(path)
     from checkpointing.remote_store import RemoteFolder
@@ -75,32 +77,32 @@ def open_folder(path: str) -> LocalFolder | RemoteFolder:
 
 
 class Checkpoints(CheckpointSaver):
-    """A callback that saves checkpoints at an interval, at the end, and on a stop request.
+    """A callback that saves checkpoints at an interval, at the end, and on request.
 
-    A checkpoint follows the evaluation that is due after its batch. A stop request saves before the
-    evaluation and records `evaluation_due`, so that the resumed run evaluates first. With
-    `save_best`, the best evaluation also saves a checkpoint, which is kept until a better one
-    exists.
+    If an evaluation is due after the same batch, the checkpoint is saved after it. On a stop
+    request, the checkpoint is saved before the evaluation and records `evaluation_due`, so that the
+    resumed run evaluates first. With `save_best`, a new best evaluation also triggers a checkpoint,
+    which is kept until the score improves again.
 
     Args:
         folder: Folder or object-store URI.
-        save_interval: Time string.
+        save_interval: Time between checkpoints, as a Composer time string.
         evaluations: Schedule of the run's evaluations.
         keep: Number of newest checkpoints to keep; -1: all.
-        overwrite: Whether to start again in a folder with an earlier run's checkpoints, which are
+        overwrite: Whether the folder may contain an earlier run's checkpoints, which are then
             removed one by one.
         autoresume: Whether the run resumes from the checkpoints in the folder.
-        best: Comparison of the evaluations, which also decides when a run ends early.
+        best: Comparison of the evaluations, which also decides on early stopping.
         save_best: Whether to keep the checkpoint of the best evaluation.
-        run_name: Name of the run, for the lock on the folder.
+        run_name: Name of the run, which the lock on the folder records.
 
     Attributes:
         saved_checkpoints: Paths of this run's checkpoints, oldest first.
-        last: Path of the newest checkpoint, or of the checkpoint that the run resumes, or None.
-        own: Names of the checkpoints that pruning may remove. This run saved them to be pruned, now
-            or before it was resumed, or replaces them because of `overwrite`.
+        last: Path of the newest checkpoint or of the checkpoint that the run resumed from, or None.
+        own: Names of the checkpoints that pruning may remove. They were saved by this run, possibly
+            before it was resumed, or they are being replaced because of `overwrite`.
         best_name: Name of the checkpoint that is kept as the best, or None.
-        ended: The patience that was used up, if the run ended for that reason.
+        ended: Patience after which early stopping ended the run, or None.
     """
 
     def __init__(
@@ -118,8 +120,8 @@ class Checkpoints(CheckpointSaver):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            # Composer's EMA calls this function before the callbacks run, so it must not change
-            # anything.
+            # This function must have no side effects, because Composer's EMA also calls it before
+            # the callbacks run.
             return self.evaluations.postponed or self._save_now or periodic(state, event)
 
         super().__init__(
@@ -133,7 +135,7 @@ class Checkpoints(CheckpointSaver):
         self.save_best = save_best
         self.run_name = run_name
         self.own: list[str] = []
-        self._is_own = False  # Whether the loaded state belongs to this run and folder.
+        self._is_own = False  # Whether this run saved the loaded state.
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -144,10 +146,10 @@ class Checkpoints(CheckpointSaver):
         self._loaded = Timestamp().batch
 
     def check(self) -> None:
-        """Lock the folder and try to write to it; all ranks must call this together.
+        """Lock the folder and test that it is writable; all ranks must call this together.
 
         Raises:
-            ConfigError: Another live run writes to the folder, or the folder is not writable.
+            ConfigError: Another active run writes to the folder, or the folder is not writable.
         """
 
         def probe() -> None:
@@ -156,7 +158,7 @@ class Checkpoints(CheckpointSaver):
                 self.target.probe()
             except ConfigError:
                 raise
-            # File systems and the clients of object stores raise errors of their own.
+            # File systems and object-store clients raise their own types of errors.
             except Exception as error:
                 problem = f"cannot write to {self.target.path}: {one_line(error)}"
                 raise ConfigError(f"save_folder: {problem}") from None
@@ -164,14 +166,14 @@ class Checkpoints(CheckpointSaver):
         on_first_process(probe)
 
     def claim(self, start: str | None, run_name: str | None) -> None:
-        """Refuse a folder with checkpoints of another run; all ranks must call this together.
+        """Reject a folder with checkpoints of another run; all ranks must call this together.
 
         Args:
-            start: Path or URI of the checkpoint whose state this run resumes, or None.
+            start: Path or URI of the checkpoint from which this run resumes, or None.
             run_name: Name of the run that saved this checkpoint.
 
         Raises:
-            ConfigError: The folder holds checkpoints of another run.
+            ConfigError: The folder contains checkpoints of another run.
         """
 
         def claimed() -> list[str]:
@@ -188,13 +190,13 @@ class Checkpoints(CheckpointSaver):
 
     def _refusal(self, name: str) -> ConfigError:
         return ConfigError(
-            f"save_folder: {self.target.path} contains {name} of another run; use another "
+            f"save_folder: {self.target.path} contains {name} of another run; use a different "
             "save_folder, resume that run with autoresume=true and its run_name, or "
             "replace it with save_overwrite=true"
         )
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # Composer's method creates the folder, but check() has already done that.
+        pass  # check() has already created the folder.
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
@@ -204,7 +206,7 @@ class Checkpoints(CheckpointSaver):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
         def point_best() -> str | None:
-            """Point at the best checkpoint of the resumed state, or remove the pointer."""
+            """Point to the best checkpoint of the resumed state, or remove the pointer."""
             if self.best_name not in self.target.names():
                 self.best_name = None
             self.target.point_best(self.best_name)
@@ -234,7 +236,7 @@ class Checkpoints(CheckpointSaver):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluations.due = False
-        if state.timestamp.batch == 0:  # Batch 0 has no checkpoint.
+        if state.timestamp.batch == 0:  # Save no checkpoint before the first batch.
             return
         if self.best.improved(state) and self.save_best:
             self.best_name = _name(state)
@@ -244,12 +246,12 @@ class Checkpoints(CheckpointSaver):
             self._save_now = True
             state.stop_training()
         if self._save_now:
-            # A checkpoint saved before this evaluation does not contain its result.
+            # Save again even if this batch has a checkpoint, because that checkpoint lacks this
+            # evaluation's result.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                self._save_now = (
-                    False  # No new checkpoint is needed, because the run has resumed from one.
-                )
+                # No new checkpoint is needed, because the run has just resumed from one.
+                self._save_now = False
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
                 self._save_checkpoint(state, logger)
@@ -270,7 +272,7 @@ class Checkpoints(CheckpointSaver):
             command += f" with autoresume=true run_name={name}"
         where = self.last or "no checkpoint yet"
         raise Stopped(
-            f"stopped after batch {batch} as requested; checkpoint: {where}; to resume, give "
+            f"stopped after batch {batch} as requested; checkpoint: {where}; to resume, run "
             f"{command}"
         )
 
@@ -278,7 +280,8 @@ class Checkpoints(CheckpointSaver):
         self.last_checkpoint_batch = state.timestamp.batch
         self._save_now = False
         name = _name(state)
-        # Checkpoints saved with keep=-1 stay, even if the run resumes with another value of keep.
+        # Keep checkpoints that were saved with keep=-1, even if the run resumes with a different
+        # value.
         others = [other for other in self.own if other != name]
         self.own = [*others, name] if self.keep > 0 else []
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
@@ -290,7 +293,7 @@ class Checkpoints(CheckpointSaver):
             self.saved_checkpoints = self.saved_checkpoints[-self.keep :]
 
     def _write(self, content: dict[str, Any], name: str) -> None:
-        """Write a checkpoint to a temporary file, and publish it after it is on the disk."""
+        """Write a checkpoint to a temporary file, and publish it once it is on the disk."""
         kept = f"the last good checkpoint is {self.last or 'none'}"
         if not _is_finite(content["state"]):
             raise RunError(f"{name} is not saved, because its weights are not finite; {kept}")
@@ -306,36 +309,38 @@ class Checkpoints(CheckpointSaver):
                 os.remove(unfinished)
             if isinstance(error, RunError):
                 raise
-            # When torch closes the archive, it raises another error that hides the disk's error.
+            # torch raises a second error when it closes the archive, so report the disk error that
+            # it hides.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
 
     def best_path(self) -> str | None:
-        """Return the path of the best checkpoint, or None if it was not saved."""
+        """Return the path of the best checkpoint, or None if it does not exist."""
         if self.best_name and batch_of(self.best_name) == self.best.batch:
             return f"{self.target.path}/{self.best_name}"
         return None
 
     def finish(self) -> None:
         """Wait until all checkpoints are uploaded; all ranks must call this together."""
-        # Wait in short steps, because the other ranks would time out during one long wait.
+        # Wait in short steps, because the other ranks would time out during a single long wait.
         while not on_first_process(lambda: self.target.wait(30)):
             log.warning("waiting for the upload of %s", self.last)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn a signal into a stop after the batch in progress; a second one ends at once."""
+        """Stop after the batch in progress if a signal arrives, or at once if it is repeated."""
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # All ranks raise this error together.
+            except RunError:  # All ranks raise a RunError together.
                 self.finish()
                 raise
             finally:
                 if dist.get_global_rank() == 0:
                     with suppress(RunError):
-                        # The launcher kills the remaining processes after 30 s.
+                        # Wait less than 30 s, because the launcher then kills the remaining
+                        # processes.
                         self.target.wait(20)
 
     def state_dict(self) -> dict[str, Any]:
@@ -362,7 +367,7 @@ def _name(state: State) -> str:
 
 
 def _is_finite(state: dict[str, Any]) -> bool:
-    """Return whether the weights, averages and optimizer state hold only finite numbers."""
+    """Return whether the weights, averages and optimizer state contain only finite numbers."""
     tensors: list[torch.Tensor] = []
 
     def collect(value: Any) -> None:

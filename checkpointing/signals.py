@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop after the batch in progress."""
+"""Handling of signals that ask a run to stop after the batch in progress."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from composer.utils import dist
 
 from errors import SIGNALS
 
-# A launcher passes on a signal that the scheduler may have sent to this process, too. A repetition
-# within this many seconds counts as the same signal.
+# Seconds within which a repeated signal counts as the same signal. A launcher forwards signals that
+# the scheduler may also have sent to this process directly.
 ECHO = 5.0
 
 
 class SignalListener:
-    """A listener for `SIGNALS`, of which the second ends the process at once.
+    """A listener for `SIGNALS`, which ends the process if a signal arrives a second time.
 
-    Under a launcher, a signal that is repeated within `ECHO` seconds counts once.
+    Under a launcher, a signal repeated within `ECHO` seconds counts only once.
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class SignalListener:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals in this context; do nothing outside of the main thread."""
+        """Catch the signals in this context; outside of the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        times: dict[int, float] = {}  # Time at which each signal first arrived.
+        times: dict[int, float] = {}  # Time of each signal's first arrival.
         echo = ECHO if "LOCAL_RANK" in os.environ else 0.0
 
         def receive(number: int, frame: Any) -> None:
@@ -49,12 +49,12 @@ class SignalListener:
             times[number] = time.monotonic()
             self.received_signal = signal.Signals(number).name
             line = f"{self.received_signal}: saving a checkpoint after this batch\n"
-            # Do not use print, because the signal may arrive during another print. The terminal may
-            # already be closed.
+            # Do not call print(), because the signal may interrupt another print(). Suppress
+            # errors, because the terminal may already be closed.
             with suppress(OSError):
                 os.write(2, line.encode())
 
-        # nohup ignores SIGHUP, so leave it ignored.
+        # Keep ignoring signals that are already ignored, such as SIGHUP under nohup.
         numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, receive) for number in numbers}
         try:

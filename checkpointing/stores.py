@@ -1,12 +1,11 @@
-"""Stores of checkpoints: folders and object stores in which a checkpoint is complete or absent.
+"""Checkpoint stores, which are folders or object stores and never contain partial checkpoints.
 
-A checkpoint gets its name only after it is completely on the disk or in the store. Only then do
-`best-rank0.pt` and `latest-rank0.pt` point at it, and only then are old checkpoints removed.
+A checkpoint gets its final name only after it is completely on the disk or in the store. After
+that, `best-rank0.pt` and `latest-rank0.pt` are updated, and finally old checkpoints are removed.
 
-Composer's own saver has five problems. It writes into the file that it replaces. It removes
-`latest-rank0.pt` before it creates the new one. It forgets old checkpoints when a run resumes. It
-never removes a checkpoint from an object store. It gives up on a store that is down for a few
-seconds.
+Composer's own saver has five problems. It overwrites existing files in place. It removes the old
+`latest-rank0.pt` before it creates the new link. It forgets old checkpoints when a run resumes. It
+never removes checkpoints from an object store. It gives up if a store is down for a few seconds.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-# Errors of file systems without symbolic links, such as exFAT and some mounted buckets
+# Errors from file systems without symbolic links, such as exFAT and some mounted buckets.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def batch_of(name: str) -> int:
-    """Return the number of batches in the name of a checkpoint; -1 for other names."""
+    """Return the number of batches in a checkpoint's name, or -1 for other names."""
     return time_of(name)[0]
 
 
 def time_of(name: str) -> tuple[int, int]:
-    """Return the numbers of batches and epochs in the name of a checkpoint; -1 for other names.
+    """Return the numbers of batches and epochs in a checkpoint's name, or -1 for other names.
 
     The last batch of an epoch may have two checkpoints. The second one is saved after the
     evaluation at the end of the epoch.
@@ -47,7 +46,7 @@ def time_of(name: str) -> tuple[int, int]:
 
 
 def newest_first(names: Iterable[str]) -> list[str]:
-    """Return the names that belong to checkpoints, newest first."""
+    """Return only the names of checkpoints, newest first."""
     return sorted((name for name in names if NAME.fullmatch(name)), key=time_of, reverse=True)
 
 
@@ -55,12 +54,12 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
     """Return the path of a checkpoint's file.
 
     Args:
-        path: Path of the file; of a text file that points to it; of a run's folder, which gives its
-            best checkpoint if it has one, and its newest otherwise; or of a folder written by
-            `save_pretrained`.
+        path: Path of the file itself, of a pointer to it, of a run's folder, or of a folder written
+            by `save_pretrained`. In a run's folder, the best checkpoint is used if there is one,
+            and otherwise the newest.
 
     Raises:
-        WeightsError: The folder holds no checkpoint.
+        WeightsError: The folder contains no checkpoint.
     """
     if not os.path.isdir(path):
         folder, name = os.path.split(path)
@@ -68,7 +67,7 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
         return os.path.join(folder, pointed) if pointed else os.fspath(path)
     folder = LocalFolder(os.fspath(path))
     newest = folder.names()[:1]
-    # written by save_pretrained and by export.py --to hub
+    # Files that save_pretrained and export.py --to hub write.
     saved = ("model.safetensors", "pytorch_model.bin")
     for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):
@@ -90,10 +89,10 @@ class LocalFolder:
         self._run_lock: FileLock | RecordLock | None = None
 
     def lock(self, run_name: str | None) -> None:
-        """Lock the folder for this process, until it ends or calls `release_locks`.
+        """Lock the folder for this process until the process ends or calls `release_locks`.
 
         Raises:
-            ConfigError: Another live run writes to the folder.
+            ConfigError: Another active run writes to the folder.
             OSError: The folder is not writable.
         """
         os.makedirs(self.path, exist_ok=True)
@@ -112,7 +111,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Try the file operations of a save on small files; raise an OSError if one fails."""
+        """Test the file operations of a save with small files; raise an OSError if one fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()
@@ -122,7 +121,7 @@ class LocalFolder:
         self._sync()
 
     def remove_unfinished(self) -> None:
-        """Remove incomplete files of a run that was killed."""
+        """Remove incomplete files left by a killed run."""
         for path in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
             os.remove(path)
 
@@ -131,11 +130,11 @@ class LocalFolder:
         return newest_first(os.listdir(self.path) if os.path.isdir(self.path) else [])
 
     def latest(self) -> str | None:
-        """Return the name of the checkpoint that was published last, or None."""
+        """Return the name of the most recently published checkpoint, or None."""
         return self.pointed(LATEST)
 
     def pointed(self, pointer: str) -> str | None:
-        """Return the name of the checkpoint that a link or a text file points to, or None."""
+        """Return the name of the checkpoint that a link or a pointer file names, or None."""
         path = os.path.join(self.path, pointer)
         with suppress(OSError):
             return os.path.basename(os.readlink(path))
@@ -147,7 +146,7 @@ class LocalFolder:
         """Return the local path of a checkpoint.
 
         Raises:
-            FileNotFoundError: The file is not on this machine.
+            FileNotFoundError: The file does not exist on this machine.
         """
         path = os.path.join(self.path, name)
         os.stat(path)
@@ -161,15 +160,16 @@ class LocalFolder:
         best: str | None = None,
         own: Container[str] = (),
     ) -> None:
-        """Give a finished file its name, point `latest` at it, and remove old checkpoints.
+        """Give a finished file its final name, point `latest` to it, and remove old checkpoints.
 
-        Each step is a single rename, so `latest` is a whole checkpoint whenever the machine fails.
+        Each step is a single rename, so `latest` always points to a complete checkpoint, even if
+        the machine fails.
 
         Args:
             unfinished: Path of the finished file under its temporary name.
             name: Name of the checkpoint.
             keep: Number of newest checkpoints to keep; -1: all.
-            best: Name of the best checkpoint, which is kept too, or None.
+            best: Name of the best checkpoint, which is also kept, or None.
             own: Names of the checkpoints that may be removed.
 
         Raises:
@@ -194,7 +194,7 @@ class LocalFolder:
             self._unpoint(BEST)
 
     def _point(self, pointer: str, name: str) -> None:
-        """Create a link, or a text file if the file system has no links."""
+        """Create a link, or a pointer file if the file system has no symbolic links."""
         path = os.path.join(self.path, pointer)
         link = f"{path}.unfinished"
         with suppress(FileNotFoundError):
@@ -213,7 +213,7 @@ class LocalFolder:
             Path(self.path, name).unlink(missing_ok=True)
 
     def _sync(self) -> None:
-        """Write the entries of the folder to the disk."""
+        """Flush the folder's entries to the disk."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -224,21 +224,21 @@ class LocalFolder:
             os.close(folder)
 
     def wait(self, seconds: float) -> bool:
-        """Return True, because a folder has no pending uploads."""
+        """Return True, because a local folder has no pending uploads."""
         return True
 
 
 def outdated(
     names: list[str], newest: str, keep: int, best: str | None, own: Container[str]
 ) -> list[str]:
-    """Return the checkpoints to remove, so that the newest `keep` and the best are left.
+    """Return the checkpoints to remove, which are all except the newest `keep` and the best.
 
     Args:
-        names: All checkpoints of the folder, newest first.
-        newest: The checkpoint that was just saved. Later ones stay, because another run or an
-            earlier attempt left them.
+        names: All checkpoints in the folder, newest first.
+        newest: Checkpoint that was just saved. Later checkpoints are kept, because they come from
+            another run or an earlier attempt.
         keep: Number of newest checkpoints to keep; -1: all.
-        best: Checkpoint that is also kept, or None.
+        best: Best checkpoint, which is also kept, or None.
         own: Names of the checkpoints that this run may remove.
     """
     if keep < 0:
@@ -248,7 +248,7 @@ def outdated(
 
 
 def is_in_folder(path: str, folder: str) -> bool:
-    """Return whether a path or URI names a file directly in a folder."""
+    """Return whether a path or URI refers to a file directly inside a folder."""
     parent, folder = path.rpartition("/")[0] or ".", folder.rstrip("/")
     if is_remote(path) or is_remote(folder):
         return parent == folder

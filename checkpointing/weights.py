@@ -1,12 +1,12 @@
-"""Reading and writing of weights, without running code that a file contains.
+"""Reading and writing of weights, without running code contained in a file.
 
     weights = load_weights("latest-rank0.pt")    # a checkpoint, a state dict, or safetensors
     network = build_network(weights)             # the network with these weights
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
-A `.pt` file is a pickle, so loading it can run code. This module always uses torch's
-`weights_only=True`. It accepts tensors, containers and the few types in `_composer_types`, and
-refuses everything else.
+A `.pt` file is a pickle, so loading it can run code. To prevent this, the module always uses
+torch's `weights_only=True`. It accepts tensors, containers and the few types in `_composer_types`,
+and rejects everything else.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-SCORES = "classifier.conv_seg."  # DeepLabV3's layer with a row for each class.
+SCORES = "classifier.conv_seg."  # Layer of DeepLabV3 with one row per class.
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# The same prefixes for other networks, and the prefix of `networks.base.Network`
+# The same prefixes for other networks, and the prefix that `networks.base.Network` adds.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Classes of options and paths that training scripts save with the weights
+# Classes for options and paths, which training scripts often save with the weights.
 OPTIONS = (
     "argparse.Namespace",
     *(
@@ -51,16 +51,17 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one network, and what is known about it.
+    """The weights of one network, with its metadata.
 
     Attributes:
-        state: Tensors on the CPU by the network's own names, `backbone.*` and `classifier.*`.
+        state: Tensors on the CPU by their names in the network, such as `backbone.*` and
+            `classifier.*`.
         which: `"ema"` for the moving average of the training weights, otherwise `"training"`.
-        config: Config of the run that made them, if the file contains it.
+        config: Config of the run that trained the weights, if the file contains it.
         classes: Names and colours of the classes, if the file contains them.
-        run_name: Name of the run, if the file is a Composer checkpoint.
-        server_runs: IDs of the server runs that its loggers wrote to, by the names of the loggers.
-        beside: The `config.json` beside the file if another library wrote it, otherwise empty.
+        run_name: Name of the run if the file is a Composer checkpoint, otherwise None.
+        server_runs: IDs of the W&B and MLflow runs that the run logged to, by logger name.
+        beside: Content of the `config.json` in the same folder, or empty if there is none.
     """
 
     state: dict[str, Tensor]
@@ -73,12 +74,12 @@ class Weights:
 
     @property
     def eval_size(self) -> int | None:
-        """The size of the run's validation images in pixels, or None if it is unknown."""
+        """The size of the run's validation images in pixels, or None if unknown."""
         return ((self.config or {}).get("eval_dataset") or {}).get("final_size")
 
     @property
     def network(self) -> tuple[str, Mapping[str, Any]]:
-        """The name and the arguments of the network, as in the keys of `model`."""
+        """The network's name and arguments, as in the config's `model` section."""
         model = (self.config or {}).get("model") or {}
         return model.get("name") or "deeplabv3", model.get("arguments") or {}
 
@@ -112,14 +113,14 @@ class _Inert:
 def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read the weights of a network from a checkpoint, a state dict or a safetensors file.
 
-    The tensors of another project's file keep their names; `checkpointing.partial_load` matches
-    them. A checkpoint of a run with EMA has two sets of weights. Every other file has one set,
-    which is returned for both values of `weights`.
+    Tensors from another project's file keep their names, which `checkpointing.partial_load` can
+    match. A checkpoint from a run with EMA contains two sets of weights. All other files contain
+    one set, which is returned for both values of `weights`.
 
     Args:
-        path: Path of the file, or of a run's folder, which gives its best checkpoint if it has one,
-            and its newest otherwise.
-        weights: `"ema"` or `"training"`.
+        path: Path of the file or of a run's folder. In a run's folder, the best checkpoint is used
+            if there is one, and otherwise the newest.
+        weights: Set of weights to return, `"ema"` or `"training"`.
 
     Raises:
         WeightsError: The file cannot be read, contains objects that could run code, or contains no
@@ -156,7 +157,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 def _from_checkpoint(content: Any, which: str) -> Weights:
-    """Return the weights in the unpickled content of a file."""
+    """Return the weights from the unpickled content of a file."""
     if not isinstance(content, Mapping):
         return Weights({})
     trainer = content.get("state", content)
@@ -169,14 +170,14 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         return Weights(*select_network(tensors, which), classes=classes_of_mmseg(content))
     state, found = _strip_prefixes(trainer["model"]), "training"
     algorithms = trainer.get("algorithms", ())
-    # Composer wrote a mapping before it kept the order of the algorithms.
+    # Old versions of Composer saved a mapping instead of a list of pairs.
     if isinstance(algorithms, Mapping):
         algorithms = algorithms.items()
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
-            # At a checkpoint, Composer's EMA puts the average into the model, and keeps the
-            # training weights in its own state. The flag `ema_weights_active` says whether this
-            # file has been saved that way.
+            # When Composer saves a checkpoint, its EMA puts the average into the model and keeps
+            # the training weights in its own state. The flag `ema_weights_active` tells whether
+            # this file was saved that way.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"
@@ -192,7 +193,7 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
-    """Return only the tensors of a network, by the network's own names."""
+    """Return only the tensors, with wrapper prefixes removed from their names."""
     if not isinstance(state, Mapping):
         return {}
     plain = {
@@ -214,23 +215,23 @@ def save_weights(
     which: str = "training",
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the weights of a network as a safetensors file, with its config and class names.
+    """Write a network's weights to a safetensors file, with the config and the class names.
 
-    The file appears complete or not at all.
+    The file appears only when it is complete.
 
     Args:
         path: Path of the file.
-        state_dict: Tensors by name; prefixes of wrappers are removed.
-        config: Config of the run, in JSON types.
+        state_dict: Tensors by name, from which wrapper prefixes are removed.
+        config: Config of the run as JSON types, or None.
         classes: Names and colours of the classes.
-        which: `"ema"` or `"training"`, the kind of the weights.
+        which: Kind of the weights, `"ema"` or `"training"`.
         more: Additional metadata.
     """
     metadata = {"format": "pt", **to_metadata(config, classes, which), **(more or {})}
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    # save_file of safetensors would create a file that only its owner can read.
+    # Do not use save_file from safetensors, because only the owner could read its file.
     write_file(path, save(tensors, metadata))
 
 
@@ -241,7 +242,7 @@ def _read_safetensors(path: Path) -> Weights:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: cannot be read as safetensors; it is damaged, or another kind of file "
+            f"{path}: cannot be read as safetensors; it is damaged, or a different kind of file "
             f"({error})"
         ) from error
     return from_metadata(metadata, _strip_prefixes(state))
@@ -250,10 +251,10 @@ def _read_safetensors(path: Path) -> Weights:
 def to_metadata(
     config: Mapping[str, Any] | None, classes: Sequence[ClassInfo] | None, which: str
 ) -> dict[str, str]:
-    """Return the metadata of a file of weights, or of an exported file.
+    """Return the metadata for a weights file or an exported file.
 
-    `from_metadata` reads it. The entry `size` is for readers without this project: the length of
-    the shorter side of the validation images, in pixels.
+    `from_metadata` reads this metadata. For readers without this project, the entry `size` contains
+    the length of the validation images' shorter side in pixels.
     """
     metadata = {"which": which}
     if config is not None:
@@ -267,14 +268,14 @@ def to_metadata(
 
 
 def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weights:
-    """Return weights with the metadata that `to_metadata` wrote."""
+    """Return weights with metadata that `to_metadata` created."""
     config = _config_from_json(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
     return Weights(state, metadata.get("which", "training"), config, classes)
 
 
 def _config_from_json(text: str) -> Mapping[str, Any]:
-    """Parse the config of a run; raise WeightsError if the text belongs to another project."""
+    """Parse a run's config; raise WeightsError if the text comes from a different project."""
     try:
         config = json.loads(text)
     except ValueError as error:
@@ -288,12 +289,12 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Refuse a training checkpoint that contains more than Composer's state needs.
+    """Reject a training checkpoint with types of objects that Composer's state does not need.
 
-    Composer unpickles a checkpoint without such a check, so call this first.
+    Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
 
     Raises:
-        WeightsError: The file contains another type of object, or is not a checkpoint.
+        WeightsError: The file contains an unexpected type of object, or it is not a checkpoint.
     """
     path = _existing(path)
     content = None if path.suffix == ".safetensors" else _load_pickle(path, inert=False)
@@ -305,16 +306,16 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Check a file in the form that Composer calls; see `guarded_unpickling`."""
+    """Check a file, with the signature that Composer expects; see `guarded_unpickling`."""
     check_checkpoint(path)
     return True
 
 
 @contextmanager
 def guarded_unpickling() -> Iterator[None]:
-    """Make Composer call `check_checkpoint` on every file that it is about to unpickle.
+    """Make Composer call `check_checkpoint` on every file before unpickling it.
 
-    This includes files that Composer downloads from an object store.
+    This also applies to files that Composer downloads from an object store.
     """
     variable = "CHECKPOINT_VALIDATION_FUNCTION"
     before = os.environ.get(variable)
@@ -329,10 +330,10 @@ def guarded_unpickling() -> Iterator[None]:
 
 
 def _composer_types() -> list[Any]:
-    """Return the types in Composer 0.32's state besides tensors and plain Python types.
+    """Return the types in Composer 0.32's state other than tensors and plain Python types.
 
     NumPy's random state is an array, the elapsed time is a timedelta, and torch's version has its
-    own class. No code from the file runs when these are built. NumPy 1 and 2 use different names
+    own class. Creating these objects runs no code from the file. NumPy 1 and 2 have different names
     for the function that creates an array.
     """
     make_array = np.empty(0).__reduce__()[0]
@@ -352,13 +353,13 @@ def _composer_types() -> list[Any]:
 
 
 def _load_pickle(path: Path, inert: bool) -> Any:
-    """Unpickle a file of torch without running code that it contains.
+    """Unpickle a torch file without running code from it.
 
     Args:
         path: Path of the file.
-        inert: Whether to replace options, paths, and objects of Composer and torchmetrics by
-            placeholders. Composer before 0.13, which the reference used, pickled its metrics into
-            checkpoints.
+        inert: Whether to replace options, paths, and Composer and torchmetrics objects with
+            placeholders. The reference used a Composer version before 0.13, which pickled its
+            metrics into checkpoints.
     """
     allowed = _composer_types()
     if inert:
@@ -368,16 +369,16 @@ def _load_pickle(path: Path, inert: bool) -> Any:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             allowed += [(_Inert, n) for n in names if n.startswith(("composer.", "torchmetrics."))]
         with torch.serialization.safe_globals(allowed):
-            # With a memory map, unused parts such as the optimizer's state are not read.
+            # Use a memory map to avoid reading unused parts, such as the optimizer's state.
             return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds of errors for a damaged or unsafe file.
+    except Exception as error:  # torch raises many types of errors for a bad file.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise WeightsError(
-                f"{path}: refused, because it contains {unsafe[1]}, which no training state "
-                "needs and which could run code; save the weights alone"
+                f"{path}: rejected, because it contains {unsafe[1]}, which no training state "
+                "needs and which could run code; save only the weights"
             ) from error
         raise WeightsError(
-            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or another "
+            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or a different "
             f"kind of file ({type(error).__name__})"
         ) from error

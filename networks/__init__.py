@@ -1,1 +1,1 @@
-"""The networks that can be trained: DeepLabV3+, and networks of other libraries by name."""
+"""Networks to train, which are DeepLabV3+ and networks from other libraries."""

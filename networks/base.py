@@ -1,8 +1,8 @@
-"""The interface between this project and a network, and a wrapper for other libraries' networks.
+"""The interface between this project and a network, and a wrapper for other networks.
 
-Normalised images (N, 3, H, W) go in. Logits (N, C, h, w) come out at any resolution: as a tensor,
-as `.logits`, or as `{"out": ...}`. A network also gives the `mean` and `std` of its normalisation,
-and the number that the sides of its images must be a multiple of.
+A network takes normalised images (N, 3, H, W). It returns logits (N, C, h, w) of any resolution as
+a tensor, as `.logits`, or as `{"out": ...}`. It also has the `mean` and `std` for normalisation,
+and a number that must divide the sides of images.
 """
 
 from __future__ import annotations
@@ -17,39 +17,40 @@ from torch import Tensor, nn
 from errors import ModelError, one_line
 from segmentation.losses import MixedTarget, segmentation_loss
 
-# Statistics of RGB values from 0 to 255, as torchvision's weights expect them
+# Statistics of RGB values from 0 to 255 that torchvision's weights expect.
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-# Names that libraries give to the part of a network that is pretrained on ImageNet
+# Names that libraries use for the part of a network that is pretrained on ImageNet.
 BACKBONES = ("backbone", "encoder")
 
 
 class Network(nn.Module):
-    """A wrapper for a network of another library, or for a user's own network.
+    """A wrapper for a network from another library or for a user's own network.
 
-    Images are padded below and to the right with 0, which is the mean colour after normalisation.
-    If an image was padded, its logits are resized to the image and cropped.
+    Images are padded with 0, which is the mean colour after normalisation, at the bottom and on the
+    right. The logits of padded images are resized to the padded size and cropped.
 
     Args:
         network: The wrapped network.
         name: Name of the network, as in the key `model.name`.
-        arguments: Arguments that are sufficient to rebuild the network; see
+        arguments: Arguments from which the network can be rebuilt; see
             `networks.registry.named_network`.
-        mean: Mean of the normalisation for each channel, for values from 0 to 255.
-        std: Standard deviation of the normalisation, likewise.
-        size_divisor: Number that the sides of the images must be multiples of.
-        channels_last: Whether tensors are channels-last. `check` turns it off if the network calls
-            `view` on a tensor that it expects to be contiguous.
+        mean: Mean of each channel for normalisation, for values from 0 to 255.
+        std: Standard deviation of each channel for normalisation, for values from 0 to 255.
+        size_divisor: Number that must divide the sides of images, which are padded accordingly.
+        channels_last: Whether weights and images are channels-last. `check` disables this if the
+            network calls `view` on tensors that it expects to be contiguous.
 
     Shape:
         image (N, 3, H, W) -> logits (N, C, h, w). In training, a network with auxiliary outputs
-            returns a tuple of the logits and these outputs, which `auxiliary_loss` takes.
+            returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # The weight of auxiliary losses in torchvision's reference scripts.
-    # Pad, and resize the logits, at every size. An exported graph cannot branch on the size.
+    auxiliary_weight = 0.5  # Same value as in torchvision's reference scripts.
+    # Whether to pad images and resize logits at every size, because an exported graph cannot branch
+    # on the size.
     always_pads = False
-    # Function that translates tensor names from older versions of the library
+    # Function that translates tensor names from older versions of the library.
     rename: Callable[[str], str] | None = None
 
     def __init__(
@@ -73,14 +74,14 @@ class Network(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that are sufficient to rebuild the network."""
+        """The arguments from which the network can be rebuilt."""
         own = dict(mean=list(self.mean), std=list(self.std))
         own |= dict(size_divisor=self.size_divisor, channels_last=self.channels_last)
         return {**self._arguments, **own}
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The memory layout for weights and images."""
+        """The memory layout of weights and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def forward(self, image: Tensor) -> Any:
@@ -101,7 +102,7 @@ class Network(nn.Module):
         return (logits, *auxiliary) if auxiliary else logits
 
     def outputs(self, image: Tensor) -> tuple[Any, ...]:
-        """Return the logits and, in training, the auxiliary outputs of images of a fitting size."""
+        """Return the logits of padded images and, in training, the auxiliary outputs."""
         found = self.network(image)
         if isinstance(found, Mapping) and isinstance(found.get("out"), Tensor):
             auxiliary = [found["aux"]] if self.training and "aux" in found else []
@@ -135,14 +136,14 @@ class Network(nn.Module):
         return [self.auxiliary_weight * cross_entropy(o, target, ignore_index) for o in outputs]
 
     def check(self, num_classes: int, sizes: Sequence[int]) -> None:
-        """Check that the network accepts square images of these sizes and returns logits.
+        """Check that the network returns logits for square images of these sizes.
 
         Args:
             num_classes: Number of classes C.
             sizes: Sides of the images, pixels.
 
         Raises:
-            ModelError: The network fails, or its output has another shape.
+            ModelError: The network fails, or its output has the wrong shape.
         """
         was_training = self.training
         self.eval().to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
@@ -158,7 +159,7 @@ class Network(nn.Module):
             if "model.name" in str(error):
                 raise
             raise self._failed(size, error) from error
-        except Exception as error:  # A library's network may raise anything.
+        except Exception as error:  # A library's network can raise any type of error.
             raise self._failed(size, error) from error
         finally:
             self.train(was_training)
@@ -169,7 +170,7 @@ class Network(nn.Module):
         )
 
     def _try(self, num_classes: int, size: int) -> None:
-        """Pass two images through the network."""
+        """Run the network on two images and check the shape of its output."""
         image = torch.zeros(2, 3, size, size, device=next(self.parameters()).device)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = self(image.contiguous(memory_format=torch.channels_last))
@@ -183,13 +184,14 @@ class Network(nn.Module):
 def _top_left(logits: Tensor, height: int, width: int) -> Tensor:
     if not torch.compiler.is_exporting():
         return logits[:, :, :height, :width]
-    # For a slice, torch.export guesses from the size of the example whether it is the whole tensor.
+    # Use index_select, because torch.export would decide from the example's size whether a slice
+    # covers the complete tensor.
     rows, columns = (torch.arange(n, device=logits.device) for n in (height, width))
     return logits.index_select(2, rows).index_select(3, columns)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Return the mean cross entropy of logits (N, C, h, w) over the target's pixels (N, H, W)."""
+    """Return the mean cross entropy of logits (N, C, h, w) over a target's pixels (N, H, W)."""
     losses = segmentation_loss(
         logits, target, ignore_index=ignore_index, cross_entropy_weight=1.0, dice_weight=0.0
     )
@@ -197,12 +199,12 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def main_logits(outputs: Any) -> Tensor:
-    """Return the logits from a network's output, without any auxiliary outputs."""
+    """Return the logits in a network's output, without any auxiliary outputs."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def current_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file under the names that the current version of the library uses."""
+    """Return a file's tensors under the names used by the current version of the library."""
     rename = network.rename if isinstance(network, Network) else None
     return {rename(name) if rename else name: tensor for name, tensor in state.items()}
 
@@ -213,7 +215,7 @@ def inner(network: nn.Module) -> nn.Module:
 
 
 def backbone_of(network: nn.Module) -> nn.Module | None:
-    """Return the part that is pretrained on ImageNet, or None if it is unknown."""
+    """Return the part of a network that is pretrained on ImageNet, or None if it is unknown."""
     network = inner(network)
     names = (*BACKBONES, getattr(network, "base_model_prefix", ""))
     found = (getattr(network, name, None) for name in names if name)

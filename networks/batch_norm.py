@@ -1,8 +1,8 @@
-"""BatchNorm layers that share statistics between ranks, and that count batches together.
+"""BatchNorm layers with statistics shared between ranks, and with joint batch counting.
 
-torch's SyncBatchNorm refuses CPUs, breaks a compiled graph at every layer, and makes the host wait
-for the device three times per layer and pass. The layer here consists of ordinary operations and
-one all-reduce.
+torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the
+host wait for the device three times per layer and pass. The layer in this module consists of
+ordinary operations and one all-reduce.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d that leaves num_batches_tracked to `count_batches`. It requires a momentum."""
+    """A BatchNorm2d that leaves num_batches_tracked to `count_batches` and requires a momentum."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalise an image, and update the running statistics."""
+        """Normalise a batch; in training, also update the running statistics."""
         if not self.training:
             return super().forward(image)
         assert self.momentum is not None
@@ -37,19 +37,19 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d whose statistics cover the batches of a process group.
+    """A BatchNorm2d with statistics over the batches of all ranks in a process group.
 
-    It equals `torch.nn.SyncBatchNorm`. Affine parameters, the momentum and the running statistics
-    may each be missing; without a momentum, the running statistics are the mean over all batches.
-    With a momentum, it leaves num_batches_tracked to `count_batches`. Ranks may have batches of
-    different sizes, but must all make the same passes.
+    The results equal those of `torch.nn.SyncBatchNorm`. Affine parameters, momentum and running
+    statistics are optional. Without a momentum, the running statistics are the mean over all
+    batches. With a momentum, the layer leaves num_batches_tracked to `count_batches`. Ranks may
+    have batches of different sizes, but must make the same forward and backward passes.
 
     Args:
-        batch_norm: Layer whose parameters and buffers are taken over.
-        group: Process group.
+        batch_norm: Layer that provides the parameters and buffers.
+        group: Process group that shares the statistics.
 
     Shape:
-        (N, C, H, W) -> (N, C, H, W), of the same type; computed in fp32.
+        (N, C, H, W) -> (N, C, H, W), of the same data type; computed in fp32.
     """
 
     def __init__(self, batch_norm: nn.BatchNorm2d, group: torch.distributed.ProcessGroup) -> None:
@@ -67,13 +67,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.group_name = group.group_name
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalise an image, and update the running statistics."""
+        """Normalise a batch; in training, also update the running statistics."""
         if not self.training:
             return super().forward(image)
         size = image.numel() // image.shape[1]
         variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
-        # Use fp64, in which the difference of squares below loses no precision. The tensors are
-        # small.
+        # Use fp64, because the difference of squares below would lose precision in fp32. This is
+        # cheap, because the tensors are small.
         mean, variance = mean.double(), variance.double()
         own = torch.cat([mean.new_ones(1), mean, variance + mean.square()]) * size
         count, total, squares = all_reduce(own, self.group_name).split([1, *[len(mean)] * 2])
@@ -90,7 +90,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return result.to(image.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics, if there are any, towards the statistics of a batch."""
+        """Update the running statistics, if there are any, with the statistics of a batch."""
         if self.running_mean is None or self.running_var is None:
             return
         share: float | Tensor | None = self.momentum
@@ -102,13 +102,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
-# A custom operator with its own gradient: an autograd.Function would become a higher-order operator
-# in the graph, which DDPOptimizer refuses.
+# Use a custom operator, because an autograd.Function would become a higher-order operator in the
+# graph, which DDPOptimizer does not support.
 @torch.library.custom_op("deeplab::all_reduce", mutates_args=())
 def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     """Sum a tensor over the ranks of a group."""
     result = tensor.clone()
-    # torch 2.13 annotates this string argument with a type of its own.
+    # The cast is needed for type checkers, because torch 2.13 annotates this string argument with
+    # its own type.
     group = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group_name))
     torch.distributed.all_reduce(result, group=group)
     return result
@@ -131,7 +132,7 @@ all_reduce.register_autograd(_backward, setup_context=_save)
 
 
 def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
-    """Replace every BatchNorm2d below a module with a `SyncBatchNorm2d`."""
+    """Replace every BatchNorm2d in a module's children with a `SyncBatchNorm2d`."""
     for name, child in module.named_children():
         if type(child) in (nn.BatchNorm2d, BatchNorm2d):
             setattr(module, name, SyncBatchNorm2d(cast(nn.BatchNorm2d, child), group))
@@ -140,7 +141,7 @@ def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -
 
 
 def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
-    """Make the BatchNorm layers below a module leave counting to `count_batches`; return them."""
+    """Make a module's BatchNorm layers leave counting to `count_batches`; return these layers."""
     layers = []
     for layer in module.modules():
         if not (isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and layer.momentum):
@@ -154,14 +155,17 @@ def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 @torch.no_grad()
 def count_batches(layers: list[nn.BatchNorm2d]) -> None:
-    """Count a batch in each of these layers, in one operation instead of a hundred."""
+    """Count a batch in all layers with one operation instead of a hundred."""
     counters = [layer.num_batches_tracked for layer in layers if layer.training]
     if counters:
         torch._foreach_add_(cast("list[Tensor]", counters), 1)
 
 
 def share_in_node(network: nn.Module) -> None:
-    """Share BatchNorm statistics within each node. Across nodes, the cost exceeds the benefit."""
+    """Share BatchNorm statistics within each node.
+
+    Sharing across nodes costs more time than it is worth.
+    """
     per_node = dist.get_local_world_size()
     if per_node == 1:
         return
@@ -169,6 +173,5 @@ def share_in_node(network: nn.Module) -> None:
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    # This process always belongs to the group of its node, but torch's return type also allows
-    # non-members.
+    # The cast is valid, because this process always belongs to its node's group.
     share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))

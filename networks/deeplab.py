@@ -1,4 +1,4 @@
-"""DeepLabV3+: a backbone, such as torchvision's ResNet, and mmsegmentation's head.
+"""DeepLabV3+ with a backbone such as torchvision's ResNet, and mmsegmentation's head.
 
 Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic
 Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
@@ -28,9 +28,9 @@ from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
 from networks.mmseg_operators import import_mmseg
 
-# torchvision's name by the number of blocks, and by the width and the channels per group of the 3x3
-# convolutions. The blocks alone give the depth (He et al. 2016, table 1). The other two numbers
-# tell ResNeXt and Wide ResNet from ResNet.
+# Tables to find torchvision's name of a ResNet from the shapes of its tensors. The numbers of
+# blocks determine the depth (He et al. 2016, table 1). The width and the channels per group of the
+# 3x3 convolutions distinguish ResNeXt and Wide ResNet from ResNet.
 DEPTHS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "50",
     (3, 4, 23, 3): "101",
@@ -49,18 +49,18 @@ ASPPHead, DepthwiseSeparableASPPHead = _heads.ASPPHead, _heads.DepthwiseSeparabl
 
 
 class DeepLabV3(nn.Module):
-    """A backbone with a decode head that turns its features into class scores for each pixel.
+    """A backbone with a decode head that computes class scores for each pixel.
 
     Args:
-        backbone: Maps an image to a dict or list of feature maps, finest first.
-        classifier: Maps the tuple of those feature maps to logits.
-        upsample: Whether to resize the logits to the image. Training does not need it, because the
-            loss and the metrics do so themselves, a part of the batch at a time.
-        neck: Maps the feature maps to those of the classifier, or None.
+        backbone: Network that maps images to a dict or list of feature maps, finest first.
+        classifier: Decode head that maps a tuple of feature maps to logits.
+        upsample: Whether to resize the logits to the image's size. Training does not need this,
+            because the loss and the metrics resize the logits in parts.
+        neck: Module between backbone and classifier that converts the feature maps, or None.
 
     Shape:
-        image (N, 3, H, W) -> logits (N, C, H, W), or (N, C, H / 4, W / 4) without `upsample` (H / 8
-            and W / 8 for DeepLabV3 without the plus).
+        image (N, 3, H, W) -> logits (N, C, H, W). Without `upsample`, the logits are (N, C, H / 4,
+            W / 4) for DeepLabV3+ and (N, C, H / 8, W / 8) for DeepLabV3.
     """
 
     name = "deeplabv3"
@@ -94,25 +94,25 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """A pooling of the input to one pixel, which is expanded to the input's size on a GPU.
+    """A pooling of images to one pixel, which is expanded to the input's size on a GPU.
 
-    The head would resize the pixel by interpolation, whose gradient is a sum over all pixels.
-    PyTorch's kernel computes this sum in bf16, one addition at a time, and is off by 9% at 64 x 64.
-    The gradient of an expanded tensor is summed in fp32, and the head does not resize a tensor of
-    the right size.
+    Without this class, the head would resize the pixel by interpolation, whose gradient is a sum
+    over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
+    contrast, the gradient of an expanded tensor is summed in fp32. The head does not resize a
+    tensor that already has the right size.
 
     Shape:
         (N, C, H, W) -> (N, D, 1, 1), or on a GPU (N, D, H, W).
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        """Pool an image."""
+        """Return the pooled images."""
         pooled = super().forward(image)
         return pooled.expand(-1, -1, *image.shape[2:]) if image.is_cuda else pooled
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise a layer as the reference does: He et al. 2015, and BatchNorm as the identity."""
+    """Initialise a layer like the reference, by He et al. 2015 or with BatchNorm as identity."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -134,15 +134,17 @@ def deeplabv3(
     Args:
         num_classes: Number of classes C.
         backbone_arch: Name of a torchvision ResNet with bottleneck blocks, such as `"resnet101"`.
-        backbone_weights: None; a torchvision name such as `"IMAGENET1K_V2"`; or the path or URL of
-            a state dict with torchvision's parameter names.
+        backbone_weights: Name of torchvision weights such as `"IMAGENET1K_V2"`, path or URL of a
+            state dict with torchvision's parameter names, or None.
         sync_bn: Whether the ranks of a node share BatchNorm statistics.
-        use_plus: Whether to build DeepLabV3+, with the stride-4 decoder, instead of DeepLabV3.
-        init_fn: Function applied to every module; if the backbone has weights, only to the head.
+        use_plus: Whether to build DeepLabV3+, which has a stride-4 decoder, instead of DeepLabV3.
+        init_fn: Function to apply to every module, or only to the head's modules if the backbone
+            has weights; None: no function.
         upsample: See `DeepLabV3`.
 
     Raises:
-        ModelError: The backbone is not such a ResNet, or its weights cannot be loaded.
+        ModelError: The backbone is not a ResNet with bottleneck blocks, or its weights cannot be
+            loaded.
     """
     backbone = _resnet(backbone_arch)
     if backbone_weights:
@@ -158,12 +160,12 @@ def deeplabv3(
 
 
 def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = True) -> nn.Module:
-    """Return the head of DeepLabV3(+) for features of stride 4 and of the last layer.
+    """Return the head of DeepLabV3(+) for stride-4 features and last-layer features.
 
     Args:
         num_classes: Number of classes C.
         low_channels: Number of channels of the stride-4 features.
-        channels: Number of channels of the last features.
+        channels: Number of channels of the last-layer features.
         use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
     """
     arguments: dict[str, Any] = dict(
@@ -175,7 +177,7 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
-        # This loss is unused, but mmsegmentation's default would print a warning.
+        # Set this unused loss only to avoid the warning that mmsegmentation prints for its default.
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     )
     if use_plus:
@@ -187,7 +189,7 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
 
 
 def _resnet(arch: str) -> torchvision.models.ResNet:
-    """Return the torchvision ResNet of this name, dilated to output stride 8."""
+    """Return the torchvision ResNet with this name, dilated to output stride 8."""
     builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
     if builder is None or arch not in torchvision.models.list_models(torchvision.models):
         raise ModelError(
@@ -195,7 +197,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
         )
     try:
         backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
-    # torchvision raises this error because basic blocks cannot be dilated.
+    # torchvision raises this error for basic blocks, which cannot be dilated.
     except NotImplementedError:
         backbone = None
     if backbone is None or not isinstance(backbone.layer1[0], Bottleneck):
@@ -207,7 +209,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load backbone weights in place, by torchvision's name or from a path or URL."""
+    """Load weights into a backbone, by torchvision's name or from a path or URL."""
     url = weights
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
@@ -220,7 +222,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
     if is_remote(url):
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
-            # One rank of each node downloads the file; the others find it in the cache.
+            # One rank of each node downloads the file. The node's other ranks find it in the cache.
             with (
                 dist.run_local_rank_zero_first()
                 if dist.is_initialized()
@@ -239,7 +241,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             raise ModelError(f"backbone_weights={weights}: there is no such file")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        # torch raises many kinds of errors for a file that is not a state dict.
+        # torch raises many types of errors for a file that is not a state dict.
         except Exception as error:
             raise ModelError(
                 f"backbone_weights={weights}: cannot be read as a PyTorch state dict "
@@ -256,24 +258,24 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
     if wrong:
         raise ModelError(
-            f"{what} does not fit {arch}: {len(wrong)} of {len(needed)} tensors are missing "
-            f"or have another shape, first {wrong[0]}"
+            f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing "
+            f"or have a different shape, starting with {wrong[0]}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """Return the arguments of `deeplabv3` that build a network for these weights.
+    """Return the arguments of `deeplabv3` that build the network for these weights.
 
     Args:
         state: Tensors by name, as in `checkpointing.weights.Weights.state`.
-        where: Name of the weights in an error.
+        where: Name of the weights, for error messages.
 
     Returns:
-        `num_classes`, `backbone_arch` and `use_plus`.
+        The arguments `num_classes`, `backbone_arch` and `use_plus`.
 
     Raises:
-        WeightsError: The weights do not belong to a DeepLabV3 of this project.
+        WeightsError: The weights do not belong to this project's DeepLabV3.
     """
     block = re.compile(r"backbone\.layer(\d)\.(\d+)\.conv3\.weight")
     found = [match.groups() for match in map(block.fullmatch, state) if match]
@@ -304,25 +306,27 @@ def create_network(
     use_plus: bool = True,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Build a run's network from the keys below `model`; its logits have the network's stride.
+    """Build a run's network from the keys below `model`.
+
+    The logits have the network's own stride.
 
     Args:
         name: `"deeplabv3"`, or a name for `named_network`.
         arguments: Arguments of a network other than `deeplabv3`.
         num_classes: Number of classes C.
         backbone_arch: See `deeplabv3`.
-        backbone_weights: See `deeplabv3`. If it is not None, other networks begin with the weights
-            of their library.
+        backbone_weights: See `deeplabv3`. If this is not None, other networks start from their
+            library's pretrained weights.
         sync_bn: Whether the ranks of a node share BatchNorm statistics.
         use_plus: See `deeplabv3`.
-        init_fn: See `deeplabv3`. The libraries of other networks initialise them.
+        init_fn: See `deeplabv3`. Other networks are initialised by their library.
 
     Raises:
         ModelError: The network cannot be built.
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 has none; set its keys below model")
+            raise ModelError("model.arguments: deeplabv3 takes none; set its keys below model")
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )
@@ -342,7 +346,7 @@ def create_meta_network(
     use_plus: bool,
     **_: Any,
 ) -> nn.Module:
-    """Build a network on the device "meta", to learn the shapes of its tensors.
+    """Build a network on the device "meta" to get the shapes of its tensors.
 
     Args:
         name: See `create_network`.
@@ -350,9 +354,10 @@ def create_meta_network(
         num_classes: Number of classes C.
         backbone_arch: Name of a torchvision ResNet.
         use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
-        **_: Other keys below `model`, which change no shape.
+        **_: Other keys below `model`, which do not affect shapes.
     """
-    # Networks of other libraries read values from tensors while they are built.
+    # Build other libraries' networks on the CPU, because they read tensor values while they are
+    # built.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(
             name,
@@ -362,5 +367,5 @@ def create_meta_network(
             sync_bn=False,
             use_plus=use_plus,
         ).to("meta")
-    # torch's overloads of `to` lack the memory format.
+    # The overloads of `to` in torch's type stubs lack the memory format.
     return network.to(memory_format=network.memory_format)  # pyright: ignore

@@ -1,10 +1,10 @@
-"""A depthwise 3 x 3 convolution with a large dilation on a CPU, as nine multiply-adds.
+"""A dilated depthwise 3 x 3 convolution for CPUs, computed as nine multiply-adds.
 
-The head has three of these with 2048 channels and dilations 12, 24 and 36, so many of their inputs
-are padding. PyTorch calls oneDNN on x86. At 128 pixels, oneDNN spends a quarter of a training step
-on them, for a ten-thousandth of the arithmetic. Its weight gradient in bf16 is also wrong where
-most inputs are in the image: off by 140% for 64 x 64 features and dilation 12 (torch 2.7.0 and
-2.13.0).
+The head has three such convolutions with 2048 channels and dilations 12, 24 and 36, so many of
+their inputs are padding. On x86, PyTorch computes them with oneDNN. For 128-pixel images, they take
+a quarter of a training step, for a ten-thousandth of the arithmetic. oneDNN's bf16 weight gradient
+is also wrong if most inputs are inside the image. It is off by 140% for 64 x 64 features and
+dilation 12 (torch 2.7.0 and 2.13.0).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-# Numbers of one image that are processed at a time. They take 512 KiB in fp32, a part of a core's
-# L2 cache.
+# Number of values of an image to process at a time. In fp32 they take 512 KiB, which fits in a
+# core's L2 cache.
 CHUNK = 2**17
 
 
 class DilatedDepthwiseConv2d(nn.Conv2d):
     """A `nn.Conv2d` with a 3 x 3 kernel, stride 1, `groups=channels` and `padding=dilation`.
 
-    On a GPU, and in exported graphs, it calls PyTorch's own operator.
+    On a GPU and in exported graphs, the layer calls PyTorch's own operator.
 
     Shape:
-        (N, C, H, W) -> (N, C, H, W), in the input's type; sums are in fp32.
+        (N, C, H, W) -> (N, C, H, W), of the input's data type; sums are computed in fp32.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Convolve an image; shapes are those of `torch.nn.Conv2d`."""
+        """Convolve images; see the class for the shapes."""
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if image.is_cuda or exported or image.dtype == torch.float64:
             return super().forward(image)
@@ -53,13 +53,13 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 
 
 def replace_dilated(module: nn.Module) -> None:
-    """Replace every dilated depthwise 3 x 3 convolution below a module.
+    """Replace every dilated depthwise 3 x 3 convolution in a module's children.
 
-    The replacement is a `DilatedDepthwiseConv2d` with the same weight.
+    Each replacement is a `DilatedDepthwiseConv2d` with the same weight.
     """
     for name, child in module.named_children():
         if type(child) is nn.Conv2d and _is_dilated_depthwise(child):
-            # Skip the initialisation, so that later random numbers stay the same.
+            # Skip the initialisation, so that it does not change later random numbers.
             ours = skip_init(DilatedDepthwiseConv2d, child.in_channels, child.dilation[0])
             ours.weight = child.weight
             setattr(module, name, ours)
@@ -68,7 +68,7 @@ def replace_dilated(module: nn.Module) -> None:
 
 
 def _is_dilated_depthwise(conv: nn.Conv2d) -> bool:
-    """Return whether `DilatedDepthwiseConv2d` computes the same result."""
+    """Return whether `DilatedDepthwiseConv2d` computes the same result as a convolution."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
@@ -82,7 +82,7 @@ def _is_dilated_depthwise(conv: nn.Conv2d) -> bool:
 
 @torch.library.custom_op("deeplab::dilated_depthwise", mutates_args=())
 def convolution(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """Convolve an image (N, C, H, W) with a kernel (C, 1, 3, 3), padded by the dilation."""
+    """Convolve images (N, C, H, W) with a kernel (C, 1, 3, 3), padded by the dilation."""
     result = torch.empty_like(image)
     taps = list(_taps(image.shape, dilation))
     kernel = weight.float()[:, 0, :, :, None, None]
@@ -97,7 +97,7 @@ def convolution(image: Tensor, weight: Tensor, dilation: int) -> Tensor:
 
 @torch.library.custom_op("deeplab::dilated_depthwise_backward", mutates_args=())
 def gradients(grad: Tensor, image: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients with respect to the image and the weight."""
+    """Return the gradients with respect to the images and the weight."""
     by_image = torch.empty_like(image)
     taps = list(_taps(image.shape, dilation))
     kernel = weight.float()[:, 0, :, :, None, None]
@@ -114,12 +114,12 @@ def gradients(grad: Tensor, image: Tensor, weight: Tensor, dilation: int) -> tup
 
 
 def _copy(part: Tensor) -> Tensor:
-    """Copy a part of an image to a dense fp32 tensor."""
+    """Copy part of an image to a dense fp32 tensor."""
     return part.to(torch.float32, copy=True)
 
 
 def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield ranges of channels, image by image."""
+    """Yield image indices and ranges of channels to process together."""
     count, channels, height, width = image.shape
     step = max(64, CHUNK // (height * width))
     for n in range(count):
@@ -130,7 +130,7 @@ def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
 def _taps(
     shape: torch.Size, dilation: int
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield the kernel's positions except the centre, and the slices each writes and reads."""
+    """Yield kernel positions other than the centre, with the slices to write and to read."""
     for y in range(3):
         for x in range(3):
             down, right = (y - 1) * dilation, (x - 1) * dilation
@@ -141,7 +141,7 @@ def _taps(
 
 
 def _overlap(offset: int, size: int) -> tuple[slice, slice]:
-    """Return the positions whose neighbour at an offset is also inside, and those neighbours."""
+    """Return the positions that have a neighbour at an offset, and these neighbours."""
     first, last = max(0, -offset), size - max(0, offset)
     return slice(first, last), slice(first + offset, last + offset)
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Features of stride 4 and 8, made from the last features of a vision transformer.
+    """A pyramid that turns a vision transformer's last features into strides 4 and 8.
 
-    The simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527) without
-    its last two convolutions, because the head of DeepLabV3+ begins with its own. For patches of 14
-    pixels, the strides are 3.5 and 7.
+    This is the simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527).
+    It lacks the last two convolutions, because the DeepLabV3+ head begins with its own. For
+    14-pixel patches, the strides are 3.5 and 7.
 
     Args:
-        channels: Number of channels D of the transformer.
+        channels: Number of channels D of the transformer's features.
 
     Shape:
         [(N, D, H / 16, W / 16)] -> [(N, D // 4, H / 4, W / 4), (N, D // 2, H / 8, W / 8)]
@@ -37,12 +37,12 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return the two feature maps; see the class for their shapes."""
+        """Return the stride-4 and stride-8 features; see the class for their shapes."""
         return [self.stride_4(features[-1]), self.stride_8(features[-1])]
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each position.
+    """A layer normalisation over the channels at each position.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W)

@@ -1,4 +1,4 @@
-"""Networks for semantic segmentation from transformers."""
+"""Semantic-segmentation networks from Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a network for semantic segmentation from transformers, by hub name or folder.
+    """Build a semantic-segmentation network from transformers, by hub name or folder.
 
     Args:
         name: Name on the hub, or path of a folder.
         num_classes: Number of classes C.
         arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: Anything but None loads the pretrained weights.
-        from_file: Whether a file names the network; then nothing is downloaded.
+        pretrained: Any value other than None to load the pretrained weights.
+        from_file: Whether the name comes from a file instead of a user, so that nothing is
+            downloaded.
 
     Raises:
         ModelError: The network cannot be built.
@@ -42,7 +43,7 @@ def build(
             f"{whole}: the file does not contain the network's config, so the network cannot be "
             "rebuilt"
         )
-    if "config" in arguments:  # The lines below record this config.
+    if "config" in arguments:  # Use the config that an earlier build recorded.
         said = _without_pretrained(arguments["config"])
         _check_type(whole, said.get("model_type"))
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
@@ -69,12 +70,12 @@ def build(
 
 
 def _check_type(whole: str, kind: str | None) -> None:
-    """Refuse networks that transformers does not build for semantic segmentation.
+    """Reject types of networks that transformers does not support for semantic segmentation.
 
-    Mask2Former and its kin predict a set of masks, for which this project has no loss.
+    Mask2Former and similar networks predict a set of masks, for which this project has no loss.
 
     Raises:
-        ModelError: The type of the network is not known, or is another one.
+        ModelError: The network's type is unknown or does not predict a class for each pixel.
     """
     module = importlib.import_module("transformers.models.auto.modeling_auto")
     known = module.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -86,11 +87,11 @@ def _check_type(whole: str, kind: str | None) -> None:
 
 
 def _renaming(network: Any) -> Callable[[str], str] | None:
-    """Return the function that renames tensors of transformers 4 for version 5, if any."""
+    """Return a function that renames transformers 4 tensors for version 5, or None."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping")
-    except ImportError:  # transformers 4 lacks these modules.
+    except ImportError:  # transformers 4 does not have these modules.
         return None
     rules = mapping.get_model_conversion_mapping(network)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
@@ -103,14 +104,14 @@ def _renaming(network: Any) -> Callable[[str], str] | None:
 
 
 def _unloading(config: Any) -> Any:
-    """Return a config without the keys that make transformers load files."""
+    """Return a config without keys that make transformers load files."""
     if not isinstance(config, Mapping):
         return config
     return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
 
 
 def _without_pretrained(config: Any) -> Any:
-    """Return a config with no part that loads weights, which some parts do by default."""
+    """Return a config in which no part loads pretrained weights, as some do by default."""
     if not isinstance(config, Mapping):
         return config
     parts = {key: _without_pretrained(value) for key, value in config.items()}
@@ -118,7 +119,7 @@ def _without_pretrained(config: Any) -> Any:
 
 
 def _normalisation(transformers: Any, name: str) -> tuple[Any, Any]:
-    """Return the mean and standard deviation from a network's image processor."""
+    """Return the mean and standard deviation defined by a network's image processor."""
     try:
         said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:

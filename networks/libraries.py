@@ -1,8 +1,8 @@
-"""Helpers for building networks of other libraries and of users.
+"""Helpers for building networks from other libraries and from users' functions.
 
-Each library has a module with a function `build`. It takes the text after the colon in `model.name`
-and returns a `Network`. A file is not trusted like a user: with `from_file`, `build` loads nothing
-by name or address, and runs only the library's own code.
+Each library has a module with a function `build`, which takes the text after the colon in
+`model.name` and returns a `Network`. Files are trusted less than users: with `from_file`, `build`
+loads nothing by name or address, and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class Network.
-# Keys that make a library load a file or an address.
+OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class `Network`.
+# Keys that make a library load a file or a URL.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # Pattern of a string that is neither a path nor an address.
+PLAIN = re.compile(r"[\w.+-]*")  # Matches strings that are not paths or URLs.
 
 
 def foreign_arguments(
     network: str, beside: Mapping[str, Any], state: Iterable[str], where: str
 ) -> tuple[dict[str, Any], str]:
-    """Return the arguments and the name of the network in a library's own file of weights.
+    """Return the arguments and the name of the network in a library's own weights file.
 
     Args:
-        network: Name of the network that the user gives.
-        beside: The `config.json` beside the file, as written by `save_pretrained`, or empty.
+        network: Name of the network, as given by the user.
+        beside: Content of the `config.json` that `save_pretrained` wrote beside the file, or empty.
         state: Names of the tensors in the file.
         where: Path of the file.
 
     Returns:
-        The arguments of the network, and its name. For transformers, the name is the folder that
-            has the config.
+        The arguments and the name of the network. For transformers, the name refers to the folder
+            that contains the config.
 
     Raises:
-        ModelError: The file contains a string that could be a path or an address.
+        ModelError: The file contains a string that could be a path or a URL.
     """
     kind = network.partition(":")[0]
     if kind == "hf" and "model_type" in beside:
@@ -63,8 +63,8 @@ def require(package: str, name: str, group: str | None = None) -> Any:
 
     Args:
         package: Name of the package.
-        name: Value of `model.name`, for the error.
-        group: Install extra that provides the package; None: the package's own name.
+        name: Value of `model.name`, for error messages.
+        group: Install extra that provides the package; None: the extra with the package's name.
 
     Raises:
         ModelError: The package is not installed; the message says how to install it.
@@ -77,7 +77,7 @@ def require(package: str, name: str, group: str | None = None) -> Any:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
-    """Return the error for a name that a library does not have."""
+    """Return the error for a network name that a library does not have."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(
@@ -87,24 +87,24 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
 
 
 def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a library's builder; turn any error into one line."""
+    """Call a library's builder, and turn any error into a one-line ModelError."""
     try:
         return builder(*args, **arguments)
     except ModelError:
         raise
-    except Exception as error:  # A library may raise any error.
+    except Exception as error:  # A library can raise any type of error.
         raise ModelError(
             f"model.name={name} cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
-    """Return the description of a network in a file, without anything that would load more.
+    """Return a network's description from a file, without keys that load other files.
 
-    Keys that load weights are removed, because the file contains the weights.
+    Keys that load weights are not needed, because the file already contains the weights.
 
     Raises:
-        ModelError: A string could be a path or an address.
+        ModelError: A string could be a path or a URL.
     """
     if isinstance(value, Mapping):
         left = {k: v for k, v in value.items() if not LOADING.fullmatch(str(k))}
@@ -113,18 +113,18 @@ def plain(value: Any, where: str, key: str = "") -> Any:
         return [plain(part, where, key) for part in value]
     if isinstance(value, str) and not PLAIN.fullmatch(value):
         raise ModelError(
-            f"{where}: refused, because {key} is {value!r}, which could be a path or an address"
+            f"{where}: rejected, because {key} is {value!r}, which could be a path or a URL"
         )
     return value
 
 
 def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that belong to the library."""
+    """Return only the arguments for the library, without those of `Network`."""
     return {name: value for name, value in arguments.items() if name not in OF_NETWORK}
 
 
 def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a function that may download; explain a failure."""
+    """Call a function that may download files, and explain any failure."""
     try:
         return load(*args, **arguments)
     except OSError as error:
@@ -138,14 +138,14 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
 
 
 def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Network:
-    """Build a network with a user's function, named as `package.module:function`."""
+    """Build a network with a user's function, given as `package.module:function`."""
     module, _, function = name.partition(":")
     try:
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"model.name={name}: {one_line(error)}; Python must find the module, for "
-            "example on PYTHONPATH"
+            f"model.name={name}: {one_line(error)}; make sure that Python can import the "
+            "module, for example by adding its folder to PYTHONPATH"
         ) from error
     network = call(name, builder, num_classes=num_classes, **without_own(arguments))
     if not isinstance(network, nn.Module):

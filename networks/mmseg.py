@@ -1,7 +1,7 @@
-"""Networks of mmsegmentation 0.30, built from its configs.
+"""Networks built from mmsegmentation 0.30 configs.
 
-A config in a file is Python code that is executed, so only a user may name one. Checkpoints and
-files of weights keep the resolved description of the network, as data.
+An mmsegmentation config is Python code that is executed, so only a user may choose it. Checkpoints
+and weights files contain a resolved description of the network as data.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from networks.libraries import OF_NETWORK, call, without_own
 from networks.mmseg_heads import MMSegNetwork
 from networks.mmseg_operators import import_mmseg, lacks_operators, root_handlers_kept
 
-# Backbones whose GroupNorm crashes in the backward pass on a CPU with channels-last input (torch
-# 2.13.0)
+# Backbones with a GroupNorm that crashes in the backward pass on a CPU with channels-last input
+# (torch 2.13.0).
 CONTIGUOUS = ("PoolFormer",)
-# Modules of mmcv.ops that are computed by torch operations
+# Modules in mmcv.ops that need only torch operations here, not compiled operators.
 IN_TORCH = ("CrissCrossAttention", "PSAMask")
-# Modules of mmsegmentation that call a compiled operator only on GPUs
+# mmsegmentation modules that call a compiled operator only on GPUs.
 OPERATOR_ON_GPU = ("FocalLoss",)
 
 
@@ -41,15 +41,15 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> MMSegNetwork:
-    """Build a network from a config of mmsegmentation, or from the record of a config.
+    """Build a network from an mmsegmentation config or from a recorded config.
 
     Args:
         name: Path of a config, or name of a config that mmsegmentation ships, such as
             `segformer/segformer_mit-b0_512x512_160k_ade20k`.
-        num_classes: Number of classes of all heads, except those that find edges.
-        arguments: Changes to the config's `model`; or `config`, the complete record.
-        pretrained: Anything but None loads the pretrained weights that the config names.
-        from_file: Whether a file names the network, instead of a user.
+        num_classes: Number of classes for all heads except edge-detection heads.
+        arguments: Changes to the config's `model`, or a recorded config under the key `config`.
+        pretrained: Any value other than None to load the pretrained weights named in the config.
+        from_file: Whether the name comes from a file instead of a user.
 
     Raises:
         ModelError: The config does not exist, or the network cannot be built.
@@ -85,14 +85,14 @@ def build(
 
 
 def configs() -> Path:
-    """Return the folder of the configs that mmsegmentation ships."""
+    """Return the folder with the configs that mmsegmentation ships."""
     import mmseg
 
     return Path(mmseg.__file__).parent / ".mim" / "configs"
 
 
 def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
-    """Run a config; return its `model`, and mean and std of its normalisation."""
+    """Run a config; return its `model` and the mean and std for normalisation."""
     import mmcv
 
     path = Path(name if os.path.isfile(name) else configs() / f"{name.removesuffix('.py')}.py")
@@ -117,7 +117,7 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
 
 
 def _changed(model: Any, changes: Any) -> Any:
-    """Return a config with changes: mappings are merged, and other values are replaced."""
+    """Return a config with changes, which merge mappings and replace other values."""
     if not isinstance(model, Mapping):
         return changes
     result = dict(model)
@@ -130,13 +130,13 @@ def _changed(model: Any, changes: Any) -> Any:
 
 
 def _set_classes(model: Any, num_classes: int) -> None:
-    """Set the number of classes of all heads, and replace SyncBN by BN, in place."""
+    """Set the number of classes in all heads and replace SyncBN with BN, in place."""
     if isinstance(model, dict):
         if "num_classes" in model and model.get("type") != "STDCHead":
             model["num_classes"] = num_classes
         if model.get("type") in ("SyncBN", "MMSyncBN"):
             model["type"] = "BN"
-        # These weights belong to the classes that the config was written for.
+        # Remove these weights, because they belong to the classes that the config was written for.
         if "class_weight" in model:
             del model["class_weight"]
         for part in model.values():
@@ -147,12 +147,12 @@ def _set_classes(model: Any, num_classes: int) -> None:
 
 
 def _from_scratch(model: Any) -> Any:
-    """Return a config without the names of pretrained weights."""
+    """Return a config without references to pretrained weights."""
     if isinstance(model, Mapping):
         named = [key for key in model if key in ("pretrained", "checkpoint_path")]
         named += [key for key in model if key == "init_cfg" and "'Pretrained'" in repr(model[key])]
         kept = {key: _from_scratch(value) for key, value in model.items() if key not in named}
-        # The backbone loads pretrained weights by default.
+        # Set this explicitly, because this backbone loads pretrained weights by default.
         if str(model.get("type")).endswith("TIMMBackbone"):
             kept["pretrained"] = False
         return kept
@@ -162,9 +162,9 @@ def _from_scratch(model: Any) -> Any:
 
 
 def _record(model: Any) -> Any:
-    """Return a config in JSON types that keeps tuples and lists apart, as networks require."""
+    """Return a config as JSON types in which tuples and lists remain distinct."""
     if isinstance(model, Mapping):
-        # Leave out the initialisation of weights, because the weights come with the record.
+        # Omit the weight initialisation, because the record is stored together with the weights.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
         parts = [_record(part) for part in model]
@@ -173,7 +173,7 @@ def _record(model: Any) -> Any:
 
 
 def _from_record(model: Any) -> Any:
-    """Return a config as mmcv's own mappings, from a record or from an original config."""
+    """Return a recorded or original config as mmcv's own mappings."""
     import mmcv
 
     if isinstance(model, Mapping):
@@ -186,20 +186,20 @@ def _from_record(model: Any) -> Any:
 
 
 def _initialise(whole: str, segmentor: Any) -> None:
-    logging.disable(logging.WARNING)  # mmcv would log a line for each tensor.
+    logging.disable(logging.WARNING)  # Silence mmcv, which logs a line per tensor.
     try:
         segmentor.init_weights()
-    except Exception as error:  # A download may fail, or the file may not fit the network.
+    except Exception as error:  # The download failed, or the file is unsuitable.
         raise ModelError(
             f"model.name={whole}: its pretrained weights cannot be loaded "
-            f"({one_line(error)}); an empty model.backbone_weights= begins without them"
+            f"({one_line(error)}); to start without them, leave model.backbone_weights empty"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def _check_operators(whole: str, segmentor: nn.Module) -> None:
-    """Refuse networks on a GPU that need an operator which this mmcv-full lacks for GPUs."""
+    """Reject networks that need a GPU operator which this mmcv-full does not have."""
     if not (torch.cuda.is_available() and lacks_operators()):
         return
     for module in segmentor.modules():

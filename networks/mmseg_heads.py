@@ -1,4 +1,4 @@
-"""Auxiliary outputs of mmsegmentation's heads, and their losses in training."""
+"""Auxiliary outputs of mmsegmentation's heads and their training losses."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from errors import ModelError
 from networks.base import Network, cross_entropy
 
-MMSEG_IGNORED = 255  # The label that mmsegmentation's own losses ignore.
+MMSEG_IGNORED = 255  # Label that mmsegmentation's losses ignore.
 
 Loss = Callable[[Any, Tensor, int], Tensor]
 
 
 class MMSegNetwork(Network):
-    """A segmentor of mmsegmentation, with the auxiliary outputs of its heads.
+    """An mmsegmentation segmentor with the auxiliary outputs of its heads.
 
-    A plain cross entropy is computed like the main loss, at the resolution of the logits. A head
-    computes any other loss itself.
+    This project computes the loss of heads with a plain cross entropy, as it does for the main
+    loss. Heads compute all other losses themselves.
     """
 
     def __init__(self, network: nn.Module, *args: Any, **options: Any) -> None:
@@ -32,7 +32,8 @@ class MMSegNetwork(Network):
         auxiliary = getattr(segmentor, "auxiliary_head", None)
         if auxiliary is not None:
             auxiliary = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
-        # The heads must not become submodules here, because they are submodules of the segmentor.
+        # Store the heads in tuples, because they are already submodules of the segmentor and must
+        # not be registered twice.
         self._heads = tuple(heads)
         self._auxiliary = tuple(auxiliary or ())
         self._refines = type(heads[-1]).__name__ == "PointHead"
@@ -42,7 +43,7 @@ class MMSegNetwork(Network):
         self._losses: list[Loss] = [*first, *_losses(main)[1:], *rest]
 
     def outputs(self, image: Tensor) -> tuple[Any, ...]:
-        """Return the logits and, in training, the auxiliary outputs of images of a fitting size."""
+        """Return the logits of padded images and, in training, the auxiliary outputs."""
         segmentor: Any = self.network
         features = segmentor.extract_feat(image)
         first, *others = self._heads
@@ -71,15 +72,15 @@ class MMSegNetwork(Network):
 
 
 def _parts(outputs: Any) -> list[Any]:
-    """Return the outputs of a head in training, logits first."""
-    # The output is the list of K-Net's stages; the last one is the result.
+    """Return a head's training outputs, logits first."""
+    # A list contains the outputs of K-Net's stages, of which the last is the result.
     if isinstance(outputs, list):
         return [outputs[-1], *outputs[:-1]]
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 def _losses(head: Any) -> list[Loss]:
-    """Return the losses for the outputs of a head, in the order of `_parts`."""
+    """Return the losses for a head's outputs, in the order of `_parts`."""
     kind = type(head).__name__
     if kind == "PointHead":
         return [_point_loss(head)]
@@ -129,7 +130,7 @@ def _own_loss(head: Any) -> Loss:
 
 
 def _encoding_loss(head: Any) -> Loss:
-    """Return EncNet's loss for predicting the classes that are present in the image."""
+    """Return EncNet's loss for predicting which classes are present in an image."""
 
     def loss(scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         classes = torch.arange(head.num_classes, device=target.device)
@@ -141,7 +142,7 @@ def _encoding_loss(head: Any) -> Loss:
 
 
 def _points(head: Any, features: Any, logits: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Return PointRend's logits at some points, and the points (N, P, 2) in the range 0 to 1."""
+    """Return PointRend's logits at sampled points, and the points (N, P, 2) from 0 to 1."""
     from mmseg.models.decode_heads.point_head import calculate_uncertainty
 
     selected = head._transform_inputs(features)

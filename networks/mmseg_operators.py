@@ -1,8 +1,9 @@
-"""A stand-in for mmcv's compiled operators, and PSAMask in torch operations.
+"""A placeholder for mmcv's compiled operators, and PSAMask in plain torch operations.
 
-mmcv-full is published as source. Building its operators takes a C++ compiler and several minutes,
-so the wheel that this project installs leaves them out. mmsegmentation imports mmcv.ops, which
-fails without the operators, although only PSANet and DCN layers call one.
+mmcv-full is published as source code. Building its operators requires a C++ compiler and takes
+several minutes, so the wheel that this project installs does not contain them. However,
+mmsegmentation imports mmcv.ops, which fails without the operators, although only PSANet and DCN
+layers call one.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ log = logging.getLogger(__name__)
 
 EXTENSION = "mmcv._ext"
 REMEDY = "build mmcv-full 1.7.2 from source against this torch"
-COLLECT, DISTRIBUTE = 0, 1  # Numbers in mmcv for the two kinds of PSAMask.
+COLLECT, DISTRIBUTE = 0, 1  # mmcv's numbers for the two kinds of PSAMask.
 
 
 class MissingOperators(types.ModuleType):
-    """A stand-in for mmcv's compiled extension; calling one of its operators raises ModelError.
+    """A placeholder for mmcv's compiled extension, whose operators raise ModelError.
 
     Args:
-        reason: Reason why the operators are missing, for the error.
+        reason: Reason why the operators are missing, for error messages.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class MissingOperators(types.ModuleType):
 
     @staticmethod
     def get_compiling_cuda_version() -> str:
-        """Return mmcv's own answer if it was compiled without CUDA."""
+        """Return the value that mmcv returns if it was compiled without CUDA."""
         return "not available"
 
 
 @contextmanager
 def root_handlers_kept() -> Iterator[None]:
-    """Restore the levels of the root logger's handlers, which mmcv raises to errors only."""
+    """Restore the levels of the root logger's handlers, which mmcv sets to ERROR."""
     levels = {handler: handler.level for handler in logging.root.handlers}
     try:
         yield
@@ -76,9 +77,9 @@ def root_handlers_kept() -> Iterator[None]:
 def import_mmseg() -> Any:
     """Import mmsegmentation's models, and undo mmcv's changes to torch.
 
-    mmcv announces its version 2.0 at every import. It also sets a function `_check_balance` in all
-    modules named torch*. torch.ops then lists it as a namespace of operators, and torch.compile
-    fails because it is not one.
+    mmcv prints an announcement of version 2.0 at every import. It also adds a function
+    `_check_balance` to all modules named torch*. As a result, torch.ops lists the function as an
+    operator namespace, and torch.compile fails.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -92,10 +93,10 @@ def import_mmseg() -> Any:
 
 
 def provide_extension() -> None:
-    """Put the stand-in in place of mmcv's extension, unless a compiled extension loads.
+    """Replace mmcv's extension with the placeholder, unless a compiled extension loads.
 
-    An extension that was compiled against another torch does not load. Most networks need none of
-    its operators, so this only logs a warning.
+    An extension that was compiled against a different torch version does not load. This only causes
+    a warning, because most networks do not need its operators.
     """
     if EXTENSION in sys.modules:
         return
@@ -109,7 +110,7 @@ def provide_extension() -> None:
             f"the compiled operators of this mmcv-full do not load with torch {torch.__version__} "
             f"({one_line(error)})"
         )
-        log.warning("%s; networks that need one of them are refused; %s", reason, REMEDY)
+        log.warning("%s; networks that need them cannot be used; %s", reason, REMEDY)
         sys.modules[EXTENSION] = MissingOperators(reason)
 
 
@@ -122,7 +123,7 @@ def replace_psa_mask() -> None:
 
 
 def lacks_operators() -> bool:
-    """Return whether mmcv's operators are missing for the device of this machine."""
+    """Return whether mmcv's operators are missing for this machine's device."""
     if isinstance(sys.modules.get(EXTENSION), MissingOperators):
         return True
     from mmcv.ops import get_compiling_cuda_version
@@ -133,32 +134,31 @@ def lacks_operators() -> bool:
 def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     """Spread the attention of each position over the feature map, like mmcv's operator.
 
-    A position has one value for each place of a window of `mask_size` around it. Values for places
-    outside of the feature map are dropped. Positions outside of the window get 0.
+    Each position has one value for every cell of a window of `mask_size` around it. Values for
+    cells outside of the feature map are dropped. Positions outside of the window get 0.
 
     Args:
         mask: Attention values (N, rows * columns, H, W).
-        kind: COLLECT or DISTRIBUTE.
-        mask_size: Rows and columns of the window.
+        kind: Direction of the attention, COLLECT or DISTRIBUTE.
+        mask_size: Number of rows and columns of the window.
 
     Returns:
-        (N, H * W, H, W). COLLECT has the position in the last two dimensions and the place in the
-            second; DISTRIBUTE swaps them.
+        A tensor (N, H * W, H, W). With COLLECT, the last two dimensions are the position and the
+            second dimension is the cell. DISTRIBUTE swaps the two.
 
     Reference:
         Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018.
     """
     batch, channels, height, width = mask.shape
     rows, columns = mask_size
-    # Row and column, in the window, of place [0] as seen from position [1]; the centre of the
-    # window is position [1].
+    # Row and column of cell [0] in the window that is centred on position [1].
     y, x = (torch.arange(size, device=mask.device) for size in (height, width))
     row = y[:, None] - y + (rows - 1) // 2
     column = x[:, None] - x + (columns - 1) // 2
     in_rows, in_columns = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
     inside = in_rows[:, None, :, None] & in_columns[None, :, None, :]
     channel = row[:, None, :, None] * columns + column[None, :, None, :]
-    # Places outside of the window read an additional channel of zeros.
+    # Cells outside of the window read an additional channel of zeros.
     channel = torch.where(inside, channel, channels).reshape(height * width, height * width)
     values = F.pad(mask.flatten(2), (0, 0, 0, 1))
     spread = values.gather(1, channel.expand(batch, -1, -1))

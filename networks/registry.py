@@ -1,7 +1,7 @@
-"""Networks by name: from a library, DeepLabV3+ on another backbone, or a user's own.
+"""Networks by name, from a library or from a user's own function.
 
-A checkpoint may also name a network, but that never causes code to run or a path or address to be
-loaded. Only networks in the registries of the libraries are built for it.
+A checkpoint can also contain a network name, but this name never causes code to run or a path or
+URL to be loaded. Only networks from the libraries' registries can be built that way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from networks import libraries
 from networks.base import Network
 from networks.depthwise import replace_dilated
 
-# Libraries with a module of the same name here, which is imported when a network of it is named
+# Libraries with a module of the same name in this package, which is imported on demand.
 LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
 
 
@@ -27,21 +27,23 @@ def named_network(
     from_file: bool = False,
     vouched: str | None = None,
 ) -> Network:
-    """Build a network of a library, or a user's own network.
+    """Build a network from a library or from a user's own function.
 
     Args:
-        name: Library and name, such as `smp:Unet`, with one of the libraries `mmseg`,
-            `torchvision`, `smp`, `hf` and `timm`; or `package.module:function`, which is called
-            with `num_classes` and the arguments.
+        name: Library and network name such as `smp:Unet`, where the library is `mmseg`,
+            `torchvision`, `smp`, `hf` or `timm`. Alternatively, a function
+            `package.module:function`, which is called with `num_classes` and the arguments.
         num_classes: Number of classes C.
-        arguments: Arguments of the library, and `mean`, `std` and `size_divisor` of `Network`.
-        pretrained: Anything but None loads the library's weights; for torchvision, their name.
-        from_file: Whether a file names the network, instead of a user. The network is then built
-            without paths, downloads or a user's function other than `vouched`.
-        vouched: Function that the user has also named, or None.
+        arguments: Arguments for the library's network, and `mean`, `std` and `size_divisor` for
+            `Network`.
+        pretrained: Any value other than None to load the library's pretrained weights; for
+            torchvision, the name of the weights.
+        from_file: Whether the name comes from a file instead of a user. If so, paths, downloads and
+            all functions except `vouched` are rejected.
+        vouched: Function that the user explicitly allows, or None.
 
     Raises:
-        ModelError: The network cannot be built, or is not allowed.
+        ModelError: The network cannot be built or is not allowed.
     """
     kind, _, rest = name.partition(":")
     if from_file:

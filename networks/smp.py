@@ -1,4 +1,4 @@
-"""Networks of segmentation_models.pytorch."""
+"""Networks from segmentation_models.pytorch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a network of segmentation_models.pytorch, such as `Unet`.
+    """Build a network from segmentation_models.pytorch, such as `Unet`.
 
     Args:
         name: Name of a network class.
         num_classes: Number of classes C.
         arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: Anything but None loads ImageNet weights into the encoder.
-        from_file: Whether a file names the network; then no weights are loaded.
+        pretrained: Any value other than None to load ImageNet weights into the encoder.
+        from_file: Whether the name comes from a file instead of a user, so that no weights are
+            loaded.
 
     Raises:
         ModelError: The network cannot be built.

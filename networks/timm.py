@@ -1,4 +1,4 @@
-"""DeepLabV3+ on the backbones of timm, with a feature pyramid for vision transformers."""
+"""DeepLabV3+ on timm backbones, with a feature pyramid for vision transformers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build DeepLabV3+ on a backbone of timm, with output stride 8 if the backbone supports it.
+    """Build DeepLabV3+ on a timm backbone, with output stride 8 if the backbone supports it.
 
-    A plain vision transformer has features of one stride, so it gets a `SimpleFeaturePyramid`. Its
-    position embeddings are resized to each image.
+    A plain vision transformer has features at only one stride, so it gets a `SimpleFeaturePyramid`.
+    Its position embeddings are resized to fit each image.
 
     Args:
         name: Name of a timm model.
         num_classes: Number of classes C.
         arguments: Arguments of the backbone; see `networks.registry.named_network`.
-        pretrained: Anything but None loads timm's weights into the backbone.
-        from_file: Unused; `named_network` has already removed the keys that load files.
+        pretrained: Any value other than None to load timm's weights into the backbone.
+        from_file: Unused, because `named_network` has already removed the keys that load files.
 
     Raises:
         ModelError: The network cannot be built.
@@ -53,12 +53,14 @@ def build(
 def _features(
     timm: Any, name: str, arguments: Mapping[str, Any], pretrained: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Build a timm backbone that returns its features of stride 4 and its last features.
+    """Build a timm backbone that returns its stride-4 features and its last features.
 
-    A vision transformer, whose features all have the stride of its patches, returns the last ones.
+    A vision transformer returns only its last features, because all of its features have the same
+    stride.
 
     Returns:
-        The backbone, and the arguments with the `output_stride` that it has.
+        The backbone, and the arguments including the backbone's `output_stride` if it has this
+            option.
     """
     whole = f"timm:{name}"
     if not timm.is_model(name.partition(".")[0]):
@@ -68,12 +70,13 @@ def _features(
     def create(**more: Any) -> Any:
         return timm.create_model(name, **options, **more)
 
-    with torch.device("meta"):  # Reading the strides on this device allocates no weights.
+    with torch.device("meta"):  # Use the meta device, because it allocates no memory.
         if "output_stride" not in options:
             try:
                 create(output_stride=8)
                 options["output_stride"] = 8
-            except Exception:  # timm raises various errors if a network lacks this argument.
+            # timm raises various errors for an unsupported argument.
+            except Exception:
                 pass
         strides = call(whole, create).feature_info.reduction()
     options = {"pretrained": bool(pretrained), **options}
@@ -83,9 +86,9 @@ def _features(
         try:
             with torch.device("meta"):
                 create(out_indices=places)
-        except TypeError as error:  # Only some of timm's transformers have this argument.
+        except TypeError as error:  # Some of timm's transformers lack this argument.
             raise ModelError(
-                f"model.name={whole} takes images of one size; use another vision transformer, "
+                f"model.name={whole} accepts only one image size; use a vision transformer "
                 "such as vit_small_patch16_dinov3"
             ) from error
     elif 4 in strides:
@@ -102,7 +105,7 @@ def _features(
 
 
 def _normalisation(timm: Any, name: str) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of a timm network, for values from 0 to 255."""
+    """Return a timm network's mean and standard deviation, for values from 0 to 255."""
     said = timm.get_pretrained_cfg(name)
     mean = said.mean if said else (0.485, 0.456, 0.406)
     std = said.std if said else (0.229, 0.224, 0.225)

@@ -1,4 +1,4 @@
-"""Segmentation networks of torchvision."""
+"""Segmentation networks from torchvision."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a segmentation network of torchvision.
+    """Build a segmentation network from torchvision.
 
     Args:
         name: Name of a torchvision segmentation network.
         num_classes: Number of classes C.
         arguments: Arguments of the network; see `networks.registry.named_network`.
         pretrained: Name of the backbone's weights, or None.
-        from_file: Whether a file names the network; then no weights are loaded.
+        from_file: Whether the name comes from a file instead of a user, so that no weights are
+            loaded.
 
     Raises:
         ModelError: The network cannot be built.

@@ -1,1 +1,1 @@
-"""Training: the parts of a run that differ from Composer's defaults."""
+"""Training code, for everything that differs from Composer's defaults."""

@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def build_algorithms(config: Config) -> list[Algorithm]:
-    """Build a run's algorithms, in the order in which Composer runs them before a forward pass.
+    """Build a run's algorithms, in the order in which Composer calls them before a forward pass.
 
-    The module of an algorithm is imported only if the config asks for the algorithm.
+    An algorithm's module is imported only if the config enables the algorithm.
     """
     # Seed first, because the other algorithms draw random numbers.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
@@ -61,10 +61,10 @@ def build_algorithms(config: Config) -> list[Algorithm]:
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count a run's training masks, if its class weights or its sampling need the counts.
+    """Count the classes in a run's training masks if its class weights or its sampling need it.
 
     Raises:
-        DataError: A mask cannot be read, or holds an unknown label.
+        DataError: A mask cannot be read, or it contains an unknown label.
     """
     needed = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
     if not needed or not config.is_train:
@@ -75,7 +75,7 @@ def count_training(config: Config, source: DataSource) -> Counts | None:
 
 
 def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
-    """Return the weight of each class in a run's loss, or None for equal weights.
+    """Return the weight of each class in the training loss, or None for equal weights.
 
     Raises:
         ConfigError: See `training.class_weights.class_weights`.
@@ -88,14 +88,14 @@ def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 class EpochSchedule(optim.ComposerScheduler):
-    """A schedule that follows the epochs done, even if the batch size changes.
+    """A learning-rate schedule that follows the completed epochs, even if the batch size changes.
 
-    Composer's schedules count batches. If a run resumes with another batch size or number of
+    Composer's schedules count batches. If a run resumes with a different batch size or number of
     images, the length of an epoch changes, so the number of batches no longer measures progress. If
-    neither changes, the result equals that of Composer's schedule, bit for bit.
+    neither changes, the learning rates are bitwise equal to those of Composer's schedule.
 
     Args:
-        schedule: Composer's schedule.
+        schedule: Composer schedule to evaluate.
         batch_size: Number of images in a batch over all ranks.
     """
 
@@ -103,16 +103,16 @@ class EpochSchedule(optim.ComposerScheduler):
         self.schedule, self.batch_size = schedule, batch_size
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
-        """Return the factor of the learning rate at the state's time."""
+        """Return the learning-rate factor at the state's current time."""
         batch = self.scheduled_batch(state)
         if batch == state.timestamp.batch.value:
             return self.schedule(state)
         return self._at(state, batch, state.timestamp.sample.value)
 
     def scheduled_batch(self, state: State) -> int:
-        """Return the progress so far as a number of batches of the current size.
+        """Return the progress so far, as a number of batches of the current size.
 
-        A run whose duration is not in epochs counts its batches.
+        If the duration is not in epochs, the progress is the number of batches so far.
         """
         now, length = state.timestamp, state.dataloader_len
         assert state.max_duration is not None
@@ -124,7 +124,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the factor that Composer computed before the last batch, for the next step."""
+        """Return the factor for the next step, which Composer computes before the last batch."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -140,15 +140,16 @@ class EpochSchedule(optim.ComposerScheduler):
 def resumed_factor(
     schedule: EpochSchedule, state: State, config: Config, record: Mapping[str, Any] | None
 ) -> float | None:
-    """Return the schedule's factor for the next step of a resumed run.
+    """Return the learning-rate factor for the next step of a resumed run.
 
-    None means that nothing changed, so the learning rate in the checkpoint is right.
+    None means that the learning rate in the checkpoint is still correct, because no setting has
+    changed.
 
     Args:
         schedule: Schedule of the run.
         state: State of the trainer, after a checkpoint is loaded.
         config: Config of the run.
-        record: Config that the checkpoint records.
+        record: Config stored in the checkpoint, or None.
     """
     ours = json.loads(json.dumps(asdict(config)))
     keys = ("optimizer", "schedule", "max_duration")
@@ -159,7 +160,7 @@ def resumed_factor(
 
 
 def build_schedule(config: Config) -> EpochSchedule:
-    """Build the schedule that `config.schedule` names, or the schedule of the recipe."""
+    """Build the learning-rate schedule from `config.schedule` or the recipe's default."""
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
     arguments: dict[str, Any] = {
@@ -182,7 +183,7 @@ def build_schedule(config: Config) -> EpochSchedule:
 
 
 def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
-    """Convert a time string in `ep`, `ba` or `sp` to a number of batches."""
+    """Convert a time string in epochs, batches or samples to a number of batches."""
     time = Time.from_timestring(text)
     per_unit = {
         TimeUnit.EPOCH: batches_per_epoch,
@@ -193,16 +194,16 @@ def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
 
 
 def check_lengths(config: Config, train_data: DataSpec | None) -> None:
-    """Compare the times of a run with the length of an epoch; see `check_times`."""
+    """Check a run's time settings against the length of an epoch; see `check_times`."""
     if train_data is not None:
         check_times(config, len(cast(Sized, train_data.dataloader)))
 
 
 def check_times(config: Config, batches_per_epoch: int) -> None:
-    """Compare times in different units, using the length of an epoch.
+    """Check time settings in different units against each other, using the length of an epoch.
 
-    A warning is logged if the averaged weights, which are evaluated, will hardly move during the
-    run.
+    If the averaged weights will hardly change during the run, log a warning, because evaluation
+    uses these weights.
 
     Raises:
         ConfigError: The warm-up is not shorter than the run.

@@ -1,7 +1,6 @@
-"""Callbacks that watch a run (loss, class table, training mIoU), and the list of all callbacks.
+"""Callbacks that monitor a run (loss, class table, training mIoU), and the list of all callbacks.
 
-All are Composer callbacks. None makes the training step wait for the device, and only the first
-rank writes files.
+No callback makes the training step wait for the device, and only the first rank writes files.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class StopAtNonFiniteLoss(Callback):
-    """A callback that ends a run at a NaN or infinite loss, before anything is saved or evaluated.
+    """A callback that stops a run at a NaN or infinite loss, before a save or an evaluation.
 
     Args:
         saver: Callback that saves the run's checkpoints, or None.
@@ -61,7 +60,7 @@ class StopAtNonFiniteLoss(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # To log the loss, Composer has already copied its mean over all ranks to the host.
+        # Composer logs the mean loss over all ranks, so the value is already on the host.
         losses = state.total_loss_dict or {}
         wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not wrong:
@@ -75,11 +74,12 @@ class StopAtNonFiniteLoss(Callback):
 
 
 class ClassTable(Callback):
-    """A callback that logs the IoU and accuracy of every class after each evaluation.
+    """A callback that logs the IoU and accuracy of each class after an evaluation.
 
     Args:
         classes: Names of the classes.
-        folder: Folder below which `classes/ep{epoch}-ba{batch}.csv` is also written, or None.
+        folder: Folder in which to write `classes/ep{epoch}-ba{batch}.csv`; None: only log the
+            table.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], folder: str | None = None):
@@ -92,8 +92,8 @@ class ClassTable(Callback):
         if dist.get_global_rank() != 0 or matrix is None:
             return
         columns, rows = class_table(matrix, self.classes)
-        # Composer's file logger needs pandas for tables. A console logger is left out, because 150
-        # rows would hide its other lines.
+        # Composer's file logger needs pandas to log tables. Skip the console logger, because 150
+        # rows would bury its other lines.
         pandas = importlib.util.find_spec("pandas") is not None
         for destination in logger.destinations:
             if not isinstance(destination, ConsoleLogger) and (
@@ -109,10 +109,10 @@ class ClassTable(Callback):
 class TrainMIoU(Callback):
     """A callback that logs the mIoU of every `interval`-th training batch, in percent.
 
-    The name of the metric is `metrics/train/MIoU`. It is computed from the outputs of the training
-    step, so it needs no extra forward pass. The scores come from augmented crops with dropout, so
-    they only show the trend. Images mixed by MixUp are scored against the class of the heavier
-    image. SAM's second pass, at perturbed weights, is not scored.
+    The metric `metrics/train/MIoU` is computed from the outputs of the training step, so it needs
+    no extra forward pass. It shows only the trend, because the outputs come from augmented crops
+    with dropout. Images mixed by MixUp are scored against the target of the image with the larger
+    weight. SAM's second pass with perturbed weights is not scored.
 
     Args:
         interval: Number of batches from one score to the next.
@@ -151,17 +151,17 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """Return the class indices (N, H, W) to score against; for a mixed target, the heavier ones."""
+    """Return a batch's class indices (N, H, W); for MixUp, those with the larger weight."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted
 
 
 class RunRecord(Callback):
-    """A callback that stores the config and the class names in every checkpoint, as JSON.
+    """A callback that stores the config and the class names as JSON in every checkpoint.
 
-    `evaluate.py`, `predict.py` and `export.py` read this record, so they need no YAML. A resumed
-    run reads from it which W&B and MLflow runs it continues.
+    `evaluate.py`, `predict.py` and `export.py` read this record, so they do not need the YAML. For
+    a resumed run, the record also lists the W&B and MLflow runs to continue.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class RunRecord(Callback):
 def build_callbacks(
     config: Config, saver: Checkpoints | None, loggers: Sequence[LoggerDestination] = ()
 ) -> list[Callback]:
-    """Build a run's callbacks: checks and monitors, pictures, report, tables, and the saver.
+    """Build a run's callbacks, from checks and monitors to pictures, report and the saver.
 
     Args:
         config: Config of the run.
@@ -191,8 +191,8 @@ def build_callbacks(
     classes = class_infos(config)
     folder = config.save_folder
     if folder and not config.is_train:
-        # The pictures and tables of an evaluation have the time of batch 0. In the same folder,
-        # they would replace those of the training run.
+        # A standalone evaluation saves its pictures and tables under batch 0. In the same folder,
+        # they would overwrite those of the training run.
         folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
@@ -202,14 +202,14 @@ def build_callbacks(
     ]
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
-    # Nobody would see the pictures of a run without a folder and without loggers.
+    # Without a folder and loggers, nobody would see the pictures, so do not draw them.
     drawn = config.pictures > 0 and (folder or loggers)
     pictures = Pictures(classes, config.pictures, folder) if drawn else None
     curves = Curves(folder)
     callbacks += [pictures, curves] if pictures else [curves]
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
-    # An evaluation must not overwrite the report of the training run.
+    # Write no report for an evaluation, because it would overwrite the training run's report.
     if folder and config.is_train:
         from training.report import Report
 
@@ -218,8 +218,8 @@ def build_callbacks(
         *callbacks,
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
-        # The saver is last, so that a checkpoint holds what the other callbacks did after the same
-        # step.
+        # Put the saver last, so that a checkpoint includes the other callbacks' state after the
+        # same step.
         *([saver] if saver else []),
     ]
 
@@ -227,8 +227,8 @@ def build_callbacks(
 def saver_of(state: State) -> Checkpoints | None:
     """Return the callback that saves a run's checkpoints, or None.
 
-    It is found by name, as in Composer's checkpoints, so that a run that saves nothing need not
-    import its class.
+    The callback is looked up by its class name, so that a run without checkpoints does not import
+    the class.
     """
     found = (c for c in state.callbacks if type(c).__qualname__ == "Checkpoints")
     return cast("Checkpoints | None", next(found, None))
@@ -266,7 +266,7 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
 
 
 def _count_images(dataloader: Any) -> int | str:
-    """Return the number of images of a data loader; a caller's own may not have one."""
+    """Return a data loader's number of images, or "?" if its data set has no length."""
     dataset = getattr(dataloader, "dataset", None)
     return len(dataset) if isinstance(dataset, Sized) else "?"
 
@@ -277,8 +277,8 @@ def summary(trainer: Trainer) -> str:
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
-        # A caller of main() may have added Curves of its own, or Curves that have no evaluation
-        # yet.
+        # Use the first Curves callback with evaluations, because a caller of main() may have added
+        # other ones.
         evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "

@@ -22,24 +22,24 @@ FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the training masks of a run on the first rank; all ranks get the result.
+    """Count the classes in a run's training masks on the first rank, for all ranks.
 
     Raises:
-        DataError: A mask cannot be read, or holds an unknown label.
+        DataError: A mask cannot be read, or it contains an unknown label.
     """
     return on_first_process(lambda: count_classes(source)) if config.is_train else None
 
 
 def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
-    """Return the weight of each class in a run's loss, or None for equal weights.
+    """Return the weight of each class in the training loss, or None for equal weights.
 
     Args:
         config: Config of the run.
-        counts: Counts of the training masks, which `auto` needs.
+        counts: Class counts of the training masks, required for `auto`.
 
     Raises:
-        ConfigError: A weight names an unknown class, or `auto` has no counts because the data does
-            not come from the config.
+        ConfigError: A weight is given for an unknown class, or `auto` is set but there are no
+            counts because the data does not come from the config.
     """
     given = config.model.class_weights
     if given is None or not config.is_train:
@@ -49,7 +49,7 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
         if counts is None:
             raise ConfigError(
                 "model.class_weights: auto needs the masks of train_dataset, but this run "
-                "has other data; give numbers"
+                "uses different data; give the weights as numbers"
             )
         weights = auto_weights(counts.pixels)
         log.info("class_weights: auto, %s: %s", FORMULA, named(weights, classes))
@@ -68,15 +68,16 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 def named(weights: Sequence[float], classes: Sequence[ClassInfo]) -> str:
-    """Return the names and weights of the classes as one line."""
+    """Return the class names and their weights as one line."""
     pairs = zip(classes, weights, strict=True)
     return ", ".join(f"{info.name} {weight:.4g}" for info, weight in pairs)
 
 
 def auto_weights(pixels: np.ndarray) -> list[float]:
-    """Weigh the classes by their share of the labelled pixels; see `FORMULA`.
+    """Return class weights based on each class's share of the labelled pixels; see `FORMULA`.
 
-    The weights range from 1.42 for a class that has all pixels to 50.5 for a class that has none.
+    The weights range from 1.42, for a class that covers all pixels, to 50.5, for a class that
+    covers none.
     """
     share = pixels / max(pixels.sum(), 1)
     return (1 / np.log(1.02 + share)).tolist()
@@ -85,24 +86,24 @@ def auto_weights(pixels: np.ndarray) -> list[float]:
 def sample_factors(
     source: DataSource, threshold: float, counts: Counts | None = None
 ) -> np.ndarray:
-    """Return `repeat_factors` of a split; count its masks if `counts` is None."""
+    """Return the repeat factors of a split; if `counts` is None, count its masks first."""
     counts = count_classes(source) if counts is None else counts
     return repeat_factors(counts.present, threshold)
 
 
 def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the average number of times that an epoch takes each image.
+    """Return the average number of times that each image is used in an epoch.
 
-    A class in a share f of the images has the factor max(1, sqrt(threshold / f)). An image has the
-    largest factor of its classes (Gupta, Dollár and Girshick 2019, LVIS, section 4.2,
-    https://arxiv.org/abs/1908.03195).
+    A class that occurs in a share f of the images has the factor max(1, sqrt(threshold / f)). An
+    image gets the largest factor of its classes (Gupta, Dollár and Girshick 2019, LVIS, section
+    4.2, https://arxiv.org/abs/1908.03195).
 
     Args:
-        present: (samples, C) bool; whether an image shows a class.
+        present: (samples, C) bool array that marks the classes in each image.
         threshold: Share of the images below which a class is rare.
 
     Returns:
-        (samples,) float64, each 1 or more.
+        A (samples,) float64 array of factors, each at least 1.
     """
     share = present.mean(0)
     by_class = np.sqrt(threshold / np.where(share > 0, share, threshold)).clip(min=1)

@@ -1,6 +1,6 @@
 """The private names of Composer that this project uses, collected in one place.
 
-Composer may change them in any version. All other names that the project uses are documented.
+Composer may change them in any release. Everywhere else, the project uses only documented names.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = [
     "without_ddp",
 ]
 
-# Methods of Trainer that benchmarks.stopwatch times.
+# Trainer methods that benchmarks.stopwatch times.
 TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")
 
 
 def train_data_spec(trainer: Trainer) -> DataSpec:
-    """Return the DataSpec that a trainer trains on."""
+    """Return the DataSpec of a trainer's training data."""
     return cast(DataSpec, trainer._train_data_spec)
 
 

@@ -1,9 +1,9 @@
-"""The config of a run: loading, checking and typing the YAML.
+"""Loading, checking and typing of a run's YAML config.
 
     config = load("yamls/deeplabv3.yaml", ["recipe_name=mild"])  # the command line does this
     config = resolve(config)  # main(config) does this
 
-This module does not import torch, so that a bad config is reported at once.
+This module does not import torch, so that errors in a config are reported immediately.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dataset.source import DataSource
     from segmentation.classes import ClassInfo
 
-# Keys that name existing files or folders. In a YAML, they may be relative to its folder.
+# Keys whose values are existing files or folders, which may be relative to the YAML's folder.
 INPUT_PATHS = (
     "class_names",
     "data",
@@ -48,7 +48,7 @@ INPUT_PATHS = (
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors of OmegaConf into a ConfigError that names the key."""
+    """Turn OmegaConf errors into a ConfigError that names the key."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -60,7 +60,7 @@ def one_line_errors() -> Iterator[None]:
 def load(path: str, overrides: list[str]) -> DictConfig:
     """Read a YAML and apply `key=value` overrides.
 
-    An overridden `max_duration` also replaces the duration of the recipe.
+    An override of `max_duration` also replaces the recipe's duration.
 
     Args:
         path: Path of the YAML.
@@ -88,7 +88,8 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
     config = cast(DictConfig, OmegaConf.merge(config, given))
-    # Interpolations may not be resolvable yet; `resolve` reports those that stay so.
+    # Interpolations may not be resolvable yet. `resolve` reports the ones that never become
+    # resolvable.
     recipe, duration = (
         OmegaConf.select(config, name, throw_on_resolution_failure=False)
         for name in ("recipe_name", "max_duration")
@@ -97,12 +98,12 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         OmegaConf.update(config, f"{recipe}.max_duration", duration, force_add=True)
     for name in [key.removeprefix("loggers.") for key, _, text in pairs if text == "null"]:
         if isinstance(config.get("loggers"), DictConfig):
-            config.loggers.pop(name, None)  # loggers.wandb=null removes a logger.
+            config.loggers.pop(name, None)  # loggers.NAME=null removes a logger.
     return config
 
 
 def _find_beside(config: DictConfig, folder: str) -> None:
-    """Rewrite paths that exist only relative to the YAML's folder."""
+    """Make paths usable that exist only relative to the YAML's folder."""
     for name in INPUT_PATHS:
         value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
         if isinstance(value, str) and "://" not in value and not os.path.exists(value):
@@ -113,14 +114,15 @@ def _find_beside(config: DictConfig, folder: str) -> None:
 
 @one_line_errors()
 def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Config:
-    """Check a config against the schema, and return it as a `Config` with the recipe's duration.
+    """Check a config against the schema and return it as a `Config` with the recipe's duration.
 
     Args:
-        config: The YAML as OmegaConf loads it.
-        with_data: Whether to check that this machine has the data and files that the config names.
+        config: Content of the YAML, as loaded by OmegaConf.
+        with_data: Whether to check that the data and files named in the config exist on this
+            machine.
 
     Raises:
-        ConfigError: A key is unknown, has a wrong type, or has a value that cannot work.
+        ConfigError: A key is unknown, has the wrong type, or has an invalid value.
     """
     raw = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
     raw = _without_empty_sections(cast("dict[str, Any]", raw), Config(), "")
@@ -136,7 +138,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
                 "save_folder: it contains {run_name}, but run_name is empty; give a run_name"
             )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    # The reference writes one checkpoint per rank; this project writes one per run.
+    # The reference saves one checkpoint per rank, but this project saves one per run, from rank 0.
     if typed.load_path:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
@@ -153,8 +155,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
-    """Load the data set's description into the config, and fill in the keys that it decides."""
-    # These modules import numpy and OpenCV, so import them only if there is a description.
+    """Load the data set's description into the config and set the keys that follow from it."""
+    # Import these modules only for a description, because they import NumPy and OpenCV.
     from dataset.description import parse_description, read_description
     from segmentation.classes import rename_classes
 
@@ -183,7 +185,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return the training and validation sources; a folder shared by both is listed once."""
+    """Return the training and validation sources; list a folder only once if both share it."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
@@ -209,7 +211,7 @@ def class_infos(config: Config) -> list[ClassInfo]:
     """Return the names and colours of a run's classes.
 
     Raises:
-        ClassError: The file of `class_names` cannot be read, or has another number of names.
+        ClassError: The file given by `class_names` cannot be read or has the wrong number of names.
     """
     from dataset.description import parse_description
     from segmentation.classes import load_classes
@@ -228,14 +230,14 @@ def network_label(config: Config) -> str:
 
 
 def read_command_line(arguments: list[str]) -> Config | None:
-    """Return the config of a command line of main.py, or None if it asks for a plan.
+    """Return the config for a command line of main.py, or None if `--plan` is given.
 
     Args:
         arguments: The YAML and overrides such as `seed=1`.
 
     Raises:
-        SystemExit: The command line asks for help, or its config is bad. As with argparse, the text
-            has been printed.
+        SystemExit: The command line asks for help, or its config is invalid. As with argparse, the
+            text has already been printed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
@@ -243,7 +245,7 @@ def read_command_line(arguments: list[str]) -> Config | None:
     if "--plan" in arguments:
         return None
     end_with_launcher()
-    if was_refused():  # An earlier attempt of torchrun has already printed the error.
+    if was_refused():  # An earlier torchrun attempt has printed the error.
         raise SystemExit(2)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
@@ -258,7 +260,7 @@ def read_command_line(arguments: list[str]) -> Config | None:
 
 
 def _microbatch_size(config: Config) -> int | str:
-    """Return the `device_train_microbatch_size` that equals `grad_accum`."""
+    """Return the `device_train_microbatch_size` that is equivalent to `grad_accum`."""
     parts = config.grad_accum
     if parts == "auto":
         return "auto"
@@ -269,7 +271,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 
 def _normalise_times(config: Config) -> None:
-    """Turn plain numbers into epochs, as in the reference."""
+    """Interpret times without a unit as epochs, as in the reference."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
         text = str(lookup(config, name))
         _set(config, name, f"{text}ep" if text.isdigit() else text)
@@ -281,13 +283,13 @@ def _set(config: Config, name: str, value: Any) -> None:
 
 
 def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> dict[str, Any]:
-    """Refuse unknown keys, and drop empty sections, so that their defaults apply."""
+    """Reject unknown keys, and drop empty sections so that their defaults apply."""
     known_hints = get_type_hints(type(defaults))
     hints = {field.name: known_hints[field.name] for field, _ in fields_of(defaults)}
     result = {}
     for name, value in raw.items():
         if name not in hints:
-            # The record of a run may hold an empty section that this recipe lacks.
+            # A saved config may contain an empty section that this recipe does not have.
             if name in known_hints and value is None:
                 continue
             is_eval = isinstance(defaults, EvalDatasetConfig)
@@ -302,7 +304,8 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} must be a section of keys")
-            # An empty logger, as in the reference's YAML, is on with its defaults.
+            # An empty logger section, as in the reference's YAML, enables the logger with its
+            # defaults.
             if name == "loggers":
                 value = {key: {} if given is None else given for key, given in value.items()}
             if dataclasses.is_dataclass(default):
@@ -326,7 +329,7 @@ def _may_be_empty(hint: Any) -> bool:
 
 
 def help_text() -> str:
-    """Return the keys of the YAML with their defaults and meanings, one per line."""
+    """Return the YAML keys with their defaults and meanings, one per line."""
 
     def lines(section: Any, prefix: str) -> list[str]:
         result = []

@@ -1,4 +1,4 @@
-"""Checks of the values in a YAML, beyond their types."""
+"""Checks of the config values that go beyond their types."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from training.schema import (
     ModelConfig,
 )
 
-MAX_RESIZED = 32767  # Largest side in pixels that OpenCV can resize.
-# Keys that have no effect alone, each with another key and the value that this key must have; None:
-# any value.
+MAX_RESIZED = 32767  # Largest image side in pixels that OpenCV can resize.
+# Keys that have an effect only together with another key, and the value that the other key must
+# have (None: any value).
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),
@@ -45,15 +45,15 @@ NEEDS: dict[str, tuple[str, Any]] = {
 
 
 def check(config: Config, with_data: bool = True) -> None:
-    """Refuse values that have the right type but cannot work.
+    """Reject values that have the right type but are invalid.
 
     Args:
         config: Config to check.
-        with_data: Whether this machine must also have the data, checkpoint and loggers that the
-            config names, and whether the batches must divide among the ranks.
+        with_data: Whether to require that the data, checkpoint and loggers named in the config
+            exist on this machine, and that the batches divide among the ranks.
 
     Raises:
-        ConfigError: A value cannot work; the message names the key and what it may be.
+        ConfigError: A value is invalid; the message names the key and its valid values.
     """
     _check_choices(config)
     _check_loggers(config, with_data)
@@ -94,7 +94,7 @@ def check(config: Config, with_data: bool = True) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    """Refuse unknown values of keys that have a fixed set of values."""
+    """Reject unknown values of keys that have a fixed set of values."""
     levels = ("debug", "info", "warning", "error", "critical")
     choices: tuple[tuple[str, Any, tuple], ...] = (
         ("recipe_name", config.recipe_name, (None, *RECIPES)),
@@ -123,11 +123,11 @@ def _check_loggers(config: Config, with_data: bool) -> None:
                 f"loggers.{name}: {arguments!r} must be a mapping of arguments, or {{}} for none"
             )
         if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise ConfigError(f"loggers.{name}: its package is missing; make install WITH={name}")
+            raise ConfigError(f"loggers.{name} needs a package; run make install WITH={name}")
 
 
 def _check_names(config: Config) -> None:
-    """Check the name of the run, and the file with the names of its classes."""
+    """Validate the run name and the file that lists its class names."""
     name = config.run_name
     if config.autoresume and not name:
         raise ConfigError("autoresume: give a run_name, which identifies the run's checkpoints")
@@ -141,7 +141,7 @@ def _check_names(config: Config) -> None:
 
 
 def _check_needs(config: Config) -> None:
-    """Refuse a key that has no effect because another key is missing or has another value."""
+    """Reject keys that have no effect because another key is missing or has a different value."""
     defaults = Config()
     for name, (other, wanted) in NEEDS.items():
         if lookup(config, name) == lookup(defaults, name):
@@ -159,10 +159,10 @@ def _check_needs(config: Config) -> None:
 
 
 def check_evaluates(config: Config) -> None:
-    """Refuse an evaluation that names no checkpoint; only a plan of an evaluation needs none.
+    """Reject an evaluation without a checkpoint; only `--plan` works without one.
 
     Raises:
-        ConfigError: The evaluation would score random weights.
+        ConfigError: No checkpoint is given, so the evaluation would score random weights.
     """
     if not (config.is_train or config.load_path or config.autoresume):
         raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
@@ -171,7 +171,7 @@ def check_evaluates(config: Config) -> None:
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError("model.arguments: deeplabv3 has none; set its keys below model")
+            raise ConfigError("model.arguments: deeplabv3 takes none; set its keys below model")
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
@@ -193,7 +193,7 @@ def _check_network(model: ModelConfig) -> None:
 
 
 def _check_numbers(section: Any, prefix: str = "") -> None:
-    """Compare all numbers with the bounds that the schema gives for their keys."""
+    """Check all numbers against their bounds in the schema."""
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -206,7 +206,7 @@ def _check_numbers(section: Any, prefix: str = "") -> None:
 def _check_number(number: float, name: str, bounds: str) -> None:
     first, last = bounds[1:-1].split(", ")
     low, high = float(first), float(last)
-    from_low = number > low if bounds[0] == "(" else number >= low  # NaN passes neither comparison.
+    from_low = number > low if bounds[0] == "(" else number >= low  # NaN is rejected.
     to_high = number < high if bounds[-1] == ")" else number <= high
     if from_low and to_high and math.isfinite(number):
         return
@@ -226,13 +226,13 @@ def _check_number(number: float, name: str, bounds: str) -> None:
 def _check_optimizer(config: Config) -> None:
     optimizer, schedule = config.optimizer, config.schedule
     if len(optimizer.betas) != 2:
-        raise ConfigError(f"optimizer.betas: {optimizer.betas} must be two numbers")
+        raise ConfigError(f"optimizer.betas: {optimizer.betas} must be a list of two numbers")
     if optimizer.name == "adamw" and optimizer.lr > 0.01:
         raise ConfigError(f"optimizer.lr: {optimizer.lr} is too large for adamw; 1e-4 is usual")
     if unknown := set(optimizer.no_decay) - {"norm", "bias"}:
         raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is unknown; use norm or bias")
     if schedule.final and schedule.name == "constant":
-        raise ConfigError("schedule.final: a constant schedule has none; leave out the key")
+        raise ConfigError("schedule.final: a constant schedule has no final value; remove this key")
     if not re.fullmatch(r"(0|[1-9]\d*)(ep|ba)", schedule.warmup):
         raise ConfigError(
             f"schedule.warmup: {schedule.warmup!r} is not a time; write a number and a "
@@ -258,15 +258,15 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
             )
     if isinstance(given, list) and len(weights) != num_classes:
         raise ConfigError(
-            f"model.class_weights: {len(weights)} weights for {num_classes} classes; give one "
-            "for each class"
+            f"model.class_weights: {len(weights)} weights for {num_classes} classes; give "
+            "one weight for each class"
         )
     if isinstance(given, list) and not sum(weights):
-        raise ConfigError("model.class_weights: all are 0, so there is no loss; raise one of them")
+        raise ConfigError("model.class_weights: all weights are 0, so there is no loss; raise one")
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
-    """Return the keys that are durations, and the keys that are intervals."""
+    """Return the names of the keys that are durations, and of the keys that are intervals."""
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
     if config.stop_after is not None:
         intervals.append("stop_after")
@@ -311,7 +311,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
 
 
 def _check_same_labels(config: Config) -> None:
-    """Refuse data sections that give the same label different meanings."""
+    """Reject a config whose two data sections interpret the same label differently."""
     train, val = config.train_dataset, config.eval_dataset
     ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
     for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
@@ -324,7 +324,7 @@ def _check_same_labels(config: Config) -> None:
 
 
 def _extra_ignored(dataset: DatasetConfig) -> int | None:
-    """Return the label that is ignored only because of `ignore_label`, or None."""
+    """Return the label that only `ignore_label` makes ignored, or None."""
     known = (255, 0) if dataset.ignore_background else (255,)
     return None if dataset.ignore_label in known else dataset.ignore_label
 
@@ -348,8 +348,8 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
         raise ConfigError(f"{name}.num_workers: {workers} is too many here; use at most {most}")
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
-        raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; write one such as 100gb")
-    # bytes of 8-bit RGB and mask
+        raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
+    # An 8-bit RGB image and its mask take 4 bytes per pixel.
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:
@@ -379,19 +379,19 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
 
 
 def _seen_from(path: str) -> str:
-    """Describe a path that does not exist, with the folders that it is relative to."""
+    """Describe a missing path, and name the folders that it is relative to."""
     if os.path.isabs(path):
         return f"{path}; check the path"
     return f"{path}, relative to {os.getcwd()} or to the YAML's folder; check the path"
 
 
 def per_process(dataset: DatasetConfig) -> int:
-    """Return the number of images of one rank in a batch."""
+    """Return the number of images per rank in a batch."""
     return dataset.batch_size // world_size()
 
 
 def world_size() -> int:
-    """Return the number of ranks that the launcher has set."""
+    """Return the number of ranks, which the launcher sets."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

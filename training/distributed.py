@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches to the run through this folder.
+SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches through shared memory.
 
 
 def set_up_process(config: Config) -> tuple[Device, Precision]:
-    """Check what this machine can compute, join the run's ranks, and seed this process.
+    """Check the hardware, join the other ranks of the run, and seed this process.
 
     Raises:
         ConfigError: The GPU, the precision or the compiler cannot be used.
     """
-    # A GPU without kernels in torch's wheel would otherwise fail deep in the first step.
+    # Check now, because a GPU that torch has no kernels for would fail only in the first step.
     check_kernels()
     missing = check_build_tools(config)
     if missing and dist.get_local_rank() == 0:
@@ -44,19 +44,18 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     precision = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
-        # The timeout is long, because a rank may have to compile, download or save while the others
-        # wait.
+        # Use a long timeout, because one rank may compile, download or save while the others wait.
         dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
     # Seed before the network is built, because its initial weights are random.
     reproducibility.seed_all(config.seed)
-    # Training images all have one size, so cuDNN's search for the fastest kernels pays off. The
-    # search may choose another kernel in the next run, so deterministic runs go without it.
+    # All training images have the same size, so cuDNN's search for the fastest kernels pays off.
+    # Deterministic runs disable it, because the search may choose different kernels in each run.
     torch.backends.cudnn.benchmark = not config.deterministic
     return device, precision
 
 
 def join_processes() -> Watch | None:
-    """Connect the processes of a run if there are several, and watch them.
+    """Connect the processes of a run and watch them, if there are several.
 
     Returns:
         The watch, or None if the run has only one process.
@@ -72,11 +71,11 @@ def join_processes() -> Watch | None:
 
 
 def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunError | None:
-    """Explain an error that has a known cause, such as a lost process.
+    """Explain an error if its cause is known, such as a lost process.
 
     Args:
         error: Error that ended training.
-        watch: Watch over the other processes, or None.
+        watch: Watch of the other processes, or None.
 
     Returns:
         An error with a one-line message, or None if the cause is unknown.
@@ -89,7 +88,7 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     if isinstance(error, OSError):
         return None
     text = one_line(error)
-    # A loader process that raised an error, instead of being killed, passes on its traceback.
+    # A loader process that was killed leaves no traceback, unlike a process that raised an error.
     if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
@@ -100,17 +99,19 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     lost = re.search(r"gloo|NCCL|onnection (closed|reset|refused)|[Tt]imed out", text)
     if lost and dist.get_world_size() > 1:
         cause = watch.cause() if watch else None
-        return cause or Lost(f"another process of the run ended or does not answer ({text[:160]})")
+        return cause or Lost(
+            f"another process of the run has ended or does not respond ({text[:160]})"
+        )
     return None
 
 
 def full_shared_memory(error: Exception) -> str | None:
-    """Return one line if an error was caused by a full /dev/shm, otherwise None.
+    """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
-    Containers often have 64 MB of it. PyTorch and NCCL name it if an allocation fails. Two other
-    signs are vague: SIGBUS, which ends a loader that writes to missing memory, and an error of
-    Python's semaphores, which names no file. They count only if /dev/shm is small or has no space
-    left.
+    In containers, /dev/shm often has only 64 MB. PyTorch and NCCL mention it if an allocation
+    fails. Two other signs are ambiguous: SIGBUS, which kills a loader that writes to memory that
+    does not exist, and errors from Python's semaphores, which do not name a file. These two count
+    only if /dev/shm is small or full.
     """
     text = one_line(error)
     try:
@@ -129,12 +130,12 @@ def full_shared_memory(error: Exception) -> str | None:
 
 
 class LoaderContext(ForkContext):
-    """A context that forks loader processes with the run's signals blocked.
+    """A multiprocessing context that forks loader processes with the run's stop signals blocked.
 
     Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loaders until
-    its batch is done. Blocking the signals in the new process would be too late. Libraries start
-    threads during the fork (PyTorch does after `set_num_threads`), and any thread that does not
-    block a signal can receive it.
+    the current batch is done. Blocking the signals in the new process would be too late, because
+    some libraries start threads during the fork (for example, PyTorch after `set_num_threads`). Any
+    thread that does not block a signal can receive it.
     """
 
     class Process(ForkProcess):
@@ -150,7 +151,7 @@ class LoaderContext(ForkContext):
 
 
 def init_worker(worker: int) -> None:
-    """Prepare a process of `LoaderContext`: use one core, and end when the parent asks for it."""
+    """Prepare a loader process: use one core, and exit when the parent sends SIGTERM."""
     use_one_core(worker)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

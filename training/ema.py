@@ -1,4 +1,4 @@
-"""The moving average of the weights, which is evaluated and saved as the model."""
+"""Exponential moving average of the weights, used for evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from training.composer_internals import EMAParameters, without_ddp
 
 
 class EMA(composer.algorithms.EMA):
-    """An exponential moving average of the weights, evaluated and saved as the model.
+    """An exponential moving average of the weights, used for evaluation and checkpoints.
 
     The algorithm and the checkpoint layout are Composer's, with three differences:
 
-    - One fused operation updates the average.
-    - Its tensors have the same names with and without DDP. Composer's average silently stops if a
-      run resumes with one rank instead of several, or the reverse.
-    - It is never updated with the weights of a checkpoint that was just saved. Composer does so if
-      a checkpoint and an update fall on the same batch.
+    - The average is updated in one fused operation.
+    - Its tensors have the same names with and without DDP. Composer's average silently stops
+      updating if a run switches between one and several ranks when it resumes.
+    - The average is never updated with its own weights. Composer does this if a checkpoint and an
+      update fall on the same batch.
 
-    `CheckpointSaver` saves the average as the model's weights at its `save_interval`. In a
-    checkpoint saved at another time, the model has the training weights, and the state of this
-    algorithm has the average (`ema_weights_active` is False). Both kinds resume alike.
+    At its `save_interval`, `CheckpointSaver` saves the average as the model's weights. Checkpoints
+    saved at other times contain the training weights as the model, and the average in the state of
+    this algorithm (`ema_weights_active` is False). A run can resume from either kind.
 
     Args:
-        half_life: Time string, in batches or epochs, after which a weight counts half.
-        update_interval: Time string between updates, in the same unit; None: 1.
+        half_life: Time string, in batches or epochs, after which the influence of a weight has
+            halved.
+        update_interval: Time string between updates, in the same unit as `half_life`; None: 1.
     """
 
-    smoothing: float  # This is never None, because there always is a half-life.
+    smoothing: float  # This is never None, because half_life is always set.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the average is updated, or the weights may be exchanged, at this event."""
+        """Return whether this event updates the average or exchanges the weights."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True
@@ -53,7 +54,8 @@ class EMA(composer.algorithms.EMA):
         if event == Event.INIT:
             self.ema_model = EMAParameters(network)  # A checkpoint is loaded into these tensors.
             return
-        if event in self.move_device_events:  # A checkpoint is loaded onto the CPU.
+        # Loading a checkpoint puts the average on the CPU.
+        if event in self.move_device_events:
             self.ema_model.move_params_to_device(network)
         if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):
             self._activate(network, average=False)
@@ -75,10 +77,10 @@ class EMA(composer.algorithms.EMA):
         floats = [name for name in names if stored[name].is_floating_point()]
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
-        # Average the 100 or more BatchNorm counters in one operation, rounding down as Composer
-        # does.
+        # Average more than 100 BatchNorm counters in one operation, rounding down as Composer does.
         others = [name for name in names if not stored[name].is_floating_point()]
-        # An integer tensor with dimensions is a table and not a counter, so copy it.
+        # An integer tensor with at least one dimension is a lookup table, not a counter, so copy
+        # it.
         for name in [name for name in others if stored[name].ndim]:
             stored[name].copy_(values[name])
             others.remove(name)
@@ -89,7 +91,7 @@ class EMA(composer.algorithms.EMA):
             torch._foreach_copy_(counters, list(mean.to(now.dtype).unbind()))
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        """Load the state from a checkpoint, including one that Composer's EMA wrote under DDP."""
+        """Load the state from a checkpoint, even one that Composer's EMA wrote under DDP."""
         names = self.ema_model.named_parameters_dict.keys()
         super().load_state_dict(state, strict)
         if names.isdisjoint(self.ema_model.named_parameters_dict):

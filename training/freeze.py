@@ -1,4 +1,4 @@
-"""Algorithms for parameters that a step does not use: a frozen backbone, or unused layers."""
+"""Algorithms for parameters that a training step does not use, such as a frozen backbone."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from training.composer_internals import without_ddp
 
 
 class UnusedWeights(Algorithm):
-    """An algorithm that allows forward passes which do not use every parameter.
+    """An algorithm that allows forward passes in which some parameters are unused.
 
-    Networks of some libraries do this. DistributedDataParallel otherwise waits for the gradient of
-    each parameter.
+    Networks from some libraries have such parameters. By default, DistributedDataParallel waits for
+    the gradient of every parameter.
     """
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Tell the trainer to set this option of DistributedDataParallel."""
+        """Tell the trainer to set this DistributedDataParallel option."""
         return True
 
     def match(self, event: Event, state: State) -> bool:
-        """Return False, because no event needs any work."""
+        """Return False, because the algorithm never has to act."""
         return False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -36,13 +36,13 @@ class UnusedWeights(Algorithm):
 
 
 class FreezeBackbone(UnusedWeights):
-    """An algorithm that freezes the backbone and its BatchNorm statistics at first.
+    """An algorithm that freezes the backbone and its BatchNorm statistics at the start of training.
 
-    Only the time of the run decides whether a step trains the backbone, so a resumed run does the
+    The backbone is frozen or not depending only on the training time, so a resumed run behaves the
     same.
 
     Args:
-        duration: Time string.
+        duration: Time string for how long the backbone stays frozen.
     """
 
     def __init__(self, duration: str):
@@ -50,11 +50,11 @@ class FreezeBackbone(UnusedWeights):
         self.is_frozen = False
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the trainer is about to wrap the network, or a batch begins."""
+        """Return whether the trainer is about to wrap the network or a batch begins."""
         return event in (Event.INIT, Event.BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Freeze the backbone, or unfreeze it."""
+        """Freeze or unfreeze the backbone, depending on the time."""
         backbone = backbone_of(cast(nn.Module, without_ddp(state).module))
         if backbone is None:
             raise ConfigError(
@@ -63,7 +63,8 @@ class FreezeBackbone(UnusedWeights):
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration
-        if is_frozen:  # After an evaluation, the trainer puts the whole network into training mode.
+        # The trainer puts the complete network into training mode after an evaluation.
+        if is_frozen:
             backbone.eval()
         elif self.is_frozen:
             backbone.train()
@@ -75,9 +76,10 @@ class FreezeBackbone(UnusedWeights):
 
 
 def _prepare_state(optimizer: Optimizer, weights: list[nn.Parameter]) -> None:
-    """Create zero optimizer state for parameters that have not been stepped yet.
+    """Create optimizer state filled with zeros for parameters that have not been updated yet.
 
-    An optimizer begins with zeros. Without any state, torch refuses to load its checkpoint.
+    This equals the optimizer's own initial state. Without it, torch cannot load the optimizer from
+    a checkpoint.
     """
     weights = [weight for weight in weights if not optimizer.state.get(weight)]
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Loading of a run's initial weights from another run or project."""
+"""Loading of initial weights from another run or project."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def load_initial_weights(config: Config, start: Start, network: nn.Module) -> None:
-    """Load the initial weights of a run as far as they fit its network and classes.
+    """Load those initial weights that match a run's network and classes.
 
     Raises:
         ClassError: The run evaluates, and the weights are for other classes.
-        ConfigError: `load_classes_by_name` is set, and the file does not name its classes.
-        WeightsError: Fewer tensors fit than `load_least` requires.
+        ConfigError: `load_classes_by_name` is set, but the file does not name its classes.
+        WeightsError: Fewer tensors match than `load_least` requires.
     """
     by_name, class_tensors = _compare_classes(config, start, network)
     left = load_fitting(
@@ -46,12 +46,12 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
     """Compare the classes of the run with the classes of its initial weights.
 
     Returns:
-        Whether rows of the last layer are matched by class name; and the names of the tensors with
-            such rows, if the weights have as many classes as the run, but not the same ones.
+        Whether to match rows of the last layer by class name; and the names of the tensors with
+            such rows if the number of classes is the same but the classes differ.
 
     Raises:
         ClassError: The run evaluates, and the weights are for other classes.
-        ConfigError: The classes are to be matched by name, and the file has no names.
+        ConfigError: The classes should be matched by name, but the file has no class names.
     """
     ours, theirs = class_infos(config), start.weights.classes
     if config.load_classes_by_name and not are_named(theirs):
@@ -65,8 +65,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
             return config.load_classes_by_name, []
         by_name = True
     except ClassError as error:
-        # An evaluation needs the right row for each class. Training may learn the rows again, as
-        # with weights that have another number of classes.
+        # An evaluation needs the right row for each class. Training can relearn the rows, as it
+        # does when the weights have a different number of classes.
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name
@@ -82,10 +82,10 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
 def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     """Return the names of the tensors that have a row for each class.
 
-    They are found by building the network with one more class, which makes them longer.
+    To find them, build the network with one more class, and compare the shapes.
 
     Raises:
-        ClassError: One more class changes other dimensions, too.
+        ClassError: One more class also changes other dimensions.
     """
     model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()

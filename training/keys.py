@@ -1,4 +1,4 @@
-"""The properties of a YAML key: default, meaning, bounds, and its role when a run resumes."""
+"""Definitions of config keys: default, meaning, bounds, and role when a run resumes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Role of a key if a resumed run's value differs from the value in the checkpoint's record.
-APPLIED = "applied"  # Applied: the run trains with the new value.
-COMPARED = "compared"  # Compared: the run is refused.
-FREE = "free"  # Free: the value may differ, because the key does not affect training.
+# Roles of a key when a resumed run has a different value from the checkpoint's record.
+APPLIED = "applied"  # A resumed run uses the new value.
+COMPARED = "compared"  # A resumed run rejects a different value.
+FREE = "free"  # The value may differ, because it does not affect training.
 
 
 def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:
-    """Return a config key.
+    """Return the dataclass field for a config key.
 
     Args:
-        on_resume: `APPLIED`, `COMPARED` or `FREE`.
+        on_resume: Role when a run resumes: `APPLIED`, `COMPARED` or `FREE`.
         default: Default value.
         meaning: Description that `main.py --help` prints.
-        bounds: Interval for a number, or for each number of a list; `[0, 1)` includes 0 and
-            excludes 1.
+        bounds: Interval of valid numbers, also for each number in a list. For example, `[0, 1)`
+            includes 0 and excludes 1.
     """
     metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
     if isinstance(default, list):
@@ -31,17 +31,17 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
 
 
 def section(schema: Callable[[], Any]) -> Any:
-    """Return a section of keys with the defaults that `schema()` returns."""
+    """Return the dataclass field for a section whose defaults `schema()` returns."""
     return dataclasses.field(default_factory=schema)
 
 
 def absent_section() -> Any:
-    """Return a section that only some parents have, such as SAM in a recipe."""
+    """Return the dataclass field for a section that only some parents have, such as SAM."""
     return dataclasses.field(default=None)
 
 
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Yield the keys and sections of a section with their values; skip absent sections."""
+    """Yield the fields of a section with their values, without absent sections."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if field.metadata or value is not None:
@@ -65,8 +65,8 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
     """Return the role of each key when a run resumes, by its dotted name.
 
-    Evaluation does not affect training, so the keys of `eval_dataset` are free. The exceptions are
-    the keys that define the meaning of the labels.
+    The keys of `eval_dataset` are free, because evaluation does not affect training. The exceptions
+    are the keys that define the meaning of labels.
     """
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):

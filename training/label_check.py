@@ -1,4 +1,4 @@
-"""A check of the labels that a run reads: classes that never occur, and masks without labels."""
+"""A check for classes that never occur in a run's data, and for masks without labels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # (C + 1,); the last entry counts pixels without a class.
+        # Tensor (C + 1,), whose last entry stands for pixels without a class.
         self._occurs: Tensor | None = None
         self._unlabelled: Tensor | None = None
 
     def add(self, target: Any) -> None:
-        """Count the class indices (N, H, W) of a batch; MixUp: of the first target."""
+        """Count the class indices (N, H, W) in a batch's target; for MixUp, in the first target."""
         target = target if isinstance(target, Tensor) else target.target
         none = (target < 0) | (target >= self.num_classes)
         if self._occurs is None or self._unlabelled is None:
@@ -52,17 +52,18 @@ class _Labels:
 
 
 class LabelCheck(Callback):
-    """A callback that warns about splits from which nothing can be learnt or scored.
+    """A callback that warns if a split has too few labels for training or evaluation.
 
-    Each split is reported once: validation at the end of the first evaluation, and training after
-    the first whole epoch or at the end of a shorter run, because a class may still come before
-    that. If the crops so far have fewer than two classes, the first evaluation already reports it.
-    A split is not counted after its report.
+    Each split is checked once. The validation split is checked at the end of the first evaluation.
+    The training split is checked after the first complete epoch or at the end of a shorter run,
+    because any class may still occur before. If the training crops contain fewer than two classes
+    at the first evaluation, the warning appears then. After its check, a split is no longer
+    counted.
 
     Args:
         classes: Names of the classes.
-        background_ignored: Whether `ignore_background` ignores label 0; the warning then gives a
-            hint.
+        background_ignored: Whether `ignore_background` ignores label 0. If so, the warning contains
+            a hint about it.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], background_ignored: bool) -> None:
@@ -104,7 +105,7 @@ class LabelCheck(Callback):
         if self._train and self._train.pixels:
             occurs, _ = self._train.gather()
             self._train = None
-            # Random crops are padded, so their unlabelled pixels say nothing about the masks.
+            # Do not report unlabelled pixels, because random crops contain padding.
             self._warn("train_dataset", occurs, crops, None)
 
     def _warn(self, section: str, occurs: list[bool], masks: str, unlabelled: float | None) -> None:

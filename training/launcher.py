@@ -1,9 +1,9 @@
-"""The interaction of main.py with the program that started it: `composer` or `torchrun`.
+"""Interaction with the launcher of a run, `composer` or `torchrun`.
 
-torchrun restarts the processes after any failure. If the first attempt refuses the config, a person
-has to fix it, so this module ends the later attempts at once and without output. After an attempt
-has run, the same error may have another cause, such as an object store that is down, so it is tried
-again.
+torchrun restarts the processes after any failure. If the first attempt reports a bad config, a
+person has to fix it, so later attempts end immediately and without output. If an earlier attempt
+did train, an error in a later attempt may have a temporary cause, such as an unreachable object
+store, so the run is tried again.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from pathlib import Path
 
 from errors import ConfigError, UnevenBatch
 
-# Seconds that ranks wait for each other in a collective, because one may have to compile, download
-# or save.
+# Timeout of collectives in seconds. It is long, because one rank may compile, download or save
+# while the others wait.
 COLLECTIVE_TIMEOUT = 1800.0
 
 
 def end_with_launcher() -> None:
     """Ask the kernel to send SIGUSR1 to this process when its launcher ends."""
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # The constant 1 is PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # Option 1 is PR_SET_PDEATHSIG.
 
 
 def was_refused() -> bool:
-    """Return whether a process of this node refused to run in torchrun's first attempt."""
+    """Return whether a process on this node reported bad input in torchrun's first attempt."""
     folder = _folder()
     return folder is not None and any(folder.glob("refused-0-*"))
 
 
 def is_first_to_refuse(text: str) -> bool | None:
-    """Note that this node refuses to run; return whether this process is the first to say so.
+    """Record an input error of this node; return whether this process is the first to record it.
 
-    Return None without torchrun, because only torchrun has a folder for such notes.
+    Without torchrun, return None, because there is no shared folder for the record.
     """
     folder = _folder()
     if folder is None:
@@ -51,10 +51,10 @@ def is_first_to_refuse(text: str) -> bool | None:
 
 
 def wait_for_nodes(error: ConfigError) -> None:
-    """Wait for another node if a run has lost nodes and its batch no longer divides among the rest.
+    """Wait for another node if a run has lost nodes and its batch no longer divides evenly.
 
-    torchrun ends this process when a node joins. The first attempt does not wait, because the user
-    chose its number of processes.
+    torchrun restarts this process when a node joins. The first attempt does not wait, because the
+    user chose its number of processes.
     """
     if isinstance(error, UnevenBatch) and _attempt() > 0:
         if os.environ["RANK"] == "0":

@@ -1,8 +1,8 @@
-"""The loggers of a run: Composer's loggers by their YAML names, with errors in one line.
+"""Composer's loggers by their YAML names, with one-line error messages.
 
-A logger of an external service can fail for many reasons when it starts: a missing key, an
-unreachable server, an incompatible store, or packages that do not fit together. Each failure
-becomes a one-line error before training.
+A logger for an external service can fail to start for many reasons, such as a missing key, an
+unreachable server, an incompatible store or incompatible packages. Each failure is reported as a
+one-line error before training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.schema import Config
 
 log = logging.getLogger(__name__)
 
-# Advice for a logger that does not start although its arguments are right
+# Advice for a logger that does not start although its arguments are valid
 REMEDIES = {
     "file": "check filename",
     "wandb": "run `wandb login`, or set WANDB_MODE=offline",
@@ -35,18 +35,18 @@ REMEDIES = {
     "comet_ml": "set COMET_API_KEY, and check the network",
     "neptune": "set NEPTUNE_API_TOKEN, and check the network, or use mode: offline",
 }
-# Methods of a logger that Composer calls before the first step
+# Logger methods that Composer calls before the first step
 STARTING = ("init", "after_load", "log_hyperparameters")
-MAX_REASON = 240  # Maximum number of characters of an error that are shown
+MAX_REASON = 240  # Maximum length of an error text in a message, in characters
 
 
 class FileLogger(loggers.FileLogger):
-    """Composer's FileLogger, except that a resumed run appends to its file.
+    """A version of Composer's FileLogger whose file a resumed run continues.
 
-    Composer's logger always truncates the file, whatever `overwrite` says.
+    Composer's own FileLogger always truncates the file, even with `overwrite=False`.
 
     Args:
-        overwrite: Whether to truncate the file.
+        overwrite: Whether to truncate the file instead of appending to it.
         **arguments: Arguments of Composer's FileLogger.
     """
 
@@ -58,7 +58,7 @@ class FileLogger(loggers.FileLogger):
         self.mode: Literal["w+", "a+"] = "w+" if overwrite else "a+"
 
     def init(self, state: State, logger: Logger) -> None:
-        """Open the file, and write the lines that were logged before."""
+        """Open the file and write the lines that were logged before it was open."""
         self._run_name = state.run_name
         os.makedirs(os.path.dirname(self.filename) or ".", exist_ok=True)
         self.file = open(self.filename, self.mode, buffering=self.buffer_size)  # noqa: SIM115
@@ -66,7 +66,7 @@ class FileLogger(loggers.FileLogger):
 
 
 class WandBLogger(loggers.WandBLogger):
-    """Composer's WandBLogger, except that a resumed run continues the same W&B run.
+    """A version of Composer's WandBLogger with which a resumed run continues the same W&B run.
 
     Args:
         server_run: ID of the W&B run to continue, or None.
@@ -87,7 +87,7 @@ class WandBLogger(loggers.WandBLogger):
         return wandb.run.id if wandb.run is not None else None
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config; a resumed run may change values."""
+        """Log the config, whose values a resumed run may change."""
         if self._enabled:
             import wandb
 
@@ -95,9 +95,10 @@ class WandBLogger(loggers.WandBLogger):
 
 
 class MLFlowLogger(loggers.MLFlowLogger):
-    """Composer's MLFlowLogger, except that a resumed run continues the same MLflow run.
+    """A version of Composer's MLFlowLogger with which a resumed run continues the same MLflow run.
 
-    The `resume` option of Composer's logger continues any run with the same name.
+    The `resume` option of Composer's logger is not enough, because it continues any run with the
+    same name.
 
     Args:
         server_run: ID of the MLflow run to continue, or None.
@@ -106,7 +107,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run that is continued.
+        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run to continue.
         self._to_resume = server_run
 
     @property
@@ -115,8 +116,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return self._run_id
 
     def init(self, state: State, logger: Logger) -> None:
-        """Start a run, or continue one."""
-        variable = "MLFLOW_RUN_ID"  # Composer and MLflow read the run's ID from this variable.
+        """Start an MLflow run, or continue the run of the checkpoint."""
+        variable = "MLFLOW_RUN_ID"  # Composer and MLflow read this variable.
         if not self._enabled or self._to_resume is None or variable in os.environ:
             super().init(state, logger)
             return
@@ -135,7 +136,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
             del os.environ[variable]
 
     def _parameters_of(self, run: str) -> dict[str, str] | None:
-        """Return the parameters of a run, or None if the run is deleted or does not exist."""
+        """Return the parameters of an MLflow run, or None if the run does not exist (any more)."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -148,7 +149,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return None if is_deleted else dict(record.data.params)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config. MLflow cannot change a parameter, so the first value stays."""
+        """Log the config, except values that changed, because MLflow cannot change a parameter."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
             log.warning(
@@ -172,7 +173,7 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
 
 
 def trainer_options(config: Config) -> dict[str, Any]:
-    """Return the Trainer's arguments that come from the config, including those of the console."""
+    """Return the Trainer arguments that the config sets, including the console's."""
     options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
     return {
         "seed": config.seed,
@@ -202,34 +203,37 @@ def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None
         trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
         if isinstance(destination, loggers.ProgressBarLogger):
-            # The config would print a hundred lines above the bar.
+            # Do not print the config above the progress bar, because it has a hundred lines.
             destination.hparams_already_logged_to_console = True
 
 
 def build_loggers(
     config: Config, server_runs: Mapping[str, str] = MappingProxyType({})
 ) -> list[LoggerDestination]:
-    """Build the loggers of the YAML.
+    """Build the loggers that the config enables.
 
-    The Trainer itself builds the progress bar and the console, so only their arguments are checked.
+    For the progress bar and the console, only the arguments are checked, because the Trainer builds
+    these two loggers itself.
 
     Args:
         config: Config of the run.
-        server_runs: W&B and MLflow runs to continue, as `server_runs_of` returns them.
+        server_runs: IDs of the W&B and MLflow runs to continue, as returned by `server_runs_of`.
 
     Raises:
         ConfigError: A logger does not accept its arguments, or cannot start.
     """
     if "wandb" in config.loggers:
-        # Otherwise an offline W&B 0.18 asks its server about every table, and waits for the answer.
+        # Set this because W&B 0.18 otherwise waits for its server at every table, even when it is
+        # offline.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         _restore_get_url()
     if "mlflow" in config.loggers:
-        # MLflow 3 refuses folders such as mlruns by default, although it can still use them.
+        # By default, MLflow 3 rejects local folders such as mlruns, although it still supports
+        # them.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     built = []
     for name, arguments in config.loggers.items():
-        # The checkpoint names the run of the first rank. The other ranks start runs of their own.
+        # The checkpoint stores only the first rank's run. All other ranks start new runs.
         resumed = server_runs.get(name) if dist.get_global_rank() == 0 else None
         more = {} if resumed is None else {"server_run": resumed}
         with explained(name):
@@ -242,17 +246,17 @@ def build_loggers(
 
 
 def _restore_get_url() -> None:
-    """Restore the method `get_url` of W&B runs, which Composer 0.32 calls and wandb 0.31 lacks."""
+    """Add the method `get_url` to W&B runs, which Composer 0.32 calls but wandb 0.31 lacks."""
     try:
         import wandb
-    except ImportError:  # resolve() has already told the user which packages to install.
+    except ImportError:  # resolve() has already reported missing packages.
         return
     if not hasattr(wandb.Run, "get_url"):
         setattr(wandb.Run, "get_url", lambda run: run.url)  # noqa: B010 (for pyright)
 
 
 def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:
-    """Return the IDs of the server runs that loggers write to, by the names of the loggers."""
+    """Return the IDs of the server runs that loggers write to, by logger name."""
     runs = {}
     for logger in built:
         if isinstance(logger, WandBLogger | MLFlowLogger) and logger.server_run is not None:
@@ -262,7 +266,7 @@ def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn any error of a logger into a ConfigError that says what to do.
+    """Turn any logger error into a ConfigError that says what to do.
 
     Args:
         name: Name of the logger in the YAML.
@@ -278,7 +282,7 @@ def explained(name: str) -> Iterator[None]:
             f"loggers.{name}: its packages do not work together ({_reason(error)}); run "
             f"make install WITH={name}"
         ) from error
-    except Exception as error:  # The client of a service raises errors of its own.
+    except Exception as error:  # Each service's client raises its own types of errors.
         raise ConfigError(f"loggers.{name}: {_reason(error)}; {REMEDIES[name]}") from error
 
 

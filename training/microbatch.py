@@ -1,9 +1,9 @@
-"""The memory, operations and traffic of a training step, counted on tensors without data.
+"""Estimates of a training step's memory, operations and traffic, from tensors without data.
 
-The count runs one pass over 32 images and one over 64, about a second each. It computes no values
-and needs no GPU. The difference tells the cost of an image, and the rest is the fixed cost. With
-`auto`, a run begins with as many images as fit by this count. `main.py --plan` predicts memory and
-speed from it.
+The estimate runs one pass over 32 images and one over 64, which take about a second each. It
+computes no values and needs no GPU. The difference between the two passes gives the cost per image,
+and the rest is the fixed cost. With a micro-batch size of `auto`, a run starts with as many images
+as fit according to this estimate. `main.py --plan` uses it to predict memory and speed.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CONTEXT = 1.2 * GIB  # An assumed size of the CUDA context and the workspaces of cuDNN and cuBLAS.
+CONTEXT = 1.2 * GIB  # Assumed size of the CUDA context and the cuDNN and cuBLAS workspaces.
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-# Batch sizes of the two passes. They are large enough for the saved activations to set the peak.
+# Batch sizes of the two passes. They are so large that the saved activations determine the peak.
 FEW_AND_MORE = 32, 64
-MARGIN = 0.05  # Allowance for fragmentation and uncounted memory, as a fraction of a step.
-# Bytes of an input pixel: fp32 image and int64 target, twice because Composer keeps a copy of both.
-# The pass itself counts one fp32 image, which is subtracted.
+MARGIN = 0.05  # Allowance for fragmentation and uncounted memory, as a fraction of a step's memory.
+# Bytes per input pixel that the passes do not count. The fp32 image and the int64 target count
+# twice, because Composer keeps a copy of both. The passes already count one fp32 image.
 INPUT = 2 * (3 * 4 + 8) - 3 * 4
 
 
 class Footprint(NamedTuple):
-    """The costs of a training step; memory and traffic are in bytes.
+    """The costs of a training step, with memory and traffic in bytes.
 
     Args:
         weights: Size of the parameters.
         buffers: Size of the BatchNorm statistics.
-        fixed: Memory of a pass that does not depend on the number of images, such as cast weights.
-        image: Memory of a pass for each image.
-        saved: Part of `image` that is kept for the backward pass.
-        operations: Floating-point operations of the convolutions for each image, forward and
-            backward.
-        traffic: Memory traffic between convolutions for each image, forward and backward.
-        normalised: Input size of the normalisation layers for each image.
+        fixed: Memory of a pass that is independent of the number of images, such as cast weights.
+        image: Memory of a pass per image.
+        saved: Part of `image` that is stored for the backward pass.
+        operations: Floating-point operations per image in the forward and backward passes of layers
+            with a known count, such as convolutions.
+        traffic: Memory traffic per image of all other operations, forward and backward.
+        normalised: Total input size of the normalisation layers per image.
         norms: Number of BatchNorm layers.
         fewest: Smallest number of images that the network can train on at once.
     """
@@ -75,18 +75,18 @@ class Footprint(NamedTuple):
     fewest: int = 2
 
     def step(self, images: int, config: Config, ranks: int = 1) -> float:
-        """Return the peak memory of a step with this micro-batch, without the CUDA context."""
+        """Return the peak memory of a step with this micro-batch size, without the CUDA context."""
         recipe = config.recipe
         average, climb = recipe.ema is not None, recipe.sam is not None
-        # Copies of the weights: the weights themselves, gradients, optimizer moments, EMA, SAM's
-        # saved weights, and DDP's buckets.
+        # Tensors of the weights' size are the weights, gradients, optimizer moments, EMA average,
+        # SAM's saved weights and DDP's buckets.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
         image = self.image - (1 - config.activation_memory_budget) * self.saved
         return (self.fixed + standing + images * image) * (1 + MARGIN)
 
     def checkpoint(self, config: Config) -> int:
-        """Return the size of a checkpoint in bytes: weights, optimizer moments and average."""
+        """Return the size of a checkpoint in bytes, including optimizer moments and average."""
         average = config.recipe.ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 
@@ -96,7 +96,7 @@ def _moments(config: Config) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """A dispatch mode that counts live tensor bytes, their peak, and the work of each operation."""
+    """A dispatch mode that counts the bytes of live tensors, their peak, and the work done."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,14 +136,14 @@ class _Counter(TorchDispatchMode):
 def count(
     network: nn.Module, size: int, dtype: torch.dtype | None, compiled: bool = False
 ) -> Footprint:
-    """Count the costs of forward and backward passes over images of `size` x `size` pixels.
+    """Estimate the costs of forward and backward passes over images of `size` x `size` pixels.
 
     Args:
         network: Network that is not compiled yet, on any device including "meta".
         size: Side of the images, pixels.
-        dtype: Type of the computation under autocast; None: fp32.
-        compiled: Whether the network will be compiled. A synchronised BatchNorm then takes no more
-            memory than an ordinary one, because its operations are fused into one kernel.
+        dtype: Data type under autocast; None: no autocast, fp32.
+        compiled: Whether the network will be compiled. In this case, a synchronised BatchNorm needs
+            no more memory than an ordinary one, because its operations are fused into one kernel.
 
     Raises:
         ModelError: The network's operations depend on the values of its tensors.
@@ -154,11 +154,12 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
-        for weight in empty.parameters():  # Gradients are counted with the weights.
+        for weight in empty.parameters():  # Free gradients at once, because `step` counts them.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
-    # The differences give the cost of an image; the rest of the peak is the fixed cost.
+    # The difference between the passes gives the cost per image, and the rest of the peak is the
+    # fixed cost.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
     tensors = list(network.parameters()), list(network.buffers())
     weights, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
@@ -168,7 +169,7 @@ def count(
         fixed=round(few["peak"] - FEW_AND_MORE[0] * each["peak"]),
         image=each["peak"] + INPUT * size**2,
         saved=each["saved"],
-        # The backward pass has two products of the same size for each product.
+        # For each product in the forward pass, the backward pass has two of the same size.
         operations=3 * each["operations"],
         traffic=each["traffic"],
         normalised=each["normalised"],
@@ -178,9 +179,10 @@ def count(
 
 
 def takes_one_image(network: nn.Module, size: int) -> bool:
-    """Return whether a network can train on one image, found by a trial without data.
+    """Return whether a network can train on a single image, from a trial without data.
 
-    DeepLabV3 cannot: after global pooling, its BatchNorm would normalise a single value.
+    DeepLabV3 cannot train on a single image, because the BatchNorm after global pooling would see
+    only one value per channel.
     """
     try:
         with FakeTensorMode():
@@ -188,14 +190,14 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    # If the trial without data fails, training itself will show whether one image works.
+    # If the trial fails for another reason, let training show whether a single image works.
     except Exception as error:
         log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True
 
 
 def last_batch_of(spec: DataSpec, config: Config) -> int:
-    """Return the size of a rank's last batch in an epoch, or 0 if that batch is full."""
+    """Return the size of a rank's incomplete last batch in an epoch, or 0 if there is none."""
     sampler = getattr(spec.dataloader, "sampler", None)
     if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
         return 0
@@ -203,7 +205,7 @@ def last_batch_of(spec: DataSpec, config: Config) -> int:
 
 
 def check_single_images(config: Config, network: nn.Module, data: DataSpec | None) -> None:
-    """Refuse micro-batches of one image if the network cannot train on them.
+    """Reject micro-batches of one image if the network cannot train on a single image.
 
     Args:
         config: Config of the run.
@@ -211,7 +213,7 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
         data: Training data of the run, or None.
 
     Raises:
-        ConfigError: A micro-batch would hold one image; the message names a value that works.
+        ConfigError: A micro-batch would contain one image; the message names a value that works.
     """
     if data is None:
         return
@@ -238,7 +240,7 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
     else:
         micro = next(filter(works, range(2, batch + 1)), None)
         key, value = "device_train_microbatch_size", str(chosen)
-        use = str(micro) if micro else "another train_dataset.batch_size"
+        use = str(micro) if micro else "a different train_dataset.batch_size"
     raise ConfigError(
         f"{key}: {value} leaves a process with one image in a micro-batch, and "
         f"{config.model.name} cannot train on a single image; use {use}"
@@ -249,14 +251,14 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
 def _told_of_failure() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A user's network may raise anything.
+    except Exception as error:  # A user's network can raise any type of error.
         raise ModelError(
-            f"model.name: the network cannot run without data: {one_line(error)}"
+            f"model.name: its memory cannot be estimated without data: {one_line(error)}"
         ) from error
 
 
 def _without_data(network: nn.Module) -> nn.Module:
-    """Copy a network to the CPU without the contents of its tensors."""
+    """Copy a network to the CPU without its tensors' contents."""
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(network.parameters(), network.buffers()):
         shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -272,7 +274,7 @@ def _forget(weight: Tensor) -> None:
 def _pass(
     network: nn.Module, size: int, images: int, dtype: torch.dtype | None
 ) -> dict[str, float]:
-    """Count a forward and a backward pass over this number of images."""
+    """Count the costs of a forward and a backward pass over a number of images."""
     with _Counter() as counter:
         photo = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
@@ -296,17 +298,17 @@ def fitting(
     ranks: int = 1,
     adapts: bool = True,
 ) -> tuple[int, bool]:
-    """Return the micro-batch size of a rank, and whether it fits in memory.
+    """Return the micro-batch size of a rank and whether a step fits in memory.
 
-    With `auto`, the size is halved until it fits.
+    With `auto`, the size is halved until a step fits.
 
     Args:
-        footprint: Costs of the network.
+        footprint: Estimated costs of a training step.
         config: Config of the run.
-        images: Number of images of a rank in a batch.
+        images: Number of images per rank in a batch.
         free: Memory available for a step, bytes.
         ranks: Number of ranks.
-        adapts: Whether `auto` may halve the size. On a CPU, `auto` takes the whole batch.
+        adapts: Whether `auto` may halve the size. On a CPU, `auto` uses the complete batch.
     """
     chosen = config.device_train_microbatch_size
     adapts &= chosen == "auto"
@@ -320,9 +322,10 @@ def fitting(
 
 
 def free_memory(device: Device) -> float:
-    """Return the GPU memory in bytes that every rank can use: the minimum over all ranks.
+    """Return the GPU memory in bytes that every rank has available, the minimum over all ranks.
 
-    If a single GPU ran out of memory while the others waited in a collective, the run would end.
+    Use the minimum, because the run would end if one GPU ran out of memory while the others waited
+    in a collective.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:
@@ -334,7 +337,7 @@ def free_memory(device: Device) -> float:
 def choose_microbatch(
     config: Config, network: nn.Module, precision: Precision, device: Device
 ) -> tuple[int | str, int | None]:
-    """Choose the number of images that a rank computes at once.
+    """Choose the number of images that a rank processes at once.
 
     Args:
         config: Config of the run.
@@ -343,8 +346,8 @@ def choose_microbatch(
         device: Device of this rank.
 
     Returns:
-        Composer's `device_train_microbatch_size`, and with `auto` on a GPU the first size to try. A
-            first size near the largest that fits saves compilations of sizes that do not fit.
+        The value for Composer's `device_train_microbatch_size`, and the first size to try if this
+            is `auto` on a GPU. A good first size avoids compilations for sizes that do not fit.
     """
     chosen, share = config.device_train_microbatch_size, per_process(config.train_dataset)
     if chosen is None or (chosen == "auto" and not torch.cuda.is_available()):
@@ -357,12 +360,12 @@ def choose_microbatch(
 def _first_microbatch(
     network: nn.Module, config: Config, precision: str, images: int, device: Device
 ) -> int:
-    """Estimate the number of images that fit in the memory of a GPU."""
+    """Estimate the number of images that fit in GPU memory."""
     size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
     try:
         footprint = count(network, size, dtype, compiles(config))
     except ModelError as error:
-        log.info("auto begins with the whole batch: %s", error)
+        log.info("auto starts with the complete batch: %s", error)
         return images
     free, ranks = free_memory(device) - CONTEXT, dist.get_world_size()
     return fitting(footprint, config, images, free, ranks)[0]

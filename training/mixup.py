@@ -1,4 +1,4 @@
-"""MixUp with pairs of index targets instead of dense targets."""
+"""MixUp with pairs of class-index targets instead of dense targets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from segmentation.losses import MixedTarget
 
 
 class MixUp(Algorithm):
-    """An algorithm that blends each image of a micro-batch with another.
+    """An algorithm that blends each image of a micro-batch with another image.
 
-    See Zhang et al. 2018, https://arxiv.org/abs/1710.09412. Images and random numbers are those of
-    Composer's MixUp. The target becomes a `losses.MixedTarget`: both index targets and the
-    coefficient. Composer makes three dense (N, C, H, W) tensors instead.
+    See Zhang et al. 2018, https://arxiv.org/abs/1710.09412. The mixed images and the random numbers
+    equal those of Composer's MixUp. The target is a `losses.MixedTarget` with two class-index
+    targets and the mixing coefficient, whereas Composer creates three dense (N, C, H, W) tensors.
 
     Args:
-        alpha: Parameter of the distribution. The weight of the other image is min(z, 1 - z), with z
-            drawn from Beta(alpha, alpha); 0 mixes nothing.
+        alpha: Parameter of the Beta distribution. The weight of the other image is min(z, 1 - z),
+            where z is drawn from Beta(alpha, alpha). With 0, images are not mixed.
 
     Raises:
         ValueError: `alpha` is negative.
@@ -40,7 +40,7 @@ class MixUp(Algorithm):
         z = np.random.beta(self.alpha, self.alpha) if self.alpha else 0.0
         mixing = float(min(z, 1 - z))
         other = torch.randperm(len(image))
-        if image.is_cuda:  # A copy from memory that is not pinned would make the host wait.
+        if image.is_cuda:  # Pin the memory, because other copies make the host wait.
             other = other.pin_memory().to(image.device, non_blocking=True)
         mixed = torch.lerp(image, image[other], mixing)
         state.batch = (mixed, MixedTarget(target, target[other], mixing))

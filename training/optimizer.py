@@ -17,17 +17,17 @@ from errors import ConfigError
 from networks.base import backbone_of
 from training.schema import OptimizerConfig
 
-# The blocks of a vision transformer in timm and in transformers.
+# Parameter names in the blocks of a vision transformer, in timm and in transformers.
 LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)")
 
 
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
-    """SGD whose weight decay is a fraction per step, scheduled with the learning rate.
+    """SGD with decoupled weight decay, which follows the learning-rate schedule.
 
-    Arguments, arithmetic and state are Composer's. The name is Composer's too, because a checkpoint
-    records the name of its optimizer. Composer's step launches about 1,300 kernels for the 340
-    parameters of ResNet-101. The GPU is idle meanwhile, because the trainer has just waited for the
-    loss.
+    The arguments, arithmetic and state match Composer's class. The name also matches, because a
+    checkpoint contains the name of its optimizer. This version uses one fused operation. Composer's
+    step launches about 1,300 kernels for the 340 parameters of ResNet-101, while the GPU is mostly
+    idle because the trainer has just waited for the loss.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         dampening: float,
         nesterov: bool,
     ) -> None:
-        """Take a step, like Composer's function; fill a list of buffers that is all None."""
+        """Take a step like Composer's function, and fill in missing momentum buffers."""
         groups = (
             [i for i, buffer in enumerate(momentum_buffer_list) if (buffer is None) == is_new]
             for is_new in (False, True)
@@ -75,16 +75,15 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """Build the optimizer of a network, with as few parameter groups as the config allows.
+    """Build a network's optimizer with as few parameter groups as the config allows.
 
-    `layer_decay` gives layer l of a transformer of L layers the learning rate
-    `lr * layer_decay ** (L + 1 - l)`, as BEiT does (https://arxiv.org/abs/2106.08254, appendix).
-    Layer 0 is the embedding of the patches, and layer L + 1 is all that follows the transformer's
-    blocks.
+    With `layer_decay`, layer l of a transformer with L layers gets the learning rate `lr *
+    layer_decay ** (L + 1 - l)`, as in BEiT (https://arxiv.org/abs/2106.08254, appendix). Layer 0 is
+    the patch embedding, and layer L + 1 is everything after the transformer's blocks.
 
     Raises:
-        ConfigError: `head_lr_scale` is set, but the network has no known backbone, or `layer_decay`
-            is set, but the backbone has no layers.
+        ConfigError: `head_lr_scale` is set but the network has no known backbone, or `layer_decay`
+            is set but the backbone has no transformer layers.
     """
     backbone = backbone_of(network)
     if config.head_lr_scale != 1 and backbone is None:
@@ -122,16 +121,15 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
 
 
 def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
-    """Return how many layers lie between each weight of a vision transformer and its end.
+    """Return the distance in layers from each weight of a vision transformer to its end.
 
-    The weights of the last block have 1. Weights that follow the blocks are left out.
+    The weights of the last block have distance 1. Weights after the blocks are left out.
 
     Args:
         backbone: Backbone of a network.
 
     Returns:
-        The weights with their distance from the end, or nothing if the backbone is not a plain
-        transformer.
+        The distance for each weight; empty if the backbone is not a plain transformer.
     """
     if backbone is None:
         return {}
@@ -145,13 +143,13 @@ def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
         if match:
             is_before = False
             layers[names[name]] = count - int(match[1])
-        elif is_before:  # the embeddings
+        elif is_before:  # The weight belongs to the embeddings.
             layers[names[name]] = count + 1
     return layers
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return a copy of each parameter group without its parameters."""
+    """Return copies of an optimizer's parameter groups without the parameters."""
     return [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -159,13 +157,13 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
-    """Give a loaded optimizer the settings of the config instead of those of the checkpoint.
+    """Replace a loaded optimizer's settings with the settings in the config.
 
     Args:
         state: State of the trainer, after a checkpoint is loaded.
-        settings: Result of `settings_of` from before the checkpoint was loaded.
-        factor: Factor of the learning rate for the next step. None keeps the learning rate of the
-            checkpoint, bit for bit.
+        settings: Result of `settings_of` before the checkpoint was loaded.
+        factor: Learning-rate factor for the next step; None: keep the learning rate of the
+            checkpoint unchanged.
     """
     (optimizer,) = state.optimizers
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
@@ -186,7 +184,7 @@ def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]: ...
 
 
 def _flat(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """View CPU tensors as vectors: the fused CPU step would copy channels-last tensors twice."""
+    """View CPU tensors as vectors, so that the fused step does not copy channels-last tensors."""
     return [t if t is None or t.is_cuda else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
@@ -199,10 +197,10 @@ def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
 
 
 def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor in the memory layout of the weight; copy it only if the layouts differ.
+    """Return a tensor in a weight's memory layout, copying it only if the layouts differ.
 
-    The fused step walks through memory in order. A checkpoint of a run without channels_last has
-    momentum in another layout.
+    The fused step requires equal layouts, because it processes memory in order. The momentum in a
+    checkpoint saved without channels_last has a different layout.
     """
     if tensor is None or tensor.stride() == weight.stride():
         return tensor

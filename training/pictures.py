@@ -1,6 +1,6 @@
-"""Callbacks that draw a run: predictions for some validation images, and curves.
+"""Callbacks that draw predictions for some validation images, and training curves.
 
-Neither makes the training step wait for the device, and only the first rank writes files.
+Neither callback makes the training step wait for the device, and only the first rank writes files.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def save_file(data: bytes, folder: str, name: str) -> str | None:
-    """Write a file into a folder or an object store; it appears complete or not at all.
+    """Write a file to a folder or an object store, where it appears only when complete.
 
-    The run matters more than this file. If the file cannot be written, a warning is logged and
-    training continues.
+    If the file cannot be written, training continues with a warning, because the run is more
+    important than the file.
 
     Args:
         data: Content of the file.
@@ -60,7 +60,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     except (OutputError, UserError) as error:
         log.warning("%s", error)
         return None
-    except Exception as error:  # The client of an object store raises errors of its own.
+    except Exception as error:  # Each object store's client raises its own types of errors.
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
@@ -70,7 +70,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
 def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
     """Return the client of an object store.
 
-    All writes share the client, because each S3 client takes 12 MB.
+    The client is cached, because each S3 client uses 12 MB of memory.
     """
     store = maybe_create_object_store_from_uri(f"{backend}://{bucket}/")
     assert store is not None
@@ -78,7 +78,7 @@ def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
 
 
 def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None:
-    """Write a file of a run; `{time}` in its name becomes the epoch and the batch."""
+    """Write a run's file, replacing `{time}` in its name with the epoch and the batch."""
     time = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
     return save_file(data, folder, name.format(time=time))
 
@@ -86,19 +86,19 @@ def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None
 class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
-    It draws at each evaluation. The images are spread evenly over the validation set and are always
-    the same. They pass through the network on the first rank, with the weights that are evaluated:
-    EMA exchanges the weights at `EVAL_START`.
+    It draws a picture at each evaluation. The images are spread evenly over the validation set and
+    are the same each time. The first rank segments them with the evaluated weights, because EMA
+    exchanges the weights at `EVAL_START`.
 
     Args:
         classes: Names and colours of the classes.
         count: Number of images.
-        folder: Folder or object-store URI below which `pictures/ep{epoch}-ba{batch}.png` is
-            written; None: only the loggers get the picture.
+        folder: Folder or object-store URI in which to write `pictures/ep{epoch}-ba{batch}.png`;
+            None: only send the picture to the loggers.
 
     Attributes:
         latest: Path of the newest picture, or None.
-        sheet: The newest picture, or None.
+        sheet: Newest picture, or None.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], count: int = 4, folder: str | None = None):
@@ -133,7 +133,7 @@ class Pictures(Callback):
         from segmentation.drawing import prediction_sheet
 
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
-        # All of Composer's loggers accept an image of this shape and type.
+        # All of Composer's loggers accept images of this shape and type.
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
@@ -144,13 +144,13 @@ class Pictures(Callback):
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target and the predicted classes of a batch of one image, (H, W) each."""
+        """Return the target and the predicted classes, (H, W) each, for a batch of one image."""
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # Use the network itself, because DistributedDataParallel's forward waits for the other
-            # ranks. Call its forward method, because the compiled call would be compiled again for
-            # a batch of one.
+            # Use the network without DistributedDataParallel, whose forward pass waits for the
+            # other ranks. Call `forward` directly, because a compiled call would recompile for a
+            # batch of one.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
@@ -159,9 +159,10 @@ class Pictures(Callback):
 
 
 class Curves(Callback):
-    """A callback that writes `curves.png`: loss, learning rate and mIoU of the whole run.
+    """A callback that writes `curves.png` with the loss, learning rate and mIoU of the run.
 
-    Checkpoints contain the numbers (12 bytes per batch), so a resumed run draws its whole history.
+    Checkpoints contain all values (12 bytes per batch), so a resumed run draws its complete
+    history.
 
     Args:
         folder: Folder or object-store URI for `curves.png`, or None.
@@ -172,7 +173,7 @@ class Curves(Callback):
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, and learning rate.
+        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, learning rate.
         self.eval: list[tuple[int, float]] = []  # Batches done, and mIoU in percent.
         self.drawn: bytes | None = None
         self._learning_rate = float("nan")
@@ -181,7 +182,7 @@ class Curves(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # To log the loss, Composer has already copied it to the host.
+        # Composer logs the loss, so the value is already on the host.
         loss = (state.total_loss_dict or {}).get("loss/train/total", float("nan"))
         self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
 
@@ -210,13 +211,14 @@ class Curves(Callback):
 
 @contextmanager
 def _collected() -> Iterator[None]:
-    """Free the reference cycles that are created in this context, such as a figure of 5 MB.
+    """Free reference cycles that are created in this context, such as 5 MB figures.
 
-    Python's own collection runs so late that about 100 MB pile up. A full collection takes a
-    hundred times as long as a collection of the young objects alone.
+    Python's automatic collection runs so late that about 100 MB pile up. This context collects only
+    young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    gc.disable()  # An automatic collection would make some of the objects count as old.
+    # Automatic collections would move objects out of the youngest generation.
+    gc.disable()
     try:
         yield
     finally:
@@ -228,16 +230,16 @@ def _collected() -> Iterator[None]:
 def draw_curves(
     train: Sequence[tuple[int, float, float]], evaluations: Sequence[tuple[int, float]]
 ) -> bytes:
-    """Draw the loss, the learning rate and the mIoU over the batches.
+    """Draw the loss, learning rate and mIoU as functions of the batch number.
 
     Args:
-        train: One row per batch: batches done, loss, and learning rate.
-        evaluations: One row per evaluation: batches done, and mIoU in percent.
+        train: Rows with the number of batches done, the loss and the learning rate.
+        evaluations: Rows with the number of batches done and the mIoU in percent.
 
     Returns:
-        A PNG file.
+        The content of a PNG file.
     """
-    # The import takes half a second; pyplot is not needed.
+    # Import lazily and without pyplot, because importing matplotlib takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The precision of a run, and its compilation, chosen for this machine."""
+"""Choice of the precision and of compilation for this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from training.schema import Config
 
 
 def check_kernels() -> None:
-    """Refuse a GPU for which torch has no kernels; it would otherwise fail in the first step.
+    """Reject GPUs that torch has no kernels for, because they would fail in the first step.
 
     Raises:
-        ConfigError: A GPU has no kernels; the message says which torch to install.
+        ConfigError: A GPU has no kernels; the message says which torch version to install.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return
@@ -42,10 +42,10 @@ def check_kernels() -> None:
 
 
 def _runs(capability: tuple[int, int], built: list[str]) -> bool:
-    """Return whether a GPU can run any of these kernels.
+    """Return whether a GPU can run kernels for any of these architectures.
 
-    `sm_80` runs on 8.0 and later 8.x. `compute_80` is compiled by the driver for 8.0 and everything
-    later. `sm_90a` runs on 9.0 only.
+    Kernels for `sm_80` run on compute capability 8.0 and later 8.x. The driver compiles
+    `compute_80` for 8.0 and all later capabilities. Kernels for `sm_90a` run only on 9.0.
     """
     for name in built:
         major, minor = made_for = _capability(name)
@@ -61,13 +61,13 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def _capability(name: str) -> tuple[int, int]:
-    """Return the compute capability in a name: `sm_103` is (10, 3), `compute_80` is (8, 0)."""
+    """Return the compute capability for a name; for example, `sm_103` is (10, 3)."""
     digits = re.sub(r"\D", "", name)
     return int(digits[:-1]), int(digits[-1])
 
 
 class CompiledTransform(Protocol):
-    """A transform on the device that can be compiled."""
+    """A device transform that can be compiled."""
 
     def compile(self) -> None:
         """Mark the transform for compilation at its first call."""
@@ -77,8 +77,8 @@ class Precision(NamedTuple):
     """The arithmetic of a run.
 
     Args:
-        composer: Composer's name of the precision, for a GPU.
-        cpu_autocast: Type of the forward pass on a CPU, because Composer has no autocast there.
+        composer: Composer's name for the precision on a GPU.
+        cpu_autocast: Data type of the forward pass on a CPU, for which Composer has no autocast.
     """
 
     composer: str
@@ -97,11 +97,11 @@ def choose_precision(name: str) -> Precision:
         name: Value of `precision` in the YAML.
 
     Raises:
-        ConfigError: This machine cannot compute in that precision.
+        ConfigError: This machine does not support the precision.
     """
     if torch.cuda.is_available():
         if name == "auto":
-            # Emulated bf16 does not count: it is slow on a V100 or T4.
+            # Exclude emulated bf16, because it is slow on a V100 or T4.
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "amp_bf16" if native else "amp_fp16"
         return Precision(name)
@@ -113,7 +113,7 @@ def choose_precision(name: str) -> Precision:
 
 
 def compiles(config: Config) -> bool:
-    """Return whether a run compiles the model; `auto` requires a GPU and the build tools."""
+    """Return whether a run compiles its model; with `auto`, if there are a GPU and build tools."""
     if config.compile != "auto":
         return config.compile is True
     if not torch.cuda.is_available():
@@ -130,16 +130,17 @@ def compile_if_wanted(
     if not compiles(config):
         return
     functorch.activation_memory_budget = config.activation_memory_budget
-    # Composer would compile DDP's forward pass instead, and evaluation would stay uncompiled.
+    # Do not use Composer's option, because it compiles DDP's forward pass and leaves evaluation
+    # uncompiled.
     network.compile(dynamic=False)
     for transform in transforms:
         transform.compile()
 
 
 def stop_broadcasts(config: Config, state: State) -> None:
-    """Stop DDP from broadcasting BatchNorm statistics before each forward pass on one node.
+    """Stop DDP from broadcasting BatchNorm statistics before each forward pass on a single node.
 
-    Within a node, SyncBatchNorm keeps the statistics equal, so the broadcast is not needed.
+    Within a node, SyncBatchNorm already keeps the statistics equal.
     """
     is_one_node = dist.get_world_size() == dist.get_local_world_size() > 1
     if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
@@ -147,13 +148,13 @@ def stop_broadcasts(config: Config, state: State) -> None:
 
 
 def check_build_tools(config: Config) -> str | None:
-    """Check whether this machine can compile as the config asks.
+    """Check whether this machine has the build tools that the config needs.
 
     Returns:
-        A line that says what the run does without because a tool is missing, or None.
+        A one-line warning about what the run cannot do because a tool is missing, or None.
 
     Raises:
-        ConfigError: The config has `compile: true`, and a tool is missing.
+        ConfigError: The config sets `compile: true`, but a tool is missing.
     """
     gpu = torch.cuda.is_available()
     if not gpu and config.compile is not True:
@@ -186,7 +187,7 @@ def devices(ranks: int) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions; x86 and Arm Linux use the same names."""
+    """Return whether this CPU has bf16 instructions, from the flags that Linux lists."""
     try:
         with open("/proc/cpuinfo") as file:
             return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None

@@ -1,8 +1,8 @@
-"""The three recipes: their durations, and the algorithms that they add to a training step.
+"""The three training recipes, with their durations, schedules and algorithms.
 
-MosaicML published them as "5x faster or +4.6 mIoU" at
-https://www.mosaicml.com/blog/mosaic-image-segmentation. Every number here is the default of a key
-below the recipe's name, such as `hot.sam.rho`.
+MosaicML published the recipes as "5x faster or +4.6 mIoU"
+(https://www.mosaicml.com/blog/mosaic-image-segmentation). Every number here is the default of a
+config key in the recipe's section, such as `hot.sam.rho`.
 """
 
 # ruff: noqa: RUF009 (key() and absent_section() make a dataclasses.field)
@@ -17,7 +17,7 @@ from training.keys import APPLIED, absent_section, key
 
 @dataclass
 class EMAConfig:
-    """An exponential moving average of the weights, used for evaluation and checkpoints."""
+    """Settings of the exponential moving average of the weights."""
 
     half_life: str = key(APPLIED, "1000ba", "half-life of the averaged weights")
     update_interval: str = key(APPLIED, "10ba", "time between updates of the average")
@@ -25,7 +25,7 @@ class EMAConfig:
 
 @dataclass
 class SAMConfig:
-    """Sharpness-aware minimisation (https://arxiv.org/abs/2010.01412)."""
+    """Settings of sharpness-aware minimisation (https://arxiv.org/abs/2010.01412)."""
 
     rho: float = key(APPLIED, 0.3, "radius of SAM's neighbourhood in weight space", "(0, inf)")
     interval: int = key(APPLIED, 2, "steps from one SAM step to the next", "[1, inf)")
@@ -33,7 +33,7 @@ class SAMConfig:
 
 @dataclass
 class MixUpConfig:
-    """MixUp, which blends the images of a batch in pairs (https://arxiv.org/abs/1710.09412)."""
+    """Settings of MixUp, which blends pairs of images (https://arxiv.org/abs/1710.09412)."""
 
     alpha: float = key(
         APPLIED, 0.2, "MixUp's coefficient is drawn from Beta(alpha, alpha)", "[0, 1000]"
@@ -42,7 +42,7 @@ class MixUpConfig:
 
 @dataclass
 class RecipeConfig:
-    """The keys of one recipe."""
+    """The config keys of one recipe."""
 
     max_duration: str = key(APPLIED, "", "duration of the recipe")
     ema: EMAConfig | None = absent_section()
@@ -56,7 +56,7 @@ class Recipe:
 
     Args:
         max_duration: Duration of the run, as a Composer time string.
-        schedule: Name of the learning-rate schedule that is used if `schedule.name` is empty.
+        schedule: Name of the default learning-rate schedule, used if `schedule.name` is empty.
         ema: Settings of the moving average; None: no average.
         sam: Settings of sharpness-aware minimisation; None: no SAM.
         mixup: Settings of MixUp; None: no MixUp.
@@ -69,7 +69,7 @@ class Recipe:
     mixup: MixUpConfig | None = None
 
     def section(self) -> RecipeConfig:
-        """Return the keys of this recipe with their defaults."""
+        """Return this recipe's config keys with their defaults."""
         algorithms = copy.deepcopy((self.ema, self.sam, self.mixup))
         return RecipeConfig(self.max_duration, *algorithms)
 
@@ -87,7 +87,7 @@ RECIPES = {
 
 
 def recipe_table() -> str:
-    """Return the recipes as the Markdown table of docs/recipes.md."""
+    """Return the Markdown table of recipes for docs/recipes.md."""
     lines = [
         "| `recipe_name` | duration | learning rate | EMA | SAM | MixUp |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The page `report.html` that describes a run, for people without a logging service."""
+"""The page `report.html` with the results of a run, for users without a logging service."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 class Report(Callback):
-    """A callback that writes the results of a run into one HTML file.
+    """A callback that writes the results of a run to a single HTML file.
 
-    It writes at each evaluation and at the end. The file contains its images, so it needs no other
-    files. Earlier evaluations come from `curves`, so a resumed run reports its whole history.
+    The file is written after each evaluation and at the end of training. Its images are embedded,
+    so it needs no other files. Earlier evaluations come from `curves`, so a resumed run reports its
+    complete history.
 
     Args:
         config: Config of the run.
         classes: Names and colours of the classes.
         folder: Folder or object-store URI for `report.html`.
-        curves: Callback that draws the curves; it must come before this one in the list of
+        curves: Callback that draws the curves, which must precede this callback in the list of
             callbacks.
         pictures: Callback that draws validation images, or None.
     """
@@ -93,7 +94,7 @@ class Report(Callback):
 
 
 def _facts(config: Config, curves: Curves, state: State) -> str:
-    """Return the facts about a run and its results, as the items of an HTML description list."""
+    """Return facts about a run and its results as items of an HTML description list."""
     time, facts = state.timestamp, {}
     if curves.eval:
         facts["mIoU"] = _miou(curves.eval)
@@ -118,7 +119,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
 
 
 def _miou(evaluations: Sequence[tuple[int, float]]) -> str:
-    """Return the newest and the best mIoU. An evaluation without labelled pixels has no mIoU."""
+    """Return the newest and the best mIoU as text, with "-" for a missing mIoU."""
     scored = [one for one in evaluations if not math.isnan(one[1])]
     if not scored:
         return "-"
@@ -139,7 +140,7 @@ def _jpeg(sheet: Image.Image) -> bytes:
 
 
 def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo]) -> str:
-    """Return the table of classes as HTML; a click on a column title sorts by the column."""
+    """Return the class table as HTML that sorts by a column when its title is clicked."""
     columns, rows = found
     head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in columns)
     lines = []
@@ -158,7 +159,7 @@ def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo
 
 
 def _cell(number: float | None, is_percent: bool) -> str:
-    if number is None:  # The class never occurs.
+    if number is None:  # The class does not occur in the data.
         return '<td data-value="-1">-</td>'
     if not is_percent:
         return f'<td data-value="{number}">{number:,}</td>'

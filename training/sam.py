@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation as a step of the optimizer."""
+"""Sharpness-aware minimisation, as a replacement for the optimizer's step method."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from training.optimizer import laid_out_like
 class SAM(Algorithm):
     """Sharpness-aware minimisation (SAM; Foret et al. 2021, https://arxiv.org/abs/2010.01412).
 
-    Every `interval`-th step moves the weights by `rho` along the gradient, computes the gradient
-    there, and applies it to the original weights. Each rank moves along the gradient of its own
-    part of the batch.
+    Every `interval`-th step moves the weights by `rho` along the gradient, computes the gradient at
+    the new point, and applies it to the original weights. Each rank moves along the gradient of its
+    own part of the batch.
 
-    Composer's SAM wraps the optimizer after a checkpoint is loaded, and saves the wrapper in its
-    place. A resume therefore loses the momentum and the step count. This version replaces the
-    optimizer's `step` method and keeps no state: the optimizer is saved, loaded and scheduled as
-    without SAM. It also restores the exact weights, even if a pass fails, and a loss of 0 does not
-    skip the step.
+    Composer's SAM wraps the optimizer and saves the wrapper instead, so a resumed run loses the
+    momentum and the step count. This version has no state, because it only replaces the optimizer's
+    `step` method. The optimizer is therefore saved, loaded and scheduled as usual. This version
+    also restores the exact weights, even if a pass fails, and does not skip the step if the loss is
+    0.
 
     Args:
-        rho: Distance of the move, in the 2-norm over all weights.
-        interval: Number of steps from one SAM step to the next. A SAM step takes twice the time.
+        rho: Distance to move the weights, in the 2-norm over all weights.
+        interval: Number of steps from one SAM step to the next. A SAM step takes twice as long as
+            an ordinary step.
 
     Raises:
-        ValueError: `rho` is not above 0, or `interval` is below 1.
+        ValueError: `rho` is not positive, or `interval` is less than 1.
     """
 
     def __init__(self, rho: float = 0.05, interval: int = 1):
@@ -61,22 +62,23 @@ class SAM(Algorithm):
                 return None
             if climb:
                 with _climbed(optimizer, self.rho):
-                    if closure(loss_dict={}) is None:  # The losses of this pass are not logged.
+                    # Do not log the losses of SAM's second pass.
+                    if closure(loss_dict={}) is None:
                         return loss
             plain_step()
             return loss
 
         optimizer.step = MethodType(step, optimizer)
-        # The trainer reads this attribute of any optimizer: closures work in fp16, too.
+        # Tell the trainer that this optimizer accepts closures even in fp16.
         optimizer._step_supports_amp_closure = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
 def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
-    """Add `rho` times the normalised gradient to the weights, and restore them at the end.
+    """Add `rho` times the normalised gradient to the weights, and restore them afterwards.
 
-    The moved weights use the memory of the gradient. The memory of the original weights is
-    untouched, so nothing is copied.
+    The moved weights reuse the gradient's memory. The original weights stay in their own memory, so
+    restoring them needs no copy.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     start = [p.data for p in weights]
@@ -87,7 +89,7 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
         torch._foreach_add_(climbed, start)
     for weight, sum_ in zip(weights, climbed, strict=True):
         weight.grad = None
-        # A compiled graph checks the strides of the weights.
+        # Keep the strides, because a compiled graph checks them.
         weight.data = sum_.as_strided(weight.shape, weight.stride())
     try:
         yield

@@ -1,4 +1,4 @@
-"""The typed schema of the YAML: every key with its default and its meaning."""
+"""The typed schema of the YAML config, with the default and the meaning of each key."""
 
 # ruff: noqa: RUF009 (key() and section() make a dataclasses.field)
 
@@ -10,8 +10,8 @@ from typing import Any
 from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
 from training.recipes import BASELINE, RECIPES, RecipeConfig
 
-# Composer's loggers, each with the Python package that it needs; None: no extra package. Composer's
-# extra has the same name as the logger.
+# Composer's loggers and the Python package that each one needs (None: no extra package). The
+# install extra in Composer has the same name as the logger.
 LOGGERS = {
     "progress_bar": None,
     "console": None,
@@ -23,10 +23,10 @@ LOGGERS = {
     "neptune": "neptune",
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
-MAX_SIDE = 16384  # Largest side of an image in pixels.
-MAX_SEED = 2**32 - 2**16  # NumPy's seeds have 32 bits, and each rank adds its number to the seed.
-# Libraries of networks, each with the Python package that it needs. The install extra has the name
-# of the library.
+MAX_SIDE = 16384  # Maximum image side in pixels.
+MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit limit minus room for rank numbers.
+# Network libraries and the Python package that each one needs (None: no extra package). The install
+# extra has the same name as the library.
 LIBRARIES = {
     "mmseg": None,
     "torchvision": None,
@@ -39,7 +39,7 @@ PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 
 @dataclass
 class ModelConfig:
-    """The network and its loss."""
+    """Settings of the network and its loss."""
 
     name: str = key(
         COMPARED,
@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """A data set, and how its samples are transformed."""
+    """Settings of a data set and of the transforms of its samples."""
 
     is_streaming: bool = key(FREE, False, "true: read MDS shards; false: read folders")
     path: str | None = key(
@@ -120,7 +120,7 @@ class DatasetConfig:
 
 @dataclass
 class TrainDatasetConfig(DatasetConfig):
-    """The data set of training."""
+    """Settings of the training data set."""
 
     max_class_share: float = key(
         APPLIED,
@@ -141,9 +141,9 @@ class TrainDatasetConfig(DatasetConfig):
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
-    """The data set of evaluation, which sees every whole image once and in order."""
+    """Settings of the evaluation data set, whose images are evaluated uncropped and in order."""
 
-    # These keys have no effect, but the reference's YAMLs contain them.
+    # Accept these keys without effect, because the reference's YAMLs contain them.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")
@@ -152,7 +152,7 @@ class EvalDatasetConfig(DatasetConfig):
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer, and the parameters that it treats in a special way."""
+    """Settings of the optimizer, including those for special groups of parameters."""
 
     name: str = key(COMPARED, "sgdw", "sgdw or adamw, both with decoupled weight decay")
     lr: float = key(APPLIED, 0.08, "learning rate", "(0, inf)")
@@ -180,7 +180,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate over time, relative to `optimizer.lr`."""
+    """Settings of the learning-rate schedule, relative to `optimizer.lr`."""
 
     name: str | None = key(
         APPLIED, None, "cosine, poly, constant or linear; empty: the recipe's schedule"
@@ -194,7 +194,7 @@ class ScheduleConfig:
 
 @dataclass
 class Config:
-    """All keys of the YAML."""
+    """All keys of the YAML config."""
 
     run_name: str | None = key(
         COMPARED, None, "name of the run; empty: $RUN_NAME, or a generated name"
@@ -286,25 +286,25 @@ class Config:
         FREE, False, "load only the weights of load_path, and start at batch 0"
     )
     load_least: float = key(
-        FREE, 0.5, "weights only: minimum share of the tensors that must fit", "[0, 1]"
+        FREE, 0.5, "weights only: minimum share of the tensors that must match", "[0, 1]"
     )
     load_classes_by_name: bool = key(
         FREE, False, "weights only: keep the weights of classes that have the same name"
     )
     autoresume: bool = key(
-        FREE, False, "resume from the newest whole checkpoint in save_folder, if there is one"
+        FREE, False, "resume from the newest complete checkpoint in save_folder, if there is one"
     )
     python_log_level: str | None = key(FREE, "warning", "debug, info, warning or error")
 
     @property
     def recipe(self) -> RecipeConfig:
-        """The keys of the chosen recipe. The baseline has no algorithms."""
+        """The settings of the chosen recipe, or of the baseline, which has no algorithms."""
         if self.recipe_name is None:
             return RecipeConfig(self.max_duration)
         return getattr(self, self.recipe_name)
 
 
 def compared_values(config: Config) -> dict[str, Any]:
-    """Return the values that must equal those of the checkpoint from which a run resumes."""
+    """Return the config values that must match the checkpoint from which a run resumes."""
     kinds = on_resume(config)
     return {name: value for name, value in flatten(config).items() if kinds[name] == COMPARED}

@@ -1,7 +1,7 @@
-"""Seeding of each micro-batch, for dropout and MixUp.
+"""Seeding of every micro-batch, so that dropout and MixUp are reproducible.
 
-The random numbers of a step depend only on the seed and the number of the step. A resumed run
-therefore draws the same numbers, bit for bit.
+The random numbers of a step depend only on the seed and the step number. A resumed run therefore
+draws exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from composer.utils import dist
 
 
 class SeedMicrobatch(Algorithm):
-    """An algorithm that seeds the global generators of torch and numpy before each forward pass.
+    """An algorithm that seeds the global torch and NumPy generators before each forward pass.
 
-    Dropout and MixUp then depend only on four numbers: the seed, the number of the batch, the pass
-    over it (SAM makes two), and the index of the micro-batch in the global batch. Earlier draws, a
-    resume, or the number of ranks that share the micro-batches do not change them.
+    Dropout and MixUp then depend only on four numbers: the seed, the batch number, the pass over
+    the batch (SAM makes two), and the index of the micro-batch in the global batch. They do not
+    depend on earlier draws, on a resume, or on how many ranks share the micro-batches.
 
-    Put it first in the list of algorithms, because they run in that order before a forward pass.
+    Put this algorithm first in the list, because algorithms run in list order before a forward
+    pass.
     """
 
     def __init__(self, seed: int):
@@ -31,7 +32,7 @@ class SeedMicrobatch(Algorithm):
         self.microbatch_size: float | None = None
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether a batch, a pass over it, or a micro-batch's forward pass begins."""
+        """Return whether a batch, a pass over a batch, or a micro-batch's forward pass begins."""
         return event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -42,7 +43,7 @@ class SeedMicrobatch(Algorithm):
         elif event == Event.BEFORE_TRAIN_BATCH:
             size = state.device_train_microbatch_size
             assert size is not None
-            # With auto, Composer ran out of memory and begins the batch again.
+            # A changed size means that Composer ran out of memory and restarts the batch.
             if size != self.microbatch_size:
                 self.passes = 0
             self.microbatch_size = size
@@ -51,7 +52,7 @@ class SeedMicrobatch(Algorithm):
         else:
             key = (self.seed, state.timestamp.batch.value, self.passes, self.microbatch)
             words = np.random.SeedSequence(key).generate_state(4)
-            # This also seeds the GPUs, without waiting for them.
+            # torch.manual_seed also seeds the GPUs, without waiting for them.
             torch.manual_seed(int(words[0]) << 32 | int(words[1]))
             np.random.seed(words[2:])
             self.microbatch += 1

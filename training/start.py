@@ -1,4 +1,4 @@
-"""The start of a run: its weights, its state, and the folder that it saves to."""
+"""The start of a run: finding its checkpoint, and locking its save folder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RunStart:
     """The starting point of a run.
 
     Args:
-        checkpoint: File with the initial weights; None: the weights that the config names.
-        state_path: Local path of the checkpoint whose state of training the run resumes, or None.
+        checkpoint: Checkpoint with the initial weights; None: the weights named in the config.
+        state_path: Local path of the checkpoint whose training state the run resumes, or None.
         server_runs: IDs of the W&B and MLflow runs that a resumed run continues.
     """
 
@@ -39,18 +39,18 @@ class RunStart:
 
     @property
     def record(self) -> Mapping[str, Any] | None:
-        """The config that the checkpoint records, or None."""
+        """The config stored in the checkpoint, or None."""
         return self.checkpoint and self.checkpoint.weights.config
 
 
 def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
-    """Build the callback that saves checkpoints, and lock its folder.
+    """Build the callback that saves checkpoints and lock its folder.
 
     Returns:
         The callback, or None if the run saves nothing.
 
     Raises:
-        ConfigError: Another live run writes to the folder, or the folder is not writable.
+        ConfigError: Another active run writes to the folder, or the folder is not writable.
     """
     if not config.is_train:
         return None
@@ -79,10 +79,10 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
 
 
 def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> RunStart:
-    """Find the starting point of a run, and check that the config matches it.
+    """Find the starting point of a run and check that the config matches it.
 
-    The first of these that exists is used: with `autoresume`, the newest checkpoint in
-    `save_folder`; then `load_path`; then the weights that `model.backbone_weights` names.
+    With `autoresume`, the run starts from the newest checkpoint in `save_folder` if there is one.
+    Otherwise it starts from `load_path` or, if this is empty, from `model.backbone_weights`.
 
     Args:
         config: Config of the run.
@@ -90,8 +90,8 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         scratch: Local folder for downloads.
 
     Raises:
-        ConfigError: A checkpoint cannot be read, or the config contradicts its record.
-        WeightsError: The file of `load_path` is damaged.
+        ConfigError: A checkpoint cannot be read, or the config does not match it.
+        WeightsError: The file named by `load_path` is damaged.
     """
     start = None
     if config.autoresume or config.load_path:
@@ -126,7 +126,7 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
 
 
 def guarded_loading(start: RunStart) -> AbstractContextManager[None]:
-    """Return a context in which Composer loads a checkpoint without executing code from it."""
+    """Return a context in which Composer cannot execute code from the checkpoint it loads."""
     if start.state_path is None:
         return nullcontext()
     from checkpointing.weights import guarded_unpickling
@@ -135,7 +135,7 @@ def guarded_loading(start: RunStart) -> AbstractContextManager[None]:
 
 
 def release_save_folder(config: Config) -> None:
-    """Release the lock on the folder that a run saves to, if it has one."""
+    """Release the lock on a run's save folder, if it has one."""
     if config.save_folder:
         from checkpointing.lock import release_locks
 

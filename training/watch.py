@@ -1,9 +1,9 @@
-"""A watch over a run's processes, which ends all of them when one is lost.
+"""Monitoring of a run's processes, which ends all processes when one is lost.
 
-Without it, a collective waits half an hour for a lost process, because a live process may need that
-long to compile, download or save. Each process holds a connection to the first one, and sends
-nothing on it before its end. Linux closes the connection when a process dies. TCP keepalive detects
-within seconds that the other machine is lost, even if the processes are busy.
+Without this watch, a collective would wait half an hour for a lost process, because a healthy
+process may need that long to compile, download or save. Each process has a TCP connection to the
+first process and sends nothing on it until it ends. Linux closes the connection when a process
+dies. TCP keepalive detects within seconds that a machine is lost, even if the processes are busy.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.distributed.rendezvous import rendezvous
 from errors import Lost, one_line
 from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 
-# Timeout in seconds for all processes to start. torchrun starts them together; a start by hand
-# takes longer.
+# Seconds to wait for all processes to start. torchrun starts all processes together, but a manual
+# start takes longer.
 TOGETHER = 300.0 if "TORCHELASTIC_RUN_ID" in os.environ else COLLECTIVE_TIMEOUT
-# Seconds between two probes of a machine, and number of failed probes. A machine is lost after 20
-# s.
+# Seconds between keepalive probes, and number of failed probes before a machine counts as lost,
+# which happens after 20 s in total.
 INTERVAL, ATTEMPTS = 4, 4
-# Time in seconds for a process to end by itself, for example because its own collective fails.
+# Seconds that a process has to end by itself, for example because its own collective fails.
 GRACE = 3.0
 
 
 def join() -> Watch | None:
-    """Connect the processes of a run, and watch them.
+    """Connect the processes of a run and watch them.
 
     Returns:
         The watch, or None if the run has only one process.
@@ -67,15 +67,16 @@ def join() -> Watch | None:
 
 
 class Watch:
-    """The connections of a process: the first process is connected to all others.
+    """The connections between the first process of a run and all others.
 
     Args:
-        store: Store in which the first process publishes its port.
+        store: Distributed store in which the first process publishes its port.
         rank: Number of this process.
         ranks: Number of processes.
 
     Attributes:
-        store: The part of the store for this attempt. torchrun keeps one store for all attempts.
+        store: Part of the store for this attempt only, because torchrun uses one store for all
+            attempts.
     """
 
     def __init__(self, store: torch_dist.Store, rank: int, ranks: int):
@@ -90,7 +91,8 @@ class Watch:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ATTEMPTS)
         self._peers = peers
-        # A loader process inherits the connections and may outlive the run, so it closes them.
+        # Make loader processes close these connections, because they inherit them and may outlive
+        # the run.
         os.register_at_fork(after_in_child=self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -99,19 +101,19 @@ class Watch:
             peer.close()
 
     def cause(self, seconds: float = GRACE) -> Lost | None:
-        """Return which process was lost and why, if the news arrives within some seconds."""
+        """Return why a process was lost, if a report arrives in time, or None."""
         self._heard.wait(seconds)
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether this is the first process of the node that asks about this text."""
+        """Return whether this is the node's first process to ask about a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
-        except RuntimeError:  # The first process has ended, and with it the store.
+        except RuntimeError:  # The store ends with the first process.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
-        """Tell the other processes that this one ends by itself, and with which status."""
+        """Tell the other processes that this process ends by itself, and with which exit status."""
         self._closed.set()
         self._tell(status, "")
 
@@ -122,7 +124,7 @@ class Watch:
                 peer.shutdown(socket.SHUT_WR)
 
     def _listen(self) -> None:
-        """Wait for the end of each process; the first failure also ends this process."""
+        """Wait until the other processes end, and end this process at the first failure."""
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer, selectors.EVENT_READ)
@@ -143,7 +145,7 @@ class Watch:
         if self._closed.wait(GRACE):
             return
         if cause.status == 2:
-            # On this node, torchrun's next attempt then ends at once.
+            # Record the error, so that torchrun's next attempt on this node ends immediately.
             is_first_to_refuse(str(cause))
         if dist.get_local_rank() == 0:
             print(f"error: {cause}", file=sys.stderr, flush=True)
@@ -153,7 +155,7 @@ class Watch:
 
 
 def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, str], str]:
-    """Return the connections to the other processes with their names, and this attempt's token."""
+    """Return connections to the other processes with their names, and this attempt's token."""
     peers: dict[int, tuple[socket.socket, str]] = {}
     token = secrets.token_hex(8)
     dual = socket.has_dualstack_ipv6()
@@ -164,8 +166,8 @@ def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, st
         while len(peers) < ranks - 1:
             peer, address = server.accept()
             with suppress(OSError):
-                # A process sends its token and rank at once, and tries again if refused. A port
-                # scanner does not.
+                # A process of the run sends its token and rank immediately and retries if it is
+                # rejected, unlike a port scanner.
                 peer.settimeout(0.5)
                 said, rank = peer.recv(16), int.from_bytes(peer.recv(4), "big")
                 if said == token.encode() and 0 < rank < ranks:
@@ -180,21 +182,21 @@ def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, st
     """Return the connection to the first process with its name, and this attempt's token."""
     host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
     while time.monotonic() < end:
-        # The store may hold the port of an earlier attempt until the first process sets a new one.
+        # The store may contain an earlier attempt's port until the first process sets the new port.
         port, token = store.get("watch").decode().split()
         with suppress(OSError):
             peer = socket.create_connection((host, int(port)), timeout=5)
-            peer.settimeout(30)  # The first process may have to turn away many port scanners.
+            peer.settimeout(30)  # The first process may be busy with port scanners.
             peer.sendall(token.encode() + rank.to_bytes(4, "big"))
             if peer.recv(1) == b"1":
                 return {peer: f"process 0 at {host}"}, token
             peer.close()
         time.sleep(0.2)
-    raise TimeoutError(f"process 0 does not answer at {host}:{port}")
+    raise TimeoutError(f"process 0 does not respond at {host}:{port}")
 
 
 def _last_words(peer: socket.socket, name: str) -> Lost | None:
-    """Read the last message of a process; return why it ended, or None if it succeeded."""
+    """Read the last message of a process and return why it failed, or None if it succeeded."""
     said = b""
     try:
         while part := peer.recv(1000):
@@ -204,12 +206,12 @@ def _last_words(peer: socket.socket, name: str) -> Lost | None:
     except OSError as error:
         silence = INTERVAL * (ATTEMPTS + 1)
         return Lost(
-            f"{name} has not answered for {silence} s: its machine or the link to it is lost "
+            f"{name} has not responded for {silence} s: its machine or the link to it is lost "
             f"({error.strerror})"
         )
     if not said:
         return Lost(f"{name} ended without a message: it was killed, or its machine went down")
     if said[0] == 0:
         return None
-    text = said[1:].decode() or f"{name} ended with status {said[0]}; its output says why"
+    text = said[1:].decode() or f"{name} ended with status {said[0]}; see its output for the reason"
     return Lost(text, said[0])

@@ -1,8 +1,8 @@
-"""Quoting of YAML names, so that 007, 12:30, 1e5 or no stay text.
+"""Quoting of names in YAML, so that values such as 007, 12:30, 1e5 and no remain text.
 
-YAML reads these as numbers, times and booleans. If the schema expects text, `quote_text` adds
-quotes before YAML reads the file. A number that YAML reads in a surprising way, such as 017 as 15,
-is refused.
+YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
+quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
+YAML reads as 15.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import yaml
 from errors import ConfigError
 from training.schema import Config
 
-# Arguments of loggers whose values are names
+# Logger arguments whose values are names.
 NAMES = {"name", "project", "group", "entity", "tags", "notes", "run_name", "experiment_name"}
-# Keys below which the keys of every mapping are names, mostly of classes
+# Sections in which all mapping keys are names, mostly class names.
 NAMED = ("data", "model.class_weights")
 SURPRISING = re.compile(r"[-+]?0[\d_]*[1-9][\d_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
 
 def quote_text(text: str, place: str = "") -> str:
-    """Return a YAML with quotes around the plain scalars that have to stay text.
+    """Return a YAML text with quotes around the plain scalars that must remain text.
 
     Args:
-        text: The YAML. Broken YAML is returned unchanged, so that its reader reports the error.
-        place: Dotted name of the key that has this YAML as its value; empty: the whole config.
+        text: YAML text. Invalid YAML is returned unchanged, so that the parser reports the error.
+        place: Dotted name of the key whose value the text is; empty: the complete config.
 
     Raises:
-        ConfigError: A number has a leading zero, or is written with colons.
+        ConfigError: A number has a leading zero or contains colons.
     """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
@@ -42,7 +42,7 @@ def quote_text(text: str, place: str = "") -> str:
         _collect(root, _hint_of(place), place, scalars, set())
     for end, node in sorted(scalars.items(), reverse=True):
         start = end - len(node.value)
-        if text[start:end] == node.value:  # A plain scalar of several lines is already text.
+        if text[start:end] == node.value:  # Multi-line scalars are already text.
             quoted = node.value.replace("'", "''")
             text = f"{text[:start]}'{quoted}'{text[end:]}"
     return text
@@ -51,8 +51,8 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect the plain scalars below a node that must be text, by their end position."""
-    if id(node) in seen:  # The node is an alias that has been visited already.
+    """Collect the plain scalars below a node that must remain text, by their end position."""
+    if id(node) in seen:  # The node is an alias that was already visited.
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
@@ -74,13 +74,13 @@ def _collect(
                 scalars[node.end_mark.index] = node
         elif SURPRISING.fullmatch(node.value):
             raise ConfigError(
-                f"{place}: YAML reads {node.value} as another number; write it without leading "
+                f"{place}: YAML reads {node.value} as a different number; write it without leading "
                 "zeros or colons, or quote it if it is text"
             )
 
 
 def _is_text(hint: Any) -> bool:
-    """Return whether a key takes text, but neither numbers nor booleans."""
+    """Return whether a key accepts text but neither numbers nor booleans."""
     kinds = {hint, *get_args(hint)} if hint is not None else set()
     return str in kinds and not kinds & {int, float, bool}
 

@@ -73,7 +73,7 @@ def test_another_network_or_other_arguments_do_not_go_on(run: Any, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"model.name: deeplabv3, but .* with mmseg:bisenetv1"):
         main.main(other)
     other["model"] = {**config["model"], "arguments": {"decode_head": {"channels": 64}}}
-    with pytest.raises(ConfigError, match=r"model\.arguments: \d+ tensors of .* do not fit"):
+    with pytest.raises(ConfigError, match=r"model\.arguments: \d+ tensors of .* do not match"):
         main.main(other)
 
 
@@ -185,6 +185,6 @@ def test_torchvisions_weights_and_prefixes(tmp_path: Path) -> None:
         )
     smp = named_network("smp:Unet", 3, {"encoder_name": "resnet18"})
     with pytest.raises(
-        WeightsError, match=r"f: only \d+ of the network's \d+ tensors fit, less than"
+        WeightsError, match=r"f: only \d+ of the network's \d+ tensors match, less than"
     ):
         load_fitting(smp, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 3)

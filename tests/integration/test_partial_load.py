@@ -27,7 +27,7 @@ def test_what_fits_is_loaded_and_the_rest_named():
     ]
     assert line == (
         "file.pt: classifier.conv_seg: 12 -> 7 classes, newly initialised; "
-        f"{len(left) - 2} tensors newly initialised, first {left[0]}"
+        f"{len(left) - 2} tensors newly initialised, starting with {left[0]}"
     )
     assert 100 < len(left) < len(before) / 2
     for name, tensor in network.state_dict().items():

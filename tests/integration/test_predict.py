@@ -132,7 +132,8 @@ def test_a_full_disk_ends_the_work(
         assert main(arguments) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert error == [
-        f"error: {tmp_path}/out/1.jpg: File too large; make room, or choose another place"
+        f"error: {tmp_path}/out/1.jpg: File too large; free some space, "
+        "or choose a different location"
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.jpg"]
 

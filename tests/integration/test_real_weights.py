@@ -100,11 +100,13 @@ def test_an_encoder_is_taken_from_a_file_and_the_rest_stays_new(
     tiny["model"] |= {"name": "smp:FPN", "arguments": SMP}
     tiny |= {"load_path": str(path), "load_weights_only": True, "python_log_level": "info"}
     torch.save(state, path)
-    with pytest.raises(WeightsError, match=r"encoder\.pt: only 0 of the network's \d+ tensors fit"):
+    with pytest.raises(
+        WeightsError, match=r"encoder\.pt: only 0 of the network's \d+ tensors match"
+    ):
         program.build_trainer(resolve(tiny))
     torch.save({f"encoder.{name}": tensor for name, tensor in state.items()}, path)
     trainer = program.build_trainer(resolve(tiny))
-    assert "tensors newly initialised, first decoder." in caplog.text
+    assert "tensors newly initialised, starting with decoder." in caplog.text
     own = trainer.state.model.module.network.encoder.state_dict()
     trainer.close()
     assert len(own) == 312  # all but the classifier's two

@@ -352,7 +352,7 @@ def test_a_resumed_run_with_another_value_is_refused(
     line = str(caught.value)
     assert any(part in line.partition(": ")[0] for part in (name, name.replace("eval", "train")))
     assert f"{path} was trained with " in line or f"in {path} it is " in line
-    assert line.endswith("begin another run from its weights with load_weights_only=true")
+    assert line.endswith("start a new run from its weights with load_weights_only=true")
 
 
 def test_another_runs_name_is_refused_by_autoresume(

@@ -196,7 +196,7 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
         ),
         pytest.param(
             {"autoresume": True, "run_name": "b"},
-            "belongs to run tiny, not to b; use another save_folder, or run_name=tiny",
+            "belongs to run tiny, not to b; use a different save_folder, or run_name=tiny",
             id="autoresume by another name",
         ),
     ],

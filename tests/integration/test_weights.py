@@ -107,7 +107,7 @@ def test_no_planted_code_runs(tmp_path: Path, function: Any, legacy: bool):
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     for read in (load_weights, check_checkpoint):
         with pytest.raises(
-            WeightsError, match=r"planted\.pt: refused, because it contains .*could run code"
+            WeightsError, match=r"planted\.pt: rejected, because it contains .*could run code"
         ) as error:
             read(path)
         assert "\n" not in str(error.value)

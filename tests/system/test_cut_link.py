@@ -37,7 +37,7 @@ def test_the_other_node_goes_on_alone(made: tuple[str, dict[str, Any]]) -> None:
     assert outcome.statuses[0] == 0, outcome.outputs
     assert outcome.back is not None and outcome.back < 90
     (line,) = [text for text in outcome.outputs[0].splitlines() if text.startswith("error: ")]
-    assert line.startswith("error: process 1 at 10.77.0.2 has not answered for 3 s")
+    assert line.startswith("error: process 1 at 10.77.0.2 has not responded for 3 s")
     # Each step has the images of a run of one process, augmented in the same way.
     path = Path(folder, "one")
     path.mkdir()

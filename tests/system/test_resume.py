@@ -200,7 +200,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert Path(f"{log}.0.out").read_text().splitlines()[-2:] == [
         f"{number.name}: saving a checkpoint after this batch",
         f"stopped after batch {batch} as requested; checkpoint: {tmp_path}/{name}-rank0.pt; "
-        "to resume, give the same command",
+        "to resume, run the same command",
     ]
     assert (6, "metrics/eval/MIoU") not in read_log(log)
     assert run(config, log) == 0

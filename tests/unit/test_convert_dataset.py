@@ -135,7 +135,7 @@ def test_what_cannot_be_converted(
     assert not (tmp_path / "out").exists()  # a failed conversion leaves nothing
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
-    refused(coco, "out already exists; delete it, or use another --out")
+    refused(coco, "out already exists; delete it, or use a different --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and 1.jpg"), ("categories", "road and car")):
         found = json.loads(coco.read_text())  # as files that were put together without new ids

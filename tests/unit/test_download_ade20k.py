@@ -140,10 +140,10 @@ def test_a_folder_unpacked_by_other_means_is_known_by_its_counts(server, path, m
 def test_an_incomplete_folder_is_left_alone_and_named(server, archive, path):
     download_ade20k(path, server.url, sha1(archive))
     (path / FOLDER / "objectInfo150.txt").unlink()
-    with pytest.raises(DownloadError, match="holds 4 of 5 files; move it away"):
+    with pytest.raises(DownloadError, match="contains 4 of 5 files; move it away"):
         download_ade20k(path, server.url, sha1(archive))
     (path / FOLDER / downloader.MARKER).unlink()
-    with pytest.raises(DownloadError, match="images/training holds 1 of 20,210 files"):
+    with pytest.raises(DownloadError, match="images/training contains 1 of 20,210 files"):
         download_ade20k(path, server.url, sha1(archive))
     assert len(contents(path)) == len(FILES) - 1
 
@@ -244,7 +244,7 @@ def test_looks_for_room_before_it_downloads(server, archive, path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     free = int(2.1 * len(archive))  # the archive and its files take 2.2 times its size
     monkeypatch.setattr(downloader.shutil, "disk_usage", lambda path: usage(0, 0, free))
-    with pytest.raises(DownloadError, match=r"1.2 MB free.*need 1.2 MB; make room"):
+    with pytest.raises(DownloadError, match=r"1.2 MB free.*need 1.2 MB; free some space"):
         download_ade20k(path, server.url, sha1(archive))
     assert list(path.iterdir()) == []
 

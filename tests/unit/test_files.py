@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_what_was_there(
         (tmp_path / name).write_bytes(data)
     with file_limit(1000), pytest.raises(OutputError) as caught:
         write(tmp_path / "out.jpg")
-    assert str(caught.value).startswith(f"{tmp_path}/out.jpg: File too large; make room")
+    assert str(caught.value).startswith(f"{tmp_path}/out.jpg: File too large; free some space")
     assert contents(tmp_path) == before and exit_status(caught.value) == 1
     write(tmp_path / "out.jpg")
     assert len(contents(tmp_path)["out.jpg"]) > 1000

@@ -40,7 +40,7 @@ def test_without_a_whole_checkpoint_the_run_begins_anew(
     (only,) = save_whole(tmp_path, 2)
     only.write_bytes(b"half")
     assert newest_checkpoint(str(tmp_path), "") is None
-    assert "no whole checkpoint, so the run begins at batch 0" in caplog.text
+    assert "no complete checkpoint, so the run starts at batch 0" in caplog.text
 
 
 def test_what_latest_names_comes_before_later_batches_of_an_earlier_run(tmp_path: Path) -> None:

@@ -121,12 +121,12 @@ def test_weights_that_do_not_fit_are_refused(backbone_file: Path, tmp_path: Path
         "IMAGENET1K_V7": "resnet50 has only IMAGENET1K_V1, IMAGENET1K_V2",
         str(tmp_path / "missing.pth"): "no such file",
         str(broken): "cannot be read as a PyTorch state dict",
-        str(partial): "does not fit resnet50: 317 of 318 tensors",
+        str(partial): "does not match resnet50: 317 of 318 tensors",
     }.items():
         with pytest.raises(ModelError, match=reason) as caught:
             deeplabv3(5, "resnet50", weights)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ModelError, match="does not fit wide_resnet50_2"):
+    with pytest.raises(ModelError, match="does not match wide_resnet50_2"):
         deeplabv3(5, "wide_resnet50_2", str(backbone_file))
 
 

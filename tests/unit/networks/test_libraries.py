@@ -31,7 +31,7 @@ def test_plain_drops_what_loads_weights_and_keeps_the_rest() -> None:
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "http://host/x", "a b", "~/x", "nvidia/mit-b0"])
 def test_plain_refuses_what_could_be_a_path_or_an_address(value: str) -> None:
-    with pytest.raises(ModelError, match=r"file\.pt: refused, because a\.b is"):
+    with pytest.raises(ModelError, match=r"file\.pt: rejected, because a\.b is"):
         plain({"a": {"b": [value]}}, "file.pt")
 
 

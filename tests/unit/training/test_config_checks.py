@@ -25,7 +25,7 @@ WRONG = {
     "optimizer.lr=.nan": "optimizer.lr: nan",
     "optimizer.name=adam": "optimizer.name: adam is unknown; use sgdw or adamw",
     "optimizer.name=adamw optimizer.lr=0.02": "optimizer.lr: 0.02 is too large for adamw",
-    "optimizer.betas=[0.9]": "optimizer.betas: .* must be two numbers",
+    "optimizer.betas=[0.9]": "optimizer.betas: .* must be a list of two numbers",
     "optimizer.betas=[0.9,1]": "optimizer.betas: 1.0 is out of range; use at least 0 and less "
     "than 1",
     "optimizer.no_decay=[norms]": "optimizer.no_decay: norms is unknown; use norm or bias",
@@ -64,7 +64,7 @@ WRONG = {
     "loggers.wanb={}": "loggers.wanb: there is no such logger; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' must be a mapping of arguments",
     "loggers=wandb": "loggers: 'wandb' must be a section",
-    "loggers.comet_ml={}": "comet_ml: its package is missing; make install WITH=comet_ml",
+    "loggers.comet_ml={}": "comet_ml needs a package; run make install WITH=comet_ml",
     "model.num_classes=1000": "model.num_classes: 1000 is out of range; use 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "are both 0, so there is no loss",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: 0 must be 1 or more, or -1",
@@ -261,7 +261,7 @@ def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ("name", "resnet", "is unknown; use deeplabv3, .* mmseg, torchvision, smp, hf, timm"),
         ("name", "smp:", "smp: is unknown; use deeplabv3"),
-        ("arguments", {"a": 1}, "deeplabv3 has none; set its keys"),
+        ("arguments", {"a": 1}, "deeplabv3 takes none; set its keys"),
     ],
 )
 def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> None:

@@ -28,7 +28,7 @@ def test_all_end_with_the_status_of_the_first_that_fails(
     three: list[Watch], exits: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     three[2].close(2)
-    line = "process 2 at 127.0.0.1 ended with status 2; its output says why"
+    line = "process 2 at 127.0.0.1 ended with status 2; see its output for the reason"
     assert causes(three[:2]) == [(line, 2)] * 2
     assert wait_for_exits(exits, 2) == [2, 2]
     assert capsys.readouterr().err == f"error: {line}\n" * 2
@@ -59,7 +59,7 @@ def test_one_that_ends_by_itself_is_left_to(three: list[Watch], exits: list[int]
     three[1].close(1)
     assert (
         causes([three[0], three[2]])
-        == [("process 1 at 127.0.0.1 ended with status 1; its output says why", 1)] * 2
+        == [("process 1 at 127.0.0.1 ended with status 1; see its output for the reason", 1)] * 2
     )
     three[0].close(1)
     three[2].close(1)
@@ -74,7 +74,7 @@ def test_silence_is_a_lost_machine(three: list[Watch]) -> None:
 
     cause = watch._last_words(Silent(), "process 3 at n4")  # pyright: ignore[reportArgumentType]
     assert (str(cause), cause and cause.status) == (
-        "process 3 at n4 has not answered for 20 s: its machine or the link to it is lost "
+        "process 3 at n4 has not responded for 20 s: its machine or the link to it is lost "
         "(No route to host)",
         75,
     )

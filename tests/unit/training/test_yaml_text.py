@@ -74,10 +74,10 @@ def test_class_names_of_a_description_are_text(tmp_path: Path) -> None:
     + ["loggers: {file: {flush_interval: 010}}", "hot: {sam: {interval: 02}}"],
 )
 def test_a_number_that_yaml_reads_otherwise_is_refused(tmp_path: Path, line: str) -> None:
-    with pytest.raises(ConfigError, match=r"YAML reads .* as another number; write it without"):
+    with pytest.raises(ConfigError, match=r"YAML reads .* as a different number; write it without"):
         config_with(tmp_path, line, [])
     key, _, rest = line.partition(": ")
-    with pytest.raises(ConfigError, match=r"YAML reads .* as another number; write it without"):
+    with pytest.raises(ConfigError, match=r"YAML reads .* as a different number; write it without"):
         config_with(tmp_path, "run_name: a", [f"{key}={rest}"])
 
 
