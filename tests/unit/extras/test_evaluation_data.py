@@ -62,7 +62,9 @@ def test_the_validation_set_is_that_of_the_run_or_of_the_command_line(tmp_path: 
     ("changes", "error"),
     [
         pytest.param({}, "does not name a validation set", id="none"),
-        pytest.param({"path": "s3://bucket/set"}, "set --local to a cache folder", id="a remote set"),
+        pytest.param(
+            {"path": "s3://bucket/set"}, "set --local to a cache folder", id="a remote set"
+        ),
     ],
 )
 def test_a_missing_validation_set_is_one_line(changes: dict[str, Any], error: str) -> None:
