@@ -361,7 +361,7 @@ def test_another_runs_name_is_refused_by_autoresume(
     folder = str(Path(checkpoint({})).parent)
     config = configure({"save_folder": folder, "autoresume": True})
     build_trainer(resolve(config))
-    with pytest.raises(ConfigError, match=r"run tiny, not to other; use another save_folder"):
+    with pytest.raises(ConfigError, match=r"run tiny, not to other; use a different save_folder"):
         build_trainer(resolve(config | {"run_name": "other"}))
 
 

@@ -87,7 +87,7 @@ def test_a_full_state_with_code_beside_the_weights_does_not_run(
     content = torch.load(tiny_checkpoint, weights_only=False)
     content["state"]["integrations"]["planted"] = Planted(mark)
     torch.save(content, tmp_path / "planted.pt")
-    with pytest.raises(WeightsError, match=r"refused"):
+    with pytest.raises(WeightsError, match=r"rejected, because it contains"):
         main({**tiny, "load_path": str(tmp_path / "planted.pt")})
     assert not mark.exists()
 
