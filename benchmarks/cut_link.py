@@ -2,15 +2,16 @@
 
     python -m benchmarks.cut_link                # needs root and takes 10 minutes
 
-The link is cut for 10 s, for 30 s and permanently. Two network namespaces act as the nodes, and a
-virtual cable connects them. Each node runs torchrun with one process. The process trains DeepLabV3+
-with a four-block ResNet on generated images of 32 pixels, on the CPU with gloo. After the first
-checkpoint the cable drops all packets, and neither node is notified.
+The test cuts the link for 10 s, for 30 s and permanently. Two network namespaces, connected by a
+virtual cable, act as the nodes. Each node runs torchrun with one process. The process trains
+DeepLabV3+ with a four-block ResNet on generated images of 32 pixels, on the CPU with gloo. After
+the first checkpoint the cable drops all packets, and neither node is notified.
 
 If the link is restored, the run must end with the same weights, averages and optimizer state as the
-undisturbed run. Each step must also use the same samples. A permanent cut is tested twice. With
-`--nnodes=2`, the processes must end within 60 s. With `--nnodes=1:2`, the second node is also
-killed; the first node must continue alone within 90 s, with the same samples.
+undisturbed run. Each training step must also use the same samples as in the undisturbed run. The
+test runs a permanent cut twice. With `--nnodes=2`, both nodes must report the lost connection
+within 60 s. With `--nnodes=1:2`, the test also kills the second node, and the first node must
+continue alone within 90 s, on the same samples.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class Outcome(NamedTuple):
         back: Seconds from the cut until the next checkpoint.
         ended: Seconds from the cut until the processes on both nodes have exited.
         outputs: Combined stdout and stderr of torchrun on each node.
-        samples: For each step, the digests of its images. If a step ran more than once, only its
-            last attempt is included.
+        samples: For each step, the digests of its images in the last attempt at the step.
     """
 
     statuses: list[int]
@@ -85,8 +85,8 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            self.kill(self.names.index(name))  # End processes that are still running.
-            ip("netns", "delete", name)  # Deleting a namespace also deletes its cable end.
+            self.kill(self.names.index(name))  # End processes that still run in the namespace.
+            ip("netns", "delete", name)  # Deleting a namespace also deletes its end of the cable.
 
     def cut(self) -> None:
         """Cut the link by making each node send its packets to an address that does not exist."""
@@ -132,8 +132,7 @@ def run(
 
     Args:
         folder: Folder for the checkpoints and outputs of the run.
-        cut: Duration of the cut in seconds. If 0, the link is not cut. If None, the cut is
-            permanent.
+        cut: Duration of the cut in seconds; 0 for no cut, None for a permanent cut.
         config: Content of the YAML config.
         alone: Whether to kill the second node when the link is cut, so that the first node must
             continue alone.
@@ -160,7 +159,7 @@ def run(
             nodes.cut()
             if alone:
                 nodes.kill(1)
-            time.sleep(1)  # Let the node finish a checkpoint that it is writing.
+            time.sleep(1)  # Give the nodes time to finish a checkpoint that is being written.
             before = _checkpoints(folder)
         if cut:
             time.sleep(cut - 1)
@@ -180,10 +179,10 @@ def run(
 
 
 def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
-    """Wait until `reached` returns a true value.
+    """Wait until the condition `reached` is true.
 
     Raises:
-        RuntimeError: The timeout `seconds` has expired.
+        RuntimeError: The condition is still false after the given number of seconds.
     """
     end = time.monotonic() + seconds
     while not reached():

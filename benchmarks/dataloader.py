@@ -3,14 +3,14 @@
     python -m benchmarks.dataloader            # generated images with ADE20K's sizes
     python -m benchmarks.dataloader --path ./ade20k --json result.json
 
-The Pillow loader uses torchvision and Pillow in the usual way. It decodes and resizes the entire
-image. To choose a crop, it makes up to 10 attempts and counts the classes with `np.unique` each
-time. Then it flips and pads the image, changes its colours with ColorJitter and converts the target
-to int64.
+The Pillow loader uses torchvision and Pillow in the usual way: it decodes and resizes the entire
+image. To choose a crop, the Pillow loader makes up to 10 attempts and counts the classes with
+`np.unique` each time. Finally, the Pillow loader flips and pads the image, changes its colours with
+ColorJitter and converts the target to int64.
 
-This project distorts colours on the device. On a GPU, the cost is negligible (see
-`benchmarks.studies.device_transform`). The third table row includes this step and the normalisation
-on the same core.
+This project distorts colours on the device. On a GPU, this distortion takes negligible time (see
+`benchmarks.studies.device_transform`). The third table row includes the colour distortion and the
+normalisation, computed on the same core as the loader.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ RandomCrop: Any = transforms.RandomCrop
 def make_data(root: Path, count: int) -> None:
     """Generate images and masks whose image sizes and file sizes resemble ADE20K's.
 
-    The mean size is 516x417 pixels. The mean area is 0.236 megapixels, and 90% of the images are
-    smaller than 0.39 megapixels. The images take about 1.5 bits per pixel, and each mask takes a
-    few kilobytes. The images are noise with the spectrum of natural images. For the masks, each
-    class gets a smooth random field, and each pixel gets the class with the highest value. One or
-    two classes cover most of an image.
+    The mean image size is 516x417 pixels. The mean area is 0.236 megapixels, and 90% of the images
+    are smaller than 0.39 megapixels. The images take about 1.5 bits per pixel, and each mask takes
+    a few kilobytes. The images are noise with the spectrum of natural images. Each class in a mask
+    gets a smooth random field, and each pixel is assigned to the class with the highest value. One
+    or two classes cover most of each mask.
 
     Args:
         root: Folder for the generated data set.
@@ -192,12 +192,12 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
         "this project": lambda: images_per_second(loader),
         "this project, and its device's part": lambda: images_per_second(map(transform, loader)),
     }
-    # The warm-up round fills the file cache.
+    # Discard the warm-up round, which reads the files into the operating system's cache.
     return results(path, len(samples), in_turn(sides, repeats, warm_up=True))
 
 
 def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the throughputs, their medians, and the ratios to the first loader's median."""
+    """Return all throughputs, with each loader's median and its ratio to the first loader's."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     return {

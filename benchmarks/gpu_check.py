@@ -11,11 +11,13 @@ Each row of the first table compares a result with a reference:
 - An evaluation of a checkpoint on the GPU is compared with the same evaluation on the CPU.
 - An ONNX export on the GPU is compared with PyTorch on the CPU, if onnxruntime can use the GPU.
 
-The second table shows the speed and memory of a compiled training step. If `main.py --plan` knows
-the GPU, the table also shows its estimate. The speed does not affect the verdict.
+The second table shows the speed and memory of a compiled training step. If `main.py --plan`
+supports the GPU, the table also shows the planned speed and memory. The measured speed does not
+affect the verdict.
 
-The last line is `verdict: passed`, or `verdict: failed` with the names of the failed rows. It also
-lists rows that were left out. The exit status is 1 if a row failed and 0 otherwise.
+The last line of the output is `verdict: passed`, or `verdict: failed` with the names of the failed
+rows. The last line also lists the rows that were left out. The exit status is 1 if a row failed and
+0 otherwise.
 `benchmarks.numerics` also tests compiled runs and more number types.
 """
 
@@ -59,7 +61,7 @@ class Sizes(NamedTuple):
         resumed_steps: Number of training steps of the run that is resumed halfway.
         arch: Backbone for the speed measurement.
         size: Image size in pixels for the speed measurement.
-        batch: Number of images per step for the speed measurement. It is halved if memory runs out.
+        batch: Number of images per step for the speed measurement, halved if memory runs out.
         timed_steps: Number of training steps over which the time is averaged.
     """
 
@@ -145,14 +147,14 @@ def confusion(model: str, device: str) -> Tensor:
 
 
 def evaluation_row(model: str, checkpoint: str, device: str) -> Outcome:
-    """Evaluate a model on the device, and compare the result with its checkpoint's on the CPU."""
+    """Compare a model's evaluation on the device with its checkpoint's evaluation on the CPU."""
     expected, found = confusion(checkpoint, "cpu"), confusion(model, device)
     share = float((found - expected).abs().sum()) / 2 / float(expected.sum())
     return Outcome((f"{share:.3%} of the pixels differ", f"{PIXELS:.1%}"), share < PIXELS)
 
 
 def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
-    """Export a checkpoint to ONNX, and compare an evaluation with the checkpoint's on the CPU."""
+    """Compare an ONNX export's evaluation with its checkpoint's evaluation on the CPU."""
     if not all(importlib.util.find_spec(name) for name in export.ONNX):
         return Outcome(("make install WITH=onnx", ""), None)
     import onnxruntime
@@ -161,8 +163,8 @@ def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
     status, line = harness.run_command(export.main, checkpoint, "--to", "onnx", "--out", path)
     if status:
         raise RuntimeError(line)
-    # Ask a session which providers it uses: onnxruntime also lists providers as available if their
-    # libraries are missing.
+    # Check which providers the session really uses, because `get_available_providers` also lists
+    # providers whose libraries are missing.
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     if device == "cuda" and not set(GPU_PROVIDERS) & set(session.get_providers()):
         return Outcome(("onnxruntime cannot use the GPU; pip install onnxruntime-gpu", ""), None)
@@ -214,7 +216,7 @@ def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
     """Measure a recipe's training step, and compare its speed and memory with the estimates.
 
     Args:
-        args: Arguments of `benchmarks.train_step`. If memory runs out, `batch` is halved.
+        args: Arguments of `benchmarks.train_step`; `batch` is halved if memory runs out.
         recipe: Name of a recipe in `benchmarks.train_step`.
         gpu: Name of the GPU in `extras.planning.estimate`, or None if it is not listed there.
     """
@@ -230,8 +232,8 @@ def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
     planned = train_step.estimates(args, gpu, choose_precision("auto")[0])[recipe]
     rate = planned.get("images_per_second")
     rates = f"{args.batch / seconds:.1f}", f"{rate:.1f}" if rate else "unknown"
-    # On a CPU, the peak would be too low, because the new trainer reuses memory that previous
-    # trainers have freed.
+    # Show the memory only on a GPU. On a CPU, the measured peak is too low, because a new trainer
+    # reuses memory that previous trainers have freed.
     memory = f"{most / 2**30:.2f} GiB" if torch.cuda.is_available() else "not measured"
     estimate = f"{planned['bytes'] / 2**30:.2f} GiB"
     return Outcome((str(args.batch), *rates, memory, estimate), finite)
@@ -261,7 +263,7 @@ def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
         try:
             in_time = time.monotonic() < deadline
             cells, holds = measure() if in_time else Outcome(("out of time; --minutes 15",), None)
-        except Exception as error:  # A failed row must not hide the remaining rows.
+        except Exception as error:  # Report the error and measure the remaining rows.
             cells, holds = (one_line(error)[:300],), False
         empty = [""] * (len(table.names) - len(cells) - 2)
         table.add(name, *cells, *empty, words[holds])
@@ -287,12 +289,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
-    if args.device == "cpu" and on_gpu:  # Restart in a process that cannot see the GPU.
+    if args.device == "cpu" and on_gpu:  # Hide the GPU from PyTorch in a new process.
         command = [sys.executable, "-m", "benchmarks.gpu_check", *(argv or sys.argv[1:])]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     given = {name: value for name in Sizes._fields if (value := getattr(args, name)) is not None}
     sizes = (Sizes() if on_gpu else ON_CPU)._replace(**given)
-    # Deterministic cuBLAS needs this variable, which must be set before CUDA is initialised.
+    # Set CUBLAS_WORKSPACE_CONFIG before CUDA is initialised, because deterministic cuBLAS
+    # operations need it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     deadline = time.monotonic() + 60 * args.minutes

@@ -120,13 +120,12 @@ def seconds_of(
 ) -> float:
     """Return the median time of a function call in seconds, after a warm-up.
 
-    The timer synchronizes with the GPU before it reads the clock.
+    The timer waits until the GPU has finished its work before it reads the clock.
 
     Args:
         call: Function to time.
-        threads: Number of CPU threads. If None, PyTorch's current number of threads is used.
-        min_run_time: Minimum total time of the repeated calls, in seconds. If 0, a single call is
-            measured.
+        threads: Number of CPU threads; by default PyTorch's current number of threads.
+        min_run_time: Minimum total time of the repeated calls, in seconds; 0 for a single call.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=threads or torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median
@@ -162,7 +161,7 @@ class PeakMemory:
             process.
 
     Attributes:
-        bytes: Increase of the peak memory in bytes. On a CPU, 0 if Linux's /proc is missing.
+        bytes: Increase of the peak memory in bytes, or 0 on a CPU if Linux's /proc is missing.
     """
 
     def __init__(self, on_gpu: bool) -> None:

@@ -4,12 +4,13 @@
     python -m benchmarks.kill_resume --recipes hot --sources folders --seed 3
 
 Each row of the Markdown table is one run of DeepLabV3+ with a four-block ResNet, in fp32 on one
-core. It trains on generated images of 32 pixels, for 2 epochs of 6 batches. The test kills the run
-at a random batch, during a random evaluation or at a random point while it saves a checkpoint. Then
-it starts the run again with the same config and lets it finish.
+core. The network trains on generated images of 32 pixels, for 2 epochs of 6 batches. The test kills
+the run at a random batch, during a random evaluation or at a random point of saving a checkpoint.
+Then the test starts the run again with the same config and lets it finish.
 
-At the end, the test compares the weights, the averaged weights and the optimizer state. It also
-compares all losses and mIoUs that were logged before and after the run was killed.
+At the end, the test compares the weights, the averaged weights and the optimizer state with those
+of the undisturbed run. The test also compares all losses and mIoUs that were logged before and
+after the run was killed.
 """
 
 from __future__ import annotations

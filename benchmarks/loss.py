@@ -4,14 +4,15 @@
     python -m benchmarks.loss --batch 16 --device cuda --json result.json
     python -m benchmarks.loss --class-weights          # this project with and without weights
 
-The benchmark measures the forward and backward pass. By default, it uses logits (4, 150, 128, 128)
-and targets of 512 x 512 pixels. To get Composer's loss, it resizes the logits to the target's size
-with `F.interpolate` and applies `soft_cross_entropy` and `DiceLoss`. In bf16 and fp16, this runs
-under autocast. Composer's MixUp target is dense, with one number per class and pixel; its
-computation is not timed. This project uses two index targets instead.
+The benchmark measures the forward and backward pass. By default, the logits have the shape
+(4, 150, 128, 128), and the targets have 512 x 512 pixels. To compute Composer's loss, the benchmark
+resizes the logits to the target's size with `F.interpolate` and then applies `soft_cross_entropy`
+and `DiceLoss`. In bf16 and fp16, both losses run under autocast. Composer's MixUp target is dense,
+with one number per class and pixel. The benchmark computes this dense target before it starts the
+timer. For MixUp, this project uses two index targets instead of a dense target.
 
-The memory is the increase of the peak memory in a separate process. On a GPU it is the allocated
-memory, and on a CPU the resident memory.
+The reported memory is the increase of the peak memory in a separate process. The benchmark measures
+allocated memory on a GPU and resident memory on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks import harness
 from segmentation.losses import MixedTarget, segmentation_loss
 
 SIDES = ("Composer", "this project")
-# Names of the two variants that `--class-weights` compares. Both use this project's loss.
+# With `--class-weights`, the benchmark compares two variants of this project's loss.
 WEIGHTED = ("without weights", "with class weights")
 TARGETS = ("index", "mixed")
 MIXING = 0.3
@@ -46,7 +47,7 @@ class Case:
         side: Name of the loss, from `SIDES` or `WEIGHTED`.
         target: Type of the target, "index" or "mixed".
         args: Arguments of the command line, with shapes, device and type.
-        size: Height and width of the target in pixels. If None, `args.size` is used.
+        size: Height and width of the target in pixels; by default `args.size`.
     """
 
     def __init__(self, side: str, target: str, args: argparse.Namespace, size: int | None = None):
@@ -64,8 +65,8 @@ class Case:
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
         self.target = first if target == "index" else mixed
         self.loss = self._composer if side == "Composer" else self._ours
-        # Make all class weights equal, so that the loss is the same as without weights. Their
-        # values do not affect the speed.
+        # Make all class weights equal, so that the loss is the same as without weights. The values
+        # of the weights do not affect the speed.
         alike = torch.full((args.classes,), 2.0, device=args.device)
         self.weights = alike if side == WEIGHTED[1] else None
         if side == "Composer" and target == "mixed":
@@ -114,7 +115,7 @@ def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, li
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
     """Return by how many bytes one step raises the peak memory."""
     torch.set_num_threads(args.threads[-1])
-    Case(side, target, args, size=64).step()  # Load libraries and compile kernels.
+    Case(side, target, args, size=64).step()  # Warm up: load libraries, compile kernels.
     case = Case(side, target, args)
     with harness.PeakMemory(args.device == "cuda") as peak:
         case.step()

@@ -3,8 +3,7 @@
     python -m benchmarks.numerics                  # uses a GPU if one is available
     python -m benchmarks.numerics --steps 200 --size 512 --batch 16
 
-The benchmark prints four tables, each row as soon as it is measured. The exit status is 1 if a row
-contains DIFFER.
+The benchmark prints four tables. The exit status is 1 if a row contains DIFFER.
 
 - The first table compares the loss and its gradient with Composer's formula in fp64, applied to the
   same logits. The gradient is scaled as in fp16 training.
@@ -41,9 +40,8 @@ from training.pictures import Curves
 from transforms import DeviceTransform
 
 CLASSES, STRIDE = 150, 4
-# Tolerances, by type of the logits, for the relative error of the gradient. Sums are computed in
-# fp32, and the gradient is then rounded to the type of the logits. The fp32 value also applies to
-# the loss.
+# Maximum relative error of the gradient for each type of the logits. Sums are computed in fp32, and
+# the gradient is then rounded to the logits' type. The loss must always meet the fp32 tolerance.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
 LEVEL = 1 / 255 / 0.225  # Difference between adjacent 8-bit pixel values after normalisation.
@@ -132,7 +130,7 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
     harness.release()
     trainer = program.build_trainer(dataclasses.replace(resolve(config), **changes))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    # Disable evaluations, which would also compile the evaluation pass.
+    # Skip evaluations to save time, because the first one would compile the evaluation pass.
     harness.never_evaluate(trainer)
     trainer.fit()
     trainer.close()
@@ -172,7 +170,7 @@ def resume(
     Args:
         config: Content of a YAML config.
         steps: Total number of training steps.
-        folder: Folder for the checkpoints. The uninterrupted run saves to its subfolder `whole`.
+        folder: Folder for the checkpoints; the uninterrupted run saves to its subfolder `whole`.
         compiled: Whether to compile the network.
 
     Returns:
@@ -184,7 +182,7 @@ def resume(
     losses = train(config, save_folder=whole, **same, **keep)
     (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
     again = train(config, save_folder=resumed, load_path=str(middle), **same)
-    torch.use_deterministic_algorithms(False)  # Undo Composer's global setting.
+    torch.use_deterministic_algorithms(False)  # Composer leaves determinism switched on.
     return losses == again, largest_difference(resumed, whole)
 
 
@@ -230,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=int, default=256 if on_gpu else 64, help="pixels")
     add("--batch", type=int, default=8 if on_gpu else 4, help="images a step")
     args = parser.parse_args(argv)
-    # Deterministic cuBLAS needs this variable, which must be set before CUDA is initialised.
+    # Set CUBLAS_WORKSPACE_CONFIG before CUDA is initialised, because deterministic cuBLAS
+    # operations need it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     shown = sorted({1, max(args.steps // 4, 1), max(args.steps // 2, 1), args.steps})
     curves = "precision", *(f"loss {step}" for step in shown), "mean difference", "greatest"

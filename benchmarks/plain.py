@@ -1,13 +1,13 @@
 """A plain Composer implementation of the training step, as a baseline for the benchmarks.
 
 The baseline upsamples the logits to the target's size and applies Composer's `soft_cross_entropy`
-and `DiceLoss`. It computes Composer's `MIoU` for every training batch. It also uses Composer's
-`ChannelsLast`, EMA, SAM, MixUp (with dense targets) and `DecoupledSGDW`. The head uses PyTorch's
-depthwise convolutions.
+and `DiceLoss`. The baseline computes Composer's `MIoU` for every training batch. The baseline also
+uses Composer's `ChannelsLast`, EMA, SAM, MixUp (with dense targets) and `DecoupledSGDW`. The
+baseline's head uses PyTorch's depthwise convolutions.
 
-The baseline runs in fp16 autocast on a GPU. On a CPU it runs in fp32, because Composer does not
-support mixed precision there. It uses neither `torch.compile` nor cuDNN autotuning. The
-architecture, the data and the schedule are the same as in this project.
+On a GPU, the baseline runs under fp16 autocast. On a CPU, the baseline runs in fp32, because
+Composer does not support mixed precision on CPUs. The baseline uses neither `torch.compile` nor
+cuDNN autotuning. The baseline's architecture, data and schedule are the same as this project's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PlainDeepLabV3(ComposerModel):
     """DeepLabV3+ with Composer's losses and metrics, computed at full image resolution.
 
     Args:
-        config: Config of the run. The network is built from its `model` section.
+        config: Config of the run, whose `model` section describes the network.
     """
 
     def __init__(self, config: Config) -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.plan                        # runs the demo, a few minutes on a CPU
     python -m benchmarks.plan yamls/camvid.yaml max_duration=2ep save_folder=/tmp/run
 
-The plan and the run are made in separate processes. Memory is the peak memory of the process on its
-GPU or, without a GPU, its peak resident memory.
+The plan and the actual run use separate processes. The benchmark compares the peak memory on the
+GPU or, without a GPU, the peak resident memory of the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ sys.exit(status)
 
 
 def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """Return the planned and the measured run time in seconds, and likewise the memory in GiB."""
+    """Return the planned and the measured values of the run time (seconds) and the memory (GiB)."""
     command = [sys.executable, "main.py", config, *overrides]
     done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
     if done.returncode:

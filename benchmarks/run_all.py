@@ -3,9 +3,9 @@
     python -m benchmarks.run_all --camvid ./camvid    # takes 10 minutes on a GPU, 20 on a CPU
     python -m benchmarks.run_all --only train_step loss --minutes 60
 
-Each benchmark runs in a separate process. If it fails or takes too long, its output so far is kept
-and the other benchmarks still run. On a CPU, the benchmarks use small sizes. The CamVid benchmark
-runs last and uses the remaining time.
+Each benchmark runs in a separate process. If a benchmark fails or takes too long, its output so far
+is kept and the other benchmarks still run. On a CPU, the benchmarks use small sizes. The CamVid
+benchmark runs last and uses the remaining time.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Benchmark(NamedTuple):
     Attributes:
         module: Name of the module to run.
         arguments: Command-line arguments.
-        seconds: Maximum run time in seconds at the usual total time. If None, the benchmark may use
-            all of the remaining time.
+        seconds: Maximum run time in seconds under the default time limit; None for no maximum.
     """
 
     module: str
@@ -82,8 +81,8 @@ CPU = [
 # CamVid runs without torch.compile, which would take half of the time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
-# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. It is incurred once more
-# for each recipe.
+# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe incurs this
+# time again.
 OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 
@@ -91,7 +90,7 @@ def plan(on_gpu: bool) -> list[Benchmark]:
     """Return all benchmarks except CamVid, in order of importance."""
     if on_gpu:
         return GPU
-    if choose_precision("auto")[1] is None:  # Without bf16, the first two benchmarks are identical.
+    if choose_precision("auto")[1] is None:  # Without bf16, `train_step` always runs in fp32.
         return [CPU[0]._replace(seconds=480), *CPU[2:]]
     return CPU
 

@@ -3,17 +3,17 @@
     python -m benchmarks.soak --minutes 20      # print a Markdown table of the faults
     python -m benchmarks.soak --memory          # track memory and open files over 2,000 steps
 
-torchrun starts two processes, which train on shards from an S3 server (SeaweedFS). The checkpoints
-are also saved there. The cache holds only four shards, so the loader keeps downloading from the
-server.
+torchrun starts two processes, which train on shards from an S3 server (SeaweedFS). The processes
+save their checkpoints on the same server. The cache holds only four shards, so the loader keeps
+downloading from the server.
 
 The test runs each recipe in turn and injects faults at random batches. Every type of fault occurs
 once before any type repeats. torchrun restarts lost processes. If torchrun itself exits too early,
-the benchmark starts it again with the same command. At the end, it compares the weights, the
+the benchmark starts it again with the same command. At the end, the test compares the weights, the
 averages and the optimizer state with those of an undisturbed run.
 
-To simulate a full disk, the test fills a small tmpfs. It needs root to mount this file system. To
-simulate a clock that is set back, it compiles set_back.c. This requires a C compiler.
+To simulate a full disk, the test fills a small tmpfs. The test needs root to mount the tmpfs. To
+simulate a clock that is set back, the test needs a C compiler for set_back.c.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class World:
     def _set_clock(self, seconds: int) -> None:
         """Set the clock offset, in seconds, that the runs see."""
         with open(self.clock, "r+b" if self.clock.exists() else "wb") as file:
-            # Write in place, because the training processes have mapped the file into memory.
+            # Overwrite the file in place, because training processes have mapped it into memory.
             file.write(struct.pack("=q", seconds))
 
     def run(self, name: str, recipe: str, ranks: int | None = 2, steps: int = STEPS) -> Run:
@@ -169,7 +169,7 @@ def share(world: World, run: Run, name: str) -> bool:
         True if the second run reached 50 batches, False if the first run was done before that.
 
     Raises:
-        RuntimeError: The second run ended by itself.
+        RuntimeError: The second run exited before it was killed.
     """
     other = world.run(name, "baseline", ranks=None)
     try:

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 EVERY = 50  # Number of batches between two checkpoints.
 
-# Time in seconds without a new batch after which a run is considered hung. It is longer than any
-# fault lasts.
+# Time in seconds without a new batch after which a run is considered hung. No injected fault lasts
+# as long as this.
 HANGS_AFTER = 300.0
 BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 
@@ -75,8 +75,8 @@ class Run:
 
     Attributes:
         newest: Highest batch number reached in any attempt.
-        endings: One text for each attempt that ended. It contains torchrun's exit status, or
-            "again" if torchrun restarted the processes itself, and the last message.
+        endings: For each attempt that ended, its last message after torchrun's exit status or, if
+            torchrun restarted the processes itself, after "again".
         gap: Longest time in seconds without a new batch since the last call of `watch`.
     """
 
@@ -172,13 +172,13 @@ class Run:
             self.start()
 
     def _last_words(self) -> str:
-        """Return the message that explains why an attempt ended, and mark it if main.py crashed."""
+        """Return an attempt's last error message, marked TRACEBACK if main.py crashed."""
         output = self._output.read_bytes()
         text = output[self._read :].decode(errors="replace")
         self._read = len(output)
         said = [line for line in text.splitlines() if line.startswith(("error: ", "stopped after"))]
         words = re.split(r" \(|;", said[0])[0] if said else "nothing was said"
-        in_main = 'main.py", line' in text  # Ignore the traceback that torchrun itself prints.
+        in_main = 'main.py", line' in text  # Ignore torchrun's own traceback.
         return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:

@@ -31,16 +31,16 @@ PARTS = (
 class Stopwatch(Callback):
     """A callback that measures the time of each part of a training step.
 
-    It synchronizes with the GPU before each time measurement. The time of a part includes its
-    forward and backward passes. The time of the loss includes the upsampling of the logits. The
-    time of an algorithm is added to the part that calls it: SAM's additional pass, for example, is
-    part of the optimizer's time.
+    The callback waits for the GPU before each time measurement. The time of a part includes its
+    forward and backward passes. The loss time includes the upsampling of the logits. An algorithm's
+    time is added to the part that calls the algorithm: the optimizer's time, for example, includes
+    SAM's additional pass.
 
     Args:
-        trainer: Trainer to time. The `module` attribute of its model must have the attributes
-            `backbone` and `classifier`.
-        compile_parts: Whether to compile the backbone and the head separately. They cannot be timed
-            separately if the entire model is compiled as one graph.
+        trainer: Trainer to time, whose network must have the attributes `backbone` and
+            `classifier`.
+        compile_parts: Whether to compile the backbone and the head separately, because they cannot
+            be timed separately if they are compiled as one graph.
     """
 
     def __init__(self, trainer: Trainer, compile_parts: bool = False) -> None:
@@ -105,8 +105,8 @@ class Stopwatch(Callback):
             logits = forward(features)
             if logits.requires_grad:
                 logits.register_hook(lambda _: self._become("head"))
-                # Hook the backbone's last feature map. The gradient of its first feature map is
-                # complete only near the end of the backbone's backward pass.
+                # Hook the backbone's last feature map, because its gradient marks the start of the
+                # backbone's backward pass. The gradient of the first feature map comes much later.
                 features[-1].register_hook(lambda _: self._become("backbone"))
                 self._enter("loss")
             return logits
@@ -124,15 +124,15 @@ class Stopwatch(Callback):
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._count()
-        # Composer does not call `after_dataloader` at the end of an epoch, so reset the stack of
-        # parts here.
+        # Reset the stack of parts for each batch, because Composer does not call
+        # `after_dataloader` at the end of an epoch.
         self._parts = ["rest", "waiting for data"]
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self._leave()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        if self.steps == 0:  # Discard the time in which the loader starts.
+        if self.steps == 0:  # Exclude the loader's start-up time.
             self.seconds.clear()
         self.steps += 1
 

@@ -4,16 +4,16 @@
     python -m benchmarks.train_step --path ./ade20k --json result.json
     python -m benchmarks.train_step --precision fp32  # compare both sides in fp32
 
-The "ours" rows train with the trainer of main.py. The "plain" rows train with benchmarks/plain.py,
-in fp16 on a GPU and in fp32 on a CPU. Both use Composer's `Trainer` and the same loader. The time
-of a run is the mean over its steps, because SAM and EMA make some steps slower. Runs alternate
-between the two trainers, and the table shows the median over the runs.
+The "ours" rows show the trainer of main.py. The "plain" rows show the trainer of
+benchmarks/plain.py, in fp16 on a GPU and in fp32 on a CPU. Both trainers use Composer's `Trainer`
+and the same loader. The time of a run is the mean over its steps, because SAM and EMA make some
+steps slower. Runs alternate between the two trainers, and the table shows the median over the runs.
 
 Utilisation is the number of operations per second, relative to one large matrix product in the same
-type and process. The operations of a step are those of the network's forward and backward pass.
-They are counted twice for steps with SAM's additional pass. Memory is the peak during a step,
-including the weights. On a GPU it is the allocated memory, and on a CPU the resident memory. If
-`main.py --plan` knows the GPU, the table also shows its estimate.
+type and process. The operations of a step are those of the network's forward and backward pass. If
+SAM makes an additional pass, the operations count twice. Memory is the peak during a step,
+including the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan`
+supports the GPU, the table also shows the planned speed and memory.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Contender:
         args: Arguments of the command line.
         side: Trainer to use, from `BUILDERS`.
         recipe: Name of the recipe, from `RECIPES`.
-        data: Data for training and for evaluation. If None, it is built from the config.
+        data: Data specs for training and evaluation; by default built from the config.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Contender:
         data: tuple[DataSpec, DataSpec] | None = None,
     ) -> None:
         self.args, self.side, self.recipe = args, side, recipe
-        # Copy the specs, because each trainer wraps their loaders. The loaders and their workers
-        # are shared.
+        # Copy the data specs, because each trainer wraps the loader of its spec. All trainers
+        # share the loaders and their workers.
         data = data and (copy.copy(data[0]), copy.copy(data[1]))
         self.steps = harness.Steps()
         self.trainer = BUILDERS[side](config(args, recipe), callbacks=[self.steps], data=data)
@@ -151,7 +151,7 @@ class Contender:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # The first step waits for the loader.
+        self.fit(1 + self.args.steps)  # The first step includes the loader's start.
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
@@ -173,8 +173,8 @@ class Contender:
         taken = {
             event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
             for event in profiler.key_averages()
-            # On a GPU, keep only the kernels. The times of operators and annotations include the
-            # times of their kernels.
+            # On a GPU, keep only the kernels, because the times of operators and annotations
+            # include the times of their kernels.
             if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
         }
         return {name: time / 1e3 / CYCLE for name, time in taken.items() if time}
@@ -279,12 +279,11 @@ def estimates(
 
     Args:
         args: Arguments of the command line.
-        gpu: Name of the GPU in `extras.planning.estimate`. If None, only the memory is estimated.
+        gpu: Name of the GPU in `extras.planning.estimate`, or None to estimate only the memory.
         precision: Composer's name for the precision of the run.
 
     Returns:
-        For each recipe, the images per second and the memory in bytes. The memory excludes the CUDA
-        context.
+        For each recipe, the images per second and the memory in bytes, without the CUDA context.
     """
     found = {}
     settings = config(args, "none")
@@ -309,7 +308,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure everything, and yield the growing result for `--json` after each measurement."""
+    """Run all measurements, and yield the updated result for `--json` after each of them."""
     on_gpu = torch.cuda.is_available()
     sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
     counters.clear()
@@ -491,7 +490,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def make_photos(root: Path, count: int, batch: int) -> None:
     """Generate training images and masks, and two and a half batches of validation images.
 
-    At most 64 images are different. The remaining files are hard links to them.
+    At most 64 images are different. All other files are hard links to these images.
 
     Args:
         root: Folder for the generated data set.

@@ -4,8 +4,8 @@
     python -m benchmarks.studies.camvid --path camvid --recipes none mild --json out.json
 
 The schedule needs to know the length of a run in batches. For this reason, the benchmark first
-times some steps and calculates the number of batches that take the given time. The training time
-excludes evaluations. The half-life of the EMA is a twentieth of the run. All other settings are the
+times some training steps to find out how many batches fit in the given time. The training time
+excludes evaluations. The EMA half-life is a twentieth of the run. All other settings are the
 recipe's defaults. `--path` must be a folder in ADE20K's layout.
 """
 
@@ -34,7 +34,7 @@ class Evaluations(Callback):
         self.found: list[dict[str, float]] = []
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        # Composer's `total_wct` is the time spent on training and excludes evaluations.
+        # Composer's `total_wct` is the training time without evaluations.
         self.found.append(
             {
                 "batches": state.timestamp.batch.value,

@@ -3,7 +3,7 @@
     python -m benchmarks.studies.device_transform      # uses a GPU if one is available
     python -m benchmarks.studies.device_transform --batch 32 --json result.json
 
-The times are in milliseconds per batch. They exclude the transfer of the batch to the device.
+The times are in milliseconds per batch, without the transfer of the batch to the device.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A test that builds a network of each mmsegmentation family and trains it for one step.
+"""Build one network from each mmsegmentation family and train it for one step.
 
     python -m benchmarks.studies.families                  # takes 10 minutes
     python -m benchmarks.studies.families --families swin segformer
 
-Each network has 11 classes and no pretrained weights. The test trains it for one SGD step on two
-random images. Then it builds a second network from the arguments that a checkpoint stores, and
-copies the weights. In evaluation mode, both networks must return the same logits. The Markdown
-table shows the cause of each failure.
+Each network has 11 classes and no pretrained weights. The test trains each network for one SGD step
+on two random images. Then the test builds a second network from the arguments that a checkpoint
+stores, and copies the weights. In evaluation mode, both networks must return the same logits. The
+Markdown table shows the cause of each failure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training.optimizer import DecoupledSGDW
 CLASSES = 11
 # Name parts that identify small networks, ordered from the smallest network to the largest.
 SMALL = ("_b0", "mit-b0", "s12", "_r18", "-t_", "tiny", "small", "r50-d8", "r50", "base")
-# Families that need `img_size`, because it determines the size of their position embeddings.
+# Families that must be told the image size, because their position embeddings depend on it.
 FIXED = ("beit", "mae")
 
 SIZES = {"mobilenet_v3": 512}  # MobileNetV3's pooling layer needs a feature map of 49 x 49.
@@ -48,7 +48,7 @@ def choose(family: str) -> str:
 
 
 def step(model: ComposerDeepLabV3, size: int) -> float:
-    """Train for one step on two random images and return the loss."""
+    """Train a model for one step on two random images, and return the loss."""
     optimizer = DecoupledSGDW(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5)
     image = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     batch = (image, torch.randint(-1, CLASSES, (2, size, size)))
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = measure(family, options.size)
             cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # Show the error in the table and test the next family.
+        except Exception as error:  # A failed family must not end the test.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
         table.add(family, choose(family), *cells)

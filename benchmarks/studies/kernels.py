@@ -5,9 +5,9 @@
 
 The kernels are compiled for 150 classes in bf16 at stride 4. The target GPUs are A100, H100, B200
 and RTX 50. The column "loop" is the number of instructions in the innermost loop that contains an
-exponential. One iteration of this loop processes all classes of 4 pixels. The column "work" is
-"loop" times the number of iterations for 16 images of 512 pixels, counted per warp. It excludes the
-code around the loop.
+exponential. Each loop iteration processes all classes of 4 pixels. The column "work" is
+"loop" times the number of iterations for 16 images of 512 pixels, counted per warp. The code around
+the loop is not included in "work".
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
     types |= dict.fromkeys(names, "*fp32") | dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
-    # At launch, Triton marks arguments that are divisible by 16. Mark them here too, so that
-    # the compiler generates the same code.
+    # At launch, Triton tells the compiler which arguments are divisible by 16. Declare the same
+    # arguments here, so that the compiler generates the same code.
     aligned = [n for n, kind in enumerate(types.values()) if kind.startswith("*")]
     aligned += [list(types).index(name) for name in ("h", "w", "height", "width")]
     attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}
@@ -90,7 +90,8 @@ def rounds(backward: bool) -> int:
     if not backward:
         return IMAGES * SIZE * (LOW + 1)
     scale, programs = SIZE // LOW, (-(-LOW // rows), -(-LOW // cells))
-    # The pixels of a program extend to the first row and column of the neighbouring programs.
+    # Add one row and one column of cells, because each Triton program also processes pixels
+    # next to the neighbouring programs' cells.
     return IMAGES * programs[0] * programs[1] * scale * (rows + 1) * (cells + 1)
 
 

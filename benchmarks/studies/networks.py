@@ -5,12 +5,12 @@
 
 Each table row is a run of the hot recipe on CamVid from scratch. The test kills the run halfway
 with SIGKILL and resumes it with the same config. The row shows the largest difference from an
-undisturbed run in the weights, the averages and the momentum. It also shows whether all losses and
-mIoUs are the same.
+undisturbed run in the weights, the averages and the momentum. The row also shows whether all losses
+and mIoUs are the same as in the undisturbed run.
 
 Then evaluate.py scores the checkpoint at the masks' original resolution, and predict.py segments an
-image. export.py writes an ONNX file and compares it with PyTorch. All three commands use only the
-checkpoint, not the YAML config. To save time, deeplabv3 uses a ResNet with four blocks.
+image. Finally, export.py writes an ONNX file and compares it with PyTorch. All three commands use
+only the checkpoint, not the YAML config. To save time, deeplabv3 uses a ResNet with four blocks.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=24, help="steps")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     args = parser.parse_args(argv)
-    shrink()  # The training processes use the same small ResNet.
+    shrink()  # The commands in this process need the small ResNet too.
     columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
     columns += ["mIoU", "predict.py", "export.py --to onnx"]
     table = Table(*columns)

@@ -2,16 +2,16 @@
 
     python -m benchmarks.studies.peers --path camvid --minutes 2
 
-Before you run it, install segmentation_models.pytorch (smp) with `make install WITH=smp`. The first
-peer is mmsegmentation 0.30, with its own runner, pipeline and config. The second peer is a plain
-PyTorch loop that trains smp's network. All contenders train a ResNet-50 backbone from scratch with
-SGD. They use the same image size, batch size, number of threads, number of loader processes, weight
-decay and schedule (polynomial over time).
+Before you run this study, install segmentation_models.pytorch (smp) with `make install WITH=smp`.
+The first peer is mmsegmentation 0.30, with its own runner, pipeline and config. The second peer is
+a plain PyTorch loop that trains smp's network. All contenders train a ResNet-50 backbone from
+scratch with SGD. All contenders use the same image size, batch size, number of threads, number of
+loader processes, weight decay and schedule (polynomial over time).
 
-Some differences remain. mmsegmentation's network has an auxiliary head and a stem of three
-convolutions. smp's head has 256 channels instead of 512. This project's loss includes a Dice term.
-This project also trains in the fastest precision on the machine. For a comparison in the peers'
-precision, see the `fp32` row.
+Some differences between the contenders remain. In mmsegmentation, the network has an auxiliary head
+and a stem of three convolutions. In smp, the head has 256 channels instead of 512. This project's
+loss includes a Dice term. This project also trains in the machine's fastest precision. For a
+comparison with the peers in the same precision, see the `fp32` row.
 
 The throughput includes data loading and excludes the first steps. All networks are scored by the
 same evaluation code on the same square images.
@@ -97,8 +97,8 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
         max_duration="1000000ba",
         device_train_microbatch_size="auto",
         seed=args.seed,
-        # The peers multiply the weight decay by the learning rate, but decoupled weight decay
-        # does not, so multiply it here.
+        # Multiply the weight decay by the learning rate, as SGD does in the peers. Decoupled
+        # weight decay does not include this factor.
         optimizer={"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
         schedule={"name": "constant"},
     )
@@ -271,7 +271,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()  # Wait for the GPU, as the other contenders do to log the loss.
+            loss.item()  # The other contenders read each loss too.
             finished = clock.tick()
             if finished:
                 break

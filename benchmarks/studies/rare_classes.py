@@ -4,9 +4,9 @@
     python -m benchmarks.studies.rare_classes --path camvid --seeds 17 --minutes 1 --json out.json
 
 For each seed, all variants train for the same number of minutes. The options of
-`benchmarks.studies.camvid` also work here. The table shows means over the seeds. A class is rare if
-the fraction of images that contain it is below `--rare`. CamVid's rarest class, fence, occurs in
-47% of the images.
+`benchmarks.studies.camvid` also work here. The table shows the mean IoUs over the seeds. A class is
+rare if the fraction of images that contain it is below `--rare`. CamVid's rarest class, fence,
+occurs in 47% of the images.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[s
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Train every variant with every seed.
 
-    All variants are trained with one seed before the next seed, so that load on the machine affects
-    them equally.
+    For each seed, the variants are trained one after another, so that load on the machine affects
+    all variants equally.
     """
     release()
     seconds = {
@@ -110,8 +110,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def mean(values: list[float]) -> float:
-    """Return the mean of all values except NaN, the IoU of classes that do not occur."""
-    # NaN is not equal to itself, so the comparison drops it.
+    """Return the mean IoU, without the NaN values of classes that do not occur."""
+    # Compare each value with itself to drop NaN, which is not equal to itself.
     return statistics.fmean(value for value in values if value == value)
 
 
