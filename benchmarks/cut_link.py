@@ -36,6 +36,7 @@ from tests.support.resumed_runs import largest_difference, make_config
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
 JOIN = 120  # Time in seconds that torchrun waits for a lost node.
+
 NOBODY = "02:00:00:00:00:09"  # An Ethernet address that belongs to neither node.
 
 
@@ -85,8 +86,8 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            self.kill(self.names.index(name))  # End processes that still run in the namespace.
-            ip("netns", "delete", name)  # Deleting a namespace also deletes its end of the cable.
+            self.kill(self.names.index(name))  # End processes that still run on the node.
+            ip("netns", "delete", name)
 
     def cut(self) -> None:
         """Cut the link by making each node send its packets to an address that does not exist."""
@@ -148,8 +149,8 @@ def run(
         processes = [nodes.start(i, number, f"{folder}/settings", outputs[i]) for i in range(2)]
 
         def ended() -> bool:
-            # After a permanent cut, wait only for the first node. The second torchrun cannot reach
-            # the rendezvous server and would wait for the 15-minute TCP timeout.
+            # After a permanent cut, wait only for the first node. The second node's torchrun
+            # cannot reach the rendezvous server and waits for the TCP timeout of 15 minutes.
             first = processes[:1] if cut is None else processes
             return all(process.poll() is not None for process in first)
 
@@ -218,7 +219,7 @@ def recorder(path: Path) -> Any:
                 print(state.timestamp.batch.value, attempt, *digests, file=file)
 
         def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)  # Slow the run down, so that it does not finish before the cut.
+            time.sleep(0.2)  # Slow the run down, so that the link is cut before it ends.
 
     return Recorder()
 

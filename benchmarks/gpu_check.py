@@ -100,7 +100,7 @@ class Outcome(NamedTuple):
     holds: bool | None
 
 
-# The name of each table row, and a function that measures the row.
+# Pairs of a table row's name and a function that measures the row.
 Rows = Iterator[tuple[str, Callable[[], Outcome]]]
 
 
@@ -232,8 +232,8 @@ def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
     planned = train_step.estimates(args, gpu, choose_precision("auto")[0])[recipe]
     rate = planned.get("images_per_second")
     rates = f"{args.batch / seconds:.1f}", f"{rate:.1f}" if rate else "unknown"
-    # Show the memory only on a GPU. On a CPU, the measured peak is too low, because a new trainer
-    # reuses memory that previous trainers have freed.
+    # Omit the memory on a CPU. A new trainer reuses memory that previous trainers have freed, so
+    # the measured peak would be too low.
     memory = f"{most / 2**30:.2f} GiB" if torch.cuda.is_available() else "not measured"
     estimate = f"{planned['bytes'] / 2**30:.2f} GiB"
     return Outcome((str(args.batch), *rates, memory, estimate), finite)
@@ -263,7 +263,7 @@ def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
         try:
             in_time = time.monotonic() < deadline
             cells, holds = measure() if in_time else Outcome(("out of time; --minutes 15",), None)
-        except Exception as error:  # Report the error and measure the remaining rows.
+        except Exception as error:  # Report the error, then measure the next row.
             cells, holds = (one_line(error)[:300],), False
         empty = [""] * (len(table.names) - len(cells) - 2)
         table.add(name, *cells, *empty, words[holds])

@@ -58,7 +58,7 @@ def head(*names: object) -> str:
 
 
 class Table:
-    """A Markdown table that prints each row immediately, so that interrupted runs show results.
+    """A Markdown table that prints each row as soon as it is added, so that no result is lost.
 
     Args:
         *names: Column headings.

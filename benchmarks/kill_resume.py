@@ -49,9 +49,9 @@ def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
     if point == "evaluation":
-        return Death(moment, rng.randrange(4))  # The run evaluates twice, on 2 batches each time.
+        return Death(moment, rng.randrange(4))  # Each run evaluates twice, on two batches.
     saves = BATCHES // save_every
-    if moment == "remove":  # Checkpoints are only removed from the third save onwards.
+    if moment == "remove":  # The third save is the first to remove a checkpoint.
         return Death(moment, rng.randrange(saves - 2))
     return Death(moment, rng.randrange(1, saves))
 

@@ -58,8 +58,8 @@ class Case:
         logits = logits.to(args.device, args.dtype, memory_format=torch.channels_last)
         self.logits = logits.requires_grad_()
         self.size = (size, size)
-        # Build the target from patches of a single class. The loss ignores patches with class index
-        # -1.
+        # Build the target from random patches. Each patch has a single class index, and the loss
+        # ignores patches with class index -1.
         patches = torch.randint(-1, args.classes, (args.batch, 1, 16, 16), generator=generator)
         first = F.interpolate(patches.double(), self.size)[:, 0].long().to(args.device)
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
@@ -115,7 +115,7 @@ def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, li
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
     """Return by how many bytes one step raises the peak memory."""
     torch.set_num_threads(args.threads[-1])
-    Case(side, target, args, size=64).step()  # Warm up: load libraries, compile kernels.
+    Case(side, target, args, size=64).step()  # Load libraries and compile kernels beforehand.
     case = Case(side, target, args)
     with harness.PeakMemory(args.device == "cuda") as peak:
         case.step()

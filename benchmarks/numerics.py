@@ -182,7 +182,7 @@ def resume(
     losses = train(config, save_folder=whole, **same, **keep)
     (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
     again = train(config, save_folder=resumed, load_path=str(middle), **same)
-    torch.use_deterministic_algorithms(False)  # Composer leaves determinism switched on.
+    torch.use_deterministic_algorithms(False)  # Composer leaves deterministic algorithms enabled.
     return losses == again, largest_difference(resumed, whole)
 
 

@@ -42,6 +42,7 @@ from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 500
 STRIKES = 4  # Number of faults injected into each training run.
+
 DISK = 64  # Size in MB of the temporary file system for the full-disk fault.
 DEATHS = ("SIGKILL of a process", "SIGKILL of the launcher", "SIGKILL of a loader", "SIGTERM")
 FULL, BACK, SHARED = "disk full", "clock 10 min back", "another run in the cache"
@@ -155,7 +156,7 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
         return False
     ranks, loaders = run.processes()
     victims = {DEATHS[0]: [rng.choice(ranks)], DEATHS[1]: [run.launcher]}
-    # Send SIGTERM to the launcher, because a cluster scheduler does so too.
+    # Send SIGTERM to the launcher, as cluster schedulers do.
     victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: [run.launcher]}
     for process in victims[kind]:
         process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)

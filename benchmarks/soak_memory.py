@@ -10,6 +10,7 @@ from benchmarks.soak_run import Run
 
 STEPS = 2000
 BETWEEN = 200  # Number of training steps between two memory samples.
+
 AFTER = 20  # Number of training steps between a checkpoint and the next memory sample.
 
 # Number of memory readings per sample. A sample is the minimum of its readings, because downloads
@@ -17,7 +18,7 @@ AFTER = 20  # Number of training steps between a checkpoint and the next memory 
 READS = 50
 TOLERANCE = 0.02
 UNITS = ("MB", "files")
-# For each process name, the resident memory in MB and the number of open files.
+# Maps each process name to the resident memory in MB and the number of open files.
 Sample = dict[str, tuple[float, int]]
 
 

@@ -1,4 +1,4 @@
-"""A training run for the soak test, which starts torchrun again when it exits too early."""
+"""A training run for the soak test that restarts torchrun if it exits too early."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Run:
         folder: Folder for the config and the logs.
         config: Content of the YAML config.
         environment: Environment variables to set for the run.
-        ranks: Number of training processes. If None, one process runs without torchrun.
+        ranks: Number of training processes, or None for one process without torchrun.
 
     Attributes:
         newest: Highest batch number reached in any attempt.
@@ -103,6 +103,7 @@ class Run:
         self.sessions: set[int] = set()
 
         self._trained: set[int] = set()  # Process IDs of the current attempt's ranks.
+
         self._read = 0  # Number of output bytes that belong to earlier attempts.
         self.start()
 

@@ -1,4 +1,4 @@
-"""Measure how much of a training step's time each of its parts takes."""
+"""Measure how much time each part of a training step takes."""
 
 from __future__ import annotations
 

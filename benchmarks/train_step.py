@@ -139,7 +139,7 @@ class Contender:
         """Train for the given number of further steps."""
         torch.backends.cudnn.benchmark = self.side == "ours"
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # Free the memory that other contenders cached.
+            torch.cuda.empty_cache()  # Free memory cached by the other trainers.
         self.trainer.fit(duration=f"{steps}ba")
 
     def time(self) -> float:
@@ -151,7 +151,7 @@ class Contender:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # The first step includes the loader's start.
+        self.fit(1 + self.args.steps)  # The first step includes the loader's start-up.
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
@@ -196,7 +196,7 @@ class Contender:
 
     def evaluation(self) -> dict[str, float]:
         """Return the throughput of an evaluation and of its forward pass, in images per second."""
-        self.trainer.eval()  # Start the loader and compile the network before timing.
+        self.trainer.eval()  # Start the loader and compile the network first.
         loader = self.trainer.state.evaluators[0].dataloader
         images = sum(len(target) for _, target in loader.dataloader)
         start = time.perf_counter()
@@ -308,7 +308,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run all measurements, and yield the updated result for `--json` after each of them."""
+    """Run all measurements, and yield the updated result for `--json` after each measurement."""
     on_gpu = torch.cuda.is_available()
     sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
     counters.clear()
@@ -490,7 +490,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def make_photos(root: Path, count: int, batch: int) -> None:
     """Generate training images and masks, and two and a half batches of validation images.
 
-    At most 64 images are different. All other files are hard links to these images.
+    At most 64 images are different. The other files are hard links to these images.
 
     Args:
         root: Folder for the generated data set.

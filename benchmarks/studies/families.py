@@ -27,7 +27,7 @@ from networks.registry import named_network
 from training.optimizer import DecoupledSGDW
 
 CLASSES = 11
-# Name parts that identify small networks, ordered from the smallest network to the largest.
+# Parts of config names that identify small networks, in order of network size.
 SMALL = ("_b0", "mit-b0", "s12", "_r18", "-t_", "tiny", "small", "r50-d8", "r50", "base")
 # Families that must be told the image size, because their position embeddings depend on it.
 FIXED = ("beit", "mae")
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = measure(family, options.size)
             cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # A failed family must not end the test.
+        except Exception as error:  # Report the error and test the next family.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
         table.add(family, choose(family), *cells)

@@ -90,8 +90,8 @@ def rounds(backward: bool) -> int:
     if not backward:
         return IMAGES * SIZE * (LOW + 1)
     scale, programs = SIZE // LOW, (-(-LOW // rows), -(-LOW // cells))
-    # Add one row and one column of cells, because each Triton program also processes pixels
-    # next to the neighbouring programs' cells.
+    # Add one row and one column of cells, because the pixels of each Triton program extend into
+    # the first row and column of the neighbouring programs.
     return IMAGES * programs[0] * programs[1] * scale * (rows + 1) * (cells + 1)
 
 

@@ -49,6 +49,7 @@ from training.schema import Config
 from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
 MOMENTUM, DECAY = 0.9, 5e-4  # SGD settings from mmsegmentation's schedules.
+
 WARM = 3  # Number of warm-up steps that are excluded from the throughput.
 
 
@@ -97,8 +98,8 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
         max_duration="1000000ba",
         device_train_microbatch_size="auto",
         seed=args.seed,
-        # Multiply the weight decay by the learning rate, as SGD does in the peers. Decoupled
-        # weight decay does not include this factor.
+        # The peers' SGD multiplies the weight decay by the learning rate. Decoupled weight
+        # decay does not, so multiply it here.
         optimizer={"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
         schedule={"name": "constant"},
     )
@@ -271,7 +272,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()  # The other contenders read each loss too.
+            loss.item()  # Wait for the device, as the other trainers do.
             finished = clock.tick()
             if finished:
                 break
