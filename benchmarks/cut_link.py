@@ -1,16 +1,17 @@
 """A test that cuts the link between two nodes and compares the run with an undisturbed run.
 
-    python -m benchmarks.cut_link                # for 10 s, 30 s and for good; 10 minutes, as root
+    python -m benchmarks.cut_link                # needs root and takes 10 minutes
 
-Two network namespaces, connected by a virtual cable, act as the nodes. Each runs torchrun with one
-process. The process trains DeepLabV3+ with a ResNet of four blocks on generated images of 32
-pixels, on the CPU with gloo. After the first checkpoint the cable drops all packets, and neither
-end is notified.
+The test cuts the link for 10 s, for 30 s and permanently. Two network namespaces, connected by a
+virtual cable, act as the nodes. Each node runs torchrun with one process. The process trains
+DeepLabV3+ with a four-block ResNet on generated images of 32 pixels, on the CPU with gloo. After
+the first checkpoint the cable drops all packets, and neither node is notified.
 
-If the link comes back, the run must match in its weights, averages and optimizer state, and in the
-samples of each step. A link that is cut for good is tested twice. With `--nnodes=2`, the processes
-must end within 60 s. With `--nnodes=1:2` and a killed second node, the first node must continue
-alone within 90 s, with the same samples.
+If the link is restored, the run must end with the same weights, averages and optimizer state as the
+undisturbed run. Each training step must also use the same samples as in the undisturbed run. The
+test runs a permanent cut twice. With `--nnodes=2`, both nodes must report the lost connection
+within 60 s. With `--nnodes=1:2`, the test also kills the second node, and the first node must
+continue alone within 90 s, on the same samples.
 """
 
 from __future__ import annotations
@@ -34,30 +35,38 @@ from tests.support.resumed_runs import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
-JOIN = 120  # Seconds that torchrun waits for a lost node.
-NOBODY = "02:00:00:00:00:09"  # An Ethernet address that neither end has.
+JOIN = 120  # Time in seconds that torchrun waits for a lost node.
+
+NOBODY = "02:00:00:00:00:09"  # An Ethernet address that belongs to neither node.
 
 
 class Outcome(NamedTuple):
-    """The result of a run."""
+    """The result of a training run on two nodes.
 
-    statuses: list[int]  # Exit status of torchrun on each node.
-    # Seconds from the cut until each node has reported the other as lost.
+    Attributes:
+        statuses: Exit status of torchrun on each node.
+        lost: Seconds from the cut until both nodes have reported each other as lost.
+        back: Seconds from the cut until the next checkpoint.
+        ended: Seconds from the cut until the processes on both nodes have exited.
+        outputs: Combined stdout and stderr of torchrun on each node.
+        samples: For each step, the digests of its images in the last attempt at the step.
+    """
+
+    statuses: list[int]
     lost: float | None
-    back: float | None  # Seconds from the cut to the next checkpoint.
-    ended: float  # Seconds from the cut to the end of both nodes.
+    back: float | None
+    ended: float
     outputs: list[str]
-    # Digests of the images of each step, from its last attempt.
     samples: dict[int, set[str]]
 
 
 def ip(*arguments: str) -> None:
-    """Run the command `ip` of iproute2."""
+    """Run the `ip` command from iproute2."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 class Nodes:
-    """Two network namespaces that are connected by a virtual cable."""
+    """Two network namespaces connected by a virtual cable, which act as two machines."""
 
     def __init__(self) -> None:
         self.names = [f"node-{os.getpid()}-{i}" for i in range(2)]
@@ -77,11 +86,11 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            self.kill(self.names.index(name))  # The node still runs if the benchmark ends early.
-            ip("netns", "delete", name)  # This also deletes the node's end of the cable.
+            self.kill(self.names.index(name))  # End processes that still run on the node.
+            ip("netns", "delete", name)
 
     def cut(self) -> None:
-        """Cut the link: each node sends its packets to an address that does not exist."""
+        """Cut the link by making each node send its packets to an address that does not exist."""
         for i, (name, cable) in enumerate(zip(self.names, self.cables, strict=True)):
             to = (self.addresses[1 - i], "lladdr", NOBODY, "dev", cable)
             ip("-n", name, "neighbor", "replace", *to, "nud", "permanent")
@@ -99,7 +108,7 @@ class Nodes:
                 os.kill(int(process), signal.SIGKILL)
 
     def start(self, i: int, nodes: str, settings: str, output: str) -> subprocess.Popen[bytes]:
-        """Start torchrun on a node."""
+        """Start torchrun on a node and write its output to a file."""
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -120,15 +129,15 @@ class Nodes:
 def run(
     folder: str, cut: float | None, config: dict[str, Any], alone: bool = False, **settings: Any
 ) -> Outcome:
-    """Train on two nodes.
+    """Train on two nodes and cut the link after the first checkpoint.
 
     Args:
-        folder: Folder for checkpoints and outputs.
-        cut: Seconds for which the link is cut. 0 does not cut it, None cuts it for good.
+        folder: Folder for the checkpoints and outputs of the run.
+        cut: Duration of the cut in seconds; 0 for no cut, None for a permanent cut.
         config: Content of the YAML config.
-        alone: Whether to kill the second node when the link is cut, so that the first continues
-            alone.
-        **settings: Values for INTERVAL and ATTEMPTS in training/watch.py.
+        alone: Whether to kill the second node when the link is cut, so that the first node must
+            continue alone.
+        **settings: New values for the constants INTERVAL and ATTEMPTS in training/watch.py.
     """
     os.makedirs(folder)
     config = {**config, "save_folder": f"{folder}/saved", "autoresume": True}
@@ -140,7 +149,8 @@ def run(
         processes = [nodes.start(i, number, f"{folder}/settings", outputs[i]) for i in range(2)]
 
         def ended() -> bool:
-            # Without its rendezvous, the second torchrun waits for the TCP timeout of 15 minutes.
+            # After a permanent cut, wait only for the first node. The second node's torchrun
+            # cannot reach the rendezvous server and waits for the TCP timeout of 15 minutes.
             first = processes[:1] if cut is None else processes
             return all(process.poll() is not None for process in first)
 
@@ -150,7 +160,7 @@ def run(
             nodes.cut()
             if alone:
                 nodes.kill(1)
-            time.sleep(1)  # Wait for a checkpoint that is being written.
+            time.sleep(1)  # Give the nodes time to finish a checkpoint that is being written.
             before = _checkpoints(folder)
         if cut:
             time.sleep(cut - 1)
@@ -170,10 +180,10 @@ def run(
 
 
 def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
-    """Wait until a condition holds.
+    """Wait until the condition `reached` is true.
 
     Raises:
-        RuntimeError: The condition does not hold in time.
+        RuntimeError: The condition is still false after the given number of seconds.
     """
     end = time.monotonic() + seconds
     while not reached():
@@ -187,7 +197,7 @@ def _checkpoints(folder: str) -> set[str]:
 
 
 def samples(folder: str) -> dict[int, set[str]]:
-    """Return the digests of each step's images; a later attempt replaces an earlier one."""
+    """Return the digests of each step's images, taken from the last attempt at the step."""
     attempts: dict[int, dict[int, set[str]]] = {}
     for line in Path(folder, "samples").read_text().splitlines():
         step, attempt, *digests = line.split()
@@ -196,7 +206,7 @@ def samples(folder: str) -> dict[int, set[str]]:
 
 
 def recorder(path: Path) -> Any:
-    """Return a callback that appends number, attempt and digests of each step to a file."""
+    """Return a callback that logs each step's number, attempt and image digests to a file."""
     from composer.core import Callback
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -209,13 +219,13 @@ def recorder(path: Path) -> Any:
                 print(state.timestamp.batch.value, attempt, *digests, file=file)
 
         def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)  # The pause leaves time for a cut.
+            time.sleep(0.2)  # Slow the run down, so that the link is cut before it ends.
 
     return Recorder()
 
 
 def node(settings: str) -> int:
-    """Train on a node with the settings of `run`."""
+    """Train on one node with the settings file that `run` has written."""
     from command_lines import start
     from main import run as run_main
     from tests.support.forked import shrink
@@ -234,7 +244,7 @@ def node(settings: str) -> int:
 
 @contextmanager
 def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Make a folder with generated images, and yield it with the config of a run of 40 steps."""
+    """Generate images in a temporary folder; yield the folder and the config of a 40-step run."""
     from extras.preparation.synthetic import make
 
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +260,7 @@ def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> int:
-    """Print the table; return 1 if a run failed a test."""
+    """Print the result table, and return 1 if a run failed a test."""
     parser = make_parser(__doc__)
     parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="(10 30)")
     parser.add_argument("--settings", help=argparse.SUPPRESS)

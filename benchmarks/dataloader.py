@@ -1,15 +1,16 @@
-"""Training images per second on one core: this project's loader against Pillow's.
+"""Compare the throughput of this project's loader with a Pillow loader on one core.
 
-    python -m benchmarks.dataloader            # on generated data with ADE20K's image sizes
+    python -m benchmarks.dataloader            # generated images with ADE20K's sizes
     python -m benchmarks.dataloader --path ./ade20k --json result.json
 
-The Pillow side uses torchvision and Pillow in the usual way. It decodes and resizes the whole
-image, and crops with up to 10 retries that call `np.unique`. Then it flips, applies the steps of
-ColorJitter, pads, and converts targets to int64.
+The Pillow loader uses torchvision and Pillow in the usual way: it decodes and resizes the entire
+image. To choose a crop, the Pillow loader makes up to 10 attempts and counts the classes with
+`np.unique` each time. Finally, the Pillow loader flips and pads the image, changes its colours with
+ColorJitter and converts the target to int64.
 
-This project distorts colours on the device, where the cost is negligible if the device is a GPU
-(see `benchmarks.studies.device_transform`). The third line includes this step and the
-normalisation, on the same core.
+This project distorts colours on the device. On a GPU, this distortion takes negligible time (see
+`benchmarks.studies.device_transform`). The third table row includes the colour distortion and the
+normalisation, computed on the same core as the loader.
 """
 
 from __future__ import annotations
@@ -37,24 +38,31 @@ from dataset.paths import FOLDERS
 from dataset.sampler import EpochSampler
 
 SIZE, BATCH = 512, 8
-# torchvision's type annotations omit the Pillow images that these functions accept.
+# Disable type checks for torchvision functions: they accept Pillow images, but their annotations
+# do not say so.
 TF: Any = functional
 RandomCrop: Any = transforms.RandomCrop
 
 
 def make_data(root: Path, count: int) -> None:
-    """Write images and masks with ADE20K's sizes: mean 516x417, 0.236 megapixels, 90% under 0.39.
+    """Generate images and masks whose image sizes and file sizes resemble ADE20K's.
 
-    The files also have about ADE20K's bytes: 1.5 bits per pixel, masks of some kilobytes. The
-    images are noise with the spectrum of natural images. The masks are the maximum of smooth random
-    fields, of which one or two cover most of the image.
+    The mean image size is 516x417 pixels. The mean area is 0.236 megapixels, and 90% of the images
+    are smaller than 0.39 megapixels. The images take about 1.5 bits per pixel, and each mask takes
+    a few kilobytes. The images are noise with the spectrum of natural images. Each class in a mask
+    gets a smooth random field, and each pixel is assigned to the class with the highest value. One
+    or two classes cover most of each mask.
+
+    Args:
+        root: Folder for the generated data set.
+        count: Number of training images.
     """
     rng = np.random.default_rng(0)
     for kind in ("images", "annotations"):
         for split in FOLDERS.values():
             (root / kind / split).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        # The area is log-normal with the mean and the 90th percentile of the docstring.
+        # Draw the area from a log-normal distribution with ADE20K's mean and 90th percentile.
         area = min(0.21e6 * np.exp(0.483 * rng.standard_normal()), 4.41e6)
         aspect = np.exp(0.21 + 0.25 * rng.standard_normal())
         width, height = (max(96, round((area * a) ** 0.5)) for a in (aspect, 1 / aspect))
@@ -66,7 +74,7 @@ def make_data(root: Path, count: int) -> None:
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, slope: float) -> np.ndarray:
-    """Return Gaussian noise with the amplitude spectrum 1/f^slope, mean 0 and variance 1."""
+    """Return Gaussian noise with amplitude spectrum 1/f^slope, mean 0 and variance 1."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**slope
@@ -75,7 +83,7 @@ def _noise(rng: np.random.Generator, height: int, width: int, slope: float) -> n
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return noise without fine detail."""
+    """Return smooth noise, computed at a quarter of the resolution and upsampled."""
     noise = _noise(rng, height // 4, width // 4, 1.8)
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -95,7 +103,7 @@ def _mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 class PillowLoader:
-    """A loop over training samples that torchvision and Pillow load."""
+    """An iterable of training batches that are loaded with torchvision and Pillow."""
 
     def __init__(self, samples: list):
         self.samples = samples
@@ -113,7 +121,7 @@ class PillowLoader:
             yield torch.stack(images), torch.stack(targets)
 
     def load(self, sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load one sample in the usual way."""
+        """Load and augment one sample with Pillow and torchvision."""
         image = Image.open(sample.image_path).convert("RGB")
         target = Image.open(sample.mask_path)
         size = [int(SIZE * random.uniform(0.5, 2.0))] * 2
@@ -154,14 +162,14 @@ class PillowLoader:
 
 
 def images_per_second(batches: Iterable) -> float:
-    """Return the images per second of one pass."""
+    """Return the throughput of one pass over the batches, in images per second."""
     start = time.perf_counter()
     seen = sum(len(images) for images, _ in batches)
     return seen / (time.perf_counter() - start)
 
 
 def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, Any]:
-    """Time passes over the data for each side in turn; return the medians and the spread."""
+    """Measure the throughput of each loader in turn, and return the results."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     spec = build_ade20k_dataspec(
@@ -184,12 +192,12 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
         "this project": lambda: images_per_second(loader),
         "this project, and its device's part": lambda: images_per_second(map(transform, loader)),
     }
-    # The first pass fills the file cache.
+    # Discard the warm-up round, which reads the files into the operating system's cache.
     return results(path, len(samples), in_turn(sides, repeats, warm_up=True))
 
 
 def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the rates of each side with the median and the ratio to the first side."""
+    """Return all throughputs, with each loader's median and its ratio to the first loader's."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     return {
@@ -205,7 +213,7 @@ def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, 
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as a Markdown table."""
+    """Return the throughputs and ratios as a Markdown table."""
     lines = [head("", "images/s on one core", "of the passes", "ratio")]
     for name, rates in result["images_per_second"].items():
         median, ratio = result["median"][name], result["ratio"][name]
@@ -219,7 +227,7 @@ def main(
     measure: Callable[[str, int, int, int], dict[str, Any]] = measure,
     images: int = 400,
 ) -> dict[str, Any]:
-    """Run the command line for `measure` and return the result that --json writes."""
+    """Run a benchmark with the measuring function `measure`, and return the result for `--json`."""
     parser = make_parser(inspect.getmodule(measure).__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")

@@ -1,22 +1,24 @@
-"""A check of this machine's GPU before a long run: five minutes, correctness first, then speed.
+"""Check this machine's GPU before a long run: correctness first, then speed.
 
-    python -m benchmarks.gpu_check                 # or: make gpu-check
-    python -m benchmarks.gpu_check --device cpu    # a stand-in at small sizes, two minutes
+    python -m benchmarks.gpu_check                 # takes five minutes, like `make gpu-check`
+    python -m benchmarks.gpu_check --device cpu    # uses small sizes and takes two minutes
 
-The first table compares the GPU with a reference:
+Each row of the first table compares a result with a reference:
 
-- the loss and its gradient, from the kernels of this machine, with Composer's formula in fp64;
-- the losses of a training run in mixed precision with the same run in fp32;
-- a run that resumes from its middle checkpoint with one that never stopped;
-- an evaluation of its checkpoint with the same evaluation on the CPU;
-- the checkpoint as an ONNX file on the GPU, if onnxruntime can use it, with PyTorch on the CPU.
+- The loss and its gradient are compared with Composer's formula in fp64.
+- The losses of a mixed-precision training run are compared with those of the same run in fp32.
+- A run that resumes from its middle checkpoint is compared with an uninterrupted run.
+- An evaluation of a checkpoint on the GPU is compared with the same evaluation on the CPU.
+- An ONNX export on the GPU is compared with PyTorch on the CPU, if onnxruntime can use the GPU.
 
-The second table measures a compiled training step, and shows the estimate of `main.py --plan` for
-GPUs that it knows. Speed never decides the verdict.
+The second table shows the speed and memory of a compiled training step. If `main.py --plan`
+supports the GPU, the table also shows the planned speed and memory. The measured speed does not
+affect the verdict.
 
-The last line is `verdict: passed`, or `verdict: failed` with the names of the failed rows. It also
-names rows that were left out. The exit status is 0 or 1. `benchmarks.numerics` compares more types,
-and compiled runs.
+The last line of the output is `verdict: passed`, or `verdict: failed` with the names of the failed
+rows. The last line also lists the rows that were left out. The exit status is 1 if a row failed and
+0 otherwise.
+`benchmarks.numerics` also tests compiled runs and more number types.
 """
 
 from __future__ import annotations
@@ -50,44 +52,64 @@ from training.precision import choose_precision
 
 
 class Sizes(NamedTuple):
-    """The sizes of all measurements. Each is an option of the command line."""
+    """The sizes of all measurements, which can be changed by command-line options.
 
-    check_size: int = 256  # Pixels of the runs in the first table.
-    check_batch: int = 8  # Images per step of these runs.
-    check_steps: int = 30  # Steps that mixed precision and fp32 are compared for.
-    resumed_steps: int = 8  # Steps of the run that resumes in the middle.
-    arch: str = "resnet101"  # Backbone of the training step in the second table.
-    size: int = 512  # Pixels of this step.
-    batch: int = 16  # Images of this step. The check halves it if memory runs out.
-    timed_steps: int = 10  # Steps whose mean time is shown.
+    Attributes:
+        check_size: Image size in pixels for the correctness checks.
+        check_batch: Number of images per step in the correctness checks.
+        check_steps: Number of training steps for the comparison of mixed precision with fp32.
+        resumed_steps: Number of training steps of the run that is resumed halfway.
+        arch: Backbone for the speed measurement.
+        size: Image size in pixels for the speed measurement.
+        batch: Number of images per step for the speed measurement, halved if memory runs out.
+        timed_steps: Number of training steps over which the time is averaged.
+    """
+
+    check_size: int = 256
+    check_batch: int = 8
+    check_steps: int = 30
+    resumed_steps: int = 8
+    arch: str = "resnet101"
+    size: int = 512
+    batch: int = 16
+    timed_steps: int = 10
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-RECIPES = {"baseline": "none", "medium": "medium"}  # Names in `benchmarks.train_step`.
+RECIPES = {"baseline": "none", "medium": "medium"}  # Maps row names to recipes of `train_step`.
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-# Largest mean difference of a loss in mixed precision, relative to the loss in fp32.
+
+# Maximum allowed mean difference between the mixed-precision and fp32 losses, relative to the fp32
+# loss.
 CURVE = 0.05
-# Largest share of pixels that a GPU may count in another cell of the confusion matrix, because it
-# adds in another order.
+
+# Maximum allowed fraction of pixels that the GPU and the CPU classify differently. A small fraction
+# is expected, because a GPU adds numbers in a different order.
 PIXELS = 1e-3
 
 
 class Outcome(NamedTuple):
-    """The cells of a row, and whether the result is correct. None: the row was left out."""
+    """The result of one check.
+
+    Attributes:
+        cells: Cells of the table row.
+        holds: Whether the result is correct, or None if the row was left out.
+    """
 
     cells: tuple[str, ...]
     holds: bool | None
 
 
-Rows = Iterator[tuple[str, Callable[[], Outcome]]]  # Names of rows, and functions that measure.
+# Pairs of a table row's name and a function that measures the row.
+Rows = Iterator[tuple[str, Callable[[], Outcome]]]
 
 
 def loss_row(dtype: torch.dtype, side: str, size: int) -> Outcome:
-    """Compare the loss with fp64 for index targets and MixUp's targets; return the worse errors."""
+    """Compare the loss with fp64 for index and mixed targets, and report the larger errors."""
     errors = [numerics.loss_errors(dtype, target, side, size) for target in loss.TARGETS]
     worst = [max(pair) for pair in zip(*errors, strict=True)]
     limits = numerics.TOLERANCE[torch.float32], numerics.TOLERANCE[dtype]
-    # A comparison with nan is False.
+    # If an error is NaN, the comparison is False and the check fails.
     holds = all(error < limit for error, limit in zip(worst, limits, strict=True))
     return Outcome((_pair(worst), _pair(limits)), holds)
 
@@ -97,7 +119,7 @@ def _pair(errors: Sequence[float]) -> str:
 
 
 def precision_row(config: dict[str, Any], precision: str) -> Outcome:
-    """Compare the losses of a run in mixed precision with those in fp32."""
+    """Compare the losses of a mixed-precision run with those of an fp32 run."""
     expected = numerics.train(config, save_folder=None, **numerics.EXACTLY)
     found = numerics.train(config, save_folder=None, precision=precision, compile=False)
     apart = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
@@ -107,14 +129,14 @@ def precision_row(config: dict[str, Any], precision: str) -> Outcome:
 
 
 def resume_row(config: dict[str, Any], steps: int, folder: str) -> Outcome:
-    """Compare a resumed run with one that never stopped."""
+    """Compare a resumed run with an uninterrupted run."""
     same, difference = numerics.resume(config, steps, folder)
     losses = f"losses {'the same' if same else 'differ'}, tensors differ by {difference:g}"
     return Outcome((losses, "the same, 0"), same and difference == 0)
 
 
 def confusion(model: str, device: str) -> Tensor:
-    """Return the confusion matrix that `evaluate.py` counts for a model on a device."""
+    """Return the confusion matrix that `evaluate.py` computes for a model on the given device."""
     options = parse_evaluate([model, "--device", device])
     segmenter = segmenter_from(options)
     source, _ = data_source(options, segmenter)
@@ -125,14 +147,14 @@ def confusion(model: str, device: str) -> Tensor:
 
 
 def evaluation_row(model: str, checkpoint: str, device: str) -> Outcome:
-    """Compare an evaluation of a model on the device with that of its checkpoint on the CPU."""
+    """Compare a model's evaluation on the device with its checkpoint's evaluation on the CPU."""
     expected, found = confusion(checkpoint, "cpu"), confusion(model, device)
     share = float((found - expected).abs().sum()) / 2 / float(expected.sum())
     return Outcome((f"{share:.3%} of the pixels differ", f"{PIXELS:.1%}"), share < PIXELS)
 
 
 def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
-    """Compare an evaluation of the exported ONNX file with that of its checkpoint on the CPU."""
+    """Compare an ONNX export's evaluation with its checkpoint's evaluation on the CPU."""
     if not all(importlib.util.find_spec(name) for name in export.ONNX):
         return Outcome(("make install WITH=onnx", ""), None)
     import onnxruntime
@@ -141,7 +163,8 @@ def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
     status, line = harness.run_command(export.main, checkpoint, "--to", "onnx", "--out", path)
     if status:
         raise RuntimeError(line)
-    # onnxruntime lists a provider whose libraries are missing, but a session does without it.
+    # Check which providers the session really uses, because `get_available_providers` also lists
+    # providers whose libraries are missing.
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     if device == "cuda" and not set(GPU_PROVIDERS) & set(session.get_providers()):
         return Outcome(("onnxruntime cannot use the GPU; pip install onnxruntime-gpu", ""), None)
@@ -149,13 +172,13 @@ def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
 
 
 def checks(sizes: Sizes, device: str, folder: str, config: Callable[..., dict[str, Any]]) -> Rows:
-    """Yield the name and the function of each row of the first table.
+    """Yield the name and the measuring function for each row of the correctness table.
 
     Args:
         sizes: Sizes of the measurements.
-        device: "cuda" or "cpu".
-        folder: Folder for checkpoints.
-        config: Function of `numerics.made_config`.
+        device: Device to test, "cuda" or "cpu".
+        folder: Folder for the checkpoints and exports of the checks.
+        config: Function from `numerics.made_config` that returns the config of a run.
     """
     plain, weighted = loss.WEIGHTED
     for dtype in numerics.TOLERANCE:
@@ -178,7 +201,7 @@ def checks(sizes: Sizes, device: str, folder: str, config: Callable[..., dict[st
 
 
 def measure_step(args: argparse.Namespace, recipe: str) -> tuple[float, int, bool]:
-    """Return the seconds of a step, its peak memory, and whether its losses are finite."""
+    """Return the seconds per step, the peak memory in bytes, and whether all losses are finite."""
     harness.release()
     with harness.PeakMemory(torch.cuda.is_available()) as peak:
         contender = train_step.Contender(args, "ours", recipe)
@@ -190,38 +213,39 @@ def measure_step(args: argparse.Namespace, recipe: str) -> tuple[float, int, boo
 
 
 def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
-    """Measure the training step of a recipe; return its speed and memory beside the estimates.
+    """Measure a recipe's training step, and compare its speed and memory with the estimates.
 
     Args:
-        args: Arguments of `benchmarks.train_step`. If memory runs out, `batch` is halved.
-        recipe: Recipe of `benchmarks.train_step`.
-        gpu: Name in `extras.planning.estimate`, or None.
+        args: Arguments of `benchmarks.train_step`; `batch` is halved if memory runs out.
+        recipe: Name of a recipe in `benchmarks.train_step`.
+        gpu: Name of the GPU in `extras.planning.estimate`, or None if it is not listed there.
     """
     measured = None
     while measured is None:
         try:
             measured = measure_step(args, recipe)
         except torch.OutOfMemoryError:
-            if args.batch <= 2:  # BatchNorm needs two images.
+            if args.batch <= 2:  # BatchNorm cannot train on a batch of one image.
                 raise
             args.batch //= 2
     seconds, most, finite = measured
     planned = train_step.estimates(args, gpu, choose_precision("auto")[0])[recipe]
     rate = planned.get("images_per_second")
     rates = f"{args.batch / seconds:.1f}", f"{rate:.1f}" if rate else "unknown"
-    # On a CPU, the new trainer reuses memory that earlier trainers have freed.
+    # Omit the memory on a CPU. A new trainer reuses memory that previous trainers have freed, so
+    # the measured peak would be too low.
     memory = f"{most / 2**30:.2f} GiB" if torch.cuda.is_available() else "not measured"
     estimate = f"{planned['bytes'] / 2**30:.2f} GiB"
     return Outcome((str(args.batch), *rates, memory, estimate), finite)
 
 
 def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
-    """Yield the name and the function of each row of the second table.
+    """Yield the name and the measuring function for each row of the speed table.
 
     Args:
         sizes: Sizes of the measurements.
-        gpu: Name in `extras.planning.estimate`, or None.
-        folder: Folder for generated images.
+        gpu: Name of the GPU in `extras.planning.estimate`, or None if it is not listed there.
+        folder: Folder for the generated images.
     """
     args = train_step.arguments(["--recipes", *RECIPES.values()])
     args.arch, args.size, args.batch = sizes.arch, sizes.size, sizes.batch
@@ -233,20 +257,20 @@ def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
 
 
 def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
-    """Measure and print each row of a table; leave out rows that cannot start in time."""
+    """Measure and print each table row, but leave out rows that would start after the deadline."""
     words = {True: "ok", False: "FAILED", None: "left out"}
     for name, measure in rows:
         try:
             in_time = time.monotonic() < deadline
             cells, holds = measure() if in_time else Outcome(("out of time; --minutes 15",), None)
-        except Exception as error:  # A failure of one row must not hide the others.
+        except Exception as error:  # Report the error, then measure the next row.
             cells, holds = (one_line(error)[:300],), False
         empty = [""] * (len(table.names) - len(cells) - 2)
         table.add(name, *cells, *empty, words[holds])
 
 
 def verdict(rows: Sequence[Sequence[str]]) -> str:
-    """Return "passed" or "failed", with the names of the rows that failed or were left out."""
+    """Return "passed" or "failed", and the names of rows that failed or were left out."""
     names = {word: [row[0] for row in rows if row[-1] == word] for word in ("FAILED", "left out")}
     text = f"failed: {'; '.join(names['FAILED'])}" if names["FAILED"] else "passed"
     return f"{text} (left out: {'; '.join(names['left out'])})" if names["left out"] else text
@@ -254,7 +278,7 @@ def verdict(rows: Sequence[Sequence[str]]) -> str:
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables and the verdict; return 1 if a row failed."""
+    """Print the tables and the verdict, and return 1 if a row failed."""
     parser = harness.make_parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--minutes", type=float, default=5, help="later rows are left out")
@@ -265,17 +289,18 @@ def main(argv: list[str] | None = None) -> int:
         )
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
-    if args.device == "cpu" and on_gpu:  # Start again where PyTorch finds no GPU.
+    if args.device == "cpu" and on_gpu:  # Hide the GPU from PyTorch in a new process.
         command = [sys.executable, "-m", "benchmarks.gpu_check", *(argv or sys.argv[1:])]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     given = {name: value for name in Sizes._fields if (value := getattr(args, name)) is not None}
     sizes = (Sizes() if on_gpu else ON_CPU)._replace(**given)
-    # The variable must be set before CUDA starts.
+    # Set CUBLAS_WORKSPACE_CONFIG before CUDA is initialised, because deterministic cuBLAS
+    # operations need it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     deadline = time.monotonic() + 60 * args.minutes
 
-    # Say what is checked.
+    # Print the hardware and the library versions.
     about = harness.machine()
     print(
         f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}\n"
@@ -283,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         else f"No GPU is used: a stand-in at small sizes on {about['cpu']}\n"
     )
 
-    # Check the results, then measure the speed.
+    # Run the correctness checks first, then measure the speed.
     correctness = harness.Table("check", "measured", "limit", "result")
     with numerics.made_config(sizes.check_size, sizes.check_batch) as (folder, config):
         fill(correctness, checks(sizes, "cuda" if on_gpu else "cpu", folder, config), deadline)

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: command line, tables, timing, memory and control of trainers."""
+"""Benchmark utilities: command line, tables, timing, memory measurement and trainer control."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ from torch.utils.benchmark import Timer
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the option `--json`, described by the first line of a docstring."""
+    """Return a parser with the option `--json`; its description is the first line of `doc`."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", help="also write the result to this file")
     return parser
 
 
 def parse_switch(text: str) -> bool | str:
-    """Return the value of an option that is true, false or another word, such as `--compile`."""
+    """Convert "true" and "false" to Booleans, and return any other text unchanged."""
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def write_json(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
-    """Write a result to the file that `--json` names, if it names one."""
+    """Write the result as JSON if the user passed `--json FILE`."""
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def row(*cells: object) -> str:
-    """Return a row of a Markdown table."""
+    """Return the cells as a row of a Markdown table."""
     texts = (f" {cell}".rstrip() for cell in cells)
     return f"|{''.join(f'{text} |' for text in texts)}"
 
 
 def head(*names: object) -> str:
-    """Return the first two lines of a Markdown table."""
+    """Return the header row and the separator row of a Markdown table."""
     return f"{row(*names)}\n{'|---' * len(names)}|"
 
 
 class Table:
-    """A Markdown table that prints each row at once, so that an interrupted run keeps its rows.
+    """A Markdown table that prints each row as soon as it is added, so that no result is lost.
 
     Args:
-        *names: Names of the columns.
+        *names: Column headings.
     """
 
     def __init__(self, *names: str) -> None:
@@ -70,17 +70,17 @@ class Table:
         print(head(*names), flush=True)
 
     def add(self, *cells: Any) -> None:
-        """Print a row."""
+        """Store a row and print it."""
         self.rows.append(cells)
         print(row(*cells), flush=True)
 
     def result(self) -> dict[str, Any]:
-        """Return the columns, the rows and the machine, for `write_json`."""
+        """Return the table and a description of the machine in the format for `write_json`."""
         return {"columns": self.names, "rows": self.rows, "machine": machine()}
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine and the library versions that results depend on."""
+    """Return a description of the hardware and the versions of the relevant libraries."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (line := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
@@ -95,7 +95,7 @@ def machine() -> dict[str, Any]:
 
 
 def run_command(main: Callable[[list[str]], int], *arguments: str) -> tuple[int, str]:
-    """Call the `main` of a command; return its status and the last line of its output."""
+    """Call a command's `main`; return its exit status and the last line of its output."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = main(list(arguments))
@@ -105,7 +105,7 @@ def run_command(main: Callable[[list[str]], int], *arguments: str) -> tuple[int,
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide warnings and logged warnings, so that only the tables are printed; also a decorator."""
+    """Hide Python warnings and logged warnings, in a `with` block or a decorated function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -118,12 +118,14 @@ def quiet() -> Iterator[None]:
 def seconds_of(
     call: Callable[[], Any], threads: int | None = None, min_run_time: float = 0.0
 ) -> float:
-    """Return the median seconds of a call, after a warm-up and with the GPU synchronized.
+    """Return the median time of a function call in seconds, after a warm-up.
+
+    The timer waits until the GPU has finished its work before it reads the clock.
 
     Args:
         call: Function to time.
-        threads: Number of CPU threads. If None, PyTorch's current number.
-        min_run_time: Seconds for which the call is repeated. 0 measures one call.
+        threads: Number of CPU threads; by default PyTorch's current number of threads.
+        min_run_time: Minimum total time of the repeated calls, in seconds; 0 for a single call.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=threads or torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median
@@ -132,12 +134,15 @@ def seconds_of(
 def in_turn(
     measures: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = False
 ) -> dict[str, list[float]]:
-    """Measure several sides in turn, so that disturbances of the machine affect all of them.
+    """Measure several contenders in turn, so that load on the machine affects them equally.
 
     Args:
-        measures: Function of each side that measures it once.
-        rounds: Number of values for each side.
-        warm_up: Whether to discard the values of an additional first round.
+        measures: For each contender, a function that takes one measurement.
+        rounds: Number of measurements per contender.
+        warm_up: Whether to run one more round at the start and discard its measurements.
+
+    Returns:
+        The measurements of each contender.
     """
     found: dict[str, list[float]] = {name: [] for name in measures}
     for number in range(warm_up + rounds):
@@ -149,10 +154,14 @@ def in_turn(
 
 
 class PeakMemory:
-    """A context that measures the peak memory of its block, beyond the memory in use before.
+    """A context manager that measures how much its block raises the peak memory.
+
+    Args:
+        on_gpu: Whether to measure memory allocated on the GPU instead of the resident memory of the
+            process.
 
     Attributes:
-        bytes: Allocated bytes on a GPU, resident bytes on a CPU. 0 where Linux's /proc is missing.
+        bytes: Increase of the peak memory in bytes, or 0 on a CPU if Linux's /proc is missing.
     """
 
     def __init__(self, on_gpu: bool) -> None:
@@ -166,7 +175,7 @@ class PeakMemory:
         else:
             file = Path("/proc/self/clear_refs")
             if file.exists():
-                file.write_text("5")  # Reset the peak to the resident memory.
+                file.write_text("5")  # Reset the peak to the current resident memory.
             self._before = self._peak()
         return self
 
@@ -182,9 +191,10 @@ class PeakMemory:
 
 
 class Steps(Callback):
-    """A callback that records the end of each step, after Composer has waited for the device.
+    """A callback that records the time at which each training step ends.
 
-    Composer waits in order to log the loss.
+    The recorded times include the work on the GPU, because Composer waits for the GPU to log the
+    loss.
     """
 
     def __init__(self) -> None:
@@ -194,18 +204,18 @@ class Steps(Callback):
         self.ends.append(time.perf_counter())
 
     def mean(self, count: int) -> float:
-        """Return the mean seconds of the last `count` steps."""
+        """Return the mean time per step, in seconds, over the last `count` steps."""
         return (self.ends[-1] - self.ends[-1 - count]) / count
 
 
 def never_evaluate(trainer: Trainer) -> None:
-    """Turn off the evaluation that Composer runs at the end of each `fit`."""
+    """Disable the evaluation that Composer runs at the end of each `fit`."""
     for evaluator in trainer.state.evaluators:
         evaluator.eval_interval = lambda state, event: False
 
 
 def release() -> None:
-    """Free the memory of earlier trainers, which Composer keeps until the process ends."""
+    """Free the memory of previous trainers, which Composer would keep until the process exits."""
     atexit.unregister(Engine._close)
     gc.collect()
     if torch.cuda.is_available():

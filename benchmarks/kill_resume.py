@@ -1,15 +1,16 @@
-"""A test that kills runs with SIGKILL, resumes them, and compares them with undisturbed runs.
+"""Kill runs with SIGKILL, resume them, and compare the results with undisturbed runs.
 
-    python -m benchmarks.kill_resume                      # the table, as Markdown; 5 minutes
+    python -m benchmarks.kill_resume                      # takes 5 minutes
     python -m benchmarks.kill_resume --recipes hot --sources folders --seed 3
 
-Each row is one run of DeepLabV3+ with a ResNet of four blocks, in fp32 on one core. It trains on
-generated images of 32 pixels, for 2 epochs of 6 batches. The run is killed at a random batch, in a
-random evaluation or at a random point of a save. Then it is started again with the same config
-until it ends.
+Each row of the Markdown table is one run of DeepLabV3+ with a four-block ResNet, in fp32 on one
+core. The network trains on generated images of 32 pixels, for 2 epochs of 6 batches. The test kills
+the run at a random batch, during a random evaluation or at a random point of saving a checkpoint.
+Then the test starts the run again with the same config and lets it finish.
 
-The benchmark compares the weights, the averaged weights and the optimizer state at the end. It also
-compares every loss and mIoU that any process of the run logged.
+At the end, the test compares the weights, the averaged weights and the optimizer state with those
+of the undisturbed run. The test also compares all losses and mIoUs that were logged before and
+after the run was killed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.support.resumed_runs import (
 )
 
 SOURCES = ("folders", "shards")
-BATCHES = 12  # Two epochs of 6 batches.
+BATCHES = 12  # Length of each run: two epochs of 6 batches.
 KILLS = {
     "mid-epoch": ("forward", "batch"),
     "evaluation": ("eval",),
@@ -43,20 +44,20 @@ KILLS = {
 
 
 def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
-    """Return a random moment of a type that occurs in a run with the given save interval."""
+    """Return a random moment at which to kill the run, within the given part of a run."""
     moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
     if point == "evaluation":
-        return Death(moment, rng.randrange(4))  # The run has 2 evaluations of 2 batches.
+        return Death(moment, rng.randrange(4))  # Each run evaluates twice, on two batches.
     saves = BATCHES // save_every
-    if moment == "remove":  # The third save is the first that removes a checkpoint.
+    if moment == "remove":  # The third save is the first to remove a checkpoint.
         return Death(moment, rng.randrange(saves - 2))
     return Death(moment, rng.randrange(1, saves))
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the parameters of each row."""
+    """Yield the parameters for each row of the table."""
     rng = random.Random(arguments.seed)
     for recipe in arguments.recipes:
         for source in arguments.sources:
@@ -73,7 +74,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
-    """Return the largest difference after a kill, and whether the logs are the same."""
+    """Kill and resume a run; return its largest difference and whether its logs are the same."""
     name = f"{folder}/{case['recipe']}-{case['source']}"
     config = make_config(f"{folder}/data", case["recipe"], case["source"], case["workers"])
     if not os.path.exists(name):
@@ -90,7 +91,7 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
 
 
 def main() -> int:
-    """Print the table; return 1 if a run differs."""
+    """Print the table, and return 1 if a resumed run differs from the undisturbed run."""
     parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)

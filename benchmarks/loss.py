@@ -1,15 +1,18 @@
-"""Time and memory of the training loss, forward and backward: this project's against Composer's.
+"""Compare the time and memory of this project's training loss with Composer's.
 
-    python -m benchmarks.loss                          # (4, 150, 512, 512) from logits of a quarter
+    python -m benchmarks.loss
     python -m benchmarks.loss --batch 16 --device cuda --json result.json
-    python -m benchmarks.loss --class-weights          # this project's, with and without weights
+    python -m benchmarks.loss --class-weights          # this project with and without weights
 
-Composer's side applies `soft_cross_entropy` and `DiceLoss` to logits that `F.interpolate` has
-resized to the target's size, in bf16 under autocast. Its mixed target, as made by MixUp, is dense:
-one number per class and pixel, computed before the measurement. This project uses two index targets
-instead.
+The benchmark measures the forward and backward pass. By default, the logits have the shape
+(4, 150, 128, 128), and the targets have 512 x 512 pixels. To compute Composer's loss, the benchmark
+resizes the logits to the target's size with `F.interpolate` and then applies `soft_cross_entropy`
+and `DiceLoss`. In bf16 and fp16, both losses run under autocast. Composer's MixUp target is dense,
+with one number per class and pixel. The benchmark computes this dense target before it starts the
+timer. For MixUp, this project uses two index targets instead of a dense target.
 
-Memory is the additional peak of a separate process: resident on a CPU, allocated on a GPU.
+The reported memory is the increase of the peak memory in a separate process. The benchmark measures
+allocated memory on a GPU and resident memory on a CPU.
 """
 
 from __future__ import annotations
@@ -31,14 +34,21 @@ from benchmarks import harness
 from segmentation.losses import MixedTarget, segmentation_loss
 
 SIDES = ("Composer", "this project")
-# Both sides of --class-weights are this project's.
+# With `--class-weights`, the benchmark compares two variants of this project's loss.
 WEIGHTED = ("without weights", "with class weights")
 TARGETS = ("index", "mixed")
 MIXING = 0.3
 
 
 class Case:
-    """Random logits and a random target for one side, with one step of its loss."""
+    """A loss function with random logits and a random target.
+
+    Args:
+        side: Name of the loss, from `SIDES` or `WEIGHTED`.
+        target: Type of the target, "index" or "mixed".
+        args: Arguments of the command line, with shapes, device and type.
+        size: Height and width of the target in pixels; by default `args.size`.
+    """
 
     def __init__(self, side: str, target: str, args: argparse.Namespace, size: int | None = None):
         generator = torch.Generator().manual_seed(0)
@@ -48,14 +58,15 @@ class Case:
         logits = logits.to(args.device, args.dtype, memory_format=torch.channels_last)
         self.logits = logits.requires_grad_()
         self.size = (size, size)
-        # The target consists of patches of one class each. Some patches are ignored (-1).
+        # Build the target from random patches. Each patch has a single class index, and the loss
+        # ignores patches with class index -1.
         patches = torch.randint(-1, args.classes, (args.batch, 1, 16, 16), generator=generator)
         first = F.interpolate(patches.double(), self.size)[:, 0].long().to(args.device)
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
         self.target = first if target == "index" else mixed
         self.loss = self._composer if side == "Composer" else self._ours
-        # All weights are equal, so that both sides agree. The computation is the same for any
-        # weights.
+        # Make all class weights equal, so that the loss is the same as without weights. The values
+        # of the weights do not affect the speed.
         alike = torch.full((args.classes,), 2.0, device=args.device)
         self.weights = alike if side == WEIGHTED[1] else None
         if side == "Composer" and target == "mixed":
@@ -78,7 +89,7 @@ class Case:
         return loss["total"]
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and its gradient."""
+        """Return the loss and its gradient with respect to the logits."""
         device, dtype = self.logits.device.type, self.logits.dtype
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = self.loss()
@@ -89,7 +100,7 @@ class Case:
 
 
 def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Check that the sides agree, then time their steps in turn."""
+    """Check that both losses agree, then return the times of their steps in seconds."""
     cases = {side: Case(side, target, args) for side in args.sides}
     (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in args.sides)
     tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
@@ -102,9 +113,9 @@ def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, li
 
 @harness.quiet()
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
-    """Return the peak memory of one step beyond the memory in use before it."""
+    """Return by how many bytes one step raises the peak memory."""
     torch.set_num_threads(args.threads[-1])
-    Case(side, target, args, size=64).step()  # The small step loads libraries and compiles kernels.
+    Case(side, target, args, size=64).step()  # Load libraries and compile kernels beforehand.
     case = Case(side, target, args)
     with harness.PeakMemory(args.device == "cuda") as peak:
         case.step()
@@ -112,12 +123,12 @@ def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
-    """Measure the time for each number of threads, and the memory, for both sides and targets."""
+    """Yield the time and memory of both losses for each type of target and number of threads."""
     for target in TARGETS:
         memory = {}
         for side in args.sides:
-            # Measure each side in a process of its own, because memory that was freed before hides
-            # new use.
+            # Measure each loss in its own process, because reusing previously freed memory would
+            # hide new allocations.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 memory[side] = process.submit(extra_bytes, side, target, args).result()
         for threads in args.threads:
@@ -131,7 +142,7 @@ HEAD = harness.head(
 
 
 def lines(result: dict) -> str:
-    """Return the lines of the Markdown table for one type of target."""
+    """Return the rows of the Markdown table for one type of target."""
     start = result["target"], result["threads"]
     medians, memory, found = [], [], []
     for side, taken in result["seconds"].items():
@@ -140,7 +151,7 @@ def lines(result: dict) -> str:
         digits = 0 if medians[-1] > 0.1 else 2
         times = (f"{1e3 * t:.{digits}f} ms" for t in (medians[-1], min(taken), max(taken)))
         found.append(harness.row(*start, side, *times, f"{memory[-1] / 1e6:.0f} MB"))
-    # The ratio is left out below one page of memory.
+    # Omit the memory ratio if the second loss uses less than one memory page.
     smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""
     ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in result['seconds'] else 1}f}"
     return "\n".join([*found, harness.row(*start, "ratio", ratio, "", "", smaller)])
@@ -148,7 +159,7 @@ def lines(result: dict) -> str:
 
 @harness.quiet()
 def main() -> None:
-    """Run the command line."""
+    """Measure and print the table for the command-line arguments."""
     parser = harness.make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=150)
@@ -181,7 +192,7 @@ def main() -> None:
     print(f"Logits ({shape}), {result['dtype']}, to {args.size} px; {device}")
     print(f"\n{HEAD}", flush=True)
     for found in measure(args):
-        # Print at once, so that an interrupted run keeps its first rows.
+        # Print each row immediately, so that an interrupted run shows its first results.
         print(lines(found), flush=True)
         result["rows"].append(found)
     harness.write_json(args, result)

@@ -1,12 +1,12 @@
-"""A bit-for-bit comparison of training results between the working tree and a commit.
+"""Compare training results between the working tree and a commit, bit by bit.
 
-    python -m benchmarks.numbers HEAD~1        # 4 minutes on 2 cores
+    python -m benchmarks.numbers HEAD~1        # takes 4 minutes on 2 cores
 
 Each recipe trains ResNet-50 for ten steps on generated images of 64 pixels, in fp32, on one thread
-and from one seed. It runs once in the working tree and once in the files of the commit, with the
-main.py of each. The evaluate.py of each then scores the checkpoint with both protocols. If a change
-should not affect the results, then the losses, the weights, averages and momentum, and the scores
-must be the same.
+and with the same seed. The benchmark trains once with main.py from the working tree and once with
+main.py from the commit. Then the evaluate.py of each version scores the version's checkpoint with
+both protocols. If a code change should not affect the results, then the losses, the checkpoint's
+tensors and the scores must be identical.
 """
 
 from __future__ import annotations
@@ -32,22 +32,28 @@ PROTOCOLS = ("paper", "square")
 
 
 class Numbers(NamedTuple):
-    """The results of a recipe."""
+    """The results of a training run.
 
-    losses: list[float]  # Loss of each step, in fp32.
-    state: str  # A digest of all tensors in the checkpoint.
-    scores: list[float]  # mIoU in percent for each protocol.
+    Attributes:
+        losses: fp32 loss of each training step.
+        state: Digest of all tensors in the checkpoint.
+        scores: mIoU in percent for each evaluation protocol.
+    """
+
+    losses: list[float]
+    state: str
+    scores: list[float]
 
 
 def unpack(commit: str, folder: str | Path) -> None:
-    """Write the files of a commit into a folder.
+    """Extract the files of a commit into a folder.
 
     Args:
-        commit: Any name that git has for the commit.
-        folder: Folder for the files.
+        commit: Commit hash, branch, tag or any other name that git resolves to a commit.
+        folder: Existing folder that the files are written to.
 
     Raises:
-        SystemExit: The commit does not exist.
+        SystemExit: Git cannot find the commit.
     """
     command = ["git", "archive", f"{commit}^{{tree}}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
@@ -60,7 +66,7 @@ def unpack(commit: str, folder: str | Path) -> None:
 def make_config(
     data: str, folder: str, recipe: str, size: int = 64, steps: int = 10
 ) -> dict[str, Any]:
-    """Return the config of a run that saves a checkpoint at its end."""
+    """Return the config of a training run that saves one checkpoint when it ends."""
     config = resumed_runs.make_config(data, recipe, "folders", workers=0)
     for section in ("train_dataset", "eval_dataset"):
         config[section] |= {"base_size": size, "final_size": size}
@@ -70,7 +76,7 @@ def make_config(
 
 
 def run(root: Path, data: str, recipe: str) -> Numbers:
-    """Train and score one recipe with the files of `root`."""
+    """Train and score one recipe with the code in the folder `root`."""
 
     def python(*arguments: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -100,7 +106,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; return 1 if a result differs."""
+    """Print the comparison table, and return 1 if a result differs."""
     parser = make_parser(__doc__)
     parser.add_argument("commit", help="what to compare with, as git names it")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)

@@ -1,19 +1,18 @@
-"""Checks that a device computes correctly: loss, colours, mixed precision, resuming.
+"""Check that a device computes correctly: loss, colours, mixed precision, resuming.
 
-    python -m benchmarks.numerics                  # on a GPU if there is one, otherwise on the CPU
+    python -m benchmarks.numerics                  # uses a GPU if one is available
     python -m benchmarks.numerics --steps 200 --size 512 --batch 16
 
-The benchmark prints the rows of four tables as they are measured. The exit status is 1 if a row
-says DIFFER.
+The benchmark prints four tables. The exit status is 1 if a row contains DIFFER.
 
-- The first table compares the loss and its gradient from the kernels of this machine with
-  Composer's formula in fp64, on the same numbers. The gradient is scaled as in fp16 training.
-- On a GPU, the second table compares images from the device part of the data pipeline with images
-  from a CPU.
+- The first table compares the loss and its gradient with Composer's formula in fp64, applied to the
+  same logits. The gradient is scaled as in fp16 training.
+- On a GPU, the second table compares images from the GPU's data transform with images from the same
+  transform on the CPU.
 - The third table compares the losses of the same training in fp32 and in mixed precision. A
   repeated fp32 run shows the effect of the summation order, which a GPU may choose freely.
-- The fourth table compares a `hot` run with `deterministic` and a run that resumes from its middle
-  checkpoint. All losses and tensors must be the same to the last bit.
+- The fourth table compares a deterministic `hot` run with a run that resumes from its middle
+  checkpoint. All losses and tensors must be identical, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,29 +40,31 @@ from training.pictures import Curves
 from transforms import DeviceTransform
 
 CLASSES, STRIDE = 150, 4
-# Relative tolerances of the loss and of the gradient's norm. The sums are in fp32, and the gradient
-# is rounded to bf16 or fp16.
+# Maximum relative error of the gradient for each type of the logits. Sums are computed in fp32, and
+# the gradient is then rounded to the logits' type. The loss must always meet the fp32 tolerance.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
-LEVEL = 1 / 255 / 0.225  # The smallest step of an image, normalised.
-# Changes of a config for a run in plain fp32.
+LEVEL = 1 / 255 / 0.225  # Difference between adjacent 8-bit pixel values after normalisation.
+
+# Config changes for a run in fp32 without TF32 and without compilation.
 EXACTLY = {"precision": "fp32", "tf32": False, "compile": False}
-# Columns of the tables.
+
+# Column headings of the tables.
 LOSSES = "logits", "target", "class weights", "error of the loss", "of its gradient"
 IMAGES = "images on the GPU", "greatest difference from a CPU's", "labels"
 RESUMED = "hot, deterministic", "steps", "losses", "greatest difference of a tensor"
 NAMES = {False: "not compiled", True: "compiled"}
-Row = tuple[list[str], bool]  # The cells of a row, and whether the result is correct.
+Row = tuple[list[str], bool]  # The cells of a table row, and whether the result is correct.
 
 
 def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[float, float]:
-    """Return the relative errors of the loss and, by its norm, of its gradient.
+    """Return the relative error of the loss and the relative error of its gradient.
 
     Args:
         dtype: Type of the logits.
-        target: "index" or "mixed".
-        side: Side of `benchmarks.loss`: without weights, or with equal weights.
-        size: Side of the target in pixels.
+        target: Type of the target, "index" or "mixed".
+        side: Item of `benchmarks.loss.WEIGHTED`, which selects whether the loss has class weights.
+        size: Height and width of the target in pixels.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, Any] = {"batch": 2, "classes": CLASSES, "size": size, "stride": STRIDE}
@@ -82,7 +83,7 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
 
 
 def loss_rows(size: int) -> Iterator[Row]:
-    """Yield a row of the first table for each type, target and side."""
+    """Yield the rows of the loss table, for each type, each target, and with or without weights."""
     for dtype, tolerance in TOLERANCE.items():
         for target in loss.TARGETS:
             for side in loss.WEIGHTED:
@@ -94,7 +95,7 @@ def loss_rows(size: int) -> Iterator[Row]:
 
 
 def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images with a strip of padding, and labels."""
+    """Return random images and labels, with a strip of padding at the top of the labels."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, size, size)
     images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
@@ -104,7 +105,7 @@ def make_batch(batch: int, size: int, device: str) -> tuple[torch.Tensor, torch.
 
 
 def transform_rows(size: int) -> Iterator[Row]:
-    """Yield the rows of the second table: with the GPU's own operations, and compiled."""
+    """Yield the rows of the image table, with the transform first uncompiled and then compiled."""
     images, labels = make_batch(8, size, "cpu")
     transform = DeviceTransform(distort=True, seed=5)
     expected, classes = transform((images, labels))
@@ -123,13 +124,13 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
 
     Args:
         config: Content of a YAML config.
-        tf32: Whether a GPU may compute fp32 in TF32, as Composer allows.
-        **changes: Changes of the config.
+        tf32: Whether a GPU may use TF32 for fp32 operations, as it may under Composer by default.
+        **changes: Config attributes to replace.
     """
     harness.release()
     trainer = program.build_trainer(dataclasses.replace(resolve(config), **changes))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    # Without evaluations, the evaluation pass is not compiled either.
+    # Skip evaluations to save time, because the first one would compile the evaluation pass.
     harness.never_evaluate(trainer)
     trainer.fit()
     trainer.close()
@@ -138,11 +139,11 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
 
 
 def precision_rows(config: dict[str, Any], shown: Sequence[int]) -> Iterator[Row]:
-    """Yield the rows of the third table, with training in each precision.
+    """Train in each precision, and yield the rows of the precision table.
 
     Args:
         config: Content of a YAML config.
-        shown: Steps whose losses are shown.
+        shown: Numbers of the training steps for which the table shows the loss.
     """
     on_gpu = torch.cuda.is_available()
     runs: dict[str, dict[str, Any]] = {"fp32": EXACTLY, "fp32, again": EXACTLY}
@@ -164,16 +165,16 @@ def precision_rows(config: dict[str, Any], shown: Sequence[int]) -> Iterator[Row
 def resume(
     config: dict[str, Any], steps: int, folder: str, compiled: bool = False
 ) -> tuple[bool, float]:
-    """Compare a run that resumes from its middle checkpoint with one that never stopped.
+    """Compare a run that resumes from its middle checkpoint with an uninterrupted run.
 
     Args:
         config: Content of a YAML config.
-        steps: Number of steps of the run.
-        folder: Folder for the checkpoints; the first run writes to its subfolder `whole`.
+        steps: Total number of training steps.
+        folder: Folder for the checkpoints; the uninterrupted run saves to its subfolder `whole`.
         compiled: Whether to compile the network.
 
     Returns:
-        Whether all losses are the same, and the largest difference of a tensor.
+        Whether all losses are the same, and the largest difference between two tensors.
     """
     whole, resumed, half = f"{folder}/whole", f"{folder}/resumed", steps // 2
     same = {"precision": "auto", "compile": compiled, "deterministic": True}
@@ -181,12 +182,12 @@ def resume(
     losses = train(config, save_folder=whole, **same, **keep)
     (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
     again = train(config, save_folder=resumed, load_path=str(middle), **same)
-    torch.use_deterministic_algorithms(False)  # Composer leaves this on.
+    torch.use_deterministic_algorithms(False)  # Composer leaves deterministic algorithms enabled.
     return losses == again, largest_difference(resumed, whole)
 
 
 def resume_rows(config: dict[str, Any], steps: int, folder: str) -> Iterator[Row]:
-    """Yield the rows of the fourth table: resumed runs, not compiled and, on a GPU, compiled."""
+    """Yield the rows of the resume table: an uncompiled run and, on a GPU, a compiled run."""
     for compiled in (False, True)[: 1 + torch.cuda.is_available()]:
         same, difference = resume(config, steps, f"{folder}/{compiled}", compiled)
         cells = [NAMES[compiled], f"{steps}, from {steps // 2} on again"]
@@ -195,14 +196,14 @@ def resume_rows(config: dict[str, Any], steps: int, folder: str) -> Iterator[Row
 
 @contextmanager
 def made_config(size: int, batch: int) -> Iterator[tuple[str, Callable[..., dict[str, Any]]]]:
-    """Make a folder with generated images.
+    """Generate images in a temporary folder.
 
     Args:
-        size: Side of the images in pixels.
-        batch: Number of images in a batch.
+        size: Height and width of the images in pixels.
+        batch: Number of images per batch.
 
     Yields:
-        The folder, and a function from a recipe and a number of steps to the config of a run.
+        The folder, and a function that takes a recipe and a number of steps and returns a config.
     """
     with tempfile.TemporaryDirectory() as folder:
         make(f"{folder}/data/folders", training=8 * batch, validation=8, size=size)
@@ -218,7 +219,7 @@ def made_config(size: int, batch: int) -> Iterator[tuple[str, Callable[..., dict
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables; return 1 if a row says DIFFER."""
+    """Print the tables, and return 1 if a row contains DIFFER."""
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
     add = parser.add_argument
@@ -227,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=int, default=256 if on_gpu else 64, help="pixels")
     add("--batch", type=int, default=8 if on_gpu else 4, help="images a step")
     args = parser.parse_args(argv)
-    # The variable must be set before CUDA starts.
+    # Set CUBLAS_WORKSPACE_CONFIG before CUDA is initialised, because deterministic cuBLAS
+    # operations need it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     shown = sorted({1, max(args.steps // 4, 1), max(args.steps // 2, 1), args.steps})
     curves = "precision", *(f"loss {step}" for step in shown), "mean difference", "greatest"

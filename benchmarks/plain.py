@@ -1,13 +1,13 @@
-"""The same training step with plain Composer, as a baseline for the benchmarks.
+"""A plain Composer implementation of the training step, as a baseline for the benchmarks.
 
-The baseline uses Composer's `soft_cross_entropy` and `DiceLoss` on logits upsampled to the target's
-size, and its `MIoU` of every training batch. It also uses Composer's `ChannelsLast`, EMA, SAM and
-MixUp (with dense targets) and its `DecoupledSGDW`. The depthwise convolutions of the head are
-PyTorch's.
+The baseline upsamples the logits to the target's size and applies Composer's `soft_cross_entropy`
+and `DiceLoss`. The baseline computes Composer's `MIoU` for every training batch. The baseline also
+uses Composer's `ChannelsLast`, EMA, SAM, MixUp (with dense targets) and `DecoupledSGDW`. The
+baseline's head uses PyTorch's depthwise convolutions.
 
-The baseline runs in fp16 autocast on a GPU and in fp32 on a CPU, where Composer has no mixed
-precision. It uses neither `torch.compile` nor cuDNN autotuning. Architecture, data and schedule are
-this project's.
+On a GPU, the baseline runs under fp16 autocast. On a CPU, the baseline runs in fp32, because
+Composer does not support mixed precision on CPUs. The baseline uses neither `torch.compile` nor
+cuDNN autotuning. The baseline's architecture, data and schedule are the same as this project's.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from training.schema import Config
 
 
 class PlainDeepLabV3(ComposerModel):
-    """DeepLabV3+ with Composer's losses and metrics on logits of the image's size.
+    """DeepLabV3+ with Composer's losses and metrics, computed at full image resolution.
 
     Args:
-        config: Config of the run. Its `model` section describes the network.
+        config: Config of the run, whose `model` section describes the network.
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,7 +48,8 @@ class PlainDeepLabV3(ComposerModel):
         )
         for layer in self.module.modules():
             if isinstance(layer, DilatedDepthwiseConv2d):
-                # The subclass adds a method to nn.Conv2d, but no state.
+                # Changing the class is safe, because DilatedDepthwiseConv2d adds a method to
+                # nn.Conv2d, but no state.
                 layer.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
         self.config = model
         self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
@@ -79,7 +80,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     data: tuple[DataSpec, DataSpec] | None = None,
 ) -> Trainer:
-    """Build the counterpart of `main.build_trainer` with plain Composer."""
+    """Build a trainer like that of `main.build_trainer`, but with plain Composer."""
     on_gpu = torch.cuda.is_available()
     reproducibility.seed_all(config.seed)
     train_data, eval_data = data or (build_data(config, "train"), build_data(config, "val"))
@@ -114,12 +115,12 @@ def build_trainer(
 
 
 def precision(config: Config) -> str:
-    """Return Composer's name for the precision of this side."""
+    """Return Composer's name for the precision in which the baseline runs."""
     return "amp_fp16" if torch.cuda.is_available() and config.precision != "fp32" else "fp32"
 
 
 def composers_recipe(config: Config) -> list[Algorithm]:
-    """Return Composer's algorithms for `config.recipe_name`."""
+    """Return Composer's own versions of the algorithms in the recipe `config.recipe_name`."""
     if config.recipe_name is None:
         return []
     recipe = getattr(config, config.recipe_name)

@@ -1,9 +1,10 @@
-"""The accuracy of `main.py --plan`: the plan of a run, compared with the run itself.
+"""Compare the time and memory that `main.py --plan` predicts with those of the actual run.
 
-    python -m benchmarks.plan                               # the demo, a few minutes on a CPU
+    python -m benchmarks.plan                        # runs the demo, a few minutes on a CPU
     python -m benchmarks.plan yamls/camvid.yaml max_duration=2ep save_folder=/tmp/run
 
-Plan and run are separate processes. Memory is the peak of the process: resident, or on its GPU.
+The plan and the actual run use separate processes. The benchmark compares the peak memory on the
+GPU or, without a GPU, the peak resident memory of the process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.harness import Table, make_parser, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "yamls/demo.yaml"
-# A program that starts main.py and reports its peak memory.
+# A program that runs main.py and writes the peak memory, in bytes, to a file.
 PROGRAM = """
 import resource
 import sys
@@ -37,7 +38,7 @@ sys.exit(status)
 
 
 def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """Return the planned and the real values: seconds, and memory in GiB."""
+    """Return the planned and the measured values of the run time (seconds) and the memory (GiB)."""
     command = [sys.executable, "main.py", config, *overrides]
     done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
     if done.returncode:
@@ -56,7 +57,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Measure and print the table for the command-line arguments."""
     parser = make_parser(__doc__)
     parser.add_argument("config", nargs="?", default=str(DEMO), help="default: the demo's")
     parser.add_argument("overrides", nargs="*", help="key=value")

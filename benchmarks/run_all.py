@@ -1,11 +1,11 @@
-"""All benchmarks for one machine in a given time, with a dated file of results.
+"""Run all benchmarks within a time limit, and save the results to a dated file.
 
-    python -m benchmarks.run_all --camvid ./camvid        # 10 minutes on a GPU, 20 on a CPU
+    python -m benchmarks.run_all --camvid ./camvid    # takes 10 minutes on a GPU, 20 on a CPU
     python -m benchmarks.run_all --only train_step loss --minutes 60
 
-Each benchmark is a separate process. A benchmark that fails or takes too long does not affect the
-others, and its output up to that point is kept. On a CPU the sizes are small. CamVid comes last and
-gets the remaining time.
+Each benchmark runs in a separate process. If a benchmark fails or takes too long, its output so far
+is kept and the other benchmarks still run. On a CPU, the benchmarks use small sizes. The CamVid
+benchmark runs last and uses the remaining time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Benchmark(NamedTuple):
-    """A module with its arguments and its maximum seconds of the usual time (None: all)."""
+    """A benchmark module and its settings.
+
+    Attributes:
+        module: Name of the module to run.
+        arguments: Command-line arguments.
+        seconds: Maximum run time in seconds under the default time limit; None for no maximum.
+    """
 
     module: str
     arguments: str = ""
@@ -41,7 +47,14 @@ class Benchmark(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The output and the duration of a benchmark, and the reason if it did not finish."""
+    """The result of a benchmark.
+
+    Attributes:
+        command: Command line of the benchmark.
+        output: Captured stdout.
+        seconds: Run time in seconds.
+        failure: Reason why the benchmark failed or was stopped, or None if it finished.
+    """
 
     command: str
     output: str
@@ -65,29 +78,30 @@ CPU = [
     Benchmark("benchmarks.studies.device_transform", seconds=60),
     Benchmark("benchmarks.dataloader", "--images 160 --repeats 3", 60),
 ]
-# Compilation would take half of the time.
+# CamVid runs without torch.compile, which would take half of the time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
-# Seconds for CamVid to start, and again for each recipe.
+# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe incurs this
+# time again.
 OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 
 def plan(on_gpu: bool) -> list[Benchmark]:
-    """Return the benchmarks except CamVid, the most important first."""
+    """Return all benchmarks except CamVid, in order of importance."""
     if on_gpu:
         return GPU
-    if choose_precision("auto")[1] is None:  # The first two benchmarks would be the same.
+    if choose_precision("auto")[1] is None:  # Without bf16, `train_step` always runs in fp32.
         return [CPU[0]._replace(seconds=480), *CPU[2:]]
     return CPU
 
 
 def usual_minutes() -> float:
-    """Return the usual time for all benchmarks, in minutes."""
+    """Return the default time limit for all benchmarks, in minutes."""
     return 9.5 if torch.cuda.is_available() else 20
 
 
 def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
-    """Return the CamVid benchmark for all recipes, which trains in the remaining seconds."""
+    """Return the CamVid benchmark, set up to train all recipes within the given seconds."""
     overhead = OVERHEAD if on_gpu else OVERHEAD_SMALL
     minutes = max((seconds - overhead) / len(RECIPES) - overhead, 10) / 60
     arguments = CAMVID.format(path=shlex.quote(path), minutes=minutes)
@@ -98,7 +112,7 @@ def run(benchmark: Benchmark, limit: float) -> Outcome:
     """Run a benchmark for at most `limit` seconds."""
     shown = ["python", "-m", benchmark.module, *shlex.split(benchmark.arguments)]
     start = time.perf_counter()
-    # In a session of its own, the child processes of a benchmark end with it.
+    # Start a new session, so that a timeout also kills the benchmark's child processes.
     with subprocess.Popen(
         [sys.executable, *shown[1:]],
         cwd=ROOT,
@@ -120,7 +134,7 @@ def run(benchmark: Benchmark, limit: float) -> Outcome:
 
 
 def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> Iterator[Outcome]:
-    """Run all benchmarks within the given minutes; CamVid comes last if it has a path."""
+    """Run all benchmarks within the given minutes; run CamVid last if `path` is given."""
     deadline = time.perf_counter() + 60 * minutes
     longer = max(minutes / usual_minutes(), 1)
     for benchmark in [*benchmarks, *([None] if path else [])]:
@@ -133,7 +147,7 @@ def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> It
 
 
 def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
-    """Return the results and the description of the machine as Markdown."""
+    """Return a Markdown report of the results and the machine."""
     gpu = f"{about['gpu']}, CUDA {about['cuda']}; " if "gpu" in about else ""
     lines = [
         f"# {about.get('gpu', about['cpu'])}, {datetime.date.today()}",
@@ -149,7 +163,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
 
 
 def commit() -> str:
-    """Return git's name for this state of the code."""
+    """Return the commit as `git describe` names it, or "unknown"."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -159,7 +173,7 @@ def commit() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 1 if a benchmark did not finish."""
+    """Run the selected benchmarks; return 1 if any of them failed or was stopped."""
     on_gpu = torch.cuda.is_available()
     names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -171,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())
     chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
-    # Ask git now, because the results will change the working tree.
+    # Ask git before the benchmarks start, because the result file changes the working tree.
     about = machine() | {"commit": commit()}
     device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)

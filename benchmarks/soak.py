@@ -1,18 +1,19 @@
 """A soak test that injects faults into runs and compares their results with undisturbed runs.
 
-    python -m benchmarks.soak --minutes 20      # the table, as Markdown
-    python -m benchmarks.soak --memory          # memory and open files over 2,000 steps
+    python -m benchmarks.soak --minutes 20      # print a Markdown table of the faults
+    python -m benchmarks.soak --memory          # track memory and open files over 2,000 steps
 
-torchrun starts two processes, which train on shards in an S3 server (SeaweedFS). Checkpoints go
-there too. The cache holds only four shards, so the store gets requests all the time.
+torchrun starts two processes, which train on shards from an S3 server (SeaweedFS). The processes
+save their checkpoints on the same server. The cache holds only four shards, so the loader keeps
+downloading from the server.
 
 The test runs each recipe in turn and injects faults at random batches. Every type of fault occurs
-once before any type repeats. torchrun restarts lost processes. If torchrun itself ends too soon,
-the benchmark gives the same command again. At the end, it compares the weights, the averages and
-the optimizer state.
+once before any type repeats. torchrun restarts lost processes. If torchrun itself exits too early,
+the benchmark starts it again with the same command. At the end, the test compares the weights, the
+averages and the optimizer state with those of an undisturbed run.
 
-The disk that gets full is a small tmpfs, which needs root. The clock that is set back is the one of
-set_back.c, which needs a C compiler.
+To simulate a full disk, the test fills a small tmpfs. The test needs root to mount the tmpfs. To
+simulate a clock that is set back, the test needs a C compiler for set_back.c.
 """
 
 from __future__ import annotations
@@ -40,25 +41,26 @@ from tests.support.resumed_runs import RECIPES, largest_difference
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 500
-STRIKES = 4  # Number of faults per run.
-DISK = 64  # Size in MB of the disk that gets full.
+STRIKES = 4  # Number of faults injected into each training run.
+
+DISK = 64  # Size in MB of the temporary file system for the full-disk fault.
 DEATHS = ("SIGKILL of a process", "SIGKILL of the launcher", "SIGKILL of a loader", "SIGTERM")
 FULL, BACK, SHARED = "disk full", "clock 10 min back", "another run in the cache"
 STORE = tuple(f"store {fault}" for fault in FAULTS)
 
 
 class World:
-    """The environment of the runs: a store behind a proxy, a disk and a clock.
+    """The environment of the runs: an S3 store behind a proxy, a small disk and a clock.
 
     Args:
-        folder: Folder for the disk, the data and the logs of the runs.
-        server: S3 server.
-        stack: Stack that cleans the environment up.
+        folder: Folder for the mounted disk, the data and the logs of the runs.
+        server: S3 server for the data and the checkpoints.
+        stack: Exit stack that receives the cleanup functions of the environment.
 
     Attributes:
-        kinds: Faults that are possible on this machine.
-        missing: Requirements of the other faults.
-        environment: Environment variables for a run.
+        kinds: Types of faults that can be injected on this machine.
+        missing: Messages that say why the remaining types of faults are impossible.
+        environment: Environment variables to set for each run.
     """
 
     def __init__(self, folder: Path, server: S3Server, stack: ExitStack):
@@ -99,20 +101,20 @@ class World:
             raise RuntimeError("the shards could not be written")
 
     def _set_clock(self, seconds: int) -> None:
-        """Set the offset of the runs' clock."""
+        """Set the clock offset, in seconds, that the runs see."""
         with open(self.clock, "r+b" if self.clock.exists() else "wb") as file:
-            # Write in place, because the file is memory-mapped.
+            # Overwrite the file in place, because training processes have mapped it into memory.
             file.write(struct.pack("=q", seconds))
 
     def run(self, name: str, recipe: str, ranks: int | None = 2, steps: int = STEPS) -> Run:
-        """Start a run of a recipe."""
+        """Start a training run with the given recipe."""
         config = make_config(self.data, str(self.disk), recipe, name, steps)
         run = Run(self.folder / name, config, self.environment, ranks)
         self.stack.callback(run.end)
         return run
 
     def checkpoint(self, name: str) -> str:
-        """Download the newest checkpoint of a run and return its folder."""
+        """Download a run's newest checkpoint, and return the folder that contains it."""
         client = self.server.client
         pointer = client.get_object(Bucket=BUCKET, Key=f"runs/{name}/latest-rank0.pt.symlink")
         key = pointer["Body"].read().decode()
@@ -121,7 +123,7 @@ class World:
 
     @contextmanager
     def fault(self, kind: str) -> Iterator[None]:
-        """Inject a fault of the store, the disk or the clock inside the context."""
+        """Inject a store, disk or clock fault for the duration of a `with` block."""
         if kind in STORE:
             with self.store.having(kind.removeprefix("store ")):
                 yield
@@ -143,10 +145,10 @@ class World:
 
 
 def kill(kind: str, run: Run, rng: random.Random) -> bool:
-    """Send a signal to a part of a run, and wait until the attempt has ended.
+    """Send a signal to one process of a run, and wait until the current attempt has ended.
 
     Returns:
-        Whether the signal was sent before the run was done.
+        True if the attempt ended, False if the run was done too early.
     """
     before = len(run.endings)
     run.until(lambda: len(run.processes()[1]) > 1)
@@ -154,7 +156,7 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
         return False
     ranks, loaders = run.processes()
     victims = {DEATHS[0]: [rng.choice(ranks)], DEATHS[1]: [run.launcher]}
-    # A scheduler also sends SIGTERM to the launcher.
+    # Send SIGTERM to the launcher, as cluster schedulers do.
     victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: [run.launcher]}
     for process in victims[kind]:
         process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
@@ -162,10 +164,13 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
 
 
 def share(world: World, run: Run, name: str) -> bool:
-    """Start another run in the same cache for a while and kill it.
+    """Start a second run that shares the cache, and kill it after 50 batches.
 
     Returns:
-        Whether there was enough time for it.
+        True if the second run reached 50 batches, False if the first run was done before that.
+
+    Raises:
+        RuntimeError: The second run exited before it was killed.
     """
     other = world.run(name, "baseline", ranks=None)
     try:
@@ -182,13 +187,13 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
 
     Args:
         world: Environment of the run.
-        run: The run.
-        kind: One of `World.kinds`.
-        rng: Source of randomness for the process and the duration.
-        other: Name for another run, if the fault needs one.
+        run: Run that the fault is injected into.
+        kind: Type of fault, from `World.kinds`.
+        rng: Random number generator that chooses the process to kill or the fault's duration.
+        other: Name for the second run, which is only started for the shared-cache fault.
 
     Returns:
-        Cells of a row of the table, or None if the run was done before.
+        Cells of a table row, or None if the run ended before the fault took effect.
     """
     began, batch, ended = time.monotonic(), run.newest, len(run.endings)
     run.watch()
@@ -210,21 +215,21 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
 
 
 class Soak:
-    """A test that injects faults into one run after the other, and a table of the faults.
+    """A test that injects faults into a series of runs and prints a table of the faults.
 
     Args:
         world: Environment of the runs.
-        rng: Source of randomness for the faults and their times.
+        rng: Random number generator that chooses the faults and their times.
     """
 
     def __init__(self, world: World, rng: random.Random):
         self.world, self.rng = world, rng
-        self.deck: list[str] = []  # Faults that are still to come.
+        self.deck: list[str] = []  # Shuffled faults that are still to be injected.
         self.began = time.monotonic()
         self.worst = 0.0
 
     def __call__(self, minutes: float) -> float:
-        """Inject faults into runs for the given minutes; return the largest difference."""
+        """Test runs for the given number of minutes; return the largest difference of a tensor."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
         columns = "at", "recipe", "batch", "strike", "it lasted", "the run", "no batch for"
         self.table = Table(*columns)
@@ -236,7 +241,7 @@ class Soak:
         return self.worst
 
     def undisturbed(self, recipe: str) -> str:
-        """Train without faults and return the folder of the last checkpoint."""
+        """Train without faults, and return the folder that contains the last checkpoint."""
         run = self.world.run(recipe, recipe)
         run.finish()
         if run.endings:
@@ -244,7 +249,7 @@ class Soak:
         return self.world.checkpoint(recipe)
 
     def struck(self, name: str, recipe: str, reference: str) -> None:
-        """Train while faults occur at random batches, and compare the result."""
+        """Inject faults at random batches of a run, and compare its result with the reference."""
         run, hand = self.world.run(name, recipe), self.deal()
         for batch in sorted(self.rng.sample(range(20, STEPS // 2), STRIKES)):
             if not run.reach(batch):
@@ -263,20 +268,20 @@ class Soak:
         self.print(time.monotonic(), recipe, run.newest, "the end", "", end, "")
 
     def deal(self) -> list[str]:
-        """Take the faults of a run from the deck, with the slowest to begin first."""
+        """Draw a run's faults, with the shared-cache fault first, because it is the slowest."""
         while len(self.deck) < STRIKES:
             self.deck = [*self.rng.sample(self.world.kinds, len(self.world.kinds)), *self.deck]
         hand = [self.deck.pop() for _ in range(STRIKES)]
         return sorted(hand, key=lambda kind: kind != SHARED)
 
     def print(self, at: float, recipe: str, *cells: object) -> None:
-        """Print a row of the table."""
+        """Print a table row that starts with the elapsed time and the recipe."""
         minutes, seconds = divmod(round(at - self.began), 60)
         self.table.add(f"{minutes}:{seconds:02}", recipe, *cells)
 
 
 def memory(world: World, arguments: argparse.Namespace) -> int:
-    """Print and draw the memory and open files of an undisturbed run; return 1 if they grow."""
+    """Print and plot the memory and open files of an undisturbed run; return 1 if they grow."""
     run = world.run("undisturbed", "hot", steps=soak_memory.STEPS + EVERY)
     samples = soak_memory.follow(run)
     text, growth = soak_memory.table(samples)
@@ -287,7 +292,7 @@ def memory(world: World, arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return 1 if a run differs."""
+    """Print the table of faults; return 1 if a run differs from its reference."""
     parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="of being struck (20)")
     parser.add_argument("--seed", type=int, default=0, help="of what strikes when (0)")
@@ -296,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.keep and os.path.exists(arguments.keep):
         parser.error(f"--keep {arguments.keep}: is there already")
-    # Exit normally on SIGTERM, so that the cleanup runs.
+    # Exit normally on SIGTERM, so that the exit stack cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:
         folder = arguments.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))

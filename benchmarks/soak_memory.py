@@ -1,4 +1,4 @@
-"""Memory and open files of every process of a run, over its steps; see soak.py."""
+"""Track the memory and open files of every process of a run; used by `soak --memory`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from benchmarks.harness import head, row
 from benchmarks.soak_run import Run
 
 STEPS = 2000
-BETWEEN = 200  # Number of steps between samples.
-AFTER = 20  # Number of steps after a checkpoint.
-# Number of reads per sample. The minimum counts, because a download or an upload briefly takes
-# more.
+BETWEEN = 200  # Number of training steps between two memory samples.
+
+AFTER = 20  # Number of training steps between a checkpoint and the next memory sample.
+
+# Number of memory readings per sample. A sample is the minimum of its readings, because downloads
+# and uploads briefly use more memory.
 READS = 50
 TOLERANCE = 0.02
 UNITS = ("MB", "files")
-Sample = dict[str, tuple[float, int]]  # Resident MB and open files of each process.
+# Maps each process name to the resident memory in MB and the number of open files.
+Sample = dict[str, tuple[float, int]]
 
 
 def follow(run: Run) -> list[tuple[int, Sample]]:
-    """Sample all processes of a run at regular steps until the run is done."""
+    """Return memory samples of all processes of a run, taken every `BETWEEN` training steps."""
     samples = []
     for step in range(BETWEEN, STEPS + 1, BETWEEN):
         if run.reach(step + AFTER):
@@ -38,7 +41,7 @@ def follow(run: Run) -> list[tuple[int, Sample]]:
 
 
 def read(run: Run) -> Sample:
-    """Read the memory and open files of all processes of a run."""
+    """Return the current memory and number of open files of each process of a run."""
     ranks, _ = run.processes()
     names = {"launcher": run.launcher}
     for number, rank in enumerate(ranks):
@@ -50,7 +53,7 @@ def read(run: Run) -> Sample:
 
 
 def table(samples: Sequence[tuple[int, Sample]]) -> tuple[str, float]:
-    """Return a table of memory and open files by step, and the largest growth over the run."""
+    """Return a Markdown table of memory and open files, and their largest relative growth."""
     steps = [step for step, _ in samples]
     lines = [head("process", *(f"step {step}" for step in steps), "growth")]
     worst = 0.0
@@ -65,7 +68,7 @@ def table(samples: Sequence[tuple[int, Sample]]) -> tuple[str, float]:
 
 
 def draw(samples: Sequence[tuple[int, Sample]], path: Path) -> None:
-    """Draw memory and open files over the steps."""
+    """Plot memory and open files over the training steps, and save the plot as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""A run of soak.py: torchrun restarts the run's processes, and this module restarts torchrun."""
+"""A training run for the soak test that restarts torchrun if it exits too early."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from tests.support.resumed_runs import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
-EVERY = 50  # Number of batches between checkpoints.
-# Seconds without a batch after which a run counts as hung; longer than all faults.
+EVERY = 50  # Number of batches between two checkpoints.
+
+# Time in seconds without a new batch after which a run is considered hung. No injected fault lasts
+# as long as this.
 HANGS_AFTER = 300.0
 BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 
 
 def network(num_classes: int) -> Any:
-    """Build a small network with the parts that matter in a checkpoint, BatchNorm and dropout."""
+    """Build a small network with BatchNorm and dropout, so that resuming must restore both."""
     from torch import nn
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -39,7 +41,7 @@ def network(num_classes: int) -> Any:
 
 
 def make_config(data: str, local: str, recipe: str, name: str, steps: int) -> dict[str, Any]:
-    """Return the config of a run on shards in a store; its cache of four forces downloads."""
+    """Return the config of a run on remote shards, with a cache for only four of the shards."""
     dataset = {"is_streaming": True, "path": data, "base_size": 64, "final_size": 64}
     dataset |= {"batch_size": 8, "num_workers": 1, "cache_limit": "170kb"}
     ema = {"half_life": "20ba", "update_interval": "1ba"}
@@ -63,19 +65,19 @@ def make_config(data: str, local: str, recipe: str, name: str, steps: int) -> di
 
 
 class Run:
-    """A run that is followed by the log of its first process.
+    """A training run that is monitored through the log file of rank 0.
 
     Args:
         folder: Folder for the config and the logs.
         config: Content of the YAML config.
-        environment: Environment variables to set.
-        ranks: Number of processes. If None, one process without torchrun.
+        environment: Environment variables to set for the run.
+        ranks: Number of training processes, or None for one process without torchrun.
 
     Attributes:
-        newest: Number of batches done, over all attempts.
-        endings: For each attempt that ended: the status of torchrun, or "again" if torchrun
-            continued, and the last message.
-        gap: Longest time without a new batch since the last call of `watch`.
+        newest: Highest batch number reached in any attempt.
+        endings: For each attempt that ended, its last message after torchrun's exit status or, if
+            torchrun restarted the processes itself, after "again".
+        gap: Longest time in seconds without a new batch since the last call of `watch`.
     """
 
     def __init__(
@@ -92,18 +94,21 @@ class Run:
         self.config.write_text(json.dumps(config))  # JSON is valid YAML.
         self.attempt = 0
         self.newest = -1
-        self.moved = time.monotonic()  # Time of the last new batch.
+        self.moved = time.monotonic()  # Time at which the last new batch was seen.
         self.gap = 0.0
         self.endings: list[str] = []
         self.is_done = False
-        # Sessions of torchrun and of the training processes.
+        # Session IDs of torchrun and the training processes, which are used to find orphaned
+        # processes.
         self.sessions: set[int] = set()
-        self._trained: set[int] = set()  # Processes of the current attempt.
-        self._read = 0  # Bytes of the output that belong to earlier attempts.
+
+        self._trained: set[int] = set()  # Process IDs of the current attempt's ranks.
+
+        self._read = 0  # Number of output bytes that belong to earlier attempts.
         self.start()
 
     def start(self) -> None:
-        """Start the command that the README shows."""
+        """Start the training command that the README shows."""
         self.attempt += 1
         self._trained, self._read = set(), 0
         self.log = self.folder / f"{self.attempt}-rank0.txt"
@@ -132,7 +137,7 @@ class Run:
         return self.folder / f"{self.attempt}.out"
 
     def batch(self) -> int:
-        """Return the number of batches done in this attempt, or -1 before the first."""
+        """Return the last batch number logged in this attempt, or -1 if no batch is logged yet."""
         with suppress(FileNotFoundError), open(self.log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
             found = BATCH.findall(file.read())
@@ -140,7 +145,7 @@ class Run:
         return -1
 
     def processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """Return the training processes and their loader processes."""
+        """Return the training processes and their data loader processes."""
         with suppress(psutil.NoSuchProcess):
             ranks = self.launcher.children() if self.ranks else [self.launcher]
             ranks.sort(key=lambda rank: rank.pid)
@@ -148,7 +153,7 @@ class Run:
         return [], []
 
     def tick(self) -> None:
-        """Check the progress, and restart the command if it ended too soon."""
+        """Update the progress, and start the command again if it exited before the run was done."""
         batch, now = self.batch(), time.monotonic()
         if batch > self.newest:
             self.newest, self.moved = batch, now
@@ -168,27 +173,31 @@ class Run:
             self.start()
 
     def _last_words(self) -> str:
-        """Return the line that says why an attempt ended, and whether there is a traceback."""
+        """Return an attempt's last error message, marked TRACEBACK if main.py crashed."""
         output = self._output.read_bytes()
         text = output[self._read :].decode(errors="replace")
         self._read = len(output)
         said = [line for line in text.splitlines() if line.startswith(("error: ", "stopped after"))]
         words = re.split(r" \(|;", said[0])[0] if said else "nothing was said"
-        in_main = 'main.py", line' in text  # torchrun prints its own traceback when it ends.
+        in_main = 'main.py", line' in text  # Ignore torchrun's own traceback.
         return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:
-        """Start to measure `gap`."""
+        """Reset `gap`, so that it measures from now on."""
         self.gap, self.moved = 0.0, time.monotonic()
 
     def until(self, condition: Callable[[], bool], seconds: float = HANGS_AFTER) -> bool:
-        """Follow the run until a condition holds.
+        """Monitor the run until a condition is true or the run is done.
+
+        Args:
+            condition: Function that returns whether to stop waiting.
+            seconds: Maximum time in seconds without a new batch.
 
         Returns:
-            Whether the condition holds before the run is done.
+            Whether the condition was true in the end.
 
         Raises:
-            RuntimeError: No batch was finished for the given time.
+            RuntimeError: No batch was finished within the maximum time.
         """
         end = time.monotonic() + seconds
         while not condition():
@@ -202,20 +211,20 @@ class Run:
         return True
 
     def reach(self, batch: int) -> bool:
-        """Follow the run until a batch is done; return whether it is."""
+        """Monitor the run until it reaches a batch number; return False if it ends earlier."""
         return self.until(lambda: self.newest >= batch)
 
     def finish(self) -> None:
-        """Follow the run to its end."""
+        """Monitor the run until it is done."""
         self.until(lambda: self.is_done)
 
     def wait(self, seconds: float) -> None:
-        """Follow the run for a time."""
+        """Monitor the run for the given number of seconds."""
         end = time.monotonic() + seconds
         self.until(lambda: time.monotonic() > end, seconds + HANGS_AFTER)
 
     def left_over(self) -> list[int]:
-        """Return the processes that outlive the attempts by more than a minute."""
+        """Return the IDs of processes that are still running a minute after the run has ended."""
         end = time.monotonic() + 60
         while left := [p.pid for p in psutil.process_iter() if _session(p.pid) in self.sessions]:
             if time.monotonic() > end:
@@ -224,7 +233,7 @@ class Run:
         return left
 
     def end(self) -> None:
-        """Kill the run if it has not ended."""
+        """Kill the run if it is still running."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

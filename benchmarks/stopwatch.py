@@ -1,4 +1,4 @@
-"""The distribution of a training step's time over its parts."""
+"""Measure how much time each part of a training step takes."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ PARTS = (
 
 
 class Stopwatch(Callback):
-    """A callback that assigns the time of a trainer's steps to parts, after waiting for the device.
+    """A callback that measures the time of each part of a training step.
 
-    Forward and backward pass are counted together. The upsampling of the logits belongs to the
-    loss. Algorithms belong to the part in which they run: SAM's additional pass belongs to the
-    optimizer.
+    The callback waits for the GPU before each time measurement. The time of a part includes its
+    forward and backward passes. The loss time includes the upsampling of the logits. An algorithm's
+    time is added to the part that calls the algorithm: the optimizer's time, for example, includes
+    SAM's additional pass.
 
     Args:
-        trainer: Trainer whose steps are timed. Its model's `module` has `backbone` and
+        trainer: Trainer to time, whose network must have the attributes `backbone` and
             `classifier`.
-        compile_parts: Whether to compile backbone and head separately. In a graph of the whole
-            model, no time can be taken between them.
+        compile_parts: Whether to compile the backbone and the head separately, because they cannot
+            be timed separately if they are compiled as one graph.
     """
 
     def __init__(self, trainer: Trainer, compile_parts: bool = False) -> None:
@@ -64,7 +65,7 @@ class Stopwatch(Callback):
             algorithm.apply = self._timed(algorithm.apply, "algorithms")
 
     def milliseconds(self) -> dict[str, float]:
-        """Return the milliseconds of each part in the mean step."""
+        """Return the mean time of each part per step, in milliseconds."""
         return {part: 1e3 * self.seconds[part] / max(self.steps, 1) for part in PARTS}
 
     def _count(self) -> None:
@@ -97,15 +98,15 @@ class Stopwatch(Callback):
         return timed
 
     def _head(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Time the head's forward pass and, with hooks, the parts of the backward pass."""
+        """Return the head's forward pass with timers, and with hooks for the backward pass."""
         forward = self._timed(forward, "head")
 
         def timed(features: Any) -> Any:
             logits = forward(features)
             if logits.requires_grad:
                 logits.register_hook(lambda _: self._become("head"))
-                # Use the last features. The gradient of the first features is complete only late in
-                # the backward pass of the backbone.
+                # Hook the backbone's last feature map, because its gradient marks the start of the
+                # backbone's backward pass. The gradient of the first feature map comes much later.
                 features[-1].register_hook(lambda _: self._become("backbone"))
                 self._enter("loss")
             return logits
@@ -123,14 +124,15 @@ class Stopwatch(Callback):
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._count()
-        # At the end of an epoch, `after_dataloader` is not called, so reset the parts.
+        # Reset the stack of parts for each batch, because Composer does not call
+        # `after_dataloader` at the end of an epoch.
         self._parts = ["rest", "waiting for data"]
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self._leave()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        if self.steps == 0:  # The first wait was for the start of the loader.
+        if self.steps == 0:  # Exclude the loader's start-up time.
             self.seconds.clear()
         self.steps += 1
 

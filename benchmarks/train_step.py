@@ -1,18 +1,19 @@
-"""The complete training step for each recipe, compared with the step of plain Composer.
+"""Measure each recipe's full training step, and compare it with plain Composer.
 
-    python -m benchmarks.train_step                               # ResNet-101 at 512 px on a GPU
+    python -m benchmarks.train_step                   # on a GPU, ResNet-101 at 512 px
     python -m benchmarks.train_step --path ./ade20k --json result.json
-    python -m benchmarks.train_step --precision fp32  # the same arithmetic on both sides
+    python -m benchmarks.train_step --precision fp32  # compare both sides in fp32
 
-"ours" is the training of main.py. "plain" is benchmarks/plain.py, in fp16 on a GPU and in fp32 on a
-CPU. Both use Composer's `Trainer` and the same loader. Times are means over the steps of a run,
-because the steps of a recipe differ (SAM, EMA). The table shows medians over runs that alternate
-between the sides.
+The "ours" rows show the trainer of main.py. The "plain" rows show the trainer of
+benchmarks/plain.py, in fp16 on a GPU and in fp32 on a CPU. Both trainers use Composer's `Trainer`
+and the same loader. The time of a run is the mean over its steps, because SAM and EMA make some
+steps slower. Runs alternate between the two trainers, and the table shows the median over the runs.
 
-Utilisation is relative to the rate of one large matrix product in the same type and process. The
-operations of a step are those of the network's forward and backward pass, twice where SAM makes
-two. Memory is the peak of a step, including the weights: allocated on a GPU, resident on a CPU. For
-GPUs that `main.py --plan` knows, the table also shows the estimate.
+Utilisation is the number of operations per second, relative to one large matrix product in the same
+type and process. The operations of a step are those of the network's forward and backward pass. If
+SAM makes an additional pass, the operations count twice. Memory is the peak during a step,
+including the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan`
+supports the GPU, the table also shows the planned speed and memory.
 """
 
 from __future__ import annotations
@@ -57,9 +58,13 @@ from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
-GPU_MATRIX = 8192  # Side of the matrix that measures the rate of a GPU.
+GPU_MATRIX = 8192  # Number of rows and columns of the matrices that measure a GPU's peak speed.
 RECIPES = ("none", "mild", "medium", "hot")
-CYCLE = 2  # Number of steps in a cycle: medium has SAM's additional pass in every second step.
+
+# Number of steps after which the work per step repeats: in the medium recipe, SAM makes an
+# additional pass in every second step.
+CYCLE = 2
+
 BUILDERS: dict[str, Callable[..., Trainer]] = {
     "plain": plain.build_trainer,
     "ours": program.build_trainer,
@@ -67,7 +72,13 @@ BUILDERS: dict[str, Callable[..., Trainer]] = {
 
 
 def config(args: argparse.Namespace, recipe: str, **changes: Any) -> Config:
-    """Return the config of a run without pictures, checkpoints or evaluations, with changes."""
+    """Return the config of a run without pictures, checkpoints and evaluations.
+
+    Args:
+        args: Arguments of the command line.
+        recipe: Name of the recipe, from `RECIPES`.
+        **changes: Config keys to add or replace.
+    """
     dataset = {
         "path": args.path,
         "base_size": vars(args).get("base_size", args.size),
@@ -99,7 +110,14 @@ def config(args: argparse.Namespace, recipe: str, **changes: Any) -> Config:
 
 
 class Contender:
-    """A trainer of one side and one recipe, whose training can be continued at any time."""
+    """A trainer for one recipe that can train for more steps at any time.
+
+    Args:
+        args: Arguments of the command line.
+        side: Trainer to use, from `BUILDERS`.
+        recipe: Name of the recipe, from `RECIPES`.
+        data: Data specs for training and evaluation; by default built from the config.
+    """
 
     def __init__(
         self,
@@ -109,41 +127,45 @@ class Contender:
         data: tuple[DataSpec, DataSpec] | None = None,
     ) -> None:
         self.args, self.side, self.recipe = args, side, recipe
-        # The contenders share loaders and workers, but not the trainer's wrappers around them.
+        # Copy the data specs, because each trainer wraps the loader of its spec. All trainers
+        # share the loaders and their workers.
         data = data and (copy.copy(data[0]), copy.copy(data[1]))
         self.steps = harness.Steps()
         self.trainer = BUILDERS[side](config(args, recipe), callbacks=[self.steps], data=data)
         harness.never_evaluate(self.trainer)
-        self.bytes = 0  # Peak memory on a GPU.
+        self.bytes = 0  # Peak memory in bytes, measured only on a GPU.
 
     def fit(self, steps: int) -> None:
-        """Train for more steps."""
+        """Train for the given number of further steps."""
         torch.backends.cudnn.benchmark = self.side == "ours"
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # Free the cached memory of the other contenders.
+            torch.cuda.empty_cache()  # Free memory cached by the other trainers.
         self.trainer.fit(duration=f"{steps}ba")
 
     def time(self) -> float:
-        """Return the mean seconds of a step in another run; on a GPU, measure its peak memory."""
+        """Train for one timed run, and return the mean time per step in seconds.
+
+        On a GPU, the method also updates the peak memory.
+        """
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # The first step waits for the start of the loader.
+        self.fit(1 + self.args.steps)  # The first step includes the loader's start-up.
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
         return self.steps.mean(self.args.steps)
 
     def profile(self) -> float:
-        """Return the average number of host waits per step."""
+        """Return how many times per step the host waits for a number from the device."""
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.fit(CYCLE)
         waits = sum(event.name == "aten::_local_scalar_dense" for event in profiler.events() or ())
         return waits / CYCLE
 
     def kernels(self) -> dict[str, float]:
-        """Return the milliseconds per step of each GPU kernel or, on a CPU, of each operator."""
+        """Return the milliseconds per step for each GPU kernel or, on a CPU, for each operator."""
         on_gpu = ProfilerActivity.CUDA in supported_activities()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
         with profile(activities=activities) as profiler:
@@ -151,14 +173,14 @@ class Contender:
         taken = {
             event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
             for event in profiler.key_averages()
-            # On a GPU, skip operators and annotations, because their time includes the time of
-            # their kernels.
+            # On a GPU, keep only the kernels, because the times of operators and annotations
+            # include the times of their kernels.
             if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
         }
         return {name: time / 1e3 / CYCLE for name, time in taken.items() if time}
 
     def parts(self) -> dict[str, float]:
-        """Return the milliseconds of each part of a step.
+        """Return the time of each part of a training step, in milliseconds.
 
         The trainer cannot be used for other measurements afterwards.
         """
@@ -166,15 +188,15 @@ class Contender:
         compiled = network._compiled_call_impl is not None
         network._compiled_call_impl = None
         watch = Stopwatch(self.trainer, compile_parts=compiled)
-        # The contender was idle, so it warms up again.
+        # Warm up again, because the trainer was idle and its parts are now compiled separately.
         self.fit(self.args.warmup if compiled else CYCLE)
         watch.steps = 0
         self.fit(self.args.steps)
         return watch.milliseconds()
 
     def evaluation(self) -> dict[str, float]:
-        """Return the images per second of an evaluation and of the forward pass alone."""
-        self.trainer.eval()  # The first call starts the loader and compiles the network.
+        """Return the throughput of an evaluation and of its forward pass, in images per second."""
+        self.trainer.eval()  # Start the loader and compile the network first.
         loader = self.trainer.state.evaluators[0].dataloader
         images = sum(len(target) for _, target in loader.dataloader)
         start = time.perf_counter()
@@ -186,10 +208,10 @@ class Contender:
 
 
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
-    """Return the peak memory of building a trainer and of its first steps, in a new process.
+    """Return the peak memory, in bytes, of building a trainer and training the first steps.
 
-    The process is forked from a process that has only imported modules. A fork of this process
-    could reuse memory that this process has freed.
+    The measurement runs in a process forked from a server that has only imported modules. A fork of
+    the current process could reuse memory that was freed earlier, which would hide allocations.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.train_step"])
@@ -206,7 +228,7 @@ def _resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
 
 
 def standing_bytes(trainer: Trainer) -> int:
-    """Return the bytes of weights, gradients, momentum and averages."""
+    """Return the total size of weights, buffers, gradients, momentum and averages, in bytes."""
     state = trainer.state
     tensors = [*state.model.parameters(), *state.model.buffers()]
     tensors += [weight.grad for weight in state.model.parameters()]
@@ -222,7 +244,7 @@ def standing_bytes(trainer: Trainer) -> int:
 
 @torch.no_grad()
 def forward_seconds(trainer: Trainer, batch: Any) -> float:
-    """Return the median seconds of a forward pass in evaluation."""
+    """Return the median time of a forward pass in evaluation mode, in seconds."""
     model = cast(ComposerModel, trainer.state.model)
     model.eval()
     with get_precision_context(trainer.state.precision):
@@ -230,10 +252,10 @@ def forward_seconds(trainer: Trainer, batch: Any) -> float:
 
 
 def operations(args: argparse.Namespace) -> int:
-    """Return the floating-point operations of one image's forward and backward pass.
+    """Return the number of floating-point operations in the forward and backward pass of one image.
 
-    The backward pass needs two products for each product of the forward pass. PyTorch's counter
-    counts a depthwise convolution as a dense one.
+    The backward pass needs twice as many operations as the forward pass. PyTorch's FLOP counter
+    counts a depthwise convolution as if it were dense.
     """
     with torch.device("meta"):
         network = deeplabv3(args.classes, args.arch)
@@ -244,7 +266,7 @@ def operations(args: argparse.Namespace) -> int:
 
 
 def data_sheet(name: str) -> str | None:
-    """Return the name in `extras.planning.estimate` for a GPU, given CUDA's name."""
+    """Convert CUDA's name of a GPU to its name in `extras.planning.estimate`, if it is listed."""
     short = re.sub("[ -]|SXM[0-9]|PCIE", "", name)
     known = [gpu for gpu in GPUS if gpu.replace("-", "") in short]
     return max(known, key=len, default=None)
@@ -253,15 +275,15 @@ def data_sheet(name: str) -> str | None:
 def estimates(
     args: argparse.Namespace, gpu: str | None, precision: str
 ) -> dict[str, dict[str, float]]:
-    """Return the estimate of `main.py --plan` for the steps of each recipe.
+    """Return the estimates of `main.py --plan` for a training step of each recipe.
 
     Args:
-        args: Command line.
-        gpu: Name in `extras.planning.estimate`. Without one, only the memory is estimated.
-        precision: Precision of the run, as Composer names it.
+        args: Arguments of the command line.
+        gpu: Name of the GPU in `extras.planning.estimate`, or None to estimate only the memory.
+        precision: Composer's name for the precision of the run.
 
     Returns:
-        For each recipe, the images per second, and the bytes without the CUDA context.
+        For each recipe, the images per second and the memory in bytes, without the CUDA context.
     """
     found = {}
     settings = config(args, "none")
@@ -278,7 +300,7 @@ def estimates(
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
-    """Return the operations per second of a large matrix product, measured for a second."""
+    """Return the speed of a large matrix product, in operations per second."""
     on_gpu = torch.cuda.is_available()
     n, device = (GPU_MATRIX, "cuda") if on_gpu else (2048, "cpu")
     a, b = torch.randn(2, n, n, device=device).to(dtype)
@@ -286,7 +308,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the result that --json writes, after each recipe and part, as far as it is known."""
+    """Run all measurements, and yield the updated result for `--json` after each measurement."""
     on_gpu = torch.cuda.is_available()
     sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
     counters.clear()
@@ -333,7 +355,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if sheet and recipe == args.recipes[-1]:
             result["estimates"] = estimates(args, sheet, choose_precision(args.precision)[0])
         yield result
-    # Apart from the weights, the evaluation of all recipes is the same.
+    # Measure the evaluation only once, because it does not depend on the recipe.
     first = contenders[args.recipes[0]]
     result["evaluation"] = {side: contender.evaluation() for side, contender in first.items()}
     result["graphs"] = counters["stats"]["unique_graphs"]
@@ -344,7 +366,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for recipe, sides in contenders.items():
         for side, contender in sides.items():
             recipes[recipe][side]["parts"] = contender.parts()
-    # Close the trainers last, because the first one closes the shared loader.
+    # Close the trainers only at the end, because closing any of them closes the shared loader.
     for sides in contenders.values():
         for contender in sides.values():
             contender.trainer.close()
@@ -352,7 +374,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compute_type(args: argparse.Namespace, side: str) -> str:
-    """Return the type in which the convolutions of a side compute."""
+    """Return the name of the type in which a trainer computes convolutions."""
     precision, autocast = choose_precision(args.precision)
     if side == "plain":
         precision, autocast = plain.precision(config(args, "none")), None
@@ -362,10 +384,10 @@ def compute_type(args: argparse.Namespace, side: str) -> str:
 
 
 def step_rows(recipe: str, result: dict[str, Any]) -> str:
-    """Return the speed and memory of a recipe as Markdown.
+    """Return the speed and memory of a recipe as Markdown table rows.
 
-    The first recipe comes with the head of the table, and the last with the estimates if there are
-    any.
+    For the first recipe, the table header comes before the rows. If there are estimates, they
+    follow the last recipe's rows.
     """
     lines = []
     if recipe == next(iter(result["recipes"])):
@@ -392,7 +414,7 @@ def step_rows(recipe: str, result: dict[str, Any]) -> str:
 
 
 def estimate_lines(result: dict[str, Any]) -> list[str]:
-    """Return the estimates compared with the measurements of this project, as Markdown."""
+    """Return a Markdown table that compares the estimates with this project's measurements."""
     lines = [harness.head("estimated / measured", "images/s", "", "", "peak memory, GiB", "", "")]
     for recipe, planned in result["estimates"].items():
         ours, cells = result["recipes"][recipe]["ours"], [recipe]
@@ -404,12 +426,12 @@ def estimate_lines(result: dict[str, Any]) -> list[str]:
 
 
 def ratio(entry: dict[str, Any]) -> float:
-    """Return the images per second of this project divided by those of the plain side."""
+    """Return this project's throughput divided by that of the plain baseline."""
     return entry["ours"]["images_per_second"] / entry["plain"]["images_per_second"]
 
 
 def evaluation_table(result: dict[str, Any]) -> str:
-    """Return the evaluation and the number of compiled graphs as Markdown."""
+    """Return a Markdown table of the evaluation throughput, and the number of compiled graphs."""
     lines = ["", harness.head("evaluation", "images/s", "forward pass alone")]
     for side, found in result["evaluation"].items():
         lines.append(
@@ -422,7 +444,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
 
 
 def kernels_table(result: dict[str, Any]) -> str:
-    """Return the ten kernels that take the most time in a step, as Markdown."""
+    """Return a Markdown table of the ten kernels that take the most time per step."""
     kernels = result["kernels"]
     longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:10]
     whole = sum(kernels.values())
@@ -436,7 +458,7 @@ def kernels_table(result: dict[str, Any]) -> str:
 
 
 def parts_table(result: dict[str, Any]) -> str:
-    """Return the parts of the steps as Markdown."""
+    """Return a Markdown table of the time that each part of a step takes."""
     recipes = result["recipes"]
     names = [(recipe, side) for recipe in recipes for side in BUILDERS]
     lines = ["", harness.head("ms/step", *(f"{recipe}, {side}" for recipe, side in names))]
@@ -447,7 +469,7 @@ def parts_table(result: dict[str, Any]) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command-line arguments."""
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
@@ -466,7 +488,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_photos(root: Path, count: int, batch: int) -> None:
-    """Make `count` images, 64 of them different, and two and a half batches to evaluate."""
+    """Generate training images and masks, and two and a half batches of validation images.
+
+    At most 64 images are different. The other files are hard links to these images.
+
+    Args:
+        root: Folder for the generated data set.
+        count: Number of training images.
+        batch: Number of images per batch.
+    """
     root = root / "ADEChallengeData2016"
     different = min(count, 64)
     make_data(root, different)
@@ -482,7 +512,7 @@ def make_photos(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print each row and table at once, so that an interrupted run keeps its rows."""
+    """Measure and print each table row immediately, so that interrupted runs show results."""
     rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):
@@ -493,7 +523,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line and return the result that --json writes."""
+    """Run the benchmark and return the result for `--json`; halve the batch if memory runs out."""
     args = arguments(argv)
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:

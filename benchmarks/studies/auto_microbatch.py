@@ -1,8 +1,9 @@
 """A test of `device_train_microbatch_size: auto` with a batch that a GPU cannot hold.
 
-    python -m benchmarks.studies.auto_microbatch --batch 128 --memory 40     # GiB
+    python -m benchmarks.studies.auto_microbatch --batch 128 --memory 40     # limit: 40 GiB
 
-The benchmark takes three steps with main.py's trainer and starts with the whole batch.
+The benchmark trains for three steps with main.py's trainer. The search for the micro-batch size
+starts with the full batch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from training.precision import compiles
 
 
 class PeakOfLaterSteps(Callback):
-    """A callback that discards the peak memory of the first step, which tries too large sizes."""
+    """A callback that excludes the first step, which tests several sizes, from the peak memory."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch == 1:
@@ -34,7 +35,7 @@ class PeakOfLaterSteps(Callback):
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the micro-batch size, the time to find it, and the time and memory of later steps."""
+    """Return the micro-batch size that was found, the step times and the peak memory."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
     step = step_arguments(["--arch", args.arch, "--size", str(args.size)])
@@ -65,7 +66,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 @quiet()
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Measure and print the result for the command-line arguments."""
     parser = make_parser(__doc__)
     parser.add_argument("--arch", default="resnet101")
     parser.add_argument("--size", type=int, default=512, help="pixels")

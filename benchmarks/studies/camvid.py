@@ -1,11 +1,12 @@
-"""Training of each recipe on CamVid from scratch for the same number of minutes: mIoU over time.
+"""Compare the mIoU of the recipes on CamVid after equal training times from scratch.
 
     python -m benchmarks.studies.camvid --path camvid --minutes 5
     python -m benchmarks.studies.camvid --path camvid --recipes none mild --json out.json
 
-A schedule needs the length of the run. So each run's steps are timed first, and its length is set
-in batches. Evaluations are not counted. The half-life of EMA is a twentieth of the run; all other
-numbers are the recipe's. `--path` is a folder in ADE20K's layout.
+The schedule needs to know the length of a run in batches. For this reason, the benchmark first
+times some training steps to find out how many batches fit in the given time. The training time
+excludes evaluations. The EMA half-life is a twentieth of the run. All other settings are the
+recipe's defaults. `--path` must be a folder in ADE20K's layout.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from training.schema import Config
 
 
 class Evaluations(Callback):
-    """A callback that records batches, training minutes and mIoU (percent) at each evaluation."""
+    """A callback that records the batch, the training time and the mIoU at each evaluation."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, float]] = []
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        # Composer counts only training in total_wct.
+        # Composer's `total_wct` is the training time without evaluations.
         self.found.append(
             {
                 "batches": state.timestamp.batch.value,
@@ -44,7 +45,7 @@ class Evaluations(Callback):
 
 
 def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
-    """Return the config of a run with `args.evaluations` evaluations."""
+    """Return the config of a run with the given number of batches."""
     changes: dict[str, Any] = {
         "run_name": f"camvid-{recipe}",
         "max_duration": f"{batches}ba",
@@ -58,7 +59,7 @@ def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
 
 
 def seconds_per_step(settings: Config, probe: int) -> float:
-    """Return the seconds per step over `probe` steps, after as many steps of warm-up."""
+    """Return the mean time per step, in seconds, over `probe` steps after as many warm-up steps."""
     steps = harness.Steps()
     trainer = program.build_trainer(settings, callbacks=[steps])
     harness.never_evaluate(trainer)
@@ -68,7 +69,7 @@ def seconds_per_step(settings: Config, probe: int) -> float:
 
 
 def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
-    """Train one recipe for `args.minutes`."""
+    """Train with one recipe for `args.minutes` and return its scores."""
     harness.release()
     seconds = seconds_per_step(config(args, recipe, 10**6), args.probe)
     harness.release()
@@ -88,7 +89,7 @@ def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
 
 
 def header(args: argparse.Namespace) -> str:
-    """Return the head of the Markdown table, with one column per evaluation."""
+    """Return the title and the header of the Markdown table, with one column per evaluation."""
     parts = [f"{part}/{args.evaluations}" for part in range(1, args.evaluations + 1)]
     return (
         f"CamVid from scratch, {args.arch}, {args.size} px, batch {args.batch}, lr {args.lr}: "
@@ -98,14 +99,14 @@ def header(args: argparse.Namespace) -> str:
 
 
 def score_row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
-    """Return the row of a recipe."""
+    """Return the table row for a recipe."""
     scores = [f"{one['miou']:.2f}" for one in found["evaluations"]][:evaluations]
     scores[-1] = f"{found['evaluations'][-1]['miou']:.2f}"
     return harness.row(recipe, f"{found['minutes']:.2f}", f"{found['epochs']:.1f}", *scores)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command-line arguments."""
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
@@ -129,7 +130,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line and return the result that --json writes."""
+    """Run the study and return the result in the format for `--json`."""
     args = arguments(argv)
     names = ("arch", "size", "batch", "lr", "minutes", "evaluations")
     result: dict[str, Any] = {name: getattr(args, name) for name in names}

@@ -1,9 +1,9 @@
-"""The cost of the data pipeline's device part: colours, normalisation, class indices.
+"""Measure the data transforms that run on the device: colours, normalisation, class indices.
 
-    python -m benchmarks.studies.device_transform      # on a GPU if there is one
+    python -m benchmarks.studies.device_transform      # uses a GPU if one is available
     python -m benchmarks.studies.device_transform --batch 32 --json result.json
 
-The times are milliseconds for a batch that the loader has put on the device.
+The times are in milliseconds per batch, without the transfer of the batch to the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transforms import DeviceTransform
 
 
 def measure(device: str, threads: int, batch: int, size: int) -> Iterator[dict]:
-    """Yield the timing of the training and evaluation transforms on one device."""
+    """Yield the results for the training transform and the evaluation transform on one device."""
     data = make_batch(batch, size, device)
     for name, distort in (("training", True), ("evaluation", False)):
         epoch = iter(range(10**9))
@@ -38,13 +38,13 @@ HEAD = head("device", "threads", "transform", "ms per batch", "images/s")
 
 
 def line(result: dict) -> str:
-    """Return a row of the Markdown table."""
+    """Return a result as a row of the Markdown table."""
     rates = f"{result['ms']:.2f}", f"{result['images_per_second']:.0f}"
     return row(result["device"], result["threads"], result["transform"], *rates)
 
 
 def main() -> None:
-    """Run the command line."""
+    """Measure and print the table for the command-line arguments."""
     parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--size", type=int, default=512, help="their side (default: 512)")
@@ -56,7 +56,7 @@ def main() -> None:
     rows = []
     for run in runs:
         for found in measure(*run, args.batch, args.size):
-            # Print at once, so that an interrupted run keeps its first rows.
+            # Print each row immediately, so that an interrupted run shows its first results.
             print(line(found), flush=True)
             rows.append(found)
     result = {"batch": args.batch, "size": args.size, "rows": rows, "machine": machine()}

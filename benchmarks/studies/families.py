@@ -1,11 +1,12 @@
-"""A test that builds a network of each mmsegmentation family and trains it for one step.
+"""Build one network from each mmsegmentation family and train it for one step.
 
-    python -m benchmarks.studies.families                  # the table, as Markdown; 10 minutes
+    python -m benchmarks.studies.families                  # takes 10 minutes
     python -m benchmarks.studies.families --families swin segformer
 
-Each network has 11 classes and no pretrained weights. It takes one SGD step on two random images.
-Then it is rebuilt from its checkpoint record and gets the weights of the first network. In
-evaluation mode, both must give the same logits. The table names each failure and its cause.
+Each network has 11 classes and no pretrained weights. The test trains each network for one SGD step
+on two random images. Then the test builds a second network from the arguments that a checkpoint
+stores, and copies the weights. In evaluation mode, both networks must return the same logits. The
+Markdown table shows the cause of each failure.
 """
 
 from __future__ import annotations
@@ -26,27 +27,28 @@ from networks.registry import named_network
 from training.optimizer import DecoupledSGDW
 
 CLASSES = 11
-# Parts of the names of small networks, from the smallest to the largest.
+# Parts of config names that identify small networks, in order of network size.
 SMALL = ("_b0", "mit-b0", "s12", "_r18", "-t_", "tiny", "small", "r50-d8", "r50", "base")
-# The position embeddings of these networks have the configured size.
+# Families that must be told the image size, because their position embeddings depend on it.
 FIXED = ("beit", "mae")
-SIZES = {"mobilenet_v3": 512}  # The pooling of this network needs 49 x 49 features.
+
+SIZES = {"mobilenet_v3": 512}  # MobileNetV3's pooling layer needs a feature map of 49 x 49.
 
 
 def families() -> list[str]:
-    """Return the names of the families."""
+    """Return the names of mmsegmentation's network families."""
     return sorted(path.name for path in configs().iterdir() if path.name != "_base_")
 
 
 def choose(family: str) -> str:
-    """Return the name of a config of the family with a small network."""
+    """Return the name of the family's config with the smallest network."""
     names = sorted(path.stem for path in (configs() / family).glob("*.py"))
     rank = {n: next((i for i, part in enumerate(SMALL) if part in n), len(SMALL)) for n in names}
     return f"{family}/{min(names, key=lambda name: (rank[name], name))}"
 
 
 def step(model: ComposerDeepLabV3, size: int) -> float:
-    """Train for one step on two random images and return the loss."""
+    """Train a model for one step on two random images, and return the loss."""
     optimizer = DecoupledSGDW(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-5)
     image = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     batch = (image, torch.randint(-1, CLASSES, (2, size, size)))
@@ -61,7 +63,7 @@ def step(model: ComposerDeepLabV3, size: int) -> float:
 
 @torch.no_grad()
 def rebuild(network: Network, size: int) -> float:
-    """Rebuild a network from its own record; return the largest difference of the logits."""
+    """Rebuild a network from its stored arguments; return the largest difference in the logits."""
     record = json.loads(json.dumps(network.arguments))
     again = named_network(network.name, CLASSES, record, from_file=True)
     again.load_state_dict(network.state_dict())
@@ -71,7 +73,7 @@ def rebuild(network: Network, size: int) -> float:
 
 
 def measure(family: str, size: int) -> dict[str, Any]:
-    """Return the row of a family."""
+    """Test a family with a small network, and return the values for the table."""
     torch.manual_seed(0)
     name = choose(family)
     size = SIZES.get(family, size)
@@ -98,7 +100,7 @@ def measure(family: str, size: int) -> dict[str, Any]:
 
 @quiet()
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return the number of families that fail."""
+    """Print the table, and return the number of families that fail."""
     parser = make_parser(__doc__)
     parser.add_argument("--families", nargs="+", default=families(), choices=families())
     parser.add_argument("--size", type=int, default=128, help="pixels")
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = measure(family, options.size)
             cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # The table reports every failure.
+        except Exception as error:  # Report the error and test the next family.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
         table.add(family, choose(family), *cells)

@@ -1,12 +1,13 @@
-"""Instructions and registers of the loss kernels, compiled for GPUs of other machines.
+"""Report the instructions and registers of the loss kernels for GPUs that need not be present.
 
     python -m benchmarks.studies.kernels
     python -m benchmarks.studies.kernels --capabilities 90
 
-The kernels are compiled for 150 classes in bf16 at stride 4, for A100, H100, B200 and RTX 50.
-"loop" is the innermost loop with an exponential, which processes 4 pixels with all their classes.
-"work" is the instructions of the loop times its rounds for 16 images of 512 pixels, counted per
-warp. It excludes the code around the loop.
+The kernels are compiled for 150 classes in bf16 at stride 4. The target GPUs are A100, H100, B200
+and RTX 50. The column "loop" is the number of instructions in the innermost loop that contains an
+exponential. Each loop iteration processes all classes of 4 pixels. The column "work" is
+"loop" times the number of iterations for 16 images of 512 pixels, counted per warp. The code around
+the loop is not included in "work".
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ SHOWN = ("SHFL", "FADD", "FFMA", "FMUL", "FMNMX", "MUFU", "LDG", "FSEL", "FSETP"
 
 
 class Found(NamedTuple):
-    """The properties of a compiled kernel; `loop` counts each instruction of the innermost loop."""
+    """The properties of a compiled kernel.
+
+    Attributes:
+        registers: Number of registers per thread.
+        stack: Stack size in bytes.
+        shared: Size of the shared memory in bytes.
+        loop: Number of occurrences of each instruction in the innermost loop.
+        rounds: Number of iterations of the innermost loop for all images.
+    """
 
     registers: int
     stack: int
@@ -40,7 +49,7 @@ class Found(NamedTuple):
 
 
 def compile_for(capability: int, backward: bool, targets: int) -> bytes:
-    """Compile a kernel of the loss."""
+    """Compile the forward or backward kernel of the loss, and return its machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -58,7 +67,8 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
     types |= dict.fromkeys(names, "*fp32") | dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
-    # A launch declares multiples of 16 as such, so declare them here too.
+    # At launch, Triton tells the compiler which arguments are divisible by 16. Declare the same
+    # arguments here, so that the compiler generates the same code.
     aligned = [n for n, kind in enumerate(types.values()) if kind.startswith("*")]
     aligned += [list(types).index(name) for name in ("h", "w", "height", "width")]
     attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}
@@ -68,24 +78,25 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
 
 
 def tile(backward: bool) -> tuple[int, int]:
-    """Return the rows and cells of a program."""
+    """Return the number of rows and the number of cells that one Triton program processes."""
     if backward:
         return kernels.BACKWARD_ROWS, kernels.BACKWARD_CELLS
     return kernels.FORWARD_ROWS, kernels.FORWARD_CELLS
 
 
 def rounds(backward: bool) -> int:
-    """Return the rounds of the loop for all images: rows of pixels times cells."""
+    """Return the number of iterations of the innermost loop for all images."""
     rows, cells = tile(backward)
     if not backward:
         return IMAGES * SIZE * (LOW + 1)
     scale, programs = SIZE // LOW, (-(-LOW // rows), -(-LOW // cells))
-    # The pixels of a program reach to the first row and column that belong to another program.
+    # Add one row and one column of cells, because the pixels of each Triton program extend into
+    # the first row and column of the neighbouring programs.
     return IMAGES * programs[0] * programs[1] * scale * (rows + 1) * (cells + 1)
 
 
 def tool(name: str, *arguments: str) -> str:
-    """Run one of the tools that come with Triton."""
+    """Run a command-line tool that is bundled with Triton, and return its output."""
     import triton.backends.nvidia
 
     path = Path(triton.backends.nvidia.__path__[0], "bin", name)
@@ -93,7 +104,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def read(cubin: bytes, backward: bool) -> Found:
-    """Read the registers and the loop of a compiled kernel."""
+    """Extract the resource usage and the innermost loop from a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -116,7 +127,7 @@ def read(cubin: bytes, backward: bool) -> Found:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table."""
+    """Compile the kernels and print the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     args = parser.parse_args(argv)

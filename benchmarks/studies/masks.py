@@ -1,9 +1,10 @@
-"""Training images per second on one core, for masks stored as indices, palettes or colours.
+"""Measure the loader's throughput on one core for masks stored in different formats.
 
-    python -m benchmarks.studies.masks             # on generated data with ADE20K's image sizes
+    python -m benchmarks.studies.masks             # generated images with ADE20K's sizes
     python -m benchmarks.studies.masks --path ./ade20k --json result.json
 
-The images and labels are the same. Only the storage of the masks and their description differ.
+The masks are stored as class indices, palette images, 16-bit images or colours. The images and the
+labels are the same for all formats. Only the mask files and the data description differ.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ COLORS = np.stack([COLORS & 255, COLORS >> 8 & 255, COLORS >> 16], 1).astype(np.
 
 
 def write_palette(labels: np.ndarray, path: Path) -> None:
-    """Write labels as palette indices."""
+    """Write labels as a palette image."""
     image = Image.fromarray(labels)
     image.putpalette(COLORS.ravel().tolist())
     image.save(path)
 
 
 def write_colors(labels: np.ndarray, path: Path) -> None:
-    """Write labels as colours."""
+    """Write labels as an RGB image with one colour per label."""
     Image.fromarray(COLORS[labels]).save(path)
 
 
 def write_16_bits(labels: np.ndarray, path: Path) -> None:
-    """Write labels in 16 bits, with gaps between the values."""
+    """Write labels as a 16-bit image, with gaps between the values."""
     cv2.imwrite(str(path), labels.astype(np.uint16) * 257)
 
 
 def lay_out(samples: list[Sample], root: Path, count: int) -> dict[str, dict[str, Any]]:
-    """Write the masks of samples in each format; return the description for each format."""
+    """Write the samples' masks in each format, and return a data description for each format."""
     found: dict[str, dict[str, Any]] = {}
     ways: dict[str, tuple[Callable[[np.ndarray, Path], None], Callable[[int], Any]]] = {
         "index": (lambda labels, path: Image.fromarray(labels).save(path), lambda k: k),
@@ -76,7 +77,7 @@ def lay_out(samples: list[Sample], root: Path, count: int) -> dict[str, dict[str
 
 
 def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, Any]:
-    """Time passes over the data for each mask format in turn; return the medians and the spread."""
+    """Measure the throughput for each mask format in turn, and return the results."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     samples = list_samples(path, "train")[:limit]
@@ -99,7 +100,7 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
             dataset.samples = [s for s in dataset.samples if Path(s.image_path).stem in stems]
             cast(EpochSampler, loaders[name].sampler).__init__(dataset, BATCH)
         passes = {name: partial(images_per_second, loader) for name, loader in loaders.items()}
-        rates = in_turn(passes, repeats, warm_up=True)  # The first pass fills the file cache.
+        rates = in_turn(passes, repeats, warm_up=True)  # A warm-up fills the file cache.
     return dataloader.results(path, len(samples), rates)
 
 

@@ -1,15 +1,16 @@
-"""A test that trains a network of each library, kills and resumes it, and uses its checkpoint.
+"""Train, kill, resume, evaluate and export one network from each supported library.
 
-    python -m benchmarks.studies.networks --path camvid      # the table; 15 minutes on a CPU
+    python -m benchmarks.studies.networks --path camvid      # takes 15 minutes on a CPU
     python -m benchmarks.studies.networks --path camvid --networks smp:Unet --batches 40
 
-Each row is a run of the hot recipe on CamVid from scratch. SIGKILL ends the run in the middle, and
-the same command resumes it. The row shows the largest difference from an undisturbed run in
-weights, averages and momentum, and whether every loss and mIoU is the same.
+Each table row is a run of the hot recipe on CamVid from scratch. The test kills the run halfway
+with SIGKILL and resumes it with the same config. The row shows the largest difference from an
+undisturbed run in the weights, the averages and the momentum. The row also shows whether all losses
+and mIoUs are the same as in the undisturbed run.
 
-Then evaluate.py scores the checkpoint at the masks' own resolution, predict.py segments an image,
-and export.py writes ONNX and compares it with PyTorch. None of these commands gets the YAML.
-deeplabv3 has a ResNet of four blocks.
+Then evaluate.py scores the checkpoint at the masks' original resolution, and predict.py segments an
+image. Finally, export.py writes an ONNX file and compares it with PyTorch. All three commands use
+only the checkpoint, not the YAML config. To save time, deeplabv3 uses a ResNet with four blocks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def plain(num_classes: int) -> Any:
-    """Build a network of three layers, as an example for `package.module:function`."""
+    """Build a three-layer network, as an example of the model name `package.module:function`."""
     from torch import nn
 
     layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()]
@@ -52,16 +53,16 @@ def plain(num_classes: int) -> Any:
 
 
 def make_hf(folder: str) -> None:
-    """Write a SegFormer-B0 with random weights in the format of transformers."""
+    """Save a SegFormer-B0 with random weights in the format of the transformers library."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    # Every config accepts this keyword, but transformers does not declare it.
+    # All transformers configs accept `num_labels`, although their signatures do not declare it.
     config = SegformerConfig(num_labels=150)  # pyright: ignore[reportCallIssue]
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
 
 
 def make_config(args: argparse.Namespace, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a run."""
+    """Return the config for training the named network."""
     dataset: dict[str, Any] = {"path": args.path, "base_size": args.size, "final_size": args.size}
     dataset |= {"batch_size": args.batch, "num_workers": 0}
     model: dict[str, Any] = {"name": name, "num_classes": 11, "backbone_weights": None}
@@ -82,7 +83,7 @@ def make_config(args: argparse.Namespace, name: str, arguments: dict[str, Any]) 
 
 
 def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
-    """Return the row of a network."""
+    """Run all tests for the named network, and return the cells of its table row."""
     place = name
     if name == "hf:FOLDER":
         place = f"hf:{folder}/hf"
@@ -123,7 +124,7 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
+    """Test the networks and print the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=24, help="steps")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     args = parser.parse_args(argv)
-    shrink()  # The processes shrink the network too.
+    shrink()  # Use the small ResNet in this process too.
     columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
     columns += ["mIoU", "predict.py", "export.py --to onnx"]
     table = Table(*columns)

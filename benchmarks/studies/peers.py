@@ -1,18 +1,20 @@
-"""DeepLabV3+ with ResNet-50 on CamVid, trained for the same time by this project and its peers.
+"""Compare this project with its peers: DeepLabV3+ on CamVid after equal training times.
 
-    python -m benchmarks.studies.peers --path camvid --minutes 2      # first: make install WITH=smp
+    python -m benchmarks.studies.peers --path camvid --minutes 2
 
-The peers are mmsegmentation 0.30, with its own runner, pipeline and config, and a plain PyTorch
-loop with the network of segmentation_models.pytorch (smp). All use the same image size, batch,
-threads, loader processes, SGD, weight decay and schedule (polynomial over time), and all train from
-scratch.
+Before you run this study, install segmentation_models.pytorch (smp) with `make install WITH=smp`.
+The first peer is mmsegmentation 0.30, with its own runner, pipeline and config. The second peer is
+a plain PyTorch loop that trains smp's network. All contenders train a ResNet-50 backbone from
+scratch with SGD. All contenders use the same image size, batch size, number of threads, number of
+loader processes, weight decay and schedule (polynomial over time).
 
-Some differences remain. mmsegmentation's network has an auxiliary head and a stem of three
-convolutions. smp's head has 256 channels instead of 512. This project's loss includes Dice, and its
-precision is the fastest on the machine; the row `fp32` has the peers' precision.
+Some differences between the contenders remain. In mmsegmentation, the network has an auxiliary head
+and a stem of three convolutions. In smp, the head has 256 channels instead of 512. This project's
+loss includes a Dice term. This project also trains in the machine's fastest precision. For a
+comparison with the peers in the same precision, see the `fp32` row.
 
-Images per second include loading and exclude the first steps. One evaluation scores all networks,
-on the same squares.
+The throughput includes data loading and excludes the first steps. All networks are scored by the
+same evaluation code on the same square images.
 """
 
 from __future__ import annotations
@@ -46,20 +48,25 @@ from segmentation.metrics import confusion_matrix, mean_iou
 from training.schema import Config
 from transforms import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
-MOMENTUM, DECAY = 0.9, 5e-4  # Values of mmsegmentation's schedules.
-WARM = 3  # Number of first steps that the rate excludes.
+MOMENTUM, DECAY = 0.9, 5e-4  # SGD settings from mmsegmentation's schedules.
+
+WARM = 3  # Number of warm-up steps that are excluded from the throughput.
 
 
 class Trained(NamedTuple):
-    """The result of a contender."""
+    """A contender's trained network and its training speed.
 
-    # Function from normalised images (N, 3, H, W) to logits.
+    Attributes:
+        forward: Function that maps normalised images (N, 3, H, W) to logits.
+        images_per_second: Training throughput in images per second.
+    """
+
     forward: Callable[[Tensor], Tensor]
     images_per_second: float
 
 
 class Clock:
-    """A timer that gives each contender its learning rate and records the ends of its steps."""
+    """A timer that sets the learning rate from the elapsed time and records when each step ends."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
@@ -67,23 +74,23 @@ class Clock:
         self.ends: list[float] = []
 
     def factor(self) -> float:
-        """Return the learning rate relative to its initial value."""
+        """Return the factor by which to multiply the initial learning rate."""
         passed = (time.perf_counter() - self.start) / self.seconds
         return max(1 - passed, 1e-3) ** 0.9
 
     def tick(self) -> bool:
-        """Record the end of a step; return whether the time is up."""
+        """Record the end of a training step, and return whether the training time is up."""
         self.ends.append(time.perf_counter())
         return self.ends[-1] - self.start > self.seconds and len(self.ends) > WARM + 1
 
     def rate(self, batch: int) -> float:
-        """Return the images per second."""
+        """Return the training throughput in images per second, without the warm-up steps."""
         steps = self.ends[WARM:]
         return batch * (len(steps) - 1) / (steps[-1] - steps[0])
 
 
 def config(args: argparse.Namespace, precision: str = "auto") -> Config:
-    """Return the config of this project's run."""
+    """Return the config for training with this project."""
     settings = {"arch": "resnet50", "precision": precision, "compile": "auto"}
     return train_step.config(
         argparse.Namespace(**vars(args), **settings),
@@ -91,14 +98,15 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
         max_duration="1000000ba",
         device_train_microbatch_size="auto",
         seed=args.seed,
-        # Decoupled weight decay is a fraction per step.
+        # The peers' SGD multiplies the weight decay by the learning rate. Decoupled weight
+        # decay does not, so multiply it here.
         optimizer={"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
         schedule={"name": "constant"},
     )
 
 
 class Timed(Callback):
-    """A callback that controls a Composer run by the clock."""
+    """A Composer callback that sets the learning rate and ends the training based on a `Clock`."""
 
     def __init__(self, clock: Clock, lr: float) -> None:
         self.clock, self.lr = clock, lr
@@ -113,7 +121,7 @@ class Timed(Callback):
 
 
 def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
-    """Train with main.py's trainer."""
+    """Train with the trainer of main.py."""
     clock = Clock(args.minutes)
     run = config(args, precision)
     trainer = program.build_trainer(run, callbacks=[Timed(clock, args.lr)])
@@ -126,7 +134,7 @@ def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
 
 
 def mmsegmentation(args: argparse.Namespace) -> Trained:
-    """Train with `mmseg.apis.train_segmentor` and the config that mmsegmentation ships."""
+    """Train with `mmseg.apis.train_segmentor` and a config that mmsegmentation provides."""
     import mmcv
     import mmseg
     from mmcv.runner import HOOKS, Hook
@@ -199,7 +207,7 @@ def mmsegmentation(args: argparse.Namespace) -> Trained:
 
 
 class Photos(Dataset):
-    """A data set of images and masks that Pillow decodes and torchvision augments."""
+    """A data set that decodes images and masks with Pillow and augments them with torchvision."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from torchvision.transforms import v2
@@ -237,7 +245,7 @@ NORMALISATION = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
 
 def plain_loop(args: argparse.Namespace) -> Trained:
-    """Train smp's network with a usual PyTorch loop."""
+    """Train smp's network with a typical PyTorch training loop."""
     import segmentation_models_pytorch as smp
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,7 +272,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()  # All other contenders log the loss as well.
+            loss.item()  # Wait for the device, as the other trainers do.
             finished = clock.tick()
             if finished:
                 break
@@ -273,7 +281,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
 
 @torch.inference_mode()
 def score(args: argparse.Namespace, trained: Trained) -> float:
-    """Return the mIoU in percent, computed in the same way for all contenders."""
+    """Return a trained network's mIoU on the validation images, in percent."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = build_data(config(args), "val")
     loader = cast(DataLoader, spec.dataloader)
@@ -294,7 +302,7 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], Trained]] = {
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command-line arguments."""
     on_gpu = torch.cuda.is_available()
     cores = os.cpu_count() or 1
     parser = harness.make_parser(__doc__)
@@ -313,7 +321,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line and return the result that --json writes."""
+    """Run the study and return the result in the format for `--json`."""
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     found: dict[str, dict[str, list[float]]] = {

@@ -1,11 +1,12 @@
-"""Gains and losses on CamVid from class weights and rare-class sampling.
+"""Measure how class weights and rare-class sampling change the IoU on CamVid.
 
     python -m benchmarks.studies.rare_classes --path camvid --minutes 3 --size 64 --batch 4
     python -m benchmarks.studies.rare_classes --path camvid --seeds 17 --minutes 1 --json out.json
 
-Each variant trains for the same minutes from each seed, as in `benchmarks.studies.camvid`, with the
-options of that study. The table shows means over the seeds. A class is rare if it occurs in a
-smaller fraction of the images than `--rare`. CamVid's rarest class, fence, is in 47% of the images.
+For each seed, all variants train for the same number of minutes. The options of
+`benchmarks.studies.camvid` also work here. The table shows the mean IoUs over the seeds. A class is
+rare if the fraction of images that contain it is below `--rare`. CamVid's rarest class, fence,
+occurs in 47% of the images.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from segmentation.classes import load_classes
 from segmentation.metrics import MIoU, iou_per_class
 from training.schema import Config
 
-# Values of class_weights, and whether rare classes are sampled.
+# For each variant, the value of `class_weights` and whether to use rare-class sampling.
 WAYS: dict[str, tuple[Any, bool]] = {
     "neither": (None, False),
     "class_weights: auto": ("auto", False),
@@ -43,7 +44,7 @@ NAMES = Path(__file__).parents[2] / "yamls" / "camvid_classes.txt"
 
 
 class LastMatrix(Callback):
-    """A callback that keeps the confusion matrix of the last evaluation."""
+    """A callback that stores the confusion matrix of the last evaluation."""
 
     def __init__(self) -> None:
         self.matrix: Tensor | None = None
@@ -57,7 +58,7 @@ class LastMatrix(Callback):
 
 
 def config(args: argparse.Namespace, way: str, seed: int, batches: int) -> Config:
-    """Return the config of a run with the given number of batches and one evaluation at its end."""
+    """Return the config of a run with the given number of batches and a final evaluation."""
     weights, sampled = WAYS[way]
     made = camvid.config(args, args.recipes[0], batches)
     return replace(
@@ -72,7 +73,7 @@ def config(args: argparse.Namespace, way: str, seed: int, batches: int) -> Confi
 
 
 def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[str, Any]:
-    """Train one variant from one seed; return the IoU of each class in percent."""
+    """Train one variant with one seed, and return its training statistics and the IoU per class."""
     release()
     last = LastMatrix()
     trainer = program.build_trainer(config(args, way, seed, batches), callbacks=[last])
@@ -89,9 +90,10 @@ def train(args: argparse.Namespace, way: str, seed: int, batches: int) -> dict[s
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Train every variant from every seed.
+    """Train every variant with every seed.
 
-    The loop goes seed by seed, so that disturbances on the machine affect all variants.
+    For each seed, the variants are trained one after another, so that load on the machine affects
+    all variants equally.
     """
     release()
     seconds = {
@@ -108,13 +110,13 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def mean(values: list[float]) -> float:
-    """Return the mean over the classes that occur."""
-    # This comparison is False for nan.
+    """Return the mean IoU, without the NaN values of classes that do not occur."""
+    # Compare each value with itself to drop NaN, which is not equal to itself.
     return statistics.fmean(value for value in values if value == value)
 
 
 def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
-    """Return the means over the seeds as a Markdown table, and the spread of mIoU."""
+    """Return a Markdown table with the mean IoUs over the seeds and the range of the mIoU."""
     shown = [name for name in SHOWN if name in names] or names[:4]
     lines = [head("", "mIoU", "of the seeds", *shown, "the other classes")]
     for way, runs in found.items():
@@ -132,7 +134,7 @@ def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
 
 @quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line and return the result that --json writes."""
+    """Run the study and return the result in the format for `--json`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
     parser.add_argument("--rare", type=float, default=0.7, help="see above")
