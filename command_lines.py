@@ -37,8 +37,8 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
         parse(sys.argv[1:])
     share_cores(os.environ)
     name_node(os.environ)
-    # Silence the warning of torch.utils.cpp_extension, which mmcv imports, about a CUDA toolkit
-    # without a GPU.
+    # When mmcv imports torch.utils.cpp_extension, silence its warning about a CUDA toolkit without
+    # a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
@@ -285,7 +285,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # Keep the option's earlier name.
+        help=argparse.SUPPRESS,  # Hidden former name of --no-ignore-background.
     )
     add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
     add("--class-names", help="file with one class name per line")

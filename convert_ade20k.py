@@ -131,7 +131,7 @@ def convert(
             write_file(Path(folder, DESCRIPTION), text)
             if to_store:
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
-    if to_store:  # All shards have been uploaded.
+    if to_store:  # All shards are uploaded, so remove the empty staging folders.
         for split in splits:
             remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:
@@ -165,7 +165,8 @@ def _only_one(folder: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parse_convert_ade20k(arguments)
-    # Restore Python's SIGINT handler, because Composer's handler would end the process immediately.
+    # Restore Python's SIGINT handler, because Composer's handler would end the process immediately
+    # on Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     shard_writer.log.setLevel(logging.INFO)

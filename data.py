@@ -28,7 +28,7 @@ from dataset.description import Description, ade20k
 from dataset.encoded import EncodedSamples, Transforms, collate
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # re-exported as part of the public API
+from dataset.matching import list_samples as list_samples  # re-exported for users of data.py
 from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
@@ -89,7 +89,7 @@ class ADE20k(EncodedSamples):
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
         """Read a sample: its ID, the encoded image and mask, and the names of both files."""
         sample = self.samples[index]
-        # Return encoded files, because the size to decode the image at depends on the decoded mask.
+        # Return the files undecoded: the size at which to decode the image depends on the mask.
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
                 return sample.uid, image.read(), mask.read(), sample[1:]
@@ -145,7 +145,7 @@ class StreamingADE20k(EncodedSamples):
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
         super().__init__(transforms, seed, Masks(labels or Labels()))
-        # Import lazily, because a run on folders does not need Streaming.
+        # Import lazily, because a run on image folders does not need Streaming.
         from dataset.shards import Shards
 
         self.shards = Shards(remote, local, split, **cache)
@@ -174,7 +174,7 @@ class StreamingADE20k(EncodedSamples):
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The arguments up to `ignore_background` match MosaicML's reference. Newer arguments follow.
+# The arguments up to `ignore_background` match MosaicML's reference; later ones are additions.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -250,7 +250,7 @@ def build_ade20k_dataspec(
     Raises:
         DataError: The data set cannot be read, or it is too small for one batch.
     """
-    # Two uint8 label values are reserved: 254 for ignored pixels and 255 for padding.
+    # uint8 labels 254 (ignored pixels) and 255 (padding) are reserved.
     if not 2 <= num_classes < IGNORED:
         raise DataError(f"num_classes: {num_classes} is out of range; use 2 to {IGNORED - 1}")
     is_train = split == "train"
@@ -279,7 +279,7 @@ def build_ade20k_dataspec(
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        sampler = EvalSampler(dataset, distance)  # Count every image once.
+        sampler = EvalSampler(dataset, distance)  # An evaluation counts every image once.
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options = dict(
         persistent_workers=workers > 0,
@@ -292,12 +292,12 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # Transform only micro-batches, because float32 copies are four times as large.
+    # Transform one micro-batch at a time, because float32 images are four times as large as uint8.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's defaults form a reference cycle, and collecting it waits 5 s for each worker.
+        # Composer's default forms a reference cycle, whose collection stalls for 5 s per worker.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,

@@ -11,10 +11,10 @@ import signal
 import sys
 from collections.abc import Callable
 
-# Exit status of a run that the same command can resume (EX_TEMPFAIL of sysexits.h).
+# Exit status of a run that can be resumed by the same command (EX_TEMPFAIL in sysexits.h).
 TRY_AGAIN = 75
-# Signals that ask a run to stop after the current batch. SIGHUP arrives when the terminal closes.
-# The kernel sends SIGUSR1 when the launcher dies.
+# Signals after which a run stops at the end of the current batch. SIGHUP arrives when the terminal
+# closes, and the kernel sends SIGUSR1 when the launcher dies.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -40,8 +40,8 @@ class DataError(UserError):
     """An error in a data set; the message names the file."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader re-raises a worker's error with the traceback as its message, so keep only
-        # the text after the class name.
+        # A DataLoader re-raises a worker's exception with the traceback as its message. Keep only
+        # the text that follows the exception's class name.
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 

@@ -135,8 +135,8 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     rank = dist.get_global_rank()
-    # The sampler repeats samples so that all ranks get the same number of samples. Ignore the
-    # repeated samples.
+    # The sampler repeats some samples, so that all ranks get the same number. Skip the repeated
+    # samples.
     left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
     with torch.inference_mode():
         for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):
@@ -168,7 +168,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = open_dataset(source)
         index = torch.from_numpy(source.labels.index())
-        if order is not None:  # Map each label of the data to the model's class index.
+        # The classes of the data and the model differ in order, so translate the labels.
+        if order is not None:
             index = torch.where(index < 0, index, torch.tensor(order)[index.clamp(0)])
         workers = arguments["num_workers"]
         analysis = None
@@ -182,7 +183,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
     if order is not None and options.protocol == "square":
-        # Rows follow the data's class order, and columns follow the model's.
+        # The rows are in the order of the data's classes, the columns in the order of the model's.
+        # Reorder the rows to match.
         matrix[order] = matrix.clone()
     if options.confusion and dist.get_global_rank() == 0:
         write_image(options.confusion, draw_confusion(matrix.numpy(), segmenter.classes))
@@ -269,13 +271,13 @@ def main(arguments: list[str]) -> int:
     if dist.get_world_size() > 1:
         allows_tf32 = torch.backends.cuda.matmul.allow_tf32
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
-        # Composer's get_device() enables TF32. Restore the setting, so that the scores equal those
-        # of a single process.
+        # Composer's get_device() enables TF32. Restore the previous setting, so that the scores
+        # equal those of a single process.
         torch.backends.cuda.matmul.allow_tf32 = allows_tf32
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Check before the evaluation whether the outputs can be written.
+        # Check the output paths before the evaluation, so that it cannot fail at the end.
         outputs = [options.csv, options.json, options.per_image, options.confusion]
         outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)

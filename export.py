@@ -234,7 +234,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
             agreement, difference = compare(model, exported, source.photo, source.size)
         except (OutputError, UserError):
             raise
-        except Exception as error:  # Exporters can raise any type of error.
+        except Exception as error:  # An exporter can raise any type of error.
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
@@ -260,7 +260,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
-        size = source.weights.eval_size or 512  # 512 is also the default of predict.py.
+        size = source.weights.eval_size or 512  # predict.py also defaults to 512.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import WeightsError
 from segmentation.classes import ClassInfo, load_classes
 
-# Names that other projects use for averaged weights.
+# Keys under which other projects save averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 
 
@@ -70,7 +70,7 @@ def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] |
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # There is no such file, or it is not a config.
+    except (OSError, ValueError):  # The file is missing or is not a config.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

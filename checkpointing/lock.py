@@ -25,9 +25,9 @@ from errors import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # Seconds between two renewals of a record.
-SILENCE = 30.0  # Seconds without a renewal after which an owner counts as dead.
-SETTLE = 1.0  # Seconds to wait for the record of a run that starts at the same time.
+BEAT = 10.0  # Interval in seconds at which a run renews its lock record.
+SILENCE = 30.0  # Seconds without a renewal after which a run counts as dead.
+SETTLE = 1.0  # Seconds to wait for the lock record of a run that starts at the same time.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []
@@ -83,7 +83,7 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            os.close(self._file)  # The lock's previous owner has removed this file, so try again.
+            os.close(self._file)  # The previous owner has removed the lock file, so try again.
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         _held.append(self)
@@ -143,7 +143,7 @@ class RecordLock:
     def release(self) -> None:
         """Stop renewing, and mark the record as released."""
         self._stopping.set()
-        with suppress(Exception):  # If the store is down, the lock's record expires by itself.
+        with suppress(Exception):  # If the store is down, the lock record expires by itself.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 
@@ -179,7 +179,7 @@ class RecordLock:
                     self._successor = found
                     return
                 self._renew()
-            except Exception as error:  # Each store's client raises its own types of errors.
+            except Exception as error:  # Each object store's client raises its own types of errors.
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
 
 

@@ -12,7 +12,7 @@ from errors import WeightsError
 from networks.base import current_names, inner
 from segmentation.classes import ClassInfo, class_key
 
-# Prefixes of tensor names in other projects' files, and their replacements in this project.
+# Prefixes of tensor names in other projects' checkpoints, mapped to this project's prefixes.
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
 
 

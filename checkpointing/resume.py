@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Keys that networks other than DeepLabV3 ignore.
+# Config keys that only DeepLabV3 uses; other networks ignore them.
 DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")
 _MISSING = object()
 
@@ -81,7 +81,8 @@ class Start:
         """
         for name, theirs in self._recorded(defaults).items():
             if name not in values or name in ("data", "class_names", "model.arguments"):
-                # The comparison of classes below and check_network cover these keys.
+                # Skip the keys that describe classes and network arguments, because they are
+                # compared separately.
                 continue
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
@@ -112,12 +113,13 @@ class Start:
                 recorded[name] = json.loads(json.dumps(default)) if found is _MISSING else found
             recorded["model.name"], _ = self.weights.network
             recorded["model.num_classes"] = self.weights.num_classes
-            # A user may continue a run under a different name in a different folder.
+            # A resumed run must keep its run name. A new run that starts from a checkpoint may have
+            # a different name.
             if not self.is_resume:
                 del recorded["run_name"]
         if config is None or recorded["model.name"] == "deeplabv3":
-            # The checkpoint may contain a different network. In this case, check_network reports it
-            # later.
+            # The checkpoint may contain a different network, so ignore the error here;
+            # check_network reports it later.
             with suppress(WeightsError):
                 architecture = infer_architecture(self.weights.state, self.where)
                 recorded |= {f"model.{name}": value for name, value in architecture.items()}
@@ -263,7 +265,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
 
 def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
     names, latest = target.names(), target.latest()
-    if latest:  # Skip later checkpoints, which belong to other runs.
+    if latest:  # Skip checkpoints newer than `latest`, because they belong to other runs.
         names = [latest, *(name for name in names if time_of(name) < time_of(latest))]
     for name in names:
         try:

@@ -120,7 +120,7 @@ class Checkpoints(CheckpointSaver):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            # This function must have no side effects, because Composer's EMA also calls it before
+            # This function must have no side effects, because Composer's EMA also calls it, before
             # the callbacks run.
             return self.evaluations.postponed or self._save_now or periodic(state, event)
 
@@ -135,7 +135,7 @@ class Checkpoints(CheckpointSaver):
         self.save_best = save_best
         self.run_name = run_name
         self.own: list[str] = []
-        self._is_own = False  # Whether this run saved the loaded state.
+        self._is_own = False  # Whether the loaded checkpoint was saved by this run.
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -196,7 +196,7 @@ class Checkpoints(CheckpointSaver):
         )
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # check() has already created the folder.
+        pass  # Nothing to do: check() has already created the folder.
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
@@ -236,7 +236,7 @@ class Checkpoints(CheckpointSaver):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluations.due = False
-        if state.timestamp.batch == 0:  # Save no checkpoint before the first batch.
+        if state.timestamp.batch == 0:  # There is nothing to save before the first batch.
             return
         if self.best.improved(state) and self.save_best:
             self.best_name = _name(state)
@@ -246,11 +246,12 @@ class Checkpoints(CheckpointSaver):
             self._save_now = True
             state.stop_training()
         if self._save_now:
-            # Save again even if this batch has a checkpoint, because that checkpoint lacks this
-            # evaluation's result.
+            # Save this batch's checkpoint again if it exists, because it was saved before the
+            # evaluation and lacks the score.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                # No new checkpoint is needed, because the run has just resumed from one.
+                # The run has just resumed from a checkpoint of this batch, so it need not save
+                # another.
                 self._save_now = False
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
@@ -281,7 +282,7 @@ class Checkpoints(CheckpointSaver):
         self._save_now = False
         name = _name(state)
         # Keep checkpoints that were saved with keep=-1, even if the run resumes with a different
-        # value.
+        # `keep`.
         others = [other for other in self.own if other != name]
         self.own = [*others, name] if self.keep > 0 else []
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
@@ -309,8 +310,8 @@ class Checkpoints(CheckpointSaver):
                 os.remove(unfinished)
             if isinstance(error, RunError):
                 raise
-            # torch raises a second error when it closes the archive, so report the disk error that
-            # it hides.
+            # If a write fails, torch raises a second error when it closes the archive. Report the
+            # first, which names the problem with the disk.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
@@ -323,7 +324,8 @@ class Checkpoints(CheckpointSaver):
 
     def finish(self) -> None:
         """Wait until all checkpoints are uploaded; all ranks must call this together."""
-        # Wait in short steps, because the other ranks would time out during a single long wait.
+        # Wait in short steps, because a single long wait would make the other ranks' collective
+        # time out.
         while not on_first_process(lambda: self.target.wait(30)):
             log.warning("waiting for the upload of %s", self.last)
 
@@ -333,14 +335,14 @@ class Checkpoints(CheckpointSaver):
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # All ranks raise a RunError together.
+            except RunError:  # A RunError is raised on all ranks together.
                 self.finish()
                 raise
             finally:
                 if dist.get_global_rank() == 0:
                     with suppress(RunError):
-                        # Wait less than 30 s, because the launcher then kills the remaining
-                        # processes.
+                        # Wait less than 30 s, because the launcher kills the remaining processes 30
+                        # s after the first one fails.
                         self.target.wait(20)
 
     def state_dict(self) -> dict[str, Any]:

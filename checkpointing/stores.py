@@ -26,7 +26,7 @@ from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-# Errors from file systems without symbolic links, such as exFAT and some mounted buckets.
+# Error codes of file systems without symbolic links, such as exFAT and some mounted buckets.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -67,7 +67,7 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
         return os.path.join(folder, pointed) if pointed else os.fspath(path)
     folder = LocalFolder(os.fspath(path))
     newest = folder.names()[:1]
-    # Files that save_pretrained and export.py --to hub write.
+    # Names of the files that save_pretrained and `export.py --to hub` write.
     saved = ("model.safetensors", "pytorch_model.bin")
     for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):

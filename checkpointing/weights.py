@@ -33,12 +33,13 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-SCORES = "classifier.conv_seg."  # Layer of DeepLabV3 with one row per class.
+# Prefix of the DeepLabV3 layer that has one output row per class.
+SCORES = "classifier.conv_seg."
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # The same prefixes for other networks, and the prefix that `networks.base.Network` adds.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Classes for options and paths, which training scripts often save with the weights.
+# Classes of options and paths that training scripts often pickle together with the weights.
 OPTIONS = (
     "argparse.Namespace",
     *(
@@ -170,14 +171,14 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         return Weights(*select_network(tensors, which), classes=classes_of_mmseg(content))
     state, found = _strip_prefixes(trainer["model"]), "training"
     algorithms = trainer.get("algorithms", ())
-    # Old versions of Composer saved a mapping instead of a list of pairs.
+    # Old versions of Composer saved the algorithms as a mapping instead of a list of pairs.
     if isinstance(algorithms, Mapping):
         algorithms = algorithms.items()
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
-            # When Composer saves a checkpoint, its EMA puts the average into the model and keeps
-            # the training weights in its own state. The flag `ema_weights_active` tells whether
-            # this file was saved that way.
+            # When Composer saves a checkpoint, its EMA normally swaps the averaged weights into the
+            # model and keeps the training weights in its own state. The flag `ema_weights_active`
+            # tells whether it did so for this file.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"
@@ -231,7 +232,7 @@ def save_weights(
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    # Do not use save_file from safetensors, because only the owner could read its file.
+    # Do not use safetensors' save_file, because it makes the file readable only by its owner.
     write_file(path, save(tensors, metadata))
 
 
@@ -369,7 +370,8 @@ def _load_pickle(path: Path, inert: bool) -> Any:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             allowed += [(_Inert, n) for n in names if n.startswith(("composer.", "torchmetrics."))]
         with torch.serialization.safe_globals(allowed):
-            # Use a memory map to avoid reading unused parts, such as the optimizer's state.
+            # Map the file into memory, so that unused parts such as the optimizer state are never
+            # read.
             return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types of errors for a bad file.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))

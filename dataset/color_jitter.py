@@ -26,21 +26,25 @@ def uniform_per_sample(
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
-    # For a channels-last image, this reshape is a view rather than a copy.
+    # For a channels-last image, this reshape is a view and copies nothing.
     pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)
-    # Drop the last bytes if they do not fill a 64-bit word. The clone is aligned to words.
+    # Drop trailing bytes that do not fill a 64-bit word. The clone ensures that the data is aligned
+    # to words.
     if pixels.shape[1] % 8:
         whole = pixels[:, : pixels.shape[1] // 8 * 8]
         pixels = whole.clone(memory_format=torch.contiguous_format)
     words = pixels.contiguous().view(torch.int64)
-    state = words.sum(dim=1)  # Integer sums wrap around, so the order of addition does not matter.
+    # Integer sums wrap around on overflow, so their result does not depend on the order of
+    # addition.
+    state = words.sum(dim=1)
     for number in (seed, epoch):
         if isinstance(number, int):
             number = torch.full_like(state, number)
         state = _mix(state ^ _mix(number))
     if isinstance(steps, int):
         steps = equal_steps(steps).to(image.device)
-    # SplitMix64 (Steele et al. 2014) adds equal steps to the state and mixes the bits of each sum.
+    # SplitMix64 (Steele et al. 2014) generates random numbers: it adds equal steps to a state and
+    # mixes the bits of each sum.
     bits = _mix(state + steps)
     return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
 
@@ -120,7 +124,8 @@ def _gray(image: Tensor) -> Tensor:
 
 def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
     """Return each image's mean luma outside the padding, (N, 1, 1, 1)."""
-    # Threads may add the rows in any order, so add the float32 sums of the rows in float64.
+    # Threads may add rows in any order. Add the float32 row sums in float64, so that the order
+    # hardly affects the result.
     rows = torch.stack([_gray(image).mul_(inside), inside]).sum(dim=-1)
     total, area = rows.sum(dim=-1, dtype=torch.float64)[..., None, None]
     return (total / area.clamp_(min=1)).to(image.dtype)

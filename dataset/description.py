@@ -141,7 +141,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """A YAML loader that rejects duplicate keys and reads keys like `no` and `12:30` as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)  # Resolve merge keys such as `<<: *anchor`.
+        self.flatten_mapping(node)  # Resolve YAML merge keys such as `<<: *anchor`.
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.style is None:
                 key.tag = "tag:yaml.org,2002:str"
@@ -190,7 +190,7 @@ def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) ->
 def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source], float]:
     """Return each split's location, and the fraction of `train` used as `val` (0 for none)."""
     sources, fraction = {}, 0.0
-    # The description of a shard data set does not list splits.
+    # The description file of a shard data set does not list splits.
     for split in SPLITS if "train" in raw or "val" in raw else ():
         given = raw.get(split)
         if not isinstance(given, Mapping):

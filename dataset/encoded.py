@@ -19,7 +19,7 @@ from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 
 LoadImage = Callable[[int], np.ndarray]
-# Transforms for the image and mask together, for the image, and for the mask.
+# Three transforms: for the image and mask together, for the image, and for the mask.
 Transforms = tuple[Callable | None, Callable | None, Callable | None]
 
 
@@ -114,7 +114,7 @@ class EncodedSamples(Dataset):
             self.prefetch(item.prefetch % len(self))
         repetition, index = divmod(item.index, len(self))
         uid, photo, mask, names = self.read(index)
-        # Give each repetition its own uid, so that it gets a different crop and colours.
+        # Give each repetition of a sample its own uid, so that its random crop and colours differ.
         if repetition > 0:
             uid = f"{uid}#{repetition}"
         try:

@@ -53,13 +53,13 @@ class Masks:
             loaded, known = labels.loaded(), ~labels.unknown()
             values = {value: int(loaded[value]) for value in np.flatnonzero(known).tolist()}
         self.values = values
-        # The 16 MB colour table is allocated on first use.
+        # The colour table takes 16 MB, so it is allocated only on first use.
         self._colors: torch.Tensor | None = None
         self._index = np.zeros(MAX_VALUE + 1, np.uint8)
         if not in_colors:
             self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
-        # Find the first value that differs from its label. If all values of a mask are smaller, the
-        # mask needs no translation.
+        # Find the first mask value that differs from its label. A mask whose values are all smaller
+        # needs no translation.
         same = self._index[:255] == np.arange(1, 256)
         self._same = int(np.argmin(np.append(same, False)))
         self.max_value = MAX_VALUE if self.described else 255

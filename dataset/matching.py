@@ -89,7 +89,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
-    # In the built-in ADE20K layout, the prefix of the file names is part of the sort order.
+    # In ADE20K's own layout, the sort order includes the prefix of the file names.
     keep_prefix = description.built_in is not None
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
@@ -110,9 +110,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if len(names) < len(chosen):
             chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
-        # If both splits share a mask folder, a mask without an image here may belong to the other
-        # split, so do not report it. If one split is a fraction of the other, report such masks
-        # only once, for training.
+        # If training and validation share a mask folder, a mask without an image may belong to the
+        # other split, so do not report it. If one split is a fraction of the other, report such
+        # masks once, for the training split.
         layouts = [layout for layout in description.sources.values() if layout != source]
         is_shared = source.masks in [layout.masks for layout in layouts]
         if description.fraction:
@@ -241,16 +241,17 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     if not masks.folder.is_dir():
         pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
         return pairs
-    # If the mask template contains `{dir}` or `{name}`, match masks by folder and name. Otherwise
-    # match them by name only.
+    # If the mask template contains `{dir}` or `{name}`, a mask must match the image's folder and
+    # name. Otherwise only the name must match.
     with_folders = bool(masks.fields & {"dir", "name"})
     files = masks.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
-        # Usually all names match, so the slower loop below is not needed.
+        # Usually all images have a mask of the same name, so the slower loop is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    used = dict(zip(reversed(keys), reversed(photos)))  # Maps each mask's key to its first image.
+    # Maps each mask's key to the first image with this mask.
+    used = dict(zip(reversed(keys), reversed(photos)))
     for name, key in zip(photos, keys):
         if key not in files.paths:
             reason = f"its mask is missing; expected {source.masks}"
@@ -275,12 +276,12 @@ def _photos(
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
-    if images.has_suffix:  # The template's extension may also match files that are not images.
+    if images.has_suffix:  # The extension in the template may also match files other than images.
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:
         folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
-        # If the folders overlap, do not mistake masks for images.
+        # If the image and mask folders overlap, do not mistake masks for images.
         if os.path.commonpath(folders) in folders:
             left_out.append(masks.matches)
     files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from errors import DataError
 
-MAX_SEGMENTS = 2**24  # COCO stores a segment's id in the three bytes of a pixel.
+MAX_SEGMENTS = 2**24  # COCO encodes a segment ID in a pixel's three bytes.
 
 
 class Segments:

@@ -101,7 +101,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     length = length_of_repeated(factors)
     ends = factors[place].cumsum()
     teeth = np.floor(ends * (length / ends[-1]) + offset).astype(np.int64)
-    teeth[-1] = length  # Rounding may change the last sum, so set it to the exact length.
+    # Rounding may change the last cumulative sum, so set it to the exact length.
+    teeth[-1] = length
     times = np.empty_like(teeth)
     times[place] = np.diff(teeth, prepend=0)
     takes = [np.flatnonzero(times > k) + k * len(factors) for k in range(times.max())]

@@ -31,8 +31,8 @@ from files import is_remote
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
-DESCRIPTION = "description.yaml"  # Name of the description file next to the split folders.
-MAX_SAMPLES = 10**9  # Maximum number of samples in a shard.
+DESCRIPTION = "description.yaml"  # Description file that is stored next to the split folders.
+MAX_SAMPLES = 10**9  # Maximum number of samples per shard.
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 
 
@@ -75,7 +75,8 @@ class Shards:
                 raise DataError(f"{remote}: remote shards need a cache; set local to a folder")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
-            # The cache folder is the data set itself, so nothing must be downloaded or deleted.
+            # `local` is the data set itself rather than a cache, so nothing may be downloaded or
+            # deleted.
             remote = None
         self.is_cache = remote is not None
         self.location = os.path.join(remote or local, split)
@@ -85,8 +86,8 @@ class Shards:
             remote=remote,
             local=local,
             split=split,
-            # Streaming's own retries are silent and do not stop on permanent errors; see
-            # `with_retries`.
+            # Streaming's own retries print nothing and also repeat permanent errors, so
+            # `with_retries` replaces them.
             download_retry=1,
             download_timeout=download_timeout,
             keep_zip=False,
@@ -111,14 +112,16 @@ class Shards:
                 raise DataError(
                     f"{self.location}: got the columns {shard.column_names}; expected {COLUMNS}"
                 )
-            # Read the images and masks as bytes instead of Pillow images.
+            # Read images and masks as encoded bytes, which Streaming would otherwise decode with
+            # Pillow.
             shard.column_encodings = [
                 "bytes" if name in ("x", "y") else encoding
                 for name, encoding in zip(shard.column_names, shard.column_encodings)
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the alphabetically last hash. With sha1 and xxh64, this is xxh64, the faster one.
+            # Use the hash whose name is last in alphabetical order: if sha1 and xxh64 are
+            # available, this is xxh64, the faster one.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -206,7 +209,8 @@ class Shards:
             try:
                 sample = reader[row]
                 break
-            # The shard is not downloaded yet, or another process deleted it to free space.
+            # Either the shard is not downloaded yet, or another process has deleted it to free
+            # space.
             except FileNotFoundError:
                 self.fetch(shard)
             except Exception as error:
@@ -219,7 +223,7 @@ class Shards:
                 os.utime(path)
         uid = sample["uid"]
         uid = uid.decode("utf-8", "surrogateescape") if isinstance(uid, bytes) else str(uid)
-        # Remove ADE20K's prefix, as for data sets in folders.
+        # Remove ADE20K's prefix from the uid, so that it is the same as for a data set in folders.
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, image", f"{name}, mask")
@@ -233,7 +237,8 @@ class Shards:
         shard = int(self.shard_of(index))
         if os.path.exists(self.path(shard)):
             return
-        # A forked process inherits its parent's queue but not the thread that reads it.
+        # A forked process inherits its parent's queue but not the thread that reads it, so each
+        # process needs its own queue and thread.
         if os.getpid() not in self.wanted:
             self.wanted = {os.getpid(): queue.SimpleQueue()}
             threading.Thread(target=self._fetch_wanted, daemon=True).start()
@@ -244,7 +249,7 @@ class Shards:
             shard = self.wanted[os.getpid()].get()
             try:
                 self.fetch(shard, wait=False)
-            except DataError as error:  # The error is raised again when the shard is read.
+            except DataError as error:  # Reading the shard raises the error again.
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:
@@ -280,8 +285,8 @@ class Shards:
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
             return
-        # If the cache has a size limit, download one shard at a time, so that parallel downloads
-        # cannot exceed the limit.
+        # If the cache size is limited, download one shard at a time, because parallel downloads
+        # could exceed the limit.
         lock = "cache" if self.cache_limit else os.path.basename(path)
         os.makedirs(self.folder, exist_ok=True)
         try:
@@ -355,7 +360,7 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
     return Shards(path, local, split, download_retry=2)
 
 
-# Keep the opened splits, because a worker process reads several shards of the same split.
+# Keep splits open, because a worker process reads several shards of the same split.
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)
 
 

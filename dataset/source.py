@@ -173,7 +173,7 @@ class ShardChunk:
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
             yield f"{shards.location}, mask of {uid}", mask
-        # Training may limit the size of the cache, so remove a shard that was not cached before.
+        # The training run may limit the cache size, so remove a shard that was not cached before.
         if shards.is_cache and not was_there:
             shards.shards[self.number].evict()
 

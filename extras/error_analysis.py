@@ -95,7 +95,7 @@ class ErrorAnalysis:
         arrays = (photo, target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         heapq.heappush(self._worst, (-score.miou, -index, (arrays[0], arrays[1], arrays[2])))
         if len(self._worst) > self.keep:
-            heapq.heappop(self._worst)  # Drop the image with the highest score.
+            heapq.heappop(self._worst)  # Drop the best of the kept images.
 
     def gather(self) -> list[ImageScore]:
         """Return the scores of all ranks' images, in the order of the data set."""
@@ -161,7 +161,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
     left = round(max(text_length(info.name, size) for info in classes) + 2.5 * cell)
     side = cell * len(classes)
     page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
-    # Use a white-to-blue scale of the square root, so that small shares stay visible.
+    # Use a white-to-blue colour map on a square-root scale, so that small shares stay visible.
     depth = np.sqrt(share)[..., None]
     colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
     cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
@@ -173,7 +173,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
         box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
         draw.rectangle(box, info.color, INK)
         write_text(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
-        if cell >= 32:  # Cells of this size have room for numbers.
+        if cell >= 32:  # Only cells of at least this size have room for numbers.
             for column in np.flatnonzero(share[row] >= 0.005):
                 color = PAPER if share[row, column] > 0.3 else INK
                 at = (left + cell * (column + 0.5), middle)

@@ -153,13 +153,14 @@ def class_order(
     if segmenter.names_given:
         model = segmenter.classes
     elif own is not None:
-        # The run's class_names may have renamed the classes of its description.
+        # Compare with the description's own class names, because the run may have renamed them
+        # through class_names.
         model = parse_description(own).classes
     beside = None
     if source.shards is not None:
         beside = shard_classes(source)
     is_described = source.description.built_in is None
-    if beside is not None:  # The masks in the shards were written in this order.
+    if beside is not None:  # The shards' masks use the class order of the description next to them.
         where, classes = f"{source.path}/{DESCRIPTION}", beside
     elif is_described and (options.data or options.config):
         where, classes = options.data or options.config, source.description.classes

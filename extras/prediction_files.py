@@ -17,7 +17,7 @@ from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
 from files import check_outputs, encode_image, write_file
 
-# Comment in every output file, by which later runs recognise files that predict.py wrote.
+# Comment that predict.py writes into every output file, so that later runs recognise these files.
 COMMENT = "Written by predict.py"
 
 
@@ -34,7 +34,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     Returns:
         The path of each file, and the name of its outputs without an extension.
     """
-    files: dict[Path, str] = {}  # Output names, indexed by resolved path.
+    files: dict[Path, str] = {}  # Maps the resolved path of each input to the name of its outputs.
     paths: dict[Path, Path] = {}
     for argument in arguments:
         found = (
@@ -50,7 +50,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Name the videos last, when the names of all image folders are known.
+    # Name the videos last, because a video must not get the name of an image folder.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():

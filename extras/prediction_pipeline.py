@@ -20,9 +20,10 @@ from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
 
-BATCH = 8  # Maximum number of images of one size in a batch on a GPU.
-MAX_BYTES = 2**28  # Bytes of decoded images in the pipeline above which no more images are read.
-JPEG_SIDE = 65_500  # Maximum width and height of a JPEG in pixels.
+BATCH = 8  # Maximum number of equally large images per batch on a GPU.
+# Limit in bytes on the decoded images in the pipeline; above it, no more images are read.
+MAX_BYTES = 2**28
+JPEG_SIDE = 65_500  # Maximum width and height of a JPEG, in pixels.
 
 
 class Segmenter(Protocol):
@@ -87,14 +88,15 @@ def segment_images(
     pool = ThreadPoolExecutor(workers)
     try:
         waiting = iter(files)
-        jobs: deque[_Job] = deque()  # Images in the pipeline, in the order of `files`.
+        jobs: deque[_Job] = deque()  # Images in the pipeline, in the same order as `files`.
         while True:
             _read_ahead(jobs, waiting, pool, workers + batch)
             if not jobs:
                 return
             if jobs[0].outputs is None and not jobs[0].problem:
                 _segment_batch(segmenter, jobs, pool, batch, kinds)
-            # Let the network process later images while the first image's outputs are encoded.
+            # Let the network process later images while worker threads encode the outputs of the
+            # first one.
             is_done = jobs[0].problem or (jobs[0].outputs and jobs[0].outputs.done())
             unsegmented = next((job for job in jobs if not job.outputs and not job.problem), None)
             if not is_done and unsegmented and len(jobs) < 2 * (workers + batch):
@@ -102,7 +104,7 @@ def segment_images(
                 continue
             yield _finish(jobs.popleft())
     finally:
-        # On an error or Ctrl-C, wait only for running tasks. These tasks write no files.
+        # On an error or Ctrl-C, wait only for the tasks that are running. They write no files.
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -69,7 +69,7 @@ class Plan(dict[str, Any]):
     def _speed(self) -> list[tuple[str, str]]:
         speed = self["speed"]
         rate = f"{speed['images_per_second']:.1f} images/s"
-        # The plan of an evaluation has no step time.
+        # A plan for an evaluation contains no step time.
         if "step" not in speed:
             return [("speed", rate)]
         rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
@@ -269,7 +269,8 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, each step first waits for its data.
+    # Without loader processes, loading is not parallel to training: each step first waits for its
+    # data.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {
