@@ -74,7 +74,7 @@ def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
     """
     target, done, problem = Path(options.out, "camera"), 0, None
     if threading.current_thread() is threading.main_thread():
-        # Replace Composer's Ctrl-C handler, which would end the process before the video is saved.
+        # Composer's Ctrl-C handler would end the process before the video is saved, so replace it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         camera = Camera(options.photos[0], options.every)

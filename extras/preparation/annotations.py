@@ -24,10 +24,11 @@ from PIL import Image
 from dataset.paths import IMAGE_SUFFIXES, visible_files
 from errors import DataError, one_line
 
-BEYOND = 16  # Maximum coordinate of an outline, as a multiple of the image's longer side.
-# LabelMe's names for ignored pixels and for pixels without a class.
+# Largest allowed coordinate of an outline, as a multiple of the image's longer side.
+BEYOND = 16
+# Label names that LabelMe uses for ignored pixels and for pixels without a class.
 IGNORED_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
-# Exceptions raised while parsing a malformed file.
+# Exceptions that parsing a malformed file can raise.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
 
@@ -89,7 +90,7 @@ def reading(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except OSError as error:
-        # A damaged image raises an OSError without strerror.
+        # Pillow's OSError for a damaged image has no strerror, so use its message.
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
@@ -118,7 +119,7 @@ def photo_size(path: Path) -> tuple[int, int]:
         path: Path of the image.
     """
     with Image.open(path) as image:
-        # Pillow already applies the EXIF orientation of a TIFF.
+        # Pillow has already applied the EXIF orientation of a TIFF.
         turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size
     return (width, height) if turned else (height, width)

@@ -15,9 +15,10 @@ from dataset.paths import visible_files
 from errors import DataError
 from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
 
-RARE = 0.2  # Black, white and 0 may mean "ignored" if they cover less than this fraction.
+# Black, white or label 0 may mean "ignored" if it covers less than this fraction of the pixels.
+RARE = 0.2
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
-# Column headings in class tables, mapped to the meaning of the column.
+# Maps column headings of class tables to the column's meaning.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
 _COLUMNS |= dict.fromkeys(
     ("name", "class", "label", "class name", "class_name", "category"), "name"
@@ -59,7 +60,7 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
     """Return the names in a table by colour and by value. Both are empty for other files."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
-    place: dict[str, int] = {}  # Index of each column in the header.
+    place: dict[str, int] = {}  # Maps each heading to its column index.
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
         cells = _cells(line)
         lower = [cell.lower() for cell in cells]
@@ -67,7 +68,7 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
         if "name" in header and len(header) > 1 and not by_color and not by_value:
             place = header
             continue
-        # CVAT writes lines such as `road:128,64,128::`.
+        # CVAT's label files contain lines such as `road:128,64,128::`.
         cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())
         if cvat:
             row = dict(zip(("name", "r", "g", "b"), cvat.groups()))
@@ -92,7 +93,8 @@ def _cells(line: str) -> list[str]:
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
             cells = [cell.strip() for cell in cells]
-            if separator == "\t":  # CamVid's table has lines such as `64 128 64<tabs>Animal`.
+            # CamVid's class table contains lines such as `64 128 64<tabs>Animal`.
+            if separator == "\t":
                 cells = [p for c in cells if c for p in (c.split() if c[0].isdigit() else [c])]
             return cells
     return [part for part in re.split(r"\s+(?=\d+(?:\s|$))|(?<=\d)\s+", line.strip()) if part]
@@ -214,5 +216,6 @@ def quoted(text: str) -> str:
     Args:
         text: The string.
     """
-    # JSON's escapes differ from YAML's for characters above U+FFFF, so PyYAML writes the string.
+    # Let PyYAML quote the string, because JSON's escapes for characters above U+FFFF are not valid
+    # in YAML.
     return yaml.safe_dump(text, default_style='"', width=10**6, allow_unicode=True).strip()

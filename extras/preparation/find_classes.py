@@ -19,14 +19,15 @@ from dataset.workers import chunked, map_chunks
 from errors import DataError
 
 MOST_CLASSES = IGNORED - 1
-MOST_VALUES = 4000  # Maximum number of different values in all masks.
-# Thresholds for values that result from blurred edges. Nearly all pixels of such a value are on
-# thin lines, and the value is between the values around it. In the first case, the value is rare
-# and occurs in few files. In the second case, all masks are blurred, and many such values together
-# cover few pixels.
+# Maximum number of different values in all masks together.
+MOST_VALUES = 4000
+# These thresholds identify values that come only from blurred edges. Nearly all pixels with such a
+# value are on thin lines, and the value is between the values around it. Either the value is rare
+# and occurs in few files, or all masks are blurred and many such values together cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-EDGE_SHARE_OF_FILE = 0.05  # For speed, values with a larger share of a file are not examined.
+# To save time, do not examine values that cover a larger fraction of a file.
+EDGE_SHARE_OF_FILE = 0.05
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 
 
@@ -126,7 +127,7 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    # On a blurred edge, the value of at least one channel is between those of its neighbours.
+    # On a blurred edge, at least one channel's value is between the values of its neighbours.
     between = np.zeros(mask.shape, bool)
     kernel = np.ones((7, 7), np.uint8)
     for channel in channels:
@@ -193,7 +194,7 @@ def _suspect_edges(
         edges = set(many)
     else:
         edges = {v for v in thin if share[v] < EDGE_SHARE and len(where[v]) <= most}
-    # Blurred masks also contain other rare values on thin lines, from sharpening and rounding.
+    # Blurred masks also contain other rare values on thin lines, caused by sharpening and rounding.
     blurred = {f.path for f in files if len(edges & f.values.keys()) >= EDGE_VALUES // 2}
     return edges | {
         value
@@ -216,7 +217,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
             f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
             "tell classes apart"
         )
-    # Allow for two more values, which may be ignored later.
+    # Allow two values more than classes, because the user may choose to ignore them later.
     if classes > MOST_CLASSES + 2:
         raise DataError(
             f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "

@@ -29,7 +29,8 @@ from files import explain_output, write_file
 log = logging.getLogger(__name__)
 
 COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
-UPLOAD_ATTEMPTS = 6  # The pauses between attempts double and add up to half a minute.
+# Number of upload attempts. The pauses between attempts double and add up to half a minute.
+UPLOAD_ATTEMPTS = 6
 
 
 class Mismatch(DataError):
@@ -39,14 +40,14 @@ class Mismatch(DataError):
 class Target(NamedTuple):
     """The destination and the options for a split's shards."""
 
-    # Folder that shards are written to. Remote shards are stored here until they are uploaded.
+    # Local folder for the shards. Shards for a remote store are kept here until they are uploaded.
     folder: str
     remote: str | None
     compression: str | None
     hashes: list[str]
     size_limit: int
     workers: int
-    # Mask decoder of a described data set, or None. The shards store the labels that it returns.
+    # Decoder whose labels the shards store, or None if the data set has no description.
     masks: Masks | None = None
 
     @property
@@ -93,7 +94,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-        # A run with different options wrote this shard, perhaps under a different name.
+        # An earlier run with different options wrote this shard, perhaps under a different file
+        # name.
         _remove_shard(target, finished["entry"])
     final = Path(target.folder, f"shard.{number:05}.mds")
     with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
@@ -113,8 +115,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # Write a note before the shard appears. If the run is interrupted, the note shows that this
-        # program wrote the shard.
+        # Write a note before the shard, so that a later run can tell after an interruption that
+        # this program wrote the shard.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:
@@ -253,12 +255,12 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
         entries = _write_shards(samples, split, target)
         _write(index, {"version": 2, "shards": entries})
         _verify(samples, out, cache, split, target)
-    # Write index.json last, because it marks the split as complete.
+    # Write index.json last, because its presence marks the split as complete.
     _write(Path(target.folder, "index.json"), {"version": 2, "shards": entries})
     if target.remote:
         upload(target, "index.json")
     for note in target.done.glob("*.json"):
-        # Delete the additional shards of an interrupted run with different options.
+        # An interrupted run with different options may have written more shards; delete them.
         if int(note.stem) >= len(entries):
             _remove_shard(target, json.loads(note.read_text())["entry"])
         note.unlink()

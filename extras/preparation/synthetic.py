@@ -54,7 +54,8 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
-        # Draw both diagonals, because training flips scenes and a flip must not change the class.
+        # Draw both diagonal directions, because a flip during training turns one into the other but
+        # must not change the class.
         "diagonals": (x + y * rng.choice([-1, 1])) % (1.4 * period) < 0.7 * period,
         "speckle": cv2.resize((rng.random((size // 2, size // 2)) < 0.12) * 1.0, (size, size))
         > 0.4,

@@ -11,11 +11,12 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# Image formats that this project cannot read. SIDECARS are formats often stored next to images.
+# File extensions: image formats that this project cannot read (UNREAD_SUFFIXES), and formats of
+# files that often accompany images (SIDECARS).
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # Maximum number of further files that a finding names.
+NAMED = 3  # Maximum number of additional files that a finding lists by name.
 
 
 class Unused(NamedTuple):
@@ -95,12 +96,12 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     files = [file for file in files if real(file) not in skipped]
     if is_excluded:
         files = [file for file in files if not is_excluded(file)]
-    # Skip files that splits use through links.
+    # Skip files that a split already uses through a symbolic link.
     if files:
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
-    # Distinguish images from masks by the layout's folders.
+    # Tell images from masks by the folders in the layout.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
     has_list = [layout.list is not None for layout in layouts]

@@ -32,7 +32,7 @@ PROTOCOLS = {
     "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
     "square": "image and mask are resized to squares of {size} pixels, as in training's evaluation",
 }
-# Config keys that the card shows, with their names on the card.
+# Maps the config keys that the model card shows to their titles on the card.
 SETTINGS = {
     "recipe_name": "recipe",
     "max_duration": "duration",
@@ -322,7 +322,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        from cpuinfo import get_cpu_info  # Import cpuinfo only here, because it takes a second.
+        # Import cpuinfo lazily, because the import takes a second.
+        from cpuinfo import get_cpu_info
 
         name = get_cpu_info().get("brand_raw") or platform.machine()
         name = f"{name} ({torch.get_num_threads()} threads)"

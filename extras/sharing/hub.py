@@ -59,7 +59,7 @@ def _told(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        # Exception of the HTTP client that huggingface-hub uses.
+        # Base exception of the HTTP client that huggingface-hub uses.
         HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
