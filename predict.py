@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# mmsegmentation's test-time scales, each used with and without a flip.
+# Scales of mmsegmentation's test-time augmentation. Each scale is used with and without a flip.
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -125,7 +125,8 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
-            # Import lazily, because this takes seconds and ONNX files do not need it.
+            # Import the networks lazily, because the import takes seconds and ONNX files do not
+            # need it.
             from checkpointing.rebuild import (
                 build_network,
                 complete,
@@ -182,10 +183,10 @@ class Segmenter:
         sizes = []
         for scale in self.scales:
             factor = scale
-            if self.size:  # Use the rule and the rounding of mmcv.rescale_size.
+            if self.size:  # Follow mmcv.rescale_size, including its rounding.
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
-            # Align the windows with the grid of the logits, so that their logits can be added
+            # Align the windows with the logits' grid, so that overlapping logits can be added
             # without resampling.
             if self.window:
                 size = tuple(max(round(side / 8), 1) * 8 for side in size)
@@ -225,8 +226,8 @@ class Segmenter:
             for left in window_starts(width, window):
                 part = batch[:, :, top : top + window, left : left + window]
                 logits = self.network(part)
-                # Resample logits to stride 8 if they are coarser than that, or if their size does
-                # not divide the window.
+                # Resample the logits to stride 8 if they are coarser, or if the window size is not
+                # a multiple of the logits' size.
                 if logits.shape[2] * 8 < part.shape[2] or part.shape[2] % logits.shape[2]:
                     grid = (part.shape[2] // 8, part.shape[3] // 8)
                     logits = F.interpolate(logits, grid, mode="bilinear", align_corners=False)
@@ -253,7 +254,7 @@ def find_device(name: str | None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it cannot hold numbers")
         torch.empty(1, device=device)
-    except Exception as error:  # Each device type raises its own types of errors.
+    except Exception as error:  # Each type of device raises its own types of errors.
         raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
     return device
 
@@ -262,7 +263,7 @@ def _torch_network(
     network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
     """Move a network to a device; return a function that maps uint8 images to logits."""
-    # The overloads of `to` in torch's type stubs lack the memory format.
+    # torch's type stubs lack the memory format in the overloads of `to`.
     network.to(device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
@@ -298,7 +299,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
             path, providers=onnxruntime.get_available_providers()
         )
         metadata = session.get_modelmeta().custom_metadata_map
-    # onnxruntime's error classes have no common base class.
+    # The error classes of onnxruntime have no common base class.
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:

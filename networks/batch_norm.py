@@ -72,8 +72,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(image)
         size = image.numel() // image.shape[1]
         variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
-        # Use fp64, because the difference of squares below would lose precision in fp32. This is
-        # cheap, because the tensors are small.
+        # Compute in fp64, because the difference of squares below would lose precision in fp32. The
+        # tensors are small, so this is cheap.
         mean, variance = mean.double(), variance.double()
         own = torch.cat([mean.new_ones(1), mean, variance + mean.square()]) * size
         count, total, squares = all_reduce(own, self.group_name).split([1, *[len(mean)] * 2])
@@ -102,14 +102,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
-# Use a custom operator, because an autograd.Function would become a higher-order operator in the
-# graph, which DDPOptimizer does not support.
+# This is a custom operator rather than an autograd.Function, because torch.compile would turn a
+# Function into a higher-order operator, which DDPOptimizer does not support.
 @torch.library.custom_op("deeplab::all_reduce", mutates_args=())
 def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     """Sum a tensor over the ranks of a group."""
     result = tensor.clone()
-    # The cast is needed for type checkers, because torch 2.13 annotates this string argument with
-    # its own type.
+    # Cast only for type checkers, because torch 2.13 annotates this string argument with a type of
+    # its own.
     group = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group_name))
     torch.distributed.all_reduce(result, group=group)
     return result
@@ -173,5 +173,5 @@ def share_in_node(network: nn.Module) -> None:
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    # The cast is valid, because this process always belongs to its node's group.
+    # The cast is safe, because this process always belongs to its own node's group.
     share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))

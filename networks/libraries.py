@@ -20,12 +20,13 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class `Network`.
-# Keys that make a library load a file or a URL.
+# Arguments of our class `Network` rather than of a library.
+OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")
+# Argument names that would make a library load a file or a URL.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # Matches strings that are not paths or URLs.
+PLAIN = re.compile(r"[\w.+-]*")  # This pattern matches strings that cannot be a path or URL.
 
 
 def foreign_arguments(

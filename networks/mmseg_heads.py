@@ -32,8 +32,8 @@ class MMSegNetwork(Network):
         auxiliary = getattr(segmentor, "auxiliary_head", None)
         if auxiliary is not None:
             auxiliary = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
-        # Store the heads in tuples, because they are already submodules of the segmentor and must
-        # not be registered twice.
+        # The heads are already submodules of the segmentor. Store them in tuples, so that they are
+        # not registered twice.
         self._heads = tuple(heads)
         self._auxiliary = tuple(auxiliary or ())
         self._refines = type(heads[-1]).__name__ == "PointHead"
@@ -73,7 +73,8 @@ class MMSegNetwork(Network):
 
 def _parts(outputs: Any) -> list[Any]:
     """Return a head's training outputs, logits first."""
-    # A list contains the outputs of K-Net's stages, of which the last is the result.
+    # If the output is a list, it contains the outputs of K-Net's stages, and the last one is the
+    # result.
     if isinstance(outputs, list):
         return [outputs[-1], *outputs[:-1]]
     return list(outputs) if isinstance(outputs, tuple) else [outputs]

@@ -15,7 +15,8 @@ from networks import libraries
 from networks.base import Network
 from networks.depthwise import replace_dilated
 
-# Libraries with a module of the same name in this package, which is imported on demand.
+# For each of these libraries, this package has a module of the same name, which is imported on
+# demand.
 LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
 
 

@@ -70,12 +70,12 @@ def _features(
     def create(**more: Any) -> Any:
         return timm.create_model(name, **options, **more)
 
-    with torch.device("meta"):  # Use the meta device, because it allocates no memory.
+    with torch.device("meta"):  # Build the network on the meta device, which allocates no memory.
         if "output_stride" not in options:
             try:
                 create(output_stride=8)
                 options["output_stride"] = 8
-            # timm raises various errors for an unsupported argument.
+            # timm raises various types of errors for an unsupported argument.
             except Exception:
                 pass
         strides = call(whole, create).feature_info.reduction()
@@ -86,7 +86,7 @@ def _features(
         try:
             with torch.device("meta"):
                 create(out_indices=places)
-        except TypeError as error:  # Some of timm's transformers lack this argument.
+        except TypeError as error:  # Some transformers in timm do not accept dynamic_img_size.
             raise ModelError(
                 f"model.name={whole} accepts only one image size; use a vision transformer "
                 "such as vit_small_patch16_dinov3"
