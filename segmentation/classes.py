@@ -18,7 +18,8 @@ import numpy as np
 from errors import ClassError
 
 ADE20K_CSV = Path(__file__).with_name("ade20k_classes.csv")
-# Colours of the paper and of wrong pixels in drawings. All class colours differ from these two.
+# Colours that drawings use for the background and for wrong pixels. Every class colour differs from
+# both.
 PAPER, WRONG = (255, 255, 255), (230, 25, 75)
 
 
@@ -244,7 +245,8 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
         names: Names of the classes.
         most: Maximum number of names to show.
     """
-    names = [name.removeprefix("class ") for name in names]  # Avoid "class class 7".
+    # Otherwise the message would say "class class 7".
+    names = [name.removeprefix("class ") for name in names]
     if len(names) == 1:
         return f"class {names[0]}"
     rest = f" and {len(names) - most} more" if len(names) > most else ""

@@ -36,7 +36,7 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with every pixel without a label set to `num_classes`."""
-    if mask.dtype == np.uint8:  # For uint8 predictions, avoid the slower copy as int64.
+    if mask.dtype == np.uint8:  # uint8 predictions need no copy as int64, which would be slower.
         return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
@@ -146,7 +146,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
     The names help because some of ADE20K's colours are hard to tell apart.
     """
     size = _font_size(picture.height) * 0.9
-    # Search a reduced mask, because a name's position need not be exact.
+    # Search a smaller copy of the mask, because the position of a name need not be exact.
     scale = max(1, max(mask.shape) // 160)
     small = mask[::scale, ::scale]
     for index, area in zip(*np.unique(small, return_counts=True)):
@@ -155,7 +155,8 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         name = classes[index].name
         left, top, right, bottom = _box(name, size)
         diagonal = math.hypot(right - left, bottom - top)
-        # A region that contains a circle of this diameter covers 0.78 of the circle's square.
+        # A name fits only in a region that contains a circle with the diagonal as its diameter. Its
+        # area is 0.78 times the diagonal squared, so smaller regions are skipped.
         if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)

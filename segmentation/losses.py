@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # Same epsilon as in composer.loss.DiceLoss.
+EPSILON = 1e-5  # composer.loss.DiceLoss uses the same epsilon.
 # Number of elements in a tile. On a CPU, a tile takes 1 MiB in fp32 per thread, which fits in the
 # L2 cache of current servers. On a GPU, where the number of kernel launches determines the cost, a
 # tile takes 128 MiB.
@@ -143,7 +143,7 @@ class _SegmentationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
-        # Choose the backward pass now, because it may run outside the `fused_kernels` context.
+        # Choose the backward pass now, because it may run after the `fused_kernels` context ends.
         forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             if class_weights is not None:
@@ -156,13 +156,13 @@ class _SegmentationLoss(torch.autograd.Function):
             present = truth > 0
             if class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
-            else:  # From here on, `present` contains the weight of each class in the target.
+            else:  # From here on, `present` stores the weight of each class in the target.
                 pixels, present = truth @ class_weights, present * class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
-            # Compute each class's derivatives of Dice with respect to two of the sums over pixels.
+            # Differentiate the Dice loss by each class's `intersection` and `predicted`.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
         ctx.save_for_backward(
@@ -257,7 +257,7 @@ def forward_sums(
             picked[y, :, x] = z.sub_(peak[:, None]).gather(1, index[y, :, x])
             total = z.exp_().sum(1)
             lse[0, image, y, x], lse[1, image, y, x] = peak, total.log()
-            # Add exp(z) / total, summed over the tile's pixels that have a target.
+            # Add the softmax probabilities, summed over the tile's pixels that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
         nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
@@ -302,7 +302,7 @@ def backward(
         constant = _by_class(share, index, class_weights) * by_nll
         for tile in tiles:
             y, x = tile.y, tile.x
-            # The softmax p is 0 for pixels without a target, because their lse is inf.
+            # At pixels without a target, lse is inf, so the softmax p is 0.
             p = tile.upsample(low)
             p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
             # Let u be p times the derivative with respect to p. For every class, u contains
@@ -365,8 +365,8 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
     classes, h, w = logits.shape[1:]
     cpu = logits.device.type == "cpu"
     pixels = (CPU_TILE * torch.get_num_threads() if cpu else GPU_TILE) / classes
-    # PyTorch's reductions over classes process 64 columns at a time, and any remaining columns one
-    # by one.
+    # Choose a multiple of 64 columns: PyTorch's reductions over classes process 64 columns at a
+    # time, but any remaining columns one by one.
     columns = 64 * max(1, round(math.sqrt(pixels) / 64))
     rows = max(1, int(pixels / columns))
     down = _interpolation(h, height, rows, dtype, logits.device)

@@ -98,10 +98,11 @@ def confusion_matrix_of_predictions(
     """
     target = target.long()
     cell = target * num_classes + prediction
-    # Count unlabelled pixels in a separate bin. Selecting only the labelled pixels would make the
-    # host wait for their number.
+    # Count unlabelled pixels in an additional bin. If they were filtered out instead, the host
+    # would have to wait for the number of remaining pixels.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
-    if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
+    # On a GPU, bincount makes the host wait, because it copies the largest value to the host.
+    if cell.is_cuda:
         counts = cell.new_zeros(num_classes**2 + 1)
         counts.scatter_add_(0, cell, cell.new_ones(1).expand_as(cell))
     else:

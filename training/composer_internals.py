@@ -21,7 +21,7 @@ __all__ = [
     "without_ddp",
 ]
 
-# Trainer methods that benchmarks.stopwatch times.
+# Names of the Trainer methods that benchmarks.stopwatch times.
 TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")
 
 

@@ -63,7 +63,8 @@ class FreezeBackbone(UnusedWeights):
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration
-        # The trainer puts the complete network into training mode after an evaluation.
+        # After an evaluation, the trainer puts the complete network into training mode, so freeze
+        # the layers again.
         if is_frozen:
             backbone.eval()
         elif self.is_frozen:
@@ -84,7 +85,7 @@ def _prepare_state(optimizer: Optimizer, weights: list[nn.Parameter]) -> None:
     weights = [weight for weight in weights if not optimizer.state.get(weight)]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # A learning rate of 0 also disables weight decay.
+        group["lr"] = 0.0  # With a learning rate of 0, weight decay has no effect either.
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     if weights:

@@ -65,8 +65,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
             return config.load_classes_by_name, []
         by_name = True
     except ClassError as error:
-        # An evaluation needs the right row for each class. Training can relearn the rows, as it
-        # does when the weights have a different number of classes.
+        # For an evaluation, each class needs the right output row, so reject other classes.
+        # Training can relearn the rows, as it does for weights with a different number of classes.
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Roles of a key when a resumed run has a different value from the checkpoint's record.
-APPLIED = "applied"  # A resumed run uses the new value.
-COMPARED = "compared"  # A resumed run rejects a different value.
+# When a resumed run's value for a key differs from the checkpoint's, one of three rules applies.
+APPLIED = "applied"  # The resumed run uses the new value.
+COMPARED = "compared"  # The resumed run rejects a different value.
 FREE = "free"  # The value may differ, because it does not affect training.
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from errors import ConfigError, UnevenBatch
 
 # Timeout of collectives in seconds. It is long, because one rank may compile, download or save
-# while the others wait.
+# while the other ranks wait.
 COLLECTIVE_TIMEOUT = 1800.0
 
 
 def end_with_launcher() -> None:
     """Ask the kernel to send SIGUSR1 to this process when its launcher ends."""
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # Option 1 is PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # Option 1: PR_SET_PDEATHSIG.
 
 
 def was_refused() -> bool:
