@@ -92,7 +92,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         # Each of PyTorch's BatchNorm layers updates its own batch counter, which adds a hundred
         # tiny operations per step. Update all counters at once in forward() instead.
         self._layers = stop_counting(network)
-        # Cache the last batch's score for both metrics, so that its logits are upsampled only once.
+        # Cache the last batch's score, because both metrics need it and its logits should be
+        # upsampled only once.
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
@@ -130,15 +131,15 @@ class ComposerDeepLabV3(ComposerClassifier):
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
         """Return the logits of a batch, which is first padded to `eval_batch_size` images."""
-        # Composer has sometimes computed the outputs already and passes them here.
+        # If Composer has already computed the outputs, it passes them here.
         if outputs is not None:
             return outputs
         image, target = batch
         missing = (self.eval_batch_size or 0) - len(image)
         if missing <= 0:
             return self.forward(batch)
-        # Pad with black images and discard their logits afterwards. The padding does not affect the
-        # other images, because BatchNorm uses its running statistics during evaluation.
+        # Pad with images of zeros, and discard their logits afterwards. The padding does not affect
+        # the other images, because BatchNorm uses its running statistics during evaluation.
         padded = F.pad(image, (0, 0) * 3 + (0, missing))
         # Use the memory format of the other batches, because torch.compile would recompile for a
         # different format.

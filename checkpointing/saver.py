@@ -250,8 +250,7 @@ class Checkpoints(CheckpointSaver):
             # evaluation and lacks the score.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                # The run has just resumed from a checkpoint of this batch, so it need not save
-                # another.
+                # The run has just resumed from this batch's checkpoint, so save no other.
                 self._save_now = False
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
@@ -324,8 +323,7 @@ class Checkpoints(CheckpointSaver):
 
     def finish(self) -> None:
         """Wait until all checkpoints are uploaded; all ranks must call this together."""
-        # Wait in short steps, because a single long wait would make the other ranks' collective
-        # time out.
+        # Wait in short steps, because the other ranks would time out during a single long wait.
         while not on_first_process(lambda: self.target.wait(30)):
             log.warning("waiting for the upload of %s", self.last)
 
@@ -341,8 +339,8 @@ class Checkpoints(CheckpointSaver):
             finally:
                 if dist.get_global_rank() == 0:
                     with suppress(RunError):
-                        # Wait less than 30 s, because the launcher kills the remaining processes 30
-                        # s after the first one fails.
+                        # Wait less than 30 s, because the launcher then kills the remaining
+                        # processes.
                         self.target.wait(20)
 
     def state_dict(self) -> dict[str, Any]:

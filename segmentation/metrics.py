@@ -101,8 +101,7 @@ def confusion_matrix_of_predictions(
     # Count unlabelled pixels in an additional bin. If they were filtered out instead, the host
     # would have to wait for the number of remaining pixels.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
-    # On a GPU, bincount makes the host wait, because it copies the largest value to the host.
-    if cell.is_cuda:
+    if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
         counts = cell.new_zeros(num_classes**2 + 1)
         counts.scatter_add_(0, cell, cell.new_ones(1).expand_as(cell))
     else:

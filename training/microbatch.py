@@ -36,13 +36,15 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CONTEXT = 1.2 * GIB  # Assumed size of the CUDA context and the cuDNN and cuBLAS workspaces.
+CONTEXT = 1.2 * GIB  # Assumed memory of the CUDA context and the cuDNN and cuBLAS workspaces.
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-# Batch sizes of the two passes. They are so large that the saved activations determine the peak.
+# Batch sizes of the two trial passes. Both are large enough that the saved activations determine
+# the peak memory.
 FEW_AND_MORE = 32, 64
-MARGIN = 0.05  # Allowance for fragmentation and uncounted memory, as a fraction of a step's memory.
-# Bytes per input pixel that the passes do not count. The fp32 image and the int64 target count
-# twice, because Composer keeps a copy of both. The passes already count one fp32 image.
+# Allowance for fragmentation and uncounted memory, as a fraction of a step's memory.
+MARGIN = 0.05
+# Bytes per input pixel that the trial passes do not count. Composer keeps a copy of the fp32 image
+# and of the int64 target, so both count twice. The passes already count one fp32 image.
 INPUT = 2 * (3 * 4 + 8) - 3 * 4
 
 
@@ -78,8 +80,8 @@ class Footprint(NamedTuple):
         """Return the peak memory of a step with this micro-batch size, without the CUDA context."""
         recipe = config.recipe
         average, climb = recipe.ema is not None, recipe.sam is not None
-        # Tensors of the weights' size are the weights, gradients, optimizer moments, EMA average,
-        # SAM's saved weights and DDP's buckets.
+        # Each of these tensors is as large as the weights: the weights, gradients, optimizer
+        # moments, EMA average, SAM's saved weights and DDP's buckets.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
         image = self.image - (1 - config.activation_memory_budget) * self.saved
@@ -154,12 +156,12 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
-        for weight in empty.parameters():  # Free gradients at once, because `step` counts them.
+        for weight in empty.parameters():  # Free gradients at once; `step` counts them.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
-    # The difference between the passes gives the cost per image, and the rest of the peak is the
-    # fixed cost.
+    # The difference between the two passes gives the memory per image. The rest of the peak is the
+    # fixed memory.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
     tensors = list(network.parameters()), list(network.buffers())
     weights, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
@@ -169,7 +171,8 @@ def count(
         fixed=round(few["peak"] - FEW_AND_MORE[0] * each["peak"]),
         image=each["peak"] + INPUT * size**2,
         saved=each["saved"],
-        # For each product in the forward pass, the backward pass has two of the same size.
+        # For each matrix product in the forward pass, the backward pass computes two of the same
+        # size.
         operations=3 * each["operations"],
         traffic=each["traffic"],
         normalised=each["normalised"],
@@ -190,7 +193,8 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    # If the trial fails for another reason, let training show whether a single image works.
+    # If the trial fails for another reason, assume that one image works; otherwise, training itself
+    # will fail.
     except Exception as error:
         log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True
@@ -251,7 +255,7 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
 def _told_of_failure() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A user's network can raise any type of error.
+    except Exception as error:  # A network from the user can raise any type of error.
         raise ModelError(
             f"model.name: its memory cannot be estimated without data: {one_line(error)}"
         ) from error

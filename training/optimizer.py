@@ -17,7 +17,7 @@ from errors import ConfigError
 from networks.base import backbone_of
 from training.schema import OptimizerConfig
 
-# Parameter names in the blocks of a vision transformer, in timm and in transformers.
+# Pattern for parameter names in the blocks of a vision transformer from timm or transformers.
 LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)")
 
 
@@ -143,7 +143,9 @@ def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
         if match:
             is_before = False
             layers[names[name]] = count - int(match[1])
-        elif is_before:  # The weight belongs to the embeddings.
+        # Parameters before the first block belong to the embeddings, which are farthest from the
+        # output.
+        elif is_before:
             layers[names[name]] = count + 1
     return layers
 

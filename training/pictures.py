@@ -133,7 +133,7 @@ class Pictures(Callback):
         from segmentation.drawing import prediction_sheet
 
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
-        # All of Composer's loggers accept images of this shape and type.
+        # Use an array (H, W, 3) of uint8, which all of Composer's loggers accept.
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
@@ -148,9 +148,9 @@ class Pictures(Callback):
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # Use the network without DistributedDataParallel, whose forward pass waits for the
-            # other ranks. Call `forward` directly, because a compiled call would recompile for a
-            # batch of one.
+            # Use the network without its DistributedDataParallel wrapper, because that waits for
+            # the other ranks. Call `forward` directly, because a compiled call would recompile for
+            # a batch of one image.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
@@ -173,8 +173,10 @@ class Curves(Callback):
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, learning rate.
-        self.eval: list[tuple[int, float]] = []  # Batches done, and mIoU in percent.
+        # For each batch: its number, the loss and the learning rate.
+        self.train: list[tuple[int, float, float]] = []
+        # For each evaluation: the batch number and the mIoU in percent.
+        self.eval: list[tuple[int, float]] = []
         self.drawn: bytes | None = None
         self._learning_rate = float("nan")
 
@@ -182,7 +184,7 @@ class Curves(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer logs the loss, so the value is already on the host.
+        # Composer has already logged the loss, so reading it does not wait for the device.
         loss = (state.total_loss_dict or {}).get("loss/train/total", float("nan"))
         self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
 
@@ -217,7 +219,8 @@ def _collected() -> Iterator[None]:
     young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    # Automatic collections would move objects out of the youngest generation.
+    # Disable automatic collections, because they would promote objects from the youngest
+    # generation.
     gc.disable()
     try:
         yield
@@ -239,7 +242,7 @@ def draw_curves(
     Returns:
         The content of a PNG file.
     """
-    # Import lazily and without pyplot, because importing matplotlib takes half a second.
+    # Import matplotlib lazily and without pyplot, because the import takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -101,7 +101,7 @@ def choose_precision(name: str) -> Precision:
     """
     if torch.cuda.is_available():
         if name == "auto":
-            # Exclude emulated bf16, because it is slow on a V100 or T4.
+            # On a V100 or T4, torch emulates bf16, which is slow, so use fp16 there.
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "amp_bf16" if native else "amp_fp16"
         return Precision(name)
@@ -130,8 +130,8 @@ def compile_if_wanted(
     if not compiles(config):
         return
     functorch.activation_memory_budget = config.activation_memory_budget
-    # Do not use Composer's option, because it compiles DDP's forward pass and leaves evaluation
-    # uncompiled.
+    # Composer's own compile option would also compile DDP's forward pass and leave evaluation
+    # uncompiled, so do not use it.
     network.compile(dynamic=False)
     for transform in transforms:
         transform.compile()

@@ -62,14 +62,14 @@ class SAM(Algorithm):
                 return None
             if climb:
                 with _climbed(optimizer, self.rho):
-                    # Do not log the losses of SAM's second pass.
+                    # Discard the losses of SAM's second pass, so that they are not logged.
                     if closure(loss_dict={}) is None:
                         return loss
             plain_step()
             return loss
 
         optimizer.step = MethodType(step, optimizer)
-        # Tell the trainer that this optimizer accepts closures even in fp16.
+        # Tell Composer's trainer that this optimizer accepts closures even with fp16.
         optimizer._step_supports_amp_closure = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -89,7 +89,7 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
         torch._foreach_add_(climbed, start)
     for weight, sum_ in zip(weights, climbed, strict=True):
         weight.grad = None
-        # Keep the strides, because a compiled graph checks them.
+        # Keep the strides of the weights, because a compiled graph checks them.
         weight.data = sum_.as_strided(weight.shape, weight.stride())
     try:
         yield

@@ -26,9 +26,9 @@ class SeedMicrobatch(Algorithm):
 
     def __init__(self, seed: int):
         self.seed = seed
-        self.samples = 0  # Number of this rank's samples in the batch.
-        self.passes = 0  # Number of passes over the batch so far.
-        self.microbatch = 0  # Index of the micro-batch in the global batch.
+        self.samples = 0  # Number of samples in this rank's batch.
+        self.passes = 0  # Number of micro-batches of the batch that have been started.
+        self.microbatch = 0  # Index of the micro-batch within the global batch.
         self.microbatch_size: float | None = None
 
     def match(self, event: Event, state: State) -> bool:
@@ -43,7 +43,8 @@ class SeedMicrobatch(Algorithm):
         elif event == Event.BEFORE_TRAIN_BATCH:
             size = state.device_train_microbatch_size
             assert size is not None
-            # A changed size means that Composer ran out of memory and restarts the batch.
+            # If the size has changed, Composer ran out of memory and is restarting the batch with
+            # smaller micro-batches.
             if size != self.microbatch_size:
                 self.passes = 0
             self.microbatch_size = size
@@ -52,7 +53,7 @@ class SeedMicrobatch(Algorithm):
         else:
             key = (self.seed, state.timestamp.batch.value, self.passes, self.microbatch)
             words = np.random.SeedSequence(key).generate_state(4)
-            # torch.manual_seed also seeds the GPUs, without waiting for them.
+            # torch.manual_seed also seeds the GPUs, and it does so without waiting for them.
             torch.manual_seed(int(words[0]) << 32 | int(words[1]))
             np.random.seed(words[2:])
             self.microbatch += 1

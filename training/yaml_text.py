@@ -16,9 +16,9 @@ import yaml
 from errors import ConfigError
 from training.schema import Config
 
-# Logger arguments whose values are names.
+# Logger arguments that contain names and must therefore stay text.
 NAMES = {"name", "project", "group", "entity", "tags", "notes", "run_name", "experiment_name"}
-# Sections in which all mapping keys are names, mostly class names.
+# Config sections whose mapping keys are all names, mostly of classes.
 NAMED = ("data", "model.class_weights")
 SURPRISING = re.compile(r"[-+]?0[\d_]*[1-9][\d_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
@@ -42,7 +42,7 @@ def quote_text(text: str, place: str = "") -> str:
         _collect(root, _hint_of(place), place, scalars, set())
     for end, node in sorted(scalars.items(), reverse=True):
         start = end - len(node.value)
-        if text[start:end] == node.value:  # Multi-line scalars are already text.
+        if text[start:end] == node.value:  # Multi-line scalars are text already.
             quoted = node.value.replace("'", "''")
             text = f"{text[:start]}'{quoted}'{text[end:]}"
     return text
@@ -52,7 +52,7 @@ def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
     """Collect the plain scalars below a node that must remain text, by their end position."""
-    if id(node) in seen:  # The node is an alias that was already visited.
+    if id(node) in seen:  # This node is an alias that was already visited.
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
