@@ -1,9 +1,9 @@
-"""Training and evaluation data: ADE20K, or any data set, in folders or MDS shards.
+"""Data sets and loaders for ADE20K or any other data set, in folders or MDS shards.
 
 python data.py PATH                # check a data set before training on it
 python data.py s3://... LOCAL
 
-A training sample depends only on the seed, the epoch and its ID, also after a resume.
+A training sample depends only on its ID, the seed and the epoch, even after a resume.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ADE20k(EncodedSamples):
     """A data set stored in folders, with images (3, H, W) and masks (H, W) as uint8 tensors.
 
     Args:
-        datadir: Folder of the data set, as for `list_samples`; its root if there is a description.
+        datadir: Folder of the data set (see `list_samples`), or root of a described data set.
         split: 'train' or 'val'.
         both_transforms: Transform of the (image, mask) pair; see `build_ade20k_transformations`. It
             may also be a function that takes a pair of Pillow images.
@@ -87,7 +87,7 @@ class ADE20k(EncodedSamples):
         return len(self.samples)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample: its ID, the encoded image and mask, and the names of both files."""
+        """Return a sample's ID, its encoded image and mask, and the names of both files."""
         sample = self.samples[index]
         # Return the files undecoded: the size at which to decode the image depends on the mask.
         try:
@@ -118,7 +118,7 @@ class StreamingADE20k(EncodedSamples):
         labels: Meaning of the labels in the masks.
         transforms: Transforms of the pair, of the image and of the mask, to use instead of the
             transforms built from the sizes above.
-        **cache: See `dataset.shards.Shards`.
+        **cache: Options for downloads and the cache; see `dataset.shards.Shards`.
 
     Raises:
         DataError: Shards are missing or damaged. Some damage is detected only on access.
@@ -154,7 +154,7 @@ class StreamingADE20k(EncodedSamples):
         return len(self.shards)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample: its ID, the encoded image and mask, and the names of both."""
+        """Return a sample's ID, its encoded image and mask, and the names of both."""
         return self.shards.read(index)
 
     def prefetch(self, index: int) -> None:
@@ -227,8 +227,8 @@ def build_ade20k_dataspec(
         ignore_background: See `dataset.labels.Labels`.
         seed: Seed of the sample order and of the augmentation.
         num_classes: Number of classes, 2 to 253.
-        ignore_label: One more label to ignore, or None.
-        color_distortion: Whether to distort the colours of training images.
+        ignore_label: Additional label to ignore, or None.
+        color_distortion: Whether to distort the colours of training images at random.
         shuffle_seed: Separate seed for the sample order; None: `seed`.
         predownload: Number of samples to download ahead; None: eight batches.
         cache_limit: See `dataset.shards.Shards`.

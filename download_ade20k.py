@@ -72,7 +72,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
     """Download and unpack the data set, unless a complete `<path>/ADEChallengeData2016` exists.
 
     Args:
-        path: Folder that will contain `ADEChallengeData2016`, for use as `path` in training.
+        path: Folder that will contain `ADEChallengeData2016`. For training, set `path` to it.
         url: HTTP(S) URL of the archive. A mirror's archive must match `sha1`.
         sha1: SHA-1 of the archive, 40 hex digits.
 
@@ -180,7 +180,7 @@ def _download_rest(url: str, archive: Path) -> None:
     Raises:
         DownloadError: The server rejects the request, or the disk space is insufficient.
         _ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError: The connection
-            failed; a retry can continue the download.
+        failed, and a retry can continue the download.
     """
     have = _size(archive)
     headers = {"User-Agent": "ade20k-download/1.0", "Accept-Encoding": "identity"}
@@ -296,7 +296,7 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _what_is_missing(folder: Path, sha1: str) -> str | None:
-    """Describe why a folder is incomplete; return None if it is complete."""
+    """Describe what a folder lacks, or return None if it is complete."""
     marker = folder / MARKER
     if marker.is_file():
         expected = json.loads(marker.read_text())
@@ -339,7 +339,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about a full disk, which do not contain it."""
+    """Add the file's name to errors about a full disk, which lack it."""
     try:
         yield
     except OSError as error:

@@ -9,7 +9,7 @@ with published tables. Images keep their aspect ratio. Their shorter side become
 `eval_dataset.final_size` pixels (512 in mmsegmentation), unless the longer side would exceed four
 times that. Predictions are scored at the resolution of the mask. The protocol `square` matches the
 evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
-In both protocols, one confusion matrix counts every labelled pixel of all images and ranks once.
+In both protocols, a single confusion matrix counts every labelled pixel of every image once.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def evaluate_paper(
 
     Args:
         segmenter: Model to evaluate.
-        dataset: Pairs of an image and its mask, as Pillow images of the same size.
-        index: (256,) class index of each label, or -1 for ignored labels.
-        batch_size: Maximum number of images per batch. Images of a batch have the same size in the
-            network.
+        dataset: Data set of image and mask pairs, which are Pillow images of the same size.
+        index: Table (256,) that maps each label to its class index, or to -1 if it is ignored.
+        batch_size: Maximum number of images per batch. All images in a batch have the same size at
+            the network's input.
         num_workers: Number of processes that read and decode images.
         analysis: Error analysis that receives each image with its mask and prediction, or None.
 
@@ -110,7 +110,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of the same kind into lists of up to `count`, holding back at most `PENDING`."""
+    """Group items of one kind into lists of up to `count`, holding back at most `PENDING` items."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])

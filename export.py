@@ -1,4 +1,4 @@
-"""Export a checkpoint for deployment, with all metadata that a program needs.
+"""Export a checkpoint for deployment, with all the metadata that a program needs.
 
     python export.py runs/first --to onnx                           # its best, as first.onnx
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
@@ -18,8 +18,8 @@
 The first three formats take `image`, (N, 3, H, W) uint8 RGB with any N, H and W, and return
 `logits`, (N, C, H, W) float32. They include normalisation and upsampling. The metadata of all
 formats contains `classes` (a JSON list of names and colours), `config` (the run's config), `size`
-(the size of its validation images), and `mean` and `std` for normalisation. Before an export is
-complete, the exported file is compared with the PyTorch model on an image.
+(the size of its validation images), and `mean` and `std` for normalisation. Each exported file is
+compared with the PyTorch model on an image before the export completes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def compare(
 
     Args:
         model: PyTorch model.
-        exported: Function that runs the exported file.
+        exported: Function that runs the exported file on images.
         photo: (H, W, 3) uint8 RGB.
         size: Length of the image's shorter side, pixels.
 
@@ -118,7 +118,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Source:
-    """The data needed to write an exported file.
+    """The model and the other data that an export needs.
 
     Attributes:
         name: Name of the run, or of the weights file if the run is unknown.
@@ -359,7 +359,7 @@ def _write_card(
 
 
 def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | None:
-    """Return the scores from `--scores` or from `evaluate.py`, or None if evaluation fails."""
+    """Return the scores from `--scores` or `evaluate.py`, or None if the evaluation fails."""
     if options.scores:
         names, which = [c.name for c in source.classes], source.weights.which
         scores = read_scores(options.scores, names, which)

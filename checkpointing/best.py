@@ -26,7 +26,7 @@ class Best:
     Attributes:
         value: Best score so far, in percent, or None.
         batch: Number of batches at the best score.
-        unscored: Number of batches since the best score that led to evaluations without a score.
+        unscored: Number of batches since the best score whose evaluations had no score.
         batches_per_epoch: Number of batches in an epoch.
 
     Raises:

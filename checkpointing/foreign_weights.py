@@ -22,17 +22,18 @@ def select_network(
 ) -> tuple[dict[str, Tensor], str]:
     """Return the weights from another project's file, and whether they are averaged.
 
-    The network is the mapping with the most tensors, either the file itself or one of its entries.
-    If another entry has the name of an average, its tensors replace the training weights with the
-    same names.
+    The mapping with the most tensors counts as the network. It is either the file itself or one of
+    its entries. If another entry has a name that is used for averaged weights, its tensors replace
+    the training weights of the same names.
 
     Args:
         tensors: Tensors by name, for the file itself (under the key "") and for each of its
             entries.
-        which: Weights to prefer: `"ema"`, or `"training"` to ignore averages.
+        which: Weights to return: `"ema"` to prefer averaged weights, or `"training"` to ignore
+            them.
 
     Raises:
-        WeightsError: Several entries tie for the largest number of tensors.
+        WeightsError: Several entries have the same largest number of tensors.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}

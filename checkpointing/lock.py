@@ -1,9 +1,9 @@
 """Locks that keep two active runs from writing to the same checkpoint folder.
 
 `FileLock` uses a file-system lock, which the kernel releases when the process ends for any reason.
-`RecordLock` is for object stores and for file systems without locks. Its owner renews a record
-every `BEAT` seconds. If a record is not renewed for `SILENCE` seconds, its owner is considered
-dead.
+`RecordLock` is for object stores and for file systems without locks. It is a small file, the
+record, which its owner renews every `BEAT` seconds. If the record is not renewed for `SILENCE`
+seconds, its owner counts as dead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def describe_self(run_name: str | None) -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Return an identifier of this boot and PID namespace, or None if it is unavailable."""
+    """Return an identifier of this machine's boot and PID namespace, or None if unavailable."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -57,8 +57,8 @@ def _machine() -> str | None:
 class FileLock:
     """An exclusive lock on a folder in a file system.
 
-    This is a POSIX record lock. Loader processes do not inherit it, so it ends with the process
-    that holds it.
+    It is a POSIX record lock. Loader processes do not inherit it, so it is released when the
+    process that holds it exits.
 
     Args:
         folder: Existing folder.
@@ -102,7 +102,7 @@ class RecordLock:
     """An exclusive lock that consists of a record, which its owner renews regularly.
 
     Args:
-        place: Locked folder or URI, for messages.
+        place: Path or URI of the locked folder, for error messages.
         owner: Description of the owner; see `describe_self`.
         read: Function that returns the bytes of the record, or None if there is none.
         write: Function that replaces the record.

@@ -37,9 +37,9 @@ class Upload(NamedTuple):
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
-    A failed upload is retried for an hour. If a newer checkpoint is saved before an upload begins
-    or while it fails, the older checkpoint is dropped unless it is the best. Therefore, at most
-    three checkpoints wait on the local disk.
+    A failed upload is retried for an hour. If a newer checkpoint is saved before the upload begins
+    or while it fails, the older checkpoint is dropped, unless it is the best one. At most three
+    checkpoints therefore wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -230,7 +230,7 @@ class RemoteFolder:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete an object, and only log a failure or a store without deletion."""
+        """Delete an object; log an error if that fails or the store does not support deletion."""
         if not isinstance(self.store, S3ObjectStore):
             log.info(
                 "%s/%s is kept, because Composer cannot delete objects from this store",

@@ -1,4 +1,4 @@
-"""Finding and checking the checkpoint from which a run starts."""
+"""Functions that find and check the checkpoint from which a run starts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Start:
         Args:
             values: Config values that must match, by their dotted names. For an evaluation, only
                 the `model` keys must match.
-            defaults: Default values for keys that are missing in old records.
+            defaults: Default values for keys that are missing from old records.
             classes: Classes of the config.
 
         Raises:
@@ -102,7 +102,7 @@ class Start:
             raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the checkpoint's values of the keys in `defaults`, from record and tensors."""
+        """Return the checkpoint's values for the keys in `defaults`, from record and tensors."""
         recorded: dict[str, Any] = {}
         config = self.weights.config
         if config is not None:
@@ -128,7 +128,7 @@ class Start:
         return recorded
 
     def check_network(self, network: nn.Module) -> None:
-        """Compare the checkpoint's tensors and arguments with a network's.
+        """Compare the checkpoint's tensors and arguments with those of a network.
 
         Raises:
             ConfigError: The name or shape of a tensor, or a recorded argument, differs.
@@ -224,8 +224,8 @@ def find_start(
 def _plainly_named(path: str, scratch: str) -> str:
     """Create a link to a file, with a path that contains no braces or colons.
 
-    Composer would replace placeholders in braces and interpret text before a colon as an object
-    store.
+    In the original path, Composer would replace text in braces and treat text before a colon as an
+    object store.
     """
     link = os.path.join(scratch, ".start")
     os.symlink(os.path.abspath(path), link)

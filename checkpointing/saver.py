@@ -1,8 +1,8 @@
-"""Saving of checkpoints from which a run resumes with bitwise equal results.
+"""A callback that saves checkpoints, from which a run resumes with bitwise equal results.
 
-A checkpoint is saved at each interval and when a signal arrives. SIGTERM, SIGINT (Ctrl-C), SIGHUP
-and SIGUSR1 end a run with a checkpoint after the batch in progress. If the same signal arrives a
-second time, the run ends immediately.
+Checkpoints are saved at each interval and when a signal arrives. On SIGTERM, SIGINT (Ctrl-C),
+SIGHUP or SIGUSR1, the run finishes the batch in progress, saves a checkpoint and ends. If the same
+signal arrives a second time, the run ends immediately.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
     Args:
         function: Function to call. For an unexpected error, only the message reaches the other
             ranks.
-        of_each_node: Whether to call the function on the first rank of each node, for the ranks of
-            that node.
+        of_each_node: Whether to call the function once per node, on the node's first rank, which
+            then shares the result with the node's other ranks.
 
     Returns:
         The result of the function.
@@ -89,8 +89,8 @@ class Checkpoints(CheckpointSaver):
         save_interval: Time between checkpoints, as a Composer time string.
         evaluations: Schedule of the run's evaluations.
         keep: Number of newest checkpoints to keep; -1: all.
-        overwrite: Whether the folder may contain an earlier run's checkpoints, which are then
-            removed one by one.
+        overwrite: Whether the folder may contain an earlier run's checkpoints. If so, they are
+            removed one by one as new ones are saved.
         autoresume: Whether the run resumes from the checkpoints in the folder.
         best: Comparison of the evaluations, which also decides on early stopping.
         save_best: Whether to keep the checkpoint of the best evaluation.
@@ -98,7 +98,7 @@ class Checkpoints(CheckpointSaver):
 
     Attributes:
         saved_checkpoints: Paths of this run's checkpoints, oldest first.
-        last: Path of the newest checkpoint or of the checkpoint that the run resumed from, or None.
+        last: Path of the checkpoint that was saved last or that the run resumed from, or None.
         own: Names of the checkpoints that pruning may remove. They were saved by this run, possibly
             before it was resumed, or they are being replaced because of `overwrite`.
         best_name: Name of the checkpoint that is kept as the best, or None.

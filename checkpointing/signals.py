@@ -24,7 +24,7 @@ ECHO = 5.0
 class SignalListener:
     """A listener for `SIGNALS`, which ends the process if a signal arrives a second time.
 
-    Under a launcher, a signal repeated within `ECHO` seconds counts only once.
+    Under a launcher, a signal that arrives twice within `ECHO` seconds counts as one signal.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class SignalListener:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals in this context; outside of the main thread, do nothing."""
+        """Catch the signals within this context; do nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

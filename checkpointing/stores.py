@@ -54,9 +54,9 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
     """Return the path of a checkpoint's file.
 
     Args:
-        path: Path of the file itself, of a pointer to it, of a run's folder, or of a folder written
-            by `save_pretrained`. In a run's folder, the best checkpoint is used if there is one,
-            and otherwise the newest.
+        path: Path of the checkpoint file, a pointer to it, a run's folder, or a folder written by
+            `save_pretrained`. In a run's folder, the best checkpoint is used if there is one, and
+            otherwise the newest.
 
     Raises:
         WeightsError: The folder contains no checkpoint.
@@ -134,7 +134,7 @@ class LocalFolder:
         return self.pointed(LATEST)
 
     def pointed(self, pointer: str) -> str | None:
-        """Return the name of the checkpoint that a link or a pointer file names, or None."""
+        """Return the name of the checkpoint that a link or pointer file points to, or None."""
         path = os.path.join(self.path, pointer)
         with suppress(OSError):
             return os.path.basename(os.readlink(path))
@@ -231,12 +231,12 @@ class LocalFolder:
 def outdated(
     names: list[str], newest: str, keep: int, best: str | None, own: Container[str]
 ) -> list[str]:
-    """Return the checkpoints to remove, which are all except the newest `keep` and the best.
+    """Return the checkpoints to remove: all except the newest `keep` and the best.
 
     Args:
         names: All checkpoints in the folder, newest first.
-        newest: Checkpoint that was just saved. Later checkpoints are kept, because they come from
-            another run or an earlier attempt.
+        newest: Name of the checkpoint that was just saved. Checkpoints with a later time are kept,
+            because they belong to another run or an earlier attempt.
         keep: Number of newest checkpoints to keep; -1: all.
         best: Best checkpoint, which is also kept, or None.
         own: Names of the checkpoints that this run may remove.

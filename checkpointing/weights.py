@@ -1,4 +1,4 @@
-"""Reading and writing of weights, without running code contained in a file.
+"""Functions that read and write weights without running code from the file.
 
     weights = load_weights("latest-rank0.pt")    # a checkpoint, a state dict, or safetensors
     network = build_network(weights)             # the network with these weights
@@ -62,7 +62,7 @@ class Weights:
         classes: Names and colours of the classes, if the file contains them.
         run_name: Name of the run if the file is a Composer checkpoint, otherwise None.
         server_runs: IDs of the W&B and MLflow runs that the run logged to, by logger name.
-        beside: Content of the `config.json` in the same folder, or empty if there is none.
+        beside: Content of the `config.json` in the weights file's folder; empty if there is none.
     """
 
     state: dict[str, Tensor]
@@ -225,8 +225,8 @@ def save_weights(
         state_dict: Tensors by name, from which wrapper prefixes are removed.
         config: Config of the run as JSON types, or None.
         classes: Names and colours of the classes.
-        which: Kind of the weights, `"ema"` or `"training"`.
-        more: Additional metadata.
+        which: Type of the weights, `"ema"` or `"training"`.
+        more: Additional metadata entries by name.
     """
     metadata = {"format": "pt", **to_metadata(config, classes, which), **(more or {})}
     tensors = {
@@ -254,8 +254,8 @@ def to_metadata(
 ) -> dict[str, str]:
     """Return the metadata for a weights file or an exported file.
 
-    `from_metadata` reads this metadata. For readers without this project, the entry `size` contains
-    the length of the validation images' shorter side in pixels.
+    `from_metadata` reads this metadata. For programs that do not use this project, the entry `size`
+    states the length of the validation images' shorter side in pixels.
     """
     metadata = {"which": which}
     if config is not None:
@@ -290,7 +290,7 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Reject a training checkpoint with types of objects that Composer's state does not need.
+    """Reject a training checkpoint that contains objects Composer's state does not need.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
 
@@ -307,7 +307,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Check a file, with the signature that Composer expects; see `guarded_unpickling`."""
+    """Check a file; the signature is the one that Composer expects (see `guarded_unpickling`)."""
     check_checkpoint(path)
     return True
 
@@ -359,8 +359,8 @@ def _load_pickle(path: Path, inert: bool) -> Any:
     Args:
         path: Path of the file.
         inert: Whether to replace options, paths, and Composer and torchmetrics objects with
-            placeholders. The reference used a Composer version before 0.13, which pickled its
-            metrics into checkpoints.
+            placeholders. The reference's checkpoints need this, because Composer before 0.13
+            pickled its metrics into checkpoints.
     """
     allowed = _composer_types()
     if inert:

@@ -1,6 +1,6 @@
 """Colour distortion of a batch on the device, with reproducible random numbers.
 
-The random numbers are the same on every device.
+A seed gives the same random numbers on every device.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def uniform_per_sample(
 def equal_steps(count: int) -> Tensor:
     """Return the multiples of SplitMix64's increment, (count, 1) int64.
 
-    Inductor cannot compile this product, because it wraps around.
+    They are computed in advance, because Inductor cannot compile a product that wraps around.
 
     Args:
         count: Number of steps.
@@ -63,7 +63,8 @@ def equal_steps(count: int) -> Tensor:
 def _mix(state: Tensor) -> Tensor:
     """Mix the 64 bits of each state as SplitMix64 does.
 
-    The products wrap in int64. A bit mask removes the sign bits that a right shift copies in.
+    The products wrap around in int64. Right shifts copy the sign bit, so a bit mask removes the
+    copies.
     """
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -105,9 +106,9 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _any(change: Tensor) -> bool:
-    """Return whether any sample is changed.
+    """Return whether a colour change applies to any sample.
 
-    On a GPU, the result is always True, because reading the values would wait for the device.
+    On a GPU, return True without a check, because reading the values would wait for the device.
     """
     return change.device.type != "cpu" or bool(change.any())
 

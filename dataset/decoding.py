@@ -1,6 +1,6 @@
 """Decoders for images and masks in common formats.
 
-Errors for files that cannot be decoded are a single line that names the problem.
+If a file cannot be decoded, the error message is a single line that names the problem.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ REDUCTIONS = {
 def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.ndarray:
     """Decode an image of any common format and colour mode.
 
-    A grey image is expanded to three equal channels. An alpha channel is dropped. A 16-bit value
-    is reduced to its high byte, or to its low byte if no pixel of the image exceeds 255.
+    A grey image is expanded to three equal channels. An alpha channel is dropped. 16-bit values are
+    reduced to their high byte, or to their low byte if no pixel in the image exceeds 255.
 
     Args:
         data: Content of the image file.
-        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8. The reduced size is rounded up. Larger
-            divisors save time in libjpeg.
+        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8. The reduced size is rounded up. A larger
+            divisor decodes faster.
         upright: Whether to apply the EXIF orientation.
 
     Returns:
@@ -66,10 +66,10 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image of any mode to RGB.
+    """Convert a Pillow image of any colour mode to RGB.
 
     Raises:
-        ValueError: The mode has no conversion to RGB.
+        ValueError: Images with this colour mode cannot be converted to RGB.
     """
     if image.mode == "F":
         raise ValueError("the pixels are floating-point numbers; convert the image to 8 or 16 bits")
@@ -132,8 +132,8 @@ def _is_wide(data: bytes) -> bool:
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
     """Decode an image so that it matches a mask of `shape` (H, W).
 
-    The EXIF orientation is applied, as in an image viewer, unless only the stored orientation
-    matches the mask.
+    The image is rotated by its EXIF orientation, as in an image viewer, unless it matches the mask
+    only without rotation.
 
     Args:
         data: Content of the image file.

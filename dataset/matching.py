@@ -50,14 +50,14 @@ class Listing(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """The images and masks of a source, before they are divided among the splits.
+    """A source's images and masks before they are divided among the splits.
 
     Attributes:
         images: Path of each image relative to `folders[0]`, indexed by name including folders.
         masks: Path of each mask relative to `folders[1]`, indexed by the name of its image.
-        findings: Problems, each with the name of the affected image, or None if there is none.
+        findings: Problems, each with the name of the affected image, or with None.
         orphans: Masks without an image.
-        folders: Common start of the image paths, and common start of the mask paths.
+        folders: Common prefix of all image paths, and common prefix of all mask paths.
     """
 
     images: dict[str, str]
@@ -125,7 +125,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
 def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
     """Return the samples sorted by name, with ADE20K's prefix removed from the names.
 
-    If `keep_prefix` is True, the names are sorted before the prefix is removed.
+    With `keep_prefix`, the names are sorted before the prefix is removed.
     """
     images, masks = pairs.images, pairs.masks
     names.sort()
@@ -155,7 +155,7 @@ def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
 
 
 def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[Finding]:
-    """Return a finding if the only image of a split was moved there because the split was empty."""
+    """Return a finding if a split was empty and therefore got an image from the other split."""
     (name,) = names
     if (_place(name) < fraction) == (split == "val"):
         return []
@@ -362,7 +362,7 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
 
 
 def _existing(root: str, file: str, name: str) -> str | None:
-    """Find a listed file relative to the root or to the folder of the list, or return None."""
+    """Return the path of a listed file, relative to the root or the list's folder, or None."""
     places = [Path(root, name), Path(root, name.lstrip("/")), Path(root, file).parent / name]
     return next((str(place) for place in places if place.is_file()), None)
 

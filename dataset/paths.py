@@ -70,8 +70,8 @@ def find_root(path: str | Path) -> Path:
 def list_files(folder: str | Path) -> list[str]:
     """List all files in a folder and below it, except hidden files.
 
-    Links to folders are followed, except links that point inside `folder`, to a parent of it, or to
-    a folder already visited. This prevents cycles.
+    Links to folders are followed. To prevent cycles, links are skipped if they point into `folder`,
+    to one of its parents, or to a folder already visited.
 
     Args:
         folder: Folder to list.
@@ -245,8 +245,8 @@ class Files(NamedTuple):
 
     Attributes:
         paths: Path of each file relative to `folder`, indexed by name.
-        same: Name and relative path of each file whose name is already taken.
-        folder: Common start of all paths, with a trailing slash.
+        same: Name and relative path of each file whose name another file already has.
+        folder: Common prefix of all paths, with a trailing slash.
     """
 
     paths: dict[str, str]
@@ -260,7 +260,7 @@ class Files(NamedTuple):
         Args:
             names: Name of each file.
             paths: Path of each file relative to `folder`.
-            folder: Common start of all paths, with a trailing slash.
+            folder: Common prefix of all paths, with a trailing slash.
         """
         first, same = dict(zip(names, paths)), []
         if len(first) < len(names):
@@ -279,7 +279,7 @@ class Files(NamedTuple):
         return self.folder + self.paths[name]
 
     def findings(self) -> list[tuple[str, Finding]]:
-        """Return a finding for each file with a duplicate name, together with that name."""
+        """Return a finding for each file with a duplicate name, and the name itself."""
         return [
             (
                 name,
@@ -322,7 +322,7 @@ class Samples(Sequence[Sample]):
         uids: Name of each sample.
         images: Path of each image relative to `folders[0]`.
         masks: Path of each mask relative to `folders[1]`.
-        folders: Common start of the image paths, and common start of the mask paths.
+        folders: Common prefix of all image paths, and common prefix of all mask paths.
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class Shards:
             recently used shards are deleted first. If None, the size is not limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer from the store.
-        validate_hash: Hash algorithm to check each downloaded shard with. 'auto' uses a hash from
-            the index if there is one. If None, shards are not checked.
+        validate_hash: Hash algorithm with which each downloaded shard is checked. With 'auto', a
+            hash from the index is used if there is one. If None, shards are not checked.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -184,7 +184,7 @@ class Shards:
     def shards_at_once(self) -> int | None:
         """Number of shards to read from at the same time, or None if all shards fit in the cache.
 
-        These shards fill half of the cache. The other half is for the shards that are downloaded
+        These shards fill half of the cache; the other half is for the shards that are downloaded
         next.
         """
         sizes = [shard.get_max_size() for shard in self.shards]
@@ -253,7 +253,7 @@ class Shards:
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:
-        """Return the local path of a shard, which exists after the shard is downloaded.
+        """Return a shard's local path; the file exists only after the shard is downloaded.
 
         Args:
             shard: Number of the shard.
@@ -264,7 +264,8 @@ class Shards:
     def stream(self) -> Stream:
         """The downloader for the current thread.
 
-        Threads and forked processes cannot share the connections of a downloader.
+        Each thread and each process needs its own, because they cannot share a downloader's
+        connections.
         """
         key = (os.getpid(), threading.get_ident())
         if key not in self.streams:
@@ -329,9 +330,9 @@ class Shards:
 
 
 def _implausible(shard: Any) -> str | None:
-    """Return the reason why a shard's entry in the index is invalid, or None.
+    """Return the reason why a shard's index entry is invalid, or None.
 
-    File names must not point outside the folder, and numbers must be within their limits.
+    A valid entry's file names stay inside the folder, and its numbers are within their limits.
     """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
         return f"samples: got {shard.samples!r}; expected 0 to {MAX_SAMPLES}"

@@ -1,4 +1,4 @@
-"""A split of a data set: its location, the meaning of its masks, and the code to read it."""
+"""One split of a data set, with its location, the meaning of its masks, and ways to read it."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def read_file(path: str) -> bytes:
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Check before training that the labels in some masks match the model's classes.
+    """Check some masks before training for labels that do not match the model's classes.
 
     Args:
         source: The split to check.

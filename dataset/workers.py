@@ -1,4 +1,4 @@
-"""Worker processes that load or check samples.
+"""Functions for worker processes that load or check samples.
 
 Each process uses one core and exits when its parent exits.
 """
@@ -53,7 +53,7 @@ def use_one_core(worker: int) -> None:
     """Limit OpenCV and PyTorch to one core in a loader process.
 
     Args:
-        worker: Index of the worker. The index is unused, but PyTorch's DataLoader passes it.
+        worker: Index of the worker, which PyTorch's DataLoader passes; unused.
     """
     # Import OpenCV and PyTorch lazily, so that a command can call `available_cores` before these
     # slow imports.
@@ -68,7 +68,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
     """Run tasks in several processes, and cancel the remaining tasks when interrupted.
 
     Args:
-        tasks: Tuples of a function and its arguments, indexed by a hashable tag.
+        tasks: Tasks, each a tuple of a function and its arguments, indexed by a hashable tag.
         workers: Number of processes.
 
     Yields:
@@ -109,7 +109,7 @@ def map_chunks(
     """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
 
     Args:
-        function: Function to call with the values of each tuple as arguments.
+        function: Function that receives the values of each tuple as its arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
         workers: Number of processes. If None, one process per core is used.
@@ -163,7 +163,7 @@ def decoder_complaint() -> str | None:
 
 
 def default_workers() -> int:
-    """Return the number of CPU cores per rank, limited to between 1 and 8."""
+    """Return the default number of loader processes: the CPU cores per rank, but 1 to 8."""
     from composer.utils import dist
 
     return min(8, max(1, available_cores() // dist.get_local_world_size()))

@@ -37,7 +37,7 @@ class ImageScore(NamedTuple):
         miou: Mean IoU over the classes that occur, in percent, or None if no pixel has a label.
         accuracy: Percentage of the labelled pixels that are predicted correctly, or None.
         pixels: Number of labelled pixels.
-        confusion: Most confused pair of classes, as returned by `confused_pairs`, or None.
+        confusion: Pair of classes that is confused most, as returned by `confused_pairs`, or None.
     """
 
     index: int
@@ -49,7 +49,7 @@ class ImageScore(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """The sort key that puts the lowest score first and images without a label last."""
+        """The sort key: lowest score first, and images without a label last."""
         return (101 if self.miou is None else self.miou), self.index
 
 
@@ -59,7 +59,7 @@ class ErrorAnalysis:
     Args:
         classes: Names and colours of the classes.
         name: Function that maps the index of an image to its file name.
-        keep: Number of images to draw.
+        keep: Number of images with the lowest scores to draw.
     """
 
     def __init__(

@@ -24,9 +24,9 @@ COMMENT = "Written by predict.py"
 def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     """Find all images and videos for the given files, folders and glob patterns.
 
-    Folders are searched recursively. Every output has a different path. Files that differ only in
-    extension or case get different output names. A video's name also differs from all folders of
-    images, because its class indices are written to a folder of that name.
+    Folders are searched recursively. Every output has a different path, even for files that differ
+    only in extension or case. A video's output name also differs from the names of all image
+    folders, because its class indices are written to a folder of that name.
 
     Args:
         arguments: Files, folders and glob patterns.
@@ -66,7 +66,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file has the extension of a video.
+    """Return whether a file has a video file's extension.
 
     Args:
         path: Path of the file.
@@ -102,7 +102,7 @@ def check_predictions(
 
     Args:
         photos: Input files and the names of their outputs; see `find_photos`.
-        options: Options of predict.py.
+        options: Parsed command line of predict.py.
         is_camera: Whether the input is a camera.
 
     Raises:

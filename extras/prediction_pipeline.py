@@ -1,4 +1,4 @@
-"""A pipeline that reads, draws and encodes images in threads while the network predicts."""
+"""A pipeline whose threads read, draw and encode images while the network predicts."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class _Job:
     Attributes:
         path: File of the image.
         target: Path of the output files, without an extension.
-        photo: The decoded image. None before reading starts and after the image is segmented.
-        outputs: The encoded files and a note for the user. None before the image is segmented.
+        photo: The decoded image, or None before reading starts and after the image is segmented.
+        outputs: The encoded files and a note for the user, or None before the image is segmented.
         problem: Reason why the file was skipped, or an empty string.
         bytes: Size of the decoded image.
     """
@@ -111,7 +111,7 @@ def segment_images(
 def _read_ahead(
     jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
 ) -> None:
-    """Start to read images while the pipeline has room for them."""
+    """Start reading images, as long as the pipeline has room for more."""
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count
@@ -132,7 +132,7 @@ def _segment_batch(
     count: int,
     kinds: Sequence[str],
 ) -> None:
-    """Segment the first unsegmented image, together with available images of the same size."""
+    """Segment the first unsegmented image and all decoded images of the same size as one batch."""
     chosen: list[_Job] = []
     photos: list[np.ndarray] = []
     sizes = None
@@ -184,7 +184,7 @@ def _encode(
 
 
 def _finish(job: _Job) -> str:
-    """Write the outputs of an image. Return "" or a word that describes the failure."""
+    """Write the outputs of an image. Return "", or a word for the failure."""
     if job.problem:
         tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
         return "skipped"

@@ -1,8 +1,8 @@
-"""A speed and memory estimate for a run on a different machine's GPUs, from operation counts.
+"""An estimate of a run's speed and memory on another machine's GPUs, from operation counts.
 
-The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of convolutions
-at a fraction of the GPU's peak rate, other operations at a fraction of its memory bandwidth, and
-waiting time.
+The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of three parts:
+convolutions at a fraction of the GPU's peak rate, other operations at a fraction of its memory
+bandwidth, and waiting time.
 """
 
 from __future__ import annotations

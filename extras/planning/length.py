@@ -82,7 +82,7 @@ def count_samples(config: Config, split: str) -> int:
 def run_totals(
     config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the part of a plan about the run's duration and its checkpoints' disk space.
+    """Return the part of a plan that covers the run's duration and its checkpoints' disk space.
 
     Args:
         config: Config of the run.
@@ -118,7 +118,7 @@ def run_totals(
 
 
 def _disk(folder: str) -> tuple[float, int | None]:
-    """Return the write speed for checkpoints in bytes per second, and the free bytes."""
+    """Return the disk's write speed in bytes per second, and its free space in bytes."""
     # For a remote save folder, measure the local disk, because training continues during the
     # upload.
     remote = is_remote(folder)
@@ -137,7 +137,7 @@ def _disk(folder: str) -> tuple[float, int | None]:
 
 
 def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the part of a plan about the duration of an evaluation.
+    """Return the part of a plan that covers the duration of an evaluation.
 
     Args:
         images: Number of evaluation images.

@@ -1,6 +1,6 @@
 """Measurements of a few training steps, the first evaluation batches, and the loader.
 
-The measurements leave no checkpoint, log, downloaded weights or cached shards behind.
+The measurements leave no checkpoints, logs, downloaded weights or cached shards behind.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
-    """Measurements of this process and its device, in seconds, bytes and images."""
+    """The measured speed and memory of a training run, in this process and on its device."""
 
     # Seconds from the start to the end of the first step, including imports and compilation.
     start: float
@@ -166,13 +166,13 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
 
 
 def _without_label_check(trainer: Trainer) -> None:
-    """Remove the label check, because a few batches contain only a few classes."""
+    """Remove the label check, because it would warn: a few batches contain only some classes."""
     callbacks = trainer.state.callbacks
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
 
 
 def _leaving_nothing(config: Config, folder: str) -> Config:
-    """Return a config for a run that writes nothing except cached shards below `folder`."""
+    """Return a config for a run that writes only cached shards, in a folder below `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
@@ -191,7 +191,7 @@ def _leaving_nothing(config: Config, folder: str) -> Config:
 
 
 def seconds_since_start() -> float:
-    """Return the age of this process in seconds, including its imports."""
+    """Return the number of seconds since this process started, including its imports."""
     return time.time() - psutil.Process().create_time()
 
 

@@ -140,7 +140,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser for main.py's arguments when `--plan` is given."""
+    """Return the parser for main.py's arguments if `--plan` is among them."""
     result = argparse.ArgumentParser(
         prog="python main.py", usage="%(prog)s CONFIG [key=value ...] --plan [options]"
     )
@@ -341,7 +341,7 @@ def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str
 
 
 def _count(config: Config, size: int, precision: str, compiled: bool) -> Footprint:
-    """Return the footprint of the run's network for images of `size` pixels."""
+    """Return the footprint of the run's network for images of `size` x `size` pixels."""
     network = create_meta_network(**asdict(config.model))
     return count(network, size, AUTOCAST.get(precision), compiled)
 

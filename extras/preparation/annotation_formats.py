@@ -39,8 +39,8 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
 
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
-        names: YOLO's class names, if no data.yaml contains them.
-        images: Folder of the images, to distinguish YOLO's label files from other text files.
+        names: Class names for YOLO files if there is no data.yaml.
+        images: Folder of the images. It helps to tell YOLO's label files from other text files.
 
     Raises:
         DataError: The source is missing or has an unknown format.
@@ -99,7 +99,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the polygons of a COCO outline that can be drawn. A flat list is a single polygon."""
+    """Return a COCO outline's polygons that can be drawn; a flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
@@ -110,7 +110,7 @@ def _unix(path: str) -> str:
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
-    """Return the value of one key in each COCO entry, indexed by id. The ids must be unique."""
+    """Return the value of a key in each COCO entry, indexed by ID; IDs must be unique."""
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:

@@ -7,8 +7,8 @@
     python data.py PATH --num-classes 11 --picture sheet.png
 
 The report shows the image sizes, the classes and the loader's speed on this machine. It lists
-oddities, which do not prevent training, and problems, which do. The exit status is 0 if training
-would work, 1 if it would fail, and 2 for invalid arguments.
+problems, which prevent training, and oddities, which do not. The exit status is 0 if training would
+work, 1 if it would fail, and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def measure_loader(
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the batches of a training loader, epoch after epoch.
+    """Yield the batches of a training loader for one epoch after another.
 
     Closing the generator stops the worker processes.
 
@@ -225,8 +225,8 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
     """Return the data set that the command-line arguments describe.
 
     Args:
-        path: Folder in ADE20K's layout, a description file, or folder or URL of MDS shards.
-        second: Root of a described data set or cache folder for shards, or None.
+        path: Folder in ADE20K's layout, description file, or folder or URL of MDS shards.
+        second: Root of a described data set, or cache folder for shards; None if not given.
         labels: Meaning of the labels if no description exists.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The classes of a suggested description: names for the mask values, formatted as YAML lines."""
+"""Functions that name the classes in a suggested description and format them as YAML lines."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "val
 def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
     """Find a file with a table that names the masks' colours or values.
 
-    The known formats are `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt`. A
-    table of colours also works for masks with a palette.
+    The known formats are `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt`.
+    For masks with a palette, a table of colours also works.
 
     Args:
         root: Folder of the data set.
@@ -57,7 +57,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names in a table by colour and by value. Both are empty for other files."""
+    """Return the names in a table, by colour and by value; both are empty for other files."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
     place: dict[str, int] = {}  # Maps each heading to its column index.
@@ -88,7 +88,7 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _cells(line: str) -> list[str]:
-    """Split a line at its separator."""
+    """Split a table's line into cells at its separator."""
     for separator in ("\t", ";", ","):
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
@@ -174,8 +174,8 @@ def class_lines(root: Path, values: Values) -> list[str]:
 def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
     """Return the values that probably mean "no class": rare values that are black or white.
 
-    A name in a table overrides the guess. In a set of grey levels that do not number classes, such
-    as 0, 128 and 255, the values 0 and 255 are classes.
+    A name in a table overrides the guess. If the grey levels are spread out, such as 0, 128 and
+    255, the values 0 and 255 count as classes.
     """
     pixels = {v: n for v, n in values.pixels.items() if v not in values.edges}
     total = sum(pixels.values())

@@ -1,4 +1,4 @@
-"""A parser for paths of images and masks: split, sample name and file type."""
+"""A parser that finds the split, sample name and file type in image and mask paths."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ class Side(NamedTuple):
         return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
 
     def words(self) -> list[str]:
-        """Return the words in the pattern's fixed text, in lower case."""
+        """Return the lower-case words in the pattern's fixed text."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return [word.lower() for word in TOKEN.findall(text)]
 
     def version(self) -> int:
-        """Return the highest version number in the fixed text, such as 2 for `v2`, or 0."""
+        """Return the highest version number in the fixed text, such as 2 for `v2`, or 0 if none."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
 
@@ -130,7 +130,7 @@ class Look(NamedTuple):
 
 @functools.lru_cache(100_000)
 def look_at(path: Path) -> Look:
-    """Summarise a file's pixels. They look like labels if they form areas of a few values.
+    """Summarise a file's pixels, which look like a mask if they form areas of a few values.
 
     Args:
         path: Path of the file.
@@ -155,7 +155,7 @@ def look_at(path: Path) -> Look:
 def is_lossy_mask(path: Path) -> bool:
     """Return whether a file looks like a mask that lossy compression has changed.
 
-    In such a mask, nearly all pixels and their neighbours are close to one of a few values.
+    In such a mask, the values of nearly all pixels and their neighbours are close to a few values.
 
     Args:
         path: Path of the file.
@@ -177,8 +177,8 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
     Args:
         root: Folder of the data set.
         path: Path of the file.
-        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both.
-            Folders are searched first.
+        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both. If
+            both are given, folders are searched first.
     """
     dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
     if "folders" in splits_in:
@@ -236,7 +236,7 @@ def without_numbers(name: str) -> str:
 
 
 def sample_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Return a sample of files: one for each type of path, and others at equal intervals.
+    """Return a sample of files: one for each type of path, and more at equal intervals.
 
     Args:
         pictures: All files.

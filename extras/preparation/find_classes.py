@@ -1,4 +1,4 @@
-"""An analysis of masks that finds their values and decides how to read them."""
+"""Functions that find the values in masks and decide how to read them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Values(NamedTuple):
         pixels: Number of pixels of each value.
         edges: Files that contain each value that probably results from blurred edges.
         colors: Palette colour of each value.
-        same: Values that mean the same as a different value, mapped to that value.
+        same: Maps each value that is a synonym to the value with the same meaning.
         notes: Comment lines for the description.
     """
 
@@ -110,7 +110,7 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Count the pixels of rare values on thin lines: all of them, and those between neighbours.
+    """Count pixels of rare values on thin lines, and how many are between their neighbours' values.
 
     A pixel is on a thin line if one of its four neighbours has a different value.
     """
@@ -226,7 +226,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
 
 
 def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:
-    """Decide how to read masks. Return their values, whether these are colours, and comments."""
+    """Decide how to read masks; return the values, whether they are colours, and comments."""
     by_kind = {file.kind: file for file in reversed(files)}
     if "color" in by_kind and len(by_kind) > 1:
         other = next(file for kind, file in by_kind.items() if kind != "color")
@@ -260,10 +260,10 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
 def _read_palettes(
     files: list[FileValues], value: int, first: str, second: str, kinds: set[str]
 ) -> tuple[list[FileValues], bool, list[str]]:
-    """Read masks with different palettes by colour, if the colours recur.
+    """Read masks with different palettes by colour, if they share a common set of colours.
 
     Raises:
-        DataError: The colours do not recur, or some masks have no palette.
+        DataError: The masks do not share a common set of colours, or some have no palette.
     """
     differ = f"{first} and {second} show value {value} in different colours"
     uses = Counter(color for file in files for color in set(file.palette.values()))
@@ -291,7 +291,7 @@ def _by_color(file: FileValues) -> FileValues:
 
 
 def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
-    """Return {1: 255} if masks contain either 0 and 1 or 0 and 255, but never both."""
+    """Return {1: 255} if some masks contain only 0 and 1, and all others only 0 and 255."""
     kinds = {frozenset(file.values) for file in files}
     has = [any(v in kind for kind in kinds) for v in (1, 255)]
     if in_colors or not all(has) or any({1, 255} <= kind for kind in kinds):

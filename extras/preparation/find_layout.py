@@ -1,9 +1,9 @@
 """A search that matches the images and masks in a folder by their names and pixels.
 
-The search tries every way to interpret the names. The ways differ in the folder or word that names
-the split, in the folders that are part of a sample's name, and in the words at the start and end of
-a file name that only state the file's type. The layout that pairs the most images wins. It is then
-converted to templates of `dataset.matching`.
+The search tries every interpretation of the names. Interpretations differ in the folder or word
+that names the split, in the folders that belong to a sample's name, and in the words at the start
+and end of a file name that only state the file's type. The layout that pairs the most images wins.
+It is then converted to templates of `dataset.matching`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list
 
 
 def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]]:
-    """Return the path patterns of an image and its mask, given the common part of their names."""
+    """Return path patterns for an image and its mask, given the part that their names share."""
     core = core.strip("_-. ") or core
     ends = []
     for stem in (image.stem, mask.stem):
@@ -229,7 +229,7 @@ def _tightened(layout: Layout) -> Layout:
 
 
 def _holds_copies(layout: Layout) -> bool:
-    """Return whether different folders contain the same images, as versions of a data set do."""
+    """Return whether several folders contain the same images, as in a data set with versions."""
     if not layout.images.deep:
         return False
     by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -253,7 +253,7 @@ class Search(NamedTuple):
 
 
 def _rank(layout: Layout, most: int) -> tuple:
-    """Return a layout's ranking criteria, the most important first."""
+    """Return a layout's ranking criteria, most important first."""
     images, masks = layout.images, layout.masks
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
@@ -385,7 +385,7 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 def _not_covered(layout: Layout) -> tuple:
     """Return a sort key for layouts: coverage first, then the words in the mask paths.
 
-    The side with words such as `label` more likely contains the masks.
+    If words such as `label` are in a path, it more likely belongs to a mask.
     """
     hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
     hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}

@@ -34,7 +34,7 @@ UPLOAD_ATTEMPTS = 6
 
 
 class Mismatch(DataError):
-    """An error for a complete data set at --out that differs from the data set to write."""
+    """An error for the case that --out already contains a complete, different data set."""
 
 
 class Target(NamedTuple):
@@ -52,12 +52,12 @@ class Target(NamedTuple):
 
     @property
     def done(self) -> Path:
-        """The folder with a note about each finished shard."""
+        """The folder that contains a note about each finished shard."""
         return Path(self.folder, ".finished")
 
 
 def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
-    """Group samples into shards, in order, with as many per shard as the limit allows.
+    """Group samples into shards in order, with as many samples per shard as the limit allows.
 
     Args:
         samples: Samples of the split.
@@ -182,7 +182,7 @@ def upload(target: Target, name: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
-    """Return an uploader for the process. Forked processes must not share a connection."""
+    """Return this process's uploader, because forked processes must not share a connection."""
     return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
 
 
@@ -319,7 +319,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Restrict the target's masks to these samples, to keep the pickled task small."""
+    """Restrict the target's mask decoder to these samples, so that the pickled task stays small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

@@ -3,7 +3,7 @@
     python data.py FOLDER --suggest          # writes FOLDER's name + .yaml, and a picture
 
 `find_layout` pairs images and masks, and `find_classes` reads the masks. Comments in the
-description mark guesses, name the omitted files, and say what the user must complete.
+description mark guesses, list omitted files, and tell the user what to complete.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
 
 
 def _describe_others(search: Search) -> list[str]:
-    """Return comments about layouts that pair as many images as the chosen one."""
+    """Return comments about other layouts that pair as many images as the chosen layout."""
     return [
         f"# A guess: {x.masks.template(x.words['train'][1])} would match as many images "
         f"({x.images.template(x.words['train'][0])})."

@@ -132,7 +132,7 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def make(
     path: str, training: int = 256, validation: int = 48, size: int = 96, seed: int = 0
 ) -> None:
-    """Write the data set, unless a complete one with the same options exists.
+    """Write the data set, unless a complete data set with the same options exists.
 
     Args:
         path: Folder that will contain ADEChallengeData2016.

@@ -1,4 +1,4 @@
-"""Data set checks: file names, decoding, sizes, labels, and shard hashes.
+"""Checks of a data set: file names, decoding, sizes, labels and shard hashes.
 
 `check()` reads every file in parallel and returns a `Tally` for each split. check_command.py builds
 its report from the tallies. convert_ade20k.py uses the same functions to verify its shards.
