@@ -9,8 +9,8 @@
 
 Each output is written to a hidden file `.unfinished-...` in the same folder and renamed at the end.
 If any exception occurs, including KeyboardInterrupt, the unfinished file is removed and an older
-file with the final name is kept. Only a killed process leaves the hidden file behind. This module
-imports no slow packages.
+file with the final name is kept. Only a process that is killed leaves the hidden file behind. This
+module imports no slow packages.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def build_model(
     """Build the model, load its initial weights, and normalise the data as the network expects.
 
     Returns:
-        The config, completed with all arguments needed to rebuild the network; and the model.
+        The config with all arguments needed to rebuild the network, and the model.
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
     del keys["freeze_backbone"]  # FreezeBackbone handles this key.
@@ -346,7 +346,7 @@ def _run_to_end(
 ) -> int:
     """Train or evaluate; report known errors in one line and return an exit status.
 
-    The status is 0 for success, 2 for bad input, and 75 for a run that can be started again.
+    The status is 0 for success, 2 for bad input, and 75 for a run that can be resumed.
     """
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
@@ -379,7 +379,7 @@ def _run_to_end(
 
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
-    """Print an error only once, even if every rank raises it, and return the status."""
+    """Print an error once, even if every rank raises it, and return its exit status."""
     # torchrun restarts a run even if its config is bad. A marker file in torchrun's folder keeps
     # later attempts from printing the same error again.
     is_first = is_first_to_refuse(str(error)) if status == 2 else None

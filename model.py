@@ -97,7 +97,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
-        """Return the logits of a batch; in training, possibly a tuple with auxiliary outputs."""
+        """Return a batch's logits; in training, possibly a tuple that adds auxiliary outputs."""
         image = batch[0]
         count_batches(self._layers)
         if self.cpu_autocast is not None and image.device.type == "cpu":
@@ -130,7 +130,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         return losses
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
-        """Return the logits of a batch, which is first padded to `eval_batch_size` images."""
+        """Return a batch's logits; a smaller batch is first padded to `eval_batch_size` images."""
         # If Composer has already computed the outputs, it passes them here.
         if outputs is not None:
             return outputs
@@ -147,7 +147,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         return self.forward((padded, target))[: len(image)]
 
     def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
-        """Update a metric with an evaluation batch; all metrics share one upsampling."""
+        """Add an evaluation batch to a metric; all metrics use the same upsampled logits."""
         # Identify the logits by a weak reference, which does not keep them in memory.
         if self._scored is None or self._scored[0]() is not outputs:
             score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)

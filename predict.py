@@ -82,13 +82,13 @@ class Segmenter:
             run's validation images, or 512 if unknown.
         tta: Whether to use test-time augmentation, which averages the probabilities over six scales
             (0.5 to 1.75), each with and without a flip.
-        slide: Whether to process overlapping square windows instead of the complete image. The
-            windows have side `size` (512 if `size` is 0) and overlap by a third.
+        slide: Whether to process overlapping square windows instead of the complete image. Their
+            side is `size` (512 if `size` is 0), and they overlap by a third.
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
         network: Name of the network. It is needed if the file does not contain the name, or to
             allow a user's own function to run.
         device: Name of the torch device; None: a GPU if there is one.
-        amp: Whether to compute in bf16.
+        amp: Whether to run the network in bf16 by autocast.
 
     Attributes:
         classes: Name and colour of each class.
@@ -198,7 +198,7 @@ class Segmenter:
         """Segment a batch of images that share the same `network_sizes`.
 
         Args:
-            photos: (H, W, 3) uint8 RGB images, whose H and W may differ between images.
+            photos: (H, W, 3) uint8 RGB images, possibly with different H and W.
 
         Returns:
             The (H, W) int64 class indices of each image, on the segmenter's device.
@@ -244,7 +244,7 @@ class Segmenter:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the torch device with this name; None: a GPU if there is one.
+    """Return the torch device with this name. For None, return a GPU if there is one.
 
     Raises:
         ModelError: The device does not exist.
@@ -351,7 +351,7 @@ def main(arguments: list[str]) -> int:
 def _segment_files(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
 ) -> Iterator[str]:
-    """Segment images and videos in order; yield "" or one word about the failure for each file."""
+    """Segment images and videos in order; for each file, yield "" or a word for the failure."""
     for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
         if are_videos:
             for path, target in group:

@@ -1,9 +1,9 @@
 """Transforms of images and masks, from encoded files to model input.
 
 On the CPU, samples are transformed one at a time and stay `uint8`. In training, `RandomCrop`
-chooses a crop on the decoded mask, decodes the image no larger than needed, and resizes only the
-crop. In evaluation, `Resize` resizes the complete image. On the device, `DeviceTransform` distorts
-the colours of a batch, normalises it, and turns labels into class indices.
+chooses a crop from the decoded mask, decodes the image at the smallest sufficient size, and resizes
+only the crop. In evaluation, `Resize` resizes the complete image. On the device, `DeviceTransform`
+distorts the colours of a batch, normalises it, and turns labels into class indices.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _nearest(length: int, resized: int) -> np.ndarray:
 
 
 class Resize(PairTransform):
-    """A resize of image (bilinear) and mask (nearest) to squares of side `final_size`."""
+    """A transform that resizes images (bilinear) and masks (nearest) to a fixed square."""
 
     def __init__(self, final_size: int = 512):
         self.final_size = final_size
@@ -79,7 +79,7 @@ class Resize(PairTransform):
 
 
 class RandomCrop(PairTransform):
-    """A random resize, crop and flip, followed by even padding to a square of side `final_size`.
+    """A random resize, crop and flip; small results are padded to a square of side `final_size`.
 
     The image is resized to a square of random size, and cropped if it is larger than `final_size`.
     The crop is drawn again, up to `retries` times, while one class covers more than
@@ -143,8 +143,8 @@ class RandomCrop(PairTransform):
     ) -> list[slice]:
         """Return the image's rows and columns that form a crop of the given size.
 
-        The crop's size is in pixels of the image resized to `side` x `side`. Rows and columns begin
-        and end at multiples of `grid`, or at the image's edge.
+        The size of the crop refers to the image resized to `side` x `side`. The returned rows and
+        columns begin and end at multiples of `grid`, or at the image's edge.
         """
         # About 128 x 128 sampled pixels are enough to estimate the class shares.
         step = max(1, size[0] // 128)
@@ -251,7 +251,7 @@ class DeviceTransform:
         self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
-        """Compile for GPUs, which fuses 260 kernels that each read the batch into a few."""
+        """Compile for GPUs, where this fuses 260 kernels that each read the batch into a few."""
         self._on_gpu = torch.compile(self._transform)
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

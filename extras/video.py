@@ -1,8 +1,8 @@
 """Readers for videos and cameras, and a writer for H.264 videos that browsers can play.
 
 PyAV, a wrapper of FFmpeg's libraries, reads and writes the files. OpenCV is also installed, but its
-package has no H.264 encoder, does not report why it cannot read a file, and gives all frames the
-same duration.
+package has no H.264 encoder, does not say why a file cannot be read, and gives all frames the same
+duration.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ class Video:
 class Camera(Video):
     """A reader that yields the newest frame of a camera and drops older frames.
 
-    A frame's time counts from the start of the iteration.
+    Frame times are measured from the start of the iteration.
 
     Args:
         address: A device such as /dev/video0, or an rtsp://, http:// or other URL that FFmpeg
             reads.
-        every: Interval between frames: 1 reads all frames, n reads at most every n-th frame.
+        every: Interval between frames to read: 1 reads all frames, n at most every n-th frame.
 
     Raises:
         DataError: The camera does not answer or sends no video.

@@ -1,8 +1,8 @@
 """BatchNorm layers with statistics shared between ranks, and with joint batch counting.
 
 torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the
-host wait for the device three times per layer and pass. The layer in this module consists of
-ordinary operations and one all-reduce.
+host wait for the device three times per layer and pass. The layer in this module uses only ordinary
+operations and one all-reduce.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -
 
 
 def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
-    """Make a module's BatchNorm layers leave counting to `count_batches`; return these layers."""
+    """Stop BatchNorm layers from counting batches; return the layers for `count_batches`."""
     layers = []
     for layer in module.modules():
         if not (isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and layer.momentum):
@@ -155,7 +155,7 @@ def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 @torch.no_grad()
 def count_batches(layers: list[nn.BatchNorm2d]) -> None:
-    """Count a batch in all layers with one operation instead of a hundred."""
+    """Count a batch in all layers with a single operation instead of a hundred."""
     counters = [layer.num_batches_tracked for layer in layers if layer.training]
     if counters:
         torch._foreach_add_(cast("list[Tensor]", counters), 1)
@@ -164,7 +164,7 @@ def count_batches(layers: list[nn.BatchNorm2d]) -> None:
 def share_in_node(network: nn.Module) -> None:
     """Share BatchNorm statistics within each node.
 
-    Sharing across nodes costs more time than it is worth.
+    Statistics are not shared across nodes, because the communication would take too long.
     """
     per_node = dist.get_local_world_size()
     if per_node == 1:

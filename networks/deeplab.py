@@ -94,7 +94,7 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """A pooling of images to one pixel, which is expanded to the input's size on a GPU.
+    """A global average pooling, whose result is expanded to the input's size on a GPU.
 
     Without this class, the head would resize the pixel by interpolation, whose gradient is a sum
     over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
@@ -112,7 +112,7 @@ class ImagePool(nn.Sequential):
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise a layer like the reference, by He et al. 2015 or with BatchNorm as identity."""
+    """Initialise weights by He et al. 2015, and BatchNorm as identity, as the reference does."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -308,7 +308,7 @@ def create_network(
 ) -> nn.Module:
     """Build a run's network from the keys below `model`.
 
-    The logits have the network's own stride.
+    The logits are not upsampled; they keep the network's own stride.
 
     Args:
         name: `"deeplabv3"`, or a name for `named_network`.

@@ -104,14 +104,14 @@ def _renaming(network: Any) -> Callable[[str], str] | None:
 
 
 def _unloading(config: Any) -> Any:
-    """Return a config without keys that make transformers load files."""
+    """Return a config without the keys that would make transformers load files."""
     if not isinstance(config, Mapping):
         return config
     return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
 
 
 def _without_pretrained(config: Any) -> Any:
-    """Return a config in which no part loads pretrained weights, as some do by default."""
+    """Return a config in which no part loads pretrained weights; some parts do so by default."""
     if not isinstance(config, Mapping):
         return config
     parts = {key: _without_pretrained(value) for key, value in config.items()}

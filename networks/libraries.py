@@ -1,8 +1,8 @@
 """Helpers for building networks from other libraries and from users' functions.
 
 Each library has a module with a function `build`, which takes the text after the colon in
-`model.name` and returns a `Network`. Files are trusted less than users: with `from_file`, `build`
-loads nothing by name or address, and runs only the library's own code.
+`model.name` and returns a `Network`. Files are trusted less than users. With `from_file`, `build`
+loads nothing by name or address and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
-    """Return a network's description from a file, without keys that load other files.
+    """Return a network's description from a file, without the keys that would load other files.
 
     Keys that load weights are not needed, because the file already contains the weights.
 
@@ -125,7 +125,7 @@ def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a function that may download files, and explain any failure."""
+    """Call a function that may download files, and turn any failure into a clear error."""
     try:
         return load(*args, **arguments)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Networks built from mmsegmentation 0.30 configs.
 
 An mmsegmentation config is Python code that is executed, so only a user may choose it. Checkpoints
-and weights files contain a resolved description of the network as data.
+and weights files instead describe the network as data, without code.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def build(
         name: Path of a config, or name of a config that mmsegmentation ships, such as
             `segformer/segformer_mit-b0_512x512_160k_ade20k`.
         num_classes: Number of classes for all heads except edge-detection heads.
-        arguments: Changes to the config's `model`, or a recorded config under the key `config`.
+        arguments: Changes to the config's `model` section, or a recorded config under the key
+            `config`.
         pretrained: Any value other than None to load the pretrained weights named in the config.
         from_file: Whether the name comes from a file instead of a user.
 
@@ -117,7 +118,7 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
 
 
 def _changed(model: Any, changes: Any) -> Any:
-    """Return a config with changes, which merge mappings and replace other values."""
+    """Return a config with the user's changes: mappings are merged, other values are replaced."""
     if not isinstance(model, Mapping):
         return changes
     result = dict(model)

@@ -2,8 +2,8 @@
 
 mmcv-full is published as source code. Building its operators requires a C++ compiler and takes
 several minutes, so the wheel that this project installs does not contain them. However,
-mmsegmentation imports mmcv.ops, which fails without the operators, although only PSANet and DCN
-layers call one.
+mmsegmentation imports mmcv.ops, and this import fails without the operators, although only PSANet
+and DCN layers call them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     """Spread the attention of each position over the feature map, like mmcv's operator.
 
     Each position has one value for every cell of a window of `mask_size` around it. Values for
-    cells outside of the feature map are dropped. Positions outside of the window get 0.
+    cells outside the feature map are dropped. Positions outside the window get 0.
 
     Args:
         mask: Attention values (N, rows * columns, H, W).

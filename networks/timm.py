@@ -31,7 +31,7 @@ def build(
         num_classes: Number of classes C.
         arguments: Arguments of the backbone; see `networks.registry.named_network`.
         pretrained: Any value other than None to load timm's weights into the backbone.
-        from_file: Unused, because `named_network` has already removed the keys that load files.
+        from_file: Unused, because `named_network` has already removed keys that would load files.
 
     Raises:
         ModelError: The network cannot be built.
@@ -59,8 +59,8 @@ def _features(
     stride.
 
     Returns:
-        The backbone, and the arguments including the backbone's `output_stride` if it has this
-            option.
+        The backbone, and its arguments. They include `output_stride` if the backbone has this
+        option.
     """
     whole = f"timm:{name}"
     if not timm.is_model(name.partition(".")[0]):

@@ -43,9 +43,9 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program in an environment variable or of the first installed one.
+    """Return the path of the program in an environment variable, or of the first one installed.
 
-    The variable takes precedence if it is set.
+    The environment variable takes precedence if it is set.
     """
     if variable in os.environ:
         names = shlex.split(os.environ[variable])[:1]

@@ -4,10 +4,10 @@ With 150 classes at 512 px, one image's logits take 157 MB in fp32. An implement
 tensor operations keeps a dozen such tensors for every image: upsampled logits, softmax, one-hot
 targets, their products and all their gradients.
 
-This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time
-and uses the tile while it is in the cache. The forward pass computes the sums over pixels that both
-losses need. The backward pass computes the gradient, and applies the adjoint of the upsampling to
-return to the network's resolution.
+This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time,
+and processes the tile while it is in the cache. The forward pass computes the sums over pixels that
+both losses need. The backward pass computes the gradient, and applies the adjoint of the upsampling
+to return to the network's resolution.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ class _SegmentationLoss(torch.autograd.Function):
 def _implementation(logits: Tensor) -> tuple:
     """Return the functions for the forward and the backward pass.
 
-    On a GPU these are the Triton kernels, if they are allowed and can be built. Otherwise, and for
-    fp64, these are PyTorch operations.
+    On a GPU, these are Triton kernels if they are allowed and can be built. Otherwise, and for
+    fp64, they consist of PyTorch operations.
     """
     fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
     if fits and importlib.util.find_spec("triton"):
@@ -232,8 +232,8 @@ def forward_sums(
         - Normalisers (2, N, H, W): each pixel's largest logit, and the difference between the
           log-sum-exp and this logit. The difference is inf for pixels without a target.
 
-        All sums are weighted by `weights`. The two normalisers are stored separately. Their sum
-        would round away a confident softmax's small distance from 1, and with it the gradient.
+        All sums are weighted by `weights`. The normalisers are stored separately, because their sum
+        would round away a confident softmax's distance from 1, and thus the gradient.
     """
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
@@ -338,8 +338,8 @@ def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Ten
 class _Tile(NamedTuple):
     """A rectangle of pixels with the two matrices of its bilinear upsampling.
 
-    The axes are ordered as rows, classes, columns. In this order, upsampling an image takes only
-    one product with each matrix, and so does the adjoint.
+    The order of the axes is rows, classes, columns. In this order, upsampling takes only one
+    product with each matrix, and so does its adjoint.
     """
 
     y: slice

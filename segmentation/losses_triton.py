@@ -4,10 +4,10 @@ The upsampled logits and their softmax stay in registers. Both kernels process t
 cell. A cell is the set of pixels between two neighbouring columns of logits. All pixels of a cell
 are interpolated from the same few logits, so a program loads these logits once for all classes.
 
-The forward kernel writes the normalisers of each pixel and a few sums. The backward kernel computes
-the softmax again. Each of its programs owns a rectangle of the gradient and adds up the
-contributions of all pixels that are interpolated from the rectangle. The kernel therefore needs no
-atomic operations, and the gradient is reproducible.
+The forward kernel writes each pixel's normalisers and a few sums. The backward kernel computes the
+softmax again. Each of its programs owns a rectangle of the gradient and adds up the contributions
+of all pixels that are interpolated from the rectangle. The kernel therefore needs no atomic
+operations, and the gradient is reproducible.
 """
 
 # Triton's type annotations do not cover all values that kernels compute with.
@@ -88,7 +88,7 @@ def _weighted(class_weights, label, share, num_classes):
 
 @triton.jit
 def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
-    """Return (pixels, classes), which is 0 except for each pixel's values at its labels."""
+    """Return a block (pixels, classes) that is 0 except for each pixel's values at its labels."""
     result = tl.where(c[None, :] == label, value[:, None], 0.0)
     if MIXED:
         result += tl.where(c[None, :] == second_label, second_value[:, None], 0.0)
@@ -99,8 +99,8 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 def _sum(head, tail):
     """Return the sum over classes of (pixels, HEAD) and (pixels, TAIL).
 
-    Elements whose distance is a multiple of TAIL belong to the same thread. These elements are
-    added in registers first, which needs half as many warp shuffles as two separate sums.
+    Elements that are a multiple of TAIL apart belong to the same thread. They are first added in
+    registers, which needs half as many warp shuffles as two separate sums.
     """
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]

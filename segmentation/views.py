@@ -38,7 +38,7 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
     then to the size of the image, as in mmsegmentation.
 
     Args:
-        views: Logits (C, h, w) of each view, with the height and width of the network's input.
+        views: For each view, the logits (C, h, w), and the height and width of the network's input.
         size: Height H and width W of the image.
 
     Returns:
@@ -111,13 +111,13 @@ def resized_bands(
 
 
 def resize_matrix(lengths: Sequence[int]) -> np.ndarray:
-    """Return the matrix that applies successive linear resizes to one side of an image.
+    """Return the matrix that applies several linear resizes in a row to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
     them, so a GPU never has to wait.
 
     Args:
-        lengths: Length of the side at first and after each resize, in pixels.
+        lengths: Original length of the side, and its length after each resize, in pixels.
 
     Returns:
         (last length, first length) float32 matrix.

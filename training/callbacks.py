@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class StopAtNonFiniteLoss(Callback):
-    """A callback that stops a run at a NaN or infinite loss, before a save or an evaluation.
+    """A callback that stops a run if the loss is NaN or infinite, before it saves or evaluates.
 
     Args:
         saver: Callback that saves the run's checkpoints, or None.
@@ -108,7 +108,7 @@ class ClassTable(Callback):
 
 
 class TrainMIoU(Callback):
-    """A callback that logs the mIoU of every `interval`-th training batch, in percent.
+    """A callback that logs every `interval`-th training batch's mIoU in percent.
 
     The metric `metrics/train/MIoU` is computed from the outputs of the training step, so it needs
     no extra forward pass. It shows only the trend, because the outputs come from augmented crops
@@ -152,7 +152,7 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """Return a batch's class indices (N, H, W); for MixUp, those with the larger weight."""
+    """Return a batch's class indices (N, H, W); for MixUp, the target with the larger weight."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted
@@ -181,7 +181,7 @@ class RunRecord(Callback):
 def build_callbacks(
     config: Config, saver: Checkpoints | None, loggers: Sequence[LoggerDestination] = ()
 ) -> list[Callback]:
-    """Build a run's callbacks, from checks and monitors to pictures, report and the saver.
+    """Build all of a run's callbacks: checks, monitors, pictures, the report and the saver.
 
     Args:
         config: Config of the run.

@@ -1,6 +1,6 @@
-"""The private names of Composer that this project uses, collected in one place.
+"""All of Composer's private names that this project uses.
 
-Composer may change them in any release. Everywhere else, the project uses only documented names.
+Composer may change private names in any release. All other modules use only documented names.
 """
 
 from __future__ import annotations

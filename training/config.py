@@ -1,4 +1,4 @@
-"""Loading, checking and typing of a run's YAML config.
+"""Functions that load a run's YAML config and convert it to the typed schema.
 
     config = load("yamls/deeplabv3.yaml", ["recipe_name=mild"])  # the command line does this
     config = resolve(config)  # main(config) does this
@@ -105,7 +105,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
 
 
 def _find_beside(config: DictConfig, folder: str) -> None:
-    """Make paths usable that exist only relative to the YAML's folder."""
+    """Resolve paths that exist only relative to the YAML's folder."""
     for name in INPUT_PATHS:
         value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
         if isinstance(value, str) and "://" not in value and not os.path.exists(value):
@@ -120,7 +120,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
     Args:
         config: Content of the YAML, as loaded by OmegaConf.
-        with_data: Whether to check that the data and files named in the config exist on this
+        with_data: Whether to check that the data and files that the config names exist on this
             machine.
 
     Raises:
@@ -188,7 +188,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return the training and validation sources; list a folder only once if both share it."""
+    """Return the training and validation sources; a folder that both use is listed only once."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
@@ -274,7 +274,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 
 def _normalise_times(config: Config) -> None:
-    """Interpret times without a unit as epochs, as in the reference."""
+    """Interpret times without a unit as numbers of epochs, as the reference does."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
         text = str(lookup(config, name))
         _set(config, name, f"{text}ep" if text.isdigit() else text)

@@ -45,7 +45,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
 
 
 def check(config: Config, with_data: bool = True) -> None:
-    """Reject values that have the right type but are invalid.
+    """Reject invalid values that have the right type.
 
     Args:
         config: Config to check.
@@ -324,7 +324,7 @@ def _check_same_labels(config: Config) -> None:
 
 
 def _extra_ignored(dataset: DatasetConfig) -> int | None:
-    """Return the label that only `ignore_label` makes ignored, or None."""
+    """Return the label that is ignored only because of `ignore_label`, or None."""
     known = (255, 0) if dataset.ignore_background else (255,)
     return None if dataset.ignore_label in known else dataset.ignore_label
 

@@ -1,4 +1,4 @@
-"""Handling of lost processes, full shared memory and stop signals."""
+"""Functions that handle lost processes, full shared memory and stop signals."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def full_shared_memory(error: Exception) -> str | None:
     """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
     In containers, /dev/shm often has only 64 MB. PyTorch and NCCL mention it if an allocation
-    fails. Two other signs are ambiguous: SIGBUS, which kills a loader that writes to memory that
-    does not exist, and errors from Python's semaphores, which do not name a file. These two count
-    only if /dev/shm is small or full.
+    fails. Two other symptoms are ambiguous and count only if /dev/shm is small or full. SIGBUS
+    kills a loader that writes to memory that does not exist. Errors from Python's semaphores do not
+    name a file.
     """
     text = one_line(error)
     try:
@@ -141,10 +141,10 @@ class LoaderContext(ForkContext):
     """
 
     class Process(ForkProcess):
-        """A loader process."""
+        """A loader process that is forked with the stop signals blocked."""
 
         def start(self) -> None:
-            """Fork with the signals blocked."""
+            """Fork this process while the stop signals are blocked."""
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 super().start()

@@ -28,11 +28,11 @@ class EMA(composer.algorithms.EMA):
 
     At its `save_interval`, `CheckpointSaver` saves the average as the model's weights. Checkpoints
     saved at other times contain the training weights as the model, and the average in the state of
-    this algorithm (`ema_weights_active` is False). A run can resume from either kind.
+    this algorithm (`ema_weights_active` is False). A run can resume from both kinds of checkpoint.
 
     Args:
-        half_life: Time string, in batches or epochs, after which the influence of a weight has
-            halved.
+        half_life: Time string, in batches or epochs, after which a weight's influence on the
+            average has halved.
         update_interval: Time string between updates, in the same unit as `half_life`; None: 1.
     """
 
@@ -42,7 +42,7 @@ class EMA(composer.algorithms.EMA):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether this event updates the average or exchanges the weights."""
+        """Return whether the average is updated, or the weights are exchanged, at this event."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True

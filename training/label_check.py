@@ -55,10 +55,10 @@ class LabelCheck(Callback):
     """A callback that warns if a split has too few labels for training or evaluation.
 
     Each split is checked once. The validation split is checked at the end of the first evaluation.
-    The training split is checked after the first complete epoch or at the end of a shorter run,
-    because any class may still occur before. If the training crops contain fewer than two classes
-    at the first evaluation, the warning appears then. After its check, a split is no longer
-    counted.
+    The training split is checked after the first complete epoch, or at the end of a shorter run,
+    because a missing class may still occur until then. If the training crops contain fewer than two
+    classes by the first evaluation, the warning appears at that point. After its check, a split's
+    labels are no longer counted.
 
     Args:
         classes: Names of the classes.

@@ -1,4 +1,4 @@
-"""Composer's loggers by their YAML names, with one-line error messages.
+"""Composer's loggers, indexed by their YAML names, with one-line error messages.
 
 A logger for an external service can fail to start for many reasons, such as a missing key, an
 unreachable server, an incompatible store or incompatible packages. Each failure is reported as a
@@ -41,7 +41,7 @@ MAX_REASON = 240  # Maximum length in characters of an error text that a message
 
 
 class FileLogger(loggers.FileLogger):
-    """A version of Composer's FileLogger whose file a resumed run continues.
+    """A version of Composer's FileLogger that appends to the existing file when a run resumes.
 
     Composer's own FileLogger always truncates the file, even with `overwrite=False`.
 
@@ -116,7 +116,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return self._run_id
 
     def init(self, state: State, logger: Logger) -> None:
-        """Start an MLflow run, or continue the run of the checkpoint."""
+        """Start a new MLflow run, or continue the run that the checkpoint names."""
         variable = "MLFLOW_RUN_ID"  # Environment variable that Composer and MLflow read.
         if not self._enabled or self._to_resume is None or variable in os.environ:
             super().init(state, logger)
@@ -136,7 +136,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
             del os.environ[variable]
 
     def _parameters_of(self, run: str) -> dict[str, str] | None:
-        """Return the parameters of an MLflow run, or None if the run does not exist (any more)."""
+        """Return the parameters of an MLflow run, or None if the run does not exist."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -149,7 +149,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return None if is_deleted else dict(record.data.params)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config, except values that changed, because MLflow cannot change a parameter."""
+        """Log the config except for changed values, because MLflow cannot change a parameter."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
             log.warning(
@@ -173,7 +173,7 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
 
 
 def trainer_options(config: Config) -> dict[str, Any]:
-    """Return the Trainer arguments that the config sets, including the console's."""
+    """Return the Trainer's arguments from the config, including those for the console."""
     options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
     return {
         "seed": config.seed,
@@ -288,7 +288,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a logger's method so that its errors are explained."""
+    """Wrap a logger's method so that its errors become a ConfigError."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with explained(name):

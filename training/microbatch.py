@@ -54,11 +54,11 @@ class Footprint(NamedTuple):
     Args:
         weights: Size of the parameters.
         buffers: Size of the BatchNorm statistics.
-        fixed: Memory of a pass that is independent of the number of images, such as cast weights.
-        image: Memory of a pass per image.
+        fixed: Memory of a pass that does not depend on the number of images, such as cast weights.
+        image: Memory per image in a pass.
         saved: Part of `image` that is stored for the backward pass.
-        operations: Floating-point operations per image in the forward and backward passes of layers
-            with a known count, such as convolutions.
+        operations: Floating-point operations per image, forward and backward, of layers such as
+            convolutions, for which the number is known.
         traffic: Memory traffic per image of all other operations, forward and backward.
         normalised: Total input size of the normalisation layers per image.
         norms: Number of BatchNorm layers.
@@ -98,7 +98,7 @@ def _moments(config: Config) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """A dispatch mode that counts the bytes of live tensors, their peak, and the work done."""
+    """A dispatch mode that counts the bytes of live tensors, their peak, operations and traffic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def _told_of_failure() -> Iterator[None]:
 
 
 def _without_data(network: nn.Module) -> nn.Module:
-    """Copy a network to the CPU without its tensors' contents."""
+    """Copy a network to the CPU without the contents of its tensors."""
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(network.parameters(), network.buffers()):
         shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -302,7 +302,7 @@ def fitting(
     ranks: int = 1,
     adapts: bool = True,
 ) -> tuple[int, bool]:
-    """Return the micro-batch size of a rank and whether a step fits in memory.
+    """Return a rank's micro-batch size, and whether a step fits in memory.
 
     With `auto`, the size is halved until a step fits.
 
@@ -328,8 +328,8 @@ def fitting(
 def free_memory(device: Device) -> float:
     """Return the GPU memory in bytes that every rank has available, the minimum over all ranks.
 
-    Use the minimum, because the run would end if one GPU ran out of memory while the others waited
-    in a collective.
+    The minimum counts, because the run would end if one GPU ran out of memory while the others
+    waited in a collective.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:

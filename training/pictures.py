@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def save_file(data: bytes, folder: str, name: str) -> str | None:
-    """Write a file to a folder or an object store, where it appears only when complete.
+    """Write a file to a folder or an object store; it appears there only when it is complete.
 
     If the file cannot be written, training continues with a warning, because the run is more
     important than the file.
@@ -87,8 +87,8 @@ class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
     It draws a picture at each evaluation. The images are spread evenly over the validation set and
-    are the same each time. The first rank segments them with the evaluated weights, because EMA
-    exchanges the weights at `EVAL_START`.
+    are the same each time. The first rank segments them with the same weights as the evaluation.
+    With EMA, the model contains the averaged weights from `EVAL_START` on.
 
     Args:
         classes: Names and colours of the classes.
@@ -144,7 +144,7 @@ class Pictures(Callback):
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target and the predicted classes, (H, W) each, for a batch of one image."""
+        """Return the target and predicted class indices, each (H, W), for a batch of one image."""
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation, as a replacement for the optimizer's step method."""
+"""Sharpness-aware minimisation, implemented by replacing the optimizer's step method."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SAM(Algorithm):
     the new point, and applies it to the original weights. Each rank moves along the gradient of its
     own part of the batch.
 
-    Composer's SAM wraps the optimizer and saves the wrapper instead, so a resumed run loses the
+    Composer's SAM wraps the optimizer and saves only the wrapper, so a resumed run loses the
     momentum and the step count. This version has no state, because it only replaces the optimizer's
     `step` method. The optimizer is therefore saved, loaded and scheduled as usual. This version
     also restores the exact weights, even if a pass fails, and does not skip the step if the loss is

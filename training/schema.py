@@ -141,7 +141,7 @@ class TrainDatasetConfig(DatasetConfig):
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
-    """Settings of the evaluation data set, whose images are evaluated uncropped and in order."""
+    """Settings of the evaluation data set; its images are evaluated uncropped and in order."""
 
     # These keys have no effect; they are accepted because the reference's YAML files contain them.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")

@@ -1,4 +1,4 @@
-"""Seeding of every micro-batch, so that dropout and MixUp are reproducible.
+"""An algorithm that seeds every micro-batch, so that dropout and MixUp are reproducible.
 
 The random numbers of a step depend only on the seed and the step number. A resumed run therefore
 draws exactly the same numbers.
@@ -16,9 +16,9 @@ from composer.utils import dist
 class SeedMicrobatch(Algorithm):
     """An algorithm that seeds the global torch and NumPy generators before each forward pass.
 
-    Dropout and MixUp then depend only on four numbers: the seed, the batch number, the pass over
-    the batch (SAM makes two), and the index of the micro-batch in the global batch. They do not
-    depend on earlier draws, on a resume, or on how many ranks share the micro-batches.
+    Dropout and MixUp then depend on four numbers only: the seed, the batch number, the number of
+    the pass (SAM makes two over a batch), and the index of the micro-batch in the global batch.
+    They do not depend on earlier draws, on a resume, or on how many ranks share the micro-batches.
 
     Put this algorithm first in the list, because algorithms run in list order before a forward
     pass.
@@ -36,7 +36,7 @@ class SeedMicrobatch(Algorithm):
         return event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Update the counters, and seed before a forward pass."""
+        """Update the counters, and seed the generators before a forward pass."""
         if event == Event.BATCH_START:
             self.samples = len(state.batch[0])
             self.passes = 0

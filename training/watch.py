@@ -1,4 +1,4 @@
-"""Monitoring of a run's processes, which ends all processes when one is lost.
+"""A watch over a run's processes, which ends all of them when one is lost.
 
 Without this watch, a collective would wait half an hour for a lost process, because a healthy
 process may need that long to compile, download or save. Each process has a TCP connection to the
@@ -76,7 +76,7 @@ class Watch:
         ranks: Number of processes.
 
     Attributes:
-        store: Part of the store for this attempt only, because torchrun uses one store for all
+        store: View of the store for this attempt only, because torchrun shares one store among all
             attempts.
     """
 
@@ -102,19 +102,19 @@ class Watch:
             peer.close()
 
     def cause(self, seconds: float = GRACE) -> Lost | None:
-        """Return why a process was lost, if a report arrives in time, or None."""
+        """Return why a process was lost, or None if no report arrives in time."""
         self._heard.wait(seconds)
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether this is the node's first process to ask about a text."""
+        """Return whether this is the first process on its node that wants to print a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
         except RuntimeError:  # The store closes when the first process exits.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
-        """Tell the other processes that this process ends by itself, and with which exit status."""
+        """Tell the other processes that this process is ending by itself, and its exit status."""
         self._closed.set()
         self._tell(status, "")
 

@@ -1,4 +1,4 @@
-"""Quoting of names in YAML, so that values such as 007, 12:30, 1e5 and no remain text.
+"""A function that quotes names in YAML, so that values such as 007, 12:30 and no stay text.
 
 YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
 quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
@@ -28,7 +28,8 @@ def quote_text(text: str, place: str = "") -> str:
 
     Args:
         text: YAML text. Invalid YAML is returned unchanged, so that the parser reports the error.
-        place: Dotted name of the key whose value the text is; empty: the complete config.
+        place: Dotted name of the key that the text is the value of. If empty, the text is a
+            complete config.
 
     Raises:
         ConfigError: A number has a leading zero or contains colons.
@@ -51,7 +52,7 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect the plain scalars below a node that must remain text, by their end position."""
+    """Collect the plain scalars below a node that must remain text, indexed by end position."""
     if id(node) in seen:  # This node is an alias that was already visited.
         return
     seen.add(id(node))

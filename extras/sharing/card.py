@@ -74,10 +74,10 @@ class Card:
         config: Config of the run, or None if it is not known.
         size: Length of an image's shorter side at the network's input, in pixels.
         scores: Output of `evaluate.py --json`, or None if there are no scores.
-        files: Exported files of the network.
+        files: Exported files to list on the card.
         machine: Name of the machine on which the files were timed.
         photo: Width and height of the timed image, in pixels.
-        licence: Licence of the data, as stated by the user.
+        licence: Licence of the training data, as stated by the user.
         repo: Repository of the card, as `user/name`.
     """
 
@@ -302,7 +302,7 @@ def is_card(folder: Path) -> bool:
 
 
 def seconds_a_photo(segment: Callable[[], Any]) -> float:
-    """Return the median duration of three calls in seconds, after one call to warm up.
+    """Return the median time of three calls in seconds, after one warm-up call.
 
     Args:
         segment: Function that segments an image.

@@ -1,4 +1,4 @@
-"""Exporters that write a network to a file that runs without this project's code."""
+"""Exporters that write a network to a file, which runs without this project's code."""
 
 from __future__ import annotations
 
