@@ -347,7 +347,7 @@ def build_data(
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The batch size in the YAML covers all ranks. The config check ensures that it is divisible.
+    # The YAML's batch size covers all ranks. The config check ensures that it divides evenly.
     arguments["batch_size"] //= dist.get_world_size()
     # Check the labels now, because an unknown label would end the run in the middle of an epoch.
     if source.shards is None:

@@ -21,7 +21,7 @@ from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
-UPLOAD_FOR = 3600.0  # Seconds after which a failing upload is given up.
+UPLOAD_FOR = 3600.0  # Seconds to retry an upload before giving up.
 
 
 class Upload(NamedTuple):

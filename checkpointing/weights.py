@@ -37,7 +37,7 @@ from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 SCORES = "classifier.conv_seg."
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# The same prefixes for other networks, and the prefix that `networks.base.Network` adds.
+# Prefixes of tensor names in other networks, including the prefix of `networks.base.Network`.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
 # Classes of options and paths that training scripts often pickle together with the weights.
 OPTIONS = (

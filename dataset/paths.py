@@ -335,7 +335,7 @@ class Samples(Sequence[Sample]):
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Positions of the NUL bytes that end the names, with -1 in front.
+        # Positions of the NUL bytes that end the names, preceded by -1.
         self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:

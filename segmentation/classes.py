@@ -245,7 +245,7 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
         names: Names of the classes.
         most: Maximum number of names to show.
     """
-    # Otherwise the message would say "class class 7".
+    # Remove the word "class", because the message would otherwise say "class class 7".
     names = [name.removeprefix("class ") for name in names]
     if len(names) == 1:
         return f"class {names[0]}"

@@ -6,8 +6,7 @@
 Logits may have any resolution. They are upsampled to the target's size as in
 `F.interpolate(mode="bilinear", align_corners=False)`. The code upsamples one band of rows of one
 image at a time, so a full-size (N, C, H, W) tensor is never materialised. Half-precision logits are
-upsampled in fp32. In bf16, similar scores of two classes would become equal, and the lower class
-index would win.
+upsampled in fp32, because in bf16 similar scores would tie and the lower class index would win.
 """
 
 import csv
@@ -100,7 +99,7 @@ def confusion_matrix_of_predictions(
     target = target.long()
     cell = target * num_classes + prediction
     # Count unlabelled pixels in an additional bin. If they were filtered out instead, the host
-    # would have to wait for the number of remaining pixels.
+    # would have to wait for the number of labelled pixels.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
     if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
         counts = cell.new_zeros(num_classes**2 + 1)

@@ -26,7 +26,7 @@ COLLECTIVE_TIMEOUT = 1800.0
 def end_with_launcher() -> None:
     """Ask the kernel to send SIGUSR1 to this process when its launcher ends."""
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # Option 1: PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1))  # Option 1 is PR_SET_PDEATHSIG.
 
 
 def was_refused() -> bool:

@@ -156,7 +156,7 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
-        for weight in empty.parameters():  # Free gradients at once; `step` counts them.
+        for weight in empty.parameters():  # Free gradients at once, because `step` counts them.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)

@@ -269,8 +269,8 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, loading is not parallel to training: each step first waits for its
-    # data.
+    # Without loader processes, data is not loaded in parallel to training, so each step first waits
+    # for its data.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {

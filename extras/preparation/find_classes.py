@@ -217,7 +217,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
             f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
             "tell classes apart"
         )
-    # Allow two values more than classes, because the user may choose to ignore them later.
+    # Allow two more values than the maximum number of classes, because the user may ignore two.
     if classes > MOST_CLASSES + 2:
         raise DataError(
             f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "

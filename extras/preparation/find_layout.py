@@ -116,7 +116,7 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
             ]
             if sides[0] != sides[1]:
                 patterns.add((sides[0], sides[1]))
-                # Some data sets name the mask of `x.jpg` `x.jpg.png`.
+                # In some data sets, `x.jpg.png` is the mask of `x.jpg`.
                 if sides[1].tail == image.suffix and not sides[0].suffix:
                     patterns.add((sides[0], sides[1]._replace(tail=".*")))
     return patterns
