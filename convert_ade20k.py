@@ -19,7 +19,7 @@ from __future__ import annotations
 from command_lines import parse_convert_ade20k, start
 
 if __name__ == "__main__":
-    start(parse_convert_ade20k)  # Parse the command line before the slow imports.
+    start(parse_convert_ade20k)  # Answer --help and reject bad options before the slow imports.
 
 import fcntl
 import hashlib

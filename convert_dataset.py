@@ -18,7 +18,7 @@ from __future__ import annotations
 from command_lines import parse_convert_dataset, start
 
 if __name__ == "__main__":
-    start(parse_convert_dataset)  # Parse the command line before the slow imports.
+    start(parse_convert_dataset)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import logging

@@ -11,7 +11,7 @@ from __future__ import annotations
 from command_lines import parse_data, start
 
 if __name__ == "__main__":
-    start(parse_data)  # Parse the command line before the slow imports.
+    start(parse_data)  # Answer --help and reject bad options before the slow imports.
 
 import sys
 from collections.abc import Callable, Sequence
@@ -164,7 +164,7 @@ class StreamingADE20k(EncodedSamples):
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Return these samples in the order of an epoch."""
         at_once = self.shards.shards_at_once
-        if at_once is None:  # The complete data set fits in the cache.
+        if at_once is None:  # The cache can hold all shards, so shuffle freely.
             return super().order(items, seed, epoch)
         # Shuffle the shards, split them into groups that fit in the cache, and shuffle within
         # groups. A fully random order would download a shard for almost every sample.

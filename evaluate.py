@@ -17,7 +17,7 @@ from __future__ import annotations
 from command_lines import parse_evaluate, start
 
 if __name__ == "__main__":
-    start(parse_evaluate)  # Parse the command line before the slow imports.
+    start(parse_evaluate)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import json

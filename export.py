@@ -27,7 +27,7 @@ from __future__ import annotations
 from command_lines import EXPORT_SUFFIXES, parse_export, start
 
 if __name__ == "__main__":
-    start(parse_export)  # Parse the command line before the slow imports.
+    start(parse_export)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import functools

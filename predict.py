@@ -23,7 +23,7 @@ from __future__ import annotations
 from command_lines import CAMERA, parse_predict, start
 
 if __name__ == "__main__":
-    start(parse_predict)  # Parse the command line before the slow imports.
+    start(parse_predict)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import collections

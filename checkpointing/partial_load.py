@@ -106,7 +106,7 @@ def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
 def _same_names(
     before: Sequence[ClassInfo] | None, after: Sequence[ClassInfo]
 ) -> list[tuple[int, int]]:
-    """Return the pairs of new and old indices of classes with the same name."""
+    """Return the new and old index of each class whose name is in both lists."""
     places = {class_key(info.name): place for place, info in enumerate(before or ())}
     keys = enumerate(class_key(info.name) for info in after)
     return [(new, places[key]) for new, key in keys if key in places]

@@ -122,7 +122,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG or TIFF has several 16-bit channels. Pillow drops their low bytes."""
+    """Return whether a PNG or TIFF has several 16-bit channels, whose low bytes Pillow drops."""
     if data.startswith(_PNG_START):
         return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
     bits = _tiff_tags(data).get(258, 8)

@@ -149,7 +149,8 @@ def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) ->
 def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
     """Draw a confusion matrix, with a row per target class and a column per predicted class.
 
-    The darker a cell, the larger its share of the row's pixels. The class names are on the left.
+    The darker a cell, the larger its share of the row's pixels. Class names are drawn to the left
+    of the matrix.
 
     Args:
         matrix: (C, C) counts.

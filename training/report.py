@@ -159,7 +159,7 @@ def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo
 
 
 def _cell(number: float | None, is_percent: bool) -> str:
-    if number is None:  # This class does not occur in the data.
+    if number is None:  # Show "-" for a class that does not occur in the data.
         return '<td data-value="-1">-</td>'
     if not is_percent:
         return f'<td data-value="{number}">{number:,}</td>'
