@@ -1,4 +1,4 @@
-"""Command-line parsers of all commands, which run before torch is imported.
+"""The command-line parsers of all commands, which run before torch is imported.
 
 This module imports only fast modules, so that --help and errors in options appear at once.
 """
@@ -37,8 +37,8 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
         parse(sys.argv[1:])
     share_cores(os.environ)
     name_node(os.environ)
-    # Silence the warning of torch.utils.cpp_extension, which mmcv imports, about a CUDA toolkit
-    # without a GPU.
+    # When mmcv imports torch.utils.cpp_extension, silence its warning about a CUDA toolkit without
+    # a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
@@ -47,11 +47,10 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
 
     OpenMP reads these variables when torch is imported:
 
-    - OMP_WAIT_POLICY: Let waiting threads sleep. By default they spin, which blocks the core for
-      other processes: two simultaneous runs on two cores then take several times as long as two
-      consecutive runs.
-    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process has all
-      cores, leave the variable unset, because the number of threads affects the last bits of sums.
+    - OMP_WAIT_POLICY: Let waiting threads sleep. By default they spin and keep the core busy. On
+    two cores, two simultaneous runs would then take several times as long as two consecutive runs.
+    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process uses all
+    cores, the variable stays unset, because the number of threads affects the last bits of sums.
 
     Args:
         environment: Environment variables, which are modified in place.
@@ -184,7 +183,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the network and thereby allows a user's own function to run."""
+    """Add the option that names the network; it also permits a user's own function to run."""
     parser.add_argument(
         "--network",
         metavar="NAME",
@@ -285,7 +284,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # Keep the option's earlier name.
+        help=argparse.SUPPRESS,  # Hidden former name of --no-ignore-background.
     )
     add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
     add("--class-names", help="file with one class name per line")

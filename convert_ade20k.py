@@ -6,12 +6,12 @@
 
 To train on the shards, set `is_streaming: true`, and `path` to the value of --out. Shards have the
 columns of Streaming's public ADE20K converter: `uid`, `x` (the unchanged bytes of the image file)
-and `y` (the mask file). For a data set with a description, the masks contain merged labels: 0 is
-ignored, and k stands for class k - 1. The file `description.yaml` beside the splits names the
-classes. If the command is interrupted, run it again to continue with the next shard. Every shard is
-read back through Streaming and compared with the original files. The file `index.json` is written
-last and marks a split as complete. Exit status: 0: written and verified, 1: failed, 130:
-interrupted.
+and `y` (the mask file). For a data set with a description, the mask values are translated to
+labels: 0 is ignored, and label k is class k - 1. The file `description.yaml` beside the splits
+names the classes. If the command is interrupted, run it again to continue with the next shard.
+Every shard is read back through Streaming and compared with the original files. The file
+`index.json` is written last and marks a split as complete. Exit status: 0: written and verified, 1:
+failed, 130: interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from command_lines import parse_convert_ade20k, start
 
 if __name__ == "__main__":
-    start(parse_convert_ade20k)  # Parse the command line before the slow imports.
+    start(parse_convert_ade20k)  # Answer --help and reject bad options before the slow imports.
 
 import fcntl
 import hashlib
@@ -48,7 +48,7 @@ from files import check_outputs, is_remote, write_file
 
 
 def find_sources(path: str, root: str | None) -> list[DataSource]:
-    """Return the splits of a data set in folders; ADE20K's layout may lack one of them."""
+    """Return the splits of a data set in folders; in ADE20K's layout, one split may be missing."""
     path, description = open_description(path, root)
     source = DataSource(path, "train", description or ade20k())
     splits = list(FOLDERS)
@@ -72,11 +72,11 @@ def convert(
 
     Args:
         path: Folder of the data set (see `data.list_samples`), or path of its description.
-        out: Folder, or URL of a store that Streaming can write to. It gets a subfolder for each
-            split.
+        out: Destination: a folder, or a URL in a store that Streaming can write to. Each split gets
+            a subfolder.
         compression: Compression by its Streaming name, such as 'zstd' or 'zstd:7', or None.
         hashes: Names of the hash functions whose values the index lists for each shard.
-        size_limit: Maximum size of a shard before compression, such as '4mb'.
+        size_limit: Maximum size of an uncompressed shard, such as '4mb'.
         workers: Number of processes; None: one per core.
         staging: Folder for shards that have not been uploaded yet, and for records of finished
             uploads; None: a temporary folder whose name depends on `path` and `out`.
@@ -131,7 +131,7 @@ def convert(
             write_file(Path(folder, DESCRIPTION), text)
             if to_store:
                 upload(Target(folder, out, *options, workers), DESCRIPTION)
-    if to_store:  # All shards have been uploaded.
+    if to_store:  # All shards are uploaded, so remove the empty staging folders.
         for split in splits:
             remove_empty(os.path.join(folder, split))
         if is_new or is_our_staging:
@@ -165,7 +165,8 @@ def _only_one(folder: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parse_convert_ade20k(arguments)
-    # Restore Python's SIGINT handler, because Composer's handler would end the process immediately.
+    # Restore Python's SIGINT handler, because Composer's handler would end the process immediately
+    # on Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     shard_writer.log.setLevel(logging.INFO)

@@ -6,11 +6,11 @@
     python convert_dataset.py labelled --images photos --out my-data            # LabelMe, YOLO
     python convert_dataset.py hf://owner/name --out my-data                     # Hugging Face
 
-The command writes images (as hard links if the file system supports them), masks and their
-description `data.yaml` to the folder `my-data`. Then it checks the data set like `data.py`. If
-shapes overlap, the smaller shape covers the larger one. With `--overlap order`, the later shape
-covers the earlier one; in CVAT, the order is the z-order. Pixels without a shape get the class
-`background`. With `--background ignore` they are ignored, as in panoptic masks.
+The command writes the images, the masks and their description `data.yaml` to the folder `my-data`.
+Images are hard links if the file system supports them. Then the command checks the data set as
+`data.py` does. If shapes overlap, the smaller shape covers the larger one. With `--overlap order`,
+the later shape covers the earlier one; in CVAT, the order is the z-order. Pixels without a shape
+get the class `background`. With `--background ignore` they are ignored, as in panoptic masks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from command_lines import parse_convert_dataset, start
 
 if __name__ == "__main__":
-    start(parse_convert_dataset)  # Parse the command line before the slow imports.
+    start(parse_convert_dataset)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import logging

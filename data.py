@@ -1,9 +1,9 @@
-"""Training and evaluation data: ADE20K, or any data set, in folders or MDS shards.
+"""Data sets and loaders for ADE20K or any other data set, in folders or MDS shards.
 
 python data.py PATH                # check a data set before training on it
 python data.py s3://... LOCAL
 
-A training sample depends only on the seed, the epoch and its ID, also after a resume.
+A training sample depends only on its ID, the seed and the epoch, even after a resume.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from command_lines import parse_data, start
 
 if __name__ == "__main__":
-    start(parse_data)  # Parse the command line before the slow imports.
+    start(parse_data)  # Answer --help and reject bad options before the slow imports.
 
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from dataset.description import Description, ade20k
 from dataset.encoded import EncodedSamples, Transforms, collate
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # re-exported as part of the public API
+from dataset.matching import list_samples as list_samples  # re-exported for users of data.py
 from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
@@ -48,7 +48,7 @@ class ADE20k(EncodedSamples):
     """A data set stored in folders, with images (3, H, W) and masks (H, W) as uint8 tensors.
 
     Args:
-        datadir: Folder of the data set, as for `list_samples`; its root if there is a description.
+        datadir: Folder of the data set (see `list_samples`), or root of a described data set.
         split: 'train' or 'val'.
         both_transforms: Transform of the (image, mask) pair; see `build_ade20k_transformations`. It
             may also be a function that takes a pair of Pillow images.
@@ -87,9 +87,9 @@ class ADE20k(EncodedSamples):
         return len(self.samples)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample: its ID, the encoded image and mask, and the names of both files."""
+        """Return a sample's ID, its encoded image and mask, and the names of both files."""
         sample = self.samples[index]
-        # Return encoded files, because the size to decode the image at depends on the decoded mask.
+        # Return the files undecoded: the size at which to decode the image depends on the mask.
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
                 return sample.uid, image.read(), mask.read(), sample[1:]
@@ -118,7 +118,7 @@ class StreamingADE20k(EncodedSamples):
         labels: Meaning of the labels in the masks.
         transforms: Transforms of the pair, of the image and of the mask, to use instead of the
             transforms built from the sizes above.
-        **cache: See `dataset.shards.Shards`.
+        **cache: Options for downloads and the cache; see `dataset.shards.Shards`.
 
     Raises:
         DataError: Shards are missing or damaged. Some damage is detected only on access.
@@ -145,7 +145,7 @@ class StreamingADE20k(EncodedSamples):
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
         super().__init__(transforms, seed, Masks(labels or Labels()))
-        # Import lazily, because a run on folders does not need Streaming.
+        # Import lazily, because a run on image folders does not need Streaming.
         from dataset.shards import Shards
 
         self.shards = Shards(remote, local, split, **cache)
@@ -154,7 +154,7 @@ class StreamingADE20k(EncodedSamples):
         return len(self.shards)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Read a sample: its ID, the encoded image and mask, and the names of both."""
+        """Return a sample's ID, its encoded image and mask, and the names of both."""
         return self.shards.read(index)
 
     def prefetch(self, index: int) -> None:
@@ -164,7 +164,7 @@ class StreamingADE20k(EncodedSamples):
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Return these samples in the order of an epoch."""
         at_once = self.shards.shards_at_once
-        if at_once is None:  # The complete data set fits in the cache.
+        if at_once is None:  # The cache can hold all shards, so shuffle freely.
             return super().order(items, seed, epoch)
         # Shuffle the shards, split them into groups that fit in the cache, and shuffle within
         # groups. A fully random order would download a shard for almost every sample.
@@ -174,7 +174,7 @@ class StreamingADE20k(EncodedSamples):
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The arguments up to `ignore_background` match MosaicML's reference. Newer arguments follow.
+# The arguments up to `ignore_background` match MosaicML's reference; later ones are additions.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -227,8 +227,8 @@ def build_ade20k_dataspec(
         ignore_background: See `dataset.labels.Labels`.
         seed: Seed of the sample order and of the augmentation.
         num_classes: Number of classes, 2 to 253.
-        ignore_label: One more label to ignore, or None.
-        color_distortion: Whether to distort the colours of training images.
+        ignore_label: Additional label to ignore, or None.
+        color_distortion: Whether to distort the colours of training images at random.
         shuffle_seed: Separate seed for the sample order; None: `seed`.
         predownload: Number of samples to download ahead; None: eight batches.
         cache_limit: See `dataset.shards.Shards`.
@@ -250,7 +250,7 @@ def build_ade20k_dataspec(
     Raises:
         DataError: The data set cannot be read, or it is too small for one batch.
     """
-    # Two uint8 label values are reserved: 254 for ignored pixels and 255 for padding.
+    # uint8 labels 254 (ignored pixels) and 255 (padding) are reserved.
     if not 2 <= num_classes < IGNORED:
         raise DataError(f"num_classes: {num_classes} is out of range; use 2 to {IGNORED - 1}")
     is_train = split == "train"
@@ -279,7 +279,7 @@ def build_ade20k_dataspec(
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        sampler = EvalSampler(dataset, distance)  # Count every image once.
+        sampler = EvalSampler(dataset, distance)  # An evaluation counts every image once.
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options = dict(
         persistent_workers=workers > 0,
@@ -292,12 +292,12 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # Transform only micro-batches, because float32 copies are four times as large.
+    # Transform one micro-batch at a time, because float32 images are four times as large as uint8.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's defaults form a reference cycle, and collecting it waits 5 s for each worker.
+        # Composer's default forms a reference cycle, whose collection stalls for 5 s per worker.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
@@ -347,7 +347,7 @@ def build_data(
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The batch size in the YAML covers all ranks. The config check ensures that it is divisible.
+    # The YAML's batch size covers all ranks. The config check ensures that it divides evenly.
     arguments["batch_size"] //= dist.get_world_size()
     # Check the labels now, because an unknown label would end the run in the middle of an epoch.
     if source.shards is None:

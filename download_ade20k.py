@@ -38,23 +38,24 @@ log = logging.getLogger(__name__)
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 FOLDER = "ADEChallengeData2016"
-# Number of files in the official archive, used to check folders that this script did not unpack.
+# Number of files per folder in the official archive. They serve to check a folder that this script
+# did not unpack.
 OFFICIAL_COUNTS = {
     "images/training": 20_210,
     "images/validation": 2_000,
     "annotations/training": 20_210,
     "annotations/validation": 2_000,
 }
-# Marker file with the archive's SHA-1 and number of files, which extract() writes last.
+# Marker file that extract() writes last. It contains the archive's SHA-1 and number of files.
 MARKER = ".complete.json"
 
-# Number of consecutive attempts without progress before giving up. The pauses between them (1, 2,
-# 4, ... s) add up to half a minute.
+# Maximum number of consecutive attempts without progress. The pauses between attempts (1, 2, 4, ...
+# s) add up to half a minute.
 ATTEMPTS = 6
 TIMEOUT = 60  # Seconds to wait without receiving any data before giving up.
 CHUNK = 1 << 20
-# Unpacked size relative to the archive. JPEG and PNG files barely compress, but each file is
-# rounded up to whole disk blocks.
+# Ratio of the unpacked size on disk to the archive size. JPEG and PNG files hardly shrink in an
+# archive, but on disk every file occupies complete blocks.
 UNPACKED_SIZE = 1.2
 BLOCK = 4096
 
@@ -71,7 +72,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
     """Download and unpack the data set, unless a complete `<path>/ADEChallengeData2016` exists.
 
     Args:
-        path: Folder that will contain `ADEChallengeData2016`, for use as `path` in training.
+        path: Folder that will contain `ADEChallengeData2016`. For training, set `path` to it.
         url: HTTP(S) URL of the archive. A mirror's archive must match `sha1`.
         sha1: SHA-1 of the archive, 40 hex digits.
 
@@ -101,7 +102,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                 if fetched != archive:
                     fetched.unlink()
                 log.info("%s is complete; train with path=%s", folder, path)
-    except OSError as error:  # For example, the disk is full or the folder is read-only.
+    except OSError as error:  # Report disk errors, such as a full disk or a read-only folder.
         raise DownloadError(
             f"{error.filename or path}: {error.strerror or error}; fix this and run the "
             "command again; the downloaded part is kept"
@@ -127,7 +128,7 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     if _size(archive) > 0:
         if _sha1(archive) == sha1:
             return archive
-        if not part.exists():  # Leave the user's file unchanged.
+        if not part.exists():  # Work on a copy, so that the user's file stays unchanged.
             with _naming(part):
                 shutil.copyfile(archive, part)
     resumed = _size(part) > 0
@@ -136,7 +137,8 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     _download(url, part)
     found = _sha1(part)
     if found != sha1 and resumed:
-        # The existing part may come from a different version of the file, or from a different file.
+        # The part downloaded earlier may belong to a different version of the archive or to a
+        # different file.
         log.warning("the continued archive has SHA-1 %s; downloading it from the start", found)
         part.unlink()
         _download(url, part)
@@ -178,7 +180,7 @@ def _download_rest(url: str, archive: Path) -> None:
     Raises:
         DownloadError: The server rejects the request, or the disk space is insufficient.
         _ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError: The connection
-            failed; a retry can continue the download.
+        failed, and a retry can continue the download.
     """
     have = _size(archive)
     headers = {"User-Agent": "ade20k-download/1.0", "Accept-Encoding": "identity"}
@@ -186,7 +188,8 @@ def _download_rest(url: str, archive: Path) -> None:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        if status == 416 and have:  # The local file is at least as long as the server's file.
+        # The local file is already as long as the server's file, or longer.
+        if status == 416 and have:
             if content_range == f"bytes */{have}":
                 return
             archive.unlink()
@@ -206,7 +209,8 @@ def _download_rest(url: str, archive: Path) -> None:
             total=total, initial=start, unit="B", unit_scale=True, desc="download", disable=None
         )
         with bar, _naming(archive), open(archive, "ab" if is_rest else "wb") as file:
-            # Use read1, because iter_content loses data when the connection breaks.
+            # Use read1, because iter_content discards data that has already arrived when the
+            # connection breaks.
             while chunk := response.raw.read1(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -229,7 +233,8 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             case, `folder` is not created.
     """
     temporary = folder.with_name(f".{FOLDER}.unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)  # Remove the remains of a killed run.
+    # Remove the temporary folder of a run that was killed.
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as zipped:
             members = _safe_members(zipped)
@@ -238,7 +243,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             for member in tqdm(members, unit=" files", desc="unpack", disable=None):
                 target = temporary / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # The reader stops at the file size in the archive's directory, and checks the CRC
+                # Read only up to the size given in the archive's directory; zipfile checks the CRC
                 # at that point.
                 final = folder.parent / member.filename
                 with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
@@ -252,7 +257,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
     # position.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # The disk failed, not the archive.
+            raise  # The error comes from the disk rather than the archive.
         raise DownloadError(
             f"{archive} cannot be unpacked ({error}); delete it and run the command again"
         ) from error
@@ -291,7 +296,7 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _what_is_missing(folder: Path, sha1: str) -> str | None:
-    """Describe why a folder is incomplete; return None if it is complete."""
+    """Describe what a folder lacks, or return None if it is complete."""
     marker = folder / MARKER
     if marker.is_file():
         expected = json.loads(marker.read_text())
@@ -334,7 +339,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about a full disk, which do not contain it."""
+    """Add the file's name to errors about a full disk, which lack it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The errors of all commands. Each message is one line that names the place and the cause.
+"""The errors of all commands, each with a one-line message that names the place and cause.
 
 This module imports nothing slow, so that a bad config is reported before torch is loaded.
 """
@@ -11,10 +11,10 @@ import signal
 import sys
 from collections.abc import Callable
 
-# Exit status of a run that the same command can resume (EX_TEMPFAIL of sysexits.h).
+# Exit status of a run that can be resumed by the same command (EX_TEMPFAIL in sysexits.h).
 TRY_AGAIN = 75
-# Signals that ask a run to stop after the current batch. SIGHUP arrives when the terminal closes.
-# The kernel sends SIGUSR1 when the launcher dies.
+# Signals after which a run stops at the end of the current batch. SIGHUP arrives when the terminal
+# closes, and the kernel sends SIGUSR1 when the launcher dies.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -32,7 +32,7 @@ class ConfigError(UserError):
 class UnevenBatch(ConfigError):
     """An error for a batch size that does not divide among the current processes.
 
-    Under torchrun, another node may still join.
+    Under torchrun, the batch may divide again when another node joins.
     """
 
 
@@ -40,8 +40,8 @@ class DataError(UserError):
     """An error in a data set; the message names the file."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader re-raises a worker's error with the traceback as its message, so keep only
-        # the text after the class name.
+        # A DataLoader re-raises a worker's exception with the traceback as its message. Keep only
+        # the text that follows the exception's class name.
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
@@ -54,11 +54,11 @@ class ModelError(UserError):
 
 
 class WeightsError(UserError):
-    """An error in a weights file that is missing, damaged, unsafe or incompatible."""
+    """An error for a weights file that is missing, damaged, unsafe or incompatible."""
 
 
 class ClassError(UserError):
-    """An error in class names, which cannot be read or do not match the number of classes."""
+    """An error for class names that cannot be read or do not match the model's classes."""
 
 
 class OutputError(OSError):
@@ -70,14 +70,14 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """The end of a run on request; the message says how to resume it."""
+    """An exception that ends a run on request; its message says how to resume the run."""
 
 
 class Lost(RunError):
     """An error for a run that lost one of its processes.
 
     Args:
-        message: One-line description of the loss.
+        message: One-line description of what happened to the process.
         status: Exit status for this process.
     """
 
@@ -87,7 +87,7 @@ class Lost(RunError):
 
 
 def exit_status(error: BaseException) -> int:
-    """Return the exit status: 1 for an incomplete output, 2 for bad input."""
+    """Return the exit status for an error: 1 for an incomplete output, 2 for bad input."""
     return 1 if isinstance(error, OutputError) else 2
 
 

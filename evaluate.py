@@ -9,7 +9,7 @@ with published tables. Images keep their aspect ratio. Their shorter side become
 `eval_dataset.final_size` pixels (512 in mmsegmentation), unless the longer side would exceed four
 times that. Predictions are scored at the resolution of the mask. The protocol `square` matches the
 evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
-In both protocols, one confusion matrix counts every labelled pixel of all images and ranks once.
+In both protocols, a single confusion matrix counts every labelled pixel of every image once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from command_lines import parse_evaluate, start
 
 if __name__ == "__main__":
-    start(parse_evaluate)  # Parse the command line before the slow imports.
+    start(parse_evaluate)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import json
@@ -71,10 +71,10 @@ def evaluate_paper(
 
     Args:
         segmenter: Model to evaluate.
-        dataset: Pairs of an image and its mask, as Pillow images of the same size.
-        index: (256,) class index of each label, or -1 for ignored labels.
-        batch_size: Maximum number of images per batch. Images of a batch have the same size in the
-            network.
+        dataset: Data set of image and mask pairs, which are Pillow images of the same size.
+        index: Table (256,) that maps each label to its class index, or to -1 if it is ignored.
+        batch_size: Maximum number of images per batch. All images in a batch have the same size at
+            the network's input.
         num_workers: Number of processes that read and decode images.
         analysis: Error analysis that receives each image with its mask and prediction, or None.
 
@@ -110,7 +110,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of the same kind into lists of up to `count`, holding back at most `PENDING`."""
+    """Group items of one kind into lists of up to `count`, holding back at most `PENDING` items."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -135,8 +135,8 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     rank = dist.get_global_rank()
-    # The sampler repeats samples so that all ranks get the same number of samples. Ignore the
-    # repeated samples.
+    # The sampler repeats some samples, so that all ranks get the same number. Skip the repeated
+    # samples.
     left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
     with torch.inference_mode():
         for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):
@@ -168,7 +168,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = open_dataset(source)
         index = torch.from_numpy(source.labels.index())
-        if order is not None:  # Map each label of the data to the model's class index.
+        # The classes of the data and the model differ in order, so translate the labels.
+        if order is not None:
             index = torch.where(index < 0, index, torch.tensor(order)[index.clamp(0)])
         workers = arguments["num_workers"]
         analysis = None
@@ -182,7 +183,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
     if order is not None and options.protocol == "square":
-        # Rows follow the data's class order, and columns follow the model's.
+        # The rows are in the order of the data's classes, the columns in the order of the model's.
+        # Reorder the rows to match.
         matrix[order] = matrix.clone()
     if options.confusion and dist.get_global_rank() == 0:
         write_image(options.confusion, draw_confusion(matrix.numpy(), segmenter.classes))
@@ -269,13 +271,13 @@ def main(arguments: list[str]) -> int:
     if dist.get_world_size() > 1:
         allows_tf32 = torch.backends.cuda.matmul.allow_tf32
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
-        # Composer's get_device() enables TF32. Restore the setting, so that the scores equal those
-        # of a single process.
+        # Composer's get_device() enables TF32. Restore the previous setting, so that the scores
+        # equal those of a single process.
         torch.backends.cuda.matmul.allow_tf32 = allows_tf32
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Check before the evaluation whether the outputs can be written.
+        # Check the output paths before the evaluation, so that it cannot fail at the end.
         outputs = [options.csv, options.json, options.per_image, options.confusion]
         outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)

@@ -1,4 +1,4 @@
-"""Export a checkpoint for deployment, with all metadata that a program needs.
+"""Export a checkpoint for deployment, with all the metadata that a program needs.
 
     python export.py runs/first --to onnx                           # its best, as first.onnx
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
@@ -18,8 +18,8 @@
 The first three formats take `image`, (N, 3, H, W) uint8 RGB with any N, H and W, and return
 `logits`, (N, C, H, W) float32. They include normalisation and upsampling. The metadata of all
 formats contains `classes` (a JSON list of names and colours), `config` (the run's config), `size`
-(the size of its validation images), and `mean` and `std` for normalisation. Before an export is
-complete, the exported file is compared with the PyTorch model on an image.
+(the size of its validation images), and `mean` and `std` for normalisation. Each exported file is
+compared with the PyTorch model on an image before the export completes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 from command_lines import EXPORT_SUFFIXES, parse_export, start
 
 if __name__ == "__main__":
-    start(parse_export)  # Parse the command line before the slow imports.
+    start(parse_export)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import functools
@@ -91,7 +91,7 @@ def compare(
 
     Args:
         model: PyTorch model.
-        exported: Function that runs the exported file.
+        exported: Function that runs the exported file on images.
         photo: (H, W, 3) uint8 RGB.
         size: Length of the image's shorter side, pixels.
 
@@ -118,7 +118,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Source:
-    """The data needed to write an exported file.
+    """The model and the other data that an export needs.
 
     Attributes:
         name: Name of the run, or of the weights file if the run is unknown.
@@ -234,7 +234,7 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
             agreement, difference = compare(model, exported, source.photo, source.size)
         except (OutputError, UserError):
             raise
-        except Exception as error:  # Exporters can raise any type of error.
+        except Exception as error:  # An exporter can raise any type of error.
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
@@ -260,7 +260,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
-        size = source.weights.eval_size or 512  # 512 is also the default of predict.py.
+        size = source.weights.eval_size or 512  # predict.py also defaults to 512.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")
@@ -359,7 +359,7 @@ def _write_card(
 
 
 def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | None:
-    """Return the scores from `--scores` or from `evaluate.py`, or None if evaluation fails."""
+    """Return the scores from `--scores` or `evaluate.py`, or None if the evaluation fails."""
     if options.scores:
         names, which = [c.name for c in source.classes], source.weights.which
         scores = read_scores(options.scores, names, which)

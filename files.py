@@ -9,8 +9,8 @@
 
 Each output is written to a hidden file `.unfinished-...` in the same folder and renamed at the end.
 If any exception occurs, including KeyboardInterrupt, the unfinished file is removed and an older
-file with the final name is kept. Only a killed process leaves the hidden file behind. This module
-imports no slow packages.
+file with the final name is kept. Only a process that is killed leaves the hidden file behind. This
+module imports no slow packages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PathLike = str | os.PathLike[str]
-# Errors for a full disk, an exhausted quota, and a file that exceeds a size limit.
+# Error codes for a full disk, an exhausted quota and a file above the size limit.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
@@ -139,8 +139,8 @@ def output_folder(path: PathLike) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(path))
     with explain_output(path):
-        # An existing folder may be a mount point. Create the unfinished folder inside it, because
-        # files cannot be renamed across file systems.
+        # If the folder exists, it may be a mount point. Create the unfinished folder inside it,
+        # because a rename does not work across file systems.
         unfinished = _beside(final / "_" if final.is_dir() else final)
         unfinished.mkdir(parents=True)
         try:
@@ -182,7 +182,7 @@ def explain_output(path: PathLike) -> Iterator[None]:
         hidden = isinstance(name, str) and ".unfinished-" in name
         if not name or hidden or os.path.realpath(name) == os.path.realpath(path):
             raise UserError(f"cannot write {path}: {reason}") from error
-        # Here the error names a parent folder of the output.
+        # The error may also name one of the output's parent folders.
         if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):
             raise UserError(f"cannot write {path}: {name}: {reason}") from error
         raise

@@ -15,7 +15,7 @@ from command_lines import start as prepare_process
 from training.config import read_command_line
 
 if __name__ == "__main__":
-    # Answer --help and report a bad config here, within half a second, before torch is imported.
+    # Answer --help and report a bad config here, before the slow import of torch.
     prepare_process()
     CONFIG = read_command_line(sys.argv[1:])
 
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Data = tuple[DataSpec | None, DataSpec]  # A run's training data and evaluation data.
+Data = tuple[DataSpec | None, DataSpec]  # Data for training and for evaluation.
 
 
 def main(
@@ -103,25 +103,25 @@ def main(
         RunError: Training cannot continue, or the user or the scheduler asked it to stop
             (`Stopped`).
     """
-    # Composer reads NODE_RANK, which torchrun does not set. The command line sets it, but a program
+    # Composer reads NODE_RANK, which torchrun does not set. Our command line sets it, but a program
     # that calls main() directly may not.
     name_node(os.environ)
-    # Copy the caller's config, so that the caller can change it later without affecting the run.
+    # Copy the config, so that the caller can change it later without affecting the run.
     if isinstance(config, Config):
         config = copy.deepcopy(config)
     else:
         config = resolve(config, with_data=data is None)
-    # An evaluation needs a checkpoint, but `--plan` does not, so resolve() cannot check for it.
+    # An evaluation needs a checkpoint, but its `--plan` does not, so resolve() cannot check for it.
     check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
-        # Print from one rank only, because the lines are the same on all ranks.
+        # Print on one rank only, because every rank would print the same lines.
         if dist.get_global_rank() == 0:
             # The progress bar leaves the cursor in the middle of a line, so start a new line.
             print("", *start_lines(trainer, config), sep="\n", flush=True)
         train_or_evaluate(trainer, config)
     finally:
-        release_save_folder(config)  # Let other runs use the folder.
+        release_save_folder(config)  # Let other runs use the save folder.
     return trainer
 
 
@@ -139,10 +139,10 @@ def build_trainer(
     Raises:
         UserError: See `main`.
     """
-    # Set up this process: check the GPU, join the other ranks, and seed.
+    # Set up this process: check the GPU, join the other ranks and set the random seeds.
     device, precision = set_up_process(config)
 
-    # Find the run's starting checkpoint, lock its save folder, and start its loggers.
+    # Find the checkpoint to start from, lock the save folder, and start the loggers.
     scratch = tempfile.TemporaryDirectory(prefix="checkpoint-")
     evaluations = EvaluationSchedule(config.eval_interval)
     saver = build_saver(config, evaluations)
@@ -153,21 +153,21 @@ def build_trainer(
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
     check_lengths(config, train_data)
 
-    # Build the network, and complete its config so that a checkpoint can rebuild it.
+    # Build the network. Record its full config, so that a checkpoint alone can rebuild it.
     weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe. Keep its settings, because a checkpoint replaces them.
+    # Build the optimizer and the recipe. Keep a copy of the settings that a checkpoint replaces.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
 
-    # Choose the micro-batch size while the network is uncompiled, as its estimate requires.
+    # Choose the micro-batch size now, because its estimate needs a network that is not compiled.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
-    # Build Composer's Trainer. It loads the checkpoint, so guard against code in the file.
+    # Build Composer's Trainer. It loads the checkpoint, so block any code in the file.
     with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
@@ -177,12 +177,12 @@ def build_trainer(
             eval_interval=evaluations,
             max_duration=config.max_duration,
             optimizers=optimizer,
-            schedulers=schedule if config.is_train else None,  # Needs the length of an epoch.
+            schedulers=schedule if config.is_train else None,  # An evaluation has no schedule.
             algorithms=algorithms,
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
             load_path=start.state_path,
-            spin_dataloaders=False,  # Our sampler derives the sample order from the epoch.
+            spin_dataloaders=False,  # A resumed sampler does not replay earlier batches.
             device=device,
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
@@ -190,11 +190,11 @@ def build_trainer(
         )
     scratch.cleanup()
 
-    # Apply config keys that the user has changed since the checkpoint, such as the learning rate.
+    # Reapply settings that the user changed after the checkpoint, such as the learning rate.
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # With "auto", start at the estimate, because each size that is too large costs a compilation.
+    # With "auto", start at the estimate, because each size that does not fit costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)
@@ -212,12 +212,12 @@ def build_model(
     """Build the model, load its initial weights, and normalise the data as the network expects.
 
     Returns:
-        The config, completed with all arguments needed to rebuild the network; and the model.
+        The config with all arguments needed to rebuild the network, and the model.
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
-    del keys["freeze_backbone"]  # Read by the FreezeBackbone algorithm.
+    del keys["freeze_backbone"]  # FreezeBackbone handles this key.
     if start.checkpoint:
-        # Do not download pretrained weights that the checkpoint would replace anyway.
+        # Do not download pretrained weights that the checkpoint replaces anyway.
         keys["backbone_weights"] = None
     model = build_composer_model(
         **keys,
@@ -227,24 +227,24 @@ def build_model(
         eval_batch_size=per_process(config.eval_dataset) if compiles(config) else None,
     )
     network = model.module
-    # A network from another library has its own normalisation and its own limits on image sizes.
-    # DeepLabV3 is not a `Network` and uses the data's default normalisation.
+    # A network from another library may have its own normalisation and limits on the image size.
+    # DeepLabV3 is not a `Network`; it uses the data's default normalisation.
     if isinstance(network, Network):
         sizes = {config.train_dataset.final_size} if config.is_train else set()
-        # Try a forward pass at each image size, so that an incompatible network fails within
+        # Try a forward pass at each image size now, so that an incompatible network fails within
         # seconds.
         network.check(config.model.num_classes, sorted(sizes | {config.eval_dataset.final_size}))
         config = replace(config, model=replace(config.model, arguments=network.arguments))
         for transform in device_transforms(data):
             transform.normalise_by(network.mean, network.std)
     if start.checkpoint and start.state_path:
-        # Only check the weights here; Composer loads them later with the optimizer's state.
+        # Only check the weights here. Composer loads them later, with the optimizer state.
         start.checkpoint.check_network(network)
     elif start.checkpoint:
         from training.initial_weights import load_initial_weights
 
         load_initial_weights(config, start.checkpoint, network)
-    # Convert the weights to channels-last, because the loader's batches have that layout.
+    # Convert the weights to channels-last, because the loader's batches have this layout.
     model.to(memory_format=network.memory_format)  # pyright: ignore (torch's overloads lack it)
     return config, model
 
@@ -256,14 +256,14 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
         return
 
     saver = saver_of(trainer.state)
-    # Make signals such as SIGTERM save a checkpoint after the batch in progress.
+    # On a signal such as SIGTERM, save a checkpoint after the batch in progress.
     with saver.listening() if saver else nullcontext():
         time, end = trainer.state.timestamp, trainer.state.max_duration
         is_complete = end is not None and time >= end
         is_stopped = saver is not None and saver.ended is not None
         is_due = saver is not None and saver.evaluations.due
-        # Evaluate before training if an interrupted run left an evaluation pending. Also evaluate a
-        # finished run, so that repeating its command prints its score again.
+        # If an interrupted run did not finish its evaluation, evaluate before training. Also
+        # evaluate a finished run, so that repeating the command prints its score again.
         if is_due or is_complete or is_stopped or (config.eval_first and time.batch == 0):
             trainer.eval()
         if is_complete:
@@ -272,8 +272,8 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
                 "continue",
                 config.max_duration,
             )
-        # Do not reuse is_stopped here, because the evaluation above may have triggered early
-        # stopping.
+        # Check for a stop again instead of using is_stopped, because the evaluation above may have
+        # triggered early stopping.
         elif saver and saver.ended:
             log.warning(
                 "nothing is left to train: the run did not improve for stop_after=%s; raise it "
@@ -282,7 +282,7 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
             )
         else:
             trainer.fit()
-        # Wait for the background uploads to an object store.
+        # Wait for background uploads to the object store.
         if saver:
             saver.finish()
 
@@ -310,7 +310,7 @@ def run(
 
 def run_plan(arguments: list[str]) -> int:
     """Predict a run's time, memory and disk space without running it; return the exit status."""
-    # Import the planner only here, so that a training run does not load extras/.
+    # Import the planner only on demand, so that a training run does not load extras/.
     from extras.planning.plan import main as plan
 
     return plan(arguments, build_trainer)
@@ -346,42 +346,42 @@ def _run_to_end(
 ) -> int:
     """Train or evaluate; report known errors in one line and return an exit status.
 
-    The status is 0 for success, 2 for bad input, and 75 for a run that can be started again.
+    The status is 0 for success, 2 for bad input, and 75 for a run that can be resumed.
     """
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
-    # Return EX_TEMPFAIL of sysexits.h, so that a launcher or a scheduler can restart the run.
+    # Return EX_TEMPFAIL (sysexits.h), which tells a launcher or scheduler to restart the run.
     except Stopped as stop:
         if dist.get_global_rank() == 0:
             print(stop)
         return TRY_AGAIN
-    # Handle StoreError before its base class UserError, because the store may recover by the next
-    # attempt.
+    # Catch StoreError before its base class UserError, because the store may recover before the
+    # next attempt.
     except StoreError as error:
         return _refuse(error, TRY_AGAIN, watch)
     except UserError as error:
         return _refuse(error, 2, watch)
-    # NCCL, gloo, the data loader and the disk all raise these error types; explain() tells them
+    # NCCL, gloo, the data loader and the disk all raise these types; explain() tells their errors
     # apart.
     except (RuntimeError, OSError) as error:
         known = explain(error, watch)
-        if known is None and isinstance(error, OSError):  # For example, the disk is full.
+        if known is None and isinstance(error, OSError):  # Report disk errors, such as a full disk.
             return _refuse(one_line(error), 1, watch)
         if known is None:
-            # An unknown error is probably a bug, so keep its traceback.
+            # An unknown error is probably a bug, so show its traceback.
             raise
         return _refuse(known, known.status if isinstance(known, Lost) else 1, watch)
     text = summary(trainer)
-    trainer.close()  # Close the progress bar before the summary is printed.
+    trainer.close()  # Close the progress bar before printing the summary.
     if dist.get_global_rank() == 0:
         print(text)
     return 0
 
 
 def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
-    """Print an error only once, even if every rank raises it, and return the status."""
-    # torchrun restarts a run even after a bad config. Marker files in torchrun's folder keep later
-    # attempts from printing the error again.
+    """Print an error once, even if every rank raises it, and return its exit status."""
+    # torchrun restarts a run even if its config is bad. A marker file in torchrun's folder keeps
+    # later attempts from printing the same error again.
     is_first = is_first_to_refuse(str(error)) if status == 2 else None
     if is_first is None:
         is_first = watch is None or watch.is_first_to_say(str(error))

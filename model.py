@@ -71,33 +71,33 @@ class ComposerDeepLabV3(ComposerClassifier):
         cpu_autocast: torch.dtype | None = None,
         eval_batch_size: int | None = None,
     ) -> None:
-        # Like the loss, the metrics accept logits of any resolution, so no full-size tensor (N, C,
-        # H, W) is ever allocated.
+        # Like the loss, the metrics accept logits of any resolution, so that no full-size tensor
+        # (N, C, H, W) is allocated.
         metrics = {
             "MIoU": MIoU(num_classes, ignore_index),
             "CrossEntropy": CrossEntropy(ignore_index),
         }
-        # Pass no training metrics, because Composer would compute them at every step.
+        # Leave out training metrics, because Composer would compute them at every step.
         super().__init__(network, num_classes, MetricCollection([]), MetricCollection(metrics))
         self.num_classes: int = num_classes
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_weight = dice_weight
         self.fused_loss = fused_loss
-        # Do not register the class weights as a buffer, because a buffer would become part of
-        # checkpoints and of the averaged weights.
+        # Do not register the class weights as a buffer, because buffers are saved in checkpoints
+        # and averaged by EMA.
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.cpu_autocast = cpu_autocast
         self.eval_batch_size = eval_batch_size
-        # Each BatchNorm layer in PyTorch increments its own batch counter, which adds a hundred
-        # tiny operations. Update all counters at once in forward() instead.
+        # Each of PyTorch's BatchNorm layers updates its own batch counter, which adds a hundred
+        # tiny operations per step. Update all counters at once in forward() instead.
         self._layers = stop_counting(network)
-        # Cache the score of the last batch for both metrics, so that its logits are upsampled only
-        # once.
+        # Cache the last batch's score, because both metrics need it and its logits should be
+        # upsampled only once.
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
-        """Return the logits of a batch; in training, possibly a tuple with auxiliary outputs."""
+        """Return a batch's logits; in training, possibly a tuple that adds auxiliary outputs."""
         image = batch[0]
         count_batches(self._layers)
         if self.cpu_autocast is not None and image.device.type == "cpu":
@@ -108,10 +108,10 @@ class ComposerDeepLabV3(ComposerClassifier):
     def loss(self, outputs: Any, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
         """Return the total loss and its parts; see `segmentation.losses.segmentation_loss`."""
         # Composer moves only parameters and buffers to the device, so move the class weights here.
-        # After the first call, this does nothing.
+        # After the first call, this has no effect.
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(main_logits(outputs).device)
-        # fused_kernels() selects the kernels for the loss and for its gradient.
+        # The fused_kernels context selects the kernels for the loss and its gradient.
         with fused_kernels(self.fused_loss is not False):
             losses = segmentation_loss(
                 main_logits(outputs),
@@ -121,8 +121,8 @@ class ComposerDeepLabV3(ComposerClassifier):
                 dice_weight=self.dice_weight,
                 class_weights=self.class_weights,
             )
-            # In training, a network from another library may return auxiliary outputs, each of
-            # which has its own loss.
+            # During training, a network from another library may return auxiliary outputs. Each has
+            # its own loss.
             if isinstance(outputs, tuple):
                 network = cast(Network, self.module)
                 auxiliary = network.auxiliary_loss(outputs[1:], batch[1], self.ignore_index)
@@ -130,8 +130,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         return losses
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
-        """Return the logits of a batch, which is first padded to `eval_batch_size` images."""
-        # Composer passes the outputs if it has already computed them.
+        """Return a batch's logits; a smaller batch is first padded to `eval_batch_size` images."""
+        # If Composer has already computed the outputs, it passes them here.
         if outputs is not None:
             return outputs
         image, target = batch
@@ -139,16 +139,16 @@ class ComposerDeepLabV3(ComposerClassifier):
         if missing <= 0:
             return self.forward(batch)
         # Pad with images of zeros, and discard their logits afterwards. The padding does not affect
-        # the other images, because BatchNorm ignores batch statistics in evaluation mode.
+        # the other images, because BatchNorm uses its running statistics during evaluation.
         padded = F.pad(image, (0, 0) * 3 + (0, missing))
-        # Use the memory layout of the other batches, because torch.compile would recompile for a
-        # different layout.
+        # Use the memory format of the other batches, because torch.compile would recompile for a
+        # different format.
         padded = padded.contiguous(memory_format=torch.channels_last)
         return self.forward((padded, target))[: len(image)]
 
     def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
-        """Update a metric with an evaluation batch; all metrics share one upsampling."""
-        # Compare the logits through a weak reference, which does not keep them in memory.
+        """Add an evaluation batch to a metric; all metrics use the same upsampled logits."""
+        # Identify the logits by a weak reference, which does not keep them in memory.
         if self._scored is None or self._scored[0]() is not outputs:
             score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)
             self._scored = weakref.ref(outputs), score
@@ -220,7 +220,7 @@ def build_composer_model(
     Raises:
         ModelError: The network cannot be built.
     """
-    # Pass the keys that create_network's signature names to create_network, and all other keys to
+    # Pass create_network the keys that its signature names, and pass all other keys to
     # ComposerDeepLabV3.
     names = keys.keys() & inspect.signature(create_network).parameters.keys()
     of_network = {name: keys.pop(name) for name in names}

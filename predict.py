@@ -23,7 +23,7 @@ from __future__ import annotations
 from command_lines import CAMERA, parse_predict, start
 
 if __name__ == "__main__":
-    start(parse_predict)  # Parse the command line before the slow imports.
+    start(parse_predict)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
 import collections
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# mmsegmentation's test-time scales, each used with and without a flip.
+# Scales of mmsegmentation's test-time augmentation. Each scale is used with and without a flip.
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -82,13 +82,13 @@ class Segmenter:
             run's validation images, or 512 if unknown.
         tta: Whether to use test-time augmentation, which averages the probabilities over six scales
             (0.5 to 1.75), each with and without a flip.
-        slide: Whether to process overlapping square windows instead of the complete image. The
-            windows have side `size` (512 if `size` is 0) and overlap by a third.
+        slide: Whether to process overlapping square windows instead of the complete image. Their
+            side is `size` (512 if `size` is 0), and they overlap by a third.
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
         network: Name of the network. It is needed if the file does not contain the name, or to
             allow a user's own function to run.
         device: Name of the torch device; None: a GPU if there is one.
-        amp: Whether to compute in bf16.
+        amp: Whether to run the network in bf16 by autocast.
 
     Attributes:
         classes: Name and colour of each class.
@@ -125,7 +125,8 @@ class Segmenter:
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
         else:
-            # Import lazily, because this takes seconds and ONNX files do not need it.
+            # Import the networks lazily, because the import takes seconds and ONNX files do not
+            # need it.
             from checkpointing.rebuild import (
                 build_network,
                 complete,
@@ -182,10 +183,10 @@ class Segmenter:
         sizes = []
         for scale in self.scales:
             factor = scale
-            if self.size:  # Use the rule and the rounding of mmcv.rescale_size.
+            if self.size:  # Follow mmcv.rescale_size, including its rounding.
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
-            # Align the windows with the grid of the logits, so that their logits can be added
+            # Align the windows with the logits' grid, so that overlapping logits can be added
             # without resampling.
             if self.window:
                 size = tuple(max(round(side / 8), 1) * 8 for side in size)
@@ -197,7 +198,7 @@ class Segmenter:
         """Segment a batch of images that share the same `network_sizes`.
 
         Args:
-            photos: (H, W, 3) uint8 RGB images, whose H and W may differ between images.
+            photos: (H, W, 3) uint8 RGB images, possibly with different H and W.
 
         Returns:
             The (H, W) int64 class indices of each image, on the segmenter's device.
@@ -225,8 +226,8 @@ class Segmenter:
             for left in window_starts(width, window):
                 part = batch[:, :, top : top + window, left : left + window]
                 logits = self.network(part)
-                # Resample logits to stride 8 if they are coarser than that, or if their size does
-                # not divide the window.
+                # Resample the logits to stride 8 if they are coarser, or if the window size is not
+                # a multiple of the logits' size.
                 if logits.shape[2] * 8 < part.shape[2] or part.shape[2] % logits.shape[2]:
                     grid = (part.shape[2] // 8, part.shape[3] // 8)
                     logits = F.interpolate(logits, grid, mode="bilinear", align_corners=False)
@@ -243,7 +244,7 @@ class Segmenter:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the torch device with this name; None: a GPU if there is one.
+    """Return the torch device with this name. For None, return a GPU if there is one.
 
     Raises:
         ModelError: The device does not exist.
@@ -253,7 +254,7 @@ def find_device(name: str | None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it cannot hold numbers")
         torch.empty(1, device=device)
-    except Exception as error:  # Each device type raises its own types of errors.
+    except Exception as error:  # Each type of device raises its own types of errors.
         raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
     return device
 
@@ -262,7 +263,7 @@ def _torch_network(
     network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
     """Move a network to a device; return a function that maps uint8 images to logits."""
-    # The overloads of `to` in torch's type stubs lack the memory format.
+    # torch's type stubs lack the memory format in the overloads of `to`.
     network.to(device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
@@ -298,7 +299,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
             path, providers=onnxruntime.get_available_providers()
         )
         metadata = session.get_modelmeta().custom_metadata_map
-    # onnxruntime's error classes have no common base class.
+    # The error classes of onnxruntime have no common base class.
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:
@@ -350,7 +351,7 @@ def main(arguments: list[str]) -> int:
 def _segment_files(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
 ) -> Iterator[str]:
-    """Segment images and videos in order; yield "" or one word about the failure for each file."""
+    """Segment images and videos in order; for each file, yield "" or a word for the failure."""
     for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
         if are_videos:
             for path, target in group:

@@ -1,9 +1,9 @@
 """Transforms of images and masks, from encoded files to model input.
 
 On the CPU, samples are transformed one at a time and stay `uint8`. In training, `RandomCrop`
-chooses a crop on the decoded mask, decodes the image no larger than needed, and resizes only the
-crop. In evaluation, `Resize` resizes the complete image. On the device, `DeviceTransform` distorts
-the colours of a batch, normalises it, and turns labels into class indices.
+chooses a crop from the decoded mask, decodes the image at the smallest sufficient size, and resizes
+only the crop. In evaluation, `Resize` resizes the complete image. On the device, `DeviceTransform`
+distorts the colours of a batch, normalises it, and turns labels into class indices.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from dataset.encoded import LoadImage, PairTransform
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
-# Padding uses the mean colour, which normalises to about 0. DeviceTransform then sets it to exactly
-# 0.
+# Pad with the mean colour, which normalises to about 0. DeviceTransform then sets it to exactly 0.
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 
@@ -39,7 +38,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == size:
         return image
-    # OpenCV does not antialias, so use it only to enlarge images.
+    # OpenCV resizes without antialiasing, so use it only to enlarge images.
     if size[0] >= image.shape[0] and size[1] >= image.shape[1]:
         return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -49,7 +48,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
     """Resize a mask (H, W) as Pillow does, and keep only every `step`-th row and column."""
-    # OpenCV's nearest neighbour picks different pixels from Pillow's, which the reference uses.
+    # The reference uses Pillow, whose nearest-neighbour resizing picks different pixels from
+    # OpenCV's.
     rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]
 
@@ -57,14 +57,14 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.nd
 def _nearest(length: int, resized: int) -> np.ndarray:
     """Return the source index of each pixel of the resized mask, rounding ties as Pillow does."""
     steps = np.full(resized, length / resized)
-    # Pillow accumulates the steps one by one, and a product would round differently. The first
+    # Add the steps one by one, as Pillow does, because a product would round differently. The first
     # sampling point is the centre of the first resized pixel.
     steps[0] /= 2
     return np.add.accumulate(steps).astype(np.intp)
 
 
 class Resize(PairTransform):
-    """A resize of image (bilinear) and mask (nearest) to squares of side `final_size`."""
+    """A transform that resizes images (bilinear) and masks (nearest) to a fixed square."""
 
     def __init__(self, final_size: int = 512):
         self.final_size = final_size
@@ -73,14 +73,13 @@ class Resize(PairTransform):
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Resize a sample; see `PairTransform.apply`."""
-        # Like the reference, do not keep the aspect ratio. By default, evaluate.py scores images
-        # with their own aspect ratio.
+        # Like the reference, ignore the aspect ratio. By default, evaluate.py keeps it.
         size = (self.final_size, self.final_size)
         return resize_image(load_image(1), size), resize_mask(mask, size)
 
 
 class RandomCrop(PairTransform):
-    """A random resize, crop and flip, followed by even padding to a square of side `final_size`.
+    """A random resize, crop and flip; small results are padded to a square of side `final_size`.
 
     The image is resized to a square of random size, and cropped if it is larger than `final_size`.
     The crop is drawn again, up to `retries` times, while one class covers more than
@@ -107,7 +106,7 @@ class RandomCrop(PairTransform):
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
-        # The defaults of 0.75 and 10 retries match the reference.
+        # The reference uses the same defaults: a share of 0.75 and 10 retries.
         self.max_class_share, self.retries = max_class_share, retries
         self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
@@ -115,14 +114,14 @@ class RandomCrop(PairTransform):
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Crop a sample; see `PairTransform.apply`."""
-        # Draw the random numbers in a fixed order (scale, crops, flip), because a resumed run must
-        # reproduce them.
+        # Draw the random numbers in a fixed order (scale, crops, flip), so that a resumed run
+        # reproduces them.
         low, high = self.min_resize_scale, self.max_resize_scale
         side = max(1, int(self.base_size * (low + rng.random() * (high - low))))
-        # The grid is the largest reduction factor (1, 2, 4 or 8) at which the decoded image is at
-        # least as large as the resized image. libjpeg decodes reduced images in less time.
+        # The grid is the largest reduction factor (1, 2, 4 or 8) at which the decoded image is
+        # still at least as large as the resized image. libjpeg decodes reduced images faster.
         grid = max(k for k in REDUCTIONS if k == 1 or min(mask.shape) >= k * side)
-        # A resized image that is smaller than the crop is used completely and padded later.
+        # If the resized image is smaller than the crop, use all of it and pad it later.
         size = (min(side, self.final_size), min(side, self.final_size))
         rows, columns = self._choose_crop(mask, side, size, grid, rng)
         image, labels = load_image(grid), resize_mask(mask[rows, columns], size)
@@ -144,10 +143,10 @@ class RandomCrop(PairTransform):
     ) -> list[slice]:
         """Return the image's rows and columns that form a crop of the given size.
 
-        The crop's size is in pixels of the image resized to `side` x `side`. Rows and columns begin
-        and end at multiples of `grid`, or at the image's edge.
+        The size of the crop refers to the image resized to `side` x `side`. The returned rows and
+        columns begin and end at multiples of `grid`, or at the image's edge.
         """
-        # A grid of about 128 x 128 pixels is enough to estimate the class shares.
+        # About 128 x 128 sampled pixels are enough to estimate the class shares.
         step = max(1, size[0] // 128)
         for _ in range(1 + self.retries):
             crop = []
@@ -155,12 +154,13 @@ class RandomCrop(PairTransform):
                 first = int(rng.random() * (side - size[0] + 1))
                 start = round(first * length / side / grid) * grid
                 stop = round((first + size[0]) * length / side / grid) * grid
-                # Rounding may leave no pixel at the edge of a small image, so keep at least one.
+                # For a small image, rounding may leave no pixel at the edge, so keep at least one.
                 start = min(start, (length - 1) // grid * grid)
                 is_end = first + size[0] == side or stop > length
                 crop.append(slice(start, length if is_end else max(stop, start + 1)))
             labels = mask[crop[0], crop[1]]
-            # Stop if the crop is the complete image, because another draw would give the same crop.
+            # If the crop is the complete image, stop, because another draw would give the same
+            # crop.
             if side == size[0] or self.max_class_share >= 1:
                 break
             if self._is_varied(resize_mask(labels, size, step)):
@@ -169,14 +169,14 @@ class RandomCrop(PairTransform):
 
     def _is_varied(self, labels: np.ndarray) -> bool:
         count = np.bincount(labels.ravel(), minlength=256)[self.classes]
-        # Reject a crop without labelled pixels, so that it is drawn again.
+        # Also reject a crop without labelled pixels.
         return bool(0 < count.max() <= self.max_class_share * count.sum())
 
     def _pad(self, crop: np.ndarray, value: tuple[int, ...]) -> np.ndarray:
         missing = self.final_size - len(crop)
         if missing == 0:
             return crop
-        # Pad evenly on all sides, so that the image stays centred.
+        # Pad evenly on all sides, so that the image stays in the centre.
         before, after = missing // 2, missing - missing // 2
         sides = (before, after, before, after)
         return cv2.copyMakeBorder(crop, *sides, cv2.BORDER_CONSTANT, value=value)
@@ -237,21 +237,21 @@ class DeviceTransform:
         self.labels = labels or Labels()
         self.distort, self.seed, self.epoch = distort, seed, epoch or (lambda: 0)
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
-        # Store plain numbers, because torch 2.7 cannot compile accesses to NamedTuple properties.
+        # Store plain integers, because torch 2.7 cannot compile access to NamedTuple properties.
         self.first, self.num_classes = self.labels.first, self.labels.num_classes
         # Each sample needs 9 random numbers: two each for brightness, contrast, saturation and hue
-        # (whether to change it and how far), and one for the position of the contrast change.
+        # (one for whether to change it, one for how far), and one for when to change the contrast.
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set the mean and standard deviation of the normalisation, for values from 0 to 255."""
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
-        # Multiplication by the inverse is cheaper than division.
+        # Store the inverse, because multiplication is cheaper than division.
         self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
-        """Compile for GPUs, which fuses 260 kernels that each read the batch into a few."""
+        """Compile for GPUs, where this fuses 260 kernels that each read the batch into a few."""
         self._on_gpu = torch.compile(self._transform)
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -267,32 +267,32 @@ class DeviceTransform:
         raw, labels = batch
         self.mean, self.scale = self.mean.to(raw.device), self.scale.to(raw.device)
         self.steps = self.steps.to(raw.device)
-        # Pass the seed and the epoch as tensors, because with Python numbers torch.compile would
-        # recompile in each epoch.
+        # Pass the seed and epoch as tensors, because torch.compile would recompile for each new
+        # Python number.
         seed, epoch = (
             torch.full((), number, dtype=torch.int64, device=raw.device)
             for number in (self.seed, self.epoch())
         )
-        # Use the compiled transform only on GPUs.
+        # Only GPUs use the compiled transform.
         transform = self._on_gpu if raw.is_cuda else self._transform
         return transform(raw, labels, seed, epoch)
 
     def _transform(
         self, raw: Tensor, labels: Tensor, seed: Tensor, epoch: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Exclude the padding from the mean grey level that the contrast change uses.
+        # Exclude padding from the mean grey level, which the contrast change uses.
         inside = (labels != PADDING)[:, None].float()
         uniform = uniform_per_sample(raw, seed, epoch, self.steps)
         image = torch.empty(raw.shape, device=raw.device, memory_format=torch.channels_last)
-        # On a CPU, transform images one by one, because a single image fits in the cache and colour
-        # changes that it does not need can be skipped.
+        # On a CPU, transform images one by one: a single image fits in the cache, and colour
+        # changes that it does not need are skipped.
         parts = len(raw) if raw.device.type == "cpu" else 1
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
-        # An ignored label 0 wraps around to 255 in uint8 arithmetic.
+        # If label 0 is ignored, uint8 arithmetic wraps it around to 255, above every class index.
         index = labels - self.first
-        # Labels 254 (ignored) and 255 (padding) also end up above 252, the largest possible class
+        # Labels 254 (ignored) and 255 (padding) also stay above 252, the largest possible class
         # index.
         return image, index.long().masked_fill_(index >= self.num_classes, -1)
 

@@ -1,1 +1,1 @@
-"""Saving, finding and loading of checkpoints and weights files."""
+"""Code that saves, finds and loads checkpoints and weights files."""

@@ -26,7 +26,7 @@ class Best:
     Attributes:
         value: Best score so far, in percent, or None.
         batch: Number of batches at the best score.
-        unscored: Number of batches since the best score that led to evaluations without a score.
+        unscored: Number of batches since the best score whose evaluations had no score.
         batches_per_epoch: Number of batches in an epoch.
 
     Raises:
@@ -61,9 +61,9 @@ class Best:
             value = 100 * float(iou_per_class(metric.total_matrix)[self._class])
         batch = state.timestamp.batch.value
         since, self._evaluated = max(self._evaluated, self.batch), batch
-        # The score is NaN if no pixel is labelled, or if the class is neither present in the masks
-        # nor predicted. NaN is neither better nor worse, so these batches do not count towards the
-        # patience.
+        # The score is NaN if no pixel is labelled, or if the class appears in neither the masks nor
+        # the predictions. A NaN score does not count towards the patience, because it is neither
+        # better nor worse than the best score.
         self._is_scored = not math.isnan(value)
         if not self._is_scored:
             self.unscored += batch - since

@@ -7,15 +7,14 @@ from composer.utils import create_interval_scheduler
 
 
 class EvaluationSchedule:
-    """A schedule for Composer's `eval_interval` with evaluations at every interval and at the end.
+    """A function for Composer's `eval_interval` that evaluates at every interval and at the end.
 
     Args:
         interval: Time between two evaluations, as a Composer time string.
 
     Attributes:
         due: Whether the current weights still need an evaluation.
-        postponed: Whether the run was asked to stop. In this case, the resumed run does the
-            evaluation.
+        postponed: Whether a stop request has postponed the evaluation to the resumed run.
     """
 
     def __init__(self, interval: str) -> None:

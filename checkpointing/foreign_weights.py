@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import WeightsError
 from segmentation.classes import ClassInfo, load_classes
 
-# Names that other projects use for averaged weights.
+# Keys under which other projects save averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 
 
@@ -22,17 +22,18 @@ def select_network(
 ) -> tuple[dict[str, Tensor], str]:
     """Return the weights from another project's file, and whether they are averaged.
 
-    The network is the mapping with the most tensors, either the file itself or one of its entries.
-    If another entry has the name of an average, its tensors replace the training weights with the
-    same names.
+    The mapping with the most tensors counts as the network. It is either the file itself or one of
+    its entries. If another entry has a name that is used for averaged weights, its tensors replace
+    the training weights of the same names.
 
     Args:
         tensors: Tensors by name, for the file itself (under the key "") and for each of its
             entries.
-        which: Weights to prefer: `"ema"`, or `"training"` to ignore averages.
+        which: Weights to return: `"ema"` to prefer averaged weights, or `"training"` to ignore
+            them.
 
     Raises:
-        WeightsError: Several entries tie for the largest number of tensors.
+        WeightsError: Several entries have the same largest number of tensors.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
@@ -70,7 +71,7 @@ def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] |
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # There is no such file, or it is not a config.
+    except (OSError, ValueError):  # The file is missing or is not a config.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

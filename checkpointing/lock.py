@@ -1,9 +1,9 @@
 """Locks that keep two active runs from writing to the same checkpoint folder.
 
 `FileLock` uses a file-system lock, which the kernel releases when the process ends for any reason.
-`RecordLock` is for object stores and for file systems without locks. Its owner renews a record
-every `BEAT` seconds. If a record is not renewed for `SILENCE` seconds, its owner is considered
-dead.
+`RecordLock` is for object stores and for file systems without locks. It is a small file, the
+record, which its owner renews every `BEAT` seconds. If the record is not renewed for `SILENCE`
+seconds, its owner counts as dead.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from errors import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # Seconds between two renewals of a record.
-SILENCE = 30.0  # Seconds without a renewal after which an owner counts as dead.
-SETTLE = 1.0  # Seconds to wait for the record of a run that starts at the same time.
+BEAT = 10.0  # Interval in seconds at which a run renews its lock record.
+SILENCE = 30.0  # Seconds without a renewal after which a run counts as dead.
+SETTLE = 1.0  # Seconds to wait for the lock record of a run that starts at the same time.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []
@@ -46,7 +46,7 @@ def describe_self(run_name: str | None) -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Return an identifier of this boot and PID namespace, or None if it is unavailable."""
+    """Return an identifier of this machine's boot and PID namespace, or None if unavailable."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -57,8 +57,8 @@ def _machine() -> str | None:
 class FileLock:
     """An exclusive lock on a folder in a file system.
 
-    This is a POSIX record lock. Loader processes do not inherit it, so it ends with the process
-    that holds it.
+    It is a POSIX record lock. Loader processes do not inherit it, so it is released when the
+    process that holds it exits.
 
     Args:
         folder: Existing folder.
@@ -83,7 +83,7 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            os.close(self._file)  # The lock's previous owner has removed this file, so try again.
+            os.close(self._file)  # The previous owner has removed the lock file, so try again.
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         _held.append(self)
@@ -102,7 +102,7 @@ class RecordLock:
     """An exclusive lock that consists of a record, which its owner renews regularly.
 
     Args:
-        place: Locked folder or URI, for messages.
+        place: Path or URI of the locked folder, for error messages.
         owner: Description of the owner; see `describe_self`.
         read: Function that returns the bytes of the record, or None if there is none.
         write: Function that replaces the record.
@@ -143,7 +143,7 @@ class RecordLock:
     def release(self) -> None:
         """Stop renewing, and mark the record as released."""
         self._stopping.set()
-        with suppress(Exception):  # If the store is down, the lock's record expires by itself.
+        with suppress(Exception):  # If the store is down, the lock record expires by itself.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 
@@ -179,7 +179,7 @@ class RecordLock:
                     self._successor = found
                     return
                 self._renew()
-            except Exception as error:  # Each store's client raises its own types of errors.
+            except Exception as error:  # Each object store's client raises its own types of errors.
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
 
 

@@ -1,4 +1,4 @@
-"""Loading of those weights in a file that match a slightly different network."""
+"""A function that loads the weights in a file that match a slightly different network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errors import WeightsError
 from networks.base import current_names, inner
 from segmentation.classes import ClassInfo, class_key
 
-# Prefixes of tensor names in other projects' files, and their replacements in this project.
+# Prefixes of tensor names in other projects' checkpoints, mapped to this project's prefixes.
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
 
 
@@ -25,20 +25,20 @@ def load_fitting(
     num_classes: int | None = None,
     class_tensors: Collection[str] = (),
 ) -> str | None:
-    """Load those tensors of a file that match a network; leave its other tensors unchanged.
+    """Load the tensors in a file that match a network, and leave its other tensors unchanged.
 
     Args:
         network: Network to load the tensors into.
         weights: Content of the file.
-        where: Name of the file, for messages.
+        where: Name of the file, for error messages.
         least: Minimum share of the network's tensors that must match.
         classes: Classes of the network. If given, the rows of classes with the same name in the
             file are also loaded.
-        num_classes: Number of classes of the network; None: the number of rows in DeepLabV3's last
-            layer.
-        class_tensors: Names of the tensors with a row for each class, if the number of classes in
-            the file is the same but the classes differ. The rows of these tensors are matched by
-            class name or not loaded at all.
+        num_classes: Number of classes of the network. If None, it is the number of rows in
+            DeepLabV3's last layer.
+        class_tensors: Names of the tensors with a row for each class, if the file has the same
+            number of classes but different ones. These rows are matched by class name or not
+            loaded.
 
     Returns:
         A one-line note about the tensors that were not loaded, or None.
@@ -87,7 +87,7 @@ def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] 
 
 
 def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:
-    """Replace a prefix of tensor names."""
+    """Replace a prefix in tensor names."""
     return {
         after + name.removeprefix(before) if name.startswith(before) else name: tensor
         for name, tensor in state.items()
@@ -106,7 +106,7 @@ def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
 def _same_names(
     before: Sequence[ClassInfo] | None, after: Sequence[ClassInfo]
 ) -> list[tuple[int, int]]:
-    """Return the pairs of new and old indices of classes with the same name."""
+    """Return the new and old index of each class whose name is in both lists."""
     places = {class_key(info.name): place for place, info in enumerate(before or ())}
     keys = enumerate(class_key(info.name) for info in after)
     return [(new, places[key]) for new, key in keys if key in places]

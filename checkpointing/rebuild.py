@@ -1,4 +1,4 @@
-"""Rebuilding of a network from a weights file, for evaluation, prediction and export."""
+"""Functions that rebuild a network from a weights file, for evaluation, prediction and export."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
 from networks.libraries import foreign_arguments
 from networks.registry import named_network
 
-PROBED = 251  # Number of classes for a trial, which no layer has as its number of channels.
+PROBED = 251  # Number of classes for a trial build. No layer has this number of channels.
 
 
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
     """Add the network's name and its number of classes to weights from another project.
 
-    To find the number of classes, the network is built with a number that is not the size of any
-    other layer. Tensors with that many rows have one row for each class. The rows of the same
-    tensors in the file give its number of classes.
+    To find the number of classes, a trial network is built with a number of classes that no other
+    layer has as its size. Its tensors with that many rows have one row per class. The number of
+    rows of these tensors in the file is the file's number of classes.
 
     Args:
         weights: Result of `load_weights`. If they have a config, or if `network` is None, they are
@@ -79,7 +79,7 @@ def build_network(
 ) -> DeepLabV3 | Network:
     """Build a network in evaluation mode with these weights.
 
-    The logits have the network's own stride.
+    The logits are not upsampled; they keep the network's own stride.
 
     Args:
         weights: Result of `load_weights`.

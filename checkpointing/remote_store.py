@@ -21,7 +21,7 @@ from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
-UPLOAD_FOR = 3600.0  # Seconds after which to give up a failing upload.
+UPLOAD_FOR = 3600.0  # Seconds to retry an upload before giving up.
 
 
 class Upload(NamedTuple):
@@ -37,9 +37,9 @@ class Upload(NamedTuple):
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
-    A failed upload is retried for an hour. If a newer checkpoint is saved before an upload begins
-    or while it fails, the older checkpoint is dropped unless it is the best. Therefore, at most
-    three checkpoints wait on the local disk.
+    A failed upload is retried for an hour. If a newer checkpoint is saved before the upload begins
+    or while it fails, the older checkpoint is dropped, unless it is the best one. At most three
+    checkpoints therefore wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -48,8 +48,8 @@ class RemoteFolder:
     def __init__(self, uri: str):
         backend, bucket, folder = parse_uri(uri)
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        # With botocore's default timeouts, it takes five minutes to notice that the store does not
-        # respond.
+        # With botocore's default timeouts, a run would notice only after five minutes that the
+        # object store does not respond.
         if backend == "s3":
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
             self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
@@ -99,7 +99,6 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Return the checkpoints, newest first."""
         names = (key.partition(self.prefix)[2] for key in self.store.list_objects(self.prefix))
-        # The function newest_first() drops objects in subfolders.
         return newest_first(names)
 
     def latest(self) -> str | None:
@@ -210,7 +209,7 @@ class RemoteFolder:
                 os.remove(item.file)
                 old = outdated(self.names(), name, item.keep, item.best, item.own)
                 break
-            except Exception as error:  # Each store's client raises its own types of errors.
+            except Exception as error:  # Each object store's client raises its own types of errors.
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
             if self._waiting and self._waiting[-1].best != name:
                 log.warning("%s; skipped, because a newer checkpoint is waiting", message)
@@ -231,7 +230,7 @@ class RemoteFolder:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete an object, and only log a failure or a store without deletion."""
+        """Delete an object; log an error if that fails or the store does not support deletion."""
         if not isinstance(self.store, S3ObjectStore):
             log.info(
                 "%s/%s is kept, because Composer cannot delete objects from this store",

@@ -1,4 +1,4 @@
-"""Finding and checking the checkpoint from which a run starts."""
+"""Functions that find and check the checkpoint from which a run starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Keys that networks other than DeepLabV3 ignore.
+# Config keys that only DeepLabV3 uses; other networks ignore them.
 DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")
 _MISSING = object()
 
@@ -73,7 +73,7 @@ class Start:
         Args:
             values: Config values that must match, by their dotted names. For an evaluation, only
                 the `model` keys must match.
-            defaults: Default values for keys that are missing in old records.
+            defaults: Default values for keys that are missing from old records.
             classes: Classes of the config.
 
         Raises:
@@ -81,7 +81,8 @@ class Start:
         """
         for name, theirs in self._recorded(defaults).items():
             if name not in values or name in ("data", "class_names", "model.arguments"):
-                # The comparison of classes below and check_network cover these keys.
+                # Skip the keys that describe classes and network arguments, because they are
+                # compared separately.
                 continue
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
@@ -101,7 +102,7 @@ class Start:
             raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the checkpoint's values of the keys in `defaults`, from record and tensors."""
+        """Return the checkpoint's values for the keys in `defaults`, from record and tensors."""
         recorded: dict[str, Any] = {}
         config = self.weights.config
         if config is not None:
@@ -112,12 +113,13 @@ class Start:
                 recorded[name] = json.loads(json.dumps(default)) if found is _MISSING else found
             recorded["model.name"], _ = self.weights.network
             recorded["model.num_classes"] = self.weights.num_classes
-            # A user may continue a run under a different name in a different folder.
+            # A resumed run must keep its run name. A new run that starts from a checkpoint may have
+            # a different name.
             if not self.is_resume:
                 del recorded["run_name"]
         if config is None or recorded["model.name"] == "deeplabv3":
-            # The checkpoint may contain a different network. In this case, check_network reports it
-            # later.
+            # The checkpoint may contain a different network, so ignore the error here;
+            # check_network reports it later.
             with suppress(WeightsError):
                 architecture = infer_architecture(self.weights.state, self.where)
                 recorded |= {f"model.{name}": value for name, value in architecture.items()}
@@ -126,7 +128,7 @@ class Start:
         return recorded
 
     def check_network(self, network: nn.Module) -> None:
-        """Compare the checkpoint's tensors and arguments with a network's.
+        """Compare the checkpoint's tensors and arguments with those of a network.
 
         Raises:
             ConfigError: The name or shape of a tensor, or a recorded argument, differs.
@@ -222,8 +224,8 @@ def find_start(
 def _plainly_named(path: str, scratch: str) -> str:
     """Create a link to a file, with a path that contains no braces or colons.
 
-    Composer would replace placeholders in braces and interpret text before a colon as an object
-    store.
+    In the original path, Composer would replace text in braces and treat text before a colon as an
+    object store.
     """
     link = os.path.join(scratch, ".start")
     os.symlink(os.path.abspath(path), link)
@@ -263,7 +265,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
 
 def _newest_whole(target: LocalFolder | RemoteFolder, scratch: str) -> str | None:
     names, latest = target.names(), target.latest()
-    if latest:  # Skip later checkpoints, which belong to other runs.
+    if latest:  # Skip checkpoints newer than `latest`, because they belong to other runs.
         names = [latest, *(name for name in names if time_of(name) < time_of(latest))]
     for name in names:
         try:

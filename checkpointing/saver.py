@@ -1,8 +1,8 @@
-"""Saving of checkpoints from which a run resumes with bitwise equal results.
+"""A callback that saves checkpoints, from which a run resumes with bitwise equal results.
 
-A checkpoint is saved at each interval and when a signal arrives. SIGTERM, SIGINT (Ctrl-C), SIGHUP
-and SIGUSR1 end a run with a checkpoint after the batch in progress. If the same signal arrives a
-second time, the run ends immediately.
+Checkpoints are saved at each interval and when a signal arrives. On SIGTERM, SIGINT (Ctrl-C),
+SIGHUP or SIGUSR1, the run finishes the batch in progress, saves a checkpoint and ends. If the same
+signal arrives a second time, the run ends immediately.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
     Args:
         function: Function to call. For an unexpected error, only the message reaches the other
             ranks.
-        of_each_node: Whether to call the function on the first rank of each node, for the ranks of
-            that node.
+        of_each_node: Whether to call the function once per node, on the node's first rank, which
+            then shares the result with the node's other ranks.
 
     Returns:
         The result of the function.
@@ -89,8 +89,8 @@ class Checkpoints(CheckpointSaver):
         save_interval: Time between checkpoints, as a Composer time string.
         evaluations: Schedule of the run's evaluations.
         keep: Number of newest checkpoints to keep; -1: all.
-        overwrite: Whether the folder may contain an earlier run's checkpoints, which are then
-            removed one by one.
+        overwrite: Whether the folder may contain an earlier run's checkpoints. If so, they are
+            removed one by one as new ones are saved.
         autoresume: Whether the run resumes from the checkpoints in the folder.
         best: Comparison of the evaluations, which also decides on early stopping.
         save_best: Whether to keep the checkpoint of the best evaluation.
@@ -98,7 +98,7 @@ class Checkpoints(CheckpointSaver):
 
     Attributes:
         saved_checkpoints: Paths of this run's checkpoints, oldest first.
-        last: Path of the newest checkpoint or of the checkpoint that the run resumed from, or None.
+        last: Path of the checkpoint that was saved last or that the run resumed from, or None.
         own: Names of the checkpoints that pruning may remove. They were saved by this run, possibly
             before it was resumed, or they are being replaced because of `overwrite`.
         best_name: Name of the checkpoint that is kept as the best, or None.
@@ -120,7 +120,7 @@ class Checkpoints(CheckpointSaver):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            # This function must have no side effects, because Composer's EMA also calls it before
+            # This function must have no side effects, because Composer's EMA also calls it, before
             # the callbacks run.
             return self.evaluations.postponed or self._save_now or periodic(state, event)
 
@@ -135,7 +135,7 @@ class Checkpoints(CheckpointSaver):
         self.save_best = save_best
         self.run_name = run_name
         self.own: list[str] = []
-        self._is_own = False  # Whether this run saved the loaded state.
+        self._is_own = False  # Whether the loaded checkpoint was saved by this run.
         self.last: str | None = None
         self.best_name: str | None = None
         self.ended: str | None = None
@@ -196,7 +196,7 @@ class Checkpoints(CheckpointSaver):
         )
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # check() has already created the folder.
+        pass  # Nothing to do: check() has already created the folder.
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
@@ -236,7 +236,7 @@ class Checkpoints(CheckpointSaver):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluations.due = False
-        if state.timestamp.batch == 0:  # Save no checkpoint before the first batch.
+        if state.timestamp.batch == 0:  # There is nothing to save before the first batch.
             return
         if self.best.improved(state) and self.save_best:
             self.best_name = _name(state)
@@ -246,11 +246,11 @@ class Checkpoints(CheckpointSaver):
             self._save_now = True
             state.stop_training()
         if self._save_now:
-            # Save again even if this batch has a checkpoint, because that checkpoint lacks this
-            # evaluation's result.
+            # Save this batch's checkpoint again if it exists, because it was saved before the
+            # evaluation and lacks the score.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                # No new checkpoint is needed, because the run has just resumed from one.
+                # The run has just resumed from this batch's checkpoint, so save no other.
                 self._save_now = False
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
@@ -281,7 +281,7 @@ class Checkpoints(CheckpointSaver):
         self._save_now = False
         name = _name(state)
         # Keep checkpoints that were saved with keep=-1, even if the run resumes with a different
-        # value.
+        # `keep`.
         others = [other for other in self.own if other != name]
         self.own = [*others, name] if self.keep > 0 else []
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
@@ -309,8 +309,8 @@ class Checkpoints(CheckpointSaver):
                 os.remove(unfinished)
             if isinstance(error, RunError):
                 raise
-            # torch raises a second error when it closes the archive, so report the disk error that
-            # it hides.
+            # If a write fails, torch raises a second error when it closes the archive. Report the
+            # first, which names the problem with the disk.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
@@ -333,7 +333,7 @@ class Checkpoints(CheckpointSaver):
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # All ranks raise a RunError together.
+            except RunError:  # A RunError is raised on all ranks together.
                 self.finish()
                 raise
             finally:

@@ -16,15 +16,15 @@ from composer.utils import dist
 
 from errors import SIGNALS
 
-# Seconds within which a repeated signal counts as the same signal. A launcher forwards signals that
-# the scheduler may also have sent to this process directly.
+# A signal that is repeated within this many seconds counts as one signal, because the scheduler may
+# send it to this process directly while the launcher forwards its own copy.
 ECHO = 5.0
 
 
 class SignalListener:
     """A listener for `SIGNALS`, which ends the process if a signal arrives a second time.
 
-    Under a launcher, a signal repeated within `ECHO` seconds counts only once.
+    Under a launcher, a signal that arrives twice within `ECHO` seconds counts as one signal.
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class SignalListener:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals in this context; outside of the main thread, do nothing."""
+        """Catch the signals within this context; do nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        times: dict[int, float] = {}  # Time of each signal's first arrival.
+        times: dict[int, float] = {}  # Maps each signal to the time at which it first arrived.
         echo = ECHO if "LOCAL_RANK" in os.environ else 0.0
 
         def receive(number: int, frame: Any) -> None:
@@ -49,12 +49,12 @@ class SignalListener:
             times[number] = time.monotonic()
             self.received_signal = signal.Signals(number).name
             line = f"{self.received_signal}: saving a checkpoint after this batch\n"
-            # Do not call print(), because the signal may interrupt another print(). Suppress
-            # errors, because the terminal may already be closed.
+            # Write to the file descriptor instead of calling print(), because the signal may
+            # interrupt a print(). Suppress errors, because the terminal may already be closed.
             with suppress(OSError):
                 os.write(2, line.encode())
 
-        # Keep ignoring signals that are already ignored, such as SIGHUP under nohup.
+        # Signals that are already ignored stay ignored, such as SIGHUP under nohup.
         numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, receive) for number in numbers}
         try:

@@ -26,7 +26,7 @@ from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-# Errors from file systems without symbolic links, such as exFAT and some mounted buckets.
+# Error codes of file systems without symbolic links, such as exFAT and some mounted buckets.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -54,9 +54,9 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
     """Return the path of a checkpoint's file.
 
     Args:
-        path: Path of the file itself, of a pointer to it, of a run's folder, or of a folder written
-            by `save_pretrained`. In a run's folder, the best checkpoint is used if there is one,
-            and otherwise the newest.
+        path: Path of the checkpoint file, a pointer to it, a run's folder, or a folder written by
+            `save_pretrained`. In a run's folder, the best checkpoint is used if there is one, and
+            otherwise the newest.
 
     Raises:
         WeightsError: The folder contains no checkpoint.
@@ -67,7 +67,7 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
         return os.path.join(folder, pointed) if pointed else os.fspath(path)
     folder = LocalFolder(os.fspath(path))
     newest = folder.names()[:1]
-    # Files that save_pretrained and export.py --to hub write.
+    # Names of the files that save_pretrained and `export.py --to hub` write.
     saved = ("model.safetensors", "pytorch_model.bin")
     for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):
@@ -134,7 +134,7 @@ class LocalFolder:
         return self.pointed(LATEST)
 
     def pointed(self, pointer: str) -> str | None:
-        """Return the name of the checkpoint that a link or a pointer file names, or None."""
+        """Return the name of the checkpoint that a link or pointer file points to, or None."""
         path = os.path.join(self.path, pointer)
         with suppress(OSError):
             return os.path.basename(os.readlink(path))
@@ -231,12 +231,12 @@ class LocalFolder:
 def outdated(
     names: list[str], newest: str, keep: int, best: str | None, own: Container[str]
 ) -> list[str]:
-    """Return the checkpoints to remove, which are all except the newest `keep` and the best.
+    """Return the checkpoints to remove: all except the newest `keep` and the best.
 
     Args:
         names: All checkpoints in the folder, newest first.
-        newest: Checkpoint that was just saved. Later checkpoints are kept, because they come from
-            another run or an earlier attempt.
+        newest: Name of the checkpoint that was just saved. Checkpoints with a later time are kept,
+            because they belong to another run or an earlier attempt.
         keep: Number of newest checkpoints to keep; -1: all.
         best: Best checkpoint, which is also kept, or None.
         own: Names of the checkpoints that this run may remove.

@@ -1,4 +1,4 @@
-"""Reading and writing of weights, without running code contained in a file.
+"""Functions that read and write weights without running code from the file.
 
     weights = load_weights("latest-rank0.pt")    # a checkpoint, a state dict, or safetensors
     network = build_network(weights)             # the network with these weights
@@ -33,12 +33,13 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-SCORES = "classifier.conv_seg."  # Layer of DeepLabV3 with one row per class.
+# Prefix of the DeepLabV3 layer that has one output row per class.
+SCORES = "classifier.conv_seg."
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# The same prefixes for other networks, and the prefix that `networks.base.Network` adds.
+# Prefixes of tensor names in other networks, including the prefix of `networks.base.Network`.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Classes for options and paths, which training scripts often save with the weights.
+# Classes of options and paths that training scripts often pickle together with the weights.
 OPTIONS = (
     "argparse.Namespace",
     *(
@@ -61,7 +62,7 @@ class Weights:
         classes: Names and colours of the classes, if the file contains them.
         run_name: Name of the run if the file is a Composer checkpoint, otherwise None.
         server_runs: IDs of the W&B and MLflow runs that the run logged to, by logger name.
-        beside: Content of the `config.json` in the same folder, or empty if there is none.
+        beside: Content of the `config.json` in the weights file's folder; empty if there is none.
     """
 
     state: dict[str, Tensor]
@@ -170,14 +171,14 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         return Weights(*select_network(tensors, which), classes=classes_of_mmseg(content))
     state, found = _strip_prefixes(trainer["model"]), "training"
     algorithms = trainer.get("algorithms", ())
-    # Old versions of Composer saved a mapping instead of a list of pairs.
+    # Old versions of Composer saved the algorithms as a mapping instead of a list of pairs.
     if isinstance(algorithms, Mapping):
         algorithms = algorithms.items()
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
-            # When Composer saves a checkpoint, its EMA puts the average into the model and keeps
-            # the training weights in its own state. The flag `ema_weights_active` tells whether
-            # this file was saved that way.
+            # When Composer saves a checkpoint, its EMA normally swaps the averaged weights into the
+            # model and keeps the training weights in its own state. The flag `ema_weights_active`
+            # tells whether it did so for this file.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"
@@ -224,14 +225,14 @@ def save_weights(
         state_dict: Tensors by name, from which wrapper prefixes are removed.
         config: Config of the run as JSON types, or None.
         classes: Names and colours of the classes.
-        which: Kind of the weights, `"ema"` or `"training"`.
-        more: Additional metadata.
+        which: Type of the weights, `"ema"` or `"training"`.
+        more: Additional metadata entries by name.
     """
     metadata = {"format": "pt", **to_metadata(config, classes, which), **(more or {})}
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in _strip_prefixes(state_dict).items()
     }
-    # Do not use save_file from safetensors, because only the owner could read its file.
+    # Do not use safetensors' save_file, because it makes the file readable only by its owner.
     write_file(path, save(tensors, metadata))
 
 
@@ -253,8 +254,8 @@ def to_metadata(
 ) -> dict[str, str]:
     """Return the metadata for a weights file or an exported file.
 
-    `from_metadata` reads this metadata. For readers without this project, the entry `size` contains
-    the length of the validation images' shorter side in pixels.
+    `from_metadata` reads this metadata. For programs that do not use this project, the entry `size`
+    states the length of the validation images' shorter side in pixels.
     """
     metadata = {"which": which}
     if config is not None:
@@ -289,7 +290,7 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Reject a training checkpoint with types of objects that Composer's state does not need.
+    """Reject a training checkpoint that contains objects Composer's state does not need.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
 
@@ -306,7 +307,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Check a file, with the signature that Composer expects; see `guarded_unpickling`."""
+    """Check a file; the signature is the one that Composer expects (see `guarded_unpickling`)."""
     check_checkpoint(path)
     return True
 
@@ -358,8 +359,8 @@ def _load_pickle(path: Path, inert: bool) -> Any:
     Args:
         path: Path of the file.
         inert: Whether to replace options, paths, and Composer and torchmetrics objects with
-            placeholders. The reference used a Composer version before 0.13, which pickled its
-            metrics into checkpoints.
+            placeholders. The reference's checkpoints need this, because Composer before 0.13
+            pickled its metrics into checkpoints.
     """
     allowed = _composer_types()
     if inert:
@@ -369,7 +370,8 @@ def _load_pickle(path: Path, inert: bool) -> Any:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             allowed += [(_Inert, n) for n in names if n.startswith(("composer.", "torchmetrics."))]
         with torch.serialization.safe_globals(allowed):
-            # Use a memory map to avoid reading unused parts, such as the optimizer's state.
+            # Map the file into memory, so that unused parts such as the optimizer state are never
+            # read.
             return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types of errors for a bad file.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))

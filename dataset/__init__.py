@@ -1,1 +1,1 @@
-"""Data sets: layouts on disk, mask formats, and the loading of samples."""
+"""Code for data sets: their layout on disk, mask formats, and loading of samples."""

@@ -1,6 +1,6 @@
 """Colour distortion of a batch on the device, with reproducible random numbers.
 
-The random numbers are the same on every device.
+A seed gives the same random numbers on every device.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ def uniform_per_sample(
     Returns:
         Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
     """
-    # For a channels-last image, this reshape is a view rather than a copy.
+    # For a channels-last image, this reshape is a view and copies nothing.
     pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)
-    # Drop the last bytes if they do not fill a 64-bit word. The clone is aligned to words.
+    # Drop trailing bytes that do not fill a 64-bit word. The clone ensures that the data is aligned
+    # to words.
     if pixels.shape[1] % 8:
         whole = pixels[:, : pixels.shape[1] // 8 * 8]
         pixels = whole.clone(memory_format=torch.contiguous_format)
     words = pixels.contiguous().view(torch.int64)
-    state = words.sum(dim=1)  # Integer sums wrap around, so the order of addition does not matter.
+    # Integer sums wrap around on overflow, so their result does not depend on the order of
+    # addition.
+    state = words.sum(dim=1)
     for number in (seed, epoch):
         if isinstance(number, int):
             number = torch.full_like(state, number)
         state = _mix(state ^ _mix(number))
     if isinstance(steps, int):
         steps = equal_steps(steps).to(image.device)
-    # SplitMix64 (Steele et al. 2014) adds equal steps to the state and mixes the bits of each sum.
+    # SplitMix64 (Steele et al. 2014) generates random numbers: it adds equal steps to a state and
+    # mixes the bits of each sum.
     bits = _mix(state + steps)
     return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
 
@@ -48,7 +52,7 @@ def uniform_per_sample(
 def equal_steps(count: int) -> Tensor:
     """Return the multiples of SplitMix64's increment, (count, 1) int64.
 
-    Inductor cannot compile this product, because it wraps around.
+    They are computed in advance, because Inductor cannot compile a product that wraps around.
 
     Args:
         count: Number of steps.
@@ -59,7 +63,8 @@ def equal_steps(count: int) -> Tensor:
 def _mix(state: Tensor) -> Tensor:
     """Mix the 64 bits of each state as SplitMix64 does.
 
-    The products wrap in int64. A bit mask removes the sign bits that a right shift copies in.
+    The products wrap around in int64. Right shifts copy the sign bit, so a bit mask removes the
+    copies.
     """
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -101,9 +106,9 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _any(change: Tensor) -> bool:
-    """Return whether any sample is changed.
+    """Return whether a colour change applies to any sample.
 
-    On a GPU, the result is always True, because reading the values would wait for the device.
+    On a GPU, return True without a check, because reading the values would wait for the device.
     """
     return change.device.type != "cpu" or bool(change.any())
 
@@ -120,7 +125,8 @@ def _gray(image: Tensor) -> Tensor:
 
 def _mean_gray(image: Tensor, inside: Tensor) -> Tensor:
     """Return each image's mean luma outside the padding, (N, 1, 1, 1)."""
-    # Threads may add the rows in any order, so add the float32 sums of the rows in float64.
+    # Threads may add rows in any order. Add the float32 row sums in float64, so that the order
+    # hardly affects the result.
     rows = torch.stack([_gray(image).mul_(inside), inside]).sum(dim=-1)
     total, area = rows.sum(dim=-1, dtype=torch.float64)[..., None, None]
     return (total / area.clamp_(min=1)).to(image.dtype)

@@ -44,7 +44,7 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
 
 
 def _count(chunk: Chunk, masks: Masks) -> np.ndarray:
-    """Return the number of pixels of each class in each mask, (samples, C) int64."""
+    """Return the number of pixels per class in each mask, (samples, C) int64."""
     labels, counts = masks.labels, []
     for name, data in chunk.masks():
         try:

@@ -1,6 +1,6 @@
 """Decoders for images and masks in common formats.
 
-Errors for files that cannot be decoded are a single line that names the problem.
+If a file cannot be decoded, the error message is a single line that names the problem.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from PIL import Image, ImageOps, TiffImagePlugin
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
-    # OpenCV 5 rejects REDUCED_COLOR together with COLOR_RGB, because REDUCED_COLOR contains
-    # IMREAD_COLOR. The reductions therefore use the GRAYSCALE flags.
+    # OpenCV 5 rejects the combination of a REDUCED_COLOR flag with COLOR_RGB, because REDUCED_COLOR
+    # already includes IMREAD_COLOR. The REDUCED_GRAYSCALE flags can be combined with it.
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
@@ -33,13 +33,13 @@ REDUCTIONS = {
 def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.ndarray:
     """Decode an image of any common format and colour mode.
 
-    A grey image is expanded to three equal channels. An alpha channel is dropped. A 16-bit value
-    is reduced to its high byte, or to its low byte if no pixel of the image exceeds 255.
+    A grey image is expanded to three equal channels. An alpha channel is dropped. 16-bit values are
+    reduced to their high byte, or to their low byte if no pixel in the image exceeds 255.
 
     Args:
         data: Content of the image file.
-        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8. The reduced size is rounded up. Larger
-            divisors save time in libjpeg.
+        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8. The reduced size is rounded up. A larger
+            divisor decodes faster.
         upright: Whether to apply the EXIF orientation.
 
     Returns:
@@ -51,8 +51,8 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
     """
     is_jpeg = data.startswith(_JPEG_START)
     _refuse_more_channels(data)
-    # OpenCV fills in the missing part of a truncated file without an error, whereas Pillow rejects
-    # the file. Use OpenCV only for files with the end marker of their format.
+    # For a truncated file, OpenCV makes up the missing pixels without an error, whereas Pillow
+    # raises an error. Use OpenCV only for files that end with their format's end marker.
     if data.endswith(_JPEG_END) if is_jpeg else data.endswith(_PNG_END):
         flags = REDUCTIONS[reduction if is_jpeg else 1]
         flags |= 0 if is_jpeg else cv2.IMREAD_ANYDEPTH
@@ -66,10 +66,10 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image of any mode to RGB.
+    """Convert a Pillow image of any colour mode to RGB.
 
     Raises:
-        ValueError: The mode has no conversion to RGB.
+        ValueError: Images with this colour mode cannot be converted to RGB.
     """
     if image.mode == "F":
         raise ValueError("the pixels are floating-point numbers; convert the image to 8 or 16 bits")
@@ -82,7 +82,7 @@ def _opencv(data: bytes, flags: int) -> np.ndarray | None:
     """Decode a file with OpenCV; return None if OpenCV cannot decode it."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # OpenCV raises an error for images above its pixel limit.
+    except cv2.error:  # OpenCV raises an error for images that exceed its pixel limit.
         return None
 
 
@@ -122,7 +122,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG or TIFF has several 16-bit channels. Pillow drops their low bytes."""
+    """Return whether a PNG or TIFF has several 16-bit channels, whose low bytes Pillow drops."""
     if data.startswith(_PNG_START):
         return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
     bits = _tiff_tags(data).get(258, 8)
@@ -132,8 +132,8 @@ def _is_wide(data: bytes) -> bool:
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
     """Decode an image so that it matches a mask of `shape` (H, W).
 
-    The EXIF orientation is applied, as in an image viewer, unless only the stored orientation
-    matches the mask.
+    The image is rotated by its EXIF orientation, as in an image viewer, unless it matches the mask
+    only without rotation.
 
     Args:
         data: Content of the image file.
@@ -178,7 +178,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             is one line.
     """
     depth, color = data[24:25], data[25:26]
-    # These bytes of a PNG header mean an 8-bit or 16-bit grey image.
+    # In a PNG header, these bytes mean an 8-bit or 16-bit greyscale image.
     grey = depth + color in (b"\x08\x00", b"\x10\x00")
     if data.startswith(_PNG_START) and data.endswith(_PNG_END) and grey:
         mask = _opencv(data, cv2.IMREAD_UNCHANGED)
@@ -201,7 +201,8 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
-        mask = mask // (255 // (2 ** depth[0] - 1))  # Undo Pillow's scaling of grey levels.
+        # Pillow scales 2-bit and 4-bit grey levels to 0-255; undo this.
+        mask = mask // (255 // (2 ** depth[0] - 1))
     return _narrowed(mask, max_value)
 
 
@@ -234,9 +235,9 @@ def decode_colors(data: bytes) -> np.ndarray:
         ValueError: The file is not a lossless 8-bit image or is truncated. The message is one line.
     """
     is_whole = data.startswith(_PNG_START) and data.endswith(_PNG_END)
-    # These bytes of a PNG header mean 8-bit RGB or RGBA.
+    # In a PNG header, these bytes mean an 8-bit RGB or RGBA image.
     if is_whole and data[24:26] in (b"\x08\x02", b"\x08\x06"):
-        # If the fast decoder fails, Pillow decodes the file below, and its error names the problem.
+        # If the fast decoder fails, fall back to Pillow, whose error message names the problem.
         with contextlib.suppress(RuntimeError):
             pixels = (_fast_decoder() if data[25] == 2 else _decode_png)(data)
             packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view(np.int32)[..., 0]
@@ -263,12 +264,13 @@ def _fast_decoder() -> Callable[[bytes], np.ndarray]:
 
     def decode(data: bytes) -> np.ndarray:
         width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-        # kornia-rs allocates memory for any size in the header, so reject huge sizes here.
+        # kornia-rs allocates memory for whatever size the header declares, so reject huge sizes
+        # first.
         if width * height > (Image.MAX_IMAGE_PIXELS or 0):
             raise RuntimeError("too large")
         try:
             return decode_image_png_u8(data, (height, width), "rgb")
-        except Exception as error:  # kornia-rs does not define its own exception type.
+        except Exception as error:  # kornia-rs has no exception type of its own.
             raise RuntimeError(str(error)) from error
 
     return decode
@@ -296,7 +298,7 @@ def _decode(data: bytes) -> Image.Image:
         image.load()
     except Image.UnidentifiedImageError:
         raise ValueError("unknown image format") from None
-    except Exception as error:  # Pillow's plugins raise exceptions of any type.
+    except Exception as error:  # Pillow's plugins can raise any type of exception.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot be decoded: {reason}") from None
     return image

@@ -1,4 +1,4 @@
-"""A parser for data set descriptions, which locate images and masks and define the mask values.
+"""A parser for data set descriptions, which locate the files and define the mask values.
 
     root: /data/yard
     train: {images: photos/train, masks: "labels/{stem}_mask.png"}
@@ -40,8 +40,8 @@ class Source(NamedTuple):
         images: Folder of the images, or a template of their paths.
         masks: Folder of the masks, or a template of their paths.
         list: Text file that lists the split's images, or the split's images and masks.
-        segments: JSON file in COCO's panoptic format that states the category of each segment of
-            each mask.
+        segments: JSON file in COCO's panoptic format with the category of each segment in each
+            mask.
     """
 
     images: str | None = None
@@ -57,10 +57,10 @@ class Description:
     Attributes:
         root: Folder that the description's paths are relative to, or None if it is not specified.
         sources: Location of each split.
-        fraction: Fraction of `train` that is used as `val`, or 0 if `val` has its own files.
+        fraction: Fraction of `train` to use for validation, or 0 if `val` has its own files.
         classes: Names and colours, in the order of the class indices.
-        values: Label of each mask value: 0 if the value is ignored, k for class k - 1. The value of
-            a colour is `red + 256 * green + 65536 * blue`.
+        values: Label of each mask value: 0 if the value is ignored, k for class k - 1. A colour is
+            encoded as the value `red + 256 * green + 65536 * blue`.
         in_colors: Whether the mask values are colours.
         exclude: Folders, files or templates to leave out of the data set.
         built_in: Meaning of the labels in the built-in ADE20K layout, or None for other layouts.
@@ -78,7 +78,7 @@ class Description:
 
     @property
     def labels(self) -> Labels:
-        """The meaning of the loader's labels. By default, 0 is ignored and k is class k - 1."""
+        """The meaning of the loader's labels; by default, 0 is ignored and k is class k - 1."""
         return self.built_in or Labels(len(self.classes))
 
 
@@ -114,13 +114,13 @@ def is_description(path: str) -> bool:
     """Return whether a path names a description file rather than a data set.
 
     Args:
-        path: Path passed to a command.
+        path: Path that the user passed to a command.
     """
     return path.lower().endswith((".yaml", ".yml"))
 
 
 def open_description(path: str, root: str | None = None) -> tuple[str, Description | None]:
-    """Return the folder of a data set, and its description if it has one.
+    """Return a data set's folder, and its description if there is one.
 
     Args:
         path: Path of a data set or of a description file.
@@ -141,7 +141,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """A YAML loader that rejects duplicate keys and reads keys like `no` and `12:30` as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)  # Resolve merge keys such as `<<: *anchor`.
+        self.flatten_mapping(node)  # Resolve YAML merge keys such as `<<: *anchor`.
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.style is None:
                 key.tag = "tag:yaml.org,2002:str"
@@ -158,7 +158,7 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
 
     Args:
         raw: Keys and values of the description.
-        where: Name of the description in error messages.
+        where: Name of the description, for error messages.
 
     Raises:
         ConfigError: The description is invalid. The message names the key.
@@ -190,7 +190,7 @@ def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) ->
 def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source], float]:
     """Return each split's location, and the fraction of `train` used as `val` (0 for none)."""
     sources, fraction = {}, 0.0
-    # The description of a shard data set does not list splits.
+    # The description file of a shard data set does not list splits.
     for split in SPLITS if "train" in raw or "val" in raw else ():
         given = raw.get(split)
         if not isinstance(given, Mapping):
@@ -321,7 +321,7 @@ def unpack(value: int) -> tuple[int, int, int]:
 
 
 def describe_labels(classes: Iterable[ClassInfo]) -> dict[str, Any]:
-    """Return a description for masks that contain the loader's labels, as masks in shards do.
+    """Return a description for masks in shards, which contain the loader's labels.
 
     Args:
         classes: Names and colours, in the order of the class indices.
@@ -354,7 +354,7 @@ def ade20k(labels: Labels | None = None) -> Description:
     """Return the description of ADE20K's layout, whose masks contain labels directly.
 
     Args:
-        labels: Meaning of the labels. If None, ADE20K's labels are used.
+        labels: Meaning of the labels. If None, ADE20K's own labels are used.
     """
     sources = {
         split: Source(f"images/{name}", f"annotations/{name}") for split, name in FOLDERS.items()

@@ -1,4 +1,4 @@
-"""Downloads from a store of shards, with retries."""
+"""Functions that download files from a shard store, with retries."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def with_retries(
     """Call a download function, and retry it after temporary errors.
 
     Args:
-        name: Name of the download in error messages.
+        name: Name of the download, for error messages.
         action: Function that performs the download.
         retries: Number of retries, after pauses of 1, 2, 4, ... seconds.
-        away: Exception class to raise if temporary errors outlast the retries. Permanent errors
-            raise DataError.
+        away: Exception class to raise if temporary errors persist after all retries. For a
+            permanent error, DataError is raised.
     """
     for attempt in range(retries + 1):
         try:
@@ -43,7 +43,7 @@ def with_retries(
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether an error is permanent, which makes a retry useless."""
+    """Return whether an error is permanent, so that a retry would fail again."""
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
     is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
     return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
@@ -58,11 +58,11 @@ def is_missing(error: Exception) -> bool:
         error: Exception raised by a download.
     """
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    # S3 answers 403 if the credentials may not see a key, so 403 does not prove that a file is
+    # S3 answers 403 for keys that the credentials may not see, so 403 does not prove that a file is
     # missing.
     if code is not None:
         return code in ("404", "NoSuchKey", "NoSuchBucket")
-    # Other stores have their own exceptions and messages.
+    # Stores other than S3 raise their own types of exceptions.
     words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
     return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
 
@@ -82,7 +82,7 @@ def fetch_beside(path: str, name: str, folder: str, retries: int = 2) -> str | N
         The path on this machine, or None if the file does not exist.
 
     Raises:
-        DataError: The store failed, so it is unknown whether the file exists.
+        DataError: The store does not answer, so it is unknown whether the file exists.
     """
     if "://" not in path:
         return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None

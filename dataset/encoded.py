@@ -14,12 +14,12 @@ from torch.utils.data import Dataset, default_collate
 
 from dataset.decoding import decode_photo
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # Re-exported as public.
+from dataset.matching import list_samples as list_samples  # Re-exported as a public name.
 from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 
 LoadImage = Callable[[int], np.ndarray]
-# Transforms for the image and mask together, for the image, and for the mask.
+# Three transforms: for the image and mask together, for the image, and for the mask.
 Transforms = tuple[Callable | None, Callable | None, Callable | None]
 
 
@@ -84,14 +84,14 @@ class EncodedSamples(Dataset):
         raise NotImplementedError
 
     def prefetch(self, index: int) -> None:
-        """Prepare a sample that will be read soon.
+        """Prepare a sample that will be read soon, for example by downloading it.
 
         Args:
             index: Index of the sample.
         """
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the items in the epoch's order.
+        """Return the samples' indices in the epoch's order.
 
         Args:
             items: Indices of the epoch's samples; see `Item.index`.
@@ -104,7 +104,7 @@ class EncodedSamples(Dataset):
         """Return a transformed sample.
 
         Args:
-            item: An `Item` from a sampler, or the index of a sample in epoch 0.
+            item: An `Item` from a sampler, or a sample's index, which refers to epoch 0.
 
         Raises:
             DataError: The image or the mask cannot be decoded.
@@ -114,7 +114,7 @@ class EncodedSamples(Dataset):
             self.prefetch(item.prefetch % len(self))
         repetition, index = divmod(item.index, len(self))
         uid, photo, mask, names = self.read(index)
-        # Give each repetition its own uid, so that it gets a different crop and colours.
+        # Give each repetition of a sample its own uid, so that its random crop and colours differ.
         if repetition > 0:
             uid = f"{uid}#{repetition}"
         try:
@@ -149,7 +149,7 @@ class EncodedSamples(Dataset):
     def resume_with(self, sampler: EpochSampler) -> None:
         """Save and restore a sampler's position in the epoch as the state of this data set.
 
-        Composer saves the state of the data set, but not of the sampler.
+        Composer saves the state of a data set but not that of a sampler.
 
         Args:
             sampler: The sampler of the training loader.
@@ -180,7 +180,7 @@ class EncodedSamples(Dataset):
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Stack samples into a batch of images (N, 3, H, W) and labels (N, H, W).
 
-    The images stay channels-last in memory, as they were decoded.
+    Images keep the channels-last memory format in which they were decoded.
 
     Args:
         samples: Transformed images and labels.

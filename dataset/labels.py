@@ -1,4 +1,4 @@
-"""The meaning of the values in a mask: classes, ignored labels and padding."""
+"""The meaning of mask values: classes, ignored labels and padding."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-PADDING = 255  # Label of padding outside the image, which is black and ignored.
-IGNORED = 254  # Label of ignored pixels inside the image, because label 0 may be a class.
+PADDING = 255  # Label of the padding around an image. Padding is black and is ignored.
+IGNORED = 254  # Label of ignored pixels inside an image. It is not 0, because 0 may be a class.
 
 
 class Labels(NamedTuple):
-    """The mask values that are classes, and the mask values that are ignored.
+    """The mask values that stand for classes, and those that are ignored.
 
     Value 255 is always ignored.
 
@@ -54,7 +54,7 @@ class Labels(NamedTuple):
     def loaded(self) -> np.ndarray:
         """Return a (256,) uint8 table that maps labels in files to the loader's labels.
 
-        The loader reserves label 255 for padding, so ignored pixels get a different label.
+        The loader uses label 255 only for padding, so ignored pixels in a file get label 254.
         """
         label = np.arange(256, dtype=np.uint8)
         return np.where((label == PADDING) | (label == self.ignore_label), np.uint8(IGNORED), label)

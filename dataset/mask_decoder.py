@@ -1,6 +1,6 @@
 """A decoder that reads mask files and translates their values to training labels.
 
-One lookup table both translates the values and detects unknown values. It stores label + 1 for each
+A single lookup table both translates values and detects unknown ones. It stores label + 1 for each
 known value and 0 for all other values, so one pass over the mask is enough.
 """
 
@@ -53,13 +53,13 @@ class Masks:
             loaded, known = labels.loaded(), ~labels.unknown()
             values = {value: int(loaded[value]) for value in np.flatnonzero(known).tolist()}
         self.values = values
-        # The 16 MB colour table is allocated on first use.
+        # The colour table takes 16 MB, so it is allocated only on first use.
         self._colors: torch.Tensor | None = None
         self._index = np.zeros(MAX_VALUE + 1, np.uint8)
         if not in_colors:
             self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
-        # Find the first value that differs from its label. If all values of a mask are smaller, the
-        # mask needs no translation.
+        # Find the first mask value that differs from its label. A mask whose values are all smaller
+        # needs no translation.
         same = self._index[:255] == np.arange(1, 256)
         self._same = int(np.argmin(np.append(same, False)))
         self.max_value = MAX_VALUE if self.described else 255
@@ -84,7 +84,7 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return a decoder for only the given masks, which is smaller to send to a process.
+        """Return a decoder for the given masks only, which is faster to send to a process.
 
         Args:
             paths: Paths of the masks.
@@ -148,7 +148,7 @@ class Masks:
         self._colors[list(table)] = labels + 1
 
     def _table_of_segments(self, path: str) -> dict[int, int]:
-        """Return the label of each segment id. Id 0 marks pixels without a segment."""
+        """Return the label of each segment ID. ID 0 marks pixels without a segment."""
         assert self.segments is not None
         table = {0: 0}
         for number, category in self.segments.of(path):

@@ -50,14 +50,14 @@ class Listing(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """The images and masks of a source, before they are divided among the splits.
+    """A source's images and masks before they are divided among the splits.
 
     Attributes:
         images: Path of each image relative to `folders[0]`, indexed by name including folders.
         masks: Path of each mask relative to `folders[1]`, indexed by the name of its image.
-        findings: Problems, each with the name of the affected image, or None if there is none.
+        findings: Problems, each with the name of the affected image, or with None.
         orphans: Masks without an image.
-        folders: Common start of the image paths, and common start of the mask paths.
+        folders: Common prefix of all image paths, and common prefix of all mask paths.
     """
 
     images: dict[str, str]
@@ -76,8 +76,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         root: Folder that the layout's paths are relative to.
 
     Returns:
-        The listing of each split, indexed by split. If `val` is a fraction of `train`, both splits
-        are included, otherwise only the given split.
+        The listings, indexed by split. If `val` is a fraction of `train`, both splits are included,
+        otherwise only the given split.
 
     Raises:
         ConfigError: The description does not specify where the images and masks are.
@@ -89,7 +89,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
-    # In the built-in ADE20K layout, the prefix of the file names is part of the sort order.
+    # In ADE20K's own layout, the sort order includes the prefix of the file names.
     keep_prefix = description.built_in is not None
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
@@ -110,9 +110,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if len(names) < len(chosen):
             chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
-        # If both splits share a mask folder, a mask without an image here may belong to the other
-        # split, so do not report it. If one split is a fraction of the other, report such masks
-        # only once, for training.
+        # If training and validation share a mask folder, a mask without an image may belong to the
+        # other split, so do not report it. If one split is a fraction of the other, report such
+        # masks once, for the training split.
         layouts = [layout for layout in description.sources.values() if layout != source]
         is_shared = source.masks in [layout.masks for layout in layouts]
         if description.fraction:
@@ -125,7 +125,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
 def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> Samples:
     """Return the samples sorted by name, with ADE20K's prefix removed from the names.
 
-    If `keep_prefix` is True, the names are sorted before the prefix is removed.
+    With `keep_prefix`, the names are sorted before the prefix is removed.
     """
     images, masks = pairs.images, pairs.masks
     names.sort()
@@ -155,7 +155,7 @@ def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
 
 
 def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[Finding]:
-    """Return a finding if the only image of a split was moved there because the split was empty."""
+    """Return a finding if a split was empty and therefore got an image from the other split."""
     (name,) = names
     if (_place(name) < fraction) == (split == "val"):
         return []
@@ -241,16 +241,17 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     if not masks.folder.is_dir():
         pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
         return pairs
-    # If the mask template contains `{dir}` or `{name}`, match masks by folder and name. Otherwise
-    # match them by name only.
+    # If the mask template contains `{dir}` or `{name}`, a mask must match the image's folder and
+    # name. Otherwise only the name must match.
     with_folders = bool(masks.fields & {"dir", "name"})
     files = masks.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
-        # Usually all names match, so the slower loop below is not needed.
+        # Usually all images have a mask of the same name, so the slower loop is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    used = dict(zip(reversed(keys), reversed(photos)))  # Maps each mask's key to its first image.
+    # Maps each mask's key to the first image with this mask.
+    used = dict(zip(reversed(keys), reversed(photos)))
     for name, key in zip(photos, keys):
         if key not in files.paths:
             reason = f"its mask is missing; expected {source.masks}"
@@ -275,12 +276,12 @@ def _photos(
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
-    if images.has_suffix:  # The template's extension may also match files that are not images.
+    if images.has_suffix:  # The extension in the template may also match files other than images.
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:
         folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
-        # If the folders overlap, do not mistake masks for images.
+        # If the image and mask folders overlap, do not mistake masks for images.
         if os.path.commonpath(folders) in folders:
             left_out.append(masks.matches)
     files = images.files((lambda path: any(f(path) for f in left_out)) if left_out else None)
@@ -361,7 +362,7 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
 
 
 def _existing(root: str, file: str, name: str) -> str | None:
-    """Find a listed file relative to the root or to the folder of the list, or return None."""
+    """Return the path of a listed file, relative to the root or the list's folder, or None."""
     places = [Path(root, name), Path(root, name.lstrip("/")), Path(root, file).parent / name]
     return next((str(place) for place in places if place.is_file()), None)
 

@@ -1,4 +1,4 @@
-"""Categories of segments, read from a JSON file in COCO's panoptic format."""
+"""A reader for segment categories in COCO's panoptic JSON format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from errors import DataError
 
-MAX_SEGMENTS = 2**24  # COCO stores a segment's id in the three bytes of a pixel.
+MAX_SEGMENTS = 2**24  # COCO encodes a segment ID in a pixel's three bytes.
 
 
 class Segments:
-    """A table of the segments of each mask and their categories, in COCO's panoptic format.
+    """A table with the segments of each mask and their categories, in COCO's panoptic format.
 
     Args:
         path: Path of the JSON file.
@@ -68,7 +68,7 @@ class Segments:
         return few
 
     def of(self, path: str) -> list[tuple[int, int]]:
-        """Return the id and the category of each segment in a mask.
+        """Return the ID and the category of each segment in a mask.
 
         Args:
             path: Path of the mask. Only its file name matters.

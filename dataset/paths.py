@@ -30,7 +30,7 @@ from errors import ConfigError
 log = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"(\{\w*\}/?|\*\*/|\*)")
-ADE20K = "ADEChallengeData2016"  # Top folder in ADE20K's archive.
+ADE20K = "ADEChallengeData2016"  # Top-level folder in ADE20K's archive.
 FOLDERS = {"train": "training", "val": "validation"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MASK_SUFFIXES = {".png", ".bmp", ".gif", ".tif", ".tiff"}
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 
     path: str
     reason: str
-    fatal: bool  # If False, the problem does not prevent training.
+    fatal: bool  # A non-fatal problem does not prevent training.
 
 
 def find_root(path: str | Path) -> Path:
@@ -70,8 +70,8 @@ def find_root(path: str | Path) -> Path:
 def list_files(folder: str | Path) -> list[str]:
     """List all files in a folder and below it, except hidden files.
 
-    Links to folders are followed, except links that point inside `folder`, to a parent of it, or to
-    a folder already visited. This prevents cycles.
+    Links to folders are followed. To prevent cycles, links are skipped if they point into `folder`,
+    to one of its parents, or to a folder already visited.
 
     Args:
         folder: Folder to list.
@@ -82,8 +82,8 @@ def list_files(folder: str | Path) -> list[str]:
     files: list[str] = []
     top = os.path.realpath(folder)
     seen = {top}
-    # Folders still to list. Each entry is a folder's path relative to the top folder, with a
-    # trailing slash, and its resolved path.
+    # Folders still to be listed. Each entry is a pair: the folder's path relative to the top
+    # folder, with a trailing slash, and its resolved path.
     waiting = [("", top)]
     while waiting:
         below, real = waiting.pop()
@@ -122,7 +122,7 @@ def list_files(folder: str | Path) -> list[str]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # A link that points to itself raises OSError.
+    except OSError:  # A symbolic link that points to itself raises OSError.
         return False
 
 
@@ -167,7 +167,7 @@ class Template:
         for place, token in enumerate(tokens[1:], 1):
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # Regular expression that the template's `.*` becomes.
+        any_suffix = r"\.[^/]*"  # The regular expression for `.*` in a template.
         self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
         if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))
@@ -190,7 +190,8 @@ class Template:
         self.fields.add(field)
         if field == "dir" and slash:
             return "(?:(?P<dir>.+?)/)?"
-        # With a single placeholder, only one match is possible, so the pattern need not be lazy.
+        # A template with a single placeholder has only one possible match, so it needs no lazy
+        # quantifier.
         lazy = "" if self.is_simple else "?"
         return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
 
@@ -226,7 +227,7 @@ class Template:
         below = list_files(folder)
         if is_excluded:
             below = [path for path in below if not is_excluded(folder + path)]
-        # Use few operations per file, because a data set may have several hundred thousand files.
+        # Keep the work per file small, because a data set may have several hundred thousand files.
         if self.fields == {"name"}:
             names = [match and match[1] for match in map(self.regex.fullmatch, below)]
         else:
@@ -244,8 +245,8 @@ class Files(NamedTuple):
 
     Attributes:
         paths: Path of each file relative to `folder`, indexed by name.
-        same: Name and relative path of each file whose name is already taken.
-        folder: Common start of all paths, with a trailing slash.
+        same: Name and relative path of each file whose name another file already has.
+        folder: Common prefix of all paths, with a trailing slash.
     """
 
     paths: dict[str, str]
@@ -259,7 +260,7 @@ class Files(NamedTuple):
         Args:
             names: Name of each file.
             paths: Path of each file relative to `folder`.
-            folder: Common start of all paths, with a trailing slash.
+            folder: Common prefix of all paths, with a trailing slash.
         """
         first, same = dict(zip(names, paths)), []
         if len(first) < len(names):
@@ -278,7 +279,7 @@ class Files(NamedTuple):
         return self.folder + self.paths[name]
 
     def findings(self) -> list[tuple[str, Finding]]:
-        """Return a finding for each file with a duplicate name, together with that name."""
+        """Return a finding for each file with a duplicate name, and the name itself."""
         return [
             (
                 name,
@@ -321,7 +322,7 @@ class Samples(Sequence[Sample]):
         uids: Name of each sample.
         images: Path of each image relative to `folders[0]`.
         masks: Path of each mask relative to `folders[1]`.
-        folders: Common start of the image paths, and common start of the mask paths.
+        folders: Common prefix of all image paths, and common prefix of all mask paths.
     """
 
     def __init__(
@@ -334,7 +335,7 @@ class Samples(Sequence[Sample]):
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Position of the NUL byte that ends each name, after an initial -1.
+        # Positions of the NUL bytes that end the names, preceded by -1.
         self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:

@@ -19,8 +19,7 @@ from torch.utils.data import Dataset, DistributedSampler
 class Item(NamedTuple):
     """A request to a loader: a sample to load now, and a later sample to prefetch.
 
-    In a data set of n samples, an index of n or more is a repetition: `i + k * n` is the k-th
-    repetition of sample i.
+    In a data set of n samples, the index `i + k * n` refers to the k-th repetition of sample i.
 
     Attributes:
         epoch: Number of the epoch.
@@ -39,7 +38,7 @@ class Ordered(Protocol):
     def __len__(self) -> int: ...
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the items in the epoch's order."""
+        """Return the samples' indices in the epoch's order."""
         ...
 
 
@@ -79,12 +78,12 @@ def length_of_repeated(factors: np.ndarray) -> int:
 def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Repeat each sample floor(factor) or ceil(factor) times, chosen at random.
 
-    On average, each sample is drawn as often as its factor says. The total is the same in every
+    On average, each sample is drawn as many times as its factor. The total is the same in every
     epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). The method lays the factors end to end in random
-    order, and draws a sample once for each integer that falls into its interval. To make the total
-    an integer, the factors are first scaled up by less than 1 / n.
+    The method is systematic sampling (Madow 1949). It places intervals as long as the factors end
+    to end in random order, and draws a sample once for each integer in its interval. The factors
+    are first scaled up by less than 1 / n, so that the total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -101,7 +100,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     length = length_of_repeated(factors)
     ends = factors[place].cumsum()
     teeth = np.floor(ends * (length / ends[-1]) + offset).astype(np.int64)
-    teeth[-1] = length  # Rounding may change the last sum, so set it to the exact length.
+    # Rounding may change the last cumulative sum, so set it to the exact length.
+    teeth[-1] = length
     times = np.empty_like(teeth)
     times[place] = np.diff(teeth, prepend=0)
     takes = [np.flatnonzero(times > k) + k * len(factors) for k in range(times.max())]
@@ -109,10 +109,10 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 class EpochSampler(DistributedSampler):
-    """A training sampler that takes batches from the epoch's order, one after the other.
+    """A training sampler that divides the epoch's order into consecutive batches.
 
-    Each rank gets a contiguous part of each batch. Together, the ranks see the same samples as one
-    process whose micro-batches are as large as one rank's part.
+    Each rank gets a contiguous part of each batch. Together, the ranks see the same micro-batches
+    as a single process whose micro-batch size equals one rank's part.
 
     The class extends `DistributedSampler`, so that Composer sets its epoch. Its length is always
     the length of the complete epoch, even after a resume in the middle of an epoch, because
@@ -123,8 +123,8 @@ class EpochSampler(DistributedSampler):
         batch_size: Number of samples per rank in each batch.
         seed: Seed of the order.
         shuffle: Whether to shuffle the samples.
-        drop_last: Whether to drop an incomplete last batch. If False, its samples are repeated
-            until all ranks have the same number.
+        drop_last: Whether to drop an incomplete last batch. If False, samples are repeated until
+            all ranks have the same number.
         prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
         num_replicas: Number of ranks. If None, Composer's value is used.
         rank: Number of this rank. If None, Composer's value is used.

@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 
 def shard_description(path: str, retries: int = 2) -> Description | None:
-    """Return the description stored next to the shards, from which they were written.
+    """Return the description that the shards were written with, which is stored next to them.
 
     Args:
         path: Folder or URL of the shards.
-        retries: Number of times to ask the store again after a temporary error.
+        retries: Number of retries after a temporary error of the store.
 
     Returns:
         The description, or None if the shards have no description.
 
     Raises:
         ConfigError: The description is invalid.
-        DataError: The store failed, so it is unknown whether a description exists.
+        DataError: The store does not answer, so it is unknown whether a description exists.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = fetch_beside(path, DESCRIPTION, folder, retries)
@@ -52,7 +52,7 @@ def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
 
     Raises:
         ConfigError: The description of the shards is invalid.
-        DataError: The store failed, so it is unknown whether a description exists.
+        DataError: The store does not answer, so it is unknown whether a description exists.
     """
     assert source.shards is not None
     local = source.shards.local

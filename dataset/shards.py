@@ -31,8 +31,8 @@ from files import is_remote
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
-DESCRIPTION = "description.yaml"  # Name of the description file next to the split folders.
-MAX_SAMPLES = 10**9  # Maximum number of samples in a shard.
+DESCRIPTION = "description.yaml"  # Description file that is stored next to the split folders.
+MAX_SAMPLES = 10**9  # Maximum number of samples per shard.
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 
 
@@ -53,8 +53,8 @@ class Shards:
             recently used shards are deleted first. If None, the size is not limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer from the store.
-        validate_hash: Hash algorithm to check each downloaded shard with. 'auto' uses a hash from
-            the index if there is one. If None, shards are not checked.
+        validate_hash: Hash algorithm with which each downloaded shard is checked. With 'auto', a
+            hash from the index is used if there is one. If None, shards are not checked.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -75,7 +75,8 @@ class Shards:
                 raise DataError(f"{remote}: remote shards need a cache; set local to a folder")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
-            # The cache folder is the data set itself, so nothing must be downloaded or deleted.
+            # `local` is the data set itself rather than a cache, so nothing may be downloaded or
+            # deleted.
             remote = None
         self.is_cache = remote is not None
         self.location = os.path.join(remote or local, split)
@@ -85,8 +86,8 @@ class Shards:
             remote=remote,
             local=local,
             split=split,
-            # Streaming's own retries are silent and do not stop on permanent errors; see
-            # `with_retries`.
+            # Streaming's own retries print nothing and also repeat permanent errors, so
+            # `with_retries` replaces them.
             download_retry=1,
             download_timeout=download_timeout,
             keep_zip=False,
@@ -111,14 +112,16 @@ class Shards:
                 raise DataError(
                     f"{self.location}: got the columns {shard.column_names}; expected {COLUMNS}"
                 )
-            # Read the images and masks as bytes instead of Pillow images.
+            # Read images and masks as encoded bytes, which Streaming would otherwise decode with
+            # Pillow.
             shard.column_encodings = [
                 "bytes" if name in ("x", "y") else encoding
                 for name, encoding in zip(shard.column_names, shard.column_encodings)
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the alphabetically last hash. With sha1 and xxh64, this is xxh64, the faster one.
+            # Use the hash whose name is last in alphabetical order: if sha1 and xxh64 are
+            # available, this is xxh64, the faster one.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -181,7 +184,7 @@ class Shards:
     def shards_at_once(self) -> int | None:
         """Number of shards to read from at the same time, or None if all shards fit in the cache.
 
-        These shards fill half of the cache. The other half is for the shards that are downloaded
+        These shards fill half of the cache; the other half is for the shards that are downloaded
         next.
         """
         sizes = [shard.get_max_size() for shard in self.shards]
@@ -206,7 +209,8 @@ class Shards:
             try:
                 sample = reader[row]
                 break
-            # The shard is not downloaded yet, or another process deleted it to free space.
+            # Either the shard is not downloaded yet, or another process has deleted it to free
+            # space.
             except FileNotFoundError:
                 self.fetch(shard)
             except Exception as error:
@@ -219,7 +223,7 @@ class Shards:
                 os.utime(path)
         uid = sample["uid"]
         uid = uid.decode("utf-8", "surrogateescape") if isinstance(uid, bytes) else str(uid)
-        # Remove ADE20K's prefix, as for data sets in folders.
+        # Remove ADE20K's prefix from the uid, so that it is the same as for a data set in folders.
         uid = uid.removeprefix(f"ADE_{self.settings['split']}_")
         name = f"{self.location}/{reader.raw_data.basename}, sample {uid}"
         return uid, sample["x"], sample["y"], (f"{name}, image", f"{name}, mask")
@@ -233,7 +237,8 @@ class Shards:
         shard = int(self.shard_of(index))
         if os.path.exists(self.path(shard)):
             return
-        # A forked process inherits its parent's queue but not the thread that reads it.
+        # A forked process inherits its parent's queue but not the thread that reads it, so each
+        # process needs its own queue and thread.
         if os.getpid() not in self.wanted:
             self.wanted = {os.getpid(): queue.SimpleQueue()}
             threading.Thread(target=self._fetch_wanted, daemon=True).start()
@@ -244,11 +249,11 @@ class Shards:
             shard = self.wanted[os.getpid()].get()
             try:
                 self.fetch(shard, wait=False)
-            except DataError as error:  # The error is raised again when the shard is read.
+            except DataError as error:  # Reading the shard raises the error again.
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:
-        """Return the local path of a shard, which exists after the shard is downloaded.
+        """Return a shard's local path; the file exists only after the shard is downloaded.
 
         Args:
             shard: Number of the shard.
@@ -259,7 +264,8 @@ class Shards:
     def stream(self) -> Stream:
         """The downloader for the current thread.
 
-        Threads and forked processes cannot share the connections of a downloader.
+        Each thread and each process needs its own, because they cannot share a downloader's
+        connections.
         """
         key = (os.getpid(), threading.get_ident())
         if key not in self.streams:
@@ -280,8 +286,8 @@ class Shards:
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
             return
-        # If the cache has a size limit, download one shard at a time, so that parallel downloads
-        # cannot exceed the limit.
+        # If the cache size is limited, download one shard at a time, because parallel downloads
+        # could exceed the limit.
         lock = "cache" if self.cache_limit else os.path.basename(path)
         os.makedirs(self.folder, exist_ok=True)
         try:
@@ -324,9 +330,9 @@ class Shards:
 
 
 def _implausible(shard: Any) -> str | None:
-    """Return the reason why a shard's entry in the index is invalid, or None.
+    """Return the reason why a shard's index entry is invalid, or None.
 
-    File names must not point outside the folder, and numbers must be within their limits.
+    A valid entry's file names stay inside the folder, and its numbers are within their limits.
     """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
         return f"samples: got {shard.samples!r}; expected 0 to {MAX_SAMPLES}"
@@ -355,7 +361,7 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
     return Shards(path, local, split, download_retry=2)
 
 
-# Keep the opened splits, because a worker process reads several shards of the same split.
+# Keep splits open, because a worker process reads several shards of the same split.
 cached_shards = functools.lru_cache(maxsize=2)(open_shards)
 
 

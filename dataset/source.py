@@ -1,4 +1,4 @@
-"""A split of a data set: its location, the meaning of its masks, and the code to read it."""
+"""One split of a data set, with its location, the meaning of its masks, and ways to read it."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class ShardChunk:
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
             yield f"{shards.location}, mask of {uid}", mask
-        # Training may limit the size of the cache, so remove a shard that was not cached before.
+        # The training run may limit the cache size, so remove a shard that was not cached before.
         if shards.is_cache and not was_there:
             shards.shards[self.number].evict()
 
@@ -197,7 +197,7 @@ def read_file(path: str) -> bytes:
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Check before training that the labels in some masks match the model's classes.
+    """Check some masks before training for labels that do not match the model's classes.
 
     Args:
         source: The split to check.

@@ -1,4 +1,4 @@
-"""Worker processes that load or check samples.
+"""Functions for worker processes that load or check samples.
 
 Each process uses one core and exits when its parent exits.
 """
@@ -23,9 +23,9 @@ from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
 Result = TypeVar("Result")
-# File with a container's CPU quota and period, in microseconds.
+# File that contains a container's CPU quota and period in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-CHUNK = 64  # Number of samples in one task for a worker process.
+CHUNK = 64  # Number of samples in each task of a worker process.
 
 
 def available_cores(quota: Path = QUOTA) -> int:
@@ -36,7 +36,7 @@ def available_cores(quota: Path = QUOTA) -> int:
     Args:
         quota: File with the container's CPU limit.
     """
-    # sched_getaffinity exists on Linux but not on macOS.
+    # macOS does not have sched_getaffinity.
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -44,7 +44,7 @@ def available_cores(quota: Path = QUOTA) -> int:
     try:
         limit, period = quota.read_text().split()
         return min(cores, math.ceil(int(limit) / int(period)))
-    # The quota file is missing or contains "max", which means no limit.
+    # The quota file is missing or contains "max", so there is no CPU limit.
     except (OSError, ValueError):
         return cores
 
@@ -53,10 +53,10 @@ def use_one_core(worker: int) -> None:
     """Limit OpenCV and PyTorch to one core in a loader process.
 
     Args:
-        worker: Index of the worker. The index is unused, but PyTorch's DataLoader passes it.
+        worker: Index of the worker, which PyTorch's DataLoader passes; unused.
     """
-    # Import OpenCV and PyTorch only here, so that a command can call `available_cores` before it
-    # imports them.
+    # Import OpenCV and PyTorch lazily, so that a command can call `available_cores` before these
+    # slow imports.
     import cv2
     import torch
 
@@ -68,7 +68,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
     """Run tasks in several processes, and cancel the remaining tasks when interrupted.
 
     Args:
-        tasks: Tuples of a function and its arguments, indexed by a hashable tag.
+        tasks: Tasks, each a tuple of a function and its arguments, indexed by a hashable tag.
         workers: Number of processes.
 
     Yields:
@@ -87,7 +87,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 "a worker process died, possibly out of memory; try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # The shutdown waits for the tasks that are running.
+            pool.shutdown(cancel_futures=True)  # Wait for the tasks that are already running.
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
@@ -109,7 +109,7 @@ def map_chunks(
     """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
 
     Args:
-        function: Function to call with the values of each tuple as arguments.
+        function: Function that receives the values of each tuple as its arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
         workers: Number of processes. If None, one process per core is used.
@@ -134,20 +134,22 @@ def map_chunks(
 
 def _init_process() -> None:
     global _captures_stderr
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # On Ctrl-C, the parent process stops the work.
+    # On Ctrl-C, only the parent process acts: it stops its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # On Linux, this process dies with its parent, even if the parent is killed.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     use_one_core(0)
-    # libjpeg decodes a damaged JPEG and reports the damage only on stderr, so redirect stderr to a
-    # file.
+    # libjpeg reports a damaged JPEG only on stderr and decodes it anyway, so redirect stderr to a
+    # file and check it.
     descriptor, name = tempfile.mkstemp()
     os.unlink(name)
     os.dup2(descriptor, 2)
     _captures_stderr = True
 
 
-_captures_stderr = False  # Whether stderr is redirected to capture messages of image decoders.
+# Whether this process redirects stderr to catch warnings from image decoders.
+_captures_stderr = False
 
 
 def decoder_complaint() -> str | None:
@@ -161,7 +163,7 @@ def decoder_complaint() -> str | None:
 
 
 def default_workers() -> int:
-    """Return the number of CPU cores per rank, limited to between 1 and 8."""
+    """Return the default number of loader processes: the CPU cores per rank, but 1 to 8."""
     from composer.utils import dist
 
     return min(8, max(1, available_cores() // dist.get_local_world_size()))

@@ -37,7 +37,7 @@ class ImageScore(NamedTuple):
         miou: Mean IoU over the classes that occur, in percent, or None if no pixel has a label.
         accuracy: Percentage of the labelled pixels that are predicted correctly, or None.
         pixels: Number of labelled pixels.
-        confusion: Most confused pair of classes, as returned by `confused_pairs`, or None.
+        confusion: Pair of classes that is confused most, as returned by `confused_pairs`, or None.
     """
 
     index: int
@@ -49,7 +49,7 @@ class ImageScore(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """The sort key that puts the lowest score first and images without a label last."""
+        """The sort key: lowest score first, and images without a label last."""
         return (101 if self.miou is None else self.miou), self.index
 
 
@@ -59,7 +59,7 @@ class ErrorAnalysis:
     Args:
         classes: Names and colours of the classes.
         name: Function that maps the index of an image to its file name.
-        keep: Number of images to draw.
+        keep: Number of images with the lowest scores to draw.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ErrorAnalysis:
         arrays = (photo, target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         heapq.heappush(self._worst, (-score.miou, -index, (arrays[0], arrays[1], arrays[2])))
         if len(self._worst) > self.keep:
-            heapq.heappop(self._worst)  # Drop the image with the highest score.
+            heapq.heappop(self._worst)  # Drop the best of the kept images.
 
     def gather(self) -> list[ImageScore]:
         """Return the scores of all ranks' images, in the order of the data set."""
@@ -149,7 +149,8 @@ def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) ->
 def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Image:
     """Draw a confusion matrix, with a row per target class and a column per predicted class.
 
-    The darker a cell, the larger its share of the row's pixels. The class names are on the left.
+    The darker a cell, the larger its share of the row's pixels. Class names are drawn to the left
+    of the matrix.
 
     Args:
         matrix: (C, C) counts.
@@ -161,7 +162,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
     left = round(max(text_length(info.name, size) for info in classes) + 2.5 * cell)
     side = cell * len(classes)
     page = Image.new("RGB", (left + side + cell // 2, side + cell), PAPER)
-    # Use a white-to-blue scale of the square root, so that small shares stay visible.
+    # Use a white-to-blue colour map on a square-root scale, so that small shares stay visible.
     depth = np.sqrt(share)[..., None]
     colors = (1 - depth) * 255 + depth * np.array([8, 48, 107])
     cells = Image.fromarray(colors.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
@@ -173,7 +174,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
         box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
         draw.rectangle(box, info.color, INK)
         write_text(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
-        if cell >= 32:  # Cells of this size have room for numbers.
+        if cell >= 32:  # Only cells of at least this size have room for numbers.
             for column in np.flatnonzero(share[row] >= 0.005):
                 color = PAPER if share[row, column] > 0.3 else INK
                 at = (left + cell * (column + 0.5), middle)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """The parts of `predict.Segmenter` that determine the validation set."""
+    """The attributes of `predict.Segmenter` that determine the validation set."""
 
     config: Mapping[str, Any] | None
     classes: list[ClassInfo]
@@ -47,7 +47,7 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
         The data set, and the `eval_dataset` keys as arguments for `data.build_ade20k_dataspec`.
 
     Raises:
-        ConfigError: No validation set is known, or its classes differ from the model's.
+        ConfigError: No validation set is given or recorded, or its classes differ from the model's.
     """
     config = segmenter.config or {}
     recorded = dict(config.get("eval_dataset") or {})
@@ -111,14 +111,14 @@ def resolve_file(path: str) -> Config:
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Compare the meaning of label 0 with its meaning in the evaluations during training.
+    """Check that label 0 has the same meaning as in the evaluations during training.
 
     Args:
         arguments: `eval_dataset` keys of this evaluation.
         recorded: `eval_dataset` keys in the checkpoint, or an empty mapping.
 
     Raises:
-        ConfigError: The meanings differ for the same data set.
+        ConfigError: Label 0 has different meanings for the same data set.
     """
     ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
     if not recorded or ours == theirs:
@@ -141,11 +141,11 @@ def class_order(
         source: Validation set.
 
     Returns:
-        The model's class index for each class of the data. None if the order is the same, or if no
+        The model's class index for each class of the data, or None if the order is the same or no
         names are known.
 
     Raises:
-        ClassError: The names of the classes differ.
+        ClassError: The data and the model have different class names.
     """
     recorded = segmenter.config or {}
     own = recorded.get("data")
@@ -153,13 +153,14 @@ def class_order(
     if segmenter.names_given:
         model = segmenter.classes
     elif own is not None:
-        # The run's class_names may have renamed the classes of its description.
+        # Compare with the description's own class names, because the run may have renamed them
+        # through class_names.
         model = parse_description(own).classes
     beside = None
     if source.shards is not None:
         beside = shard_classes(source)
     is_described = source.description.built_in is None
-    if beside is not None:  # The masks in the shards were written in this order.
+    if beside is not None:  # The shards' masks use the class order of the description next to them.
         where, classes = f"{source.path}/{DESCRIPTION}", beside
     elif is_described and (options.data or options.config):
         where, classes = options.data or options.config, source.description.classes

@@ -17,16 +17,16 @@ from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
 from files import check_outputs, encode_image, write_file
 
-# Comment in every output file, by which later runs recognise files that predict.py wrote.
+# Comment that predict.py writes into every output file, so that later runs recognise these files.
 COMMENT = "Written by predict.py"
 
 
 def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     """Find all images and videos for the given files, folders and glob patterns.
 
-    Folders are searched recursively. Every output has a different path. Files that differ only in
-    extension or case get different output names. A video's name also differs from all folders of
-    images, because its class indices are written to a folder of that name.
+    Folders are searched recursively. Every output has a different path, even for files that differ
+    only in extension or case. A video's output name also differs from the names of all image
+    folders, because its class indices are written to a folder of that name.
 
     Args:
         arguments: Files, folders and glob patterns.
@@ -34,7 +34,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     Returns:
         The path of each file, and the name of its outputs without an extension.
     """
-    files: dict[Path, str] = {}  # Output names, indexed by resolved path.
+    files: dict[Path, str] = {}  # Maps the resolved path of each input to the name of its outputs.
     paths: dict[Path, Path] = {}
     for argument in arguments:
         found = (
@@ -50,7 +50,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Name the videos last, when the names of all image folders are known.
+    # Name the videos last, because a video must not get the name of an image folder.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():
@@ -66,7 +66,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file has the extension of a video.
+    """Return whether a file has a video file's extension.
 
     Args:
         path: Path of the file.
@@ -102,7 +102,7 @@ def check_predictions(
 
     Args:
         photos: Input files and the names of their outputs; see `find_photos`.
-        options: Options of predict.py.
+        options: Parsed command line of predict.py.
         is_camera: Whether the input is a camera.
 
     Raises:

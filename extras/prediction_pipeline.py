@@ -1,4 +1,4 @@
-"""A pipeline that reads, draws and encodes images in threads while the network predicts."""
+"""A pipeline whose threads read, draw and encode images while the network predicts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
 
-BATCH = 8  # Maximum number of images of one size in a batch on a GPU.
-MAX_BYTES = 2**28  # Bytes of decoded images in the pipeline above which no more images are read.
-JPEG_SIDE = 65_500  # Maximum width and height of a JPEG in pixels.
+BATCH = 8  # Maximum number of equally large images per batch on a GPU.
+# Limit in bytes on the decoded images in the pipeline; above it, no more images are read.
+MAX_BYTES = 2**28
+JPEG_SIDE = 65_500  # Maximum width and height of a JPEG, in pixels.
 
 
 class Segmenter(Protocol):
@@ -51,8 +52,8 @@ class _Job:
     Attributes:
         path: File of the image.
         target: Path of the output files, without an extension.
-        photo: The decoded image. None before reading starts and after the image is segmented.
-        outputs: The encoded files and a note for the user. None before the image is segmented.
+        photo: The decoded image, or None before reading starts and after the image is segmented.
+        outputs: The encoded files and a note for the user, or None before the image is segmented.
         problem: Reason why the file was skipped, or an empty string.
         bytes: Size of the decoded image.
     """
@@ -87,14 +88,15 @@ def segment_images(
     pool = ThreadPoolExecutor(workers)
     try:
         waiting = iter(files)
-        jobs: deque[_Job] = deque()  # Images in the pipeline, in the order of `files`.
+        jobs: deque[_Job] = deque()  # Images in the pipeline, in the same order as `files`.
         while True:
             _read_ahead(jobs, waiting, pool, workers + batch)
             if not jobs:
                 return
             if jobs[0].outputs is None and not jobs[0].problem:
                 _segment_batch(segmenter, jobs, pool, batch, kinds)
-            # Let the network process later images while the first image's outputs are encoded.
+            # Let the network process later images while worker threads encode the outputs of the
+            # first one.
             is_done = jobs[0].problem or (jobs[0].outputs and jobs[0].outputs.done())
             unsegmented = next((job for job in jobs if not job.outputs and not job.problem), None)
             if not is_done and unsegmented and len(jobs) < 2 * (workers + batch):
@@ -102,14 +104,14 @@ def segment_images(
                 continue
             yield _finish(jobs.popleft())
     finally:
-        # On an error or Ctrl-C, wait only for running tasks. These tasks write no files.
+        # On an error or Ctrl-C, wait only for the tasks that are running. They write no files.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _read_ahead(
     jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
 ) -> None:
-    """Start to read images while the pipeline has room for them."""
+    """Start reading images, as long as the pipeline has room for more."""
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count
@@ -130,7 +132,7 @@ def _segment_batch(
     count: int,
     kinds: Sequence[str],
 ) -> None:
-    """Segment the first unsegmented image, together with available images of the same size."""
+    """Segment the first unsegmented image and all decoded images of the same size as one batch."""
     chosen: list[_Job] = []
     photos: list[np.ndarray] = []
     sizes = None
@@ -182,7 +184,7 @@ def _encode(
 
 
 def _finish(job: _Job) -> str:
-    """Write the outputs of an image. Return "" or a word that describes the failure."""
+    """Write the outputs of an image. Return "", or a word for the failure."""
     if job.problem:
         tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
         return "skipped"

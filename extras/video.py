@@ -1,8 +1,8 @@
 """Readers for videos and cameras, and a writer for H.264 videos that browsers can play.
 
 PyAV, a wrapper of FFmpeg's libraries, reads and writes the files. OpenCV is also installed, but its
-package has no H.264 encoder, does not report why it cannot read a file, and gives all frames the
-same duration.
+package has no H.264 encoder, does not say why a file cannot be read, and gives all frames the same
+duration.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from errors import DataError, UserError, one_line
 from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
-CAMERA_SECONDS = 10  # Maximum seconds to wait for a camera's answer, and for each frame.
+CAMERA_SECONDS = 10  # Seconds to wait for a camera to open, and for each frame.
 NO_FRAMES = "the video has no frames"
-TICK = Fraction(1, 90_000)  # Clock period of written videos, in seconds.
+TICK = Fraction(1, 90_000)  # Time unit of written videos in seconds.
 
 
 class Frame(NamedTuple):
     """A frame of a video."""
 
-    number: int  # Position in the video, from 0.
+    number: int  # Index of the frame in the video, starting at 0.
     time: Fraction  # Seconds since the start of the video.
-    # Image in upright orientation, (H, W, 3) uint8 RGB.
+    # Upright RGB image, uint8 (H, W, 3).
     photo: np.ndarray
 
 
@@ -81,11 +81,11 @@ class Video:
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for this video; convert it")
         self._stream.thread_type = "AUTO"
-        wide = self._stream.sample_aspect_ratio or 1  # Video pixels need not be square.
+        wide = self._stream.sample_aspect_ratio or 1  # Correct for non-square video pixels.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
-        # A clip cut from a broadcast may start hours after zero on the broadcast's clock.
+        # In a clip cut from a broadcast, timestamps may start hours after zero.
         start = self._container.start_time
         self._start = None if start is None else Fraction(start, 1_000_000)
         seconds = Fraction(self._container.duration or 0, 1_000_000)
@@ -111,7 +111,8 @@ class Video:
                 if number % self.every:
                     continue
                 photo = frame.reformat(format="rgb24", **self._size).to_ndarray()
-                # Rotate the frame to the orientation in which it was recorded.
+                # Turn the frame upright: many cameras store frames sideways and record the
+                # rotation.
                 photo = np.rot90(photo, frame.rotation // 90)
                 time = number / self.rate / self.every
                 if frame.pts is not None:
@@ -134,12 +135,12 @@ class Video:
 class Camera(Video):
     """A reader that yields the newest frame of a camera and drops older frames.
 
-    A frame's time counts from the start of the iteration.
+    Frame times are measured from the start of the iteration.
 
     Args:
         address: A device such as /dev/video0, or an rtsp://, http:// or other URL that FFmpeg
             reads.
-        every: Interval between frames: 1 reads all frames, n reads at most every n-th frame.
+        every: Interval between frames to read: 1 reads all frames, n at most every n-th frame.
 
     Raises:
         DataError: The camera does not answer or sends no video.
@@ -171,7 +172,7 @@ class Camera(Video):
                     newest.put(frame)
                     if stop.is_set():
                         return
-            except Exception as error:  # Pass the exception to the consumer, which raises it.
+            except Exception as error:  # Pass any exception to the consumer, which raises it.
                 last = error
             newest.put(last)
 
@@ -218,7 +219,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction, comment: str = ""):
         self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
-        self._context = contextlib.ExitStack()  # Closes the unfinished file.
+        self._context = contextlib.ExitStack()  # This exit stack closes the unfinished file.
         self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
@@ -229,14 +230,14 @@ class VideoWriter:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._context:
-            if error is not None:  # `output_file` removes the unfinished file.
+            if error is not None:  # On an error, `output_file` removes the unfinished file.
                 self._abandon()
                 raise error
             if self._container is not None:
                 try:
                     self._write(None)
                     with self._explain():
-                        # Closing the container writes the index of the video.
+                        # Close the container explicitly, because this writes the video's index.
                         self._container.close()
                 except BaseException:
                     self._abandon()
@@ -262,7 +263,7 @@ class VideoWriter:
             self._stream = self._begin(*picture.shape[:2])
         frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-        # Every picture needs a later time than the previous picture.
+        # Each frame's timestamp must be later than the previous one.
         self._last = max(round(time / TICK), self._last + 1)
         frame.pts, frame.time_base = self._last, TICK
         self._write(frame)
@@ -283,9 +284,9 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        # In FFmpeg, 1 means BT.709.
+        # FFmpeg's constant for BT.709 is 1.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        context.color_range = 1  # In FFmpeg, 1 means the range 16 to 235.
+        context.color_range = 1  # FFmpeg's constant for the range 16 to 235 is 1.
         return stream
 
     def _write(self, frame: Any) -> None:
@@ -312,7 +313,8 @@ class _File(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            # On a nearly full disk, one call writes only part of the data, and the next call fails.
+            # Write in a loop: on a nearly full disk, one call writes only part of the data, and the
+            # next call reports the error.
             view, done = memoryview(data), 0
             while done < len(view):
                 done += super().write(view[done:]) or 0

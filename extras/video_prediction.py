@@ -21,7 +21,7 @@ from segmentation.drawing import VideoOverlay
 
 
 class Segmenter(Protocol):
-    """The parts of `predict.Segmenter` that this module uses."""
+    """The methods of `predict.Segmenter` that this module uses."""
 
     classes: list[ClassInfo]
 
@@ -39,7 +39,7 @@ def segment_video(
         segmenter: Function that segments an image.
         path: Path of the video.
         target: Path of the outputs without an extension.
-        options: Options of predict.py.
+        options: Parsed command line of predict.py.
 
     Returns:
         An empty string, or "cut short" or "skipped" if the video cannot be read completely.
@@ -67,14 +67,14 @@ def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
 
     Args:
         segmenter: Function that segments an image.
-        options: Options of predict.py.
+        options: Parsed command line of predict.py.
 
     Returns:
         The exit status.
     """
     target, done, problem = Path(options.out, "camera"), 0, None
     if threading.current_thread() is threading.main_thread():
-        # Replace Composer's Ctrl-C handler, which would end the process before the video is saved.
+        # Composer's Ctrl-C handler would end the process before the video is saved, so replace it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         camera = Camera(options.photos[0], options.every)
@@ -104,7 +104,7 @@ def _segment_frames(
     target: Path,
     kinds: Sequence[str],
 ) -> Iterator[None]:
-    """Segment frames, write the overlay video and the class indices, and yield after each frame."""
+    """Segment frames, write the overlay video and class indices, and yield after each frame."""
     draw = None
     for number, time, photo in frames:
         prediction = segmenter(photo)

@@ -1,1 +1,1 @@
-"""Networks to train, which are DeepLabV3+ and networks from other libraries."""
+"""The networks that can be trained: DeepLabV3+ and networks from other libraries."""

@@ -1,8 +1,8 @@
 """The interface between this project and a network, and a wrapper for other networks.
 
 A network takes normalised images (N, 3, H, W). It returns logits (N, C, h, w) of any resolution as
-a tensor, as `.logits`, or as `{"out": ...}`. It also has the `mean` and `std` for normalisation,
-and a number that must divide the sides of images.
+a tensor, as `.logits`, or as `{"out": ...}`. It also defines the `mean` and `std` for
+normalisation, and a number by which the sides of images must be divisible.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from errors import ModelError, one_line
 from segmentation.losses import MixedTarget, segmentation_loss
 
-# Statistics of RGB values from 0 to 255 that torchvision's weights expect.
+# RGB mean and standard deviation, on the 0-255 scale, that torchvision's weights expect.
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-# Names that libraries use for the part of a network that is pretrained on ImageNet.
+# Names that libraries give to the part of a network that is pretrained on ImageNet.
 BACKBONES = ("backbone", "encoder")
 
 
 class Network(nn.Module):
     """A wrapper for a network from another library or for a user's own network.
 
-    Images are padded with 0, which is the mean colour after normalisation, at the bottom and on the
-    right. The logits of padded images are resized to the padded size and cropped.
+    Images are padded at the bottom and on the right with 0, which is the mean colour after
+    normalisation. The logits of padded images are resized to the padded size and then cropped.
 
     Args:
         network: The wrapped network.
@@ -37,7 +37,8 @@ class Network(nn.Module):
             `networks.registry.named_network`.
         mean: Mean of each channel for normalisation, for values from 0 to 255.
         std: Standard deviation of each channel for normalisation, for values from 0 to 255.
-        size_divisor: Number that must divide the sides of images, which are padded accordingly.
+        size_divisor: Number by which the sides of the network's input must be divisible. Images are
+            padded accordingly.
         channels_last: Whether weights and images are channels-last. `check` disables this if the
             network calls `view` on tensors that it expects to be contiguous.
 
@@ -46,11 +47,12 @@ class Network(nn.Module):
             returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # Same value as in torchvision's reference scripts.
-    # Whether to pad images and resize logits at every size, because an exported graph cannot branch
-    # on the size.
+    auxiliary_weight = 0.5  # torchvision's reference scripts use the same weight.
+    # Whether to pad the image and resize the logits for every input size. An exported graph needs
+    # this, because it cannot branch on the size.
     always_pads = False
-    # Function that translates tensor names from older versions of the library.
+    # Function that converts tensor names from older versions of the library to current names, or
+    # None.
     rename: Callable[[str], str] | None = None
 
     def __init__(
@@ -81,7 +83,7 @@ class Network(nn.Module):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The memory layout of weights and images."""
+        """The memory format of the weights and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def forward(self, image: Tensor) -> Any:
@@ -132,7 +134,7 @@ class Network(nn.Module):
         return torch.stack(losses).sum()
 
     def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
-        """Return the weighted loss of each auxiliary output."""
+        """Return the list of weighted losses, one for each auxiliary output."""
         return [self.auxiliary_weight * cross_entropy(o, target, ignore_index) for o in outputs]
 
     def check(self, num_classes: int, sizes: Sequence[int]) -> None:
@@ -159,7 +161,7 @@ class Network(nn.Module):
             if "model.name" in str(error):
                 raise
             raise self._failed(size, error) from error
-        except Exception as error:  # A library's network can raise any type of error.
+        except Exception as error:  # A network from a library can raise any type of error.
             raise self._failed(size, error) from error
         finally:
             self.train(was_training)
@@ -184,8 +186,8 @@ class Network(nn.Module):
 def _top_left(logits: Tensor, height: int, width: int) -> Tensor:
     if not torch.compiler.is_exporting():
         return logits[:, :, :height, :width]
-    # Use index_select, because torch.export would decide from the example's size whether a slice
-    # covers the complete tensor.
+    # Use index_select instead of a slice: torch.export would decide from the example input's size
+    # whether a slice covers the complete tensor.
     rows, columns = (torch.arange(n, device=logits.device) for n in (height, width))
     return logits.index_select(2, rows).index_select(3, columns)
 
@@ -204,13 +206,13 @@ def main_logits(outputs: Any) -> Tensor:
 
 
 def current_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors under the names used by the current version of the library."""
+    """Return a file's tensors under the names that the library's current version uses."""
     rename = network.rename if isinstance(network, Network) else None
     return {rename(name) if rename else name: tensor for name, tensor in state.items()}
 
 
 def inner(network: nn.Module) -> nn.Module:
-    """Return the library's own network, without this project's wrapper."""
+    """Return the network without this project's wrapper `Network`."""
     return network.network if isinstance(network, Network) else network
 
 

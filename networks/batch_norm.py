@@ -1,8 +1,8 @@
 """BatchNorm layers with statistics shared between ranks, and with joint batch counting.
 
 torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the
-host wait for the device three times per layer and pass. The layer in this module consists of
-ordinary operations and one all-reduce.
+host wait for the device three times per layer and pass. The layer in this module uses only ordinary
+operations and one all-reduce.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(image)
         size = image.numel() // image.shape[1]
         variance, mean = torch.var_mean(image.float(), (0, 2, 3), correction=0)
-        # Use fp64, because the difference of squares below would lose precision in fp32. This is
-        # cheap, because the tensors are small.
+        # Compute in fp64, because the difference of squares below would lose precision in fp32. The
+        # tensors are small, so this is cheap.
         mean, variance = mean.double(), variance.double()
         own = torch.cat([mean.new_ones(1), mean, variance + mean.square()]) * size
         count, total, squares = all_reduce(own, self.group_name).split([1, *[len(mean)] * 2])
@@ -102,14 +102,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
-# Use a custom operator, because an autograd.Function would become a higher-order operator in the
-# graph, which DDPOptimizer does not support.
+# This is a custom operator rather than an autograd.Function, because torch.compile would turn a
+# Function into a higher-order operator, which DDPOptimizer does not support.
 @torch.library.custom_op("deeplab::all_reduce", mutates_args=())
 def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     """Sum a tensor over the ranks of a group."""
     result = tensor.clone()
-    # The cast is needed for type checkers, because torch 2.13 annotates this string argument with
-    # its own type.
+    # Cast only for type checkers, because torch 2.13 annotates this string argument with a type of
+    # its own.
     group = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group_name))
     torch.distributed.all_reduce(result, group=group)
     return result
@@ -141,7 +141,7 @@ def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -
 
 
 def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
-    """Make a module's BatchNorm layers leave counting to `count_batches`; return these layers."""
+    """Stop BatchNorm layers from counting batches; return the layers for `count_batches`."""
     layers = []
     for layer in module.modules():
         if not (isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and layer.momentum):
@@ -155,7 +155,7 @@ def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 @torch.no_grad()
 def count_batches(layers: list[nn.BatchNorm2d]) -> None:
-    """Count a batch in all layers with one operation instead of a hundred."""
+    """Count a batch in all layers with a single operation instead of a hundred."""
     counters = [layer.num_batches_tracked for layer in layers if layer.training]
     if counters:
         torch._foreach_add_(cast("list[Tensor]", counters), 1)
@@ -164,7 +164,7 @@ def count_batches(layers: list[nn.BatchNorm2d]) -> None:
 def share_in_node(network: nn.Module) -> None:
     """Share BatchNorm statistics within each node.
 
-    Sharing across nodes costs more time than it is worth.
+    Statistics are not shared across nodes, because the communication would take too long.
     """
     per_node = dist.get_local_world_size()
     if per_node == 1:
@@ -173,5 +173,5 @@ def share_in_node(network: nn.Module) -> None:
         torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    # The cast is valid, because this process always belongs to its node's group.
+    # The cast is safe, because this process always belongs to its own node's group.
     share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))

@@ -28,9 +28,9 @@ from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
 from networks.mmseg_operators import import_mmseg
 
-# Tables to find torchvision's name of a ResNet from the shapes of its tensors. The numbers of
-# blocks determine the depth (He et al. 2016, table 1). The width and the channels per group of the
-# 3x3 convolutions distinguish ResNeXt and Wide ResNet from ResNet.
+# These tables map the shapes of a ResNet's tensors to its torchvision name. The numbers of blocks
+# determine the depth (He et al. 2016, table 1). The width and the channels per group of the 3x3
+# convolutions distinguish ResNet, ResNeXt and Wide ResNet.
 DEPTHS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "50",
     (3, 4, 23, 3): "101",
@@ -94,7 +94,7 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """A pooling of images to one pixel, which is expanded to the input's size on a GPU.
+    """A global average pooling, whose result is expanded to the input's size on a GPU.
 
     Without this class, the head would resize the pixel by interpolation, whose gradient is a sum
     over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
@@ -112,7 +112,7 @@ class ImagePool(nn.Sequential):
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise a layer like the reference, by He et al. 2015 or with BatchNorm as identity."""
+    """Initialise weights by He et al. 2015, and BatchNorm as identity, as the reference does."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -177,7 +177,7 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
-        # Set this unused loss only to avoid the warning that mmsegmentation prints for its default.
+        # Set this unused loss only to avoid mmsegmentation's warning about its default loss.
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     )
     if use_plus:
@@ -197,7 +197,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
         )
     try:
         backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
-    # torchvision raises this error for basic blocks, which cannot be dilated.
+    # torchvision raises this error for ResNets with basic blocks, which cannot be dilated.
     except NotImplementedError:
         backbone = None
     if backbone is None or not isinstance(backbone.layer1[0], Bottleneck):
@@ -222,7 +222,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
     if is_remote(url):
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
-            # One rank of each node downloads the file. The node's other ranks find it in the cache.
+            # One rank per node downloads the file, and the node's other ranks read its cache.
             with (
                 dist.run_local_rank_zero_first()
                 if dist.is_initialized()
@@ -241,7 +241,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             raise ModelError(f"backbone_weights={weights}: there is no such file")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        # torch raises many types of errors for a file that is not a state dict.
+        # For a file that is not a state dict, torch raises many types of errors.
         except Exception as error:
             raise ModelError(
                 f"backbone_weights={weights}: cannot be read as a PyTorch state dict "
@@ -308,7 +308,7 @@ def create_network(
 ) -> nn.Module:
     """Build a run's network from the keys below `model`.
 
-    The logits have the network's own stride.
+    The logits are not upsampled; they keep the network's own stride.
 
     Args:
         name: `"deeplabv3"`, or a name for `named_network`.
@@ -356,8 +356,8 @@ def create_meta_network(
         use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
         **_: Other keys below `model`, which do not affect shapes.
     """
-    # Build other libraries' networks on the CPU, because they read tensor values while they are
-    # built.
+    # Other libraries read tensor values while they build a network, so build it on the CPU rather
+    # than the meta device.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(
             name,
@@ -367,5 +367,5 @@ def create_meta_network(
             sync_bn=False,
             use_plus=use_plus,
         ).to("meta")
-    # The overloads of `to` in torch's type stubs lack the memory format.
+    # torch's type stubs lack the memory format in the overloads of `to`.
     return network.to(memory_format=network.memory_format)  # pyright: ignore

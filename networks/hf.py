@@ -43,7 +43,7 @@ def build(
             f"{whole}: the file does not contain the network's config, so the network cannot be "
             "rebuilt"
         )
-    if "config" in arguments:  # Use the config that an earlier build recorded.
+    if "config" in arguments:  # Rebuild the network from the config that an earlier build recorded.
         said = _without_pretrained(arguments["config"])
         _check_type(whole, said.get("model_type"))
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
@@ -91,7 +91,7 @@ def _renaming(network: Any) -> Callable[[str], str] | None:
     try:
         loading = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping")
-    except ImportError:  # transformers 4 does not have these modules.
+    except ImportError:  # These modules do not exist in transformers 4.
         return None
     rules = mapping.get_model_conversion_mapping(network)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
@@ -104,14 +104,14 @@ def _renaming(network: Any) -> Callable[[str], str] | None:
 
 
 def _unloading(config: Any) -> Any:
-    """Return a config without keys that make transformers load files."""
+    """Return a config without the keys that would make transformers load files."""
     if not isinstance(config, Mapping):
         return config
     return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
 
 
 def _without_pretrained(config: Any) -> Any:
-    """Return a config in which no part loads pretrained weights, as some do by default."""
+    """Return a config in which no part loads pretrained weights; some parts do so by default."""
     if not isinstance(config, Mapping):
         return config
     parts = {key: _without_pretrained(value) for key, value in config.items()}

@@ -1,8 +1,8 @@
 """Helpers for building networks from other libraries and from users' functions.
 
 Each library has a module with a function `build`, which takes the text after the colon in
-`model.name` and returns a `Network`. Files are trusted less than users: with `from_file`, `build`
-loads nothing by name or address, and runs only the library's own code.
+`model.name` and returns a `Network`. Files are trusted less than users. With `from_file`, `build`
+loads nothing by name or address and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")  # Arguments of the class `Network`.
-# Keys that make a library load a file or a URL.
+# Arguments of our class `Network` rather than of a library.
+OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")
+# Argument names that would make a library load a file or a URL.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # Matches strings that are not paths or URLs.
+PLAIN = re.compile(r"[\w.+-]*")  # This pattern matches strings that cannot be a path or URL.
 
 
 def foreign_arguments(
@@ -99,7 +100,7 @@ def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
-    """Return a network's description from a file, without keys that load other files.
+    """Return a network's description from a file, without the keys that would load other files.
 
     Keys that load weights are not needed, because the file already contains the weights.
 
@@ -124,7 +125,7 @@ def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a function that may download files, and explain any failure."""
+    """Call a function that may download files, and turn any failure into a clear error."""
     try:
         return load(*args, **arguments)
     except OSError as error:

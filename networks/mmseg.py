@@ -1,7 +1,7 @@
 """Networks built from mmsegmentation 0.30 configs.
 
 An mmsegmentation config is Python code that is executed, so only a user may choose it. Checkpoints
-and weights files contain a resolved description of the network as data.
+and weights files instead describe the network as data, without code.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from networks.libraries import OF_NETWORK, call, without_own
 from networks.mmseg_heads import MMSegNetwork
 from networks.mmseg_operators import import_mmseg, lacks_operators, root_handlers_kept
 
-# Backbones with a GroupNorm that crashes in the backward pass on a CPU with channels-last input
-# (torch 2.13.0).
+# These backbones contain a GroupNorm that crashes in the backward pass on a CPU if the input is
+# channels-last (torch 2.13.0).
 CONTIGUOUS = ("PoolFormer",)
-# Modules in mmcv.ops that need only torch operations here, not compiled operators.
+# mmcv.ops modules that this project reimplements with plain torch operations.
 IN_TORCH = ("CrissCrossAttention", "PSAMask")
-# mmsegmentation modules that call a compiled operator only on GPUs.
+# mmsegmentation modules that call a compiled operator only on a GPU.
 OPERATOR_ON_GPU = ("FocalLoss",)
 
 
@@ -47,7 +47,8 @@ def build(
         name: Path of a config, or name of a config that mmsegmentation ships, such as
             `segformer/segformer_mit-b0_512x512_160k_ade20k`.
         num_classes: Number of classes for all heads except edge-detection heads.
-        arguments: Changes to the config's `model`, or a recorded config under the key `config`.
+        arguments: Changes to the config's `model` section, or a recorded config under the key
+            `config`.
         pretrained: Any value other than None to load the pretrained weights named in the config.
         from_file: Whether the name comes from a file instead of a user.
 
@@ -117,7 +118,7 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
 
 
 def _changed(model: Any, changes: Any) -> Any:
-    """Return a config with changes, which merge mappings and replace other values."""
+    """Return a config with the user's changes: mappings are merged, other values are replaced."""
     if not isinstance(model, Mapping):
         return changes
     result = dict(model)
@@ -136,7 +137,8 @@ def _set_classes(model: Any, num_classes: int) -> None:
             model["num_classes"] = num_classes
         if model.get("type") in ("SyncBN", "MMSyncBN"):
             model["type"] = "BN"
-        # Remove these weights, because they belong to the classes that the config was written for.
+        # Remove the class weights, because they belong to the classes that the config was written
+        # for.
         if "class_weight" in model:
             del model["class_weight"]
         for part in model.values():
@@ -152,7 +154,7 @@ def _from_scratch(model: Any) -> Any:
         named = [key for key in model if key in ("pretrained", "checkpoint_path")]
         named += [key for key in model if key == "init_cfg" and "'Pretrained'" in repr(model[key])]
         kept = {key: _from_scratch(value) for key, value in model.items() if key not in named}
-        # Set this explicitly, because this backbone loads pretrained weights by default.
+        # TIMMBackbone loads pretrained weights by default, so turn this off explicitly.
         if str(model.get("type")).endswith("TIMMBackbone"):
             kept["pretrained"] = False
         return kept
@@ -164,7 +166,8 @@ def _from_scratch(model: Any) -> Any:
 def _record(model: Any) -> Any:
     """Return a config as JSON types in which tuples and lists remain distinct."""
     if isinstance(model, Mapping):
-        # Omit the weight initialisation, because the record is stored together with the weights.
+        # Leave out the weight initialisation, because this record is stored together with trained
+        # weights.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
         parts = [_record(part) for part in model]
@@ -186,10 +189,11 @@ def _from_record(model: Any) -> Any:
 
 
 def _initialise(whole: str, segmentor: Any) -> None:
-    logging.disable(logging.WARNING)  # Silence mmcv, which logs a line per tensor.
+    logging.disable(logging.WARNING)  # Silence mmcv, which logs a line for every tensor.
     try:
         segmentor.init_weights()
-    except Exception as error:  # The download failed, or the file is unsuitable.
+    # The download failed, or the file does not contain suitable weights.
+    except Exception as error:
         raise ModelError(
             f"model.name={whole}: its pretrained weights cannot be loaded "
             f"({one_line(error)}); to start without them, leave model.backbone_weights empty"

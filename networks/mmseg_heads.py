@@ -1,4 +1,4 @@
-"""Auxiliary outputs of mmsegmentation's heads and their training losses."""
+"""A wrapper for mmsegmentation's networks that adds their auxiliary outputs and losses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Loss = Callable[[Any, Tensor, int], Tensor]
 class MMSegNetwork(Network):
     """An mmsegmentation segmentor with the auxiliary outputs of its heads.
 
-    This project computes the loss of heads with a plain cross entropy, as it does for the main
-    loss. Heads compute all other losses themselves.
+    For auxiliary heads with a plain cross entropy, this project computes the loss, as it does for
+    the main head. Heads compute all other losses themselves.
     """
 
     def __init__(self, network: nn.Module, *args: Any, **options: Any) -> None:
@@ -32,8 +32,8 @@ class MMSegNetwork(Network):
         auxiliary = getattr(segmentor, "auxiliary_head", None)
         if auxiliary is not None:
             auxiliary = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
-        # Store the heads in tuples, because they are already submodules of the segmentor and must
-        # not be registered twice.
+        # The heads are already submodules of the segmentor. Store them in tuples, so that they are
+        # not registered twice.
         self._heads = tuple(heads)
         self._auxiliary = tuple(auxiliary or ())
         self._refines = type(heads[-1]).__name__ == "PointHead"
@@ -64,7 +64,7 @@ class MMSegNetwork(Network):
         return (main, *before, *more, *rest)
 
     def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
-        """Return the weighted loss of each auxiliary output."""
+        """Return the list of weighted losses, one for each auxiliary output."""
         return [
             loss(output, target, ignore_index)
             for loss, output in zip(self._losses, outputs, strict=True)
@@ -73,7 +73,8 @@ class MMSegNetwork(Network):
 
 def _parts(outputs: Any) -> list[Any]:
     """Return a head's training outputs, logits first."""
-    # A list contains the outputs of K-Net's stages, of which the last is the result.
+    # If the output is a list, it contains the outputs of K-Net's stages, and the last one is the
+    # result.
     if isinstance(outputs, list):
         return [outputs[-1], *outputs[:-1]]
     return list(outputs) if isinstance(outputs, tuple) else [outputs]

@@ -2,8 +2,8 @@
 
 mmcv-full is published as source code. Building its operators requires a C++ compiler and takes
 several minutes, so the wheel that this project installs does not contain them. However,
-mmsegmentation imports mmcv.ops, which fails without the operators, although only PSANet and DCN
-layers call one.
+mmsegmentation imports mmcv.ops, and this import fails without the operators, although only PSANet
+and DCN layers call them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 EXTENSION = "mmcv._ext"
 REMEDY = "build mmcv-full 1.7.2 from source against this torch"
-COLLECT, DISTRIBUTE = 0, 1  # mmcv's numbers for the two kinds of PSAMask.
+COLLECT, DISTRIBUTE = 0, 1  # mmcv's constants for the two types of PSAMask.
 
 
 class MissingOperators(types.ModuleType):
@@ -135,7 +135,7 @@ def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     """Spread the attention of each position over the feature map, like mmcv's operator.
 
     Each position has one value for every cell of a window of `mask_size` around it. Values for
-    cells outside of the feature map are dropped. Positions outside of the window get 0.
+    cells outside the feature map are dropped. Positions outside the window get 0.
 
     Args:
         mask: Attention values (N, rows * columns, H, W).
@@ -151,14 +151,14 @@ def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     """
     batch, channels, height, width = mask.shape
     rows, columns = mask_size
-    # Row and column of cell [0] in the window that is centred on position [1].
+    # Compute the row and the column of each cell within the attention window of each position.
     y, x = (torch.arange(size, device=mask.device) for size in (height, width))
     row = y[:, None] - y + (rows - 1) // 2
     column = x[:, None] - x + (columns - 1) // 2
     in_rows, in_columns = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
     inside = in_rows[:, None, :, None] & in_columns[None, :, None, :]
     channel = row[:, None, :, None] * columns + column[None, :, None, :]
-    # Cells outside of the window read an additional channel of zeros.
+    # Cells outside the window read from an additional channel, which contains zeros.
     channel = torch.where(inside, channel, channels).reshape(height * width, height * width)
     values = F.pad(mask.flatten(2), (0, 0, 0, 1))
     spread = values.gather(1, channel.expand(batch, -1, -1))

@@ -1,7 +1,7 @@
-"""Networks by name, from a library or from a user's own function.
+"""A function that builds a network by name, from a library or a user's own function.
 
-A checkpoint can also contain a network name, but this name never causes code to run or a path or
-URL to be loaded. Only networks from the libraries' registries can be built that way.
+A network name may also come from a checkpoint. Such a name never runs the user's code and never
+loads a path or URL. It can only select a network from a library's registry.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from networks import libraries
 from networks.base import Network
 from networks.depthwise import replace_dilated
 
-# Libraries with a module of the same name in this package, which is imported on demand.
+# For each of these libraries, this package has a module of the same name, which is imported on
+# demand.
 LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
 
 

@@ -31,7 +31,7 @@ def build(
         num_classes: Number of classes C.
         arguments: Arguments of the backbone; see `networks.registry.named_network`.
         pretrained: Any value other than None to load timm's weights into the backbone.
-        from_file: Unused, because `named_network` has already removed the keys that load files.
+        from_file: Unused, because `named_network` has already removed keys that would load files.
 
     Raises:
         ModelError: The network cannot be built.
@@ -59,8 +59,8 @@ def _features(
     stride.
 
     Returns:
-        The backbone, and the arguments including the backbone's `output_stride` if it has this
-            option.
+        The backbone, and its arguments. They include `output_stride` if the backbone has this
+        option.
     """
     whole = f"timm:{name}"
     if not timm.is_model(name.partition(".")[0]):
@@ -70,12 +70,12 @@ def _features(
     def create(**more: Any) -> Any:
         return timm.create_model(name, **options, **more)
 
-    with torch.device("meta"):  # Use the meta device, because it allocates no memory.
+    with torch.device("meta"):  # Build the network on the meta device, which allocates no memory.
         if "output_stride" not in options:
             try:
                 create(output_stride=8)
                 options["output_stride"] = 8
-            # timm raises various errors for an unsupported argument.
+            # timm raises various types of errors for an unsupported argument.
             except Exception:
                 pass
         strides = call(whole, create).feature_info.reduction()
@@ -86,7 +86,7 @@ def _features(
         try:
             with torch.device("meta"):
                 create(out_indices=places)
-        except TypeError as error:  # Some of timm's transformers lack this argument.
+        except TypeError as error:  # Some transformers in timm do not accept dynamic_img_size.
             raise ModelError(
                 f"model.name={whole} accepts only one image size; use a vision transformer "
                 "such as vit_small_patch16_dinov3"

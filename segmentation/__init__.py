@@ -1,1 +1,1 @@
-"""Losses, metrics, classes and drawings for segmentation."""
+"""Losses, metrics, class names and drawings for segmentation."""

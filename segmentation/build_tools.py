@@ -31,7 +31,7 @@ def missing_build_tools(gpu: bool) -> str | None:
     if compiler is None:
         lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
         packages.append("gcc" if gpu else "g++")
-    # Triton also uses the scheme posix_prefix, because Debian's default scheme points to a
+    # Use the scheme posix_prefix, as Triton does, because Debian's default scheme points to a
     # different folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not headers.is_file():
@@ -43,9 +43,9 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program in an environment variable or of the first installed one.
+    """Return the path of the program in an environment variable, or of the first one installed.
 
-    The variable takes precedence if it is set.
+    The environment variable takes precedence if it is set.
     """
     if variable in os.environ:
         names = shlex.split(os.environ[variable])[:1]

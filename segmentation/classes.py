@@ -18,7 +18,8 @@ import numpy as np
 from errors import ClassError
 
 ADE20K_CSV = Path(__file__).with_name("ade20k_classes.csv")
-# Colours of the paper and of wrong pixels in drawings. All class colours differ from these two.
+# Colours that drawings use for the background and for wrong pixels. Every class colour differs from
+# both.
 PAPER, WRONG = (255, 255, 255), (230, 25, 75)
 
 
@@ -38,11 +39,10 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
             - a CSV file with the columns `name` or `name,red,green,blue`, with or without that
               header;
             - a list of names;
-            - None, which means ADE20K's 150 classes. With 151 classes, the class `other` comes
-              before these. With any other number, the names are numbers.
-              classes, or for numbers with any other count.
-        num_classes: Number of classes that the model predicts. Entry i is the name of class index
-            i.
+            - None, which means ADE20K's 150 classes. With 151 classes, the class `other` precedes
+              these. With any other number of classes, the names are numbers.
+        num_classes: Number of classes that the model predicts. Entry i of the result is the name
+            and colour of class index i.
 
     Raises:
         ClassError: The file is missing or malformed, or has the wrong number of classes.
@@ -130,7 +130,7 @@ def match_classes(
 def first_difference(
     classes: Sequence[ClassInfo], others: Sequence[ClassInfo], where: str, others_where: str
 ) -> str:
-    """Describe the first class that is missing from the other list or has a different index there.
+    """Describe the first class whose index differs in the other list or that is missing there.
 
     Args:
         classes: The first list, in the order of the class indices.
@@ -175,7 +175,8 @@ def rename_classes(
 
     Raises:
         ClassError: `load_classes` failed, or a name belongs to a different class in `recorded`.
-            Such a list is in the wrong order and would label every drawing wrongly.
+            In the second case, the list is in the wrong order, and every drawing would be labelled
+            wrongly.
     """
     if source is None and recorded is not None:
         return list(recorded)
@@ -214,9 +215,9 @@ def label_warning(
     """Return a warning if labels are missing or rare, or None.
 
     Args:
-        occurs: Whether any pixel has the class, for each class.
+        occurs: For each class, whether any pixel belongs to it.
         classes: The classes.
-        masks: Name for one of the masks, such as "validation mask".
+        masks: Noun for a mask in the warning, such as "validation mask".
         unlabelled: Fraction of the pixels without a class, 0 to 1, or None if it is not known.
         hint: Advice to add if most pixels have no class.
     """
@@ -238,13 +239,14 @@ def label_warning(
 
 
 def name_classes(names: Sequence[str], most: int = 5) -> str:
-    """Format names as part of a sentence: "class pole" or "the classes pole, car and 3 more".
+    """Format names for a sentence, such as "class pole" or "the classes pole, car and 3 more".
 
     Args:
         names: Names of the classes.
         most: Maximum number of names to show.
     """
-    names = [name.removeprefix("class ") for name in names]  # Avoid "class class 7".
+    # Remove the word "class", because the message would otherwise say "class class 7".
+    names = [name.removeprefix("class ") for name in names]
     if len(names) == 1:
         return f"class {names[0]}"
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -254,7 +256,7 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     """Return colours that differ from each other and from black, white and red.
 
-    Each colour is as far as possible from the previous ones. Distances are Euclidean in CIELAB,
+    Each colour is as far as possible from all previous ones. The distance is Euclidean in CIELAB,
     where equal distances look about equally large.
 
     Args:

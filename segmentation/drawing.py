@@ -36,7 +36,7 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with every pixel without a label set to `num_classes`."""
-    if mask.dtype == np.uint8:  # For uint8 predictions, avoid the slower copy as int64.
+    if mask.dtype == np.uint8:  # uint8 predictions need no copy as int64, which would be slower.
         return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
@@ -143,10 +143,10 @@ class VideoOverlay:
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
     """Write each class's name on a region that has enough room for it.
 
-    The names help because some of ADE20K's colours are hard to tell apart.
+    Names help, because some of ADE20K's colours are hard to tell apart.
     """
     size = _font_size(picture.height) * 0.9
-    # Search a reduced mask, because a name's position need not be exact.
+    # Search a smaller copy of the mask, because the position of a name need not be exact.
     scale = max(1, max(mask.shape) // 160)
     small = mask[::scale, ::scale]
     for index, area in zip(*np.unique(small, return_counts=True)):
@@ -155,7 +155,8 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         name = classes[index].name
         left, top, right, bottom = _box(name, size)
         diagonal = math.hypot(right - left, bottom - top)
-        # A region that contains a circle of this diameter covers 0.78 of the circle's square.
+        # A name fits only in a region that contains a circle with the diagonal as its diameter. Its
+        # area is 0.78 times the diagonal squared, so smaller regions are skipped.
         if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)
@@ -169,7 +170,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
 
 
 def beside(picture: Image.Image, legend: Image.Image) -> Image.Image:
-    """Place a legend to the right of a picture, on a page as high as the taller of the two.
+    """Place a legend to the right of a picture; the result is as high as the taller of the two.
 
     Args:
         picture: Picture on the left.
@@ -200,7 +201,7 @@ def write_text(
 def _shape(
     text: str, size: float, anchor: str, stroke: float
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Return the opacity of a text's pixels, and its top left corner relative to the anchor."""
+    """Return each pixel's opacity in a rendered text, and the text's offset from its anchor."""
     font = _font(size)
     left, top, right, bottom = font.getbbox(text, anchor=anchor, stroke_width=stroke)
     left, top = math.floor(left), math.floor(top)
@@ -232,7 +233,7 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 
 
 def _font_size(height: int) -> float:
-    """Return the font size in pixels for text beside a picture of the given height."""
+    """Return the font size in pixels for text next to a picture of this height."""
     return min(max(height / 32, 13), 64)
 
 
@@ -244,8 +245,8 @@ def draw_legend(
 ) -> Image.Image:
     """Draw a panel with the name and the share of every class in the masks, largest share first.
 
-    Classes with less than 0.1% of the pixels share one line. If three columns have no room for all
-    classes, the panel is taller than `height`. Text is never cut off.
+    Classes with less than 0.1% of the pixels share one line. If the classes do not fit in three
+    columns, the panel becomes taller than `height`. Text is never cut off.
 
     Args:
         masks: (H, W) class indices of each mask.
@@ -271,7 +272,7 @@ def draw_legend(
 def _draw_entries(
     entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
 ) -> Image.Image:
-    """Draw entries (text, grey text, colour) in up to three columns, as wide as their text."""
+    """Draw entries (text, grey text, colour) in up to three columns as wide as their text."""
     size = _font_size(height)
     line = round(_font(size).size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))

@@ -4,10 +4,10 @@ With 150 classes at 512 px, one image's logits take 157 MB in fp32. An implement
 tensor operations keeps a dozen such tensors for every image: upsampled logits, softmax, one-hot
 targets, their products and all their gradients.
 
-This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time
-and uses the tile while it is in the cache. The forward pass computes the sums over pixels that both
-losses need. The backward pass computes the gradient, and applies the adjoint of the upsampling to
-return to the network's resolution.
+This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time,
+and processes the tile while it is in the cache. The forward pass computes the sums over pixels that
+both losses need. The backward pass computes the gradient, and applies the adjoint of the upsampling
+to return to the network's resolution.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # Same epsilon as in composer.loss.DiceLoss.
+EPSILON = 1e-5  # composer.loss.DiceLoss uses the same epsilon.
 # Number of elements in a tile. On a CPU, a tile takes 1 MiB in fp32 per thread, which fits in the
 # L2 cache of current servers. On a GPU, where the number of kernel launches determines the cost, a
 # tile takes 128 MiB.
@@ -143,7 +143,7 @@ class _SegmentationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
-        # Choose the backward pass now, because it may run outside the `fused_kernels` context.
+        # Choose the backward pass now, because it may run after the `fused_kernels` context ends.
         forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             if class_weights is not None:
@@ -156,13 +156,13 @@ class _SegmentationLoss(torch.autograd.Function):
             present = truth > 0
             if class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
-            else:  # From here on, `present` contains the weight of each class in the target.
+            else:  # From here on, `present` stores the weight of each class in the target.
                 pixels, present = truth @ class_weights, present * class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
-            # Compute each class's derivatives of Dice with respect to two of the sums over pixels.
+            # Differentiate the Dice loss by each class's `intersection` and `predicted`.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
         ctx.save_for_backward(
@@ -195,8 +195,8 @@ class _SegmentationLoss(torch.autograd.Function):
 def _implementation(logits: Tensor) -> tuple:
     """Return the functions for the forward and the backward pass.
 
-    On a GPU these are the Triton kernels, if they are allowed and can be built. Otherwise, and for
-    fp64, these are PyTorch operations.
+    On a GPU, these are Triton kernels if they are allowed and can be built. Otherwise, and for
+    fp64, they consist of PyTorch operations.
     """
     fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
     if fits and importlib.util.find_spec("triton"):
@@ -232,8 +232,8 @@ def forward_sums(
         - Normalisers (2, N, H, W): each pixel's largest logit, and the difference between the
           log-sum-exp and this logit. The difference is inf for pixels without a target.
 
-        All sums are weighted by `weights`. The two normalisers are stored separately. Their sum
-        would round away a confident softmax's small distance from 1, and with it the gradient.
+        All sums are weighted by `weights`. The normalisers are stored separately, because their sum
+        would round away a confident softmax's distance from 1, and thus the gradient.
     """
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
@@ -257,7 +257,7 @@ def forward_sums(
             picked[y, :, x] = z.sub_(peak[:, None]).gather(1, index[y, :, x])
             total = z.exp_().sum(1)
             lse[0, image, y, x], lse[1, image, y, x] = peak, total.log()
-            # Add exp(z) / total, summed over the tile's pixels that have a target.
+            # Add the softmax probabilities, summed over the tile's pixels that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
         nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
@@ -302,7 +302,7 @@ def backward(
         constant = _by_class(share, index, class_weights) * by_nll
         for tile in tiles:
             y, x = tile.y, tile.x
-            # The softmax p is 0 for pixels without a target, because their lse is inf.
+            # At pixels without a target, lse is inf, so the softmax p is 0.
             p = tile.upsample(low)
             p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
             # Let u be p times the derivative with respect to p. For every class, u contains
@@ -338,8 +338,8 @@ def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Ten
 class _Tile(NamedTuple):
     """A rectangle of pixels with the two matrices of its bilinear upsampling.
 
-    The axes are ordered as rows, classes, columns. In this order, upsampling an image takes only
-    one product with each matrix, and so does the adjoint.
+    The order of the axes is rows, classes, columns. In this order, upsampling takes only one
+    product with each matrix, and so does its adjoint.
     """
 
     y: slice
@@ -365,8 +365,8 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
     classes, h, w = logits.shape[1:]
     cpu = logits.device.type == "cpu"
     pixels = (CPU_TILE * torch.get_num_threads() if cpu else GPU_TILE) / classes
-    # PyTorch's reductions over classes process 64 columns at a time, and any remaining columns one
-    # by one.
+    # Choose a multiple of 64 columns: PyTorch's reductions over classes process 64 columns at a
+    # time, but any remaining columns one by one.
     columns = 64 * max(1, round(math.sqrt(pixels) / 64))
     rows = max(1, int(pixels / columns))
     down = _interpolation(h, height, rows, dtype, logits.device)

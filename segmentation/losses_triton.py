@@ -4,10 +4,10 @@ The upsampled logits and their softmax stay in registers. Both kernels process t
 cell. A cell is the set of pixels between two neighbouring columns of logits. All pixels of a cell
 are interpolated from the same few logits, so a program loads these logits once for all classes.
 
-The forward kernel writes the normalisers of each pixel and a few sums. The backward kernel computes
-the softmax again. Each of its programs owns a rectangle of the gradient and adds up the
-contributions of all pixels that are interpolated from the rectangle. The kernel therefore needs no
-atomic operations, and the gradient is reproducible.
+The forward kernel writes each pixel's normalisers and a few sums. The backward kernel computes the
+softmax again. Each of its programs owns a rectangle of the gradient and adds up the contributions
+of all pixels that are interpolated from the rectangle. The kernel therefore needs no atomic
+operations, and the gradient is reproducible.
 """
 
 # Triton's type annotations do not cover all values that kernels compute with.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 FORWARD_ROWS, FORWARD_CELLS = 32, 4  # Pixel rows and cells per program of the forward kernel.
 BACKWARD_ROWS, BACKWARD_CELLS = 4, 16  # Gradient rows and columns per backward program.
-PIXELS = 4  # Number of pixels that a program processes at a time, with all their classes.
+PIXELS = 4  # Number of pixels that a program processes at a time, with all classes.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -62,7 +62,7 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
     right = tl.load(above + at_right, known, 0.0).to(tl.float32)
     left += down * (tl.load(below + at_left, known, 0.0).to(tl.float32) - left)
     right += down * (tl.load(below + at_right, known, 0.0).to(tl.float32) - right)
-    # Give probability 0 to the extra classes that pad the block to a power of 2.
+    # The block is padded with extra classes to a power of 2. Give these classes probability 0.
     left = tl.where(known, left * LOG2_E, -1e30)
     right = tl.where(known, right * LOG2_E, -1e30)
     return left[None, :], (right - left)[None, :]
@@ -88,7 +88,7 @@ def _weighted(class_weights, label, share, num_classes):
 
 @triton.jit
 def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
-    """Return (pixels, classes), which is 0 except for each pixel's values at its labels."""
+    """Return a block (pixels, classes) that is 0 except for each pixel's values at its labels."""
     result = tl.where(c[None, :] == label, value[:, None], 0.0)
     if MIXED:
         result += tl.where(c[None, :] == second_label, second_value[:, None], 0.0)
@@ -99,8 +99,8 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 def _sum(head, tail):
     """Return the sum over classes of (pixels, HEAD) and (pixels, TAIL).
 
-    Elements whose distance is a multiple of TAIL belong to the same thread. These elements are
-    added in registers first, which needs half as many warp shuffles as two separate sums.
+    Elements that are a multiple of TAIL apart belong to the same thread. They are first added in
+    registers, which needs half as many warp shuffles as two separate sums.
     """
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]
@@ -203,7 +203,7 @@ def _forward_kernel(
                 intersection_d += exp_d * (at_d * inverse[:, None])
                 log_likelihood_c += at_c * z_c
                 log_likelihood_d += at_d * z_d
-                # Class weights apply only to the cross entropy.
+                # The class weights affect the cross entropy but not the Dice loss.
                 if WEIGHTED:
                     any_share = _weighted(class_weights, label, share, num_classes)
                     if MIXED:
@@ -272,11 +272,11 @@ def _backward_kernel(
     by_predicted_c = tl.load(by_predicted + c)[None, :]
     by_predicted_d = tl.load(by_predicted + d, d < num_classes, 0.0)[None, :]
     pixels = tl.num_programs(2).to(tl.int64) * height * width
-    # Find the rows of pixels that are interpolated from this program's rows of logits.
+    # Find the pixel rows whose interpolation uses this program's rows of logits.
     y_start = tl.maximum(_first_pixel(top, scale_y), 0)
     y_stop = tl.minimum(_first_pixel(top + ROWS + 1, scale_y), height)
-    # A column's gradient is the sum of two contributions: from the cell on its left, which is kept
-    # from the previous iteration, and from the cell on its right.
+    # The gradient of a column of logits is the sum of two contributions: one from the cell on its
+    # left, which the previous iteration has computed, and one from the cell on its right.
     kept_c = tl.zeros((ROWS, HEAD), tl.float32)
     kept_d = tl.zeros((ROWS, TAIL), tl.float32)
     first_cell = tl.program_id(0) * CELLS
@@ -418,8 +418,8 @@ def backward(
     return grad
 
 
-# Plain-Python versions of Triton's `cdiv` and `next_power_of_2`, because Triton's type annotations
-# only allow their use in kernels.
+# Triton's type annotations allow `cdiv` and `next_power_of_2` only in kernels, so these are
+# plain-Python versions.
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -449,7 +449,7 @@ def _constants(
     """Return the compile-time constants of the kernels."""
     c, w = logits.shape[1], logits.shape[3]
     head = _next_power_of_2(c) // 2
-    # Maximum number of pixels in a cell, including the effect of rounding.
+    # Maximum number of pixels in a cell, allowing for rounding.
     support = math.ceil(width / w) + (width % w != 0)
     return {
         "MIXED": num_targets == 2,
@@ -460,5 +460,5 @@ def _constants(
         "TAIL": _next_power_of_2(c - head),
         "PIXELS": min(PIXELS, _next_power_of_2(support)),
         "SUPPORT": support,
-        "num_warps": 1,  # One warp needs no synchronisation in the sums over classes.
+        "num_warps": 1,  # With one warp, sums over classes need no synchronisation.
     }

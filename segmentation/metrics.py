@@ -6,7 +6,7 @@
 Logits may have any resolution. They are upsampled to the target's size as in
 `F.interpolate(mode="bilinear", align_corners=False)`. The code upsamples one band of rows of one
 image at a time, so a full-size (N, C, H, W) tensor is never materialised. Half-precision logits are
-upsampled in fp32, because in bf16 neighbouring classes tie and the lower index wins.
+upsampled in fp32, because in bf16 similar scores would tie and the lower class index would win.
 """
 
 import csv
@@ -46,7 +46,7 @@ def confusion_matrix(
 
 
 class BatchScore(NamedTuple):
-    """The counts that the metrics of a batch are computed from.
+    """The counts from which a batch's metrics are computed.
 
     Attributes:
         matrix: (C, C) int64, as returned by `confusion_matrix`.
@@ -98,8 +98,8 @@ def confusion_matrix_of_predictions(
     """
     target = target.long()
     cell = target * num_classes + prediction
-    # Count unlabelled pixels in a separate bin. Selecting only the labelled pixels would make the
-    # host wait for their number.
+    # Count unlabelled pixels in an additional bin. If they were filtered out instead, the host
+    # would have to wait for the number of labelled pixels.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
     if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
         counts = cell.new_zeros(num_classes**2 + 1)
@@ -284,9 +284,9 @@ def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each pixel's cross entropy, (H, W) fp32, and predicted class, (H, W), for one image.
+    """Return the cross entropy, (H, W) fp32, and the predicted class, (H, W), of an image's pixels.
 
-    The cross entropy is meaningless for pixels without a label.
+    For pixels without a label, the cross entropy is meaningless.
     """
     prediction = torch.empty_like(target)
     cross_entropy = logits.new_empty(target.shape, dtype=torch.float32)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Number of rows of an image whose scores are computed at a time on a CPU, so that they fit in the
-# cache. On a GPU, where each operation is a kernel launch, a band has 2**24 scores (64 MB).
+# Number of image rows whose scores are computed at a time on a CPU, so that the scores fit in the
+# cache. On a GPU, fewer kernel launches matter more, so a band has 2**24 scores (64 MB).
 CPU_ROWS = 8
 BAND_ELEMENTS = 2**24
 
@@ -38,7 +38,7 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
     then to the size of the image, as in mmsegmentation.
 
     Args:
-        views: Logits (C, h, w) of each view, with the height and width of the network's input.
+        views: For each view, the logits (C, h, w), and the height and width of the network's input.
         size: Height H and width W of the image.
 
     Returns:
@@ -49,7 +49,7 @@ def highest_class(views: Sequence[tuple[Tensor, tuple[int, int]]], size: tuple[i
         rows, scores = bands[0]
         if len(bands) > 1:
             scores = torch.stack([band.softmax(2) for _, band in bands]).sum(0)
-        # On a CPU, `max` takes half the time of `argmax`.
+        # On a CPU, `max` is twice as fast as `argmax`.
         prediction[rows] = scores.max(2).indices
     return prediction
 
@@ -69,12 +69,14 @@ def resized_bands(
     Yields:
         The rows of a band, from top to bottom, and its scores (rows, W, C), float32.
     """
-    # With classes as the last dimension, each step reads a pixel's classes from consecutive memory.
+    # Make classes the last dimension, so that each step reads a pixel's classes from consecutive
+    # memory.
     source, device = logits.float().permute(1, 2, 0).contiguous(), logits.device
     steps = [seen, size] if seen else [size]
     by_row = resize_matrix([source.shape[0], *(step[0] for step in steps)])
     by_column = resize_matrix([source.shape[1], *(step[1] for step in steps)])
-    # A pixel mixes only a few columns of the logits, which have all the weight.
+    # In the interpolation of a pixel, only a few columns of logits have a non-zero weight, so use
+    # only these.
     count = int((by_column != 0).sum(1).max())
     places = np.argsort(-by_column, 1, kind="stable")[:, :count]
     weights = np.take_along_axis(by_column, places, 1)
@@ -97,24 +99,25 @@ def resized_bands(
         part = by_row[top : top + band]
         used = np.flatnonzero(part.any(0))
         first, end = int(used[0]), int(used[-1]) + 1
-        # Neighbouring bands share rows of the logits, so resize only the new rows.
+        # Neighbouring bands share rows of the logits, so widen only the rows that are new.
         known = max(begin + len(wide), first)
         ranges = [(y, y + 1) for y in range(known, end)] if is_cpu else [(known, end)]
         wide = torch.cat([wide[first - begin :], *(widen(*span) for span in ranges)])
         begin = first
-        with torch.autocast(device.type, enabled=False):  # Autocast would multiply in bf16.
+        # Turn autocast off, because it would multiply in bf16.
+        with torch.autocast(device.type, enabled=False):
             scores = torch.tensor(part[:, first:end], device=device) @ wide.flatten(1)
         yield slice(top, top + band), scores.unflatten(1, wide.shape[1:])
 
 
 def resize_matrix(lengths: Sequence[int]) -> np.ndarray:
-    """Return the matrix that applies successive linear resizes to one side of an image.
+    """Return the matrix that applies several linear resizes in a row to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
     them, so a GPU never has to wait.
 
     Args:
-        lengths: Length of the side at first and after each resize, in pixels.
+        lengths: Original length of the side, and its length after each resize, in pixels.
 
     Returns:
         (last length, first length) float32 matrix.

@@ -1,4 +1,4 @@
-"""Builders for a run's recipe: its algorithms and its learning-rate schedule."""
+"""Functions that build a run's algorithms and learning-rate schedule from its recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_algorithms(config: Config) -> list[Algorithm]:
 
     An algorithm's module is imported only if the config enables the algorithm.
     """
-    # Seed first, because the other algorithms draw random numbers.
+    # SeedMicrobatch comes first, because the other algorithms draw random numbers.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
         from training.freeze import UnusedWeights
@@ -142,8 +142,8 @@ def resumed_factor(
 ) -> float | None:
     """Return the learning-rate factor for the next step of a resumed run.
 
-    None means that the learning rate in the checkpoint is still correct, because no setting has
-    changed.
+    If no setting has changed, the learning rate in the checkpoint is still correct, and the result
+    is None.
 
     Args:
         schedule: Schedule of the run.
@@ -200,7 +200,7 @@ def check_lengths(config: Config, train_data: DataSpec | None) -> None:
 
 
 def check_times(config: Config, batches_per_epoch: int) -> None:
-    """Check time settings in different units against each other, using the length of an epoch.
+    """Use the length of an epoch to compare time settings that are given in different units.
 
     If the averaged weights will hardly change during the run, log a warning, because evaluation
     uses these weights.

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class StopAtNonFiniteLoss(Callback):
-    """A callback that stops a run at a NaN or infinite loss, before a save or an evaluation.
+    """A callback that stops a run if the loss is NaN or infinite, before it saves or evaluates.
 
     Args:
         saver: Callback that saves the run's checkpoints, or None.
@@ -60,7 +60,8 @@ class StopAtNonFiniteLoss(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer logs the mean loss over all ranks, so the value is already on the host.
+        # Composer has already logged the mean loss over all ranks, so reading it does not wait for
+        # the device.
         losses = state.total_loss_dict or {}
         wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not wrong:
@@ -92,8 +93,8 @@ class ClassTable(Callback):
         if dist.get_global_rank() != 0 or matrix is None:
             return
         columns, rows = class_table(matrix, self.classes)
-        # Composer's file logger needs pandas to log tables. Skip the console logger, because 150
-        # rows would bury its other lines.
+        # Skip the file logger if pandas is missing, because Composer needs pandas to log tables to
+        # a file. Always skip the console logger, because 150 rows would bury its other lines.
         pandas = importlib.util.find_spec("pandas") is not None
         for destination in logger.destinations:
             if not isinstance(destination, ConsoleLogger) and (
@@ -107,7 +108,7 @@ class ClassTable(Callback):
 
 
 class TrainMIoU(Callback):
-    """A callback that logs the mIoU of every `interval`-th training batch, in percent.
+    """A callback that logs every `interval`-th training batch's mIoU in percent.
 
     The metric `metrics/train/MIoU` is computed from the outputs of the training step, so it needs
     no extra forward pass. It shows only the trend, because the outputs come from augmented crops
@@ -151,7 +152,7 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """Return a batch's class indices (N, H, W); for MixUp, those with the larger weight."""
+    """Return a batch's class indices (N, H, W); for MixUp, the target with the larger weight."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted
@@ -180,7 +181,7 @@ class RunRecord(Callback):
 def build_callbacks(
     config: Config, saver: Checkpoints | None, loggers: Sequence[LoggerDestination] = ()
 ) -> list[Callback]:
-    """Build a run's callbacks, from checks and monitors to pictures, report and the saver.
+    """Build all of a run's callbacks: checks, monitors, pictures, the report and the saver.
 
     Args:
         config: Config of the run.
@@ -202,14 +203,14 @@ def build_callbacks(
     ]
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
-    # Without a folder and loggers, nobody would see the pictures, so do not draw them.
+    # Draw no pictures without a folder or a logger, because nobody would see them.
     drawn = config.pictures > 0 and (folder or loggers)
     pictures = Pictures(classes, config.pictures, folder) if drawn else None
     curves = Curves(folder)
     callbacks += [pictures, curves] if pictures else [curves]
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
-    # Write no report for an evaluation, because it would overwrite the training run's report.
+    # An evaluation writes no report, because it would overwrite the training run's report.
     if folder and config.is_train:
         from training.report import Report
 
@@ -218,7 +219,7 @@ def build_callbacks(
         *callbacks,
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
-        # Put the saver last, so that a checkpoint includes the other callbacks' state after the
+        # The saver comes last, so that a checkpoint contains the other callbacks' state after the
         # same step.
         *([saver] if saver else []),
     ]
@@ -277,8 +278,8 @@ def summary(trainer: Trainer) -> str:
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
-        # Use the first Curves callback with evaluations, because a caller of main() may have added
-        # other ones.
+        # Use the first Curves callback that has evaluations, because a caller of main() may have
+        # added further Curves callbacks.
         evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "

@@ -68,7 +68,7 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 def named(weights: Sequence[float], classes: Sequence[ClassInfo]) -> str:
-    """Return the class names and their weights as one line."""
+    """Return the class names and their weights in one line of text."""
     pairs = zip(classes, weights, strict=True)
     return ", ".join(f"{info.name} {weight:.4g}" for info, weight in pairs)
 
@@ -94,9 +94,9 @@ def sample_factors(
 def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:
     """Return the average number of times that each image is used in an epoch.
 
-    A class that occurs in a share f of the images has the factor max(1, sqrt(threshold / f)). An
-    image gets the largest factor of its classes (Gupta, Dollár and Girshick 2019, LVIS, section
-    4.2, https://arxiv.org/abs/1908.03195).
+    A class that occurs in a share f of the images has the factor max(1, sqrt(threshold / f)). The
+    factor of an image is the largest factor of its classes (Gupta, Dollár and Girshick 2019, LVIS,
+    section 4.2, https://arxiv.org/abs/1908.03195).
 
     Args:
         present: (samples, C) bool array that marks the classes in each image.

@@ -1,6 +1,6 @@
-"""The private names of Composer that this project uses, collected in one place.
+"""All of Composer's private names that this project uses.
 
-Composer may change them in any release. Everywhere else, the project uses only documented names.
+Composer may change private names in any release. All other modules use only documented names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = [
     "without_ddp",
 ]
 
-# Trainer methods that benchmarks.stopwatch times.
+# Names of the Trainer methods that benchmarks.stopwatch times.
 TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")
 
 

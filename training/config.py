@@ -1,4 +1,4 @@
-"""Loading, checking and typing of a run's YAML config.
+"""Functions that load a run's YAML config and convert it to the typed schema.
 
     config = load("yamls/deeplabv3.yaml", ["recipe_name=mild"])  # the command line does this
     config = resolve(config)  # main(config) does this
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from dataset.source import DataSource
     from segmentation.classes import ClassInfo
 
-# Keys whose values are existing files or folders, which may be relative to the YAML's folder.
+# Config keys whose values are paths of existing files or folders. They may be relative to the
+# folder of the YAML file.
 INPUT_PATHS = (
     "class_names",
     "data",
@@ -88,8 +89,8 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
     config = cast(DictConfig, OmegaConf.merge(config, given))
-    # Interpolations may not be resolvable yet. `resolve` reports the ones that never become
-    # resolvable.
+    # Ignore interpolations that cannot be resolved yet. `resolve` reports those that stay
+    # unresolvable.
     recipe, duration = (
         OmegaConf.select(config, name, throw_on_resolution_failure=False)
         for name in ("recipe_name", "max_duration")
@@ -98,12 +99,13 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         OmegaConf.update(config, f"{recipe}.max_duration", duration, force_add=True)
     for name in [key.removeprefix("loggers.") for key, _, text in pairs if text == "null"]:
         if isinstance(config.get("loggers"), DictConfig):
-            config.loggers.pop(name, None)  # loggers.NAME=null removes a logger.
+            # `loggers.NAME=null` on the command line removes the logger.
+            config.loggers.pop(name, None)
     return config
 
 
 def _find_beside(config: DictConfig, folder: str) -> None:
-    """Make paths usable that exist only relative to the YAML's folder."""
+    """Resolve paths that exist only relative to the YAML's folder."""
     for name in INPUT_PATHS:
         value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
         if isinstance(value, str) and "://" not in value and not os.path.exists(value):
@@ -118,7 +120,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
     Args:
         config: Content of the YAML, as loaded by OmegaConf.
-        with_data: Whether to check that the data and files named in the config exist on this
+        with_data: Whether to check that the data and files that the config names exist on this
             machine.
 
     Raises:
@@ -138,7 +140,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
                 "save_folder: it contains {run_name}, but run_name is empty; give a run_name"
             )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    # The reference saves one checkpoint per rank, but this project saves one per run, from rank 0.
+    # The reference saves a checkpoint per rank, whereas this project saves one per run, from rank
+    # 0.
     if typed.load_path:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
@@ -156,7 +159,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
     """Load the data set's description into the config and set the keys that follow from it."""
-    # Import these modules only for a description, because they import NumPy and OpenCV.
+    # Import these modules only if there is a description, because they import NumPy and OpenCV.
     from dataset.description import parse_description, read_description
     from segmentation.classes import rename_classes
 
@@ -185,7 +188,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return the training and validation sources; list a folder only once if both share it."""
+    """Return the training and validation sources; a folder that both use is listed only once."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
@@ -245,7 +248,7 @@ def read_command_line(arguments: list[str]) -> Config | None:
     if "--plan" in arguments:
         return None
     end_with_launcher()
-    if was_refused():  # An earlier torchrun attempt has printed the error.
+    if was_refused():  # The first torchrun attempt has already printed the error.
         raise SystemExit(2)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
@@ -271,7 +274,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 
 def _normalise_times(config: Config) -> None:
-    """Interpret times without a unit as epochs, as in the reference."""
+    """Interpret times without a unit as numbers of epochs, as the reference does."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
         text = str(lookup(config, name))
         _set(config, name, f"{text}ep" if text.isdigit() else text)
@@ -304,8 +307,8 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} must be a section of keys")
-            # An empty logger section, as in the reference's YAML, enables the logger with its
-            # defaults.
+            # An empty section enables the logger with its default arguments, as in the reference's
+            # YAML.
             if name == "loggers":
                 value = {key: {} if given is None else given for key, given in value.items()}
             if dataclasses.is_dataclass(default):

@@ -27,8 +27,8 @@ from training.schema import (
 )
 
 MAX_RESIZED = 32767  # Largest image side in pixels that OpenCV can resize.
-# Keys that have an effect only together with another key, and the value that the other key must
-# have (None: any value).
+# Keys that take effect only if another key is set. Each maps to the other key and its required
+# value (None: any value).
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),
@@ -45,7 +45,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
 
 
 def check(config: Config, with_data: bool = True) -> None:
-    """Reject values that have the right type but are invalid.
+    """Reject invalid values that have the right type.
 
     Args:
         config: Config to check.
@@ -206,7 +206,7 @@ def _check_numbers(section: Any, prefix: str = "") -> None:
 def _check_number(number: float, name: str, bounds: str) -> None:
     first, last = bounds[1:-1].split(", ")
     low, high = float(first), float(last)
-    from_low = number > low if bounds[0] == "(" else number >= low  # NaN is rejected.
+    from_low = number > low if bounds[0] == "(" else number >= low  # NaN fails this comparison.
     to_high = number < high if bounds[-1] == ")" else number <= high
     if from_low and to_high and math.isfinite(number):
         return
@@ -324,7 +324,7 @@ def _check_same_labels(config: Config) -> None:
 
 
 def _extra_ignored(dataset: DatasetConfig) -> int | None:
-    """Return the label that only `ignore_label` makes ignored, or None."""
+    """Return the label that is ignored only because of `ignore_label`, or None."""
     known = (255, 0) if dataset.ignore_background else (255,)
     return None if dataset.ignore_label in known else dataset.ignore_label
 
@@ -349,7 +349,7 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
         raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
-    # An 8-bit RGB image and its mask take 4 bytes per pixel.
+    # Per pixel, an 8-bit RGB image takes 3 bytes, and its mask takes 1 byte.
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:

@@ -1,4 +1,4 @@
-"""Handling of lost processes, full shared memory and stop signals."""
+"""Functions that handle lost processes, full shared memory and stop signals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches through shared memory.
+SHARED_MEMORY = "/dev/shm"  # Loader processes pass batches to the trainer through shared memory.
 
 
 def set_up_process(config: Config) -> tuple[Device, Precision]:
@@ -36,7 +36,8 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     Raises:
         ConfigError: The GPU, the precision or the compiler cannot be used.
     """
-    # Check now, because a GPU that torch has no kernels for would fail only in the first step.
+    # Check the GPU now, because a GPU without kernels in this torch build would fail only in the
+    # first step.
     check_kernels()
     missing = check_build_tools(config)
     if missing and dist.get_local_rank() == 0:
@@ -46,10 +47,11 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     if dist.get_world_size() > 1:
         # Use a long timeout, because one rank may compile, download or save while the others wait.
         dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
-    # Seed before the network is built, because its initial weights are random.
+    # Set the seed before the network is built, because its initial weights are random.
     reproducibility.seed_all(config.seed)
-    # All training images have the same size, so cuDNN's search for the fastest kernels pays off.
-    # Deterministic runs disable it, because the search may choose different kernels in each run.
+    # All training images have the same size, so it pays to let cuDNN search for the fastest
+    # kernels. Deterministic runs disable the search, because it may choose different kernels in
+    # each run.
     torch.backends.cudnn.benchmark = not config.deterministic
     return device, precision
 
@@ -88,7 +90,7 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     if isinstance(error, OSError):
         return None
     text = one_line(error)
-    # A loader process that was killed leaves no traceback, unlike a process that raised an error.
+    # A killed loader process leaves no traceback, whereas a process that raises an error does.
     if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
@@ -109,14 +111,14 @@ def full_shared_memory(error: Exception) -> str | None:
     """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
     In containers, /dev/shm often has only 64 MB. PyTorch and NCCL mention it if an allocation
-    fails. Two other signs are ambiguous: SIGBUS, which kills a loader that writes to memory that
-    does not exist, and errors from Python's semaphores, which do not name a file. These two count
-    only if /dev/shm is small or full.
+    fails. Two other symptoms are ambiguous and count only if /dev/shm is small or full. SIGBUS
+    kills a loader that writes to memory that does not exist. Errors from Python's semaphores do not
+    name a file.
     """
     text = one_line(error)
     try:
         disk = os.statvfs(SHARED_MEMORY)
-    except OSError:  # macOS has no /dev/shm.
+    except OSError:  # /dev/shm does not exist on macOS.
         return None
     size, free = disk.f_frsize * disk.f_blocks, disk.f_frsize * disk.f_bavail
     is_full = "No space left" in text and re.search(r"shared memory|/dev/shm", text)
@@ -139,10 +141,10 @@ class LoaderContext(ForkContext):
     """
 
     class Process(ForkProcess):
-        """A loader process."""
+        """A loader process that is forked with the stop signals blocked."""
 
         def start(self) -> None:
-            """Fork with the signals blocked."""
+            """Fork this process while the stop signals are blocked."""
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 super().start()

@@ -28,21 +28,21 @@ class EMA(composer.algorithms.EMA):
 
     At its `save_interval`, `CheckpointSaver` saves the average as the model's weights. Checkpoints
     saved at other times contain the training weights as the model, and the average in the state of
-    this algorithm (`ema_weights_active` is False). A run can resume from either kind.
+    this algorithm (`ema_weights_active` is False). A run can resume from both kinds of checkpoint.
 
     Args:
-        half_life: Time string, in batches or epochs, after which the influence of a weight has
-            halved.
+        half_life: Time string, in batches or epochs, after which a weight's influence on the
+            average has halved.
         update_interval: Time string between updates, in the same unit as `half_life`; None: 1.
     """
 
-    smoothing: float  # This is never None, because half_life is always set.
+    smoothing: float  # Never None, because half_life is always set.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether this event updates the average or exchanges the weights."""
+        """Return whether the average is updated, or the weights are exchanged, at this event."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True
@@ -52,9 +52,10 @@ class EMA(composer.algorithms.EMA):
         """Update the average, or exchange it with the training weights."""
         network = without_ddp(state)
         if event == Event.INIT:
-            self.ema_model = EMAParameters(network)  # A checkpoint is loaded into these tensors.
+            # Loading a checkpoint overwrites these tensors.
+            self.ema_model = EMAParameters(network)
             return
-        # Loading a checkpoint puts the average on the CPU.
+        # After a checkpoint is loaded, the average is on the CPU, so move it.
         if event in self.move_device_events:
             self.ema_model.move_params_to_device(network)
         if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):
@@ -77,10 +78,10 @@ class EMA(composer.algorithms.EMA):
         floats = [name for name in names if stored[name].is_floating_point()]
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
-        # Average more than 100 BatchNorm counters in one operation, rounding down as Composer does.
+        # There are more than 100 BatchNorm counters, so average them in one operation. Round down
+        # as Composer does.
         others = [name for name in names if not stored[name].is_floating_point()]
-        # An integer tensor with at least one dimension is a lookup table, not a counter, so copy
-        # it.
+        # An integer tensor with dimensions is a lookup table rather than a counter, so copy it.
         for name in [name for name in others if stored[name].ndim]:
             stored[name].copy_(values[name])
             others.remove(name)

@@ -24,7 +24,7 @@ class UnusedWeights(Algorithm):
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Tell the trainer to set this DistributedDataParallel option."""
+        """Return True, so that the trainer sets DistributedDataParallel's option of this name."""
         return True
 
     def match(self, event: Event, state: State) -> bool:
@@ -38,11 +38,11 @@ class UnusedWeights(Algorithm):
 class FreezeBackbone(UnusedWeights):
     """An algorithm that freezes the backbone and its BatchNorm statistics at the start of training.
 
-    The backbone is frozen or not depending only on the training time, so a resumed run behaves the
+    The training time alone determines whether the backbone is frozen, so a resumed run behaves the
     same.
 
     Args:
-        duration: Time string for how long the backbone stays frozen.
+        duration: Duration for which the backbone stays frozen, as a time string.
     """
 
     def __init__(self, duration: str):
@@ -63,7 +63,8 @@ class FreezeBackbone(UnusedWeights):
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration
-        # The trainer puts the complete network into training mode after an evaluation.
+        # After an evaluation, the trainer puts the complete network into training mode, so freeze
+        # the layers again.
         if is_frozen:
             backbone.eval()
         elif self.is_frozen:
@@ -78,13 +79,13 @@ class FreezeBackbone(UnusedWeights):
 def _prepare_state(optimizer: Optimizer, weights: list[nn.Parameter]) -> None:
     """Create optimizer state filled with zeros for parameters that have not been updated yet.
 
-    This equals the optimizer's own initial state. Without it, torch cannot load the optimizer from
-    a checkpoint.
+    The zeros equal the optimizer's own initial state. Without this state, torch cannot load the
+    optimizer from a checkpoint.
     """
     weights = [weight for weight in weights if not optimizer.state.get(weight)]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # A learning rate of 0 also disables weight decay.
+        group["lr"] = 0.0  # With a learning rate of 0, weight decay has no effect either.
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     if weights:

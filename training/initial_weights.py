@@ -1,4 +1,4 @@
-"""Loading of initial weights from another run or project."""
+"""Functions that load initial weights from another run or project."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def load_initial_weights(config: Config, start: Start, network: nn.Module) -> None:
-    """Load those initial weights that match a run's network and classes.
+    """Load the initial weights that match a run's network and classes.
 
     Raises:
         ClassError: The run evaluates, and the weights are for other classes.
@@ -46,8 +46,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
     """Compare the classes of the run with the classes of its initial weights.
 
     Returns:
-        Whether to match rows of the last layer by class name; and the names of the tensors with
-            such rows if the number of classes is the same but the classes differ.
+        Whether to match rows of the last layer by class name. If the number of classes is the same
+        but the classes differ, also the names of the tensors with such rows.
 
     Raises:
         ClassError: The run evaluates, and the weights are for other classes.
@@ -65,8 +65,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
             return config.load_classes_by_name, []
         by_name = True
     except ClassError as error:
-        # An evaluation needs the right row for each class. Training can relearn the rows, as it
-        # does when the weights have a different number of classes.
+        # For an evaluation, each class needs the right output row, so reject other classes.
+        # Training can relearn the rows, as it does for weights with a different number of classes.
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name
@@ -85,7 +85,7 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     To find them, build the network with one more class, and compare the shapes.
 
     Raises:
-        ClassError: One more class also changes other dimensions.
+        ClassError: An additional class also changes dimensions other than the number of rows.
     """
     model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()

@@ -1,4 +1,4 @@
-"""Definitions of config keys: default, meaning, bounds, and role when a run resumes."""
+"""Functions that define config keys: default, meaning, bounds, and role when a run resumes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Roles of a key when a resumed run has a different value from the checkpoint's record.
-APPLIED = "applied"  # A resumed run uses the new value.
-COMPARED = "compared"  # A resumed run rejects a different value.
+# When a resumed run's value for a key differs from the checkpoint's, one of three rules applies.
+APPLIED = "applied"  # The resumed run uses the new value.
+COMPARED = "compared"  # The resumed run rejects a different value.
 FREE = "free"  # The value may differ, because it does not affect training.
 
 
@@ -19,8 +19,8 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
         on_resume: Role when a run resumes: `APPLIED`, `COMPARED` or `FREE`.
         default: Default value.
         meaning: Description that `main.py --help` prints.
-        bounds: Interval of valid numbers, also for each number in a list. For example, `[0, 1)`
-            includes 0 and excludes 1.
+        bounds: Interval of valid numbers, such as `[0, 1)`, which includes 0 and excludes 1. For a
+            list, it applies to each number.
     """
     metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
     if isinstance(default, list):
@@ -65,8 +65,8 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
     """Return the role of each key when a run resumes, by its dotted name.
 
-    The keys of `eval_dataset` are free, because evaluation does not affect training. The exceptions
-    are the keys that define the meaning of labels.
+    Most keys of `eval_dataset` are free, because evaluation does not affect training. Keys that
+    define the meaning of labels are not free.
     """
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):

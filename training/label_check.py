@@ -23,7 +23,7 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # Tensor (C + 1,), whose last entry stands for pixels without a class.
+        # Tensor (C + 1,) with one entry for each class and a last entry for pixels without a class.
         self._occurs: Tensor | None = None
         self._unlabelled: Tensor | None = None
 
@@ -55,10 +55,10 @@ class LabelCheck(Callback):
     """A callback that warns if a split has too few labels for training or evaluation.
 
     Each split is checked once. The validation split is checked at the end of the first evaluation.
-    The training split is checked after the first complete epoch or at the end of a shorter run,
-    because any class may still occur before. If the training crops contain fewer than two classes
-    at the first evaluation, the warning appears then. After its check, a split is no longer
-    counted.
+    The training split is checked after the first complete epoch, or at the end of a shorter run,
+    because a missing class may still occur until then. If the training crops contain fewer than two
+    classes by the first evaluation, the warning appears at that point. After its check, a split's
+    labels are no longer counted.
 
     Args:
         classes: Names of the classes.
@@ -105,7 +105,7 @@ class LabelCheck(Callback):
         if self._train and self._train.pixels:
             occurs, _ = self._train.gather()
             self._train = None
-            # Do not report unlabelled pixels, because random crops contain padding.
+            # Do not report unlabelled pixels, because random crops are padded with them.
             self._warn("train_dataset", occurs, crops, None)
 
     def _warn(self, section: str, occurs: list[bool], masks: str, unlabelled: float | None) -> None:

@@ -1,9 +1,9 @@
 """Interaction with the launcher of a run, `composer` or `torchrun`.
 
 torchrun restarts the processes after any failure. If the first attempt reports a bad config, a
-person has to fix it, so later attempts end immediately and without output. If an earlier attempt
-did train, an error in a later attempt may have a temporary cause, such as an unreachable object
-store, so the run is tried again.
+person must fix it, so later attempts end immediately and without output. If an earlier attempt has
+trained, an error in a later attempt may be temporary, such as an unreachable object store, so the
+run is tried again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from errors import ConfigError, UnevenBatch
 
 # Timeout of collectives in seconds. It is long, because one rank may compile, download or save
-# while the others wait.
+# while the other ranks wait.
 COLLECTIVE_TIMEOUT = 1800.0
 
 
@@ -36,7 +36,7 @@ def was_refused() -> bool:
 
 
 def is_first_to_refuse(text: str) -> bool | None:
-    """Record an input error of this node; return whether this process is the first to record it.
+    """Record an input error on this node; return whether this process is the first to record it.
 
     Without torchrun, return None, because there is no shared folder for the record.
     """
@@ -51,7 +51,7 @@ def is_first_to_refuse(text: str) -> bool | None:
 
 
 def wait_for_nodes(error: ConfigError) -> None:
-    """Wait for another node if a run has lost nodes and its batch no longer divides evenly.
+    """If a run has lost nodes and its batch no longer divides evenly, wait for another node.
 
     torchrun restarts this process when a node joins. The first attempt does not wait, because the
     user chose its number of processes.

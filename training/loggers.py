@@ -1,4 +1,4 @@
-"""Composer's loggers by their YAML names, with one-line error messages.
+"""Composer's loggers, indexed by their YAML names, with one-line error messages.
 
 A logger for an external service can fail to start for many reasons, such as a missing key, an
 unreachable server, an incompatible store or incompatible packages. Each failure is reported as a
@@ -26,7 +26,7 @@ from training.schema import Config
 
 log = logging.getLogger(__name__)
 
-# Advice for a logger that does not start although its arguments are valid
+# Advice to print if a logger with valid arguments does not start.
 REMEDIES = {
     "file": "check filename",
     "wandb": "run `wandb login`, or set WANDB_MODE=offline",
@@ -35,13 +35,13 @@ REMEDIES = {
     "comet_ml": "set COMET_API_KEY, and check the network",
     "neptune": "set NEPTUNE_API_TOKEN, and check the network, or use mode: offline",
 }
-# Logger methods that Composer calls before the first step
+# Logger methods that Composer calls before the first training step.
 STARTING = ("init", "after_load", "log_hyperparameters")
-MAX_REASON = 240  # Maximum length of an error text in a message, in characters
+MAX_REASON = 240  # Maximum length in characters of an error text that a message quotes.
 
 
 class FileLogger(loggers.FileLogger):
-    """A version of Composer's FileLogger whose file a resumed run continues.
+    """A version of Composer's FileLogger that appends to the existing file when a run resumes.
 
     Composer's own FileLogger always truncates the file, even with `overwrite=False`.
 
@@ -107,7 +107,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run to continue.
+        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run that is continued.
         self._to_resume = server_run
 
     @property
@@ -116,8 +116,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return self._run_id
 
     def init(self, state: State, logger: Logger) -> None:
-        """Start an MLflow run, or continue the run of the checkpoint."""
-        variable = "MLFLOW_RUN_ID"  # Composer and MLflow read this variable.
+        """Start a new MLflow run, or continue the run that the checkpoint names."""
+        variable = "MLFLOW_RUN_ID"  # Environment variable that Composer and MLflow read.
         if not self._enabled or self._to_resume is None or variable in os.environ:
             super().init(state, logger)
             return
@@ -136,7 +136,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
             del os.environ[variable]
 
     def _parameters_of(self, run: str) -> dict[str, str] | None:
-        """Return the parameters of an MLflow run, or None if the run does not exist (any more)."""
+        """Return the parameters of an MLflow run, or None if the run does not exist."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -149,7 +149,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return None if is_deleted else dict(record.data.params)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config, except values that changed, because MLflow cannot change a parameter."""
+        """Log the config except for changed values, because MLflow cannot change a parameter."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
             log.warning(
@@ -173,7 +173,7 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
 
 
 def trainer_options(config: Config) -> dict[str, Any]:
-    """Return the Trainer arguments that the config sets, including the console's."""
+    """Return the Trainer's arguments from the config, including those for the console."""
     options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
     return {
         "seed": config.seed,
@@ -203,7 +203,8 @@ def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None
         trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
         if isinstance(destination, loggers.ProgressBarLogger):
-            # Do not print the config above the progress bar, because it has a hundred lines.
+            # Do not print the config above the progress bar, because the config has about a hundred
+            # lines.
             destination.hparams_already_logged_to_console = True
 
 
@@ -223,17 +224,17 @@ def build_loggers(
         ConfigError: A logger does not accept its arguments, or cannot start.
     """
     if "wandb" in config.loggers:
-        # Set this because W&B 0.18 otherwise waits for its server at every table, even when it is
-        # offline.
+        # Set this option, because W&B 0.18 otherwise waits for its server at every table, even when
+        # W&B is offline.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         _restore_get_url()
     if "mlflow" in config.loggers:
-        # By default, MLflow 3 rejects local folders such as mlruns, although it still supports
-        # them.
+        # Allow local folders such as mlruns, which MLflow 3 still supports but rejects by default.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     built = []
     for name, arguments in config.loggers.items():
-        # The checkpoint stores only the first rank's run. All other ranks start new runs.
+        # The checkpoint stores only the first rank's logger run, so all other ranks start new
+        # logger runs.
         resumed = server_runs.get(name) if dist.get_global_rank() == 0 else None
         more = {} if resumed is None else {"server_run": resumed}
         with explained(name):
@@ -287,7 +288,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a logger's method so that its errors are explained."""
+    """Wrap a logger's method so that its errors become a ConfigError."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with explained(name):

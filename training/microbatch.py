@@ -36,13 +36,15 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CONTEXT = 1.2 * GIB  # Assumed size of the CUDA context and the cuDNN and cuBLAS workspaces.
+CONTEXT = 1.2 * GIB  # Assumed memory of the CUDA context and the cuDNN and cuBLAS workspaces.
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-# Batch sizes of the two passes. They are so large that the saved activations determine the peak.
+# Batch sizes of the two trial passes. Both are large enough that the saved activations determine
+# the peak memory.
 FEW_AND_MORE = 32, 64
-MARGIN = 0.05  # Allowance for fragmentation and uncounted memory, as a fraction of a step's memory.
-# Bytes per input pixel that the passes do not count. The fp32 image and the int64 target count
-# twice, because Composer keeps a copy of both. The passes already count one fp32 image.
+# Allowance for fragmentation and uncounted memory, as a fraction of a step's memory.
+MARGIN = 0.05
+# Bytes per input pixel that the trial passes do not count. Composer keeps a copy of the fp32 image
+# and of the int64 target, so both count twice. The passes already count one fp32 image.
 INPUT = 2 * (3 * 4 + 8) - 3 * 4
 
 
@@ -52,11 +54,11 @@ class Footprint(NamedTuple):
     Args:
         weights: Size of the parameters.
         buffers: Size of the BatchNorm statistics.
-        fixed: Memory of a pass that is independent of the number of images, such as cast weights.
-        image: Memory of a pass per image.
+        fixed: Memory of a pass that does not depend on the number of images, such as cast weights.
+        image: Memory per image in a pass.
         saved: Part of `image` that is stored for the backward pass.
-        operations: Floating-point operations per image in the forward and backward passes of layers
-            with a known count, such as convolutions.
+        operations: Floating-point operations per image, forward and backward, of layers such as
+            convolutions, for which the number is known.
         traffic: Memory traffic per image of all other operations, forward and backward.
         normalised: Total input size of the normalisation layers per image.
         norms: Number of BatchNorm layers.
@@ -78,8 +80,8 @@ class Footprint(NamedTuple):
         """Return the peak memory of a step with this micro-batch size, without the CUDA context."""
         recipe = config.recipe
         average, climb = recipe.ema is not None, recipe.sam is not None
-        # Tensors of the weights' size are the weights, gradients, optimizer moments, EMA average,
-        # SAM's saved weights and DDP's buckets.
+        # Each of these tensors is as large as the weights: the weights, gradients, optimizer
+        # moments, EMA average, SAM's saved weights and DDP's buckets.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
         image = self.image - (1 - config.activation_memory_budget) * self.saved
@@ -96,7 +98,7 @@ def _moments(config: Config) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """A dispatch mode that counts the bytes of live tensors, their peak, and the work done."""
+    """A dispatch mode that counts the bytes of live tensors, their peak, operations and traffic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,8 +160,8 @@ def count(
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
-    # The difference between the passes gives the cost per image, and the rest of the peak is the
-    # fixed cost.
+    # The difference between the two passes gives the memory per image. The rest of the peak is the
+    # fixed memory.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
     tensors = list(network.parameters()), list(network.buffers())
     weights, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
@@ -169,7 +171,8 @@ def count(
         fixed=round(few["peak"] - FEW_AND_MORE[0] * each["peak"]),
         image=each["peak"] + INPUT * size**2,
         saved=each["saved"],
-        # For each product in the forward pass, the backward pass has two of the same size.
+        # For each matrix product in the forward pass, the backward pass computes two of the same
+        # size.
         operations=3 * each["operations"],
         traffic=each["traffic"],
         normalised=each["normalised"],
@@ -190,7 +193,8 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    # If the trial fails for another reason, let training show whether a single image works.
+    # If the trial fails for another reason, assume that one image works; otherwise, training itself
+    # will fail.
     except Exception as error:
         log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True
@@ -251,14 +255,14 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
 def _told_of_failure() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A user's network can raise any type of error.
+    except Exception as error:  # A network from the user can raise any type of error.
         raise ModelError(
             f"model.name: its memory cannot be estimated without data: {one_line(error)}"
         ) from error
 
 
 def _without_data(network: nn.Module) -> nn.Module:
-    """Copy a network to the CPU without its tensors' contents."""
+    """Copy a network to the CPU without the contents of its tensors."""
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(network.parameters(), network.buffers()):
         shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -298,7 +302,7 @@ def fitting(
     ranks: int = 1,
     adapts: bool = True,
 ) -> tuple[int, bool]:
-    """Return the micro-batch size of a rank and whether a step fits in memory.
+    """Return a rank's micro-batch size, and whether a step fits in memory.
 
     With `auto`, the size is halved until a step fits.
 
@@ -324,8 +328,8 @@ def fitting(
 def free_memory(device: Device) -> float:
     """Return the GPU memory in bytes that every rank has available, the minimum over all ranks.
 
-    Use the minimum, because the run would end if one GPU ran out of memory while the others waited
-    in a collective.
+    The minimum counts, because the run would end if one GPU ran out of memory while the others
+    waited in a collective.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:

@@ -17,17 +17,17 @@ from errors import ConfigError
 from networks.base import backbone_of
 from training.schema import OptimizerConfig
 
-# Parameter names in the blocks of a vision transformer, in timm and in transformers.
+# Pattern for parameter names in the blocks of a vision transformer from timm or transformers.
 LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)")
 
 
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
     """SGD with decoupled weight decay, which follows the learning-rate schedule.
 
-    The arguments, arithmetic and state match Composer's class. The name also matches, because a
-    checkpoint contains the name of its optimizer. This version uses one fused operation. Composer's
-    step launches about 1,300 kernels for the 340 parameters of ResNet-101, while the GPU is mostly
-    idle because the trainer has just waited for the loss.
+    The arguments, arithmetic and state match Composer's class. The class also has the same name,
+    because a checkpoint contains its optimizer's class name. This version uses one fused operation.
+    Composer's step launches about 1,300 kernels for the 340 parameters of ResNet-101, while the GPU
+    is mostly idle because the trainer has just waited for the loss.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         dampening: float,
         nesterov: bool,
     ) -> None:
-        """Take a step like Composer's function, and fill in missing momentum buffers."""
+        """Take a step as Composer's function does, but also create any missing momentum buffers."""
         groups = (
             [i for i, buffer in enumerate(momentum_buffer_list) if (buffer is None) == is_new]
             for is_new in (False, True)
@@ -121,7 +121,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
 
 
 def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
-    """Return the distance in layers from each weight of a vision transformer to its end.
+    """Return each weight's distance in layers from the end of a vision transformer.
 
     The weights of the last block have distance 1. Weights after the blocks are left out.
 
@@ -143,7 +143,9 @@ def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
         if match:
             is_before = False
             layers[names[name]] = count - int(match[1])
-        elif is_before:  # The weight belongs to the embeddings.
+        # Parameters before the first block belong to the embeddings, which are farthest from the
+        # output.
+        elif is_before:
             layers[names[name]] = count + 1
     return layers
 
@@ -157,7 +159,7 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
-    """Replace a loaded optimizer's settings with the settings in the config.
+    """Replace a loaded optimizer's settings with those from the config.
 
     Args:
         state: State of the trainer, after a checkpoint is loaded.
@@ -199,8 +201,8 @@ def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
 def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
     """Return a tensor in a weight's memory layout, copying it only if the layouts differ.
 
-    The fused step requires equal layouts, because it processes memory in order. The momentum in a
-    checkpoint saved without channels_last has a different layout.
+    The fused step requires equal layouts, because it processes memory in order. In a checkpoint
+    saved without channels_last, the momentum has a different layout.
     """
     if tensor is None or tensor.stride() == weight.stride():
         return tensor

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def save_file(data: bytes, folder: str, name: str) -> str | None:
-    """Write a file to a folder or an object store, where it appears only when complete.
+    """Write a file to a folder or an object store; it appears there only when it is complete.
 
     If the file cannot be written, training continues with a warning, because the run is more
     important than the file.
@@ -87,8 +87,8 @@ class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
     It draws a picture at each evaluation. The images are spread evenly over the validation set and
-    are the same each time. The first rank segments them with the evaluated weights, because EMA
-    exchanges the weights at `EVAL_START`.
+    are the same each time. The first rank segments them with the same weights as the evaluation.
+    With EMA, the model contains the averaged weights from `EVAL_START` on.
 
     Args:
         classes: Names and colours of the classes.
@@ -133,7 +133,7 @@ class Pictures(Callback):
         from segmentation.drawing import prediction_sheet
 
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
-        # All of Composer's loggers accept images of this shape and type.
+        # Use an array (H, W, 3) of uint8, which all of Composer's loggers accept.
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
@@ -144,13 +144,13 @@ class Pictures(Callback):
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target and the predicted classes, (H, W) each, for a batch of one image."""
+        """Return the target and predicted class indices, each (H, W), for a batch of one image."""
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # Use the network without DistributedDataParallel, whose forward pass waits for the
-            # other ranks. Call `forward` directly, because a compiled call would recompile for a
-            # batch of one.
+            # Use the network without its DistributedDataParallel wrapper, because that waits for
+            # the other ranks. Call `forward` directly, because a compiled call would recompile for
+            # a batch of one image.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
@@ -173,8 +173,10 @@ class Curves(Callback):
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        self.train: list[tuple[int, float, float]] = []  # Batches done, loss, learning rate.
-        self.eval: list[tuple[int, float]] = []  # Batches done, and mIoU in percent.
+        # For each batch: its number, the loss and the learning rate.
+        self.train: list[tuple[int, float, float]] = []
+        # For each evaluation: the batch number and the mIoU in percent.
+        self.eval: list[tuple[int, float]] = []
         self.drawn: bytes | None = None
         self._learning_rate = float("nan")
 
@@ -182,7 +184,7 @@ class Curves(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer logs the loss, so the value is already on the host.
+        # Composer has already logged the loss, so reading it does not wait for the device.
         loss = (state.total_loss_dict or {}).get("loss/train/total", float("nan"))
         self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
 
@@ -217,7 +219,8 @@ def _collected() -> Iterator[None]:
     young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    # Automatic collections would move objects out of the youngest generation.
+    # Disable automatic collections, because they would promote objects from the youngest
+    # generation.
     gc.disable()
     try:
         yield
@@ -239,7 +242,7 @@ def draw_curves(
     Returns:
         The content of a PNG file.
     """
-    # Import lazily and without pyplot, because importing matplotlib takes half a second.
+    # Import matplotlib lazily and without pyplot, because the import takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

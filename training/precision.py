@@ -1,4 +1,4 @@
-"""Choice of the precision and of compilation for this machine."""
+"""Functions that choose the precision and compilation for this machine."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def check_kernels() -> None:
 def _runs(capability: tuple[int, int], built: list[str]) -> bool:
     """Return whether a GPU can run kernels for any of these architectures.
 
-    Kernels for `sm_80` run on compute capability 8.0 and later 8.x. The driver compiles
-    `compute_80` for 8.0 and all later capabilities. Kernels for `sm_90a` run only on 9.0.
+    Kernels for `sm_80` run on compute capability 8.0 and later 8.x versions. Code for `compute_80`
+    runs on 8.0 and all later capabilities, because the driver compiles it. Kernels for `sm_90a` run
+    only on 9.0.
     """
     for name in built:
         major, minor = made_for = _capability(name)
@@ -74,7 +75,7 @@ class CompiledTransform(Protocol):
 
 
 class Precision(NamedTuple):
-    """The arithmetic of a run.
+    """The numeric precision of a run.
 
     Args:
         composer: Composer's name for the precision on a GPU.
@@ -101,7 +102,7 @@ def choose_precision(name: str) -> Precision:
     """
     if torch.cuda.is_available():
         if name == "auto":
-            # Exclude emulated bf16, because it is slow on a V100 or T4.
+            # On a V100 or T4, torch emulates bf16, which is slow, so use fp16 there.
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "amp_bf16" if native else "amp_fp16"
         return Precision(name)
@@ -113,7 +114,7 @@ def choose_precision(name: str) -> Precision:
 
 
 def compiles(config: Config) -> bool:
-    """Return whether a run compiles its model; with `auto`, if there are a GPU and build tools."""
+    """Return whether a run compiles its model; `auto` requires a GPU and build tools."""
     if config.compile != "auto":
         return config.compile is True
     if not torch.cuda.is_available():
@@ -130,8 +131,8 @@ def compile_if_wanted(
     if not compiles(config):
         return
     functorch.activation_memory_budget = config.activation_memory_budget
-    # Do not use Composer's option, because it compiles DDP's forward pass and leaves evaluation
-    # uncompiled.
+    # Composer's own compile option would also compile DDP's forward pass and leave evaluation
+    # uncompiled, so do not use it.
     network.compile(dynamic=False)
     for transform in transforms:
         transform.compile()
@@ -151,7 +152,7 @@ def check_build_tools(config: Config) -> str | None:
     """Check whether this machine has the build tools that the config needs.
 
     Returns:
-        A one-line warning about what the run cannot do because a tool is missing, or None.
+        A one-line warning about features that are disabled because a tool is missing, or None.
 
     Raises:
         ConfigError: The config sets `compile: true`, but a tool is missing.
@@ -187,7 +188,7 @@ def devices(ranks: int) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions, from the flags that Linux lists."""
+    """Return whether this CPU has bf16 instructions, according to the flags that Linux lists."""
     try:
         with open("/proc/cpuinfo") as file:
             return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None

@@ -119,7 +119,7 @@ def _facts(config: Config, curves: Curves, state: State) -> str:
 
 
 def _miou(evaluations: Sequence[tuple[int, float]]) -> str:
-    """Return the newest and the best mIoU as text, with "-" for a missing mIoU."""
+    """Return the newest and the best mIoU as text, or "-" for a missing value."""
     scored = [one for one in evaluations if not math.isnan(one[1])]
     if not scored:
         return "-"
@@ -140,7 +140,7 @@ def _jpeg(sheet: Image.Image) -> bytes:
 
 
 def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo]) -> str:
-    """Return the class table as HTML that sorts by a column when its title is clicked."""
+    """Return the class table as HTML; a click on a column title sorts the table."""
     columns, rows = found
     head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in columns)
     lines = []
@@ -159,7 +159,7 @@ def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo
 
 
 def _cell(number: float | None, is_percent: bool) -> str:
-    if number is None:  # The class does not occur in the data.
+    if number is None:  # Show "-" for a class that does not occur in the data.
         return '<td data-value="-1">-</td>'
     if not is_percent:
         return f'<td data-value="{number}">{number:,}</td>'

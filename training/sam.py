@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation, as a replacement for the optimizer's step method."""
+"""Sharpness-aware minimisation, implemented by replacing the optimizer's step method."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SAM(Algorithm):
     the new point, and applies it to the original weights. Each rank moves along the gradient of its
     own part of the batch.
 
-    Composer's SAM wraps the optimizer and saves the wrapper instead, so a resumed run loses the
+    Composer's SAM wraps the optimizer and saves only the wrapper, so a resumed run loses the
     momentum and the step count. This version has no state, because it only replaces the optimizer's
     `step` method. The optimizer is therefore saved, loaded and scheduled as usual. This version
     also restores the exact weights, even if a pass fails, and does not skip the step if the loss is
@@ -62,14 +62,14 @@ class SAM(Algorithm):
                 return None
             if climb:
                 with _climbed(optimizer, self.rho):
-                    # Do not log the losses of SAM's second pass.
+                    # Discard the losses of SAM's second pass, so that they are not logged.
                     if closure(loss_dict={}) is None:
                         return loss
             plain_step()
             return loss
 
         optimizer.step = MethodType(step, optimizer)
-        # Tell the trainer that this optimizer accepts closures even in fp16.
+        # Tell Composer's trainer that this optimizer accepts closures even with fp16.
         optimizer._step_supports_amp_closure = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -89,7 +89,7 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
         torch._foreach_add_(climbed, start)
     for weight, sum_ in zip(weights, climbed, strict=True):
         weight.grad = None
-        # Keep the strides, because a compiled graph checks them.
+        # Keep the strides of the weights, because a compiled graph checks them.
         weight.data = sum_.as_strided(weight.shape, weight.stride())
     try:
         yield

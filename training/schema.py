@@ -10,8 +10,8 @@ from typing import Any
 from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
 from training.recipes import BASELINE, RECIPES, RecipeConfig
 
-# Composer's loggers and the Python package that each one needs (None: no extra package). The
-# install extra in Composer has the same name as the logger.
+# Composer's loggers, each with the Python package that it needs (None: no extra package). The
+# package's install extra in Composer is named after the logger.
 LOGGERS = {
     "progress_bar": None,
     "console": None,
@@ -24,9 +24,9 @@ LOGGERS = {
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
 MAX_SIDE = 16384  # Maximum image side in pixels.
-MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit limit minus room for rank numbers.
-# Network libraries and the Python package that each one needs (None: no extra package). The install
-# extra has the same name as the library.
+MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit seed limit, minus room to add the rank.
+# Network libraries, each with the Python package that it needs (None: no extra package). The
+# install extra is named after the library.
 LIBRARIES = {
     "mmseg": None,
     "torchvision": None,
@@ -141,9 +141,9 @@ class TrainDatasetConfig(DatasetConfig):
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
-    """Settings of the evaluation data set, whose images are evaluated uncropped and in order."""
+    """Settings of the evaluation data set; its images are evaluated uncropped and in order."""
 
-    # Accept these keys without effect, because the reference's YAMLs contain them.
+    # These keys have no effect; they are accepted because the reference's YAML files contain them.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")

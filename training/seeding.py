@@ -1,4 +1,4 @@
-"""Seeding of every micro-batch, so that dropout and MixUp are reproducible.
+"""An algorithm that seeds every micro-batch, so that dropout and MixUp are reproducible.
 
 The random numbers of a step depend only on the seed and the step number. A resumed run therefore
 draws exactly the same numbers.
@@ -16,9 +16,9 @@ from composer.utils import dist
 class SeedMicrobatch(Algorithm):
     """An algorithm that seeds the global torch and NumPy generators before each forward pass.
 
-    Dropout and MixUp then depend only on four numbers: the seed, the batch number, the pass over
-    the batch (SAM makes two), and the index of the micro-batch in the global batch. They do not
-    depend on earlier draws, on a resume, or on how many ranks share the micro-batches.
+    Dropout and MixUp then depend on four numbers only: the seed, the batch number, the number of
+    the pass (SAM makes two over a batch), and the index of the micro-batch in the global batch.
+    They do not depend on earlier draws, on a resume, or on how many ranks share the micro-batches.
 
     Put this algorithm first in the list, because algorithms run in list order before a forward
     pass.
@@ -26,9 +26,9 @@ class SeedMicrobatch(Algorithm):
 
     def __init__(self, seed: int):
         self.seed = seed
-        self.samples = 0  # Number of this rank's samples in the batch.
-        self.passes = 0  # Number of passes over the batch so far.
-        self.microbatch = 0  # Index of the micro-batch in the global batch.
+        self.samples = 0  # Number of samples in this rank's batch.
+        self.passes = 0  # Number of micro-batches of the batch that have been started.
+        self.microbatch = 0  # Index of the micro-batch within the global batch.
         self.microbatch_size: float | None = None
 
     def match(self, event: Event, state: State) -> bool:
@@ -36,14 +36,15 @@ class SeedMicrobatch(Algorithm):
         return event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Update the counters, and seed before a forward pass."""
+        """Update the counters, and seed the generators before a forward pass."""
         if event == Event.BATCH_START:
             self.samples = len(state.batch[0])
             self.passes = 0
         elif event == Event.BEFORE_TRAIN_BATCH:
             size = state.device_train_microbatch_size
             assert size is not None
-            # A changed size means that Composer ran out of memory and restarts the batch.
+            # If the size has changed, Composer ran out of memory and is restarting the batch with
+            # smaller micro-batches.
             if size != self.microbatch_size:
                 self.passes = 0
             self.microbatch_size = size
@@ -52,7 +53,7 @@ class SeedMicrobatch(Algorithm):
         else:
             key = (self.seed, state.timestamp.batch.value, self.passes, self.microbatch)
             words = np.random.SeedSequence(key).generate_state(4)
-            # torch.manual_seed also seeds the GPUs, without waiting for them.
+            # torch.manual_seed also seeds the GPUs, and it does so without waiting for them.
             torch.manual_seed(int(words[0]) << 32 | int(words[1]))
             np.random.seed(words[2:])
             self.microbatch += 1

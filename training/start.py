@@ -1,4 +1,4 @@
-"""The start of a run: finding its checkpoint, and locking its save folder."""
+"""Functions that find the checkpoint a run starts from, and lock its save folder."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
     """Find the starting point of a run and check that the config matches it.
 
     With `autoresume`, the run starts from the newest checkpoint in `save_folder` if there is one.
-    Otherwise it starts from `load_path` or, if this is empty, from `model.backbone_weights`.
+    Otherwise, it starts from `load_path` or, if this is empty, from `model.backbone_weights`.
 
     Args:
         config: Config of the run.

@@ -1,4 +1,4 @@
-"""Monitoring of a run's processes, which ends all processes when one is lost.
+"""A watch over a run's processes, which ends all of them when one is lost.
 
 Without this watch, a collective would wait half an hour for a lost process, because a healthy
 process may need that long to compile, download or save. Each process has a TCP connection to the
@@ -26,13 +26,14 @@ from torch.distributed.rendezvous import rendezvous
 from errors import Lost, one_line
 from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 
-# Seconds to wait for all processes to start. torchrun starts all processes together, but a manual
-# start takes longer.
+# Seconds to wait until all processes have started. torchrun starts all processes together, but a
+# manual start takes longer.
 TOGETHER = 300.0 if "TORCHELASTIC_RUN_ID" in os.environ else COLLECTIVE_TIMEOUT
-# Seconds between keepalive probes, and number of failed probes before a machine counts as lost,
-# which happens after 20 s in total.
+# Seconds between keepalive probes, and number of failed probes after which a machine counts as
+# lost. The total is 20 s.
 INTERVAL, ATTEMPTS = 4, 4
-# Seconds that a process has to end by itself, for example because its own collective fails.
+# Grace period, in seconds, for a process to exit on its own, for example after one of its
+# collectives fails.
 GRACE = 3.0
 
 
@@ -75,7 +76,7 @@ class Watch:
         ranks: Number of processes.
 
     Attributes:
-        store: Part of the store for this attempt only, because torchrun uses one store for all
+        store: View of the store for this attempt only, because torchrun shares one store among all
             attempts.
     """
 
@@ -91,8 +92,8 @@ class Watch:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ATTEMPTS)
         self._peers = peers
-        # Make loader processes close these connections, because they inherit them and may outlive
-        # the run.
+        # Loader processes inherit these connections and may outlive the run, so make them close the
+        # connections.
         os.register_at_fork(after_in_child=self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -101,25 +102,25 @@ class Watch:
             peer.close()
 
     def cause(self, seconds: float = GRACE) -> Lost | None:
-        """Return why a process was lost, if a report arrives in time, or None."""
+        """Return why a process was lost, or None if no report arrives in time."""
         self._heard.wait(seconds)
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether this is the node's first process to ask about a text."""
+        """Return whether this is the first process on its node that wants to print a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
-        except RuntimeError:  # The store ends with the first process.
+        except RuntimeError:  # The store closes when the first process exits.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
-        """Tell the other processes that this process ends by itself, and with which exit status."""
+        """Tell the other processes that this process is ending by itself, and its exit status."""
         self._closed.set()
         self._tell(status, "")
 
     def _tell(self, status: int, text: str) -> None:
         for peer in self._peers:
-            with suppress(OSError):  # The peer may be the lost process.
+            with suppress(OSError):  # This peer may be the process that was lost.
                 peer.sendall(bytes([status]) + text.encode())
                 peer.shutdown(socket.SHUT_WR)
 
@@ -145,7 +146,7 @@ class Watch:
         if self._closed.wait(GRACE):
             return
         if cause.status == 2:
-            # Record the error, so that torchrun's next attempt on this node ends immediately.
+            # Record the error on this node, so that torchrun's next attempt ends immediately.
             is_first_to_refuse(str(cause))
         if dist.get_local_rank() == 0:
             print(f"error: {cause}", file=sys.stderr, flush=True)
@@ -166,8 +167,8 @@ def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, st
         while len(peers) < ranks - 1:
             peer, address = server.accept()
             with suppress(OSError):
-                # A process of the run sends its token and rank immediately and retries if it is
-                # rejected, unlike a port scanner.
+                # Use a short timeout: a process of this run sends its token and rank immediately,
+                # and retries if it is rejected. A port scanner sends nothing.
                 peer.settimeout(0.5)
                 said, rank = peer.recv(16), int.from_bytes(peer.recv(4), "big")
                 if said == token.encode() and 0 < rank < ranks:
@@ -182,11 +183,12 @@ def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, st
     """Return the connection to the first process with its name, and this attempt's token."""
     host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
     while time.monotonic() < end:
-        # The store may contain an earlier attempt's port until the first process sets the new port.
+        # The store may still contain the port of an earlier attempt, until the first process
+        # replaces it.
         port, token = store.get("watch").decode().split()
         with suppress(OSError):
             peer = socket.create_connection((host, int(port)), timeout=5)
-            peer.settimeout(30)  # The first process may be busy with port scanners.
+            peer.settimeout(30)  # The first process may be busy rejecting port scanners.
             peer.sendall(token.encode() + rank.to_bytes(4, "big"))
             if peer.recv(1) == b"1":
                 return {peer: f"process 0 at {host}"}, token

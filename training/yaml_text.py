@@ -1,4 +1,4 @@
-"""Quoting of names in YAML, so that values such as 007, 12:30, 1e5 and no remain text.
+"""A function that quotes names in YAML, so that values such as 007, 12:30 and no stay text.
 
 YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
 quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
@@ -16,9 +16,9 @@ import yaml
 from errors import ConfigError
 from training.schema import Config
 
-# Logger arguments whose values are names.
+# Logger arguments that contain names and must therefore stay text.
 NAMES = {"name", "project", "group", "entity", "tags", "notes", "run_name", "experiment_name"}
-# Sections in which all mapping keys are names, mostly class names.
+# Config sections whose mapping keys are all names, mostly of classes.
 NAMED = ("data", "model.class_weights")
 SURPRISING = re.compile(r"[-+]?0[\d_]*[1-9][\d_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
@@ -28,7 +28,8 @@ def quote_text(text: str, place: str = "") -> str:
 
     Args:
         text: YAML text. Invalid YAML is returned unchanged, so that the parser reports the error.
-        place: Dotted name of the key whose value the text is; empty: the complete config.
+        place: Dotted name of the key that the text is the value of. If empty, the text is a
+            complete config.
 
     Raises:
         ConfigError: A number has a leading zero or contains colons.
@@ -42,7 +43,7 @@ def quote_text(text: str, place: str = "") -> str:
         _collect(root, _hint_of(place), place, scalars, set())
     for end, node in sorted(scalars.items(), reverse=True):
         start = end - len(node.value)
-        if text[start:end] == node.value:  # Multi-line scalars are already text.
+        if text[start:end] == node.value:  # Multi-line scalars are text already.
             quoted = node.value.replace("'", "''")
             text = f"{text[:start]}'{quoted}'{text[end:]}"
     return text
@@ -51,8 +52,8 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect the plain scalars below a node that must remain text, by their end position."""
-    if id(node) in seen:  # The node is an alias that was already visited.
+    """Collect the plain scalars below a node that must remain text, indexed by end position."""
+    if id(node) in seen:  # This node is an alias that was already visited.
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):

@@ -1,1 +1,1 @@
-"""Predictions of a run's time and memory, made before the run starts."""
+"""Tools that predict a run's time and memory before it starts."""

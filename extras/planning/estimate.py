@@ -1,8 +1,8 @@
-"""A speed and memory estimate for a run on a different machine's GPUs, from operation counts.
+"""An estimate of a run's speed and memory on another machine's GPUs, from operation counts.
 
-The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of convolutions
-at a fraction of the GPU's peak rate, other operations at a fraction of its memory bandwidth, and
-waiting time.
+The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of three parts:
+convolutions at a fraction of the GPU's peak rate, other operations at a fraction of its memory
+bandwidth, and waiting time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple
 from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
-# Fractions of the data-sheet values that real steps reach.
+# Fractions of a GPU's data-sheet compute and bandwidth that real training steps achieve.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
-# Number of times that a compiled network reads or writes the input of a BatchNorm. In the forward
-# pass it is three times (once for the statistics, twice to normalise). In the backward pass it is
-# seven times (for two sums, for the gradient, and for ReLU and the residual).
+# Number of times that a compiled network reads or writes a BatchNorm layer's input: three in the
+# forward pass (once for the statistics, twice to normalise) and seven in the backward pass (for two
+# sums, the gradient, ReLU and the residual).
 PASSES = 10
-HOST = 8e-3  # Seconds per step that the GPU waits for Composer on the host.
-COLLECTIVE = 30e-6  # Seconds per small all-reduce. A synchronised BatchNorm needs two.
-BETWEEN_NODES = 25e9  # Bytes per second between a GPU and other nodes.
-NODE = 8  # Number of GPUs in a node.
+HOST = 8e-3  # Seconds per step that the GPU waits for Composer on the CPU.
+COLLECTIVE = 30e-6  # Seconds per small all-reduce; a synchronised BatchNorm needs two.
+BETWEEN_NODES = 25e9  # Network bandwidth between a GPU and other nodes, in bytes per second.
+NODE = 8  # Number of GPUs per node.
 
 
 class GPU(NamedTuple):
@@ -66,11 +66,11 @@ class Estimate(NamedTuple):
 
     at_once: int  # Micro-batch size in images.
     fits: bool
-    memory: float  # Bytes that a step needs.
-    free: float  # Free bytes on a GPU.
-    step: float  # Seconds per step, averaged over the steps of the recipe.
-    fastest: float  # Seconds per step at the full speed of the data sheet.
-    evaluation: float  # Images per second on one GPU.
+    memory: float  # GPU memory that a step needs, in bytes.
+    free: float  # Free GPU memory in bytes.
+    step: float  # Estimated seconds per step, averaged over the recipe's steps.
+    fastest: float  # Seconds per step if the GPU reached its data-sheet values.
+    evaluation: float  # Evaluation speed of one GPU, in images per second.
 
 
 def estimate(
@@ -102,8 +102,8 @@ def estimate(
     if compiled:
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
-    # Activations that are not kept are recomputed. This repeats at most half of the forward pass,
-    # which takes a third of the step.
+    # Activations that are not kept must be recomputed. This repeats at most half of the forward
+    # pass, which takes a third of the step's time.
     again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH
@@ -114,9 +114,9 @@ def estimate(
             waits += passes * parts * 2 * footprint.norms * COLLECTIVE
         link = gpu.link if gpus <= NODE else min(gpu.link, BETWEEN_NODES)
         reduce = 2 * (gpus - 1) / gpus * footprint.weights / link
-        # The backward pass hides part of the all-reduce.
+        # Part of the all-reduce overlaps with the backward pass.
         waits += max(0.0, reduce - images * image / 2)
-    # The optimizer reads and writes weights, gradients and momentum.
+    # The optimizer step reads and writes weights, gradients and momentum.
     update = 5 * footprint.weights / gpu.bandwidth / BANDWIDTH
     return Estimate(
         at_once,

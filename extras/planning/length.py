@@ -20,13 +20,13 @@ from training.config import data_sources
 from training.microbatch import Footprint
 from training.schema import Config
 
-DISK_BYTES = 2**27  # Bytes written to measure the speed of a disk.
+DISK_BYTES = 2**27  # Number of bytes to write when the speed of a disk is measured.
 
 
 class Length(NamedTuple):
     """The number of steps, evaluations and checkpoints of a run."""
 
-    epoch: int  # Number of steps in an epoch.
+    epoch: int  # Number of steps per epoch.
     steps: int
     evaluations: int
     checkpoints: int
@@ -44,7 +44,7 @@ def lengths(config: Config, epoch: int) -> Length:
         return max(1, math.ceil(in_batches(text, epoch, config.train_dataset.batch_size)))
 
     total = steps(config.max_duration)
-    # Composer also evaluates and saves at the end of the run.
+    # Round up, because Composer also evaluates and saves a checkpoint at the end of the run.
     evaluations = math.ceil(total / steps(config.eval_interval)) + config.eval_first
     checkpoints = math.ceil(total / steps(config.save_interval)) if config.save_folder else 0
     return Length(epoch, total, evaluations, checkpoints)
@@ -73,7 +73,7 @@ def count_samples(config: Config, split: str) -> int:
         return length_of_repeated(sample_factors(source, rare))
     if source.shards is None:
         return len(source.samples())
-    # Download the index to a temporary folder, so that nothing is left behind.
+    # Download the shard index to a temporary folder, so that the plan leaves no files behind.
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         options = replace(source.shards, local=folder if source.shards.local else None)
         return len(replace(source, shards=options).open_shards())
@@ -82,7 +82,7 @@ def count_samples(config: Config, split: str) -> int:
 def run_totals(
     config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the part of a plan about the run's duration and its checkpoints' disk space.
+    """Return the part of a plan that covers the run's duration and its checkpoints' disk space.
 
     Args:
         config: Config of the run.
@@ -94,7 +94,8 @@ def run_totals(
         ConfigError: The save folder is not writable.
     """
     size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
-    # The saver deletes an old checkpoint only after the next is complete.
+    # The saver deletes the oldest checkpoint only after the new one is complete, so the disk needs
+    # room for an additional checkpoint.
     kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
     kept += bool(kept) and config.save_best
     saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
@@ -117,8 +118,9 @@ def run_totals(
 
 
 def _disk(folder: str) -> tuple[float, int | None]:
-    """Return the write speed for checkpoints in bytes per second, and the free bytes."""
-    # For a remote folder, measure the local disk, because training continues during the upload.
+    """Return the disk's write speed in bytes per second, and its free space in bytes."""
+    # For a remote save folder, measure the local disk, because training continues during the
+    # upload.
     remote = is_remote(folder)
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())
@@ -135,7 +137,7 @@ def _disk(folder: str) -> tuple[float, int | None]:
 
 
 def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the part of a plan about the duration of an evaluation.
+    """Return the part of a plan that covers the duration of an evaluation.
 
     Args:
         images: Number of evaluation images.

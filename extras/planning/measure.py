@@ -1,6 +1,6 @@
 """Measurements of a few training steps, the first evaluation batches, and the loader.
 
-The measurements leave no checkpoint, log, downloaded weights or cached shards behind.
+The measurements leave no checkpoints, logs, downloaded weights or cached shards behind.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from training.schema import Config
 if TYPE_CHECKING:
     from composer import Trainer
 
-STEPS = 6  # Minimum number of timed steps.
+STEPS = 6  # Minimum number of training steps to time.
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# Type of `main.build_trainer`. The function is called with a logger that stores nothing, so that
-# pictures are drawn and timed.
+# Type of `main.build_trainer`. The planner passes a logger that stores nothing, so that pictures
+# are drawn and their time is measured.
 BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
-    """Measurements of this process and its device, in seconds, bytes and images."""
+    """The measured speed and memory of a training run, in this process and on its device."""
 
-    start: float  # Seconds until the end of the first step, including imports and compilation.
+    # Seconds from the start to the end of the first step, including imports and compilation.
+    start: float
     at_once: int  # Micro-batch size in images.
-    memory: float  # Peak memory of the steps, in bytes.
+    memory: float  # Peak memory of a training step in bytes.
     step: float  # Seconds per step without waiting for data, averaged over the recipe's steps.
-    loader: float  # Images per second of the loader alone, without the network.
+    loader: float  # Speed of the data loader without the network, in images per second.
     workers: int
-    epoch: int  # Number of batches in an epoch.
-    evaluation: float  # Seconds for all evaluation images, including pictures.
-    # Size of a remote data set in bytes, and bytes per second from its store.
+    epoch: int  # Number of batches per epoch.
+    evaluation: float  # Seconds to evaluate all images, including drawing pictures.
+    # Size of a remote data set in bytes, and the download speed from its store in bytes per second.
     store: tuple[float, float] | None
 
 
@@ -66,10 +67,11 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # At this point, Composer has already waited for the device, in order to log the loss.
+        # Stop the clock here: to log the loss, Composer has already waited for the device.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
-            # Discard the memory peak of the first step, which may try too large a micro-batch.
+            # Ignore the peak memory of the first step, because it may try a micro-batch size that
+            # is too large.
             torch.cuda.reset_peak_memory_stats()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
@@ -103,13 +105,15 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         # Disable evaluation, which Composer would otherwise run at the end of each `fit`.
         for evaluator in trainer.state.evaluators:
             evaluator.eval_interval = lambda state, event: False
-        trainer.fit(duration=f"{cycle}ba")  # The first steps compile the network.
+        # Warm up first, because the first steps compile the network.
+        trainer.fit(duration=f"{cycle}ba")
         start = seconds_since_start()
-        # Time several steps, because `fit` restarts the loader's processes, which slows the first.
+        # Time several steps, because each call of `fit` restarts the loader processes and this
+        # slows its first step.
         timed = cycle * math.ceil(STEPS / cycle)
         trainer.fit(duration=f"{cycle + timed}ba")
         kinds = [statistics.median(watch.steps[-timed + kind :: cycle]) for kind in range(cycle)]
-        # The last step of each SAM cycle has an additional pass.
+        # SAM makes an additional pass in the last step of each cycle.
         step = (kinds[-1] + (interval - 1) * kinds[0]) / interval
         memory = peak_memory()
         spec = train_data_spec(trainer)
@@ -134,10 +138,10 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
 class MeasuredEvaluation(NamedTuple):
     """Time and memory of a standalone evaluation, in this process and on its device."""
 
-    start: float  # Seconds until the first image, including imports.
-    evaluation: float  # Seconds for all images, including pictures.
-    images: int  # Number of images, summed over all processes.
-    memory: float  # Peak memory of the first batches, in bytes.
+    start: float  # Seconds until the first image is evaluated, including imports.
+    evaluation: float  # Seconds to evaluate all images, including drawing pictures.
+    images: int  # Number of evaluation images over all processes.
+    memory: float  # Peak memory of the first evaluation batches in bytes.
 
 
 def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredEvaluation:
@@ -162,13 +166,13 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
 
 
 def _without_label_check(trainer: Trainer) -> None:
-    """Remove the label check, because a few batches contain only a few classes."""
+    """Remove the label check, because it would warn: a few batches contain only some classes."""
     callbacks = trainer.state.callbacks
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
 
 
 def _leaving_nothing(config: Config, folder: str) -> Config:
-    """Return a config for a run that writes nothing except cached shards below `folder`."""
+    """Return a config for a run that writes only cached shards, in a folder below `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
@@ -187,7 +191,7 @@ def _leaving_nothing(config: Config, folder: str) -> Config:
 
 
 def seconds_since_start() -> float:
-    """Return the age of this process in seconds, including its imports."""
+    """Return the number of seconds since this process started, including its imports."""
     return time.time() - psutil.Process().create_time()
 
 
@@ -209,7 +213,7 @@ def _loader_rate(loader: DataLoader) -> float:
     most: float = math.inf
     shards = getattr(loader.dataset, "shards", None)
     if isinstance(shards, Shards) and shards.is_cache:
-        # Download the shards in a first pass, and measure the loader in a second pass.
+        # The first pass downloads the shards, so that the second measures only the loader.
         _, most = _load(loader, most)
     return _load(loader, most)[0]
 
@@ -220,7 +224,7 @@ def _load(loader: DataLoader, most: float) -> tuple[float, int]:
     Returns:
         Images per second, and the index of the last batch.
     """
-    # Do not count the batches that the workers may have prepared before the clock starts.
+    # Exclude the batches that the workers may have prepared before the clock started.
     warm = 1 + 2 * loader.num_workers
     seen, number, began = 0, 0, 0.0
     with contextlib.closing(batches(loader)) as given:
@@ -238,7 +242,7 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
     (evaluator,) = trainer.state.evaluators
     count = len(cast(DataLoader, evaluator.dataloader.dataloader))
     few = min(2, count)
-    # Do not time the first call, which starts the loader and compiles the network.
+    # The first call starts the loader and compiles the network, so do not time it.
     trainer.eval(subset_num_batches=few)
     watch.eval_batches.clear()
     began = time.perf_counter()

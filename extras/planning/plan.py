@@ -69,7 +69,7 @@ class Plan(dict[str, Any]):
     def _speed(self) -> list[tuple[str, str]]:
         speed = self["speed"]
         rate = f"{speed['images_per_second']:.1f} images/s"
-        # The plan of an evaluation has no step time.
+        # A plan for an evaluation contains no step time.
         if "step" not in speed:
             return [("speed", rate)]
         rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
@@ -140,7 +140,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser for main.py's arguments when `--plan` is given."""
+    """Return the parser for main.py's arguments if `--plan` is among them."""
     result = argparse.ArgumentParser(
         prog="python main.py", usage="%(prog)s CONFIG [key=value ...] --plan [options]"
     )
@@ -269,7 +269,8 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, each step first waits for its data.
+    # Without loader processes, data is not loaded in parallel to training, so each step first waits
+    # for its data.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {
@@ -340,7 +341,7 @@ def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str
 
 
 def _count(config: Config, size: int, precision: str, compiled: bool) -> Footprint:
-    """Return the footprint of the run's network for images of `size` pixels."""
+    """Return the footprint of the run's network for images of `size` x `size` pixels."""
     network = create_meta_network(**asdict(config.model))
     return count(network, size, AUTOCAST.get(precision), compiled)
 

@@ -27,11 +27,11 @@ from extras.preparation.annotations import (
     reading,
 )
 
-CORNERS = 128  # Number of corners of the polygon that approximates a circle.
+CORNERS = 128  # Number of corners of the polygon that stands in for a circle.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Shape types in LabelMe and CVAT, and label types in CVAT, that have no area.
+# Types of shapes and labels in LabelMe and CVAT files that cover no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
-Names = list[str] | dict[int, str] | None  # YOLO's class names.
+Names = list[str] | dict[int, str] | None  # Class names of a YOLO data set.
 
 
 def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
@@ -39,8 +39,8 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
 
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
-        names: YOLO's class names, if no data.yaml contains them.
-        images: Folder of the images, to distinguish YOLO's label files from other text files.
+        names: Class names for YOLO files if there is no data.yaml.
+        images: Folder of the images. It helps to tell YOLO's label files from other text files.
 
     Raises:
         DataError: The source is missing or has an unknown format.
@@ -88,7 +88,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
             shapes[image].append(Shape(names[category], outline))
         else:
             skipped.append(f"{where}: no outline of at least three points within its image")
-    # Roboflow exports the root of the category tree as an additional category without shapes.
+    # Roboflow exports the root of its category tree as an additional category without shapes.
     roots = {category.get("supercategory") for category in found["categories"]}
     classes = [name for number, name in names.items() if number in used or name not in roots]
     photos = [
@@ -99,7 +99,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the polygons of a COCO outline that can be drawn. A flat list is a single polygon."""
+    """Return a COCO outline's polygons that can be drawn; a flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
@@ -110,7 +110,7 @@ def _unix(path: str) -> str:
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
-    """Return the value of one key in each COCO entry, indexed by id. The ids must be unique."""
+    """Return the value of a key in each COCO entry, indexed by ID; IDs must be unique."""
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
@@ -127,7 +127,8 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
             shapes, size = [], (found["imageHeight"], found["imageWidth"])
             for shape in found["shapes"]:
                 kind, points = shape.get("shape_type") or "polygon", shape["points"]
-                if kind == "mask":  # LabelMe stores a mask as a PNG of the box between two points.
+                # LabelMe stores a mask as a PNG of the rectangle between two points.
+                if kind == "mask":
                     picture = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
                     left, top = map(int, points[0])
                     runs = _run_lengths(np.asarray(picture) > 0, left, top, size)
@@ -138,7 +139,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
                     shapes.append(Shape(shape["label"], [outline]))
                 else:
                     skipped.append(f"{file.name}: {shape['label']}, a {kind}")
-            # The path of the image is relative to the folder of the JSON file.
+            # The image path is relative to the folder of the JSON file.
             name = Path(_unix(found["imagePath"])).name
             photo = (file.parent.relative_to(root) / name).as_posix()
             photos.append(Annotated(photo, size, shapes))
@@ -184,7 +185,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         for element in image:
             outline = _cvat_outline(element.tag, element.attrib, size)
             if outline is None:
-                if element.tag != "tag":  # A tag describes the whole image and is not a shape.
+                if element.tag != "tag":  # A tag describes the complete image and has no shape.
                     skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
                 continue
             if not element.get("label"):
@@ -196,7 +197,8 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         raise ValueError("it contains tracks of a video; export the task as CVAT for images 1.1")
     if not photos:
         raise ValueError("it contains no <image> elements")
-    # CVAT lists the parts of a skeleton as labels too. Unlike classes, they have a parent.
+    # CVAT also lists the parts of a skeleton as labels. Only parts have a parent, so labels with a
+    # parent are not classes.
     areas = [
         label.findtext("name")
         for label in root.iter("label")
@@ -223,7 +225,8 @@ def _cvat_outline(
         return [_turned(ellipse, degrees)]
     if kind != "mask":
         return None
-    # CVAT's run lengths follow the rows of a box, whereas COCO's follow the columns of the image.
+    # CVAT's run lengths go along the rows of a box, whereas COCO's go down the columns of the
+    # image.
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
@@ -264,7 +267,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                 if not line.strip():
                     continue
                 kind, *values = line.split()
-                if len(values) < 6:  # A box has four numbers and is not an outline.
+                if len(values) < 6:  # Four numbers are a box, not an outline.
                     skipped.append(f"{file.relative_to(root)}: line {number}, a box")
                     continue
                 if int(kind) not in classes:

@@ -1,12 +1,12 @@
-"""Shapes on images from any labelling tool, and masks drawn from the shapes.
+"""Types for labelled shapes from any tool, and functions that draw them as masks.
 
 COCO's own library, pycocotools, draws the shapes. It applies the same rule to polygons from all
 tools, it is the only library that reads COCO's compressed run lengths, and it depends only on
 NumPy.
 
-Two other libraries were rejected. datumaro reads as many formats but installs a second OpenCV over
-the existing one, and supervision does not read LabelMe and CVAT. The readers for LabelMe, CVAT and
-YOLO take only a few lines each.
+Two other libraries were considered. datumaro reads as many formats, but it installs a second OpenCV
+over the existing one. supervision reads neither LabelMe nor CVAT. This project's readers for
+LabelMe, CVAT and YOLO take only a few lines each.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from PIL import Image
 from dataset.paths import IMAGE_SUFFIXES, visible_files
 from errors import DataError, one_line
 
-BEYOND = 16  # Maximum coordinate of an outline, as a multiple of the image's longer side.
-# LabelMe's names for ignored pixels and for pixels without a class.
+# Largest allowed coordinate of an outline, as a multiple of the image's longer side.
+BEYOND = 16
+# Label names that LabelMe uses for ignored pixels and for pixels without a class.
 IGNORED_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
-# Exceptions raised while parsing a malformed file.
+# Exceptions that parsing a malformed file can raise.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 MALFORMED += (yaml.YAMLError, ElementTree.ParseError)
 
@@ -66,7 +67,7 @@ class Annotations(NamedTuple):
     Attributes:
         photos: All annotated images.
         classes: Names of the classes in the tool's order, without the names in `RESERVED`.
-        skipped: One line about each omitted shape or file, for example about points and lines.
+        skipped: One line of text about each omitted shape or file, such as points and lines.
     """
 
     photos: list[Annotated]
@@ -76,7 +77,7 @@ class Annotations(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Convert errors while reading an annotation file to a one-line DataError.
+    """Turn any error while an annotation file is read into a one-line DataError.
 
     Args:
         path: Path of the file or folder.
@@ -89,7 +90,7 @@ def reading(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except OSError as error:
-        # A damaged image raises an OSError without strerror.
+        # Pillow's OSError for a damaged image has no strerror, so use its message.
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
@@ -118,7 +119,7 @@ def photo_size(path: Path) -> tuple[int, int]:
         path: Path of the image.
     """
     with Image.open(path) as image:
-        # Pillow already applies the EXIF orientation of a TIFF.
+        # Pillow has already applied the EXIF orientation of a TIFF.
         turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size
     return (width, height) if turned else (height, width)
@@ -185,8 +186,8 @@ def draw(
 def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the path of each image in a folder.
 
-    A name is a path relative to the folder. Each image has two names: all names without an
-    extension come first, followed by all names with an extension.
+    A name is a path relative to the folder. Each image is yielded twice. First, all images are
+    named without their extension, then with it.
 
     Args:
         folder: Folder to search.

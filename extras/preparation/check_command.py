@@ -7,8 +7,8 @@
     python data.py PATH --num-classes 11 --picture sheet.png
 
 The report shows the image sizes, the classes and the loader's speed on this machine. It lists
-oddities, which do not prevent training, and problems, which do. The exit status is 0 if training
-would work, 1 if it would fail, and 2 for invalid arguments.
+problems, which prevent training, and oddities, which do not. The exit status is 0 if training would
+work, 1 if it would fail, and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 SPEED_SECONDS, SPEED_BATCH = 5, 16
 
-BuildDataspec = Callable[..., DataSpec]  # The type of `data.build_ade20k_dataspec`.
+BuildDataspec = Callable[..., DataSpec]  # Type of `data.build_ade20k_dataspec`.
 
 
 def measure_loader(
@@ -70,7 +70,7 @@ def measure_loader(
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
-    # Do not count the batches that the workers may have prepared before the clock starts.
+    # Exclude the batches that the workers may have prepared before the clock started.
     warm = 1 + 2 * loader.num_workers
     with contextlib.closing(batches(loader)) as given:
         for number, (image, target) in enumerate(given):
@@ -94,7 +94,7 @@ def measure_loader(
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the batches of a training loader, epoch after epoch.
+    """Yield the batches of a training loader for one epoch after another.
 
     Closing the generator stops the worker processes.
 
@@ -107,7 +107,7 @@ def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
             sampler.set_epoch(epoch)
             yield from loader
     finally:
-        # Stop the workers now, because the garbage collector would take 5 s for each worker.
+        # Stop the workers explicitly, because garbage collection would wait 5 s per worker.
         loader._iterator = None
 
 
@@ -179,7 +179,7 @@ def validate(
     classes = rename_classes(class_names, labels.num_classes, described, "the description")
     if "://" not in source.path and not Path(source.path).is_dir():
         raise DataError(f"folder {source.path} does not exist; check the path")
-    # The picture must not overwrite an image or a mask of the data set.
+    # The picture must not overwrite any of the data set's images or masks.
     if picture:
         check_outputs([picture], [] if source.shards else _sample_files(source))
         check_writable(picture)
@@ -225,8 +225,8 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
     """Return the data set that the command-line arguments describe.
 
     Args:
-        path: Folder in ADE20K's layout, a description file, or folder or URL of MDS shards.
-        second: Root of a described data set or cache folder for shards, or None.
+        path: Folder in ADE20K's layout, description file, or folder or URL of MDS shards.
+        second: Root of a described data set, or cache folder for shards; None if not given.
         labels: Meaning of the labels if no description exists.
 
     Raises:
@@ -269,7 +269,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     write_image(path.with_suffix(".png"), sheet)
     try:
         write_file(path, text)
-    # Delete the picture if writing fails, so that the user can run the same command again.
+    # If writing fails, delete the picture, so that the same command can be run again.
     except BaseException:
         path.with_suffix(".png").unlink()
         raise
@@ -288,7 +288,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
         The exit status.
     """
     options = parse_data(arguments)
-    # Replace Composer's Ctrl-C handler, which ends the process immediately.
+    # Composer's Ctrl-C handler ends the process immediately, so replace it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:
@@ -296,7 +296,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
             return write_suggestion(options.path, options.local, options.workers)
         source = find_source(options.path, options.local, labels)
         drawn = []
-        # An earlier `--suggest` may have written a picture next to the description.
+        # An earlier run with `--suggest` may have written a picture next to the description.
         if is_description(options.path):
             drawn = [str(Path(options.path).with_suffix(".png"))]
         report = validate(

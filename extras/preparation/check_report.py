@@ -11,7 +11,7 @@ from tabulate import tabulate
 from segmentation.classes import name_classes
 
 SHOWN = 20  # Maximum number of similar findings to print.
-TITLE = 60  # Maximum number of characters in a row's title.
+TITLE = 60  # Maximum length of a row title in characters.
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -61,7 +61,7 @@ def _verdict(report: dict[str, Any]) -> str:
     if not missing:
         return line
     occurring = len(classes) - len(missing)
-    if report["described"]:  # A description already lists every label.
+    if report["described"]:  # A data set with a description already lists every label.
         return line
     if occurring == 1 and classes[0]["label"] == 1:
         line += "; use --no-ignore-background to make label 0 a class"

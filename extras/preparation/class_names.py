@@ -1,4 +1,4 @@
-"""The classes of a suggested description: names for the mask values, formatted as YAML lines."""
+"""Functions that name the classes in a suggested description and format them as YAML lines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dataset.paths import visible_files
 from errors import DataError
 from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
 
-RARE = 0.2  # Black, white and 0 may mean "ignored" if they cover less than this fraction.
+# Black, white or label 0 may mean "ignored" if it covers less than this fraction of the pixels.
+RARE = 0.2
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
-# Column headings in class tables, mapped to the meaning of the column.
+# Maps column headings of class tables to the column's meaning.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
 _COLUMNS |= dict.fromkeys(
     ("name", "class", "label", "class name", "class_name", "category"), "name"
@@ -30,8 +31,8 @@ _COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "val
 def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
     """Find a file with a table that names the masks' colours or values.
 
-    The known formats are `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt`. A
-    table of colours also works for masks with a palette.
+    The known formats are `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt`.
+    For masks with a palette, a table of colours also works.
 
     Args:
         root: Folder of the data set.
@@ -56,10 +57,10 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names in a table by colour and by value. Both are empty for other files."""
+    """Return the names in a table, by colour and by value; both are empty for other files."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
-    place: dict[str, int] = {}  # Index of each column in the header.
+    place: dict[str, int] = {}  # Maps each heading to its column index.
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
         cells = _cells(line)
         lower = [cell.lower() for cell in cells]
@@ -67,7 +68,7 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
         if "name" in header and len(header) > 1 and not by_color and not by_value:
             place = header
             continue
-        # CVAT writes lines such as `road:128,64,128::`.
+        # CVAT's label files contain lines such as `road:128,64,128::`.
         cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+)(:.*)?", line.strip())
         if cvat:
             row = dict(zip(("name", "r", "g", "b"), cvat.groups()))
@@ -87,12 +88,13 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _cells(line: str) -> list[str]:
-    """Split a line at its separator."""
+    """Split a table's line into cells at its separator."""
     for separator in ("\t", ";", ","):
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
             cells = [cell.strip() for cell in cells]
-            if separator == "\t":  # CamVid's table has lines such as `64 128 64<tabs>Animal`.
+            # CamVid's class table contains lines such as `64 128 64<tabs>Animal`.
+            if separator == "\t":
                 cells = [p for c in cells if c for p in (c.split() if c[0].isdigit() else [c])]
             return cells
     return [part for part in re.split(r"\s+(?=\d+(?:\s|$))|(?<=\d)\s+", line.strip()) if part]
@@ -172,8 +174,8 @@ def class_lines(root: Path, values: Values) -> list[str]:
 def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
     """Return the values that probably mean "no class": rare values that are black or white.
 
-    A name in a table overrides the guess. In a set of grey levels that do not number classes, such
-    as 0, 128 and 255, the values 0 and 255 are classes.
+    A name in a table overrides the guess. If the grey levels are spread out, such as 0, 128 and
+    255, the values 0 and 255 count as classes.
     """
     pixels = {v: n for v, n in values.pixels.items() if v not in values.edges}
     total = sum(pixels.values())
@@ -214,5 +216,6 @@ def quoted(text: str) -> str:
     Args:
         text: The string.
     """
-    # JSON's escapes differ from YAML's for characters above U+FFFF, so PyYAML writes the string.
+    # Let PyYAML quote the string, because JSON's escapes for characters above U+FFFF are not valid
+    # in YAML.
     return yaml.safe_dump(text, default_style='"', width=10**6, allow_unicode=True).strip()

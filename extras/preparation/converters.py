@@ -99,7 +99,7 @@ def draw_masks(
                     f"the image is {size[1]}x{size[0]}, but its annotation is for {width}x{height}"
                 )
             shapes = annotated.shapes
-            if annotated.size is None:  # YOLO's coordinates are fractions of the image's sides.
+            if annotated.size is None:  # YOLO coordinates are fractions of the image size.
                 scale = np.array(size[::-1], float)
                 shapes = [
                     shape._replace(

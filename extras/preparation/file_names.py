@@ -1,4 +1,4 @@
-"""A parser for paths of images and masks: split, sample name and file type."""
+"""A parser that finds the split, sample name and file type in image and mask paths."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ WORDS = {
     "test": ("testing", "test", "tst", "ts"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-MARK = "\0"  # Placeholder for the word that names the split.
-# A token is a hash, a number, a word (also within camel case), the first word in a name such as
-# `trainannot` or `imagestrain`, or any other single character.
+# Placeholder for a split name, such as `train`, in a path.
+MARK = "\0"
+# A token is a hash, a number, a word (also one inside a camel-case name), the first word of a name
+# such as `trainannot` or `imagestrain`, or any other single character.
 TOKEN = re.compile(
     r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
     r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
@@ -32,7 +33,7 @@ SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
 MOST_VALUES = 1000  # Maximum number of different values in a mask.
-SAMPLED = 150  # Maximum number of files for which matching files are searched.
+SAMPLED = 150  # Maximum number of files for which the search looks for partners.
 
 
 class Picture(NamedTuple):
@@ -59,10 +60,10 @@ class Side(NamedTuple):
 
     before: tuple[str, ...]
     after: tuple[str, ...]
-    deep: bool  # Whether there are folders between `before` and `after`.
+    deep: bool  # Whether more folders may come between `before` and `after`.
     head: str
     tail: str
-    suffix: str  # An empty suffix matches every extension.
+    suffix: str  # Empty if the template matches every extension.
     has_stem: bool = True
 
     def template(self, word: str) -> str:
@@ -73,7 +74,8 @@ class Side(NamedTuple):
         """
         suffix = self.suffix
         if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
-            suffix = ".*"  # A tail such as `.rf` would be mistaken for the extension.
+            # In a template, a tail such as `.rf` would be mistaken for the extension.
+            suffix = ".*"
         middle = ["{dir}"] if self.deep else []
         name = f"{self.head}{{stem}}{self.tail}{suffix}"
         if not self.has_stem:
@@ -81,12 +83,12 @@ class Side(NamedTuple):
         return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
 
     def words(self) -> list[str]:
-        """Return the words in the pattern's fixed text, in lower case."""
+        """Return the lower-case words in the pattern's fixed text."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return [word.lower() for word in TOKEN.findall(text)]
 
     def version(self) -> int:
-        """Return the highest version number in the fixed text, such as 2 for `v2`, or 0."""
+        """Return the highest version number in the fixed text, such as 2 for `v2`, or 0 if none."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
 
@@ -128,7 +130,7 @@ class Look(NamedTuple):
 
 @functools.lru_cache(100_000)
 def look_at(path: Path) -> Look:
-    """Summarise a file's pixels. They look like labels if they form areas of a few values.
+    """Summarise a file's pixels, which look like a mask if they form areas of a few values.
 
     Args:
         path: Path of the file.
@@ -137,9 +139,11 @@ def look_at(path: Path) -> Look:
         with Image.open(path) as image:
             is_grey = image.mode in ("L", "LA", "P", "1", "I;16", "I")
             pixels = np.array(image)
-    except Exception as error:  # Pillow's plugins raise exceptions of any type.
+    except Exception as error:  # Pillow's plugins can raise any type of exception.
         return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
-    if pixels.ndim == 3:  # The pixels are grey with alpha, or colours.
+    # Combine the channels of a colour image into one value. An image with two channels is grey with
+    # alpha.
+    if pixels.ndim == 3:
         colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
         pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
     same = (pixels[:, 1:] == pixels[:, :-1]).mean() if pixels.shape[1] > 1 else 1.0
@@ -151,7 +155,7 @@ def look_at(path: Path) -> Look:
 def is_lossy_mask(path: Path) -> bool:
     """Return whether a file looks like a mask that lossy compression has changed.
 
-    In such a mask, nearly all pixels and their neighbours are close to one of a few values.
+    In such a mask, the values of nearly all pixels and their neighbours are close to a few values.
 
     Args:
         path: Path of the file.
@@ -159,7 +163,7 @@ def is_lossy_mask(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB")).astype(np.int32)
-    except Exception:  # Pillow's plugins raise exceptions of any type.
+    except Exception:  # Pillow's plugins can raise any type of exception.
         return False
     coarse = (pixels + 8) // 16 @ np.array([1, 17, 289])
     counts = np.sort(np.unique(coarse, return_counts=True)[1])[::-1]
@@ -173,8 +177,8 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
     Args:
         root: Folder of the data set.
         path: Path of the file.
-        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both.
-            Folders are searched first.
+        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both. If
+            both are given, folders are searched first.
     """
     dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
     if "folders" in splits_in:
@@ -232,7 +236,7 @@ def without_numbers(name: str) -> str:
 
 
 def sample_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Return a sample of files: one for each type of path, and others at equal intervals.
+    """Return a sample of files: one for each type of path, and more at equal intervals.
 
     Args:
         pictures: All files.

@@ -1,4 +1,4 @@
-"""An analysis of masks that finds their values and decides how to read them."""
+"""Functions that find the values in masks and decide how to read them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from dataset.workers import chunked, map_chunks
 from errors import DataError
 
 MOST_CLASSES = IGNORED - 1
-MOST_VALUES = 4000  # Maximum number of different values in all masks.
-# Thresholds for values that result from blurred edges. Nearly all pixels of such a value are on
-# thin lines, and the value is between the values around it. In the first case, the value is rare
-# and occurs in few files. In the second case, all masks are blurred, and many such values together
-# cover few pixels.
+# Maximum number of different values in all masks together.
+MOST_VALUES = 4000
+# These thresholds identify values that come only from blurred edges. Nearly all pixels with such a
+# value are on thin lines, and the value is between the values around it. Either the value is rare
+# and occurs in few files, or all masks are blurred and many such values together cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-EDGE_SHARE_OF_FILE = 0.05  # For speed, values with a larger share of a file are not examined.
+# To save time, do not examine values that cover a larger fraction of a file.
+EDGE_SHARE_OF_FILE = 0.05
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 
 
@@ -57,7 +58,7 @@ class Values(NamedTuple):
         pixels: Number of pixels of each value.
         edges: Files that contain each value that probably results from blurred edges.
         colors: Palette colour of each value.
-        same: Values that mean the same as a different value, mapped to that value.
+        same: Maps each value that is a synonym to the value with the same meaning.
         notes: Comment lines for the description.
     """
 
@@ -109,7 +110,7 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Count the pixels of rare values on thin lines: all of them, and those between neighbours.
+    """Count pixels of rare values on thin lines, and how many are between their neighbours' values.
 
     A pixel is on a thin line if one of its four neighbours has a different value.
     """
@@ -126,7 +127,7 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    # On a blurred edge, the value of at least one channel is between those of its neighbours.
+    # On a blurred edge, at least one channel's value is between the values of its neighbours.
     between = np.zeros(mask.shape, bool)
     kernel = np.ones((7, 7), np.uint8)
     for channel in channels:
@@ -193,7 +194,7 @@ def _suspect_edges(
         edges = set(many)
     else:
         edges = {v for v in thin if share[v] < EDGE_SHARE and len(where[v]) <= most}
-    # Blurred masks also contain other rare values on thin lines, from sharpening and rounding.
+    # Blurred masks also contain other rare values on thin lines, caused by sharpening and rounding.
     blurred = {f.path for f in files if len(edges & f.values.keys()) >= EDGE_VALUES // 2}
     return edges | {
         value
@@ -216,7 +217,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
             f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
             "tell classes apart"
         )
-    # Allow for two more values, which may be ignored later.
+    # Allow two more values than the maximum number of classes, because the user may ignore two.
     if classes > MOST_CLASSES + 2:
         raise DataError(
             f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "
@@ -225,7 +226,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
 
 
 def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:
-    """Decide how to read masks. Return their values, whether these are colours, and comments."""
+    """Decide how to read masks; return the values, whether they are colours, and comments."""
     by_kind = {file.kind: file for file in reversed(files)}
     if "color" in by_kind and len(by_kind) > 1:
         other = next(file for kind, file in by_kind.items() if kind != "color")
@@ -259,10 +260,10 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
 def _read_palettes(
     files: list[FileValues], value: int, first: str, second: str, kinds: set[str]
 ) -> tuple[list[FileValues], bool, list[str]]:
-    """Read masks with different palettes by colour, if the colours recur.
+    """Read masks with different palettes by colour, if they share a common set of colours.
 
     Raises:
-        DataError: The colours do not recur, or some masks have no palette.
+        DataError: The masks do not share a common set of colours, or some have no palette.
     """
     differ = f"{first} and {second} show value {value} in different colours"
     uses = Counter(color for file in files for color in set(file.palette.values()))
@@ -290,7 +291,7 @@ def _by_color(file: FileValues) -> FileValues:
 
 
 def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
-    """Return {1: 255} if masks contain either 0 and 1 or 0 and 255, but never both."""
+    """Return {1: 255} if some masks contain only 0 and 1, and all others only 0 and 255."""
     kinds = {frozenset(file.values) for file in files}
     has = [any(v in kind for kind in kinds) for v in (1, 255)]
     if in_colors or not all(has) or any({1, 255} <= kind for kind in kinds):

@@ -1,9 +1,9 @@
 """A search that matches the images and masks in a folder by their names and pixels.
 
-The search tries every way to interpret the names. The ways differ in the folder or word that names
-the split, in the folders that are part of a sample's name, and in the words at the start and end of
-a file name that only state the file's type. The layout that pairs the most images wins. It is then
-converted to templates of `dataset.matching`.
+The search tries every interpretation of the names. Interpretations differ in the folder or word
+that names the split, in the folders that belong to a sample's name, and in the words at the start
+and end of a file name that only state the file's type. The layout that pairs the most images wins.
+It is then converted to templates of `dataset.matching`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# Words in paths that hint at masks of objects instead of classes, and at outdated folders.
+# Words in a path that suggest instance masks instead of class masks, or outdated folders.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
-CANDIDATES = 60  # Maximum number of layouts to try on all files.
-LOOKED_AT = 7  # Number of files whose pixels are read to distinguish images from masks.
+CANDIDATES = 60  # Maximum number of candidate layouts to test on all files.
+LOOKED_AT = 7  # Number of files whose pixels are read to tell images from masks.
 
 
-# These functions propose path patterns.
+# Functions that propose path patterns.
 
 
 def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Side, Side]]:
@@ -52,8 +52,8 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
         if image.suffix.lower() in IMAGE_SUFFIXES:
             for core in stem_cores(image.stem):
                 by_core[core].append(image)
-    # For each type of path, keep the few masks that share the longest part of their name with an
-    # image.
+    # For each kind of path, keep only the few masks whose names have the longest part in common
+    # with an image name.
     kinds: dict[tuple, list[tuple[float, Picture]]] = defaultdict(list)
     for mask in pictures:
         if mask.suffix.lower() in mask_suffixes:
@@ -70,7 +70,8 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     ]
     votes: Counter[tuple[Side, Side]] = Counter()
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
-        # Compare each image with the mask once, by the longest common part of their names.
+        # Compare each pair of an image and a mask only once, by the longest part that their names
+        # have in common.
         patterns, seen = set(), set()
         for core in stem_cores(mask.stem):
             images = _others(by_core, core, mask)
@@ -90,14 +91,14 @@ def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list
 
 
 def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]]:
-    """Return the path patterns of an image and its mask, given the common part of their names."""
+    """Return path patterns for an image and its mask, given the part that their names share."""
     core = core.strip("_-. ") or core
     ends = []
     for stem in (image.stem, mask.stem):
         head, _, tail = stem.partition(core)
         ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
-    # Folders that are equal in both paths may be part of the sample's name. Try none of them, and
-    # each run of consecutive equal folders.
+    # Folders that occur in both paths may be part of the sample's name. Try all possibilities: no
+    # folders, and each run of consecutive common folders.
     runs = [(len(image.dirs), len(mask.dirs), 0)]
     for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
         same = [MARK not in part for part in image.dirs[a : a + size]]
@@ -115,7 +116,7 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
             ]
             if sides[0] != sides[1]:
                 patterns.add((sides[0], sides[1]))
-                # The image may be `x.jpg` and its mask `x.jpg.png`.
+                # In some data sets, `x.jpg.png` is the mask of `x.jpg`.
                 if sides[1].tail == image.suffix and not sides[0].suffix:
                     patterns.add((sides[0], sides[1]._replace(tail=".*")))
     return patterns
@@ -186,7 +187,8 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     pairs = [(image, masks[key]) for key, image in images.items() if key in masks]
     if not pairs:
         return None
-    # A template can contain only one word per split, so use the most frequent word.
+    # A template can use only one word for each split, so use the most frequent word, such as
+    # `train` or `training`.
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
@@ -216,7 +218,7 @@ def _tightened(layout: Layout) -> Layout:
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
     if not image.has_stem:
-        # Leave at least one folder for the placeholder `{name}`.
+        # At least one folder must remain for the placeholder `{name}`.
         shared = min(shared, min(map(len, middles)) - 1)
     deep = any(len(middle) > shared for middle in middles)
     sides = [
@@ -227,7 +229,7 @@ def _tightened(layout: Layout) -> Layout:
 
 
 def _holds_copies(layout: Layout) -> bool:
-    """Return whether different folders contain the same images, as versions of a data set do."""
+    """Return whether several folders contain the same images, as in a data set with versions."""
     if not layout.images.deep:
         return False
     by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -240,18 +242,18 @@ def _holds_copies(layout: Layout) -> bool:
     return all(len({path.read_bytes() for path in paths[:2]}) == 1 for paths in sample)
 
 
-# These functions choose the best layout.
+# Functions that choose the best layout.
 
 
 class Search(NamedTuple):
     """The best layout, and alternatives to it."""
 
     layout: Layout
-    others: list[Layout]  # Alternatives that pair at least as many images.
+    others: list[Layout]  # Other layouts that pair at least as many images.
 
 
 def _rank(layout: Layout, most: int) -> tuple:
-    """Return a layout's ranking criteria, the most important first."""
+    """Return a layout's ranking criteria, most important first."""
     images, masks = layout.images, layout.masks
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
@@ -266,7 +268,8 @@ def _rank(layout: Layout, most: int) -> tuple:
         are_splits and len(layout.words) > 1,
         layout.covered,
         -layout.alone,
-        all(look.is_grey for look in looks),  # Grey masks contain labels, not colours.
+        # Masks that store labels are grey, whereas masks that store colours are not.
+        all(look.is_grey for look in looks),
         not OUTDATED & {*images.words(), *masks.words()},
         sum(colored),
         masks.version() + images.version(),
@@ -298,7 +301,7 @@ def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Lay
         found = [_try(s, groups, mask_suffixes) for s in _propose(pictures, mask_suffixes)]
         layouts += [layout for layout in found if layout]
         if any(2 * len(x.pairs) == len(paths) and len(x.words) > 1 for x in layouts):
-            break  # Every file is used, and the splits are known.
+            break  # Stop, because this layout uses every file and names the splits.
     return layouts
 
 
@@ -319,7 +322,8 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
         paths: Paths of all images and masks.
     """
     layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
-    # Reject a single pair among several files as a coincidence.
+    # Reject a layout that pairs only one of several files, because the match is probably a
+    # coincidence.
     layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:
@@ -381,7 +385,7 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 def _not_covered(layout: Layout) -> tuple:
     """Return a sort key for layouts: coverage first, then the words in the mask paths.
 
-    The side with words such as `label` more likely contains the masks.
+    If words such as `label` are in a path, it more likely belongs to a mask.
     """
     hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
     hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}

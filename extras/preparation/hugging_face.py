@@ -19,7 +19,7 @@ from extras.preparation.annotations import (
 from extras.preparation.converters import SPLITS, Converted, read_names, write_mask
 from files import write_file
 
-# Label names that mark ignored pixels in Hugging Face data sets.
+# Label names that Hugging Face data sets use for ignored pixels.
 IGNORE_NAMES = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}
 MASK_COLUMNS = ("mask", "label", "annotation", "segmentation", "semantic", "target")
 
@@ -44,12 +44,12 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     try:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
         found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # datasets raises many types of exceptions.
+    except Exception as error:  # The datasets library raises many types of exceptions.
         raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
     found = found if isinstance(found, dict) else {"train": found}
     names, notes = _names(name, options.names), []
     pixels: dict[int, int] = {}
-    # Number of rows written to each split. Several source splits may map to the same split.
+    # Count the rows written to each split, because several source splits may map to the same split.
     written: dict[str, int] = {}
     for key, rows in found.items():
         split = str(key)
@@ -129,10 +129,10 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # The hub's client does not wrap network exceptions.
+        except Exception as error:  # The Hugging Face Hub client lets network exceptions through.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
-                return {}  # The data set has no names, so its classes get numbers.
+                return {}  # The data set has no class names, so its classes get numbers.
             raise DataError(
                 f"{name}: cannot download id2label.json, the names of its classes "
                 f"({one_line(error)[:160]}); try again, or give --names"

@@ -29,34 +29,35 @@ from files import explain_output, write_file
 log = logging.getLogger(__name__)
 
 COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
-UPLOAD_ATTEMPTS = 6  # The pauses between attempts double and add up to half a minute.
+# Number of upload attempts. The pauses between attempts double and add up to half a minute.
+UPLOAD_ATTEMPTS = 6
 
 
 class Mismatch(DataError):
-    """An error for a complete data set at --out that differs from the data set to write."""
+    """An error for the case that --out already contains a complete, different data set."""
 
 
 class Target(NamedTuple):
     """The destination and the options for a split's shards."""
 
-    # Folder that shards are written to. Remote shards are stored here until they are uploaded.
+    # Local folder for the shards. Shards for a remote store are kept here until they are uploaded.
     folder: str
     remote: str | None
     compression: str | None
     hashes: list[str]
     size_limit: int
     workers: int
-    # Mask decoder of a described data set, or None. The shards store the labels that it returns.
+    # Decoder whose labels the shards store, or None if the data set has no description.
     masks: Masks | None = None
 
     @property
     def done(self) -> Path:
-        """The folder with a note about each finished shard."""
+        """The folder that contains a note about each finished shard."""
         return Path(self.folder, ".finished")
 
 
 def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
-    """Group samples into shards, in order, with as many per shard as the limit allows.
+    """Group samples into shards in order, with as many samples per shard as the limit allows.
 
     Args:
         samples: Samples of the split.
@@ -93,7 +94,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-        # A run with different options wrote this shard, perhaps under a different name.
+        # An earlier run with different options wrote this shard, perhaps under a different file
+        # name.
         _remove_shard(target, finished["entry"])
     final = Path(target.folder, f"shard.{number:05}.mds")
     with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
@@ -113,8 +115,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # Write a note before the shard appears. If the run is interrupted, the note shows that this
-        # program wrote the shard.
+        # Write a note before the shard, so that a later run can tell after an interruption that
+        # this program wrote the shard.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:
@@ -180,7 +182,7 @@ def upload(target: Target, name: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
-    """Return an uploader for the process. Forked processes must not share a connection."""
+    """Return this process's uploader, because forked processes must not share a connection."""
     return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
 
 
@@ -253,12 +255,12 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
         entries = _write_shards(samples, split, target)
         _write(index, {"version": 2, "shards": entries})
         _verify(samples, out, cache, split, target)
-    # Write index.json last, because it marks the split as complete.
+    # Write index.json last, because its presence marks the split as complete.
     _write(Path(target.folder, "index.json"), {"version": 2, "shards": entries})
     if target.remote:
         upload(target, "index.json")
     for note in target.done.glob("*.json"):
-        # Delete the additional shards of an interrupted run with different options.
+        # An interrupted run with different options may have written more shards; delete them.
         if int(note.stem) >= len(entries):
             _remove_shard(target, json.loads(note.read_text())["entry"])
         note.unlink()
@@ -317,7 +319,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Restrict the target's masks to these samples, to keep the pickled task small."""
+    """Restrict the target's mask decoder to these samples, so that the pickled task stays small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

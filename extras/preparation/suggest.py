@@ -3,7 +3,7 @@
     python data.py FOLDER --suggest          # writes FOLDER's name + .yaml, and a picture
 
 `find_layout` pairs images and masks, and `find_classes` reads the masks. Comments in the
-description mark guesses, name the omitted files, and say what the user must complete.
+description mark guesses, list omitted files, and tell the user what to complete.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from extras.preparation.find_layout import (
 )
 from segmentation.drawing import sample_sheet
 
-SHOWN = 6  # Number of samples in the picture.
+SHOWN = 6  # Number of samples that the picture shows.
 
 
 class Suggestion(NamedTuple):
@@ -72,12 +72,12 @@ def suggest(folder: str, workers: int) -> Suggestion:
         raise DataError(f"{folder}: {explain_failure(root, paths)}")
     layout = search.layout
 
-    # Describe the splits and the classes.
+    # Write the lines of the description: first the splits, then the classes.
     splits, number = split_lines(root, layout)
     values = count_values([str(mask.path) for _, mask in layout.pairs], workers)
     lines = [f"root: {quoted(str(root.resolve()))}", *splits, *class_lines(root, values)]
 
-    # Test the description.
+    # Parse the description and pair its files, to make sure that it works.
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
@@ -91,7 +91,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])
 
-    # Write comments for the user.
+    # Add explanatory comments for the user at the top of the file.
     used = {path for sample in samples for path in sample[1:]}
     header = [
         f"# {number} images with masks, found by data.py --suggest. Guesses are marked.",
@@ -180,7 +180,7 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
     """Return a comment with the number of omitted images and masks, and with examples."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
-    # Group files in the same folder whose names differ only in numbers.
+    # Summarise files in the same folder whose names differ only in their numbers.
     alike: dict[tuple, list[Path]] = defaultdict(list)
     for path in paths:
         alike[path.parent, without_numbers(path.stem), path.suffix].append(path)
@@ -205,7 +205,7 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
 
 
 def _describe_others(search: Search) -> list[str]:
-    """Return comments about layouts that pair as many images as the chosen one."""
+    """Return comments about other layouts that pair as many images as the chosen layout."""
     return [
         f"# A guess: {x.masks.template(x.words['train'][1])} would match as many images "
         f"({x.images.template(x.words['train'][0])})."

@@ -54,7 +54,8 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
-        # Draw both diagonals, because training flips scenes and a flip must not change the class.
+        # Draw both diagonal directions, because a flip during training turns one into the other but
+        # must not change the class.
         "diagonals": (x + y * rng.choice([-1, 1])) % (1.4 * period) < 0.7 * period,
         "speckle": cv2.resize((rng.random((size // 2, size // 2)) < 0.12) * 1.0, (size, size))
         > 0.4,
@@ -131,7 +132,7 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def make(
     path: str, training: int = 256, validation: int = 48, size: int = 96, seed: int = 0
 ) -> None:
-    """Write the data set, unless a complete one with the same options exists.
+    """Write the data set, unless a complete data set with the same options exists.
 
     Args:
         path: Folder that will contain ADEChallengeData2016.

@@ -11,11 +11,12 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# Image formats that this project cannot read. SIDECARS are formats often stored next to images.
+# File extensions: image formats that this project cannot read (UNREAD_SUFFIXES), and formats of
+# files that often accompany images (SIDECARS).
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # Maximum number of further files that a finding names.
+NAMED = 3  # Maximum number of additional files that a finding lists by name.
 
 
 class Unused(NamedTuple):
@@ -24,7 +25,7 @@ class Unused(NamedTuple):
     Attributes:
         images: Unused images.
         masks: Unused masks, including types that the layout does not match.
-        either: Unused files outside the layout's folders that may be images or masks, such as PNGs.
+        either: Unused files outside the layout's folders that may be either images or masks.
         unlisted: Files that are absent from the list that selects the images in their folder.
         orphans: Masks that match the layout but have no image.
         others: Other types of files in the folders of images and masks.
@@ -43,7 +44,7 @@ class Unused(NamedTuple):
         return {name: len(files) for name, files in self._asdict().items()}
 
     def findings(self) -> list[Finding]:
-        """Return findings about the files. None of the findings prevents training."""
+        """Return findings about the unused files; none of these findings prevents training."""
         findings = [Finding(path, "its image is missing", False) for path in self.orphans]
         reason = "is in neither training nor validation, so it is left out"
         for what in ("images", "masks", "either"):
@@ -63,7 +64,7 @@ class Unused(NamedTuple):
 
 
 def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
-    """Return one finding that names the first file and sums up the others, or no finding."""
+    """Return a list with one finding that summarises the files, or an empty list."""
     if not paths:
         return []
     if len(paths) > 1:
@@ -95,12 +96,12 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     files = [file for file in files if real(file) not in skipped]
     if is_excluded:
         files = [file for file in files if not is_excluded(file)]
-    # Skip files that splits use through links.
+    # Skip files that a split already uses through a symbolic link.
     if files:
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
-    # Distinguish images from masks by the layout's folders.
+    # Tell images from masks by the folders in the layout.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
     has_list = [layout.list is not None for layout in layouts]
@@ -144,7 +145,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or a NUL character if it is None."""
+    """Return a template's folder with a trailing slash, or a NUL character for no template."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

@@ -1,4 +1,4 @@
-"""Data set checks: file names, decoding, sizes, labels, and shard hashes.
+"""Checks of a data set: file names, decoding, sizes, labels and shard hashes.
 
 `check()` reads every file in parallel and returns a `Tally` for each split. check_command.py builds
 its report from the tallies. convert_ade20k.py uses the same functions to verify its shards.
@@ -36,12 +36,12 @@ class Tally:
     masks: int = 0
     # Width and height of each image and mask pair without problems.
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    # Number of pixels of each label.
+    # Number of pixels with each label.
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
-    # Number of masks that contain each label.
+    # Number of masks in which each label occurs.
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     findings: list[Finding] = field(default_factory=list)
-    # Image names, indexed by the hash of the file's content.
+    # Names of images, indexed by a hash of the file content.
     images: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
@@ -151,7 +151,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     """
     tallies: dict[str, Tally] = {}
     chunks: list[tuple[Chunk, Masks]] = []
-    splits: list[str] = []  # Split of each chunk.
+    splits: list[str] = []  # Split that each chunk belongs to.
     for split in SPLITS:
         part = source.of_split(split)
         tallies[split] = Tally()
@@ -173,7 +173,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         splits += [split] * (len(chunks) - len(splits))
     for split, tally in zip(splits, map_chunks(check_chunk, chunks, workers, "check")):
         tallies[split].add(tally)
-    # If both splits share a folder, report its problems only once.
+    # Report a folder's problems only once, even if both splits use it.
     train, val = tallies["train"], tallies["val"]
     val.findings = [finding for finding in val.findings if finding not in train.findings]
     for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):

@@ -1,1 +1,1 @@
-"""Exports of a network: files for other programs, a model card, a web page and a hub."""
+"""Code that shares a network: exported files, a model card, a web page and uploads to a hub."""

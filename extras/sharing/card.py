@@ -32,7 +32,7 @@ PROTOCOLS = {
     "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
     "square": "image and mask are resized to squares of {size} pixels, as in training's evaluation",
 }
-# Config keys that the card shows, with their names on the card.
+# Maps the config keys that the model card shows to their titles on the card.
 SETTINGS = {
     "recipe_name": "recipe",
     "max_duration": "duration",
@@ -74,10 +74,10 @@ class Card:
         config: Config of the run, or None if it is not known.
         size: Length of an image's shorter side at the network's input, in pixels.
         scores: Output of `evaluate.py --json`, or None if there are no scores.
-        files: Exported files of the network.
+        files: Exported files to list on the card.
         machine: Name of the machine on which the files were timed.
         photo: Width and height of the timed image, in pixels.
-        licence: Licence of the data, as stated by the user.
+        licence: Licence of the training data, as stated by the user.
         repo: Repository of the card, as `user/name`.
     """
 
@@ -302,7 +302,7 @@ def is_card(folder: Path) -> bool:
 
 
 def seconds_a_photo(segment: Callable[[], Any]) -> float:
-    """Return the median duration of three calls in seconds, after one call to warm up.
+    """Return the median time of three calls in seconds, after one warm-up call.
 
     Args:
         segment: Function that segments an image.
@@ -322,7 +322,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        from cpuinfo import get_cpu_info  # Import cpuinfo only here, because it takes a second.
+        # Import cpuinfo lazily, because the import takes a second.
+        from cpuinfo import get_cpu_info
 
         name = get_cpu_info().get("brand_raw") or platform.machine()
         name = f"{name} ({torch.get_num_threads()} threads)"

@@ -1,4 +1,4 @@
-"""Exporters that write a network to a file that runs without this project's code."""
+"""Exporters that write a network to a file, which runs without this project's code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
 
-OPSET = 17  # Operator set from 2022, which every onnxruntime since 1.12 supports.
+OPSET = 17  # ONNX operator set that all versions of onnxruntime since 1.12 (2022) support.
 
 
 class Deployed(nn.Module):
@@ -78,11 +78,10 @@ def export(
     exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
     loaders = {"onnx": _load_onnx, "torchscript": torch.jit.load, "pt2": _load_pt2}
     with warnings.catch_warnings(), torch.no_grad():
-        # Ignore tracer warnings about possible differences, because the exported model is compared
-        # with PyTorch later.
+        # Silence the tracer's warnings about possible differences, because the exported model is
+        # later compared with the PyTorch model.
         warnings.simplefilter("ignore")
-        # The exporters write to memory, because torch's file writers end the process when the disk
-        # is full.
+        # Export to memory, because torch's own file writers kill the process when the disk is full.
         write_file(path, exporters[kind](model, example, metadata))
         return loaders[kind](os.fspath(path))
 

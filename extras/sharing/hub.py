@@ -54,12 +54,12 @@ def push(folder: Path, names: Sequence[str], repo: str) -> str:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """Convert exceptions of the hub's client to errors of one line."""
+    """Turn exceptions from the hub's client into one-line errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        # Exception of the HTTP client that huggingface-hub uses.
+        # Base exception of the HTTP client that huggingface-hub uses.
         HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,

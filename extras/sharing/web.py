@@ -31,7 +31,8 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-# Version of onnxruntime-web. export.py checks the same onnxruntime's results against PyTorch's.
+# Version of onnxruntime-web for the page. export.py compares the results of this onnxruntime
+# version with PyTorch's.
 VERSION = "1.23.2"
 SHA256 = {
     "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
@@ -43,7 +44,7 @@ SHA256 = {
         "babec0bbddb6d3082623b99b7e1391b75e0729bcca076ff8424d7753af97fada"
     ),
 }
-# Files in the folder of a page, except its examples.
+# Names of the files in a page's folder, except the example images.
 FILES = [file.name for file in PAGE.iterdir()]
 FILES += [MODEL, ABOUT, *(name.replace(".mjs", ".js") for name in SHA256)]
 SHOWN_BY_BROWSERS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}
@@ -122,7 +123,7 @@ def write_page(
         photos: Paths of example images, which are copied to the page.
     """
     copies = {folder / file.name: file for file in PAGE.iterdir()}
-    # Rename .mjs files to .js, because some servers do not know the extension .mjs.
+    # Rename .mjs files to .js, because some web servers do not recognise .mjs.
     copies |= {folder / name.replace(".mjs", ".js"): runtime / name for name in SHA256}
     copies |= {folder / "examples" / Path(photo).name: Path(photo) for photo in photos}
     for target, source in copies.items():
