@@ -71,7 +71,7 @@ def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("torchvision:fcn_resnet5", {}, "no such network; there is, for example, fcn_resnet50"),
         ("smp:Unett", {}, "no such network; there is, for example, Unet"),
         ("timm:convnext_tin", {}, "no such network; there is, for example, convnext_tiny"),
-        ("timm:vit_tiny_patch16_224", {}, "needs stride 4"),
+        ("timm:vit_base_patch32_224", {}, "use a backbone with stride 4"),
         ("hf:/no/such/folder", {}, "it is not a folder, and the hub does not provide it"),
         ("no_module:build", {}, "No module named 'no_module'"),
         ("own_networks:nothing", {}, "has no attribute 'nothing'"),

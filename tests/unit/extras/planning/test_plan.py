@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("small_network")
     ("arguments", "complaint"),
     [
         (["--gpu", "H100", "--gpus", "3"], "4 does not divide among 3 GPUs"),
-        (["--gpus", "2"], "for estimates; add --gpu"),
+        (["--gpus", "2"], "apply only to estimates; add --gpu"),
         (["--fast"], "unknown option --fast"),
-        (["train_dataset.path=nowhere", "--gpu", "H100"], "train_dataset.path: no folder nowhere"),
+        (["train_dataset.path=nowhere", "--gpu", "H100"], "path: cannot find the folder nowhere"),
         (["--gpu", "H100", "--images", "3", "1"], "3 images do not fill one batch of 4"),
-        (["activation_memory_budget=1.5"], "is not 0 to 1"),
+        (["activation_memory_budget=1.5"], "is out of range; use 0 to 1"),
         (["activation_memory_budget=0.5", "compile=false"], "needs a compiled network"),
     ],
 )
