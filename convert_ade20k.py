@@ -91,7 +91,7 @@ def convert(
     """
     if compression and not is_compression(compression):
         raise DataError(
-            f"compression: Streaming does not know {compression!r}; use one such as zstd or zstd:7"
+            f"compression: Streaming does not support {compression!r}; use zstd, for example"
         )
     if unknown := [name for name in hashes if not is_hash(name)]:
         raise DataError(

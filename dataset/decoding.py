@@ -196,7 +196,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
             raise ValueError(
-                f"the mask is in colours ({image.mode}), but labels are expected; to read colours, "
+                f"the mask contains colours ({image.mode}), but labels are expected; to use them, "
                 "list them in a description, as in labels: [[128, 64, 128]]"
             )
         mask = mask[..., 0]

@@ -23,8 +23,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
-import numpy as np
-
 from errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -332,6 +330,8 @@ class Samples(Sequence[Sample]):
         masks: Sequence[str] = (),
         folders: tuple[str, str] = ("", ""),
     ) -> None:
+        import numpy as np  # Commands import this module before they answer --help.
+
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)

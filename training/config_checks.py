@@ -319,7 +319,7 @@ def _check_same_labels(config: Config) -> None:
             shown = [str(getattr(section, key)).lower() for section in (train, val)]
             raise ConfigError(
                 f"train_dataset.{key} is {shown[0]}, but eval_dataset.{key} is {shown[1]}; "
-                "give both the same value, because labels mean the same in both"
+                "set both to the same value, because both splits share their labels"
             )
 
 

@@ -88,7 +88,7 @@ def measure(family: str, size: int) -> dict[str, Any]:
     loss = step(model, size)
     difference = rebuild(network, size)
     if difference:
-        raise ArithmeticError(f"built from its record its logits differ by {difference:.1e}")
+        raise ArithmeticError(f"the logits of the rebuilt network differ by {difference:.1e}")
     return {
         "config": name,
         "size": size,

@@ -260,7 +260,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "cityscapes",
         lambda root: shutil.copy(root / AACHEN.replace("labelIds", "color"), root / AACHEN),
         AACHEN,
-        "the mask is in colours (RGB), but labels are expected",
+        "the mask contains colours (RGB), but labels are expected",
     ),
     "half unpacked": (
         "cityscapes",
@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "voc2012",
         lambda root: as_rgb(root / VOC),
         VOC,
-        "the mask is in colours (RGB), but labels are expected",
+        "the mask contains colours (RGB), but labels are expected",
     ),
     "a list with a name too many": (
         "voc2012",

@@ -156,7 +156,7 @@ def test_one_line_for_bad_files_and_options(path, out, capsys):
         assert message.startswith("error: ") and message.count("\n") == 1
         return message
 
-    assert "compression: Streaming does not know 'rar'" in error("--compression", "rar")
+    assert "compression: Streaming does not support 'rar'" in error("--compression", "rar")
     assert "hash: Streaming does not know 'crc'" in error("--hashes", "crc")
     assert "size limit: 'much' is not a number" in error("--size-limit", "much")
     assert "folder is missing" in error("--path", str(path / "none"))

@@ -235,7 +235,7 @@ def test_refuses_a_photo_that_is_cut_short() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (encode(PHOTO), r"the mask is in colours \(RGB\)"),
+        (encode(PHOTO), r"the mask contains colours \(RGB\)"),
         (encode(GRAY, "JPEG"), "the mask is a JPEG, which changes labels"),
         (encode_16_bit(MASK.astype(int) + 300, ".png"), "label 311"),
         (encode(np.float32(MASK) / 11, "TIFF"), "the pixels are fractions"),
@@ -290,7 +290,7 @@ def test_masks_of_several_channels_in_16_bits_keep_their_labels(kind: str) -> No
 def test_colours_of_16_bits_are_no_labels() -> None:
     pixels = np.zeros((6, 8, 3), np.uint16)
     pixels[2:, :, 1] = 7
-    with pytest.raises(ValueError, match="the mask is in colours"):
+    with pytest.raises(ValueError, match="the mask contains colours"):
         decode_mask(cv2.imencode(".png", pixels)[1].tobytes())
 
 

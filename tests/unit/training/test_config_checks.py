@@ -97,10 +97,10 @@ WRONG = {
     "class_names=/nowhere.txt": "class_names: cannot find /nowhere.txt",
     "autoresume=true": "autoresume has no effect without save_folder",
     "train_dataset.ignore_background=false": "train_dataset.ignore_background is false, "
-    "but eval_dataset.ignore_background is true; give both the same value",
+    "but eval_dataset.ignore_background is true; set both to the same value",
     "eval_dataset.ignore_label=7": "train_dataset.ignore_label is none, but "
     "eval_dataset.ignore_label "
-    "is 7; give both the same value",
+    "is 7; set both to the same value",
     "seed": "'seed': an override must have the form key=value",
     "load_weights_only=true": "load_weights_only has no effect without load_path; set load_path, "
     "or leave out",

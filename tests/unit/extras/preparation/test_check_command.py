@@ -105,7 +105,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     "colour mask": (
         lambda p, m: write(m, cv2.applyColorMap(labels_of(m) * 20, cv2.COLORMAP_JET)),
         "mask",
-        "the mask is in colours",
+        "the mask contains colours",
         True,
     ),
     "JPEG mask": (lambda p, m: Image.open(m).save(m, "JPEG"), "mask", "the mask is a JPEG", True),
