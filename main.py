@@ -33,7 +33,6 @@ from composer.core import Callback, DataSpec
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
-from checkpointing.evaluations import EvaluationSchedule
 from data import build_run_data
 from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
 from model import ComposerDeepLabV3, build_composer_model, weight_init
@@ -45,7 +44,7 @@ from training.build_recipe import (
     loss_weights,
     resumed_factor,
 )
-from training.callbacks import build_callbacks, saver_of, start_lines, summary
+from training.callbacks import EvaluationSchedule, build_callbacks, saver_of, start_lines, summary
 from training.config import resolve
 from training.config_checks import check_evaluates, per_process
 from training.distributed import explain, join_processes, set_up_process

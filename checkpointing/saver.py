@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from composer.callbacks import CheckpointSaver
@@ -21,7 +21,6 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
 
 from checkpointing.best import Best
-from checkpointing.evaluations import EvaluationSchedule
 from checkpointing.signals import SignalListener
 from checkpointing.stores import LocalFolder, batch_of, is_in_folder
 from errors import ConfigError, RunError, Stopped, UserError, one_line
@@ -76,6 +75,13 @@ def open_folder(path: str) -> LocalFolder | RemoteFolder:
     return RemoteFolder(path)
 
 
+class Evaluations(Protocol):
+    """The schedule of a run's evaluations; see `training.callbacks.EvaluationSchedule`."""
+
+    due: bool
+    postponed: bool
+
+
 class Checkpoints(CheckpointSaver):
     """A callback that saves checkpoints at an interval, at the end, and on request.
 
@@ -109,7 +115,7 @@ class Checkpoints(CheckpointSaver):
         self,
         folder: str,
         save_interval: str,
-        evaluations: EvaluationSchedule,
+        evaluations: Evaluations,
         keep: int,
         overwrite: bool = False,
         autoresume: bool = False,

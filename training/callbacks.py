@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
-from composer.core import Callback, State
+from composer.core import Callback, Event, State
 from composer.loggers import ConsoleLogger, FileLogger, Logger, LoggerDestination
-from composer.utils import dist
+from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from errors import RunError
@@ -44,6 +44,32 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+
+class EvaluationSchedule:
+    """A function for Composer's `eval_interval` that evaluates at every interval and at the end.
+
+    Args:
+        interval: Time between two evaluations, as a Composer time string.
+
+    Attributes:
+        due: Whether the current weights still need an evaluation.
+        postponed: Whether a stop request has postponed the evaluation to the resumed run.
+    """
+
+    def __init__(self, interval: str) -> None:
+        self.due = False
+        self.postponed = False
+        self._is_time = create_interval_scheduler(
+            interval, checkpoint_events=False, final_events={Event.FIT_END}
+        )
+
+    def __call__(self, state: State, event: Event) -> bool:
+        """Return whether Composer should evaluate now."""
+        if not self._is_time(state, event):
+            return False
+        self.due = True
+        return not self.postponed
 
 
 class StopAtNonFiniteLoss(Callback):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from composer.utils import dist
 
-from checkpointing.evaluations import EvaluationSchedule
 from errors import ConfigError
 from training.config import class_infos
 from training.keys import flatten
@@ -19,6 +18,7 @@ from training.schema import Config, compared_values
 if TYPE_CHECKING:
     from checkpointing.resume import Start
     from checkpointing.saver import Checkpoints
+    from training.callbacks import EvaluationSchedule
 
 log = logging.getLogger(__name__)
 

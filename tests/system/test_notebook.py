@@ -47,7 +47,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     pictures = [sum("image/png" in o.get("data", {}) for o in of) for of in outputs]
     assert pictures == [0, 0, 0, 1, 0, 0, 2, 0, 1, 0]
     text = ["".join(o.get("text", "") for o in of) for of in outputs]
-    assert "written to demo/yard.yaml" in text[3]
+    assert "wrote demo/yard.yaml" in text[3]
     assert "mIoU: " in text[5] and "report: " in text[5]
     assert not any("error" in part or "Traceback" in part for part in text), text
     assert 0 <= json.loads((tmp_path / "demo/yard.json").read_text())["mIoU"] <= 100

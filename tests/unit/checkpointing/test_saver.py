@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from composer.core import Event, Time, Timestamp
 
-from checkpointing.evaluations import EvaluationSchedule
 from checkpointing.saver import Checkpoints
+from training.callbacks import EvaluationSchedule
 
 
 @pytest.fixture

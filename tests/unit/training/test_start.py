@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointing.evaluations import EvaluationSchedule
 from checkpointing.saver import Checkpoints
 from errors import ConfigError
 from model import deeplabv3
+from training.callbacks import EvaluationSchedule
 from training.config import resolve
 from training.start import (
     RunStart,

@@ -1,4 +1,4 @@
-"""Tests of checkpointing/evaluations.py."""
+"""Tests of training.callbacks.py."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from composer.core import Event, Time, Timestamp
 
-from checkpointing.evaluations import EvaluationSchedule
+from training.callbacks import EvaluationSchedule
 
 
 def state(epoch: int = 0, batch: int = 0, elapsed: str = "0.5dur") -> Any:
