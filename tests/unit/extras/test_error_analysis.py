@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extras.error_analysis import COLUMNS, ErrorAnalysis, scores_as_csv
+from extras.error_analysis import COLUMNS, ErrorAnalysis, draw_confusion, scores_as_csv
 from segmentation.classes import load_classes
 
 CLASSES = load_classes(["road", "car", "tree"], 3)
@@ -71,3 +71,20 @@ def test_the_images_with_the_lowest_scores_are_drawn(
     assert sorted(path.name for path in (tmp_path / "worst").iterdir()) == expected
     with Image.open(tmp_path / "worst" / "01_3.jpg") as sheet:
         assert sheet.height >= 360 and sheet.width > 4 * 360
+
+
+@pytest.mark.parametrize("count", [2, 12, 150])
+def test_a_confusion_matrix_shows_the_shares_of_each_row(count: int):
+    classes = load_classes([f"class {i}" for i in range(count)], count)
+    matrix = np.eye(count, dtype=int)
+    matrix[1] = 0
+    matrix[1, 0] = 7  # Class 1 is always predicted as class 0; no pixel of it is right.
+    page = np.array(draw_confusion(matrix, classes)).astype(int)
+    cell = max(16, min(48, 960 // count))
+    left, top = page.shape[1] - cell // 2 - cell * count, cell // 2
+
+    def shade(row: int, column: int) -> list[int]:
+        return page[top + row * cell + 2, left + column * cell + 2].tolist()
+
+    assert shade(0, 0) == shade(1, 0) == [8, 48, 107]
+    assert shade(1, 1) == shade(0, 1) == [255, 255, 255]

@@ -13,7 +13,6 @@ from segmentation.drawing import (
     INK,
     VideoOverlay,
     colorize,
-    draw_confusion,
     draw_legend,
     draw_overlay,
     prediction_sheet,
@@ -103,23 +102,6 @@ def test_sheet_shows_where_they_differ():
     assert share_wrong(np.zeros((240, 240), int)) == 0
     two = prediction_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
     assert two.height == 2 * 262
-
-
-@pytest.mark.parametrize("count", [2, 12, 150])
-def test_a_confusion_matrix_shows_the_shares_of_each_row(count: int):
-    classes = load_classes([f"class {i}" for i in range(count)], count)
-    matrix = np.eye(count, dtype=int)
-    matrix[1] = 0
-    matrix[1, 0] = 7  # Class 1 is always predicted as class 0; no pixel of it is right.
-    page = np.array(draw_confusion(matrix, classes)).astype(int)
-    cell = max(16, min(48, 960 // count))
-    left, top = page.shape[1] - cell // 2 - cell * count, cell // 2
-
-    def shade(row: int, column: int) -> list[int]:
-        return page[top + row * cell + 2, left + column * cell + 2].tolist()
-
-    assert shade(0, 0) == shade(1, 0) == [8, 48, 107]
-    assert shade(1, 1) == shade(0, 1) == [255, 255, 255]
 
 
 @pytest.mark.parametrize(("side", "is_named"), [(200, True), (12, False)])
