@@ -11,14 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extras.preparation import check_command, check_report
+from extras.preparation import check_report
 from segmentation.classes import load_classes
 from tests.support.report import ROOT, labels_of, main, original, path, write  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch):
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(

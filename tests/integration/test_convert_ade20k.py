@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.support.convert_ade20k import path, server, write  # noqa: F401
 from tests.support.s3_server import BUCKET
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
+from tests.support.waits import no_waiting  # noqa: F401
 
 
 def test_a_staging_folder_keeps_what_else_it_holds(server, path, tmp_path):

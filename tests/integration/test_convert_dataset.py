@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extras.preparation import check_command
 from tests.support.convert_dataset import (  # noqa: F401
     CAR,
     COUNT,
@@ -31,11 +30,7 @@ from tests.support.convert_dataset import (  # noqa: F401
     square,
     write_panoptic,
 )
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize("overlap", ["area", "order"])

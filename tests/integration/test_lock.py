@@ -6,25 +6,19 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from checkpointing import lock
-from checkpointing.lock import release_locks
 from checkpointing.stores import LocalFolder
 from errors import ConfigError
-from tests.support.lock import Place, other_process
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
-        monkeypatch.setattr(lock, name, seconds)
-    yield
-    release_locks()
+from tests.support.lock import (
+    Place,
+    other_process,
+    quick,  # noqa: F401
+)
 
 
 @pytest.mark.parametrize(

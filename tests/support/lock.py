@@ -9,7 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from checkpointing.lock import RecordLock, describe_self
+import pytest
+
+from checkpointing import lock
+from checkpointing.lock import RecordLock, describe_self, release_locks
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Locks expire in less than a second."""
+    for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
+        monkeypatch.setattr(lock, name, seconds)
+    yield
+    release_locks()
 
 
 @contextmanager

@@ -15,11 +15,7 @@ from errors import DataError
 from extras.preparation.verify import check
 from tests.support.convert_ade20k import check_shards, files, out, path, server, write  # noqa: F401
 from tests.support.s3_server import BUCKET
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
+from tests.support.waits import no_waiting  # noqa: F401
 
 
 def objects(server, prefix: str) -> dict[str, bytes]:

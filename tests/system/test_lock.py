@@ -8,22 +8,15 @@ from typing import Any
 
 import pytest
 
-from checkpointing import lock
-from checkpointing.lock import release_locks
 from checkpointing.remote_store import RemoteFolder
 from checkpointing.stores import LocalFolder
 from errors import ConfigError
 from main import main
-from tests.support.lock import other_process
+from tests.support.lock import (
+    other_process,
+    quick,  # noqa: F401
+)
 from tests.support.s3_server import S3Server, s3_server
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
-        monkeypatch.setattr(lock, name, seconds)
-    yield
-    release_locks()
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,9 @@ from dataset.matching import list_samples
 from errors import DataError
 from tests.support.convert_ade20k import check_shards, files, out, path, write  # noqa: F401
 from tests.support.run_helpers import file_limit
+from tests.support.waits import no_waiting  # noqa: F401
 
 ROOT = "ADEChallengeData2016"
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
 
 
 def test_streaming_reads_the_files(synthetic, out):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dataset.description import open_description
-from extras.preparation import check_command
 from tests.support.convert_dataset import (  # noqa: F401
     COUNT,
     NAMES,
@@ -33,13 +32,9 @@ from tests.support.convert_dataset import (  # noqa: F401
     write_yolo,
 )
 from tests.support.run_helpers import file_limit
+from tests.support.waits import short_measurement  # noqa: F401
 
 pytest.importorskip("pycocotools")
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
 
 
 def test_a_validation_file_of_its_own(photos: Path, tmp_path: Path) -> None:

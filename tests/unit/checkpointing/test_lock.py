@@ -7,7 +7,6 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,11 @@ from checkpointing import lock
 from checkpointing.lock import FileLock, describe_self, release_locks
 from checkpointing.stores import LocalFolder
 from errors import ConfigError, RunError
-from tests.support.lock import Place, other_process
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
-        monkeypatch.setattr(lock, name, seconds)
-    yield
-    release_locks()
+from tests.support.lock import (
+    Place,
+    other_process,
+    quick,  # noqa: F401
+)
 
 
 def test_a_file_lock_ends_with_its_process_and_not_with_its_loaders(tmp_path: Path) -> None:

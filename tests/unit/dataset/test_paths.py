@@ -12,15 +12,10 @@ from data import build_data
 from dataset import paths
 from dataset.matching import list_samples
 from errors import DataError
-from extras.preparation import check_command
 from extras.preparation.synthetic import make
 from tests.support.report import ROOT, original, path, run, sample  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 from training.config import data_sources, resolve
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch):
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
 
 
 def test_a_link_to_itself_is_not_followed(path, capsys):

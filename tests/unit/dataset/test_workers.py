@@ -9,8 +9,8 @@ import pytest
 from dataset import workers
 from dataset.workers import in_processes
 from errors import DataError
-from extras.preparation import check_command
 from tests.support.paths import ROOT
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_the_number_of_cores_is_asked_for_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,11 +27,6 @@ def test_the_number_of_cores_is_asked_for_in_one_place(monkeypatch: pytest.Monke
         *(root / "training").glob("*.py"),
     ]
     assert [f.name for f in files if "sched_getaffinity" in f.read_text()] == ["workers.py"]
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch):
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
 
 
 def test_a_process_that_dies_is_one_line():

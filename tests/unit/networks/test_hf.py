@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,50 +15,6 @@ from networks import hf
 from networks.base import current_names
 from networks.registry import named_network
 from tests.support.networks import hf_folder  # noqa: F401
-
-MODULE = """
-from torch import nn
-
-
-def build(num_classes, width=4):
-    network = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, num_classes, 1))
-    network.mean, network.std, network.size_divisor = (127.5,) * 3, (127.5,) * 3, 8
-    return network
-
-
-def as_mapping(num_classes):
-    class Network(nn.Conv2d):
-        def forward(self, image):
-            return {"out": super().forward(image)}
-
-    return Network(3, num_classes, 1)
-
-
-def fixed(num_classes):
-    class Network(nn.Conv2d):
-        def forward(self, image):
-            assert image.shape[2:] == (64, 64), "not 64 pixels"
-            return super().forward(image)
-
-    return Network(3, num_classes, 1)
-
-
-def no_network(num_classes):
-    return "a network"
-
-
-def wrong(num_classes):
-    return nn.Conv2d(3, num_classes + 1, 1)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "own_networks.py").write_text(MODULE)
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
 
 
 def test_hf_weights_of_a_folder_are_loaded_and_the_classes_left_new(hf_folder: str) -> None:

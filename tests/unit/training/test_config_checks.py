@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,51 +208,6 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"train_dataset.batch_size: 4 images .* use 3"):
         resolve(tiny)
-
-
-MODULE = """
-from torch import nn
-
-
-def build(num_classes, width=4):
-    network = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, num_classes, 1))
-    network.mean, network.std, network.size_divisor = (127.5,) * 3, (127.5,) * 3, 8
-    return network
-
-
-def as_mapping(num_classes):
-    class Network(nn.Conv2d):
-        def forward(self, image):
-            return {"out": super().forward(image)}
-
-    return Network(3, num_classes, 1)
-
-
-def fixed(num_classes):
-    class Network(nn.Conv2d):
-        def forward(self, image):
-            assert image.shape[2:] == (64, 64), "not 64 pixels"
-            return super().forward(image)
-
-    return Network(3, num_classes, 1)
-
-
-def no_network(num_classes):
-    return "a network"
-
-
-def wrong(num_classes):
-    return nn.Conv2d(3, num_classes + 1, 1)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "own_networks.py").write_text(MODULE)
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from errors import DataError
-from extras.preparation import check_command, converters
+from extras.preparation import converters
 from extras.preparation.annotation_formats import read_annotations
 from tests.support.convert_dataset import (  # noqa: F401
     COUNT,
@@ -27,11 +27,7 @@ from tests.support.convert_dataset import (  # noqa: F401
     write_labelme,
     write_yolo,
 )
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_labelmes_masks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,14 +11,9 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 
 from dataset.decoding import decode_image
-from extras.preparation import check_command
 from extras.preparation.annotations import Shape, draw, photo_size
 from tests.support.convert_dataset import SIZE, shape  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_slanted_outlines_differ_at_the_edge_alone() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from convert_ade20k import convert
 from dataset.matching import list_samples
 from dataset.workers import available_cores
-from extras.preparation import check_command, check_report
+from extras.preparation import check_report
 from tests.support.description import check
 from tests.support.report import (  # noqa: F401
     ROOT,
@@ -30,6 +30,7 @@ from tests.support.report import (  # noqa: F401
     wrong_label,
 )
 from tests.support.run_helpers import file_limit
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,6 @@ def test_a_photo_that_cannot_be_drawn_is_one_line(
     given = [str(tmp_path), str(tmp_path / "found.yaml"), "--suggest", "--workers", "1"]
     assert check(given) == 1
     assert capsys.readouterr().err == f"error: {broken}: {reason}\n"
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch):
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
 
 
 def damage_inside(photo: Path, mask: Path) -> None:

@@ -12,13 +12,9 @@ import pytest
 from PIL import Image
 
 from errors import DataError
-from extras.preparation import check_command, hugging_face
+from extras.preparation import hugging_face
 from tests.support.convert_dataset import COUNT, columns, convert, expected, masks_of, photos  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

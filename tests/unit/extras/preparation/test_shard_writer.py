@@ -13,11 +13,7 @@ from errors import DataError
 from extras.preparation import shard_writer
 from extras.preparation.shard_writer import plan_shards
 from tests.support.convert_ade20k import check_shards, out, path, write  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
+from tests.support.waits import no_waiting  # noqa: F401
 
 
 def test_shards_are_filled_to_the_limit(synthetic, out):

@@ -8,13 +8,8 @@ from dataset.description import ade20k
 from dataset.labels import Labels
 from dataset.source import DataSource, check_labels
 from errors import DataError
-from extras.preparation import check_command
 from tests.support.report import cut, original, path, sample, wrong_label  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def short_measurement(monkeypatch):
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_quick_check_before_training(path):
