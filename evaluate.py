@@ -20,6 +20,7 @@ if __name__ == "__main__":
     start(parse_evaluate)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import build_ade20k_dataspec, open_dataset
+from data import ADE20k, StreamingADE20k, build_ade20k_dataspec, open_dataset
 from errors import UserError, exit_status
 from extras.error_analysis import ErrorAnalysis, draw_confusion, scores_as_csv
 from extras.evaluation_data import class_order, data_source
@@ -95,9 +96,10 @@ def evaluate_paper(
         predictions = segmenter.predict([photo.numpy() for _, photo, _ in group])
         for prediction, (number, photo, labels) in zip(predictions, group):
             target = index[labels.to(segmenter.device).long()]
-            matrix += confusion_matrix_of_predictions(prediction, target, num_classes)
+            counts = confusion_matrix_of_predictions(prediction, target, num_classes)
+            matrix += counts
             if analysis is not None:
-                analysis.add(number, photo.numpy(), target, prediction)
+                analysis.add(number, photo.numpy(), target, prediction, counts)
         progress.update(len(group))
     progress.close()
     return matrix
@@ -174,9 +176,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         workers = arguments["num_workers"]
         analysis = None
         if options.per_image or options.worst:
-            analysis = ErrorAnalysis(
-                segmenter.classes, lambda i: dataset.read(i)[3][0], options.worst or 0
-            )
+            name = functools.partial(_image_name, dataset)
+            analysis = ErrorAnalysis(segmenter.classes, name, options.worst or 0)
         matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers, analysis)
         if analysis is not None:
             _write_analysis(analysis, options)
@@ -215,6 +216,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             for true, predicted, pixels, share in confused_pairs(matrix, 10)
         ],
     }
+
+
+def _image_name(dataset: ADE20k | StreamingADE20k, index: int) -> str:
+    """Return the file name of an image; only a shard has to be read for it."""
+    if isinstance(dataset, ADE20k):
+        return dataset.samples[index].image_path
+    return dataset.read(index)[3][0]
 
 
 def _write_analysis(analysis: ErrorAnalysis, options: argparse.Namespace) -> None:

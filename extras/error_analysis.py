@@ -20,7 +20,6 @@ from segmentation.drawing import INK, prediction_sheet, text_length, write_text
 from segmentation.metrics import (
     as_percent,
     confused_pairs,
-    confusion_matrix_of_predictions,
     mean_iou,
     pixel_accuracy,
 )
@@ -69,7 +68,9 @@ class ErrorAnalysis:
         self.scores: list[ImageScore] = []
         self._worst: list[tuple[float, int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
 
-    def add(self, index: int, photo: np.ndarray, target: Tensor, prediction: Tensor) -> None:
+    def add(
+        self, index: int, photo: np.ndarray, target: Tensor, prediction: Tensor, counts: Tensor
+    ) -> None:
         """Score an image, and keep it for drawing if its score is among the lowest.
 
         Args:
@@ -77,9 +78,9 @@ class ErrorAnalysis:
             photo: (H, W, 3) uint8.
             target: (H, W) class indices, -1 for pixels without a label.
             prediction: (H, W) predicted class indices.
+            counts: (C, C) confusion matrix of the image.
         """
-        number = len(self.classes)
-        matrix = confusion_matrix_of_predictions(prediction[None], target[None], number).cpu()
+        matrix = counts.cpu()
         pairs = confused_pairs(matrix, 1)
         score = ImageScore(
             index,
@@ -115,13 +116,11 @@ class ErrorAnalysis:
             OutputError: The disk is full.
         """
         worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
-        places = {score.index: place for place, score in enumerate(worst, 1)}
+        names = {s.index: f"{place:02}_{Path(s.name).stem}.jpg" for place, s in enumerate(worst, 1)}
         for _, index, (photo, target, prediction) in self._worst:
-            if -index not in places:
-                continue
-            sheet = prediction_sheet([photo], [target], [prediction], self.classes, height=360)
-            place, name = places[-index], Path(self.name(-index)).stem
-            write_image(folder / f"{place:02}_{name}.jpg", sheet, quality=92)
+            if -index in names:
+                sheet = prediction_sheet([photo], [target], [prediction], self.classes, height=360)
+                write_image(folder / names[-index], sheet, quality=92)
 
 
 def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) -> str:
