@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +115,27 @@ def _read_ahead(
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count
-        and sum(job.bytes for job in jobs) < MAX_BYTES
+        and _held_bytes(jobs) < MAX_BYTES
     ):
         file = next(files, None)
         if file is None:
             return
         job = _Job(*file)
-        job.photo = pool.submit(read_photo, job.path)
+        job.photo = pool.submit(_read, job)
         jobs.append(job)
+
+
+def _read(job: _Job) -> np.ndarray:
+    """Read an image, and note its size."""
+    photo = read_photo(job.path)
+    job.bytes = photo.nbytes
+    return photo
+
+
+def _held_bytes(jobs: Collection[_Job]) -> int:
+    """Return the bytes of the images; one that is still being read counts as the largest."""
+    largest = max((job.bytes for job in jobs), default=0)
+    return sum(0 if job.problem else job.bytes or largest for job in jobs)
 
 
 def _segment_batch(
@@ -146,7 +159,6 @@ def _segment_batch(
         except (ValueError, OSError) as error:
             job.problem = f"{getattr(error, 'strerror', None) or error}"
             continue
-        job.bytes = photo.nbytes
         found = segmenter.network_sizes(*photo.shape[:2])
         if chosen and found != sizes:
             continue
