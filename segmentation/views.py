@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -73,16 +74,11 @@ def resized_bands(
     # memory.
     source, device = logits.float().permute(1, 2, 0).contiguous(), logits.device
     steps = [seen, size] if seen else [size]
-    by_row = resize_matrix([source.shape[0], *(step[0] for step in steps)])
-    by_column = resize_matrix([source.shape[1], *(step[1] for step in steps)])
-    # In the interpolation of a pixel, only a few columns of logits have a non-zero weight, so use
-    # only these.
-    count = int((by_column != 0).sum(1).max())
-    places = np.argsort(-by_column, 1, kind="stable")[:, :count]
-    weights = np.take_along_axis(by_column, places, 1)
+    by_row = resize_matrix((source.shape[0], *(step[0] for step in steps)))
+    taps = column_taps((source.shape[1], *(step[1] for step in steps)))
     columns = [
         (torch.tensor(place, device=device), torch.tensor(weight[:, None], device=device))
-        for place, weight in zip(places.T, weights.T, strict=True)
+        for place, weight in taps
     ]
 
     def widen(first: int, end: int) -> Tensor:
@@ -110,7 +106,27 @@ def resized_bands(
         yield slice(top, top + band), scores.unflatten(1, wide.shape[1:])
 
 
-def resize_matrix(lengths: Sequence[int]) -> np.ndarray:
+@functools.lru_cache(4)
+def column_taps(lengths: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the columns of logits that each pixel mixes; the others have no weight.
+
+    Args:
+        lengths: See `resize_matrix`.
+
+    Returns:
+        The positions (W,) of the columns with the largest weights, and their weights (W,), then
+        those with the next largest weights, and so on.
+    """
+    matrix = resize_matrix(lengths)
+    count = int((matrix != 0).sum(1).max())
+    places = np.argsort(-matrix, 1, kind="stable")[:, :count]
+    weights = np.take_along_axis(matrix, places, 1)
+    return list(zip(places.T, weights.T, strict=True))
+
+
+# The images of an evaluation often have one size, so keep the matrices of the last few.
+@functools.lru_cache(4)
+def resize_matrix(lengths: tuple[int, ...]) -> np.ndarray:
     """Return the matrix that applies several linear resizes in a row to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
