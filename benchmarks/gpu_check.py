@@ -312,7 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     correctness = harness.Table("check", "measured", "limit", "result")
     with numerics.made_config(sizes.check_size, sizes.check_batch) as (folder, config):
         fill(correctness, checks(sizes, "cuda" if on_gpu else "cpu", folder, config), deadline)
-    print(f"\n{sizes.arch}, {sizes.size} px{', compiled' * on_gpu}; planned as in main.py --plan\n")
+    compiled = ", compiled" if on_gpu else ""
+    print(f"\n{sizes.arch}, {sizes.size} px{compiled}; planned as in main.py --plan\n")
     columns = "training step", "batch", "images/s", "planned", "peak memory", "planned"
     speed = harness.Table(*columns, "result")
     gpu = train_step.data_sheet(about["gpu"]) if on_gpu else None

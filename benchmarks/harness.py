@@ -58,7 +58,7 @@ def head(*names: object) -> str:
 
 
 class Table:
-    """A Markdown table that prints each row as soon as it is added, so that no result is lost.
+    """A Markdown table that prints each row at once, so that an interruption loses no result.
 
     Args:
         *names: Column headings.

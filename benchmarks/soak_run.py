@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 EVERY = 50  # Number of batches between two checkpoints.
 
-# Time in seconds without a new batch after which a run is considered hung. No injected fault lasts
-# as long as this.
+# A run is considered hung after this many seconds without a new batch. Every injected fault is
+# shorter.
 HANGS_AFTER = 300.0
 BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 

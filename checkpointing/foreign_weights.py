@@ -67,7 +67,7 @@ def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
 def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] | None]:
     """Return the `config.json` that `save_pretrained` wrote beside a file, and the classes in it.
 
-    If there is no such file, the config is empty.
+    The config is empty if the file is missing.
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))

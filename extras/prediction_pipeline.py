@@ -111,7 +111,7 @@ def segment_images(
 def _read_ahead(
     jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
 ) -> None:
-    """Start reading images, as long as the pipeline has room for more."""
+    """Start reading images until the pipeline is full."""
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count

@@ -356,8 +356,7 @@ def create_meta_network(
         use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
         **_: Other keys below `model`, which do not affect shapes.
     """
-    # Other libraries read tensor values while they build a network, so build it on the CPU rather
-    # than the meta device.
+    # Other libraries read tensor values while they build a network, and meta tensors have none.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(
             name,

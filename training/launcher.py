@@ -38,7 +38,7 @@ def was_refused() -> bool:
 def is_first_to_refuse(text: str) -> bool | None:
     """Record an input error on this node; return whether this process is the first to record it.
 
-    Without torchrun, return None, because there is no shared folder for the record.
+    Without torchrun, return None, because the processes share no folder for the record.
     """
     folder = _folder()
     if folder is None:

@@ -39,7 +39,7 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
 
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
-        names: Class names for YOLO files if there is no data.yaml.
+        names: Class names for YOLO files without a data.yaml.
         images: Folder of the images. It helps to tell YOLO's label files from other text files.
 
     Raises:

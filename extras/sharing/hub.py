@@ -20,7 +20,7 @@ def check_repo(repo: str) -> None:
         repo: Repository, as `user/name`.
 
     Raises:
-        UserError: There is no token or no access, or the hub cannot be reached.
+        UserError: The token is missing or lacks access, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
 
