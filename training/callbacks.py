@@ -31,6 +31,7 @@ from segmentation.metrics import (
     table_as_csv,
 )
 from training.config import class_infos, network_label
+from training.distributed import core_turns
 from training.label_check import LabelCheck
 from training.loggers import server_runs_of
 from training.pictures import Curves, Pictures, save_to_run
@@ -229,6 +230,7 @@ def build_callbacks(
     ]
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
+    callbacks += core_turns()
     # Draw no pictures without a folder or a logger, because nobody would see them.
     drawn = config.pictures > 0 and (folder or loggers)
     pictures = Pictures(classes, config.pictures, folder) if drawn else None

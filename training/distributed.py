@@ -1,22 +1,27 @@
-"""Functions that handle lost processes, full shared memory and stop signals."""
+"""Functions that handle lost processes, full shared memory, stop signals and shared cores."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import threading
+import time
 from multiprocessing.context import ForkContext, ForkProcess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
+from composer.core import Callback, State
 from composer.devices import Device
+from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
-from dataset.workers import use_one_core
+from dataset.workers import available_cores, use_one_core
 from errors import SIGNALS, Lost, RunError, one_line
 from training.launcher import COLLECTIVE_TIMEOUT
 from training.precision import Precision, check_build_tools, check_kernels, choose_precision
@@ -164,3 +169,89 @@ def _wait_for_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
+
+
+def core_turns() -> list[Callback]:
+    """Return `CoreTurns` for a run of one process that uses more than half of the CPU cores."""
+    if torch.cuda.is_available() or dist.get_world_size() > 1:
+        return []
+    if torch.get_num_threads() <= available_cores() // 2:
+        return []
+    try:
+        return [CoreTurns()]
+    except OSError:  # The temporary folder is read-only.
+        return []
+
+
+def _open_lock(path: str) -> TextIO:
+    # In a shared temporary folder, Linux may forbid O_CREAT for a file of another user.
+    create = 0 if os.path.exists(path) else os.O_CREAT
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | create, 0o666))
+
+
+class CoreTurns(Callback):
+    """Turns among the training runs that each use all cores of this machine.
+
+    Two runs at the same time on the same cores take more than twice as long as one after the other,
+    because each parallel operation waits until the other run frees a core. Fewer threads would
+    avoid that, but would change the last bits of sums. Therefore the runs take turns instead. A
+    turn lasts for whole batches.
+
+    If a run gets no turn for `patience` seconds, for example because a debugger has stopped the run
+    whose turn it is, it continues without turns.
+
+    Args:
+        folder: Folder of the lock files, the same for all runs.
+        length: Minimum length of a turn, in seconds.
+        patience: Longest time to wait for a turn, in seconds.
+    """
+
+    def __init__(
+        self, folder: str | None = None, length: float = 2.0, patience: float = 60.0
+    ) -> None:
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        path = os.path.join(folder or tempfile.gettempdir(), "training-turns-")
+        path += f"{sum(1 << core for core in cores):x}"
+        self.length, self.patience = length, patience
+        self.began: float | None = None
+        # The run that waits next holds `next`. Therefore, a run whose turn has ended cannot take
+        # the turn again before it.
+        self.next, self.turn = (_open_lock(f"{path}.{name}") for name in ("next", "turn"))
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Wait for a turn, unless this run already has it."""
+        if self.began is None and self.patience:
+            if not (self._lock(self.next) and self._lock(self.turn)):
+                log.warning("another run has kept the cores for %g s; continuing", self.patience)
+                self.patience = 0.0
+            fcntl.flock(self.next, fcntl.LOCK_UN)
+            self.began = time.monotonic()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """End a turn that has reached its length."""
+        if self.began is not None and time.monotonic() - self.began >= self.length:
+            self.fit_end(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """End the turn."""
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+        self.began = None
+
+    eval_batch_start, eval_batch_end = batch_start, batch_end
+    eval_end = eval_standalone_end = fit_end
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Close the lock files, which also ends the turn."""
+        self.next.close()
+        self.turn.close()
+
+    def _lock(self, file: TextIO) -> bool:
+        deadline = time.monotonic() + self.patience
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.005)
+            else:
+                return True
+        return False

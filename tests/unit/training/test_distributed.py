@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from errors import Lost, RunError
-from training.distributed import explain
+from training.distributed import CoreTurns, core_turns, explain
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -63,3 +68,90 @@ def test_a_full_dev_shm_is_told_from_other_losses(
     if line is not None:
         assert str(known).startswith(line)
         assert isinstance(known, Lost) is line.startswith("a loader")  # which is tried again
+
+
+def train(turns: CoreTurns, name: str, steps: list[str]) -> None:
+    for _ in range(3):
+        turns.batch_start(None, None)
+        steps.append(name)
+        time.sleep(0.02)
+        steps.append(name)
+        turns.batch_end(None, None)
+    turns.fit_end(None, None)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        pytest.param(0.0, ["a", "b", "a", "b", "a", "b"], id="one batch each"),
+        pytest.param(60.0, ["a", "a", "a", "b", "b", "b"], id="until the first run has ended"),
+    ],
+)
+def test_runs_take_turns(tmp_path: Path, length: float, expected: list[str]) -> None:
+    runs = [CoreTurns(str(tmp_path), length) for _ in range(2)]
+    steps: list[str] = []
+    runs[0].batch_start(None, None)  # The first run has the turn when the second run starts.
+    second = threading.Thread(target=train, args=(runs[1], "b", steps))
+    second.start()
+    while not steps and not is_locked(runs[1]):
+        time.sleep(0.001)
+    train(runs[0], "a", steps)
+    second.join()
+    for run in runs:
+        run.close(None, None)
+    assert steps == [name for name in expected for _ in range(2)]
+
+
+def is_locked(turns: CoreTurns) -> bool:
+    """Return whether a run waits for its turn."""
+    with open(f"/proc/self/fd/{turns.next.fileno()}") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_a_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
+    stopped, run = CoreTurns(str(tmp_path)), CoreTurns(str(tmp_path), patience=0.05)
+    stopped.batch_start(None, None)
+    for _ in range(2):
+        run.batch_start(None, None)
+        run.batch_end(None, None)
+    assert [record.message for record in caplog.records] == [
+        "another run has kept the cores for 0.05 s; continuing"
+    ]
+    for turns in (stopped, run):
+        turns.close(None, None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "threads", "cores", "folder", "takes_turns"),
+    [
+        pytest.param(False, 1, 2, 2, "", True, id="all cores"),
+        pytest.param(False, 1, 1, 2, "", False, id="half of the cores"),
+        pytest.param(False, 1, 1, 1, "", True, id="the only core"),
+        pytest.param(False, 2, 2, 2, "", False, id="two ranks"),
+        pytest.param(True, 1, 2, 2, "", False, id="a GPU"),
+        pytest.param(False, 1, 2, 2, "missing", False, id="no temporary folder"),
+    ],
+)
+def test_which_runs_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gpu: bool,
+    ranks: int,
+    threads: int,
+    cores: int,
+    folder: str,
+    takes_turns: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("training.distributed.dist.get_world_size", lambda: ranks)
+    monkeypatch.setattr("training.distributed.available_cores", lambda: cores)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / folder))
+    found = core_turns()
+    assert len(found) == takes_turns
+    for turns in found:
+        turns.close(None, None)
