@@ -1,4 +1,4 @@
-"""Checks of the config values that go beyond their types."""
+"""Checks of config values that go beyond type checks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from training.schema import (
     ModelConfig,
 )
 
-MAX_RESIZED = 32767  # Largest image side in pixels that OpenCV can resize.
-# Keys that take effect only if another key is set. Each maps to the other key and its required
-# value (None: any value).
+MAX_RESIZED = 32767  # Longest image side, in pixels, that OpenCV can resize.
+# Keys that take effect only if another key is set. Each key maps to a pair: the other key and its
+# required value (None: any value).
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),
@@ -127,7 +127,7 @@ def _check_loggers(config: Config, with_data: bool) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """Validate the run name and the file that lists its class names."""
+    """Validate the run name and the path of the file with the class names."""
     name = config.run_name
     if config.autoresume and not name:
         raise ConfigError("autoresume: give a run_name, which identifies the run's checkpoints")
@@ -159,7 +159,7 @@ def _check_needs(config: Config) -> None:
 
 
 def check_evaluates(config: Config) -> None:
-    """Reject an evaluation without a checkpoint; only `--plan` works without one.
+    """Reject an evaluation without a checkpoint, which only `--plan` allows.
 
     Raises:
         ConfigError: No checkpoint is given, so the evaluation would score random weights.
@@ -266,7 +266,7 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
-    """Return the names of the keys that are durations, and of the keys that are intervals."""
+    """Return the names of the duration keys and of the interval keys."""
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
     if config.stop_after is not None:
         intervals.append("stop_after")
@@ -311,7 +311,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
 
 
 def _check_same_labels(config: Config) -> None:
-    """Reject a config whose two data sections interpret the same label differently."""
+    """Reject a config that interprets a label differently in training and validation masks."""
     train, val = config.train_dataset, config.eval_dataset
     ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
     for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
@@ -349,7 +349,7 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
         raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
-    # Per pixel, an 8-bit RGB image takes 3 bytes, and its mask takes 1 byte.
+    # An 8-bit RGB image takes 3 bytes per pixel, and its mask takes 1 byte per pixel.
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:
@@ -379,7 +379,7 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
 
 
 def _seen_from(path: str) -> str:
-    """Describe a missing path, and name the folders that it is relative to."""
+    """Describe a missing path and the folders in which it was searched."""
     if os.path.isabs(path):
         return f"{path}; check the path"
     return f"{path}, relative to {os.getcwd()} or to the YAML's folder; check the path"
@@ -391,7 +391,7 @@ def per_process(dataset: DatasetConfig) -> int:
 
 
 def world_size() -> int:
-    """Return the number of ranks, which the launcher sets."""
+    """Return the number of ranks, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -57,7 +57,7 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
 
 
 def join_processes() -> Watch | None:
-    """Connect the processes of a run and watch them, if there are several.
+    """If a run has several processes, connect and watch them.
 
     Returns:
         The watch, or None if the run has only one process.
@@ -110,10 +110,10 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
 def full_shared_memory(error: Exception) -> str | None:
     """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
-    In containers, /dev/shm often has only 64 MB. PyTorch and NCCL mention it if an allocation
-    fails. Two other symptoms are ambiguous and count only if /dev/shm is small or full. SIGBUS
-    kills a loader that writes to memory that does not exist. Errors from Python's semaphores do not
-    name a file.
+    In containers, /dev/shm often has only 64 MB. If an allocation fails, PyTorch and NCCL name
+    /dev/shm in the error. Two other symptoms are ambiguous, so they are considered only if /dev/shm
+    is small or full: a loader killed by SIGBUS, and a disk-full error from a Python semaphore,
+    which names no file.
     """
     text = one_line(error)
     try:

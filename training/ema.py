@@ -33,7 +33,8 @@ class EMA(composer.algorithms.EMA):
     Args:
         half_life: Time string, in batches or epochs, after which a weight's influence on the
             average has halved.
-        update_interval: Time string between updates, in the same unit as `half_life`; None: 1.
+        update_interval: Time between updates, as a time string in the same unit as `half_life`. If
+            None, the interval is 1 unit.
     """
 
     smoothing: float  # Never None, because half_life is always set.
@@ -42,7 +43,7 @@ class EMA(composer.algorithms.EMA):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the average is updated, or the weights are exchanged, at this event."""
+        """Return whether this event updates the average or exchanges it with the weights."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True
@@ -55,7 +56,8 @@ class EMA(composer.algorithms.EMA):
             # Loading a checkpoint overwrites these tensors.
             self.ema_model = EMAParameters(network)
             return
-        # After a checkpoint is loaded, the average is on the CPU, so move it.
+        # After a checkpoint is loaded, the average is on the CPU, so move it to the network's
+        # device.
         if event in self.move_device_events:
             self.ema_model.move_params_to_device(network)
         if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):

@@ -1,4 +1,4 @@
-"""Functions that choose the precision and compilation for this machine."""
+"""Functions that choose the numeric precision for this machine, and whether to compile."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def _capability(name: str) -> tuple[int, int]:
-    """Return the compute capability for a name; for example, `sm_103` is (10, 3)."""
+    """Return the compute capability for an architecture name; for example, `sm_103` is (10, 3)."""
     digits = re.sub(r"\D", "", name)
     return int(digits[:-1]), int(digits[-1])
 
@@ -79,7 +79,8 @@ class Precision(NamedTuple):
 
     Args:
         composer: Composer's name for the precision on a GPU.
-        cpu_autocast: Data type of the forward pass on a CPU, for which Composer has no autocast.
+        cpu_autocast: Autocast data type on a CPU, where Composer offers no autocast; None: no
+            autocast.
     """
 
     composer: str

@@ -43,7 +43,7 @@ class Report(Callback):
         config: Config of the run.
         classes: Names and colours of the classes.
         folder: Folder or object-store URI for `report.html`.
-        curves: Callback that draws the curves, which must precede this callback in the list of
+        curves: Callback that draws the curves. It must precede this callback in the list of
             callbacks.
         pictures: Callback that draws validation images, or None.
     """
@@ -94,7 +94,7 @@ class Report(Callback):
 
 
 def _facts(config: Config, curves: Curves, state: State) -> str:
-    """Return facts about a run and its results as items of an HTML description list."""
+    """Return facts about a run and its results, as the items of an HTML description list."""
     time, facts = state.timestamp, {}
     if curves.eval:
         facts["mIoU"] = _miou(curves.eval)

@@ -27,7 +27,7 @@ class SeedMicrobatch(Algorithm):
     def __init__(self, seed: int):
         self.seed = seed
         self.samples = 0  # Number of samples in this rank's batch.
-        self.passes = 0  # Number of micro-batches of the batch that have been started.
+        self.passes = 0  # Number of passes over the batch so far.
         self.microbatch = 0  # Index of the micro-batch within the global batch.
         self.microbatch_size: float | None = None
 
