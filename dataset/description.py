@@ -40,8 +40,7 @@ class Source(NamedTuple):
         images: Folder of the images, or a template of their paths.
         masks: Folder of the masks, or a template of their paths.
         list: Text file that lists the split's images, or the split's images and masks.
-        segments: JSON file in COCO's panoptic format with the category of each segment in each
-            mask.
+        segments: JSON file in COCO's panoptic format that gives the category of each mask segment.
     """
 
     images: str | None = None
@@ -59,8 +58,8 @@ class Description:
         sources: Location of each split.
         fraction: Fraction of `train` to use for validation, or 0 if `val` has its own files.
         classes: Names and colours, in the order of the class indices.
-        values: Label of each mask value: 0 if the value is ignored, k for class k - 1. A colour is
-            encoded as the value `red + 256 * green + 65536 * blue`.
+        values: Label of each mask value: 0 for an ignored value, k for class k - 1. A colour is
+            encoded as the integer `red + 256 * green + 65536 * blue`.
         in_colors: Whether the mask values are colours.
         exclude: Folders, files or templates to leave out of the data set.
         built_in: Meaning of the labels in the built-in ADE20K layout, or None for other layouts.
@@ -124,7 +123,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
     Args:
         path: Path of a data set or of a description file.
-        root: Folder of the described data set. If None, the description's own root is used.
+        root: Folder of the described data set. If None, the root given in the description is used.
 
     Raises:
         ConfigError: The description is invalid or does not specify the data set's folder.

@@ -81,9 +81,10 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     On average, each sample is drawn as many times as its factor. The total is the same in every
     epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). It places intervals as long as the factors end
-    to end in random order, and draws a sample once for each integer in its interval. The factors
-    are first scaled up by less than 1 / n, so that the total is an integer.
+    The method is systematic sampling (Madow 1949). It gives each sample an interval whose length is
+    the sample's factor, and lays the intervals end to end in random order. A sample is drawn once
+    for each integer in its interval. The factors are first scaled up by less than 1 / n, so that
+    the total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -91,8 +92,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         epoch: Number of the epoch.
 
     Returns:
-        Indices of the drawn samples in ascending order. A repeated sample has additional indices of
-        n or more; see `Item.index`.
+        Indices of the drawn samples in ascending order. Repetitions of a sample have indices of n
+        or more; see `Item.index`.
     """
     generator = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])
     place = generator.random_raw(len(factors)).argsort(kind="stable")
@@ -173,7 +174,7 @@ class EpochSampler(DistributedSampler):
         return _items(self.epoch, indices, self.prefetch_distance)
 
     def _positions(self, seen: int) -> np.ndarray:
-        """Return the positions of this rank's samples in the epoch's order."""
+        """Return the positions of this rank's remaining samples in the epoch's order."""
         length = len(self.dataset)
         if self.repeat_factors is not None:
             length = length_of_repeated(self.repeat_factors)

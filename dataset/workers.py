@@ -87,7 +87,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 "a worker process died, possibly out of memory; try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # Wait for the tasks that are already running.
+            pool.shutdown(cancel_futures=True)  # This also waits for running tasks.
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
@@ -134,7 +134,7 @@ def map_chunks(
 
 def _init_process() -> None:
     global _captures_stderr
-    # On Ctrl-C, only the parent process acts: it stops its workers.
+    # Ignore Ctrl-C here, because the parent process stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # On Linux, this process dies with its parent, even if the parent is killed.
     if sys.platform == "linux":
@@ -163,7 +163,7 @@ def decoder_complaint() -> str | None:
 
 
 def default_workers() -> int:
-    """Return the default number of loader processes: the CPU cores per rank, but 1 to 8."""
+    """Return a rank's default number of loader processes: one per available core, at most 8."""
     from composer.utils import dist
 
     return min(8, max(1, available_cores() // dist.get_local_world_size()))
