@@ -1,4 +1,4 @@
-"""BatchNorm layers with statistics shared between ranks, and with joint batch counting.
+"""BatchNorm layers that share statistics between ranks and count batches in a joint operation.
 
 torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the
 host wait for the device three times per layer and pass. The layer in this module uses only ordinary

@@ -94,10 +94,10 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """A global average pooling, whose result is expanded to the input's size on a GPU.
+    """Global average pooling that expands its result to the input's size on a GPU.
 
-    Without this class, the head would resize the pixel by interpolation, whose gradient is a sum
-    over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
+    Without this class, the head would resize the pooled pixel by interpolation, whose gradient is a
+    sum over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
     contrast, the gradient of an expanded tensor is summed in fp32. The head does not resize a
     tensor that already has the right size.
 
@@ -112,7 +112,7 @@ class ImagePool(nn.Sequential):
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise weights by He et al. 2015, and BatchNorm as identity, as the reference does."""
+    """Initialise weights as in He et al. 2015, and BatchNorm as identity, like MosaicML's code."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -138,8 +138,8 @@ def deeplabv3(
             state dict with torchvision's parameter names, or None.
         sync_bn: Whether the ranks of a node share BatchNorm statistics.
         use_plus: Whether to build DeepLabV3+, which has a stride-4 decoder, instead of DeepLabV3.
-        init_fn: Function to apply to every module, or only to the head's modules if the backbone
-            has weights; None: no function.
+        init_fn: Function that initialises a module, or None. It is applied to every module, or only
+            to the head's modules if the backbone has weights.
         upsample: See `DeepLabV3`.
 
     Raises:
@@ -160,7 +160,7 @@ def deeplabv3(
 
 
 def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = True) -> nn.Module:
-    """Return the head of DeepLabV3(+) for stride-4 features and last-layer features.
+    """Return the head of DeepLabV3 or DeepLabV3+ for stride-4 and last-layer features.
 
     Args:
         num_classes: Number of classes C.
@@ -209,7 +209,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load weights into a backbone, by torchvision's name or from a path or URL."""
+    """Load weights into a backbone, given their torchvision name, a path or a URL."""
     url = weights
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
@@ -222,7 +222,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
     if is_remote(url):
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
-            # One rank per node downloads the file, and the node's other ranks read its cache.
+            # One rank per node downloads the file, and the node's other ranks read it from the
+            # cache.
             with (
                 dist.run_local_rank_zero_first()
                 if dist.is_initialized()
@@ -306,7 +307,7 @@ def create_network(
     use_plus: bool = True,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Build a run's network from the keys below `model`.
+    """Build a run's network from the config's `model` section.
 
     The logits are not upsampled; they keep the network's own stride.
 

@@ -1,7 +1,7 @@
 """Networks built from mmsegmentation 0.30 configs.
 
-An mmsegmentation config is Python code that is executed, so only a user may choose it. Checkpoints
-and weights files instead describe the network as data, without code.
+An mmsegmentation config is Python code that is executed, so only a user may choose a config.
+Checkpoints and weights files instead describe the network as data, without code.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _record(model: Any) -> Any:
 
 
 def _from_record(model: Any) -> Any:
-    """Return a recorded or original config as mmcv's own mappings."""
+    """Convert a recorded or original config to mmcv's own mapping type."""
     import mmcv
 
     if isinstance(model, Mapping):

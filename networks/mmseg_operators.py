@@ -1,4 +1,4 @@
-"""A placeholder for mmcv's compiled operators, and PSAMask in plain torch operations.
+"""A placeholder for mmcv's compiled operators, and PSAMask implemented with torch operations.
 
 mmcv-full is published as source code. Building its operators requires a C++ compiler and takes
 several minutes, so the wheel that this project installs does not contain them. However,
@@ -115,7 +115,7 @@ def provide_extension() -> None:
 
 
 def replace_psa_mask() -> None:
-    """Make mmcv's PSAMask use torch operations, unless its operator runs on this machine."""
+    """Replace mmcv's PSAMask with torch operations if its operator is missing on this machine."""
     from mmcv.ops import psa_mask as module
 
     if lacks_operators():
@@ -132,7 +132,7 @@ def lacks_operators() -> bool:
 
 
 def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
-    """Spread the attention of each position over the feature map, like mmcv's operator.
+    """Spread each position's attention values over the feature map, like mmcv's operator.
 
     Each position has one value for every cell of a window of `mask_size` around it. Values for
     cells outside the feature map are dropped. Positions outside the window get 0.

@@ -1,7 +1,7 @@
 """A function that builds a network by name, from a library or a user's own function.
 
-A network name may also come from a checkpoint. Such a name never runs the user's code and never
-loads a path or URL. It can only select a network from a library's registry.
+A network name may also come from a checkpoint. Such a name can only select a network from a
+library's registry: it never runs the user's code, and never loads a path or URL.
 """
 
 from __future__ import annotations

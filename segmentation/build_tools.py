@@ -43,7 +43,7 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program in an environment variable, or of the first one installed.
+    """Return the path of the program that a variable specifies, or of the first installed program.
 
     The environment variable takes precedence if it is set.
     """
