@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 FOLDER = "ADEChallengeData2016"
-# Number of files per folder in the official archive. They serve to check a folder that this script
-# did not unpack.
+# Number of files per folder in the official archive. These numbers are used to check a folder that
+# this script did not unpack.
 OFFICIAL_COUNTS = {
     "images/training": 20_210,
     "images/validation": 2_000,
@@ -339,7 +339,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about a full disk, which lack it."""
+    """Add the file's name to errors about a full disk, which do not contain it."""
     try:
         yield
     except OSError as error:

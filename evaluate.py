@@ -57,7 +57,7 @@ from training.distributed import full_shared_memory
 
 log = logging.getLogger(__name__)
 
-PENDING = 128  # Maximum number of images held back to form batches of equal size.
+PENDING = 128  # Maximum number of images held back to form batches of images of the same size.
 
 
 def evaluate_paper(
@@ -219,7 +219,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _image_name(dataset: ADE20k | StreamingADE20k, index: int) -> str:
-    """Return the file name of an image; only a shard has to be read for it."""
+    """Return the file name of an image. If the image is in a shard, the sample is read."""
     if isinstance(dataset, ADE20k):
         return dataset.samples[index].image_path
     return dataset.read(index)[3][0]
@@ -273,7 +273,7 @@ def report(result: dict[str, Any], with_pairs: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 0, 1 for a full disk, or 2 for an unusable input or option."""
+    """Run the command line; return 0 for success, 1 for a full disk, or 2 for unusable input."""
     options = parse_evaluate(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
@@ -285,7 +285,7 @@ def main(arguments: list[str]) -> int:
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Check the output paths before the evaluation, so that it cannot fail at the end.
+        # Check the output paths first, so that an evaluation does not fail at its end.
         outputs = [options.csv, options.json, options.per_image, options.confusion]
         outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)

@@ -351,7 +351,7 @@ def main(arguments: list[str]) -> int:
 def _segment_files(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
 ) -> Iterator[str]:
-    """Segment images and videos in order; for each file, yield "" or a word for the failure."""
+    """Segment images and videos in order; for each file, yield "" or the reason for a failure."""
     for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
         if are_videos:
             for path, target in group:
@@ -361,7 +361,7 @@ def _segment_files(
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
-    """Build the Segmenter that the options `model` and `add_model_options` describe."""
+    """Build a Segmenter from the parsed options of predict.py or evaluate.py."""
     return Segmenter(
         options.model,
         classes=options.classes,

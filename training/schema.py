@@ -143,7 +143,7 @@ class TrainDatasetConfig(DatasetConfig):
 class EvalDatasetConfig(DatasetConfig):
     """Settings of the evaluation data set; its images are evaluated uncropped and in order."""
 
-    # These keys have no effect; they are accepted because the reference's YAML files contain them.
+    # These keys have no effect; they are accepted because MosaicML's YAML files contain them.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")
