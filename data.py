@@ -237,14 +237,15 @@ def build_ade20k_dataspec(
         download_timeout: Seconds to wait for the store's response.
         validate_hash: Name of the hash that each downloaded shard is verified with.
         num_workers: Number of loader processes per rank; 'auto': one per core, at most 8.
-        description: Description of a data set that does not use ADE20K's layout. It replaces
-            `num_classes`, `ignore_background` and `ignore_label`.
+        description: Description of a data set that does not use ADE20K's layout. The description
+            replaces `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the images below which a class counts as rare. Training
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
         counts: Class counts of the training masks; None: count them here if rare-class sampling
             needs them.
-        source: Opened split, which replaces the arguments about the data set's location and labels.
+        source: Split that is already open. It replaces the arguments about the location and the
+            labels.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.
 

@@ -9,7 +9,8 @@ with published tables. Images keep their aspect ratio. Their shorter side become
 `eval_dataset.final_size` pixels (512 in mmsegmentation), unless the longer side would exceed four
 times that. Predictions are scored at the resolution of the mask. The protocol `square` matches the
 evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
-In both protocols, a single confusion matrix counts every labelled pixel of every image once.
+In both protocols, every labelled pixel of every image is counted once, in a single confusion
+matrix.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 
 The overlay shows the image under the colours of the predicted classes, with a legend of these
 classes. The index is a PNG of the same size as the image and contains the class index of every
-pixel. It has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py overwrites
-its own earlier outputs but no other files.
+pixel. The index has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py
+overwrites its own earlier outputs but no other files.
 
 In Python:
 
@@ -82,8 +82,9 @@ class Segmenter:
             run's validation images, or 512 if unknown.
         tta: Whether to use test-time augmentation, which averages the probabilities over six scales
             (0.5 to 1.75), each with and without a flip.
-        slide: Whether to process overlapping square windows instead of the complete image. Their
-            side is `size` (512 if `size` is 0), and they overlap by a third.
+        slide: Whether to process overlapping square windows instead of the complete image. The
+            windows' side is `size` (512 if `size` is 0), and neighbouring windows overlap by a
+            third.
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
         network: Name of the network. It is needed if the file does not contain the name, or to
             allow a user's own function to run.
@@ -244,7 +245,7 @@ class Segmenter:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the torch device with this name. For None, return a GPU if there is one.
+    """Return the torch device with this name. If the name is None, return a GPU if there is one.
 
     Raises:
         ModelError: The device does not exist.

@@ -141,7 +141,7 @@ class RandomCrop(PairTransform):
         grid: int,
         rng: np.random.Generator,
     ) -> list[slice]:
-        """Return the image's rows and columns that form a crop of the given size.
+        """Return the rows and columns of the image that form a crop of the given size.
 
         The size of the crop refers to the image resized to `side` x `side`. The returned rows and
         columns begin and end at multiples of `grid`, or at the image's edge.

@@ -20,7 +20,7 @@ AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGN
 def select_network(
     tensors: Mapping[str, dict[str, Tensor]], which: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the weights from another project's file, and whether they are averaged.
+    """Return the weights from another project's file, and whether the weights are averaged.
 
     The mapping with the most tensors is taken as the network; it is either the file itself or one
     of its entries. If the name of another entry suggests averaged weights, the entry's tensors

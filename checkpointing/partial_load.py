@@ -1,4 +1,4 @@
-"""A function that loads only those weights from a file that match a network."""
+"""A function that loads the matching part of a weights file into a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_fitting(
     num_classes: int | None = None,
     class_tensors: Collection[str] = (),
 ) -> str | None:
-    """Load the tensors in a file that match a network; its other tensors stay unchanged.
+    """Load the tensors in a file that match a network; the network's other tensors stay unchanged.
 
     Args:
         network: Network to load the tensors into.

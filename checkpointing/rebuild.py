@@ -26,8 +26,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
     classes.
 
     Args:
-        weights: Result of `load_weights`. If they have a config, or if `network` is None, they are
-            returned unchanged.
+        weights: Result of `load_weights`. If these weights have a config, or if `network` is None,
+            they are returned unchanged.
         where: Name of the weights, for error messages.
         network: Name of the network given by the user, or None.
 

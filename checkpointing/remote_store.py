@@ -129,7 +129,8 @@ class RemoteFolder:
         """Upload a file in the background, then update pointers and remove old checkpoints.
 
         Args:
-            unfinished: Path of the finished file under its temporary name. The file is moved.
+            unfinished: Path of the finished file under its temporary name. The function moves this
+                file.
             name: Name of the checkpoint.
             keep: Number of newest checkpoints to keep; -1: all.
             best: Name of the best checkpoint, which is also kept, or None.

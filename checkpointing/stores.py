@@ -42,7 +42,7 @@ def batch_of(name: str) -> int:
 def time_of(name: str) -> tuple[int, int]:
     """Return the numbers of batches and epochs in a checkpoint's name, or -1 for other names.
 
-    The last batch of an epoch may have two checkpoints. The second one is saved after the
+    The last batch of an epoch may have two checkpoints. The second checkpoint is saved after the
     evaluation at the end of the epoch.
     """
     match = NAME.fullmatch(name)

@@ -5,8 +5,8 @@
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
 A `.pt` file is a pickle, so loading it can run code. To prevent this, the module always uses
-torch's `weights_only=True`. It accepts tensors, containers and the few types in `_composer_types`,
-and rejects everything else.
+torch's `weights_only=True`. The module accepts tensors, containers and the few types in
+`_composer_types`, and rejects everything else.
 """
 
 from __future__ import annotations

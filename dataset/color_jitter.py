@@ -80,9 +80,9 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     step.
 
     - Brightness is multiplied by a factor in 1 ± 32/255.
-    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. Contrast is applied
-      right after brightness for half of the samples, and last for the other half.
-    - Saturation scales each pixel's distance from its own grey by 0.5 to 1.5.
+    - Contrast multiplies each pixel's distance from the image's mean grey by 0.5 to 1.5. Contrast
+      is applied right after brightness for half of the samples, and last for the other half.
+    - Saturation multiplies each pixel's distance from its own grey by 0.5 to 1.5.
     - Hue is rotated by up to ±18/255 of the colour circle.
 
     Args:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 PADDING = 255  # Label of the padding around an image. Padding is black and is ignored.
+
 IGNORED = 254  # Label of ignored pixels inside an image. It is not 0, because 0 may be a class.
 
 

@@ -141,7 +141,7 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
 
 
 def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
-    """Assign each name to training or validation by its hash.
+    """Assign each image name to training or validation, based on the name's hash.
 
     If there are at least two names, each split gets at least one.
     """

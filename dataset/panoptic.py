@@ -71,7 +71,7 @@ class Segments:
         """Return the ID and the category of each segment in a mask.
 
         Args:
-            path: Path of the mask. Only its file name matters.
+            path: Path of the mask. Only the file name is used.
 
         Raises:
             ValueError: The JSON file does not list the mask.

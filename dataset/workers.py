@@ -87,7 +87,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 "a worker process died, possibly out of memory; try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # This also waits for running tasks.
+            pool.shutdown(cancel_futures=True)  # Wait for the running tasks.
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
@@ -109,7 +109,7 @@ def map_chunks(
     """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
 
     Args:
-        function: Function that receives the values of each tuple as its arguments.
+        function: Function to call with the values of each tuple as arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
         workers: Number of processes. If None, one process per core is used.
@@ -163,7 +163,7 @@ def decoder_complaint() -> str | None:
 
 
 def default_workers() -> int:
-    """Return a rank's default number of loader processes: one per available core, at most 8."""
+    """Return a rank's default number of loader processes: one per core of the rank, at most 8."""
     from composer.utils import dist
 
     return min(8, max(1, available_cores() // dist.get_local_world_size()))

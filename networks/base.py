@@ -38,7 +38,7 @@ class Network(nn.Module):
         mean: Mean of each channel for normalisation, on the 0-255 scale.
         std: Standard deviation of each channel for normalisation, on the 0-255 scale.
         size_divisor: Number by which the sides of the network's input must be divisible. Images are
-            padded accordingly.
+            padded to a multiple of this number.
         channels_last: Whether weights and images are channels-last. `check` disables this if the
             network calls `view` on tensors that it expects to be contiguous.
 
@@ -47,7 +47,8 @@ class Network(nn.Module):
             returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # torchvision's reference scripts use the same weight.
+    auxiliary_weight = 0.5  # Weight in torchvision's reference scripts.
+
     # Whether to pad the image and resize the logits for every input size. An exported graph needs
     # this, because it cannot branch on the size.
     always_pads = False
@@ -161,7 +162,7 @@ class Network(nn.Module):
             if "model.name" in str(error):
                 raise
             raise self._failed(size, error) from error
-        except Exception as error:  # A network from a library can raise any type of error.
+        except Exception as error:  # A library's network can raise any type of error.
             raise self._failed(size, error) from error
         finally:
             self.train(was_training)

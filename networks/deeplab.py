@@ -138,8 +138,8 @@ def deeplabv3(
             state dict with torchvision's parameter names, or None.
         sync_bn: Whether the ranks of a node share BatchNorm statistics.
         use_plus: Whether to build DeepLabV3+, which has a stride-4 decoder, instead of DeepLabV3.
-        init_fn: Function that initialises a module, or None. It is applied to every module, or only
-            to the head's modules if the backbone has weights.
+        init_fn: Function that initialises a module, or None. The function is applied to every
+            module, or only to the head's modules if the backbone has weights.
         upsample: See `DeepLabV3`.
 
     Raises:

@@ -1,10 +1,10 @@
 """A dilated depthwise 3 x 3 convolution for CPUs, computed as nine multiply-adds.
 
 DeepLabV3+'s head has three such convolutions, with 2048 channels and dilations 12, 24 and 36. Many
-of their inputs are padding. On x86, PyTorch computes these convolutions with oneDNN. For 128-pixel
-images, they take a quarter of a training step's time but only a ten-thousandth of its arithmetic.
-oneDNN's bf16 weight gradient is also wrong if most inputs are inside the image: it is off by 140%
-for 64 x 64 features and dilation 12 (torch 2.7.0 and 2.13.0).
+of the convolutions' inputs are padding. On x86, PyTorch computes these convolutions with oneDNN.
+For 128-pixel images, they take a quarter of a training step's time but only a ten-thousandth of its
+arithmetic. oneDNN's bf16 weight gradient is also wrong if most inputs are inside the image: it is
+off by 140% for 64 x 64 features and dilation 12 (torch 2.7.0 and 2.13.0).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
     On a GPU and in exported graphs, the layer calls PyTorch's own operator.
 
     Shape:
-        (N, C, H, W) -> (N, C, H, W), of the input's data type; sums are computed in fp32.
+        (N, C, H, W) -> (N, C, H, W), of the same data type. Sums are computed in fp32.
     """
 
     def __init__(

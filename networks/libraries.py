@@ -1,8 +1,8 @@
 """Helpers for building networks from other libraries and from users' functions.
 
 Each library has a module with a function `build`, which takes the text after the colon in
-`model.name` and returns a `Network`. Files are trusted less than users. With `from_file`, `build`
-loads nothing by name or address and runs only the library's own code.
+`model.name` and returns a `Network`. A name from a file is trusted less than a name from the user.
+With `from_file`, `build` loads nothing by name or address and runs only the library's own code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Networks built from mmsegmentation 0.30 configs.
 
 An mmsegmentation config is Python code that is executed, so only a user may choose a config.
-Checkpoints and weights files instead describe the network as data, without code.
+Checkpoints and weights files describe the network as data instead, without code.
 """
 
 from __future__ import annotations

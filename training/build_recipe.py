@@ -103,7 +103,7 @@ class EpochSchedule(optim.ComposerScheduler):
         self.schedule, self.batch_size = schedule, batch_size
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
-        """Return the learning-rate factor at the state's current time."""
+        """Return the learning-rate factor at the current training time."""
         batch = self.scheduled_batch(state)
         if batch == state.timestamp.batch.value:
             return self.schedule(state)
@@ -124,7 +124,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the factor for the next step, which Composer computes one batch earlier."""
+        """Return the next step's learning-rate factor, which Composer computes one batch ahead."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -199,7 +199,7 @@ def check_lengths(config: Config, train_data: DataSpec | None) -> None:
 
 
 def check_times(config: Config, batches_per_epoch: int) -> None:
-    """Compare time settings in different units, using the length of an epoch.
+    """Check time settings that are given in different units, using the length of an epoch.
 
     If the averaged weights will hardly change during the run, log a warning, because evaluation
     uses these weights.

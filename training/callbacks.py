@@ -299,7 +299,7 @@ def _count_images(dataloader: Any) -> int | str:
 
 
 def summary(trainer: Trainer) -> str:
-    """Return the results of a run and the paths of its files, one per line."""
+    """Return the results of a run and the paths of its output files, one per line."""
     lines = []
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")

@@ -22,7 +22,7 @@ FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the classes in a run's training masks on the first rank, for all ranks.
+    """Count the classes in a run's training masks on the first rank, and share the counts.
 
     Raises:
         DataError: A mask cannot be read, or it contains an unknown label.

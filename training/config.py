@@ -68,7 +68,8 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         overrides: Overrides such as `seed=1`.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or an override is not `key=value`.
+        ConfigError: The file is missing or is not valid YAML, or an override does not have the form
+            `key=value`.
     """
     try:
         text = quote_text(Path(path).read_text(encoding="utf-8-sig"))
@@ -235,7 +236,7 @@ def read_command_line(arguments: list[str]) -> Config | None:
     """Return the config for a command line of main.py, or None if `--plan` is given.
 
     Args:
-        arguments: The YAML and overrides such as `seed=1`.
+        arguments: Path of the YAML file, followed by overrides such as `seed=1`.
 
     Raises:
         SystemExit: The command line asks for help, or its config is invalid. The help text or the

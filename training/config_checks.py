@@ -27,6 +27,7 @@ from training.schema import (
 )
 
 MAX_RESIZED = 32767  # Longest image side, in pixels, that OpenCV can resize.
+
 # Keys that take effect only if another key is set. Each key maps to a pair: the other key and its
 # required value (None: any value).
 NEEDS: dict[str, tuple[str, Any]] = {
@@ -386,7 +387,7 @@ def _seen_from(path: str) -> str:
 
 
 def per_process(dataset: DatasetConfig) -> int:
-    """Return the number of images per rank in a batch."""
+    """Return the number of images that each rank processes per batch."""
     return dataset.batch_size // world_size()
 
 

@@ -132,7 +132,7 @@ def full_shared_memory(error: Exception) -> str | None:
 
 
 class LoaderContext(ForkContext):
-    """A multiprocessing context that forks loader processes with the run's stop signals blocked.
+    """A multiprocessing context that blocks the run's stop signals in forked loader processes.
 
     Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loaders until
     the current batch is done. Blocking the signals in the new process would be too late, because
@@ -141,7 +141,7 @@ class LoaderContext(ForkContext):
     """
 
     class Process(ForkProcess):
-        """A loader process that is forked with the stop signals blocked."""
+        """A loader process that starts with the stop signals blocked."""
 
         def start(self) -> None:
             """Fork this process while the stop signals are blocked."""

@@ -34,7 +34,7 @@ class EMA(composer.algorithms.EMA):
         half_life: Time string, in batches or epochs, after which a weight's influence on the
             average has halved.
         update_interval: Time between updates, as a time string in the same unit as `half_life`. If
-            None, the interval is 1 unit.
+            None, the average is updated after every batch or every epoch, depending on this unit.
     """
 
     smoothing: float  # Never None, because half_life is always set.

@@ -20,7 +20,7 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
         default: Default value.
         meaning: Description that `main.py --help` prints.
         bounds: Interval of valid numbers, such as `[0, 1)`, which includes 0 and excludes 1. For a
-            list, it applies to each number.
+            list, the interval applies to each number.
     """
     metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
     if isinstance(default, list):
@@ -49,7 +49,7 @@ def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 def is_section(value: Any) -> bool:
-    """Return whether a value is a section of keys."""
+    """Return whether a config value is a section with keys of its own."""
     return dataclasses.is_dataclass(value)
 
 
@@ -65,8 +65,8 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
     """Return the rule of each key for resumed runs, by its dotted name.
 
-    Most keys of `eval_dataset` are free, because evaluation does not affect training. Keys that
-    define the meaning of labels are not free.
+    The keys of `eval_dataset` are `FREE`, because evaluation does not affect training. The two keys
+    that define the meaning of labels are an exception.
     """
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):

@@ -107,7 +107,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run that is continued.
+        self._resumed: dict[str, str] = {}  # Parameters already recorded in the resumed MLflow run.
         self._to_resume = server_run
 
     @property

@@ -1,9 +1,9 @@
 """Estimates of a training step's memory, operations and traffic, using tensors without data.
 
-The estimate makes one pass over 32 images and one over 64; each takes about a second. It computes
-no values and needs no GPU. The difference between the two passes gives the cost per image, and the
-rest is the fixed cost. With a micro-batch size of `auto`, a run starts with as many images as fit
-according to this estimate. `main.py --plan` uses the estimate to predict memory and speed.
+The estimate makes one pass over 32 images and one over 64; each takes about a second. The passes
+compute no values and need no GPU. The difference between the two passes gives the cost per image,
+and the rest is the fixed cost. With a micro-batch size of `auto`, a run starts with as many images
+as fit according to this estimate. `main.py --plan` uses the estimate to predict memory and speed.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Footprint(NamedTuple):
         return (self.fixed + standing + images * image) * (1 + MARGIN)
 
     def checkpoint(self, config: Config) -> int:
-        """Return the size of a checkpoint in bytes, including optimizer moments and average."""
+        """Return the size of a checkpoint in bytes, including optimizer moments and EMA average."""
         average = config.recipe.ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 

@@ -20,7 +20,7 @@ class MixUp(Algorithm):
 
     Args:
         alpha: Parameter of the Beta distribution. The weight of the other image is min(z, 1 - z),
-            where z is drawn from Beta(alpha, alpha). With 0, images are not mixed.
+            where z is drawn from Beta(alpha, alpha). If `alpha` is 0, images are not mixed.
 
     Raises:
         ValueError: `alpha` is negative.

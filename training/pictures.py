@@ -86,9 +86,10 @@ def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None
 class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
-    It draws a picture at each evaluation. The images are spread evenly over the validation set and
-    are the same each time. The first rank segments them with the same weights as the evaluation.
-    With EMA, the model contains the averaged weights from `EVAL_START` on.
+    The callback draws a picture at each evaluation. The images are spread evenly over the
+    validation set and are the same each time. The first rank segments these images with the same
+    weights as the evaluation. With EMA, the model contains the averaged weights from `EVAL_START`
+    on.
 
     Args:
         classes: Names and colours of the classes.

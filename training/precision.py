@@ -46,7 +46,7 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
 
     Kernels for `sm_80` run on compute capability 8.0 and later 8.x versions. Code for `compute_80`
     runs on 8.0 and all later capabilities, because the driver compiles it. Kernels for `sm_90a` run
-    only on 9.0.
+    only on compute capability 9.0.
     """
     for name in built:
         major, minor = made_for = _capability(name)

@@ -35,9 +35,9 @@ PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 class Report(Callback):
     """A callback that writes the results of a run to a single HTML file.
 
-    The file is written after each evaluation and at the end of training. Its images are embedded,
-    so it needs no other files. Earlier evaluations come from `curves`, so a resumed run reports its
-    complete history.
+    The file is written after each evaluation and at the end of training. All images are embedded,
+    so the file needs no other files. Earlier evaluations come from `curves`, so a resumed run
+    reports its complete history.
 
     Args:
         config: Config of the run.

@@ -24,7 +24,9 @@ LOGGERS = {
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
 MAX_SIDE = 16384  # Maximum image side in pixels.
+
 MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit seed limit, minus room to add the rank.
+
 # Network libraries, each with the Python package that it needs (None: no extra package). The
 # install extra is named after the library.
 LIBRARIES = {

@@ -1,8 +1,8 @@
 """A function that quotes names in YAML, so that values such as `007`, `12:30` and `no` stay text.
 
 YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
-quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
-YAML reads as 15.
+quotes before YAML parses the file. The function rejects numbers that YAML would misread, such as
+017, which YAML reads as 15.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SURPRISING = re.compile(r"[-+]?0[\d_]*[1-9][\d_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d
 
 
 def quote_text(text: str, place: str = "") -> str:
-    """Return a YAML text with quotes around the plain scalars that must remain text.
+    """Return YAML text with quotes added around the plain scalars that must remain text.
 
     Args:
         text: YAML text. Invalid YAML is returned unchanged, so that the parser reports the error.
