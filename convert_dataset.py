@@ -53,8 +53,8 @@ def describe(out: Path, converted: Converted, options: argparse.Namespace) -> No
             values = {options.background: 0, **values}
     if not 2 <= len(values) < IGNORED:
         raise DataError(
-            f"{options.source}: {len(values)} classes ({', '.join(values)}); a network needs 2 to "
-            f"{IGNORED - 1}"
+            f"{options.source}: found {len(values)} classes ({', '.join(values)}); a network needs "
+            f"2 to {IGNORED - 1} classes"
         )
     split = {
         name: {"images": f"photos/{name}", "masks": f"masks/{name}"} for name in ("train", "val")

@@ -304,7 +304,7 @@ def _what_is_missing(folder: Path, sha1: str) -> str | None:
         if files < expected["files"]:
             return f"it contains {files:,} of {expected['files']:,} files"
         if expected["sha1"] != sha1:
-            return f"it belongs to another archive (SHA-1 {expected['sha1']})"
+            return f"it belongs to a different archive (SHA-1 {expected['sha1']})"
         return None
     for name, expected in OFFICIAL_COUNTS.items():
         files = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0

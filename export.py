@@ -254,7 +254,10 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     """Write the web page that extras/sharing/web.py describes."""
     photos = options.photo
     if len(source.classes) > 256:
-        raise UserError("the page's masks have 8 bits, so the model can have at most 256 classes")
+        raise UserError(
+            f"--to web: the model has {len(source.classes)} classes, but the page supports at most "
+            "256"
+        )
     check_examples(photos)
     _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()
@@ -367,7 +370,9 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
         if os.path.exists(scored) and not os.path.samefile(
             checkpoint_in(scored), checkpoint_in(options.model)
         ):
-            raise UserError(f"{options.scores} is for {scored}; give scores for {options.model}")
+            raise UserError(
+                f"{options.scores} contains scores for {scored}; give scores for {options.model}"
+            )
         return scores
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "scores.json")

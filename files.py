@@ -232,7 +232,7 @@ def check_writable(path: PathLike) -> None:
     with explain_output(path):
         final = Path(os.path.realpath(path))
         if final.exists() and not os.access(final, os.W_OK):
-            raise UserError(f"cannot write {path}: it is read-only; choose another file")
+            raise UserError(f"cannot write {path}: it is read-only; choose a different file")
         unfinished = _beside(final)
         try:
             unfinished.touch(exist_ok=False)

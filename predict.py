@@ -121,7 +121,8 @@ class Segmenter:
         if str(path).endswith(".onnx"):
             if amp:
                 raise WeightsError(
-                    f"{path}: an ONNX file computes in the type of its export; leave out --amp"
+                    f"{path}: --amp does not work with ONNX files, whose precision is fixed; leave "
+                    "it out"
                 )
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
@@ -280,7 +281,7 @@ def _torch_network(
                 height, width = image.shape[2:]
                 raise ModelError(
                     f"{network.name} fails on images of {width} x {height} pixels: "
-                    f"{one_line(error)}; with --slide --size N, it gets squares of N pixels"
+                    f"{one_line(error)}; with --slide --size N, it processes squares of N pixels"
                 ) from error
 
     return run
@@ -292,7 +293,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
         import onnxruntime
     except ImportError as error:
         raise WeightsError(
-            f"{path}: reading it needs onnxruntime; run pip install onnxruntime"
+            f"{path}: ONNX files need onnxruntime; run pip install onnxruntime"
         ) from error
 
     try:
@@ -304,7 +305,9 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:
-        raise WeightsError(f"{path}: it contains no class names; use a file written by export.py")
+        raise WeightsError(
+            f"{path}: the file contains no class names; use a file written by export.py"
+        )
 
     def run(photos: Tensor) -> Tensor:
         logits = session.run(None, {"image": photos.cpu().numpy()})[0]

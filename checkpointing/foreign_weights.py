@@ -44,8 +44,8 @@ def select_network(
     if len(largest) > 1:
         listed = " and ".join(largest)
         raise WeightsError(
-            f"it contains several networks, {listed}; save the network that you need in a file "
-            "of its own"
+            f"the file contains several networks, {listed}; save the network that you need in a "
+            "separate file"
         )
     state = training[largest[0]]
     for part in averages if which == "ema" else []:

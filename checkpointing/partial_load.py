@@ -54,7 +54,7 @@ def load_fitting(
     if len(fitting) < least * len(own):
         raise WeightsError(
             f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, "
-            f"less than load_least={least:g} of them; choose weights for this network"
+            f"below the required share load_least={least:g}; choose weights for this network"
         )
     fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]

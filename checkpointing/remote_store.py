@@ -223,7 +223,7 @@ class RemoteFolder:
                 # ends.
                 os.replace(item.file, kept)
                 raise RunError(
-                    f"{message}; the upload was abandoned; the checkpoint is still at {kept}"
+                    f"{message}; the upload was abandoned, but the checkpoint is still at {kept}"
                 )
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)

@@ -196,9 +196,9 @@ class Checkpoints(CheckpointSaver):
 
     def _refusal(self, name: str) -> ConfigError:
         return ConfigError(
-            f"save_folder: {self.target.path} contains {name} of another run; use a different "
-            "save_folder, resume that run with autoresume=true and its run_name, or "
-            "replace it with save_overwrite=true"
+            f"save_folder: {self.target.path} contains {name} from a different run; use a "
+            "different save_folder, resume that run with autoresume=true and its run_name, or "
+            "replace its checkpoints with save_overwrite=true"
         )
 
     def init(self, state: State, logger: Logger) -> None:

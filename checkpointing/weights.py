@@ -96,7 +96,7 @@ class Weights:
         count = ((self.config or {}).get("model") or {}).get("num_classes")
         if count is None and self.classes is None:
             raise WeightsError(
-                "the file of weights does not name its network; name it with --network"
+                "the weights file does not name its network; name the network with --network"
             )
         return count or len(self.classes or ())
 
@@ -243,7 +243,7 @@ def _read_safetensors(path: Path) -> Weights:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: cannot be read as safetensors; it is damaged, or a different kind of file "
+            f"{path}: cannot be read as safetensors; the file is damaged or has a different format "
             f"({error})"
         ) from error
     return from_metadata(metadata, _strip_prefixes(state))
@@ -381,6 +381,6 @@ def _load_pickle(path: Path, inert: bool) -> Any:
                 "needs and which could run code; save only the weights"
             ) from error
         raise WeightsError(
-            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or a different "
-            f"kind of file ({type(error).__name__})"
+            f"{path}: cannot be read as a PyTorch checkpoint; the file is damaged or has a "
+            f"different format ({type(error).__name__})"
         ) from error

@@ -101,7 +101,7 @@ def _refuse_more_channels(data: bytes) -> None:
     colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
     alpha = sum(value in (1, 2) for value in (extra if isinstance(extra, tuple) else (extra,)))
     if channels > colors + alpha:
-        raise ValueError(f"the image has {channels} channels; export it as grey or RGB")
+        raise ValueError(f"the image has {channels} channels; export it as a grey or RGB image")
 
 
 def _tiff_tags(data: bytes) -> dict[int, Any]:
@@ -196,8 +196,8 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
             raise ValueError(
-                f"the mask contains colours ({image.mode}), but labels are expected; to use them, "
-                "list them in a description, as in labels: [[128, 64, 128]]"
+                f"the mask contains colours ({image.mode}), but labels are expected; to use "
+                "colours, list them in a description, as in labels: [[128, 64, 128]]"
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
@@ -213,11 +213,13 @@ def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
         ValueError: A value is negative, is a fraction or exceeds `max_value`.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
-        raise ValueError("the pixels are fractions; export the mask with integer labels")
+        raise ValueError("the mask's pixels are fractions; export it with integer labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
         wrong = mask.min() if mask.min() < 0 else largest
-        raise ValueError(f"contains label {wrong}; labels must be between 0 and {max_value}")
+        raise ValueError(
+            f"the mask contains label {wrong}; labels must be between 0 and {max_value}"
+        )
     return np.ascontiguousarray(mask, dtype=np.uint8 if largest <= 255 else np.uint16)
 
 

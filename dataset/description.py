@@ -102,7 +102,9 @@ def read_description(path: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot parse the description {path} as YAML: {reason}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"the description {path} must be a mapping with {', '.join(KEYS)}")
+        raise ConfigError(
+            f"the description {path} must be a mapping with the keys {', '.join(KEYS)}"
+        )
     if isinstance(raw.get("root"), str):
         folder = os.path.dirname(os.path.abspath(path))
         raw["root"] = os.path.normpath(os.path.join(folder, os.path.expanduser(raw["root"])))
@@ -170,8 +172,8 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(
-            f"{where}: classes: labels are colours, but segments need category "
-            "numbers; list the numbers"
+            f"{where}: classes: the labels are colours, but masks with segments need category "
+            "numbers; list the numbers as labels"
         )
     exclude = _as_list(raw.get("exclude"))
     for pattern in exclude:
@@ -200,7 +202,7 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
                 raise ConfigError(
-                    f"{where}: val: fraction must be the only key and a number between 0 and 1"
+                    f"{where}: val: fraction must be a number between 0 and 1, without other keys"
                 )
             sources[split] = sources["train"]
             continue
@@ -226,13 +228,13 @@ def _parse_classes(
             f"{where}: classes is missing; add it, as in classes: {{road: {{labels: [1]}}}}"
         )
     if not 2 <= len(given) < IGNORED:
-        raise ConfigError(f"{where}: classes: need 2 to {IGNORED - 1} classes; found {len(given)}")
+        raise ConfigError(f"{where}: classes: found {len(given)}; list 2 to {IGNORED - 1} classes")
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)
     kinds, colors, found = set(), [], []
     for label, (name, entry) in enumerate(given.items(), 1):
         if isinstance(name, bool) or name is None:
-            raise ConfigError(f"{where}: classes: got the name {name!r}; put it in quotes")
+            raise ConfigError(f"{where}: classes: the name {name!r} is not text; put it in quotes")
         key = f"{where}: classes.{name}"
         entry = entry if isinstance(entry, Mapping) else {"labels": entry}
         _refuse_unknown(entry, ("labels", "color"), key)

@@ -84,7 +84,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     """
     if split not in description.sources:
         raise ConfigError(
-            "the description has no train and val; add them to say where the images and masks are"
+            "the description lacks train and val; add them to locate the images and masks"
         )
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched

@@ -151,7 +151,7 @@ class Shards:
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
             raise DataError(
-                f"{self.folder} contains an earlier version of {self.location}; delete this folder"
+                f"{self.folder} contains an earlier version of {self.location}; delete the folder"
             )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
@@ -162,7 +162,7 @@ class Shards:
         if limit < 4 * largest:
             raise DataError(
                 f"cache_limit {cache_limit} is too small for {self.location}; use at least "
-                f"{4 * largest} bytes, the size of 4 of its largest shards"
+                f"{4 * largest} bytes, which is four times the size of the largest shard"
             )
         return limit
 

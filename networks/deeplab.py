@@ -215,8 +215,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
         if weights not in named:
             raise ModelError(
-                f"backbone_weights={weights}: there is no such file, and {arch} has only "
-                f"{', '.join(named)}"
+                f"backbone_weights={weights}: there is neither a file nor a set of weights with "
+                f"this name; for {arch}, use {' or '.join(named)}"
             )
         url = named[weights].url
     if is_remote(url):
@@ -239,7 +239,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             ) from error
     else:
         if not os.path.isfile(weights):
-            raise ModelError(f"backbone_weights={weights}: there is no such file")
+            raise ModelError(f"backbone_weights={weights}: there is no such file; check the path")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         # For a file that is not a state dict, torch raises many types of errors.
@@ -260,7 +260,7 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     if wrong:
         raise ModelError(
             f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing "
-            f"or have a different shape, starting with {wrong[0]}"
+            f"or have a different shape, starting with {wrong[0]}; use weights for {arch}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -285,9 +285,9 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
     conv2 = state.get("backbone.layer1.0.conv2.weight")
     if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
         raise WeightsError(
-            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks "
-            f"and {'a' if scores is not None else 'no'} classifier.conv_seg.weight); name "
-            "its network with --network"
+            f"{where}: this is not a DeepLabV3 from this project (it has {blocks} bottleneck "
+            f"blocks and {'a' if scores is not None else 'no'} classifier.conv_seg.weight); name "
+            "the network with --network"
         )
     return {
         "num_classes": scores.shape[0],
@@ -327,7 +327,10 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 takes none; set its keys below model")
+            raise ModelError(
+                "model.arguments: deeplabv3 has no such arguments; set its keys directly below "
+                "model"
+            )
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )

@@ -83,8 +83,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(
-        f"model.name={kind}:{name}: there is no such network; there is, for example, "
-        f"{' or '.join(near)}"
+        f"model.name={kind}:{name}: there is no such network; use, for example, {' or '.join(near)}"
     )
 
 
@@ -131,8 +130,8 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
         return load(*args, **arguments)
     except OSError as error:
         raise ModelError(
-            f"model.name={name}: it is not a folder, and the hub does not provide it "
-            f"({one_line(error)}); give a name on the hub, or a folder written by "
+            f"model.name={name}: there is no such folder, and no such network on the hub "
+            f"({one_line(error)}); give a name from the hub, or a folder written by "
             "save_pretrained"
         ) from error
     except Exception as error:

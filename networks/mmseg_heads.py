@@ -119,7 +119,8 @@ def _own_loss(head: Any) -> Loss:
     """Return the loss that a head computes itself."""
     if type(head).__name__ in ("DAHead", "EncHead"):
         raise ModelError(
-            f"{type(head).__name__} works only with a plain cross entropy; change its loss_decode"
+            f"{type(head).__name__}: this head works only with a plain cross entropy; change its "
+            "loss_decode"
         )
 
     def loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -55,8 +55,8 @@ def named_network(
         network = libraries.call(name, build, *given)
     elif from_file and name != vouched:
         raise ModelError(
-            f"the file names its network as the function {name}; to allow that code to run, "
-            f"give --network {name}"
+            f"the file's network is built by the function {name}; to allow this code to run, give "
+            f"--network {name}"
         )
     else:
         network = libraries.own_network(name, num_classes, arguments)

@@ -123,7 +123,10 @@ def match_classes(
         raise ClassError(different)
     if len(set(keys)) < len(keys):
         twice = next(info.name for info, key in zip(classes, keys) if keys.count(key) > 1)
-        raise ClassError(f"{different}; the name {twice} occurs twice, so names cannot be matched")
+        raise ClassError(
+            f"{different}; the name {twice} occurs twice, so the classes cannot be matched by "
+            "name; rename one"
+        )
     return [other_keys.index(key) for key in keys]
 
 
@@ -311,4 +314,6 @@ def classes_from_json(text: str) -> list[ClassInfo]:
             for c in json.loads(text)
         ]
     except (ValueError, TypeError, KeyError) as error:
-        raise ClassError(f"class names in the file's metadata are malformed: {error}") from error
+        raise ClassError(
+            f"the class names in the file's metadata are malformed: {error}"
+        ) from error

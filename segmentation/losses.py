@@ -123,7 +123,7 @@ def segmentation_loss(
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
         raise ValueError(
             f"got {class_weights.numel()} class_weights for {logits.shape[1]} classes; give one "
-            "per class"
+            "weight per class"
         )
     losses = _SegmentationLoss.apply(logits, weights, class_weights, ignore_index, *targets)
     cross_entropy, dice = cast("tuple[Tensor, Tensor]", losses)

@@ -215,7 +215,7 @@ def check_times(config: Config, batches_per_epoch: int) -> None:
     if batches(config.schedule.warmup) >= length:
         raise ConfigError(
             f"schedule.warmup: {config.schedule.warmup} is not shorter than the run "
-            f"({length:.0f}ba); shorten it"
+            f"({length:.0f}ba); use a shorter warm-up"
         )
     ema = config.recipe.ema
     if ema is not None and batches(ema.half_life) > length:

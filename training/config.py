@@ -137,7 +137,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     if typed.save_folder and "{run_name}" in typed.save_folder:
         if not typed.run_name:
             raise ConfigError(
-                "save_folder: it contains {run_name}, but run_name is empty; give a run_name"
+                "save_folder: the path contains {run_name}, but run_name is empty; set run_name"
             )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
     # MosaicML's code saves one checkpoint per rank, whereas this project saves one per run, from
@@ -167,12 +167,16 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
     if isinstance(config.data, str):
         where, config.data = config.data, read_description(config.data)
     if not isinstance(config.data, dict):
-        raise ConfigError(f"data: {config.data!r} must be the path of a description, or its keys")
+        raise ConfigError(
+            f"data: {config.data!r} must be the path of a description file, or a mapping with the "
+            "keys of a description"
+        )
     description = parse_description(config.data, where)
     count, given = len(description.classes), (raw.get("model") or {}).get("num_classes")
     if given not in (None, count):
         raise ConfigError(
-            f"model.num_classes: {given}, but {where} has {count} classes; leave out the key"
+            f"model.num_classes: {given} does not match the {count} classes in {where}; leave out "
+            "the key"
         )
     config.model.num_classes = count
     if config.class_names is not None:

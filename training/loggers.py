@@ -280,7 +280,7 @@ def explained(name: str) -> Iterator[None]:
         raise ConfigError(f"loggers.{name}: {_reason(error)}; check its arguments") from error
     except ImportError as error:
         raise ConfigError(
-            f"loggers.{name}: its packages do not work together ({_reason(error)}); run "
+            f"loggers.{name}: its packages are incompatible ({_reason(error)}); run "
             f"make install WITH={name}"
         ) from error
     except Exception as error:  # Each service's client raises its own types of errors.

@@ -28,7 +28,7 @@ class MixUp(Algorithm):
 
     def __init__(self, alpha: float = 0.2):
         if alpha < 0:
-            raise ValueError(f"MixUp needs alpha >= 0, not {alpha}")
+            raise ValueError(f"alpha: {alpha} is negative; MixUp needs alpha >= 0")
         self.alpha = alpha
 
     def match(self, event: Event, state: State) -> bool:
