@@ -294,7 +294,8 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # Transform one micro-batch at a time, because float32 images are four times as large as uint8.
+    # Transform one micro-batch at a time, because float32 images are four times as large as uint8
+    # images.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
@@ -361,7 +362,8 @@ def build_data(
         # Shards already store class indices, so the config can no longer change the class order.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Schedulers send SIGTERM to all processes, but the run needs its loader until it has saved.
+    # Schedulers send SIGTERM to all processes, but the run needs its loaders until it has saved a
+    # checkpoint.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

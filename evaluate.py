@@ -5,12 +5,12 @@
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
 The protocol `paper` matches mmsegmentation's evaluation on ADE20K, so its scores are comparable
-with published tables. Images keep their aspect ratio. Their shorter side becomes
+with published tables. Images keep their aspect ratio. An image's shorter side becomes
 `eval_dataset.final_size` pixels (512 in mmsegmentation), unless the longer side would exceed four
-times that. Predictions are scored at the resolution of the mask. The protocol `square` matches the
-evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
-In both protocols, every labelled pixel of every image is counted once, in a single confusion
-matrix.
+times this size. Predictions are scored at the resolution of the mask. The protocol `square` matches
+the evaluation during training: image and mask are resized to squares of side
+`eval_dataset.final_size`. In both protocols, every labelled pixel of every image is counted once,
+in a single confusion matrix.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of one kind into lists of up to `count`, holding back at most `PENDING` items."""
+    """Group items by kind into lists of up to `count`; hold back at most `PENDING` items."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -152,7 +152,7 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score a checkpoint with the options of the command line.
+    """Score a checkpoint as the options of the command line specify.
 
     Args:
         options: Parsed command line; see `command_lines.parse_evaluate`.

@@ -97,8 +97,8 @@ def main(
         The trainer after the run; the network is `trainer.state.model.module`.
 
     Raises:
-        UserError: The config, the data set, the model or a checkpoint is unusable. Its subclasses
-            in errors.py tell these cases apart.
+        UserError: The config, the data set, the model or a checkpoint is unusable. Subclasses of
+            UserError in errors.py tell these cases apart.
         RunError: Training cannot continue, or the user or the scheduler asked it to stop
             (`Stopped`).
     """

@@ -69,9 +69,9 @@ class Segmenter:
     """A model that predicts the class of every pixel of an image.
 
     Images are resized as in mmsegmentation's evaluation on ADE20K. The aspect ratio is kept, and
-    the shorter side becomes `size` pixels, unless the longer side would exceed four times that. The
-    class scores are resized back to the image's resolution, and each pixel gets the class with the
-    highest score.
+    the shorter side becomes `size` pixels, unless the longer side would exceed four times this
+    size. The class scores are resized back to the image's resolution, and each pixel gets the class
+    with the highest score.
 
     Args:
         path: Path of a Composer checkpoint, a state dict, a safetensors file, or an ONNX file

@@ -1,4 +1,4 @@
-"""Random access to MDS shards in a store, through a cache on the local disk."""
+"""A reader with random access to MDS shards in a store, through a cache on the local disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 
 
 class Shards:
-    """Random access to the samples in the shards of one split.
+    """A reader with random access to the samples in the shards of one split.
 
     Streaming's own dataset has a fixed order that depends on the number of ranks. This class uses
     only Streaming's downloads, decompression, hashes and shard format. The processes on a machine
@@ -46,7 +46,7 @@ class Shards:
 
     Args:
         remote: Folder or URL that contains the split's folder, in any store that Streaming
-            supports. If None, the shards are read from `local`, which is not modified.
+            supports. If None, the shards are read from the folder `local`, which is not modified.
         local: Cache folder. If None, the folder `remote` is read in place.
         split: Name of the split's folder.
         cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least

@@ -166,7 +166,7 @@ def _from_scratch(model: Any) -> Any:
 def _record(model: Any) -> Any:
     """Return a config as JSON types in which tuples and lists remain distinct."""
     if isinstance(model, Mapping):
-        # Leave out the weight initialisation, because this record is stored together with trained
+        # Leave out the weight initialisation, because the record is stored together with trained
         # weights.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
@@ -203,7 +203,7 @@ def _initialise(whole: str, segmentor: Any) -> None:
 
 
 def _check_operators(whole: str, segmentor: nn.Module) -> None:
-    """Reject networks that need a GPU operator which this mmcv-full does not have."""
+    """Reject networks that need a GPU operator if the installed mmcv-full has none."""
     if not (torch.cuda.is_available() and lacks_operators()):
         return
     for module in segmentor.modules():

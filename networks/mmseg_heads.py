@@ -81,7 +81,7 @@ def _parts(outputs: Any) -> list[Any]:
 
 
 def _losses(head: Any) -> list[Loss]:
-    """Return the losses for a head's outputs, in the order of `_parts`."""
+    """Return the loss functions for a head's outputs, in the order of `_parts`."""
     kind = type(head).__name__
     if kind == "PointHead":
         return [_point_loss(head)]
@@ -116,7 +116,7 @@ def _total(losses: Mapping[str, Any]) -> Tensor:
 
 
 def _own_loss(head: Any) -> Loss:
-    """Return the loss that a head computes itself."""
+    """Return a head's own implementation of its loss."""
     if type(head).__name__ in ("DAHead", "EncHead"):
         raise ModelError(
             f"{type(head).__name__}: this head works only with a plain cross entropy; change its "

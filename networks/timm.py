@@ -24,7 +24,7 @@ def build(
     """Build DeepLabV3+ on a timm backbone, with output stride 8 if the backbone supports it.
 
     A plain vision transformer has features at only one stride, so it gets a `SimpleFeaturePyramid`.
-    Its position embeddings are resized to fit each image.
+    The transformer's position embeddings are resized to fit each image.
 
     Args:
         name: Name of a timm model.

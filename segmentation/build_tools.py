@@ -15,13 +15,13 @@ from pathlib import Path
 def missing_build_tools(gpu: bool) -> str | None:
     """Describe the build tools that are missing for Triton (GPU) or Inductor (CPU), or return None.
 
-    Triton compiles C code that launches GPU kernels. Inductor compiles C++ for a CPU.
+    Triton compiles C code that launches GPU kernels. Inductor compiles C++ code for the CPU.
 
     Args:
         gpu: Whether to check for Triton on a GPU instead of Inductor on a CPU.
 
     Returns:
-        A phrase for an error message, with the packages to install.
+        A phrase for an error message, with the packages to install, or None.
     """
     if gpu:
         compiler = _program("CC", ("gcc", "clang"))

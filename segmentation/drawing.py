@@ -36,7 +36,7 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with every pixel without a label set to `num_classes`."""
-    if mask.dtype == np.uint8:  # Avoid a slower copy as int64.
+    if mask.dtype == np.uint8:  # Return early, because the copy as int64 below is slower.
         return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
@@ -143,7 +143,7 @@ class VideoOverlay:
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
     """Write each class's name on a region that has enough room for it.
 
-    Names help, because some of ADE20K's colours are hard to tell apart.
+    The names help, because some of ADE20K's colours are hard to tell apart.
     """
     size = _font_size(picture.height) * 0.9
     # Search a smaller copy of the mask, because the position of a name need not be exact.

@@ -4,10 +4,10 @@ With 150 classes at 512 px, one image's logits take 157 MB in fp32. An implement
 tensor operations keeps a dozen such tensors for every image: upsampled logits, softmax, one-hot
 targets, their products and all their gradients.
 
-This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time,
-and processes the tile while it is in the cache. The forward pass computes the sums over pixels that
-both losses need. The backward pass computes the gradient of the upsampled logits, and maps it to
-the network's resolution by the adjoint of the upsampling.
+This module keeps the logits at the network's resolution. The module upsamples one tile of pixels at
+a time, and processes the tile while it is in the cache. The forward pass computes the sums over
+pixels that both losses need. The backward pass computes the gradient of the upsampled logits, and
+maps it to the network's resolution by the adjoint of the upsampling.
 """
 
 from __future__ import annotations

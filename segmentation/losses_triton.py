@@ -5,9 +5,9 @@ cell. A cell is the set of pixels between two neighbouring columns of logits. Al
 are interpolated from the same few logits, so a program loads these logits once for all classes.
 
 The forward kernel writes each pixel's normalisers and a few sums. The backward kernel computes the
-softmax again. Each of its programs owns a rectangle of the gradient and adds up the contributions
-of all pixels that are interpolated from the rectangle. The kernel therefore needs no atomic
-operations, and the gradient is reproducible.
+softmax again. Each program of the backward kernel owns a rectangle of the gradient and adds up the
+contributions of all pixels that are interpolated from this rectangle. The kernel therefore needs no
+atomic operations, and the gradient is reproducible.
 """
 
 # Triton's type annotations do not cover all values that kernels compute with.
@@ -205,7 +205,7 @@ def _forward_kernel(
                 intersection_d += exp_d * (at_d * inverse[:, None])
                 log_likelihood_c += at_c * z_c
                 log_likelihood_d += at_d * z_d
-                # The class weights affect the cross entropy but not the Dice loss.
+                # In this kernel, the class weights affect only the cross entropy.
                 if WEIGHTED:
                     any_share = _weighted(class_weights, label, share, num_classes)
                     if MIXED:

@@ -37,7 +37,7 @@ class EMA(composer.algorithms.EMA):
             None, the average is updated after every batch or every epoch, depending on this unit.
     """
 
-    smoothing: float  # Never None, because half_life is always set.
+    smoothing: float  # `smoothing` is never None, because `half_life` is always set.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
@@ -53,7 +53,7 @@ class EMA(composer.algorithms.EMA):
         """Update the average, or exchange it with the training weights."""
         network = without_ddp(state)
         if event == Event.INIT:
-            # Loading a checkpoint overwrites these tensors.
+            # Create the tensors into which a checkpoint is loaded.
             self.ema_model = EMAParameters(network)
             return
         # After a checkpoint is loaded, the average is on the CPU, so move it to the network's

@@ -43,7 +43,7 @@ def quote_text(text: str, place: str = "") -> str:
         _collect(root, _hint_of(place), place, scalars, set())
     for end, node in sorted(scalars.items(), reverse=True):
         start = end - len(node.value)
-        if text[start:end] == node.value:  # Multi-line scalars are text already.
+        if text[start:end] == node.value:  # Skip multi-line scalars, which are always text.
             quoted = node.value.replace("'", "''")
             text = f"{text[:start]}'{quoted}'{text[end:]}"
     return text
