@@ -364,7 +364,7 @@ def parse_convert_dataset(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--ignore: {options.ignore} must be values of masks, such as 0,255")
     options.ignore = {int(value) for value in values}
     if options.background == "":
-        parser.error("--background: it is empty; give a class name, or ignore")
+        parser.error("--background: the value is empty; give a class name, or ignore")
     if options.source == "hf://":
         parser.error("hf://: the name is missing; give hf://owner/name, or a folder")
     if not options.source.startswith("hf://") and options.images is None:

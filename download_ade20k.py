@@ -146,8 +146,8 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     if found != sha1:
         part.unlink()
         raise DownloadError(
-            f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive; "
-            "it was deleted; try again, or use a different --url"
+            f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive "
+            "and was deleted; try again, or use a different --url"
         )
     return part
 

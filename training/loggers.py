@@ -124,7 +124,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         resumed = self._parameters_of(self._to_resume)
         if resumed is None:
             log.warning(
-                "loggers.mlflow: run %s no longer exists, so a new one begins", self._to_resume
+                "loggers.mlflow: run %s no longer exists, so a new run starts", self._to_resume
             )
             super().init(state, logger)
             return

@@ -63,7 +63,7 @@ def join() -> Watch | None:
         reason = one_line(error)[:160]
         raise Lost(
             f"the {ranks} processes of the run did not connect at {where} ({reason}); check "
-            "that all have started"
+            "that all processes have started"
         ) from None
     return watch
 
@@ -209,8 +209,8 @@ def _last_words(peer: socket.socket, name: str) -> Lost | None:
     except OSError as error:
         silence = INTERVAL * (ATTEMPTS + 1)
         return Lost(
-            f"{name} has not responded for {silence} s: its machine or the link to it is lost "
-            f"({error.strerror})"
+            f"{name} has not responded for {silence} s: its machine or the connection to it was "
+            f"lost ({error.strerror})"
         )
     if not said:
         return Lost(f"{name} ended without a message: it was killed, or its machine went down")
