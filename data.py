@@ -101,9 +101,9 @@ class ADE20k(EncodedSamples):
 class StreamingADE20k(EncodedSamples):
     """A data set stored in MDS shards, with the same samples and transforms as `ADE20k`.
 
-    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The sample
-    order equals that of the same data in folders. If the data set is larger than `cache_limit`,
-    samples are instead shuffled within groups of shards that fit in the cache.
+    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The samples
+    have the same order as those of the same data in folders. If the data set is larger than
+    `cache_limit`, samples are instead shuffled within groups of shards that fit in the cache.
 
     Args:
         remote: Folder or URL (s3://...) that contains the folders `train` and `val`.

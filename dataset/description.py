@@ -305,9 +305,9 @@ def pack(red: int, green: int, blue: int) -> int:
     """Encode a colour as the integer red + 256 * green + 65536 * blue.
 
     Args:
-        red: Red, 0 to 255.
-        green: Green, 0 to 255.
-        blue: Blue, 0 to 255.
+        red: Red component, 0 to 255.
+        green: Green component, 0 to 255.
+        blue: Blue component, 0 to 255.
     """
     return red | green << 8 | blue << 16
 

@@ -115,9 +115,9 @@ class EpochSampler(DistributedSampler):
     Each rank gets a contiguous part of each batch. Together, the ranks see the same micro-batches
     as a single process whose micro-batch size equals one rank's part.
 
-    The class extends `DistributedSampler`, so that Composer sets its epoch. Its length is always
-    the length of the complete epoch, even after a resume in the middle of an epoch, because
-    Composer compares it with the number of batches since the start of the epoch.
+    The class extends `DistributedSampler`, so that Composer sets its epoch. The sampler's length is
+    always that of the complete epoch, even after a resume in the middle of an epoch, because
+    Composer compares the length with the number of batches since the start of the epoch.
 
     Args:
         dataset: Data set with a length and a method `order(items, seed, epoch)`.

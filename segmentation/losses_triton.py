@@ -27,7 +27,7 @@ from torch import Tensor
 # rows and columns that each program of the backward kernel computes.
 FORWARD_ROWS, FORWARD_CELLS = 32, 4
 BACKWARD_ROWS, BACKWARD_CELLS = 4, 16
-PIXELS = 4  # Number of pixels that a kernel program processes at a time, each with all classes.
+PIXELS = 4  # Number of pixels that a kernel program processes at a time.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -81,7 +81,7 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """Settings of a data set and of the transforms of its samples."""
+    """Settings of a data set and its transforms."""
 
     is_streaming: bool = key(FREE, False, "true: read MDS shards; false: read folders")
     path: str | None = key(
