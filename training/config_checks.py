@@ -133,9 +133,7 @@ def _check_names(config: Config) -> None:
     """Validate the run name and the path of the file with the class names."""
     name = config.run_name
     if config.autoresume and not name:
-        raise ConfigError(
-            "autoresume: the run has no name to find its checkpoints by; set run_name"
-        )
+        raise ConfigError("autoresume: a run needs a name to find its checkpoints; set run_name")
     if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
         raise ConfigError(
             f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
