@@ -220,7 +220,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _image_name(dataset: ADE20k | StreamingADE20k, index: int) -> str:
-    """Return the file name of an image. If the image is in a shard, the sample is read."""
+    """Return the file name of an image. For shards, this reads the sample."""
     if isinstance(dataset, ADE20k):
         return dataset.samples[index].image_path
     return dataset.read(index)[3][0]

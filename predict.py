@@ -86,7 +86,7 @@ class Segmenter:
             windows' side is `size` (512 if `size` is 0), and neighbouring windows overlap by a
             third.
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
-        network: Name of the network. It is needed if the file does not contain the name, or to
+        network: Name of the network. The name is needed if the file does not contain it, or to
             allow a user's own function to run.
         device: Name of the torch device; None: a GPU if there is one.
         amp: Whether to run the network in bf16 by autocast.

@@ -18,8 +18,8 @@ class SeedMicrobatch(Algorithm):
 
     Dropout and MixUp then depend only on four numbers: the seed, the batch number, the number of
     the pass over the batch (SAM makes two passes), and the index of the micro-batch in the global
-    batch. Earlier draws, a resume, and the number of ranks that share the micro-batches have no
-    influence.
+    batch. Earlier draws, a resume, and the number of ranks that share the micro-batches do not
+    change the random numbers.
 
     Put this algorithm first in the list, because algorithms run in list order before a forward
     pass.

@@ -69,7 +69,7 @@ def join() -> Watch | None:
 
 
 class Watch:
-    """The connections between the first process of a run and all others.
+    """The connections between the first process of a run and all other processes.
 
     Args:
         store: Distributed store in which the first process publishes its port.
