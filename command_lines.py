@@ -37,8 +37,8 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
         parse(sys.argv[1:])
     share_cores(os.environ)
     name_node(os.environ)
-    # When mmcv imports torch.utils.cpp_extension, silence its warning about a CUDA toolkit without
-    # a GPU.
+    # mmcv imports torch.utils.cpp_extension, which warns about a CUDA toolkit without a GPU.
+    # Silence this warning.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
@@ -48,9 +48,11 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
     OpenMP reads these variables when torch is imported:
 
     - OMP_WAIT_POLICY: Let waiting threads sleep. By default they spin and keep the core busy. On
-    two cores, two simultaneous runs would then take several times as long as two consecutive runs.
-    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process uses all
-    cores, the variable stays unset, because the number of threads affects the last bits of sums.
+      two cores, two simultaneous runs would then take several times as long as two consecutive
+      runs.
+    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process uses
+      all cores, the variable stays unset, because the number of threads affects the last bits of
+      sums.
 
     Args:
         environment: Environment variables, which are modified in place.
@@ -284,7 +286,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # Hidden former name of --no-ignore-background.
+        help=argparse.SUPPRESS,  # This former name of --no-ignore-background is hidden.
     )
     add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
     add("--class-names", help="file with one class name per line")
@@ -362,7 +364,7 @@ def parse_convert_dataset(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--ignore: {options.ignore} must be values of masks, such as 0,255")
     options.ignore = {int(value) for value in values}
     if options.background == "":
-        parser.error("--background: it is empty; give a class name, or ignore")
+        parser.error("--background: the value is empty; give a class name, or ignore")
     if options.source == "hf://":
         parser.error("hf://: the name is missing; give hf://owner/name, or a folder")
     if not options.source.startswith("hf://") and options.images is None:

@@ -7,7 +7,7 @@
     python convert_dataset.py hf://owner/name --out my-data                     # Hugging Face
 
 The command writes the images, the masks and their description `data.yaml` to the folder `my-data`.
-Images are hard links if the file system supports them. Then the command checks the data set as
+Images are hard-linked if the file system supports this. Then the command checks the data set as
 `data.py` does. If shapes overlap, the smaller shape covers the larger one. With `--overlap order`,
 the later shape covers the earlier one; in CVAT, the order is the z-order. Pixels without a shape
 get the class `background`. With `--background ignore` they are ignored, as in panoptic masks.
@@ -53,8 +53,8 @@ def describe(out: Path, converted: Converted, options: argparse.Namespace) -> No
             values = {options.background: 0, **values}
     if not 2 <= len(values) < IGNORED:
         raise DataError(
-            f"{options.source}: {len(values)} classes ({', '.join(values)}); a network needs 2 to "
-            f"{IGNORED - 1}"
+            f"{options.source}: found {len(values)} classes ({', '.join(values)}); a network needs "
+            f"2 to {IGNORED - 1} classes"
         )
     split = {
         name: {"images": f"photos/{name}", "masks": f"masks/{name}"} for name in ("train", "val")

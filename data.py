@@ -28,7 +28,7 @@ from dataset.description import Description, ade20k
 from dataset.encoded import EncodedSamples, Transforms, collate
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # re-exported for users of data.py
+from dataset.matching import list_samples as list_samples  # Re-exported as a public name.
 from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
@@ -57,7 +57,8 @@ class ADE20k(EncodedSamples):
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
         description: Layout of the folders and meaning of the masks; None: ADE20K's layout.
-        source: Opened split to use instead of `datadir`, `split`, `labels` and `description`.
+        source: Split that is already open, used instead of `datadir`, `split`, `labels` and
+            `description`.
 
     Raises:
         DataError: Folders or masks are missing. For a damaged file, the error is raised on access.
@@ -100,20 +101,20 @@ class ADE20k(EncodedSamples):
 class StreamingADE20k(EncodedSamples):
     """A data set stored in MDS shards, with the same samples and transforms as `ADE20k`.
 
-    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The sample
-    order equals that of the same data in folders. If the data set is larger than `cache_limit`,
-    samples are instead shuffled within groups of shards that fit in the cache.
+    Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The samples
+    have the same order as those of the same data in folders. If the data set is larger than
+    `cache_limit`, samples are instead shuffled within groups of shards that fit in the cache.
 
     Args:
         remote: Folder or URL (s3://...) that contains the folders `train` and `val`.
         local: Cache folder; None: read shards in a `remote` folder without copying them.
         split: 'train' or 'val'.
-        shuffle: Unused, because the sampler shuffles; kept for scripts written for the reference.
+        shuffle: Unused, because the sampler shuffles; kept for scripts written for MosaicML's code.
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
         final_size: Side of the resulting square, pixels.
-        batch_size: Unused; kept for scripts written for the reference.
+        batch_size: Unused; kept for scripts written for MosaicML's code.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
         transforms: Transforms of the pair, of the image and of the mask, to use instead of the
@@ -162,7 +163,7 @@ class StreamingADE20k(EncodedSamples):
         self.shards.prefetch(index)
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return these samples in the order of an epoch."""
+        """Return the samples' indices in the epoch's order."""
         at_once = self.shards.shards_at_once
         if at_once is None:  # The cache can hold all shards, so shuffle freely.
             return super().order(items, seed, epoch)
@@ -174,7 +175,7 @@ class StreamingADE20k(EncodedSamples):
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The arguments up to `ignore_background` match MosaicML's reference; later ones are additions.
+# The arguments up to `ignore_background` match MosaicML's code; the later ones are additions.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -210,7 +211,7 @@ def build_ade20k_dataspec(
     """Build the DataSpec of a split for Composer's Trainer.
 
     Batches contain images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
-    `DeviceTransform` turns them into the model's input. Evaluation keeps the order of samples.
+    `DeviceTransform` turns them into the model's input. Evaluation keeps the samples in order.
 
     Args:
         path: Folder of the data set, or folder or URL of its shards.
@@ -236,14 +237,15 @@ def build_ade20k_dataspec(
         download_timeout: Seconds to wait for the store's response.
         validate_hash: Name of the hash that each downloaded shard is verified with.
         num_workers: Number of loader processes per rank; 'auto': one per core, at most 8.
-        description: Description of a data set that does not use ADE20K's layout. It replaces
-            `num_classes`, `ignore_background` and `ignore_label`.
+        description: Description of a data set that does not use ADE20K's layout. The description
+            replaces `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the images below which a class counts as rare. Training
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
         counts: Class counts of the training masks; None: count them here if rare-class sampling
             needs them.
-        source: Opened split, which replaces the arguments about the data set's location and labels.
+        source: Split that is already open. It replaces the arguments about the location and the
+            labels.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.
 
@@ -292,7 +294,8 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # Transform one micro-batch at a time, because float32 images are four times as large as uint8.
+    # Transform one micro-batch at a time, because float32 images are four times as large as uint8
+    # images.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
@@ -342,7 +345,7 @@ def build_data(
 
     Raises:
         DataError: The data set cannot be read, or its labels do not match the model's classes.
-        ClassError: The shards were written with different classes from the run's.
+        ClassError: The classes of the shards differ from the classes of the run.
     """
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
@@ -359,7 +362,8 @@ def build_data(
         # Shards already store class indices, so the config can no longer change the class order.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Schedulers send SIGTERM to all processes, but the run needs its loader until it has saved.
+    # Schedulers send SIGTERM to all processes, but the run needs its loaders until it has saved a
+    # checkpoint.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 FOLDER = "ADEChallengeData2016"
-# Number of files per folder in the official archive. They serve to check a folder that this script
-# did not unpack.
+# Number of files per folder in the official archive. These numbers are used to check a folder that
+# this script did not unpack.
 OFFICIAL_COUNTS = {
     "images/training": 20_210,
     "images/validation": 2_000,
@@ -146,8 +146,8 @@ def fetch(url: str, archive: Path, sha1: str) -> Path:
     if found != sha1:
         part.unlink()
         raise DownloadError(
-            f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive; "
-            "it was deleted; try again, or use a different --url"
+            f"{url} has SHA-1 {found} instead of {sha1}, so it is not the ADE20K archive "
+            "and was deleted; try again, or use a different --url"
         )
     return part
 
@@ -304,7 +304,7 @@ def _what_is_missing(folder: Path, sha1: str) -> str | None:
         if files < expected["files"]:
             return f"it contains {files:,} of {expected['files']:,} files"
         if expected["sha1"] != sha1:
-            return f"it belongs to another archive (SHA-1 {expected['sha1']})"
+            return f"it belongs to a different archive (SHA-1 {expected['sha1']})"
         return None
     for name, expected in OFFICIAL_COUNTS.items():
         files = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
@@ -339,7 +339,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about a full disk, which lack it."""
+    """Add the file's name to errors about a full disk, which do not contain it."""
     try:
         yield
     except OSError as error:

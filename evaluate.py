@@ -5,11 +5,12 @@
     composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
 
 The protocol `paper` matches mmsegmentation's evaluation on ADE20K, so its scores are comparable
-with published tables. Images keep their aspect ratio. Their shorter side becomes
+with published tables. Images keep their aspect ratio. An image's shorter side becomes
 `eval_dataset.final_size` pixels (512 in mmsegmentation), unless the longer side would exceed four
-times that. Predictions are scored at the resolution of the mask. The protocol `square` matches the
-evaluation during training: image and mask are resized to squares of side `eval_dataset.final_size`.
-In both protocols, a single confusion matrix counts every labelled pixel of every image once.
+times this size. Predictions are scored at the resolution of the mask. The protocol `square` matches
+the evaluation during training: image and mask are resized to squares of side
+`eval_dataset.final_size`. In both protocols, every labelled pixel of every image is counted once,
+in a single confusion matrix.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from training.distributed import full_shared_memory
 
 log = logging.getLogger(__name__)
 
-PENDING = 128  # Maximum number of images held back to form batches of equal size.
+PENDING = 128  # Maximum number of images held back to form batches of images of the same size.
 
 
 def evaluate_paper(
@@ -112,7 +113,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items of one kind into lists of up to `count`, holding back at most `PENDING` items."""
+    """Group items by kind into lists of up to `count`; hold back at most `PENDING` items."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -151,7 +152,7 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score a checkpoint with the options of the command line.
+    """Score a checkpoint as the options of the command line specify.
 
     Args:
         options: Parsed command line; see `command_lines.parse_evaluate`.
@@ -219,7 +220,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _image_name(dataset: ADE20k | StreamingADE20k, index: int) -> str:
-    """Return the file name of an image; only a shard has to be read for it."""
+    """Return the file name of an image. For shards, this reads the sample."""
     if isinstance(dataset, ADE20k):
         return dataset.samples[index].image_path
     return dataset.read(index)[3][0]
@@ -273,7 +274,7 @@ def report(result: dict[str, Any], with_pairs: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 0, 1 for a full disk, or 2 for an unusable input or option."""
+    """Run the command line; return 0 for success, 1 for a full disk, or 2 for unusable input."""
     options = parse_evaluate(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     if dist.get_world_size() > 1:
@@ -285,7 +286,7 @@ def main(arguments: list[str]) -> int:
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Check the output paths before the evaluation, so that it cannot fail at the end.
+        # Check the output paths first, so that an evaluation does not fail at its end.
         outputs = [options.csv, options.json, options.per_image, options.confusion]
         outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)

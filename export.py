@@ -16,10 +16,10 @@
 | `hub`         | any of these, from Hugging Face      | see extras/sharing/card.py    |
 
 The first three formats take `image`, (N, 3, H, W) uint8 RGB with any N, H and W, and return
-`logits`, (N, C, H, W) float32. They include normalisation and upsampling. The metadata of all
-formats contains `classes` (a JSON list of names and colours), `config` (the run's config), `size`
-(the size of its validation images), and `mean` and `std` for normalisation. Each exported file is
-compared with the PyTorch model on an image before the export completes.
+`logits`, (N, C, H, W) float32. These formats include normalisation and upsampling. The metadata of
+all formats contains `classes` (a JSON list of names and colours), `config` (the run's config),
+`size` (the size of its validation images), and `mean` and `std` for normalisation. Each exported
+file is compared with the PyTorch model on an image before the export completes.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def compare(
 ) -> tuple[float, float]:
     """Compare an exported file with the original PyTorch model.
 
-    Both run on the image at two sizes that differ from the exporter's example input. At the second
-    size, the batch also contains the mirrored image.
+    Both models run on the image at two sizes that differ from the exporter's example input. At the
+    second size, the batch also contains the mirrored image.
 
     Args:
         model: PyTorch model.
@@ -192,7 +192,7 @@ def _stem(model: str) -> str:
 
 
 def _read(options: argparse.Namespace) -> Source:
-    """Read the model, the class names and the images named on the command line."""
+    """Read the model, the class names and the images specified on the command line."""
     weights = load_weights(options.model, options.weights)
     weights = complete(weights, options.model, options.network)
     classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
@@ -254,7 +254,10 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     """Write the web page that extras/sharing/web.py describes."""
     photos = options.photo
     if len(source.classes) > 256:
-        raise UserError("the page's masks have 8 bits, so the model can have at most 256 classes")
+        raise UserError(
+            f"--to web: the model has {len(source.classes)} classes, but the page supports at most "
+            "256"
+        )
     check_examples(photos)
     _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()
@@ -367,7 +370,9 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
         if os.path.exists(scored) and not os.path.samefile(
             checkpoint_in(scored), checkpoint_in(options.model)
         ):
-            raise UserError(f"{options.scores} is for {scored}; give scores for {options.model}")
+            raise UserError(
+                f"{options.scores} contains scores for {scored}; give scores for {options.model}"
+            )
         return scores
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "scores.json")

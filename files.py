@@ -9,7 +9,7 @@
 
 Each output is written to a hidden file `.unfinished-...` in the same folder and renamed at the end.
 If any exception occurs, including KeyboardInterrupt, the unfinished file is removed and an older
-file with the final name is kept. Only a process that is killed leaves the hidden file behind. This
+file with the final name is kept. The hidden file is left behind only if the process is killed. This
 module imports no slow packages.
 """
 
@@ -182,7 +182,7 @@ def explain_output(path: PathLike) -> Iterator[None]:
         hidden = isinstance(name, str) and ".unfinished-" in name
         if not name or hidden or os.path.realpath(name) == os.path.realpath(path):
             raise UserError(f"cannot write {path}: {reason}") from error
-        # The error may also name one of the output's parent folders.
+        # The error may name a parent folder of the output.
         if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):
             raise UserError(f"cannot write {path}: {name}: {reason}") from error
         raise
@@ -232,7 +232,7 @@ def check_writable(path: PathLike) -> None:
     with explain_output(path):
         final = Path(os.path.realpath(path))
         if final.exists() and not os.access(final, os.W_OK):
-            raise UserError(f"cannot write {path}: it is read-only; choose another file")
+            raise UserError(f"cannot write {path}: it is read-only; choose a different file")
         unfinished = _beside(final)
         try:
             unfinished.touch(exist_ok=False)

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Data = tuple[DataSpec | None, DataSpec]  # Data for training and for evaluation.
+Data = tuple[DataSpec | None, DataSpec]  # Training data, or None, and evaluation data.
 
 
 def main(
@@ -97,8 +97,8 @@ def main(
         The trainer after the run; the network is `trainer.state.model.module`.
 
     Raises:
-        UserError: The config, the data set, the model or a checkpoint is unusable. Its subclasses
-            in errors.py tell these cases apart.
+        UserError: The config, the data set, the model or a checkpoint is unusable. Subclasses of
+            UserError in errors.py tell these cases apart.
         RunError: Training cannot continue, or the user or the scheduler asked it to stop
             (`Stopped`).
     """
@@ -110,7 +110,8 @@ def main(
         config = copy.deepcopy(config)
     else:
         config = resolve(config, with_data=data is None)
-    # An evaluation needs a checkpoint, but its `--plan` does not, so resolve() cannot check for it.
+    # An evaluation needs a checkpoint, but `--plan` does not, so check this here rather than in
+    # resolve().
     check_evaluates(config)
     try:
         trainer = build_trainer(config, callbacks=callbacks, loggers=loggers, data=data)
@@ -318,7 +319,7 @@ def run_plan(arguments: list[str]) -> int:
 def run_config(
     config: Config, callbacks: Sequence[Callback] = (), loggers: Sequence[LoggerDestination] = ()
 ) -> int:
-    """Run a config together with the other ranks of its launcher; return the exit status."""
+    """Train or evaluate together with the run's other ranks; return the exit status."""
     logging.basicConfig(
         level=(config.python_log_level or "warning").upper(),
         format="%(levelname)s %(name)s: %(message)s",

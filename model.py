@@ -148,7 +148,7 @@ class ComposerDeepLabV3(ComposerClassifier):
 
     def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
         """Add an evaluation batch to a metric; all metrics use the same upsampled logits."""
-        # Identify the logits by a weak reference, which does not keep them in memory.
+        # Identify the logits by a weak reference, so that they are not kept in memory.
         if self._scored is None or self._scored[0]() is not outputs:
             score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)
             self._scored = weakref.ref(outputs), score
@@ -172,7 +172,7 @@ def build_composer_deeplabv3(
 ) -> ComposerDeepLabV3:
     """Build DeepLabV3(+) as a ComposerModel.
 
-    The function name and the argument order match MosaicML's reference. Newer arguments are
+    The function name and the argument order match MosaicML's code. Newer arguments are
     keyword-only. See `deeplabv3` and `ComposerDeepLabV3` for details.
 
     Args:
@@ -185,7 +185,7 @@ def build_composer_deeplabv3(
         cross_entropy_weight: See `ComposerDeepLabV3`.
         dice_weight: See `ComposerDeepLabV3`.
         init_fn: See `deeplabv3`.
-        upsample: Whether `forward` returns logits at the image's resolution, as in the reference,
+        upsample: Whether `forward` returns logits at the image's resolution, as in MosaicML's code,
             instead of the decoder's resolution.
         class_weights: See `ComposerDeepLabV3`.
         fused_loss: See `ComposerDeepLabV3`.
@@ -210,7 +210,7 @@ def build_composer_deeplabv3(
 def build_composer_model(
     name: str = "deeplabv3", arguments: Mapping[str, Any] | None = None, **keys: Any
 ) -> ComposerDeepLabV3:
-    """Build the ComposerModel of a run from the keys below `model`.
+    """Build the ComposerModel of a run from the config's `model` section.
 
     Args:
         name: See `networks.deeplab.create_network`.

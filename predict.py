@@ -7,8 +7,8 @@
 
 The overlay shows the image under the colours of the predicted classes, with a legend of these
 classes. The index is a PNG of the same size as the image and contains the class index of every
-pixel. It has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py overwrites
-its own earlier outputs but no other files.
+pixel. The index has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py
+overwrites its own earlier outputs but no other files.
 
 In Python:
 
@@ -69,9 +69,9 @@ class Segmenter:
     """A model that predicts the class of every pixel of an image.
 
     Images are resized as in mmsegmentation's evaluation on ADE20K. The aspect ratio is kept, and
-    the shorter side becomes `size` pixels, unless the longer side would exceed four times that. The
-    class scores are resized back to the image's resolution, and each pixel gets the class with the
-    highest score.
+    the shorter side becomes `size` pixels, unless the longer side would exceed four times this
+    size. The class scores are resized back to the image's resolution, and each pixel gets the class
+    with the highest score.
 
     Args:
         path: Path of a Composer checkpoint, a state dict, a safetensors file, or an ONNX file
@@ -82,10 +82,11 @@ class Segmenter:
             run's validation images, or 512 if unknown.
         tta: Whether to use test-time augmentation, which averages the probabilities over six scales
             (0.5 to 1.75), each with and without a flip.
-        slide: Whether to process overlapping square windows instead of the complete image. Their
-            side is `size` (512 if `size` is 0), and they overlap by a third.
+        slide: Whether to process overlapping square windows instead of the complete image. The
+            windows' side is `size` (512 if `size` is 0), and neighbouring windows overlap by a
+            third.
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
-        network: Name of the network. It is needed if the file does not contain the name, or to
+        network: Name of the network. The name is needed if the file does not contain it, or to
             allow a user's own function to run.
         device: Name of the torch device; None: a GPU if there is one.
         amp: Whether to run the network in bf16 by autocast.
@@ -120,7 +121,8 @@ class Segmenter:
         if str(path).endswith(".onnx"):
             if amp:
                 raise WeightsError(
-                    f"{path}: an ONNX file computes in the type of its export; leave out --amp"
+                    f"{path}: --amp does not work with ONNX files, whose precision is fixed; leave "
+                    "it out"
                 )
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
@@ -244,7 +246,7 @@ class Segmenter:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the torch device with this name. For None, return a GPU if there is one.
+    """Return the torch device with this name. If the name is None, return a GPU if there is one.
 
     Raises:
         ModelError: The device does not exist.
@@ -279,7 +281,7 @@ def _torch_network(
                 height, width = image.shape[2:]
                 raise ModelError(
                     f"{network.name} fails on images of {width} x {height} pixels: "
-                    f"{one_line(error)}; with --slide --size N, it gets squares of N pixels"
+                    f"{one_line(error)}; with --slide --size N, it processes squares of N pixels"
                 ) from error
 
     return run
@@ -291,7 +293,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
         import onnxruntime
     except ImportError as error:
         raise WeightsError(
-            f"{path}: reading it needs onnxruntime; run pip install onnxruntime"
+            f"{path}: ONNX files need onnxruntime; run pip install onnxruntime"
         ) from error
 
     try:
@@ -303,7 +305,9 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
     if "classes" not in metadata:
-        raise WeightsError(f"{path}: it contains no class names; use a file written by export.py")
+        raise WeightsError(
+            f"{path}: the file contains no class names; use a file written by export.py"
+        )
 
     def run(photos: Tensor) -> Tensor:
         logits = session.run(None, {"image": photos.cpu().numpy()})[0]
@@ -351,7 +355,7 @@ def main(arguments: list[str]) -> int:
 def _segment_files(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
 ) -> Iterator[str]:
-    """Segment images and videos in order; for each file, yield "" or a word for the failure."""
+    """Segment images and videos in order; for each file, yield "" or the reason for a failure."""
     for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
         if are_videos:
             for path, target in group:
@@ -361,7 +365,7 @@ def _segment_files(
 
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
-    """Build the Segmenter that the options `model` and `add_model_options` describe."""
+    """Build a Segmenter from the parsed options of predict.py or evaluate.py."""
     return Segmenter(
         options.model,
         classes=options.classes,

@@ -48,7 +48,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
     """Resize a mask (H, W) as Pillow does, and keep only every `step`-th row and column."""
-    # The reference uses Pillow, whose nearest-neighbour resizing picks different pixels from
+    # MosaicML's code uses Pillow, whose nearest-neighbour resizing picks different pixels from
     # OpenCV's.
     rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]
@@ -73,7 +73,7 @@ class Resize(PairTransform):
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Resize a sample; see `PairTransform.apply`."""
-        # Like the reference, ignore the aspect ratio. By default, evaluate.py keeps it.
+        # Ignore the aspect ratio, as MosaicML's code does. By default, evaluate.py keeps it.
         size = (self.final_size, self.final_size)
         return resize_image(load_image(1), size), resize_mask(mask, size)
 
@@ -106,7 +106,7 @@ class RandomCrop(PairTransform):
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
-        # The reference uses the same defaults: a share of 0.75 and 10 retries.
+        # MosaicML's code has the same defaults: a share of 0.75 and 10 retries.
         self.max_class_share, self.retries = max_class_share, retries
         self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
@@ -141,7 +141,7 @@ class RandomCrop(PairTransform):
         grid: int,
         rng: np.random.Generator,
     ) -> list[slice]:
-        """Return the image's rows and columns that form a crop of the given size.
+        """Return the rows and columns of the image that form a crop of the given size.
 
         The size of the crop refers to the image resized to `side` x `side`. The returned rows and
         columns begin and end at multiples of `grid`, or at the image's edge.
@@ -204,8 +204,7 @@ def build_ade20k_transformations(
 
     Returns:
         tuple: The transforms of the pair, of the image and of the mask. The last two are None,
-            because `DeviceTransform` replaces the reference's transforms of single images and
-            masks.
+        because `DeviceTransform` replaces MosaicML's transforms of single images and masks.
     """
     if split == "train":
         sizes = base_size, min_resize_scale, max_resize_scale, final_size
@@ -245,13 +244,13 @@ class DeviceTransform:
         self._on_gpu = self._transform
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation of the normalisation, for values from 0 to 255."""
+        """Set the mean and standard deviation of the normalisation, on the 0-255 scale."""
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         # Store the inverse, because multiplication is cheaper than division.
         self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
-        """Compile for GPUs, where this fuses 260 kernels that each read the batch into a few."""
+        """Compile the transform for GPUs, where this fuses 260 kernels into a few."""
         self._on_gpu = torch.compile(self._transform)
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -273,7 +272,6 @@ class DeviceTransform:
             torch.full((), number, dtype=torch.int64, device=raw.device)
             for number in (self.seed, self.epoch())
         )
-        # Only GPUs use the compiled transform.
         transform = self._on_gpu if raw.is_cuda else self._transform
         return transform(raw, labels, seed, epoch)
 
@@ -285,15 +283,15 @@ class DeviceTransform:
         uniform = uniform_per_sample(raw, seed, epoch, self.steps)
         image = torch.empty(raw.shape, device=raw.device, memory_format=torch.channels_last)
         # On a CPU, transform images one by one: a single image fits in the cache, and colour
-        # changes that it does not need are skipped.
+        # changes that the image does not need are skipped.
         parts = len(raw) if raw.device.type == "cpu" else 1
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
         # If label 0 is ignored, uint8 arithmetic wraps it around to 255, above every class index.
         index = labels - self.first
-        # Labels 254 (ignored) and 255 (padding) also stay above 252, the largest possible class
-        # index.
+        # The labels 254 (ignored) and 255 (padding) also stay above every class index, which is at
+        # most 252.
         return image, index.long().masked_fill_(index >= self.num_classes, -1)
 
     def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from segmentation.metrics import MIoU, iou_per_class
 
 
 class Best:
-    """A comparison of a run's evaluations, with a state that is saved in checkpoints.
+    """A tracker of a run's best evaluation, whose state is saved in checkpoints.
 
     Args:
         metric: Metric to compare: `MIoU`, or `IoU/NAME` for a single class.
@@ -25,8 +25,8 @@ class Best:
 
     Attributes:
         value: Best score so far, in percent, or None.
-        batch: Number of batches at the best score.
-        unscored: Number of batches since the best score whose evaluations had no score.
+        batch: Number of batches done when the best score was reached.
+        unscored: Number of batches since the best score that led to evaluations without a score.
         batches_per_epoch: Number of batches in an epoch.
 
     Raises:
@@ -90,7 +90,7 @@ class Best:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state from a checkpoint, unless it belongs to a different metric."""
+        """Load the state from a checkpoint, unless the state belongs to a different metric."""
         if state.get("metric") == self.metric:
             self.value, self.batch = state["value"], state["batch"]
             self.unscored = state.get("unscored", 0)

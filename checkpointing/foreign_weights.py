@@ -1,4 +1,4 @@
-"""Reading of weight files written by other projects and libraries."""
+"""Functions that read weights files from other projects and libraries."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGN
 def select_network(
     tensors: Mapping[str, dict[str, Tensor]], which: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the weights from another project's file, and whether they are averaged.
+    """Return the weights from another project's file, and whether the weights are averaged.
 
-    The mapping with the most tensors counts as the network. It is either the file itself or one of
-    its entries. If another entry has a name that is used for averaged weights, its tensors replace
-    the training weights of the same names.
+    The mapping with the most tensors is taken as the network; it is either the file itself or one
+    of its entries. If the name of another entry suggests averaged weights, the entry's tensors
+    replace the training weights of the same names.
 
     Args:
         tensors: Tensors by name, for the file itself (under the key "") and for each of its
@@ -44,8 +44,8 @@ def select_network(
     if len(largest) > 1:
         listed = " and ".join(largest)
         raise WeightsError(
-            f"it contains several networks, {listed}; save the network that you need in a file "
-            "of its own"
+            f"the file contains several networks, {listed}; save the network that you need in a "
+            "separate file"
         )
     state = training[largest[0]]
     for part in averages if which == "ema" else []:
@@ -67,11 +67,11 @@ def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
 def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] | None]:
     """Return the `config.json` that `save_pretrained` wrote beside a file, and the classes in it.
 
-    The config is empty if the file is missing.
+    If there is no `config.json`, the config is empty.
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # The file is missing or is not a config.
+    except (OSError, ValueError):  # There is no config beside the file.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

@@ -1,9 +1,9 @@
 """Locks that keep two active runs from writing to the same checkpoint folder.
 
 `FileLock` uses a file-system lock, which the kernel releases when the process ends for any reason.
-`RecordLock` is for object stores and for file systems without locks. It is a small file, the
-record, which its owner renews every `BEAT` seconds. If the record is not renewed for `SILENCE`
-seconds, its owner counts as dead.
+`RecordLock` is for object stores and for file systems without locks. It consists of a small file,
+called the record, which its owner renews every `BEAT` seconds. If the record is not renewed for
+`SILENCE` seconds, its owner counts as dead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def describe_self(run_name: str | None) -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Return an identifier of this machine's boot and PID namespace, or None if unavailable."""
+    """Return an identifier of this machine's boot and PID namespace, or None if it is unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -57,8 +57,8 @@ def _machine() -> str | None:
 class FileLock:
     """An exclusive lock on a folder in a file system.
 
-    It is a POSIX record lock. Loader processes do not inherit it, so it is released when the
-    process that holds it exits.
+    The lock is a POSIX record lock. Loader processes do not inherit it, so the kernel releases it
+    when the process that holds it exits.
 
     Args:
         folder: Existing folder.
@@ -141,9 +141,9 @@ class RecordLock:
             )
 
     def release(self) -> None:
-        """Stop renewing, and mark the record as released."""
+        """Stop renewing the record, and mark it as released."""
         self._stopping.set()
-        with suppress(Exception):  # If the store is down, the lock record expires by itself.
+        with suppress(Exception):  # If the store is down, the lock record expires on its own.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 

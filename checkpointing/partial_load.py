@@ -1,4 +1,4 @@
-"""A function that loads the weights in a file that match a slightly different network."""
+"""A function that loads the matching part of a weights file into a network."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def load_fitting(
     num_classes: int | None = None,
     class_tensors: Collection[str] = (),
 ) -> str | None:
-    """Load the tensors in a file that match a network, and leave its other tensors unchanged.
+    """Load the tensors in a file that match a network; the network's other tensors stay unchanged.
 
     Args:
         network: Network to load the tensors into.
         weights: Content of the file.
         where: Name of the file, for error messages.
         least: Minimum share of the network's tensors that must match.
-        classes: Classes of the network. If given, the rows of classes with the same name in the
-            file are also loaded.
+        classes: Classes of the network. If given, the rows of classes that have the same name in
+            the file are also loaded.
         num_classes: Number of classes of the network. If None, it is the number of rows in
             DeepLabV3's last layer.
-        class_tensors: Names of the tensors with a row for each class, if the file has the same
-            number of classes but different ones. These rows are matched by class name or not
-            loaded.
+        class_tensors: Names of the tensors with a row for each class, given if the file has the
+            same number of classes but different classes. The rows of these tensors are matched by
+            class name or not loaded.
 
     Returns:
         A one-line note about the tensors that were not loaded, or None.
@@ -54,7 +54,7 @@ def load_fitting(
     if len(fitting) < least * len(own):
         raise WeightsError(
             f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, "
-            f"less than load_least={least:g} of them; choose weights for this network"
+            f"below the required share load_least={least:g}; choose weights for this network"
         )
     fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]

@@ -20,13 +20,14 @@ PROBED = 251  # Number of classes for a trial build. No layer has this number of
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
     """Add the network's name and its number of classes to weights from another project.
 
-    To find the number of classes, a trial network is built with a number of classes that no other
-    layer has as its size. Its tensors with that many rows have one row per class. The number of
-    rows of these tensors in the file is the file's number of classes.
+    To find the number of classes, the function builds a trial network with `PROBED` classes, a
+    number that no layer has as its size. The trial network's tensors with `PROBED` rows therefore
+    have one row per class. In the file, the number of rows of the same tensors is the number of
+    classes.
 
     Args:
-        weights: Result of `load_weights`. If they have a config, or if `network` is None, they are
-            returned unchanged.
+        weights: Result of `load_weights`. If these weights have a config, or if `network` is None,
+            they are returned unchanged.
         where: Name of the weights, for error messages.
         network: Name of the network given by the user, or None.
 
@@ -56,8 +57,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
             else "no layer has a row for each class"
         )
         raise WeightsError(
-            f"{where}: the weights do not match {network}: {found}; name their network with "
-            "--network"
+            f"{where}: the weights do not match {network}: {found}; give the name of their network "
+            "with --network"
         )
     model = {"name": network, "arguments": built.arguments, "num_classes": counts.pop()}
     return replace(weights, config={"model": model})

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store; `checkpointing.stores` explains the guarantees of all stores."""
+"""A store for checkpoints on S3 and similar services; see `checkpointing.stores`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Upload(NamedTuple):
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
-    A failed upload is retried for an hour. If a newer checkpoint is saved before the upload begins
-    or while it fails, the older checkpoint is dropped, unless it is the best one. At most three
-    checkpoints therefore wait on the local disk.
+    If an upload fails, it is retried for an hour. If a newer checkpoint is saved before the upload
+    begins or while it fails, the older checkpoint is dropped, unless it is the best one. At most
+    three checkpoints therefore wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -129,14 +129,16 @@ class RemoteFolder:
         """Upload a file in the background, then update pointers and remove old checkpoints.
 
         Args:
-            unfinished: Temporary path of the finished file, from which the file is moved.
+            unfinished: Path of the finished file under its temporary name. The function moves this
+                file.
             name: Name of the checkpoint.
             keep: Number of newest checkpoints to keep; -1: all.
             best: Name of the best checkpoint, which is also kept, or None.
             own: Names of the checkpoints that may be removed.
 
         Raises:
-            RunError: An earlier upload failed for good, or another run has taken over the folder.
+            RunError: An earlier upload failed permanently, or another run has taken over the
+                folder.
         """
         self.wait(0)
         # A checkpoint with the same name may still be uploading, so make the file name unique.
@@ -171,7 +173,7 @@ class RemoteFolder:
         """Wait up to `seconds` for pending uploads, and return whether all are done.
 
         Raises:
-            RunError: An upload failed for good, or another run has taken over the folder.
+            RunError: An upload failed permanently, or another run has taken over the folder.
         """
         if self._run_lock:
             self._run_lock.check()
@@ -221,7 +223,7 @@ class RemoteFolder:
                 # ends.
                 os.replace(item.file, kept)
                 raise RunError(
-                    f"{message}; the upload was abandoned; the checkpoint is still at {kept}"
+                    f"{message}; the upload was abandoned, but the checkpoint is still at {kept}"
                 )
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)

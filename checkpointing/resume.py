@@ -68,7 +68,7 @@ class Start:
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:
-        """Compare the checkpoint's record with the config of the run that loads it.
+        """Check that the config recorded in the checkpoint matches that of the run that loads it.
 
         Args:
             values: Config values that must match, by their dotted names. For an evaluation, only
@@ -102,7 +102,7 @@ class Start:
             raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the checkpoint's values for the keys in `defaults`, from record and tensors."""
+        """Return the values of the keys in `defaults`, from the checkpoint's record and tensors."""
         recorded: dict[str, Any] = {}
         config = self.weights.config
         if config is not None:
@@ -224,8 +224,8 @@ def find_start(
 def _plainly_named(path: str, scratch: str) -> str:
     """Create a link to a file, with a path that contains no braces or colons.
 
-    In the original path, Composer would replace text in braces and treat text before a colon as an
-    object store.
+    In the original path, Composer would replace text in braces and treat text before a colon as the
+    type of an object store.
     """
     link = os.path.join(scratch, ".start")
     os.symlink(os.path.abspath(path), link)

@@ -1,4 +1,4 @@
-"""A callback that saves checkpoints, from which a run resumes with bitwise equal results.
+"""A callback that saves checkpoints, from which a run resumes with bit-identical results.
 
 Checkpoints are saved at each interval and when a signal arrives. On SIGTERM, SIGINT (Ctrl-C),
 SIGHUP or SIGUSR1, the run finishes the batch in progress, saves a checkpoint and ends. If the same
@@ -85,10 +85,10 @@ class Evaluations(Protocol):
 class Checkpoints(CheckpointSaver):
     """A callback that saves checkpoints at an interval, at the end, and on request.
 
-    If an evaluation is due after the same batch, the checkpoint is saved after it. On a stop
-    request, the checkpoint is saved before the evaluation and records `evaluation_due`, so that the
-    resumed run evaluates first. With `save_best`, a new best evaluation also triggers a checkpoint,
-    which is kept until the score improves again.
+    If an evaluation is due after the same batch, the checkpoint is saved after the evaluation. On a
+    stop request, the checkpoint is saved before the evaluation and records `evaluation_due`, so
+    that the resumed run evaluates first. With `save_best`, a new best evaluation also triggers a
+    checkpoint, which is kept until the score improves again.
 
     Args:
         folder: Folder or object-store URI.
@@ -98,15 +98,15 @@ class Checkpoints(CheckpointSaver):
         overwrite: Whether the folder may contain an earlier run's checkpoints. If so, they are
             removed one by one as new ones are saved.
         autoresume: Whether the run resumes from the checkpoints in the folder.
-        best: Comparison of the evaluations, which also decides on early stopping.
+        best: Tracker of the best evaluation, which also decides on early stopping.
         save_best: Whether to keep the checkpoint of the best evaluation.
         run_name: Name of the run, which the lock on the folder records.
 
     Attributes:
         saved_checkpoints: Paths of this run's checkpoints, oldest first.
         last: Path of the checkpoint that was saved last or that the run resumed from, or None.
-        own: Names of the checkpoints that pruning may remove. They were saved by this run, possibly
-            before it was resumed, or they are being replaced because of `overwrite`.
+        own: Names of the checkpoints that pruning may remove. This run saved them, possibly before
+            it was resumed, or it replaces them because of `overwrite`.
         best_name: Name of the checkpoint that is kept as the best, or None.
         ended: Patience after which early stopping ended the run, or None.
     """
@@ -196,9 +196,9 @@ class Checkpoints(CheckpointSaver):
 
     def _refusal(self, name: str) -> ConfigError:
         return ConfigError(
-            f"save_folder: {self.target.path} contains {name} of another run; use a different "
-            "save_folder, resume that run with autoresume=true and its run_name, or "
-            "replace it with save_overwrite=true"
+            f"save_folder: {self.target.path} contains {name} from a different run; use a "
+            "different save_folder, resume that run with autoresume=true and its run_name, or "
+            "replace its checkpoints with save_overwrite=true"
         )
 
     def init(self, state: State, logger: Logger) -> None:
@@ -256,7 +256,7 @@ class Checkpoints(CheckpointSaver):
             # evaluation and lacks the score.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
-                # The run has just resumed from this batch's checkpoint, so save no other.
+                # The run has just resumed from this batch's checkpoint, so do not save it again.
                 self._save_now = False
                 on_first_process(lambda: self.target.point_best(self.best_name))
             elif self._fit_ended:
@@ -316,7 +316,7 @@ class Checkpoints(CheckpointSaver):
             if isinstance(error, RunError):
                 raise
             # If a write fails, torch raises a second error when it closes the archive. Report the
-            # first, which names the problem with the disk.
+            # first error, which names the problem with the disk.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
             raise RunError(f"{problem}; {kept}") from None
@@ -345,8 +345,8 @@ class Checkpoints(CheckpointSaver):
             finally:
                 if dist.get_global_rank() == 0:
                     with suppress(RunError):
-                        # Wait less than 30 s, because the launcher then kills the remaining
-                        # processes.
+                        # Wait less than 30 s, because the launcher kills the remaining processes
+                        # after that time.
                         self.target.wait(20)
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class SignalListener:
             yield
             return
 
-        times: dict[int, float] = {}  # Maps each signal to the time at which it first arrived.
+        times: dict[int, float] = {}  # Time at which each signal first arrived.
         echo = ECHO if "LOCAL_RANK" in os.environ else 0.0
 
         def receive(number: int, frame: Any) -> None:

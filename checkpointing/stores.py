@@ -3,9 +3,13 @@
 A checkpoint gets its final name only after it is completely on the disk or in the store. After
 that, `best-rank0.pt` and `latest-rank0.pt` are updated, and finally old checkpoints are removed.
 
-Composer's own saver has five problems. It overwrites existing files in place. It removes the old
-`latest-rank0.pt` before it creates the new link. It forgets old checkpoints when a run resumes. It
-never removes checkpoints from an object store. It gives up if a store is down for a few seconds.
+Composer's own saver has five problems:
+
+- It overwrites existing files in place.
+- It removes the old `latest-rank0.pt` before it creates the new link.
+- It forgets old checkpoints when a run resumes.
+- It never removes checkpoints from an object store.
+- It gives up if a store is down for a few seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ def batch_of(name: str) -> int:
 def time_of(name: str) -> tuple[int, int]:
     """Return the numbers of batches and epochs in a checkpoint's name, or -1 for other names.
 
-    The last batch of an epoch may have two checkpoints. The second one is saved after the
+    The last batch of an epoch may have two checkpoints. The second checkpoint is saved after the
     evaluation at the end of the epoch.
     """
     match = NAME.fullmatch(name)
@@ -46,7 +50,7 @@ def time_of(name: str) -> tuple[int, int]:
 
 
 def newest_first(names: Iterable[str]) -> list[str]:
-    """Return only the names of checkpoints, newest first."""
+    """Return the names that belong to checkpoints, newest first."""
     return sorted((name for name in names if NAME.fullmatch(name)), key=time_of, reverse=True)
 
 
@@ -111,7 +115,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Test the file operations of a save with small files; raise an OSError if one fails."""
+        """Try the file operations of a save on small files, and raise an OSError if one fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()

@@ -5,8 +5,8 @@
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
 A `.pt` file is a pickle, so loading it can run code. To prevent this, the module always uses
-torch's `weights_only=True`. It accepts tensors, containers and the few types in `_composer_types`,
-and rejects everything else.
+torch's `weights_only=True`. The module accepts tensors, containers and the few types in
+`_composer_types`, and rejects everything else.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Weights:
         count = ((self.config or {}).get("model") or {}).get("num_classes")
         if count is None and self.classes is None:
             raise WeightsError(
-                "the file of weights does not name its network; name it with --network"
+                "the weights file does not name its network; name the network with --network"
             )
         return count or len(self.classes or ())
 
@@ -178,7 +178,7 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
             # When Composer saves a checkpoint, its EMA normally swaps the averaged weights into the
             # model and keeps the training weights in its own state. The flag `ema_weights_active`
-            # tells whether it did so for this file.
+            # tells whether this applies to the file.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"
@@ -243,7 +243,7 @@ def _read_safetensors(path: Path) -> Weights:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: cannot be read as safetensors; it is damaged, or a different kind of file "
+            f"{path}: cannot be read as safetensors; the file is damaged or has a different format "
             f"({error})"
         ) from error
     return from_metadata(metadata, _strip_prefixes(state))
@@ -290,7 +290,7 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Reject a training checkpoint that contains objects Composer's state does not need.
+    """Reject a training checkpoint that contains objects that Composer's state does not need.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
 
@@ -307,7 +307,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Check a file; the signature is the one that Composer expects (see `guarded_unpickling`)."""
+    """Check a file; Composer prescribes the signature (see `guarded_unpickling`)."""
     check_checkpoint(path)
     return True
 
@@ -333,9 +333,9 @@ def guarded_unpickling() -> Iterator[None]:
 def _composer_types() -> list[Any]:
     """Return the types in Composer 0.32's state other than tensors and plain Python types.
 
-    NumPy's random state is an array, the elapsed time is a timedelta, and torch's version has its
-    own class. Creating these objects runs no code from the file. NumPy 1 and 2 have different names
-    for the function that creates an array.
+    For example, NumPy's random state is an array, and the elapsed time is a timedelta. Creating
+    these objects runs no code from the file. NumPy 1 and 2 have different names for the function
+    that creates an array.
     """
     make_array = np.empty(0).__reduce__()[0]
     make_scalar = np.float64(0).__reduce__()[0]
@@ -359,7 +359,7 @@ def _load_pickle(path: Path, inert: bool) -> Any:
     Args:
         path: Path of the file.
         inert: Whether to replace options, paths, and Composer and torchmetrics objects with
-            placeholders. The reference's checkpoints need this, because Composer before 0.13
+            placeholders. Checkpoints from MosaicML's code need this, because Composer before 0.13
             pickled its metrics into checkpoints.
     """
     allowed = _composer_types()
@@ -381,6 +381,6 @@ def _load_pickle(path: Path, inert: bool) -> Any:
                 "needs and which could run code; save only the weights"
             ) from error
         raise WeightsError(
-            f"{path}: cannot be read as a PyTorch checkpoint; it is damaged, or a different "
-            f"kind of file ({type(error).__name__})"
+            f"{path}: cannot be read as a PyTorch checkpoint; the file is damaged or has a "
+            f"different format ({type(error).__name__})"
         ) from error

@@ -24,7 +24,8 @@ def uniform_per_sample(
             this number.
 
     Returns:
-        Tensor: (count, N, 1, 1, 1) float32, uniform in [0, 1).
+        Tensor: (n, N, 1, 1, 1) float32, uniform in [0, 1), where n is the number of random numbers
+        per sample.
     """
     # For a channels-last image, this reshape is a view and copies nothing.
     pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)
@@ -43,16 +44,17 @@ def uniform_per_sample(
         state = _mix(state ^ _mix(number))
     if isinstance(steps, int):
         steps = equal_steps(steps).to(image.device)
-    # SplitMix64 (Steele et al. 2014) generates random numbers: it adds equal steps to a state and
-    # mixes the bits of each sum.
+    # SplitMix64 repeatedly adds a constant to its state, and mixes the bits of each sum into a
+    # random number.
     bits = _mix(state + steps)
     return (((bits >> 40) & 0xFFFFFF).float() / 2**24)[..., None, None, None]
 
 
 def equal_steps(count: int) -> Tensor:
-    """Return the multiples of SplitMix64's increment, (count, 1) int64.
+    """Return multiples of SplitMix64's increment as a (count, 1) int64 tensor.
 
-    They are computed in advance, because Inductor cannot compile a product that wraps around.
+    The multiples are computed in advance, because Inductor cannot compile an integer product that
+    overflows.
 
     Args:
         count: Number of steps.
@@ -63,8 +65,8 @@ def equal_steps(count: int) -> Tensor:
 def _mix(state: Tensor) -> Tensor:
     """Mix the 64 bits of each state as SplitMix64 does.
 
-    The products wrap around in int64. Right shifts copy the sign bit, so a bit mask removes the
-    copies.
+    The products overflow int64 and wrap around. Right shifts copy the sign bit, so a bit mask
+    removes the copies.
     """
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -78,9 +80,9 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     step.
 
     - Brightness is multiplied by a factor in 1 ± 32/255.
-    - Contrast scales the distance from the image's mean grey by 0.5 to 1.5. Contrast is applied
-      right after brightness for half of the samples, and last for the other half.
-    - Saturation scales each pixel's distance from its own grey by 0.5 to 1.5.
+    - Contrast multiplies each pixel's distance from the image's mean grey by 0.5 to 1.5. Contrast
+      is applied right after brightness for half of the samples, and last for the other half.
+    - Saturation multiplies each pixel's distance from its own grey by 0.5 to 1.5.
     - Hue is rotated by up to ±18/255 of the colour circle.
 
     Args:

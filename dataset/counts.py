@@ -16,9 +16,8 @@ class Counts(NamedTuple):
     """Statistics about the classes in a split's masks.
 
     Attributes:
-        pixels: Number of pixels of each class, (C,) int64.
-        present: Whether each sample contains each class, (samples, C) bool, in the order of the
-            data set.
+        pixels: (C,) int64 array with the number of pixels of each class.
+        present: (samples, C) bool array that marks the classes in each sample, in data set order.
     """
 
     pixels: np.ndarray
@@ -33,7 +32,7 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
         workers: Number of processes. If None, one process per core is used.
 
     Returns:
-        The pixel counts, and whether each image contains each class.
+        The number of pixels of each class, and the classes that occur in each image.
 
     Raises:
         DataError: A mask cannot be read or contains a value that is not a class.

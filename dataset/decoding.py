@@ -22,7 +22,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
     # OpenCV 5 rejects the combination of a REDUCED_COLOR flag with COLOR_RGB, because REDUCED_COLOR
-    # already includes IMREAD_COLOR. The REDUCED_GRAYSCALE flags can be combined with it.
+    # already includes IMREAD_COLOR. The REDUCED_GRAYSCALE flags can be combined with COLOR_RGB.
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
@@ -95,13 +95,13 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _refuse_more_channels(data: bytes) -> None:
-    """Raise ValueError if a TIFF has extra channels besides its colours and alpha."""
+    """Raise ValueError if a TIFF has channels other than its colours and alpha."""
     tags = _tiff_tags(data)
     channels, kind, extra = tags.get(277, 1), tags.get(262, 1), tags.get(338, ())
     colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(kind, 1)
     alpha = sum(value in (1, 2) for value in (extra if isinstance(extra, tuple) else (extra,)))
     if channels > colors + alpha:
-        raise ValueError(f"the image has {channels} channels; export it as grey or RGB")
+        raise ValueError(f"the image has {channels} channels; export it as a grey or RGB image")
 
 
 def _tiff_tags(data: bytes) -> dict[int, Any]:
@@ -122,7 +122,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Return whether a PNG or TIFF has several 16-bit channels, whose low bytes Pillow drops."""
+    """Return whether Pillow would reduce a PNG or TIFF with several 16-bit channels to 8 bits."""
     if data.startswith(_PNG_START):
         return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
     bits = _tiff_tags(data).get(258, 8)
@@ -130,10 +130,10 @@ def _is_wide(data: bytes) -> bool:
 
 
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
-    """Decode an image so that it matches a mask of `shape` (H, W).
+    """Decode an image in the orientation that matches its mask.
 
-    The image is rotated by its EXIF orientation, as in an image viewer, unless it matches the mask
-    only without rotation.
+    The EXIF orientation is applied, as in an image viewer, unless the image matches the mask only
+    without it.
 
     Args:
         data: Content of the image file.
@@ -167,7 +167,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
 
     Args:
         data: Content of the mask file in a lossless format. The mask must be grey, have three equal
-            channels, or have a palette. The indices of a palette are the labels.
+            channels, or have a palette. With a palette, the indices are the labels.
         max_value: Largest allowed label, at most 65535.
 
     Returns:
@@ -196,8 +196,8 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
     if mask.ndim == 3:
         if image.mode not in ("LA", "PA") and (mask[..., :3] != mask[..., :1]).any():
             raise ValueError(
-                f"the mask contains colours ({image.mode}), but labels are expected; to use them, "
-                "list them in a description, as in labels: [[128, 64, 128]]"
+                f"the mask contains colours ({image.mode}), but labels are expected; to use "
+                "colours, list them in a description, as in labels: [[128, 64, 128]]"
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
@@ -213,11 +213,13 @@ def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
         ValueError: A value is negative, is a fraction or exceeds `max_value`.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
-        raise ValueError("the pixels are fractions; export the mask with integer labels")
+        raise ValueError("the mask's pixels are fractions; export it with integer labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
         wrong = mask.min() if mask.min() < 0 else largest
-        raise ValueError(f"contains label {wrong}; labels must be between 0 and {max_value}")
+        raise ValueError(
+            f"the mask contains label {wrong}; labels must be between 0 and {max_value}"
+        )
     return np.ascontiguousarray(mask, dtype=np.uint8 if largest <= 255 else np.uint16)
 
 
@@ -311,8 +313,8 @@ def read_photo(photo: Photo) -> np.ndarray:
     """Read an image as an (H, W, 3) uint8 RGB array and apply its EXIF orientation.
 
     Args:
-        photo: Path, (H, W, 3) uint8 array or Pillow image. Only files are rotated by their EXIF
-            orientation.
+        photo: Path, (H, W, 3) uint8 array or Pillow image. Only an image read from a path is
+            rotated by its EXIF orientation.
 
     Raises:
         ValueError: The input is not an image. The message is one line.

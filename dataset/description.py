@@ -40,8 +40,7 @@ class Source(NamedTuple):
         images: Folder of the images, or a template of their paths.
         masks: Folder of the masks, or a template of their paths.
         list: Text file that lists the split's images, or the split's images and masks.
-        segments: JSON file in COCO's panoptic format with the category of each segment in each
-            mask.
+        segments: JSON file in COCO's panoptic format that gives the category of each mask segment.
     """
 
     images: str | None = None
@@ -59,8 +58,8 @@ class Description:
         sources: Location of each split.
         fraction: Fraction of `train` to use for validation, or 0 if `val` has its own files.
         classes: Names and colours, in the order of the class indices.
-        values: Label of each mask value: 0 if the value is ignored, k for class k - 1. A colour is
-            encoded as the value `red + 256 * green + 65536 * blue`.
+        values: Label of each mask value: 0 for an ignored value, k for class k - 1. A colour is
+            encoded as the integer `red + 256 * green + 65536 * blue`.
         in_colors: Whether the mask values are colours.
         exclude: Folders, files or templates to leave out of the data set.
         built_in: Meaning of the labels in the built-in ADE20K layout, or None for other layouts.
@@ -103,7 +102,9 @@ def read_description(path: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot parse the description {path} as YAML: {reason}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"the description {path} must be a mapping with {', '.join(KEYS)}")
+        raise ConfigError(
+            f"the description {path} must be a mapping with the keys {', '.join(KEYS)}"
+        )
     if isinstance(raw.get("root"), str):
         folder = os.path.dirname(os.path.abspath(path))
         raw["root"] = os.path.normpath(os.path.join(folder, os.path.expanduser(raw["root"])))
@@ -124,7 +125,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
     Args:
         path: Path of a data set or of a description file.
-        root: Folder of the described data set. If None, the description's own root is used.
+        root: Folder of the described data set. If None, the root given in the description is used.
 
     Raises:
         ConfigError: The description is invalid or does not specify the data set's folder.
@@ -171,8 +172,8 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(
-            f"{where}: classes: labels are colours, but segments need category "
-            "numbers; list the numbers"
+            f"{where}: classes: the labels are colours, but masks with segments need category "
+            "numbers; list the numbers as labels"
         )
     exclude = _as_list(raw.get("exclude"))
     for pattern in exclude:
@@ -201,7 +202,7 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
                 raise ConfigError(
-                    f"{where}: val: fraction must be the only key and a number between 0 and 1"
+                    f"{where}: val: fraction must be a number between 0 and 1, without other keys"
                 )
             sources[split] = sources["train"]
             continue
@@ -227,13 +228,13 @@ def _parse_classes(
             f"{where}: classes is missing; add it, as in classes: {{road: {{labels: [1]}}}}"
         )
     if not 2 <= len(given) < IGNORED:
-        raise ConfigError(f"{where}: classes: need 2 to {IGNORED - 1} classes; found {len(given)}")
+        raise ConfigError(f"{where}: classes: found {len(given)}; list 2 to {IGNORED - 1} classes")
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)
     kinds, colors, found = set(), [], []
     for label, (name, entry) in enumerate(given.items(), 1):
         if isinstance(name, bool) or name is None:
-            raise ConfigError(f"{where}: classes: got the name {name!r}; put it in quotes")
+            raise ConfigError(f"{where}: classes: the name {name!r} is not text; put it in quotes")
         key = f"{where}: classes.{name}"
         entry = entry if isinstance(entry, Mapping) else {"labels": entry}
         _refuse_unknown(entry, ("labels", "color"), key)
@@ -304,9 +305,9 @@ def pack(red: int, green: int, blue: int) -> int:
     """Encode a colour as the integer red + 256 * green + 65536 * blue.
 
     Args:
-        red: Red, 0 to 255.
-        green: Green, 0 to 255.
-        blue: Blue, 0 to 255.
+        red: Red component, 0 to 255.
+        green: Green component, 0 to 255.
+        blue: Blue component, 0 to 255.
     """
     return red | green << 8 | blue << 16
 

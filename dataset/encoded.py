@@ -19,7 +19,7 @@ from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 
 LoadImage = Callable[[int], np.ndarray]
-# Three transforms: for the image and mask together, for the image, and for the mask.
+# Transforms of the image and mask together, of the image alone, and of the mask alone.
 Transforms = tuple[Callable | None, Callable | None, Callable | None]
 
 
@@ -47,7 +47,7 @@ class PairTransform:
     def __call__(self, sample: tuple) -> tuple[np.ndarray, np.ndarray]:
         """Transform an image and a mask, given as Pillow images or arrays.
 
-        The random numbers come from the system's entropy.
+        The random number generator is seeded from the system's entropy.
 
         Args:
             sample: The image and its mask.
@@ -61,8 +61,8 @@ class EncodedSamples(Dataset):
     """A base class for data sets that decode and transform files into training samples.
 
     Args:
-        transforms: Transforms for the image and mask together, for the image, and for the mask.
-            Each transform may be None.
+        transforms: Transforms of the image and mask together, of the image alone, and of the mask
+            alone. Each may be None.
         seed: Seed of the random transforms.
         masks: Decoder of the masks.
     """
@@ -84,7 +84,7 @@ class EncodedSamples(Dataset):
         raise NotImplementedError
 
     def prefetch(self, index: int) -> None:
-        """Prepare a sample that will be read soon, for example by downloading it.
+        """Prepare a sample that will soon be read, for example by downloading it.
 
         Args:
             index: Index of the sample.
@@ -94,7 +94,7 @@ class EncodedSamples(Dataset):
         """Return the samples' indices in the epoch's order.
 
         Args:
-            items: Indices of the epoch's samples; see `Item.index`.
+            items: Indices of the epoch's samples, numbered as in `Item.index`.
             seed: Seed of the order.
             epoch: Number of the epoch.
         """
@@ -104,7 +104,7 @@ class EncodedSamples(Dataset):
         """Return a transformed sample.
 
         Args:
-            item: An `Item` from a sampler, or a sample's index, which refers to epoch 0.
+            item: An `Item` from a sampler, or the index of a sample in epoch 0.
 
         Raises:
             DataError: The image or the mask cannot be decoded.

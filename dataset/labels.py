@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 PADDING = 255  # Label of the padding around an image. Padding is black and is ignored.
+
 IGNORED = 254  # Label of ignored pixels inside an image. It is not 0, because 0 may be a class.
 
 
@@ -37,7 +38,7 @@ class Labels(NamedTuple):
         return self.first + self.num_classes - 1
 
     def classes(self) -> np.ndarray:
-        """Return a (256,) bool array that is True for labels that are classes."""
+        """Return a (256,) bool array that is True for labels that denote classes."""
         label = np.arange(256)
         return (label >= self.first) & (label <= self.last) & (label != self.ignore_label)
 
@@ -60,5 +61,5 @@ class Labels(NamedTuple):
         return np.where((label == PADDING) | (label == self.ignore_label), np.uint8(IGNORED), label)
 
     def index(self) -> np.ndarray:
-        """Return a (256,) int64 table that maps labels to class indices, and other labels to -1."""
+        """Return a (256,) int64 table that maps class labels to class indices, and others to -1."""
         return np.where(self.classes(), np.arange(256) - self.first, -1)

@@ -1,7 +1,7 @@
 """A decoder that reads mask files and translates their values to training labels.
 
-A single lookup table both translates values and detects unknown ones. It stores label + 1 for each
-known value and 0 for all other values, so one pass over the mask is enough.
+A single lookup table both translates mask values and detects unknown values. It stores label + 1
+for each known value and 0 for all other values, so one pass over the mask is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLORS = 2**24  # Number of 24-bit colours.
 
 
 class UnknownValues(ValueError):
-    """An error for a mask with values that are neither classes nor ignored."""
+    """An error for a mask with values that are neither class labels nor ignored labels."""
 
 
 class Masks:
@@ -36,8 +36,8 @@ class Masks:
         labels: The meaning of the labels that the decoder returns.
         values: Label of each mask value, or None if the values are already labels.
         in_colors: Whether the values are colours, encoded by `dataset.description.pack`.
-        segments: Categories of each mask's segments, from a file in COCO's panoptic format. The
-            keys of `values` are then categories.
+        segments: Categories of each mask's segments, from a file in COCO's panoptic format. If
+            given, the keys of `values` are categories.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Masks:
         self._index = np.zeros(MAX_VALUE + 1, np.uint8)
         if not in_colors:
             self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
-        # Find the first mask value that differs from its label. A mask whose values are all smaller
-        # needs no translation.
+        # Find the first mask value that differs from its label. If all values of a mask are
+        # smaller, the mask needs no translation.
         same = self._index[:255] == np.arange(1, 256)
         self._same = int(np.argmin(np.append(same, False)))
         self.max_value = MAX_VALUE if self.described else 255
@@ -84,7 +84,7 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return a decoder for the given masks only, which is faster to send to a process.
+        """Return a smaller decoder for the given masks only, which can be sent to a process faster.
 
         Args:
             paths: Paths of the masks.
@@ -103,7 +103,7 @@ class Masks:
 
         Args:
             data: Content of the mask file.
-            path: Path of the mask file, which identifies its segments.
+            path: Path of the mask file, used to look up its segments.
 
         Returns:
             np.ndarray: (H, W) uint8 labels.

@@ -55,7 +55,7 @@ class _Pairs(NamedTuple):
     Attributes:
         images: Path of each image relative to `folders[0]`, indexed by name including folders.
         masks: Path of each mask relative to `folders[1]`, indexed by the name of its image.
-        findings: Problems, each with the name of the affected image, or with None.
+        findings: Problems, each paired with the name of the affected image or with None.
         orphans: Masks without an image.
         folders: Common prefix of all image paths, and common prefix of all mask paths.
     """
@@ -84,7 +84,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     """
     if split not in description.sources:
         raise ConfigError(
-            "the description has no train and val; add them to say where the images and masks are"
+            "the description lacks train and val; add them to locate the images and masks"
         )
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
@@ -141,7 +141,7 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
 
 
 def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
-    """Assign each name to training or validation by its hash.
+    """Assign each image name to training or validation, based on the name's hash.
 
     If there are at least two names, each split gets at least one.
     """
@@ -224,7 +224,7 @@ def _place(name: str) -> float:
 
 
 def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
-    """Pair images and masks by their templates. If the source has a list, it selects the images."""
+    """Pair images and masks by their templates. A list in the source selects the images."""
     assert source.images is not None
     pairs = _Pairs({}, {}, [], [])
     images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
@@ -247,10 +247,10 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     files = masks.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
     if with_folders and not files.same and photos.keys() == files.paths.keys():
-        # Usually all images have a mask of the same name, so the slower loop is not needed.
+        # Usually, each image has a mask of the same name, so the slower loop below is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    # Maps each mask's key to the first image with this mask.
+    # For each mask's key, the first image that uses the mask.
     used = dict(zip(reversed(keys), reversed(photos)))
     for name, key in zip(photos, keys):
         if key not in files.paths:
@@ -276,7 +276,7 @@ def _photos(
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
-    if images.has_suffix:  # The extension in the template may also match files other than images.
+    if images.has_suffix:  # A template's own extension may also match files other than images.
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:
@@ -377,7 +377,7 @@ def list_samples(datadir: str, split: str) -> list[Sample]:
         split: 'train' or 'val'.
 
     Returns:
-        Samples. The `uid` is the path of the image without its extension and without ADE20K's
+        The samples. Each `uid` is the image's path without its extension and without ADE20K's
         prefix, such as `ADE_train_`.
 
     Raises:

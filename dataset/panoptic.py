@@ -46,8 +46,8 @@ class Segments:
         ids = self.numbers[:, 0]
         if wrong := ids[(ids < 0) | (ids >= MAX_SEGMENTS)].tolist():
             raise DataError(
-                f"{path}: segment id {wrong[0]} must be between 0 and {MAX_SEGMENTS - 1}, the "
-                "range of a PNG's pixels"
+                f"{path}: segment id {wrong[0]} does not fit in an RGB pixel; it must be between 0 "
+                f"and {MAX_SEGMENTS - 1}"
             )
 
     def only(self, paths: Iterable[str]) -> Segments:
@@ -71,7 +71,7 @@ class Segments:
         """Return the ID and the category of each segment in a mask.
 
         Args:
-            path: Path of the mask. Only its file name matters.
+            path: Path of the mask. Only the file name is used.
 
         Raises:
             ValueError: The JSON file does not list the mask.

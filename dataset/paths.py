@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 
     path: str
     reason: str
-    fatal: bool  # A non-fatal problem does not prevent training.
+    fatal: bool
 
 
 def find_root(path: str | Path) -> Path:
@@ -165,7 +165,7 @@ class Template:
         for place, token in enumerate(tokens[1:], 1):
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # The regular expression for `.*` in a template.
+        any_suffix = r"\.[^/]*"  # Regular expression for `.*` in a template.
         self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
         if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))
@@ -243,7 +243,7 @@ class Files(NamedTuple):
 
     Attributes:
         paths: Path of each file relative to `folder`, indexed by name.
-        same: Name and relative path of each file whose name another file already has.
+        same: Name and relative path of each file whose name an earlier file already uses.
         folder: Common prefix of all paths, with a trailing slash.
     """
 
@@ -295,7 +295,7 @@ Exclusion = Callable[[str], bool] | None
 
 
 def exclusion(exclude: Collection[str], root: str) -> Exclusion:
-    """Return a function that tells whether a path is excluded, or None if nothing is excluded.
+    """Return a function that returns whether a path is excluded, or None if nothing is excluded.
 
     Args:
         exclude: Folders, files or templates to leave out.
@@ -330,7 +330,7 @@ class Samples(Sequence[Sample]):
         masks: Sequence[str] = (),
         folders: tuple[str, str] = ("", ""),
     ) -> None:
-        import numpy as np  # Commands import this module before they answer --help.
+        import numpy as np  # Import lazily, because every --help imports this module.
 
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])

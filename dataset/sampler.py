@@ -81,9 +81,10 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     On average, each sample is drawn as many times as its factor. The total is the same in every
     epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). It places intervals as long as the factors end
-    to end in random order, and draws a sample once for each integer in its interval. The factors
-    are first scaled up by less than 1 / n, so that the total is an integer.
+    The method is systematic sampling (Madow 1949). It gives each sample an interval whose length is
+    the sample's factor, and lays the intervals end to end in random order. A sample is drawn once
+    for each integer in its interval. The factors are first scaled up by less than 1 / n, so that
+    the total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -91,8 +92,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         epoch: Number of the epoch.
 
     Returns:
-        Indices of the drawn samples in ascending order. A repeated sample has additional indices of
-        n or more; see `Item.index`.
+        Indices of the drawn samples in ascending order. Repetitions of a sample have indices of n
+        or more; see `Item.index`.
     """
     generator = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])
     place = generator.random_raw(len(factors)).argsort(kind="stable")
@@ -114,9 +115,9 @@ class EpochSampler(DistributedSampler):
     Each rank gets a contiguous part of each batch. Together, the ranks see the same micro-batches
     as a single process whose micro-batch size equals one rank's part.
 
-    The class extends `DistributedSampler`, so that Composer sets its epoch. Its length is always
-    the length of the complete epoch, even after a resume in the middle of an epoch, because
-    Composer compares it with the number of batches since the start of the epoch.
+    The class extends `DistributedSampler`, so that Composer sets its epoch. The sampler's length is
+    always that of the complete epoch, even after a resume in the middle of an epoch, because
+    Composer compares the length with the number of batches since the start of the epoch.
 
     Args:
         dataset: Data set with a length and a method `order(items, seed, epoch)`.
@@ -173,7 +174,7 @@ class EpochSampler(DistributedSampler):
         return _items(self.epoch, indices, self.prefetch_distance)
 
     def _positions(self, seen: int) -> np.ndarray:
-        """Return the positions of this rank's samples in the epoch's order."""
+        """Return the positions of this rank's remaining samples in the epoch's order."""
         length = len(self.dataset)
         if self.repeat_factors is not None:
             length = length_of_repeated(self.repeat_factors)

@@ -1,4 +1,4 @@
-"""Random access to MDS shards in a store, through a cache on the local disk."""
+"""A reader with random access to MDS shards in a store, through a cache on the local disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 
 
 class Shards:
-    """Random access to the samples in the shards of one split.
+    """A reader with random access to the samples in the shards of one split.
 
     Streaming's own dataset has a fixed order that depends on the number of ranks. This class uses
     only Streaming's downloads, decompression, hashes and shard format. The processes on a machine
@@ -46,7 +46,7 @@ class Shards:
 
     Args:
         remote: Folder or URL that contains the split's folder, in any store that Streaming
-            supports. If None, the shards are read from `local`, which is not modified.
+            supports. If None, the shards are read from the folder `local`, which is not modified.
         local: Cache folder. If None, the folder `remote` is read in place.
         split: Name of the split's folder.
         cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least
@@ -75,7 +75,7 @@ class Shards:
                 raise DataError(f"{remote}: remote shards need a cache; set local to a folder")
             remote, local = None, remote
         if remote and os.path.realpath(remote) == os.path.realpath(local):
-            # `local` is the data set itself rather than a cache, so nothing may be downloaded or
+            # `local` is the data set itself rather than a cache, so no shard may be downloaded or
             # deleted.
             remote = None
         self.is_cache = remote is not None
@@ -86,7 +86,7 @@ class Shards:
             remote=remote,
             local=local,
             split=split,
-            # Streaming's own retries print nothing and also repeat permanent errors, so
+            # Streaming's own retries print nothing and also retry after permanent errors, so
             # `with_retries` replaces them.
             download_retry=1,
             download_timeout=download_timeout,
@@ -121,7 +121,7 @@ class Shards:
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
             # Use the hash whose name is last in alphabetical order: if sha1 and xxh64 are
-            # available, this is xxh64, the faster one.
+            # available, this is xxh64, the faster of the two.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -151,7 +151,7 @@ class Shards:
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
             raise DataError(
-                f"{self.folder} contains an earlier version of {self.location}; delete this folder"
+                f"{self.folder} contains an earlier version of {self.location}; delete the folder"
             )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
@@ -162,7 +162,7 @@ class Shards:
         if limit < 4 * largest:
             raise DataError(
                 f"cache_limit {cache_limit} is too small for {self.location}; use at least "
-                f"{4 * largest} bytes, the size of 4 of its largest shards"
+                f"{4 * largest} bytes, which is four times the size of the largest shard"
             )
         return limit
 
@@ -249,7 +249,7 @@ class Shards:
             shard = self.wanted[os.getpid()].get()
             try:
                 self.fetch(shard, wait=False)
-            except DataError as error:  # Reading the shard raises the error again.
+            except DataError as error:  # Reading the shard later raises the error again.
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:
@@ -264,8 +264,8 @@ class Shards:
     def stream(self) -> Stream:
         """The downloader for the current thread.
 
-        Each thread and each process needs its own, because they cannot share a downloader's
-        connections.
+        Each thread and each process needs its own downloader, because a downloader's connections
+        cannot be shared.
         """
         key = (os.getpid(), threading.get_ident())
         if key not in self.streams:
@@ -273,7 +273,7 @@ class Shards:
         return self.streams[key]
 
     def fetch(self, shard: int, wait: bool = True) -> None:
-        """Download a shard unless another process already has it.
+        """Download a shard, unless another process has already downloaded it.
 
         Args:
             shard: Number of the shard.

@@ -1,4 +1,4 @@
-"""One split of a data set, with its location, the meaning of its masks, and ways to read it."""
+"""One split of a data set: its location, the meaning of its masks, and methods to read it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class DataSource:
     Attributes:
         path: Folder of the data set, or folder or URL of MDS shards.
         split: 'train' or 'val'.
-        description: Layout of the folders and meaning of the mask values. Masks in shards contain
-            the labels of the description that the shards were written with.
+        description: Layout of the folders and meaning of the mask values. Masks in shards already
+            contain labels, as defined by the description that the shards were written with.
         shards: Options for MDS shards, or None if the data set is in folders.
     """
 

@@ -87,7 +87,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 "a worker process died, possibly out of memory; try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # Wait for the tasks that are already running.
+            pool.shutdown(cancel_futures=True)  # Wait for the running tasks.
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
@@ -109,7 +109,7 @@ def map_chunks(
     """Apply a function to chunks of samples in several processes, with a progress bar on stderr.
 
     Args:
-        function: Function that receives the values of each tuple as its arguments.
+        function: Function to call with the values of each tuple as arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
         workers: Number of processes. If None, one process per core is used.
@@ -134,7 +134,7 @@ def map_chunks(
 
 def _init_process() -> None:
     global _captures_stderr
-    # On Ctrl-C, only the parent process acts: it stops its workers.
+    # Ignore Ctrl-C here, because the parent process stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # On Linux, this process dies with its parent, even if the parent is killed.
     if sys.platform == "linux":
@@ -163,7 +163,7 @@ def decoder_complaint() -> str | None:
 
 
 def default_workers() -> int:
-    """Return the default number of loader processes: the CPU cores per rank, but 1 to 8."""
+    """Return a rank's default number of loader processes: one per core of the rank, at most 8."""
     from composer.utils import dist
 
     return min(8, max(1, available_cores() // dist.get_local_world_size()))

@@ -1,4 +1,4 @@
-"""The interface between this project and a network, and a wrapper for other networks.
+"""The interface that this project expects of a network, and a wrapper for other networks.
 
 A network takes normalised images (N, 3, H, W). It returns logits (N, C, h, w) of any resolution as
 a tensor, as `.logits`, or as `{"out": ...}`. It also defines the `mean` and `std` for
@@ -35,10 +35,10 @@ class Network(nn.Module):
         name: Name of the network, as in the key `model.name`.
         arguments: Arguments from which the network can be rebuilt; see
             `networks.registry.named_network`.
-        mean: Mean of each channel for normalisation, for values from 0 to 255.
-        std: Standard deviation of each channel for normalisation, for values from 0 to 255.
+        mean: Mean of each channel for normalisation, on the 0-255 scale.
+        std: Standard deviation of each channel for normalisation, on the 0-255 scale.
         size_divisor: Number by which the sides of the network's input must be divisible. Images are
-            padded accordingly.
+            padded to a multiple of this number.
         channels_last: Whether weights and images are channels-last. `check` disables this if the
             network calls `view` on tensors that it expects to be contiguous.
 
@@ -47,7 +47,8 @@ class Network(nn.Module):
             returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # torchvision's reference scripts use the same weight.
+    auxiliary_weight = 0.5  # Weight in torchvision's reference scripts.
+
     # Whether to pad the image and resize the logits for every input size. An exported graph needs
     # this, because it cannot branch on the size.
     always_pads = False
@@ -134,7 +135,7 @@ class Network(nn.Module):
         return torch.stack(losses).sum()
 
     def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
-        """Return the list of weighted losses, one for each auxiliary output."""
+        """Return one weighted loss for each auxiliary output."""
         return [self.auxiliary_weight * cross_entropy(o, target, ignore_index) for o in outputs]
 
     def check(self, num_classes: int, sizes: Sequence[int]) -> None:
@@ -142,7 +143,7 @@ class Network(nn.Module):
 
         Args:
             num_classes: Number of classes C.
-            sizes: Sides of the images, pixels.
+            sizes: Side lengths of the images, in pixels.
 
         Raises:
             ModelError: The network fails, or its output has the wrong shape.
@@ -161,7 +162,7 @@ class Network(nn.Module):
             if "model.name" in str(error):
                 raise
             raise self._failed(size, error) from error
-        except Exception as error:  # A network from a library can raise any type of error.
+        except Exception as error:  # A library's network can raise any type of error.
             raise self._failed(size, error) from error
         finally:
             self.train(was_training)

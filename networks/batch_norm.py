@@ -1,4 +1,4 @@
-"""BatchNorm layers with statistics shared between ranks, and with joint batch counting.
+"""BatchNorm layers that share statistics between ranks and count batches in one operation.
 
 torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the
 host wait for the device three times per layer and pass. The layer in this module uses only ordinary
@@ -49,7 +49,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         group: Process group that shares the statistics.
 
     Shape:
-        (N, C, H, W) -> (N, C, H, W), of the same data type; computed in fp32.
+        (N, C, H, W) -> (N, C, H, W), of the same data type. Computations are in fp32.
     """
 
     def __init__(self, batch_norm: nn.BatchNorm2d, group: torch.distributed.ProcessGroup) -> None:

@@ -94,10 +94,10 @@ class DeepLabV3(nn.Module):
 
 
 class ImagePool(nn.Sequential):
-    """A global average pooling, whose result is expanded to the input's size on a GPU.
+    """Global average pooling that expands its result to the input's size on a GPU.
 
-    Without this class, the head would resize the pixel by interpolation, whose gradient is a sum
-    over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
+    Without this class, the head would resize the pooled pixel by interpolation, whose gradient is a
+    sum over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
     contrast, the gradient of an expanded tensor is summed in fp32. The head does not resize a
     tensor that already has the right size.
 
@@ -112,7 +112,7 @@ class ImagePool(nn.Sequential):
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise weights by He et al. 2015, and BatchNorm as identity, as the reference does."""
+    """Initialise weights as in He et al. 2015, and BatchNorm as identity, like MosaicML's code."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -138,8 +138,8 @@ def deeplabv3(
             state dict with torchvision's parameter names, or None.
         sync_bn: Whether the ranks of a node share BatchNorm statistics.
         use_plus: Whether to build DeepLabV3+, which has a stride-4 decoder, instead of DeepLabV3.
-        init_fn: Function to apply to every module, or only to the head's modules if the backbone
-            has weights; None: no function.
+        init_fn: Function that initialises a module, or None. The function is applied to every
+            module, or only to the head's modules if the backbone has weights.
         upsample: See `DeepLabV3`.
 
     Raises:
@@ -160,7 +160,7 @@ def deeplabv3(
 
 
 def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = True) -> nn.Module:
-    """Return the head of DeepLabV3(+) for stride-4 features and last-layer features.
+    """Return the head of DeepLabV3 or DeepLabV3+ for stride-4 and last-layer features.
 
     Args:
         num_classes: Number of classes C.
@@ -209,20 +209,21 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load weights into a backbone, by torchvision's name or from a path or URL."""
+    """Load weights into a backbone, given their torchvision name, a path or a URL."""
     url = weights
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
         if weights not in named:
             raise ModelError(
-                f"backbone_weights={weights}: there is no such file, and {arch} has only "
-                f"{', '.join(named)}"
+                f"backbone_weights={weights}: there is neither a file nor a set of weights with "
+                f"this name; for {arch}, use {' or '.join(named)}"
             )
         url = named[weights].url
     if is_remote(url):
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
-            # One rank per node downloads the file, and the node's other ranks read its cache.
+            # One rank per node downloads the file, and the node's other ranks read it from the
+            # cache.
             with (
                 dist.run_local_rank_zero_first()
                 if dist.is_initialized()
@@ -238,7 +239,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             ) from error
     else:
         if not os.path.isfile(weights):
-            raise ModelError(f"backbone_weights={weights}: there is no such file")
+            raise ModelError(f"backbone_weights={weights}: there is no such file; check the path")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         # For a file that is not a state dict, torch raises many types of errors.
@@ -259,7 +260,7 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     if wrong:
         raise ModelError(
             f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing "
-            f"or have a different shape, starting with {wrong[0]}"
+            f"or have a different shape, starting with {wrong[0]}; use weights for {arch}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -284,9 +285,9 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
     conv2 = state.get("backbone.layer1.0.conv2.weight")
     if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
         raise WeightsError(
-            f"{where}: not a DeepLabV3 of this project (it has {blocks} bottleneck blocks "
-            f"and {'a' if scores is not None else 'no'} classifier.conv_seg.weight); name "
-            "its network with --network"
+            f"{where}: this is not a DeepLabV3 from this project (it has {blocks} bottleneck "
+            f"blocks and {'a' if scores is not None else 'no'} classifier.conv_seg.weight); name "
+            "the network with --network"
         )
     return {
         "num_classes": scores.shape[0],
@@ -306,7 +307,7 @@ def create_network(
     use_plus: bool = True,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Build a run's network from the keys below `model`.
+    """Build a run's network from the config's `model` section.
 
     The logits are not upsampled; they keep the network's own stride.
 
@@ -326,7 +327,10 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 takes none; set its keys below model")
+            raise ModelError(
+                "model.arguments: deeplabv3 has no such arguments; set its keys directly below "
+                "model"
+            )
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )

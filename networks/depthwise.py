@@ -1,10 +1,10 @@
 """A dilated depthwise 3 x 3 convolution for CPUs, computed as nine multiply-adds.
 
 DeepLabV3+'s head has three such convolutions, with 2048 channels and dilations 12, 24 and 36. Many
-of their inputs are padding. On x86, PyTorch computes them with oneDNN. For 128-pixel images, they
-take a quarter of a training step's time for a ten-thousandth of its arithmetic. oneDNN's bf16
-weight gradient is also wrong if most inputs are inside the image: it is off by 140% for 64 x 64
-features and dilation 12 (torch 2.7.0 and 2.13.0).
+of the convolutions' inputs are padding. On x86, PyTorch computes these convolutions with oneDNN.
+For 128-pixel images, they take a quarter of a training step's time but only a ten-thousandth of its
+arithmetic. oneDNN's bf16 weight gradient is also wrong if most inputs are inside the image: it is
+off by 140% for 64 x 64 features and dilation 12 (torch 2.7.0 and 2.13.0).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
     On a GPU and in exported graphs, the layer calls PyTorch's own operator.
 
     Shape:
-        (N, C, H, W) -> (N, C, H, W), of the input's data type; sums are computed in fp32.
+        (N, C, H, W) -> (N, C, H, W), of the same data type. Sums are computed in fp32.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ def replace_dilated(module: nn.Module) -> None:
     for name, child in module.named_children():
         if type(child) is nn.Conv2d and _is_dilated_depthwise(child):
             # Skip the weight initialisation, because it would draw random numbers and thus change
-            # all later ones.
+            # all later random numbers.
             ours = skip_init(DilatedDepthwiseConv2d, child.in_channels, child.dilation[0])
             ours.weight = child.weight
             setattr(module, name, ours)
@@ -131,7 +131,7 @@ def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
 def _taps(
     shape: torch.Size, dilation: int
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield each kernel position except the centre, with the slices to write and to read."""
+    """Yield each kernel position except the centre, with its output and input slices."""
     for y in range(3):
         for x in range(3):
             down, right = (y - 1) * dilation, (x - 1) * dilation
@@ -142,7 +142,7 @@ def _taps(
 
 
 def _overlap(offset: int, size: int) -> tuple[slice, slice]:
-    """Return slices of the positions that have a neighbour at an offset, and of the neighbours."""
+    """Return two slices: the positions that have a neighbour at an offset, and these neighbours."""
     first, last = max(0, -offset), size - max(0, offset)
     return slice(first, last), slice(first + offset, last + offset)
 

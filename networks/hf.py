@@ -43,7 +43,7 @@ def build(
             f"{whole}: the file does not contain the network's config, so the network cannot be "
             "rebuilt"
         )
-    if "config" in arguments:  # Rebuild the network from the config that an earlier build recorded.
+    if "config" in arguments:  # Use the config recorded when the network was first built.
         said = _without_pretrained(arguments["config"])
         _check_type(whole, said.get("model_type"))
         config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
@@ -70,7 +70,7 @@ def build(
 
 
 def _check_type(whole: str, kind: str | None) -> None:
-    """Reject types of networks that transformers does not support for semantic segmentation.
+    """Reject network types that transformers does not support for semantic segmentation.
 
     Mask2Former and similar networks predict a set of masks, for which this project has no loss.
 
@@ -87,7 +87,7 @@ def _check_type(whole: str, kind: str | None) -> None:
 
 
 def _renaming(network: Any) -> Callable[[str], str] | None:
-    """Return a function that renames transformers 4 tensors for version 5, or None."""
+    """Return a function that converts tensor names from transformers 4 to version 5, or None."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping")

@@ -1,8 +1,8 @@
 """Helpers for building networks from other libraries and from users' functions.
 
 Each library has a module with a function `build`, which takes the text after the colon in
-`model.name` and returns a `Network`. Files are trusted less than users. With `from_file`, `build`
-loads nothing by name or address and runs only the library's own code.
+`model.name` and returns a `Network`. A name from a file is trusted less than a name from the user.
+With `from_file`, `build` loads nothing by name or address and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # This pattern matches strings that cannot be a path or URL.
+PLAIN = re.compile(r"[\w.+-]*")  # Pattern for strings that cannot be a path or URL.
 
 
 def foreign_arguments(
@@ -36,7 +36,8 @@ def foreign_arguments(
 
     Args:
         network: Name of the network, as given by the user.
-        beside: Content of the `config.json` that `save_pretrained` wrote beside the file, or empty.
+        beside: Content of the `config.json` that `save_pretrained` wrote beside the file; empty if
+            there is no such file.
         state: Names of the tensors in the file.
         where: Path of the file.
 
@@ -78,12 +79,11 @@ def require(package: str, name: str, group: str | None = None) -> Any:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
-    """Return the error for a network name that a library does not have."""
+    """Return an error that suggests networks similar to an unknown name."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(
-        f"model.name={kind}:{name}: there is no such network; there is, for example, "
-        f"{' or '.join(near)}"
+        f"model.name={kind}:{name}: there is no such network; use, for example, {' or '.join(near)}"
     )
 
 
@@ -120,7 +120,7 @@ def plain(value: Any, where: str, key: str = "") -> Any:
 
 
 def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return only the arguments for the library, without those of `Network`."""
+    """Return the arguments for the library, without those for the wrapper `Network`."""
     return {name: value for name, value in arguments.items() if name not in OF_NETWORK}
 
 
@@ -130,8 +130,8 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
         return load(*args, **arguments)
     except OSError as error:
         raise ModelError(
-            f"model.name={name}: it is not a folder, and the hub does not provide it "
-            f"({one_line(error)}); give a name on the hub, or a folder written by "
+            f"model.name={name}: there is no such folder, and no such network on the hub "
+            f"({one_line(error)}); give a name from the hub, or a folder written by "
             "save_pretrained"
         ) from error
     except Exception as error:

@@ -1,7 +1,7 @@
 """Networks built from mmsegmentation 0.30 configs.
 
-An mmsegmentation config is Python code that is executed, so only a user may choose it. Checkpoints
-and weights files instead describe the network as data, without code.
+An mmsegmentation config is Python code that is executed, so only a user may choose a config.
+Checkpoints and weights files describe the network as data instead, without code.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
         known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ModelError(
-            f"model.name={whole}: there is no such config and no such file; did you mean "
+            f"model.name={whole}: there is no config or file with this name; did you mean "
             f"mmseg:{near}?"
         )
     config = call(whole, mmcv.Config.fromfile, str(path))
@@ -111,8 +111,8 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
     mean, std = said.get("mean", IMAGENET_CHANNEL_MEAN), said.get("std", IMAGENET_CHANNEL_STD)
     if not said.get("to_rgb", True):
         raise ModelError(
-            f"model.name={whole}: the network expects BGR images, but this project has RGB; "
-            "choose another config"
+            f"model.name={whole}: the network expects BGR images, but this project uses RGB; "
+            "choose a different config"
         )
     return config.model.to_dict(), mean, std
 
@@ -166,7 +166,7 @@ def _from_scratch(model: Any) -> Any:
 def _record(model: Any) -> Any:
     """Return a config as JSON types in which tuples and lists remain distinct."""
     if isinstance(model, Mapping):
-        # Leave out the weight initialisation, because this record is stored together with trained
+        # Leave out the weight initialisation, because the record is stored together with trained
         # weights.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
@@ -176,7 +176,7 @@ def _record(model: Any) -> Any:
 
 
 def _from_record(model: Any) -> Any:
-    """Return a recorded or original config as mmcv's own mappings."""
+    """Convert a recorded or original config to mmcv's own mapping type."""
     import mmcv
 
     if isinstance(model, Mapping):
@@ -203,7 +203,7 @@ def _initialise(whole: str, segmentor: Any) -> None:
 
 
 def _check_operators(whole: str, segmentor: nn.Module) -> None:
-    """Reject networks that need a GPU operator which this mmcv-full does not have."""
+    """Reject networks that need a GPU operator if the installed mmcv-full has none."""
     if not (torch.cuda.is_available() and lacks_operators()):
         return
     for module in segmentor.modules():
@@ -211,7 +211,7 @@ def _check_operators(whole: str, segmentor: nn.Module) -> None:
         operator = kind.__module__.startswith("mmcv.ops.") and kind.__name__ not in IN_TORCH
         if operator or kind.__name__ in OPERATOR_ON_GPU:
             raise ModelError(
-                f"model.name={whole} needs mmcv's {kind.__name__}, whose operator this "
-                "mmcv-full lacks for GPUs; set CUDA_VISIBLE_DEVICES= to compute on the "
-                "CPU, or build mmcv-full 1.7.2 with CUDA against this torch"
+                f"model.name={whole} needs mmcv's operator {kind.__name__}, but the installed "
+                "mmcv-full has no GPU operators; set CUDA_VISIBLE_DEVICES= to use the CPU, or "
+                "build mmcv-full 1.7.2 with CUDA against this torch"
             )

@@ -21,7 +21,7 @@ class MMSegNetwork(Network):
     """An mmsegmentation segmentor with the auxiliary outputs of its heads.
 
     For auxiliary heads with a plain cross entropy, this project computes the loss, as it does for
-    the main head. Heads compute all other losses themselves.
+    the main head. The heads compute all other losses themselves.
     """
 
     def __init__(self, network: nn.Module, *args: Any, **options: Any) -> None:
@@ -64,7 +64,7 @@ class MMSegNetwork(Network):
         return (main, *before, *more, *rest)
 
     def losses_of(self, outputs: Sequence[Any], target: Tensor, ignore_index: int) -> list[Tensor]:
-        """Return the list of weighted losses, one for each auxiliary output."""
+        """Return one weighted loss for each auxiliary output."""
         return [
             loss(output, target, ignore_index)
             for loss, output in zip(self._losses, outputs, strict=True)
@@ -81,7 +81,7 @@ def _parts(outputs: Any) -> list[Any]:
 
 
 def _losses(head: Any) -> list[Loss]:
-    """Return the losses for a head's outputs, in the order of `_parts`."""
+    """Return the loss functions for a head's outputs, in the order of `_parts`."""
     kind = type(head).__name__
     if kind == "PointHead":
         return [_point_loss(head)]
@@ -116,10 +116,11 @@ def _total(losses: Mapping[str, Any]) -> Tensor:
 
 
 def _own_loss(head: Any) -> Loss:
-    """Return the loss that a head computes itself."""
+    """Return a head's own implementation of its loss."""
     if type(head).__name__ in ("DAHead", "EncHead"):
         raise ModelError(
-            f"{type(head).__name__} works only with a plain cross entropy; change its loss_decode"
+            f"{type(head).__name__}: this head works only with a plain cross entropy; change its "
+            "loss_decode"
         )
 
     def loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -143,7 +144,7 @@ def _encoding_loss(head: Any) -> Loss:
 
 
 def _points(head: Any, features: Any, logits: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Return PointRend's logits at sampled points, and the points (N, P, 2) from 0 to 1."""
+    """Return PointRend's logits at sampled points, and the points' positions (N, P, 2) in 0..1."""
     from mmseg.models.decode_heads.point_head import calculate_uncertainty
 
     selected = head._transform_inputs(features)

@@ -1,4 +1,4 @@
-"""A placeholder for mmcv's compiled operators, and PSAMask in plain torch operations.
+"""A placeholder for mmcv's compiled operators, and PSAMask implemented with torch operations.
 
 mmcv-full is published as source code. Building its operators requires a C++ compiler and takes
 several minutes, so the wheel that this project installs does not contain them. However,
@@ -58,7 +58,7 @@ class MissingOperators(types.ModuleType):
 
     @staticmethod
     def get_compiling_cuda_version() -> str:
-        """Return the value that mmcv returns if it was compiled without CUDA."""
+        """Return the same value as mmcv without CUDA."""
         return "not available"
 
 
@@ -77,8 +77,8 @@ def root_handlers_kept() -> Iterator[None]:
 def import_mmseg() -> Any:
     """Import mmsegmentation's models, and undo mmcv's changes to torch.
 
-    mmcv prints an announcement of version 2.0 at every import. It also adds a function
-    `_check_balance` to all modules named torch*. As a result, torch.ops lists the function as an
+    At every import, mmcv prints an announcement of version 2.0. mmcv also adds a function
+    `_check_balance` to all modules named torch*. As a result, torch.ops lists this function as an
     operator namespace, and torch.compile fails.
     """
     with warnings.catch_warnings():
@@ -95,8 +95,8 @@ def import_mmseg() -> Any:
 def provide_extension() -> None:
     """Replace mmcv's extension with the placeholder, unless a compiled extension loads.
 
-    An extension that was compiled against a different torch version does not load. This only causes
-    a warning, because most networks do not need its operators.
+    An extension that was compiled against a different torch version does not load. In this case,
+    the function only logs a warning, because most networks do not need the operators.
     """
     if EXTENSION in sys.modules:
         return
@@ -115,7 +115,7 @@ def provide_extension() -> None:
 
 
 def replace_psa_mask() -> None:
-    """Make mmcv's PSAMask use torch operations, unless its operator runs on this machine."""
+    """Replace mmcv's PSAMask with torch operations if its operator is missing on this machine."""
     from mmcv.ops import psa_mask as module
 
     if lacks_operators():
@@ -132,10 +132,11 @@ def lacks_operators() -> bool:
 
 
 def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
-    """Spread the attention of each position over the feature map, like mmcv's operator.
+    """Spread each position's attention values over the feature map, like mmcv's operator.
 
-    Each position has one value for every cell of a window of `mask_size` around it. Values for
-    cells outside the feature map are dropped. Positions outside the window get 0.
+    Each position has one attention value for every cell of a window of `mask_size` around the
+    position. Values for cells outside the feature map are dropped. Positions outside the window get
+    the value 0.
 
     Args:
         mask: Attention values (N, rows * columns, H, W).
@@ -144,7 +145,7 @@ def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
 
     Returns:
         A tensor (N, H * W, H, W). With COLLECT, the last two dimensions are the position and the
-            second dimension is the cell. DISTRIBUTE swaps the two.
+        second dimension is the cell. With DISTRIBUTE, the roles are swapped.
 
     Reference:
         Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018.

@@ -1,7 +1,7 @@
 """A function that builds a network by name, from a library or a user's own function.
 
-A network name may also come from a checkpoint. Such a name never runs the user's code and never
-loads a path or URL. It can only select a network from a library's registry.
+A network name may also come from a checkpoint. Such a name can only select a network from a
+library's registry: it never runs the user's code, and never loads a path or URL.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def named_network(
         network = libraries.call(name, build, *given)
     elif from_file and name != vouched:
         raise ModelError(
-            f"the file names its network as the function {name}; to allow that code to run, "
-            f"give --network {name}"
+            f"the file's network is built by the function {name}; to allow this code to run, give "
+            f"--network {name}"
         )
     else:
         network = libraries.own_network(name, num_classes, arguments)

@@ -24,7 +24,7 @@ def build(
     """Build DeepLabV3+ on a timm backbone, with output stride 8 if the backbone supports it.
 
     A plain vision transformer has features at only one stride, so it gets a `SimpleFeaturePyramid`.
-    Its position embeddings are resized to fit each image.
+    The transformer's position embeddings are resized to fit each image.
 
     Args:
         name: Name of a timm model.
@@ -59,8 +59,7 @@ def _features(
     stride.
 
     Returns:
-        The backbone, and its arguments. They include `output_stride` if the backbone has this
-        option.
+        The backbone and its arguments, including `output_stride` if the backbone has this option.
     """
     whole = f"timm:{name}"
     if not timm.is_model(name.partition(".")[0]):
@@ -105,7 +104,7 @@ def _features(
 
 
 def _normalisation(timm: Any, name: str) -> tuple[list[float], list[float]]:
-    """Return a timm network's mean and standard deviation, for values from 0 to 255."""
+    """Return a timm network's mean and standard deviation, on the 0-255 scale."""
     said = timm.get_pretrained_cfg(name)
     mean = said.mean if said else (0.485, 0.456, 0.406)
     std = said.std if said else (0.229, 0.224, 0.225)

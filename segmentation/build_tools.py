@@ -15,13 +15,13 @@ from pathlib import Path
 def missing_build_tools(gpu: bool) -> str | None:
     """Describe the build tools that are missing for Triton (GPU) or Inductor (CPU), or return None.
 
-    Triton compiles C code that launches GPU kernels. Inductor compiles C++ for a CPU.
+    Triton compiles C code that launches GPU kernels. Inductor compiles C++ code for the CPU.
 
     Args:
         gpu: Whether to check for Triton on a GPU instead of Inductor on a CPU.
 
     Returns:
-        A phrase for an error message, with the packages to install.
+        A phrase for an error message, with the packages to install, or None.
     """
     if gpu:
         compiler = _program("CC", ("gcc", "clang"))
@@ -43,7 +43,7 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program in an environment variable, or of the first one installed.
+    """Return the path of the program that a variable specifies, or of the first installed program.
 
     The environment variable takes precedence if it is set.
     """

@@ -104,7 +104,7 @@ def match_classes(
 
     Returns:
         The index in `others` of each class in `classes`. None if both lists have the same order, or
-        if a list is not known or contains only numbers ("class 0", "12").
+        if a list is unknown or contains only numbers ("class 0", "12").
 
     Raises:
         ClassError: The lists contain different names. The message shows the first difference.
@@ -123,14 +123,17 @@ def match_classes(
         raise ClassError(different)
     if len(set(keys)) < len(keys):
         twice = next(info.name for info, key in zip(classes, keys) if keys.count(key) > 1)
-        raise ClassError(f"{different}; the name {twice} occurs twice, so names cannot be matched")
+        raise ClassError(
+            f"{different}; the name {twice} occurs twice, so the classes cannot be matched by "
+            "name; rename one"
+        )
     return [other_keys.index(key) for key in keys]
 
 
 def first_difference(
     classes: Sequence[ClassInfo], others: Sequence[ClassInfo], where: str, others_where: str
 ) -> str:
-    """Describe the first class whose index differs in the other list or that is missing there.
+    """Describe the first class that has a different index in the other list or is missing there.
 
     Args:
         classes: The first list, in the order of the class indices.
@@ -212,7 +215,7 @@ def label_warning(
     unlabelled: float | None = None,
     hint: str = "",
 ) -> str | None:
-    """Return a warning if labels are missing or rare, or None.
+    """Return a warning if classes never occur or most pixels have no class, otherwise None.
 
     Args:
         occurs: For each class, whether any pixel belongs to it.
@@ -256,8 +259,8 @@ def name_classes(names: Sequence[str], most: int = 5) -> str:
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     """Return colours that differ from each other and from black, white and red.
 
-    Each colour is as far as possible from all previous ones. The distance is Euclidean in CIELAB,
-    where equal distances look about equally large.
+    Each colour is as far as possible from all previous colours. The distance is Euclidean in
+    CIELAB, where equal distances look about equally large.
 
     Args:
         count: Number of colours.
@@ -311,4 +314,6 @@ def classes_from_json(text: str) -> list[ClassInfo]:
             for c in json.loads(text)
         ]
     except (ValueError, TypeError, KeyError) as error:
-        raise ClassError(f"class names in the file's metadata are malformed: {error}") from error
+        raise ClassError(
+            f"the class names in the file's metadata are malformed: {error}"
+        ) from error

@@ -36,7 +36,7 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with every pixel without a label set to `num_classes`."""
-    if mask.dtype == np.uint8:  # uint8 predictions need no copy as int64, which would be slower.
+    if mask.dtype == np.uint8:  # Return early, because the copy as int64 below is slower.
         return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
@@ -128,7 +128,7 @@ class VideoOverlay:
         return np.asarray(page)
 
     def _draw_legend(self) -> Image.Image:
-        """Draw the names of the classes seen so far. The last line counts omitted classes."""
+        """Draw the names of the classes seen so far, and the number of names that do not fit."""
         shown = self._seen
         if len(shown) > self._rows:
             shown = shown[: self._rows - 1]
@@ -143,7 +143,7 @@ class VideoOverlay:
 def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
     """Write each class's name on a region that has enough room for it.
 
-    Names help, because some of ADE20K's colours are hard to tell apart.
+    The names help, because some of ADE20K's colours are hard to tell apart.
     """
     size = _font_size(picture.height) * 0.9
     # Search a smaller copy of the mask, because the position of a name need not be exact.
@@ -155,8 +155,8 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         name = classes[index].name
         left, top, right, bottom = _box(name, size)
         diagonal = math.hypot(right - left, bottom - top)
-        # A name fits only in a region that contains a circle with the diagonal as its diameter. Its
-        # area is 0.78 times the diagonal squared, so smaller regions are skipped.
+        # A name fits only in a region that contains a circle whose diameter is the text's diagonal.
+        # The circle's area is 0.78 times the squared diagonal, so skip clearly smaller regions.
         if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)

@@ -4,10 +4,10 @@ With 150 classes at 512 px, one image's logits take 157 MB in fp32. An implement
 tensor operations keeps a dozen such tensors for every image: upsampled logits, softmax, one-hot
 targets, their products and all their gradients.
 
-This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time,
-and processes the tile while it is in the cache. The forward pass computes the sums over pixels that
-both losses need. The backward pass computes the gradient, and applies the adjoint of the upsampling
-to return to the network's resolution.
+This module keeps the logits at the network's resolution. The module upsamples one tile of pixels at
+a time, and processes the tile while it is in the cache. The forward pass computes the sums over
+pixels that both losses need. The backward pass computes the gradient of the upsampled logits, and
+maps it to the network's resolution by the adjoint of the upsampling.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def segmentation_loss(
 
     Raises:
         ValueError: The shapes or types do not match.
-        RuntimeError: A class index is out of range, on a CPU. On a GPU, where a check would wait
-            for the device, the cross entropy is nan instead.
+        RuntimeError: A class index is out of range. This is checked only on a CPU, because on a GPU
+            the check would wait for the device; there, the cross entropy is nan instead.
     """
     if isinstance(target, MixedTarget):
         pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))
@@ -123,7 +123,7 @@ def segmentation_loss(
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
         raise ValueError(
             f"got {class_weights.numel()} class_weights for {logits.shape[1]} classes; give one "
-            "per class"
+            "weight per class"
         )
     losses = _SegmentationLoss.apply(logits, weights, class_weights, ignore_index, *targets)
     cross_entropy, dice = cast("tuple[Tensor, Tensor]", losses)
@@ -162,7 +162,8 @@ class _SegmentationLoss(torch.autograd.Function):
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
             dice = ((1 - overlap) * present).sum() / classes
-            # Differentiate the Dice loss by each class's `intersection` and `predicted`.
+            # Derivatives of the Dice loss with respect to each class's `intersection` and
+            # `predicted`.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
         ctx.save_for_backward(
@@ -232,8 +233,8 @@ def forward_sums(
         - Normalisers (2, N, H, W): each pixel's largest logit, and the difference between the
           log-sum-exp and this logit. The difference is inf for pixels without a target.
 
-        All sums are weighted by `weights`. The normalisers are stored separately, because their sum
-        would round away a confident softmax's distance from 1, and thus the gradient.
+        All sums are weighted by `weights`. The two normalisers are stored separately, because their
+        sum would round a confident softmax to exactly 1, and thus the gradient to 0.
     """
     n, c = logits.shape[:2]
     height, width = targets[0].shape[1:]
@@ -305,8 +306,8 @@ def backward(
             # At pixels without a target, lse is inf, so the softmax p is 0.
             p = tile.upsample(low)
             p.sub_(lse[0, image, y, None, x]).sub_(lse[1, image, y, None, x]).exp_()
-            # Let u be p times the derivative with respect to p. For every class, u contains
-            # `by_predicted * p`. For the target's class, it also contains `at_target`. Through the
+            # Let u be p times the derivative of the loss with respect to p: `by_predicted * p` for
+            # every class, plus `at_target` for the target's class. By the chain rule through the
             # softmax, the gradient with respect to the logits is u - p * sum(u).
             labels = index[y, :, x]
             at_target = p.gather(1, labels).mul_(slope[y, :, x]).sub_(constant[y, :, x])
@@ -384,7 +385,8 @@ def _interpolation(
     """Return the linear interpolation from `size` to `new_size` positions, in pieces of `step`.
 
     Each piece is a slice of the output, a slice of the input, and the matrix between them. The
-    matrices come from `F.interpolate` of the identity, so rounding is the same.
+    matrices are the result of `F.interpolate` for the identity, so they are rounded in the same
+    way.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

@@ -5,9 +5,9 @@ cell. A cell is the set of pixels between two neighbouring columns of logits. Al
 are interpolated from the same few logits, so a program loads these logits once for all classes.
 
 The forward kernel writes each pixel's normalisers and a few sums. The backward kernel computes the
-softmax again. Each of its programs owns a rectangle of the gradient and adds up the contributions
-of all pixels that are interpolated from the rectangle. The kernel therefore needs no atomic
-operations, and the gradient is reproducible.
+softmax again. Each program of the backward kernel owns a rectangle of the gradient and adds up the
+contributions of all pixels that are interpolated from this rectangle. The kernel therefore needs no
+atomic operations, and the gradient is reproducible.
 """
 
 # Triton's type annotations do not cover all values that kernels compute with.
@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORWARD_ROWS, FORWARD_CELLS = 32, 4  # Pixel rows and cells per program of the forward kernel.
-BACKWARD_ROWS, BACKWARD_CELLS = 4, 16  # Gradient rows and columns per backward program.
-PIXELS = 4  # Number of pixels that a program processes at a time, with all classes.
+# Numbers of pixel rows and cells that each program of the forward kernel processes, and of gradient
+# rows and columns that each program of the backward kernel computes.
+FORWARD_ROWS, FORWARD_CELLS = 32, 4
+BACKWARD_ROWS, BACKWARD_CELLS = 4, 16
+PIXELS = 4  # Number of pixels that a kernel program processes at a time.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -46,7 +48,7 @@ def _first_pixel(cell, scale):
 
 @triton.jit
 def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
-    """Return a row's logits (classes,) at a cell's left edge, and their change to the right edge.
+    """Return a row's logits (classes,) at a cell's left edge, and their change across the cell.
 
     The values are multiplied by log2(e), because the hardware computes powers of 2.
     """
@@ -97,7 +99,7 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 
 @triton.jit
 def _sum(head, tail):
-    """Return the sum over classes of (pixels, HEAD) and (pixels, TAIL).
+    """Return the sum over all classes of the blocks (pixels, HEAD) and (pixels, TAIL).
 
     Elements that are a multiple of TAIL apart belong to the same thread. They are first added in
     registers, which needs half as many warp shuffles as two separate sums.
@@ -110,7 +112,7 @@ def _sum(head, tail):
 
 @triton.jit
 def _max(head, tail):
-    """Return the maximum over classes of (pixels, HEAD) and (pixels, TAIL); see `_sum`."""
+    """Return the maximum over all classes of the blocks (pixels, HEAD) and (pixels, TAIL)."""
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]
     parts = tl.reshape(head, (pixels, head.shape[1] // tails, tails))
@@ -203,7 +205,7 @@ def _forward_kernel(
                 intersection_d += exp_d * (at_d * inverse[:, None])
                 log_likelihood_c += at_c * z_c
                 log_likelihood_d += at_d * z_d
-                # The class weights affect the cross entropy but not the Dice loss.
+                # In this kernel, the class weights affect only the cross entropy.
                 if WEIGHTED:
                     any_share = _weighted(class_weights, label, share, num_classes)
                     if MIXED:
@@ -308,8 +310,8 @@ def _backward_kernel(
                     )
                 at_c = _at_label(c, label, share, other, other_share, MIXED)
                 at_d = _at_label(d, label, share, other, other_share, MIXED)
-                # Let u be p times the derivative with respect to p. Through the softmax, the
-                # derivative with respect to z is u - p * sum(u).
+                # Let u be p times the derivative of the loss with respect to p. By the chain rule
+                # through the softmax, the derivative with respect to z is u - p * sum(u).
                 u_c = p_c * (by_predicted_c + by_intersection_c * at_c) - by_nll_c * at_c
                 u_d = p_d * (by_predicted_d + by_intersection_d * at_d) - by_nll_d * at_d
                 inner = _sum(u_c, u_d)[:, None]
@@ -438,7 +440,7 @@ def _layout(logits: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, list[Ten
 
 
 def _geometry(logits: Tensor, height: int, width: int) -> tuple:
-    """Return the sizes of the logits and of the targets, and their ratios, for the kernels."""
+    """Return the sizes of logits and targets and the ratios of these sizes, as kernel arguments."""
     _, c, h, w = logits.shape
     return c, h, w, height, width, h / height, w / width
 

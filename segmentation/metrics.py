@@ -98,8 +98,8 @@ def confusion_matrix_of_predictions(
     """
     target = target.long()
     cell = target * num_classes + prediction
-    # Count unlabelled pixels in an additional bin. If they were filtered out instead, the host
-    # would have to wait for the number of labelled pixels.
+    # Count unlabelled pixels in an additional bin, because filtering them out would make the host
+    # wait for the device.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
     if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
         counts = cell.new_zeros(num_classes**2 + 1)
@@ -171,8 +171,9 @@ def confused_pairs(matrix: Tensor, count: int) -> list[tuple[int, int, int, floa
         count: Maximum number of pairs.
 
     Returns:
-        Target class index, predicted class index, number of such pixels, and their percentage of
-        the target class's pixels. The pair with the most pixels comes first.
+        For each pair, the target class index, the predicted class index, the number of such pixels,
+        and their percentage of the target class's pixels. The pair with the most pixels comes
+        first.
     """
     matrix = matrix.cpu()
     wrong = matrix - torch.diag(matrix.diagonal())

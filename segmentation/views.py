@@ -108,7 +108,7 @@ def resized_bands(
 
 @functools.lru_cache(4)
 def column_taps(lengths: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the columns of logits that each pixel mixes; the others have no weight.
+    """Return the columns of logits that contribute to each pixel, and their weights.
 
     Args:
         lengths: See `resize_matrix`.
@@ -124,13 +124,13 @@ def column_taps(lengths: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]
     return list(zip(places.T, weights.T, strict=True))
 
 
-# The images of an evaluation often have one size, so keep the matrices of the last few.
+# In an evaluation, many images have the same size, so keep the matrices for the last few sizes.
 @functools.lru_cache(4)
 def resize_matrix(lengths: tuple[int, ...]) -> np.ndarray:
     """Return the matrix that applies several linear resizes in a row to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
-    them, so a GPU never has to wait.
+    them, so the host never has to wait for a GPU.
 
     Args:
         lengths: Original length of the side, and its length after each resize, in pixels.

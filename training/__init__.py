@@ -1,1 +1,1 @@
-"""Training code for everything in which a run differs from Composer's defaults."""
+"""Training code that replaces or extends Composer's defaults."""

@@ -61,7 +61,7 @@ def build_algorithms(config: Config) -> list[Algorithm]:
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the classes in a run's training masks if its class weights or its sampling need it.
+    """Count the classes in the training masks if the class weights or the sampling need the counts.
 
     Raises:
         DataError: A mask cannot be read, or it contains an unknown label.
@@ -91,11 +91,11 @@ class EpochSchedule(optim.ComposerScheduler):
     """A learning-rate schedule that follows the completed epochs, even if the batch size changes.
 
     Composer's schedules count batches. If a run resumes with a different batch size or number of
-    images, the length of an epoch changes, so the number of batches no longer measures progress. If
-    neither changes, the learning rates are bitwise equal to those of Composer's schedule.
+    images, the length of an epoch changes, so the number of batches no longer measures progress.
+    Otherwise, the learning rates are bit-identical to those of Composer's schedule.
 
     Args:
-        schedule: Composer schedule to evaluate.
+        schedule: Composer schedule that gives the learning rates.
         batch_size: Number of images in a batch over all ranks.
     """
 
@@ -103,16 +103,16 @@ class EpochSchedule(optim.ComposerScheduler):
         self.schedule, self.batch_size = schedule, batch_size
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
-        """Return the learning-rate factor at the state's current time."""
+        """Return the learning-rate factor at the current training time."""
         batch = self.scheduled_batch(state)
         if batch == state.timestamp.batch.value:
             return self.schedule(state)
         return self._at(state, batch, state.timestamp.sample.value)
 
     def scheduled_batch(self, state: State) -> int:
-        """Return the progress so far, as a number of batches of the current size.
+        """Return the run's progress, converted to batches of the current size.
 
-        If the duration is not in epochs, the progress is the number of batches so far.
+        If the run's duration is not in epochs, return the number of completed batches.
         """
         now, length = state.timestamp, state.dataloader_len
         assert state.max_duration is not None
@@ -124,7 +124,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the factor for the next step, which Composer computes before the last batch."""
+        """Return the next step's learning-rate factor, which Composer computes one batch ahead."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -142,8 +142,7 @@ def resumed_factor(
 ) -> float | None:
     """Return the learning-rate factor for the next step of a resumed run.
 
-    If no setting has changed, the learning rate in the checkpoint is still correct, and the result
-    is None.
+    If no setting has changed, the checkpoint's learning rate is still correct, so return None.
 
     Args:
         schedule: Schedule of the run.
@@ -200,7 +199,7 @@ def check_lengths(config: Config, train_data: DataSpec | None) -> None:
 
 
 def check_times(config: Config, batches_per_epoch: int) -> None:
-    """Use the length of an epoch to compare time settings that are given in different units.
+    """Check time settings that are given in different units, using the length of an epoch.
 
     If the averaged weights will hardly change during the run, log a warning, because evaluation
     uses these weights.
@@ -216,7 +215,7 @@ def check_times(config: Config, batches_per_epoch: int) -> None:
     if batches(config.schedule.warmup) >= length:
         raise ConfigError(
             f"schedule.warmup: {config.schedule.warmup} is not shorter than the run "
-            f"({length:.0f}ba); shorten it"
+            f"({length:.0f}ba); use a shorter warm-up"
         )
     ema = config.recipe.ema
     if ema is not None and batches(ema.half_life) > length:

@@ -1,4 +1,4 @@
-"""Callbacks that monitor a run (loss, class table, training mIoU), and the list of all callbacks.
+"""Callbacks that monitor a run, and functions that build all callbacks and summarise the run.
 
 No callback makes the training step wait for the device, and only the first rank writes files.
 """
@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationSchedule:
-    """A function for Composer's `eval_interval` that evaluates at every interval and at the end.
+    """A schedule for Composer's `eval_interval`: evaluate at every interval and at the end.
 
     Args:
-        interval: Time between two evaluations, as a Composer time string.
+        interval: Time between evaluations, as a Composer time string.
 
     Attributes:
         due: Whether the current weights still need an evaluation.
@@ -74,7 +74,7 @@ class EvaluationSchedule:
 
 
 class StopAtNonFiniteLoss(Callback):
-    """A callback that stops a run if the loss is NaN or infinite, before it saves or evaluates.
+    """A callback that stops a run with a NaN or infinite loss before the next save or evaluation.
 
     Args:
         saver: Callback that saves the run's checkpoints, or None.
@@ -106,8 +106,8 @@ class ClassTable(Callback):
 
     Args:
         classes: Names of the classes.
-        folder: Folder in which to write `classes/ep{epoch}-ba{batch}.csv`; None: only log the
-            table.
+        folder: Folder for the files `classes/ep{epoch}-ba{batch}.csv`. If None, the table is only
+            logged.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], folder: str | None = None):
@@ -135,12 +135,12 @@ class ClassTable(Callback):
 
 
 class TrainMIoU(Callback):
-    """A callback that logs every `interval`-th training batch's mIoU in percent.
+    """A callback that logs the mIoU of every `interval`-th training batch, in percent.
 
     The metric `metrics/train/MIoU` is computed from the outputs of the training step, so it needs
-    no extra forward pass. It shows only the trend, because the outputs come from augmented crops
-    with dropout. Images mixed by MixUp are scored against the target of the image with the larger
-    weight. SAM's second pass with perturbed weights is not scored.
+    no extra forward pass. The metric shows only the trend, because the outputs come from augmented
+    crops with dropout. Images mixed by MixUp are scored against the target of the image with the
+    larger weight. SAM's second pass with perturbed weights is not scored.
 
     Args:
         interval: Number of batches from one score to the next.
@@ -188,8 +188,8 @@ def main_target(target: Any) -> Tensor:
 class RunRecord(Callback):
     """A callback that stores the config and the class names as JSON in every checkpoint.
 
-    `evaluate.py`, `predict.py` and `export.py` read this record, so they do not need the YAML. For
-    a resumed run, the record also lists the W&B and MLflow runs to continue.
+    `evaluate.py`, `predict.py` and `export.py` read this record, so they do not need the YAML file.
+    For a resumed run, the record also lists the W&B and MLflow runs to continue.
     """
 
     def __init__(
@@ -301,7 +301,7 @@ def _count_images(dataloader: Any) -> int | str:
 
 
 def summary(trainer: Trainer) -> str:
-    """Return the results of a run and the paths of its files, one per line."""
+    """Return the results of a run and the paths of its output files, one per line."""
     lines = []
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")

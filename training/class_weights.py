@@ -1,4 +1,4 @@
-"""Class weights in the loss, and repeat factors for images of rare classes."""
+"""Class weights for the loss, and repeat factors for images that contain rare classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the classes in a run's training masks on the first rank, for all ranks.
+    """Count the classes in a run's training masks on the first rank, and share the counts.
 
     Raises:
         DataError: A mask cannot be read, or it contains an unknown label.
@@ -86,7 +86,7 @@ def auto_weights(pixels: np.ndarray) -> list[float]:
 def sample_factors(
     source: DataSource, threshold: float, counts: Counts | None = None
 ) -> np.ndarray:
-    """Return the repeat factors of a split; if `counts` is None, count its masks first."""
+    """Return the repeat factors of a split's images; if `counts` is None, count the masks first."""
     counts = count_classes(source) if counts is None else counts
     return repeat_factors(counts.present, threshold)
 
@@ -94,13 +94,13 @@ def sample_factors(
 def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:
     """Return the average number of times that each image is used in an epoch.
 
-    A class that occurs in a share f of the images has the factor max(1, sqrt(threshold / f)). The
-    factor of an image is the largest factor of its classes (Gupta, Dollár and Girshick 2019, LVIS,
+    A class that occurs in a fraction f of the images has the factor max(1, sqrt(threshold / f)). An
+    image's factor is the largest factor among its classes (Gupta, Dollár and Girshick 2019, LVIS,
     section 4.2, https://arxiv.org/abs/1908.03195).
 
     Args:
         present: (samples, C) bool array that marks the classes in each image.
-        threshold: Share of the images below which a class is rare.
+        threshold: Fraction of the images below which a class counts as rare.
 
     Returns:
         A (samples,) float64 array of factors, each at least 1.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dataset.source import DataSource
     from segmentation.classes import ClassInfo
 
-# Config keys whose values are paths of existing files or folders. They may be relative to the
+# Config keys whose values are paths of existing files or folders. The paths may be relative to the
 # folder of the YAML file.
 INPUT_PATHS = (
     "class_names",
@@ -59,16 +59,17 @@ def one_line_errors() -> Iterator[None]:
 
 @one_line_errors()
 def load(path: str, overrides: list[str]) -> DictConfig:
-    """Read a YAML and apply `key=value` overrides.
+    """Read a YAML config and apply `key=value` overrides.
 
     An override of `max_duration` also replaces the recipe's duration.
 
     Args:
-        path: Path of the YAML.
+        path: Path of the YAML file.
         overrides: Overrides such as `seed=1`.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or an override is not `key=value`.
+        ConfigError: The file is missing or is not valid YAML, or an override does not have the form
+            `key=value`.
     """
     try:
         text = quote_text(Path(path).read_text(encoding="utf-8-sig"))
@@ -89,8 +90,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
     config = cast(DictConfig, OmegaConf.merge(config, given))
-    # Ignore interpolations that cannot be resolved yet. `resolve` reports those that stay
-    # unresolvable.
+    # Ignore interpolations that cannot be resolved yet, because `resolve` reports any that remain.
     recipe, duration = (
         OmegaConf.select(config, name, throw_on_resolution_failure=False)
         for name in ("recipe_name", "max_duration")
@@ -120,7 +120,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
     Args:
         config: Content of the YAML, as loaded by OmegaConf.
-        with_data: Whether to check that the data and files that the config names exist on this
+        with_data: Whether to check that the data and files named in the config exist on this
             machine.
 
     Raises:
@@ -137,11 +137,11 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     if typed.save_folder and "{run_name}" in typed.save_folder:
         if not typed.run_name:
             raise ConfigError(
-                "save_folder: it contains {run_name}, but run_name is empty; give a run_name"
+                "save_folder: the path contains {run_name}, but run_name is empty; set run_name"
             )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    # The reference saves a checkpoint per rank, whereas this project saves one per run, from rank
-    # 0.
+    # MosaicML's code saves one checkpoint per rank, whereas this project saves one per run, from
+    # rank 0.
     if typed.load_path:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
@@ -158,7 +158,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
-    """Load the data set's description into the config and set the keys that follow from it."""
+    """Load the data set's description into the config and set the keys that depend on it."""
     # Import these modules only if there is a description, because they import NumPy and OpenCV.
     from dataset.description import parse_description, read_description
     from segmentation.classes import rename_classes
@@ -167,12 +167,16 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
     if isinstance(config.data, str):
         where, config.data = config.data, read_description(config.data)
     if not isinstance(config.data, dict):
-        raise ConfigError(f"data: {config.data!r} must be the path of a description, or its keys")
+        raise ConfigError(
+            f"data: {config.data!r} must be the path of a description file, or a mapping with the "
+            "keys of a description"
+        )
     description = parse_description(config.data, where)
     count, given = len(description.classes), (raw.get("model") or {}).get("num_classes")
     if given not in (None, count):
         raise ConfigError(
-            f"model.num_classes: {given}, but {where} has {count} classes; leave out the key"
+            f"model.num_classes: {given} does not match the {count} classes in {where}; leave out "
+            "the key"
         )
     config.model.num_classes = count
     if config.class_names is not None:
@@ -188,7 +192,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return the training and validation sources; a folder that both use is listed only once."""
+    """Return the training and validation sources, and list a folder only once if both use it."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
@@ -236,11 +240,11 @@ def read_command_line(arguments: list[str]) -> Config | None:
     """Return the config for a command line of main.py, or None if `--plan` is given.
 
     Args:
-        arguments: The YAML and overrides such as `seed=1`.
+        arguments: Path of the YAML file, followed by overrides such as `seed=1`.
 
     Raises:
-        SystemExit: The command line asks for help, or its config is invalid. As with argparse, the
-            text has already been printed.
+        SystemExit: The command line asks for help, or its config is invalid. The help text or the
+            error has already been printed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
@@ -274,7 +278,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 
 def _normalise_times(config: Config) -> None:
-    """Interpret times without a unit as numbers of epochs, as the reference does."""
+    """Interpret times without a unit as numbers of epochs, as MosaicML's code does."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
         text = str(lookup(config, name))
         _set(config, name, f"{text}ep" if text.isdigit() else text)
@@ -307,8 +311,8 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}: {value!r} must be a section of keys")
-            # An empty section enables the logger with its default arguments, as in the reference's
-            # YAML.
+            # As in MosaicML's YAML files, an empty section enables a logger with its default
+            # arguments.
             if name == "loggers":
                 value = {key: {} if given is None else given for key, given in value.items()}
             if dataclasses.is_dataclass(default):

@@ -1,4 +1,4 @@
-"""Checks of the config values that go beyond their types."""
+"""Checks of config values that go beyond type checks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from training.schema import (
     ModelConfig,
 )
 
-MAX_RESIZED = 32767  # Largest image side in pixels that OpenCV can resize.
-# Keys that take effect only if another key is set. Each maps to the other key and its required
-# value (None: any value).
+MAX_RESIZED = 32767  # Longest image side, in pixels, that OpenCV can resize.
+
+# Keys that take effect only if another key is set. Each key maps to a pair: the other key and its
+# required value (None: any value).
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),
@@ -68,7 +69,9 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError(f"load_path: cannot find {_seen_from(path)}")
     keep = config.save_num_checkpoints_to_keep
     if keep == 0 or keep < -1:
-        raise ConfigError(f"save_num_checkpoints_to_keep: {keep} must be 1 or more, or -1 for all")
+        raise ConfigError(
+            f"save_num_checkpoints_to_keep: {keep} must be 1 or more, or -1 to keep all"
+        )
     _check_network(config.model)
     _check_numbers(config)
     if config.model.cross_entropy_weight + config.model.dice_weight == 0:
@@ -83,7 +86,7 @@ def check(config: Config, with_data: bool = True) -> None:
     _check_needs(config)
     named = config.class_names or config.data or config.model.num_classes >= 150
     if config.load_classes_by_name and not named:
-        raise ConfigError("load_classes_by_name: the run's classes have no names; give class_names")
+        raise ConfigError("load_classes_by_name: the run's classes have no names; set class_names")
     if config.is_train:
         _check_same_labels(config)
     used = [("eval_dataset", "val")] + [("train_dataset", "train")] * config.is_train
@@ -123,14 +126,14 @@ def _check_loggers(config: Config, with_data: bool) -> None:
                 f"loggers.{name}: {arguments!r} must be a mapping of arguments, or {{}} for none"
             )
         if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise ConfigError(f"loggers.{name} needs a package; run make install WITH={name}")
+            raise ConfigError(f"loggers.{name}: a package is missing; run make install WITH={name}")
 
 
 def _check_names(config: Config) -> None:
-    """Validate the run name and the file that lists its class names."""
+    """Validate the run name and the path of the file with the class names."""
     name = config.run_name
     if config.autoresume and not name:
-        raise ConfigError("autoresume: give a run_name, which identifies the run's checkpoints")
+        raise ConfigError("autoresume: a run needs a name to find its checkpoints; set run_name")
     if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
         raise ConfigError(
             f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
@@ -153,25 +156,28 @@ def _check_needs(config: Config) -> None:
             )
         if wanted is not None and value != wanted:
             raise ConfigError(
-                f"{name} has no effect without {other}={str(wanted).lower()}; set it, or "
+                f"{name} has no effect without {other}={str(wanted).lower()}; set {other}, or "
                 f"leave out {name}"
             )
 
 
 def check_evaluates(config: Config) -> None:
-    """Reject an evaluation without a checkpoint; only `--plan` works without one.
+    """Reject an evaluation without a checkpoint, which only `--plan` allows.
 
     Raises:
         ConfigError: No checkpoint is given, so the evaluation would score random weights.
     """
     if not (config.is_train or config.load_path or config.autoresume):
-        raise ConfigError("is_train=false evaluates a checkpoint; name it with load_path")
+        raise ConfigError("is_train=false: there is no checkpoint to evaluate; set load_path")
 
 
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError("model.arguments: deeplabv3 takes none; set its keys below model")
+            raise ConfigError(
+                "model.arguments: deeplabv3 has no such arguments; set its keys directly below "
+                "model"
+            )
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
@@ -228,7 +234,7 @@ def _check_optimizer(config: Config) -> None:
     if len(optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas: {optimizer.betas} must be a list of two numbers")
     if optimizer.name == "adamw" and optimizer.lr > 0.01:
-        raise ConfigError(f"optimizer.lr: {optimizer.lr} is too large for adamw; 1e-4 is usual")
+        raise ConfigError(f"optimizer.lr: {optimizer.lr} is too large for adamw; try 1e-4")
     if unknown := set(optimizer.no_decay) - {"norm", "bias"}:
         raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is unknown; use norm or bias")
     if schedule.final and schedule.name == "constant":
@@ -239,7 +245,9 @@ def _check_optimizer(config: Config) -> None:
             "unit, such as 1500ba or 2ep"
         )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
-        raise ConfigError("schedule.warmup: a warm-up needs max_duration in epochs or batches")
+        raise ConfigError(
+            "schedule.warmup: a warm-up needs max_duration in ep or ba; change its unit"
+        )
 
 
 def _check_class_weights(given: Any, num_classes: int) -> None:
@@ -266,7 +274,7 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
-    """Return the names of the keys that are durations, and of the keys that are intervals."""
+    """Return the names of the duration keys and of the interval keys."""
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
     if config.stop_after is not None:
         intervals.append("stop_after")
@@ -293,7 +301,7 @@ def _check_times(config: Config) -> None:
     if ema is not None and ema.half_life[-2:] != ema.update_interval[-2:]:
         raise ConfigError(
             f"{config.recipe_name}.ema: half_life ({ema.half_life}) and update_interval "
-            f"({ema.update_interval}) must have the same unit"
+            f"({ema.update_interval}) must have the same unit; use ep or ba for both"
         )
 
 
@@ -302,7 +310,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
         batch_size = getattr(config, name).batch_size
         if batch_size % processes and (config.is_train or name == "eval_dataset"):
             raise UnevenBatch(
-                f"{name}.batch_size: {batch_size} images do not divide among "
+                f"{name}.batch_size: {batch_size} images do not divide evenly among "
                 f"{processes} processes; use {max(batch_size // processes, 1) * processes}"
             )
     micro = config.device_train_microbatch_size
@@ -311,7 +319,7 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
 
 
 def _check_same_labels(config: Config) -> None:
-    """Reject a config whose two data sections interpret the same label differently."""
+    """Reject a config that interprets a label differently in training and validation masks."""
     train, val = config.train_dataset, config.eval_dataset
     ways = [(section.ignore_background, _extra_ignored(section)) for section in (train, val)]
     for key, of_train, of_val in zip(("ignore_background", "ignore_label"), *ways):
@@ -345,18 +353,20 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     if isinstance(workers, str) and workers != "auto":
         raise ConfigError(f"{name}.num_workers: {workers!r} must be a number or auto")
     if isinstance(workers, int) and workers > (most := 16 * (os.cpu_count() or 1)):
-        raise ConfigError(f"{name}.num_workers: {workers} is too many here; use at most {most}")
+        raise ConfigError(
+            f"{name}.num_workers: {workers} is too many for this machine; use at most {most}"
+        )
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
         raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
-    # Per pixel, an 8-bit RGB image takes 3 bytes, and its mask takes 1 byte.
+    # An 8-bit RGB image takes 3 bytes per pixel, and its mask takes 1 byte per pixel.
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:
         raise ConfigError(
-            f"{name}: the share of a process in a batch of {dataset.batch_size} images of "
-            f"{dataset.final_size} pixels is {batch / 2**30:.1f} GB, more than the memory "
-            "allows; lower batch_size or final_size"
+            f"{name}: with {dataset.batch_size} images of {dataset.final_size} pixels, each "
+            f"process needs {batch / 2**30:.1f} GB per batch, which is too much for this machine's "
+            "memory; lower batch_size or final_size"
         )
 
 
@@ -379,19 +389,19 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
 
 
 def _seen_from(path: str) -> str:
-    """Describe a missing path, and name the folders that it is relative to."""
+    """Describe a missing path and the folders in which it was searched."""
     if os.path.isabs(path):
         return f"{path}; check the path"
     return f"{path}, relative to {os.getcwd()} or to the YAML's folder; check the path"
 
 
 def per_process(dataset: DatasetConfig) -> int:
-    """Return the number of images per rank in a batch."""
+    """Return the number of images that each rank processes per batch."""
     return dataset.batch_size // world_size()
 
 
 def world_size() -> int:
-    """Return the number of ranks, which the launcher sets."""
+    """Return the number of ranks, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -62,7 +62,7 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
 
 
 def join_processes() -> Watch | None:
-    """Connect the processes of a run and watch them, if there are several.
+    """If a run has several processes, connect and watch them.
 
     Returns:
         The watch, or None if the run has only one process.
@@ -115,10 +115,10 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
 def full_shared_memory(error: Exception) -> str | None:
     """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
-    In containers, /dev/shm often has only 64 MB. PyTorch and NCCL mention it if an allocation
-    fails. Two other symptoms are ambiguous and count only if /dev/shm is small or full. SIGBUS
-    kills a loader that writes to memory that does not exist. Errors from Python's semaphores do not
-    name a file.
+    In containers, /dev/shm often has only 64 MB. If an allocation fails, PyTorch and NCCL name
+    /dev/shm in the error. Two other symptoms are ambiguous, so they are considered only if /dev/shm
+    is small or full: a loader killed by SIGBUS, and a disk-full error from a Python semaphore,
+    which names no file.
     """
     text = one_line(error)
     try:
@@ -137,7 +137,7 @@ def full_shared_memory(error: Exception) -> str | None:
 
 
 class LoaderContext(ForkContext):
-    """A multiprocessing context that forks loader processes with the run's stop signals blocked.
+    """A multiprocessing context that blocks the run's stop signals in forked loader processes.
 
     Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loaders until
     the current batch is done. Blocking the signals in the new process would be too late, because
@@ -146,7 +146,7 @@ class LoaderContext(ForkContext):
     """
 
     class Process(ForkProcess):
-        """A loader process that is forked with the stop signals blocked."""
+        """A loader process that starts with the stop signals blocked."""
 
         def start(self) -> None:
             """Fork this process while the stop signals are blocked."""

@@ -33,16 +33,17 @@ class EMA(composer.algorithms.EMA):
     Args:
         half_life: Time string, in batches or epochs, after which a weight's influence on the
             average has halved.
-        update_interval: Time string between updates, in the same unit as `half_life`; None: 1.
+        update_interval: Time between updates, as a time string in the same unit as `half_life`. If
+            None, the average is updated after every batch or every epoch, depending on this unit.
     """
 
-    smoothing: float  # Never None, because half_life is always set.
+    smoothing: float  # `smoothing` is never None, because `half_life` is always set.
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the average is updated, or the weights are exchanged, at this event."""
+        """Return whether this event updates the average or exchanges it with the weights."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True
@@ -52,10 +53,11 @@ class EMA(composer.algorithms.EMA):
         """Update the average, or exchange it with the training weights."""
         network = without_ddp(state)
         if event == Event.INIT:
-            # Loading a checkpoint overwrites these tensors.
+            # Create the tensors into which a checkpoint is loaded.
             self.ema_model = EMAParameters(network)
             return
-        # After a checkpoint is loaded, the average is on the CPU, so move it.
+        # After a checkpoint is loaded, the average is on the CPU, so move it to the network's
+        # device.
         if event in self.move_device_events:
             self.ema_model.move_params_to_device(network)
         if event in (Event.BATCH_START, Event.EVAL_END, self.update_event):

@@ -18,8 +18,8 @@ from training.composer_internals import without_ddp
 class UnusedWeights(Algorithm):
     """An algorithm that allows forward passes in which some parameters are unused.
 
-    Networks from some libraries have such parameters. By default, DistributedDataParallel waits for
-    the gradient of every parameter.
+    Networks from some libraries have unused parameters, whereas DistributedDataParallel waits by
+    default for the gradient of every parameter.
     """
 
     @property
@@ -50,11 +50,11 @@ class FreezeBackbone(UnusedWeights):
         self.is_frozen = False
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the trainer is about to wrap the network or a batch begins."""
+        """Return whether the trainer is about to wrap the network or start a batch."""
         return event in (Event.INIT, Event.BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Freeze or unfreeze the backbone, depending on the time."""
+        """Freeze or unfreeze the backbone, depending on the training time."""
         backbone = backbone_of(cast(nn.Module, without_ddp(state).module))
         if backbone is None:
             raise ConfigError(

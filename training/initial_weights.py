@@ -24,7 +24,7 @@ def load_initial_weights(config: Config, start: Start, network: nn.Module) -> No
     """Load the initial weights that match a run's network and classes.
 
     Raises:
-        ClassError: The run evaluates, and the weights are for other classes.
+        ClassError: The run is an evaluation, and the weights were trained for different classes.
         ConfigError: `load_classes_by_name` is set, but the file does not name its classes.
         WeightsError: Fewer tensors match than `load_least` requires.
     """
@@ -46,11 +46,12 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
     """Compare the classes of the run with the classes of its initial weights.
 
     Returns:
-        Whether to match rows of the last layer by class name. If the number of classes is the same
-        but the classes differ, also the names of the tensors with such rows.
+        Whether to match rows of the last layer by class name, and the names of the tensors that
+        have a row for each class. There are no names if the classes are the same or their number
+        differs.
 
     Raises:
-        ClassError: The run evaluates, and the weights are for other classes.
+        ClassError: The run is an evaluation, and the weights were trained for different classes.
         ConfigError: The classes should be matched by name, but the file has no class names.
     """
     ours, theirs = class_infos(config), start.weights.classes
@@ -65,8 +66,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
             return config.load_classes_by_name, []
         by_name = True
     except ClassError as error:
-        # For an evaluation, each class needs the right output row, so reject other classes.
-        # Training can relearn the rows, as it does for weights with a different number of classes.
+        # In an evaluation, each class needs its own output row, so reject weights for different
+        # classes. Training can relearn the rows, as it does if the number of classes differs.
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name
@@ -82,10 +83,10 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
 def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     """Return the names of the tensors that have a row for each class.
 
-    To find them, build the network with one more class, and compare the shapes.
+    The function builds the network with an additional class and compares the tensor shapes.
 
     Raises:
-        ClassError: An additional class also changes dimensions other than the number of rows.
+        ClassError: Adding a class changes more than the number of rows of a tensor.
     """
     model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()
@@ -93,8 +94,8 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     names = [name for name in own if own[name].shape != larger[name].shape]
     if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
         raise ClassError(
-            f"load_path: its classes are in another order, and {config.model.name} has no "
-            "layer with a row for each class; list class_names in the order of the "
-            "checkpoint"
+            "load_path: the checkpoint's classes are in a different order, and "
+            f"{config.model.name} "
+            "has no layer with a row for each class; give class_names in the checkpoint's order"
         )
     return names

@@ -1,4 +1,4 @@
-"""Functions that define config keys: default, meaning, bounds, and role when a run resumes."""
+"""Functions that define config keys: their default, meaning, bounds, and rule for resumed runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
     """Return the dataclass field for a config key.
 
     Args:
-        on_resume: Role when a run resumes: `APPLIED`, `COMPARED` or `FREE`.
+        on_resume: Rule for a changed value when a run resumes: `APPLIED`, `COMPARED` or `FREE`.
         default: Default value.
         meaning: Description that `main.py --help` prints.
         bounds: Interval of valid numbers, such as `[0, 1)`, which includes 0 and excludes 1. For a
-            list, it applies to each number.
+            list, the interval applies to each number.
     """
     metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
     if isinstance(default, list):
@@ -41,7 +41,7 @@ def absent_section() -> Any:
 
 
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Yield the fields of a section with their values, without absent sections."""
+    """Yield the fields of a section with their values, except for absent sections."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if field.metadata or value is not None:
@@ -49,7 +49,7 @@ def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 def is_section(value: Any) -> bool:
-    """Return whether a value is a section of keys."""
+    """Return whether a config value is a section with keys of its own."""
     return dataclasses.is_dataclass(value)
 
 
@@ -63,10 +63,10 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
-    """Return the role of each key when a run resumes, by its dotted name.
+    """Return the rule of each key for resumed runs, by its dotted name.
 
-    Most keys of `eval_dataset` are free, because evaluation does not affect training. Keys that
-    define the meaning of labels are not free.
+    The keys of `eval_dataset` are `FREE`, because evaluation does not affect training. The two keys
+    that define the meaning of labels are an exception.
     """
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):

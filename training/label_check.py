@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class _Labels:
-    """The labels of one split, counted on the device without waiting for it."""
+    """A counter for one split's labels, which runs on the device without waiting for it."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes

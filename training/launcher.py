@@ -1,9 +1,9 @@
-"""Interaction with the launcher of a run, `composer` or `torchrun`.
+"""Functions that interact with the launcher of a run, `composer` or `torchrun`.
 
 torchrun restarts the processes after any failure. If the first attempt reports a bad config, a
 person must fix it, so later attempts end immediately and without output. If an earlier attempt has
-trained, an error in a later attempt may be temporary, such as an unreachable object store, so the
-run is tried again.
+trained, an error in a later attempt may be temporary, for example because the object store is
+unreachable, so torchrun tries the run again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def was_refused() -> bool:
 def is_first_to_refuse(text: str) -> bool | None:
     """Record an input error on this node; return whether this process is the first to record it.
 
-    Without torchrun, return None, because the processes share no folder for the record.
+    Without torchrun, the processes share no folder for the record, so return None.
     """
     folder = _folder()
     if folder is None:

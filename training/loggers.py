@@ -37,7 +37,7 @@ REMEDIES = {
 }
 # Logger methods that Composer calls before the first training step.
 STARTING = ("init", "after_load", "log_hyperparameters")
-MAX_REASON = 240  # Maximum length in characters of an error text that a message quotes.
+MAX_REASON = 240  # Maximum number of characters that a message quotes from an error.
 
 
 class FileLogger(loggers.FileLogger):
@@ -66,7 +66,7 @@ class FileLogger(loggers.FileLogger):
 
 
 class WandBLogger(loggers.WandBLogger):
-    """A version of Composer's WandBLogger with which a resumed run continues the same W&B run.
+    """A version of Composer's WandBLogger that lets a resumed run continue its W&B run.
 
     Args:
         server_run: ID of the W&B run to continue, or None.
@@ -87,7 +87,7 @@ class WandBLogger(loggers.WandBLogger):
         return wandb.run.id if wandb.run is not None else None
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config, whose values a resumed run may change."""
+        """Log the config, and allow a resumed run to change its values."""
         if self._enabled:
             import wandb
 
@@ -95,7 +95,7 @@ class WandBLogger(loggers.WandBLogger):
 
 
 class MLFlowLogger(loggers.MLFlowLogger):
-    """A version of Composer's MLFlowLogger with which a resumed run continues the same MLflow run.
+    """A version of Composer's MLFlowLogger that lets a resumed run continue its MLflow run.
 
     The `resume` option of Composer's logger is not enough, because it continues any run with the
     same name.
@@ -107,7 +107,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._resumed: dict[str, str] = {}  # Parameters of the MLflow run that is continued.
+        self._resumed: dict[str, str] = {}  # Parameters already recorded in the resumed MLflow run.
         self._to_resume = server_run
 
     @property
@@ -124,7 +124,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         resumed = self._parameters_of(self._to_resume)
         if resumed is None:
             log.warning(
-                "loggers.mlflow: run %s no longer exists, so a new one begins", self._to_resume
+                "loggers.mlflow: run %s no longer exists, so a new run starts", self._to_resume
             )
             super().init(state, logger)
             return
@@ -173,7 +173,7 @@ CLASSES: dict[str, Callable[..., LoggerDestination]] = {
 
 
 def trainer_options(config: Config) -> dict[str, Any]:
-    """Return the Trainer's arguments from the config, including those for the console."""
+    """Return the Trainer arguments that the config sets, including those for the console."""
     options = {**config.loggers.get("progress_bar", {}), **config.loggers.get("console", {})}
     return {
         "seed": config.seed,
@@ -224,8 +224,8 @@ def build_loggers(
         ConfigError: A logger does not accept its arguments, or cannot start.
     """
     if "wandb" in config.loggers:
-        # Set this option, because W&B 0.18 otherwise waits for its server at every table, even when
-        # W&B is offline.
+        # Set this option, because W&B 0.18 otherwise waits for its server each time a table is
+        # logged, even in offline mode.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         _restore_get_url()
     if "mlflow" in config.loggers:
@@ -233,8 +233,8 @@ def build_loggers(
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     built = []
     for name, arguments in config.loggers.items():
-        # The checkpoint stores only the first rank's logger run, so all other ranks start new
-        # logger runs.
+        # The checkpoint stores only the IDs of the first rank's W&B and MLflow runs, so all other
+        # ranks start new runs.
         resumed = server_runs.get(name) if dist.get_global_rank() == 0 else None
         more = {} if resumed is None else {"server_run": resumed}
         with explained(name):
@@ -257,7 +257,7 @@ def _restore_get_url() -> None:
 
 
 def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:
-    """Return the IDs of the server runs that loggers write to, by logger name."""
+    """Return the IDs of the W&B and MLflow runs that loggers write to, by logger name."""
     runs = {}
     for logger in built:
         if isinstance(logger, WandBLogger | MLFlowLogger) and logger.server_run is not None:
@@ -280,7 +280,7 @@ def explained(name: str) -> Iterator[None]:
         raise ConfigError(f"loggers.{name}: {_reason(error)}; check its arguments") from error
     except ImportError as error:
         raise ConfigError(
-            f"loggers.{name}: its packages do not work together ({_reason(error)}); run "
+            f"loggers.{name}: its packages are incompatible ({_reason(error)}); run "
             f"make install WITH={name}"
         ) from error
     except Exception as error:  # Each service's client raises its own types of errors.

@@ -1,9 +1,9 @@
-"""Estimates of a training step's memory, operations and traffic, from tensors without data.
+"""Estimates of a training step's memory, operations and traffic, using tensors without data.
 
-The estimate runs one pass over 32 images and one over 64, which take about a second each. It
-computes no values and needs no GPU. The difference between the two passes gives the cost per image,
+The estimate makes one pass over 32 images and one over 64; each takes about a second. The passes
+compute no values and need no GPU. The difference between the two passes gives the cost per image,
 and the rest is the fixed cost. With a micro-batch size of `auto`, a run starts with as many images
-as fit according to this estimate. `main.py --plan` uses it to predict memory and speed.
+as fit according to this estimate. `main.py --plan` uses the estimate to predict memory and speed.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Footprint(NamedTuple):
         fixed: Memory of a pass that does not depend on the number of images, such as cast weights.
         image: Memory per image in a pass.
         saved: Part of `image` that is stored for the backward pass.
-        operations: Floating-point operations per image, forward and backward, of layers such as
-            convolutions, for which the number is known.
+        operations: Floating-point operations per image, forward and backward, of the layers that
+            torch can count, such as convolutions.
         traffic: Memory traffic per image of all other operations, forward and backward.
         normalised: Total input size of the normalisation layers per image.
         norms: Number of BatchNorm layers.
@@ -80,15 +80,15 @@ class Footprint(NamedTuple):
         """Return the peak memory of a step with this micro-batch size, without the CUDA context."""
         recipe = config.recipe
         average, climb = recipe.ema is not None, recipe.sam is not None
-        # Each of these tensors is as large as the weights: the weights, gradients, optimizer
-        # moments, EMA average, SAM's saved weights and DDP's buckets.
+        # The gradients, each optimizer moment, the EMA average, SAM's saved weights and DDP's
+        # buckets each take as much memory as the weights.
         copies = 2 + _moments(config) + average + climb + (ranks > 1)
         standing = self.weights * copies + self.buffers * (1 + average)
         image = self.image - (1 - config.activation_memory_budget) * self.saved
         return (self.fixed + standing + images * image) * (1 + MARGIN)
 
     def checkpoint(self, config: Config) -> int:
-        """Return the size of a checkpoint in bytes, including optimizer moments and average."""
+        """Return the size of a checkpoint in bytes, including optimizer moments and EMA average."""
         average = config.recipe.ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 
@@ -142,10 +142,11 @@ def count(
 
     Args:
         network: Network that is not compiled yet, on any device including "meta".
-        size: Side of the images, pixels.
-        dtype: Data type under autocast; None: no autocast, fp32.
-        compiled: Whether the network will be compiled. In this case, a synchronised BatchNorm needs
-            no more memory than an ordinary one, because its operations are fused into one kernel.
+        size: Side of the images, in pixels.
+        dtype: Data type for autocast, or None for fp32 without autocast.
+        compiled: Whether the network will be compiled. If so, a synchronised BatchNorm needs no
+            more memory than an ordinary BatchNorm, because its operations are fused into one
+            kernel.
 
     Raises:
         ModelError: The network's operations depend on the values of its tensors.
@@ -156,7 +157,7 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
-        for weight in empty.parameters():  # Free gradients at once, because `step` counts them.
+        for weight in empty.parameters():  # Free gradients at once: `Footprint.step` adds them.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
@@ -182,7 +183,7 @@ def count(
 
 
 def takes_one_image(network: nn.Module, size: int) -> bool:
-    """Return whether a network can train on a single image, from a trial without data.
+    """Return whether a network can train on a single image, using a trial run without data.
 
     DeepLabV3 cannot train on a single image, because the BatchNorm after global pooling would see
     only one value per channel.
@@ -193,8 +194,8 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    # If the trial fails for another reason, assume that one image works; otherwise, training itself
-    # will fail.
+    # If the trial fails for another reason, assume that a single image works. If it does not,
+    # training itself reports the error.
     except Exception as error:
         log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True
@@ -255,9 +256,9 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
 def _told_of_failure() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A network from the user can raise any type of error.
+    except Exception as error:  # A user's network can raise any type of error.
         raise ModelError(
-            f"model.name: its memory cannot be estimated without data: {one_line(error)}"
+            f"model.name: the network's memory cannot be estimated: {one_line(error)}"
         ) from error
 
 
@@ -310,7 +311,7 @@ def fitting(
         footprint: Estimated costs of a training step.
         config: Config of the run.
         images: Number of images per rank in a batch.
-        free: Memory available for a step, bytes.
+        free: Memory available for a step, in bytes.
         ranks: Number of ranks.
         adapts: Whether `auto` may halve the size. On a CPU, `auto` uses the complete batch.
     """
@@ -326,10 +327,10 @@ def fitting(
 
 
 def free_memory(device: Device) -> float:
-    """Return the GPU memory in bytes that every rank has available, the minimum over all ranks.
+    """Return the free GPU memory in bytes, as the minimum over all ranks.
 
-    The minimum counts, because the run would end if one GPU ran out of memory while the others
-    waited in a collective.
+    The minimum matters, because a run ends if one GPU runs out of memory while the others wait in a
+    collective.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:

@@ -14,12 +14,13 @@ class MixUp(Algorithm):
     """An algorithm that blends each image of a micro-batch with another image.
 
     See Zhang et al. 2018, https://arxiv.org/abs/1710.09412. The mixed images and the random numbers
-    equal those of Composer's MixUp. The target is a `losses.MixedTarget` with two class-index
-    targets and the mixing coefficient, whereas Composer creates three dense (N, C, H, W) tensors.
+    are the same as those of Composer's MixUp. The target is a `losses.MixedTarget` with two
+    class-index targets and the mixing coefficient, whereas Composer creates three dense (N, C, H,
+    W) tensors.
 
     Args:
         alpha: Parameter of the Beta distribution. The weight of the other image is min(z, 1 - z),
-            where z is drawn from Beta(alpha, alpha). With 0, images are not mixed.
+            where z is drawn from Beta(alpha, alpha). If `alpha` is 0, images are not mixed.
 
     Raises:
         ValueError: `alpha` is negative.
@@ -27,7 +28,7 @@ class MixUp(Algorithm):
 
     def __init__(self, alpha: float = 0.2):
         if alpha < 0:
-            raise ValueError(f"MixUp needs alpha >= 0, not {alpha}")
+            raise ValueError(f"alpha: {alpha} is negative; MixUp needs alpha >= 0")
         self.alpha = alpha
 
     def match(self, event: Event, state: State) -> bool:
@@ -35,7 +36,7 @@ class MixUp(Algorithm):
         return event == Event.BEFORE_FORWARD
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the micro-batch with the mixed one."""
+        """Replace the micro-batch with mixed images and targets."""
         image, target = state.batch
         z = np.random.beta(self.alpha, self.alpha) if self.alpha else 0.0
         mixing = float(min(z, 1 - z))

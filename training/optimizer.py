@@ -22,12 +22,12 @@ LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)
 
 
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
-    """SGD with decoupled weight decay, which follows the learning-rate schedule.
+    """SGD with decoupled weight decay that follows the learning-rate schedule.
 
     The arguments, arithmetic and state match Composer's class. The class also has the same name,
     because a checkpoint contains its optimizer's class name. This version uses one fused operation.
-    Composer's step launches about 1,300 kernels for the 340 parameters of ResNet-101, while the GPU
-    is mostly idle because the trainer has just waited for the loss.
+    For the 340 parameters of ResNet-101, Composer's step launches about 1,300 kernels. The GPU is
+    mostly idle during these launches, because the trainer has just waited for the loss.
     """
 
     @staticmethod
@@ -123,7 +123,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
 def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
     """Return each weight's distance in layers from the end of a vision transformer.
 
-    The weights of the last block have distance 1. Weights after the blocks are left out.
+    The weights of the last block have distance 1. Weights after the last block are omitted.
 
     Args:
         backbone: Backbone of a network.

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def save_file(data: bytes, folder: str, name: str) -> str | None:
-    """Write a file to a folder or an object store; it appears there only when it is complete.
+    """Write a file to a folder or an object store, where it appears only when it is complete.
 
     If the file cannot be written, training continues with a warning, because the run is more
     important than the file.
@@ -86,9 +86,10 @@ def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None
 class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
-    It draws a picture at each evaluation. The images are spread evenly over the validation set and
-    are the same each time. The first rank segments them with the same weights as the evaluation.
-    With EMA, the model contains the averaged weights from `EVAL_START` on.
+    The callback draws a picture at each evaluation. The images are spread evenly over the
+    validation set and are the same each time. The first rank segments these images with the same
+    weights as the evaluation. With EMA, the model contains the averaged weights from `EVAL_START`
+    on.
 
     Args:
         classes: Names and colours of the classes.
@@ -148,9 +149,9 @@ class Pictures(Callback):
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # Use the network without its DistributedDataParallel wrapper, because that waits for
-            # the other ranks. Call `forward` directly, because a compiled call would recompile for
-            # a batch of one image.
+            # Use the network without its DistributedDataParallel wrapper, because the wrapper waits
+            # for the other ranks. Call `forward` directly, because a compiled call would recompile
+            # for a batch of one image.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
@@ -213,14 +214,14 @@ class Curves(Callback):
 
 @contextmanager
 def _collected() -> Iterator[None]:
-    """Free reference cycles that are created in this context, such as 5 MB figures.
+    """Free the reference cycles created in this context, such as matplotlib figures of 5 MB each.
 
-    Python's automatic collection runs so late that about 100 MB pile up. This context collects only
-    young objects, which is a hundred times faster than a full collection.
+    Python's automatic garbage collection runs so late that about 100 MB accumulate. This context
+    collects only young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    # Disable automatic collections, because they would promote objects from the youngest
-    # generation.
+    # Disable automatic collections, because they would move objects out of the youngest generation,
+    # which is the only one collected below.
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Functions that choose the precision and compilation for this machine."""
+"""Functions that choose the numeric precision for this machine, and whether to compile."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
 
     Kernels for `sm_80` run on compute capability 8.0 and later 8.x versions. Code for `compute_80`
     runs on 8.0 and all later capabilities, because the driver compiles it. Kernels for `sm_90a` run
-    only on 9.0.
+    only on compute capability 9.0.
     """
     for name in built:
         major, minor = made_for = _capability(name)
@@ -62,7 +62,7 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def _capability(name: str) -> tuple[int, int]:
-    """Return the compute capability for a name; for example, `sm_103` is (10, 3)."""
+    """Return the compute capability for an architecture name; for example, `sm_103` is (10, 3)."""
     digits = re.sub(r"\D", "", name)
     return int(digits[:-1]), int(digits[-1])
 
@@ -79,7 +79,8 @@ class Precision(NamedTuple):
 
     Args:
         composer: Composer's name for the precision on a GPU.
-        cpu_autocast: Data type of the forward pass on a CPU, for which Composer has no autocast.
+        cpu_autocast: Autocast data type on a CPU, where Composer offers no autocast; None: no
+            autocast.
     """
 
     composer: str
@@ -164,7 +165,7 @@ def check_build_tools(config: Config) -> str | None:
 
     missing = missing_build_tools(gpu)
     if missing and config.compile is True:
-        raise ConfigError(f"compile: true needs {missing}; install that, or set compile=false")
+        raise ConfigError(f"compile: true needs {missing}, or set compile=false")
     if missing and gpu:
         kernels = "computes its loss in PyTorch instead of Triton"
         what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels

@@ -35,15 +35,15 @@ PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 class Report(Callback):
     """A callback that writes the results of a run to a single HTML file.
 
-    The file is written after each evaluation and at the end of training. Its images are embedded,
-    so it needs no other files. Earlier evaluations come from `curves`, so a resumed run reports its
-    complete history.
+    The file is written after each evaluation and at the end of training. All images are embedded,
+    so the file needs no other files. Earlier evaluations come from `curves`, so a resumed run
+    reports its complete history.
 
     Args:
         config: Config of the run.
         classes: Names and colours of the classes.
         folder: Folder or object-store URI for `report.html`.
-        curves: Callback that draws the curves, which must precede this callback in the list of
+        curves: Callback that draws the curves. It must precede this callback in the list of
             callbacks.
         pictures: Callback that draws validation images, or None.
     """
@@ -94,7 +94,7 @@ class Report(Callback):
 
 
 def _facts(config: Config, curves: Curves, state: State) -> str:
-    """Return facts about a run and its results as items of an HTML description list."""
+    """Return facts about a run and its results, as the items of an HTML description list."""
     time, facts = state.timestamp, {}
     if curves.eval:
         facts["mIoU"] = _miou(curves.eval)

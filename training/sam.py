@@ -40,7 +40,9 @@ class SAM(Algorithm):
 
     def __init__(self, rho: float = 0.05, interval: int = 1):
         if rho <= 0 or interval < 1:
-            raise ValueError(f"SAM needs rho > 0 and interval >= 1, not {rho} and {interval}")
+            raise ValueError(
+                f"got rho={rho} and interval={interval}; SAM needs rho > 0 and interval >= 1"
+            )
         self.rho = rho
         self.interval = interval
 

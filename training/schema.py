@@ -24,7 +24,9 @@ LOGGERS = {
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
 MAX_SIDE = 16384  # Maximum image side in pixels.
+
 MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit seed limit, minus room to add the rank.
+
 # Network libraries, each with the Python package that it needs (None: no extra package). The
 # install extra is named after the library.
 LIBRARIES = {
@@ -79,7 +81,7 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """Settings of a data set and of the transforms of its samples."""
+    """Settings of a data set and its transforms."""
 
     is_streaming: bool = key(FREE, False, "true: read MDS shards; false: read folders")
     path: str | None = key(
@@ -143,7 +145,7 @@ class TrainDatasetConfig(DatasetConfig):
 class EvalDatasetConfig(DatasetConfig):
     """Settings of the evaluation data set; its images are evaluated uncropped and in order."""
 
-    # These keys have no effect; they are accepted because the reference's YAML files contain them.
+    # These keys have no effect; they are accepted because MosaicML's YAML files contain them.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")

@@ -16,9 +16,10 @@ from composer.utils import dist
 class SeedMicrobatch(Algorithm):
     """An algorithm that seeds the global torch and NumPy generators before each forward pass.
 
-    Dropout and MixUp then depend on four numbers only: the seed, the batch number, the number of
-    the pass (SAM makes two over a batch), and the index of the micro-batch in the global batch.
-    They do not depend on earlier draws, on a resume, or on how many ranks share the micro-batches.
+    Dropout and MixUp then depend only on four numbers: the seed, the batch number, the number of
+    the pass over the batch (SAM makes two passes), and the index of the micro-batch in the global
+    batch. Earlier draws, a resume, and the number of ranks that share the micro-batches do not
+    change the random numbers.
 
     Put this algorithm first in the list, because algorithms run in list order before a forward
     pass.
@@ -27,7 +28,7 @@ class SeedMicrobatch(Algorithm):
     def __init__(self, seed: int):
         self.seed = seed
         self.samples = 0  # Number of samples in this rank's batch.
-        self.passes = 0  # Number of micro-batches of the batch that have been started.
+        self.passes = 0  # Number of passes over the batch so far.
         self.microbatch = 0  # Index of the micro-batch within the global batch.
         self.microbatch_size: float | None = None
 

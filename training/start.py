@@ -44,7 +44,7 @@ class RunStart:
 
 
 def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
-    """Build the callback that saves checkpoints and lock its folder.
+    """Build the callback that saves checkpoints, and lock the save folder.
 
     Returns:
         The callback, or None if the run saves nothing.

@@ -2,8 +2,9 @@
 
 Without this watch, a collective would wait half an hour for a lost process, because a healthy
 process may need that long to compile, download or save. Each process has a TCP connection to the
-first process and sends nothing on it until it ends. Linux closes the connection when a process
-dies. TCP keepalive detects within seconds that a machine is lost, even if the processes are busy.
+first process and sends nothing on it until the process ends. Linux closes the connection when a
+process dies. TCP keepalive detects within seconds that a machine is lost, even if the processes are
+busy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 # manual start takes longer.
 TOGETHER = 300.0 if "TORCHELASTIC_RUN_ID" in os.environ else COLLECTIVE_TIMEOUT
 # Seconds between keepalive probes, and number of failed probes after which a machine counts as
-# lost. The total is 20 s.
+# lost. A loss is detected after 20 s.
 INTERVAL, ATTEMPTS = 4, 4
 # Grace period, in seconds, for a process to exit on its own, for example after one of its
 # collectives fails.
@@ -62,13 +63,13 @@ def join() -> Watch | None:
         reason = one_line(error)[:160]
         raise Lost(
             f"the {ranks} processes of the run did not connect at {where} ({reason}); check "
-            "that all have started"
+            "that all processes have started"
         ) from None
     return watch
 
 
 class Watch:
-    """The connections between the first process of a run and all others.
+    """The connections between the first process of a run and all other processes.
 
     Args:
         store: Distributed store in which the first process publishes its port.
@@ -107,14 +108,14 @@ class Watch:
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether this is the first process on its node that wants to print a text."""
+        """Return whether this process is the first on its node to print a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
         except RuntimeError:  # The store closes when the first process exits.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
-        """Tell the other processes that this process is ending by itself, and its exit status."""
+        """Tell the other processes that this process ends on its own, and its exit status."""
         self._closed.set()
         self._tell(status, "")
 
@@ -208,8 +209,8 @@ def _last_words(peer: socket.socket, name: str) -> Lost | None:
     except OSError as error:
         silence = INTERVAL * (ATTEMPTS + 1)
         return Lost(
-            f"{name} has not responded for {silence} s: its machine or the link to it is lost "
-            f"({error.strerror})"
+            f"{name} has not responded for {silence} s: its machine or the connection to it was "
+            f"lost ({error.strerror})"
         )
     if not said:
         return Lost(f"{name} ended without a message: it was killed, or its machine went down")

@@ -1,8 +1,8 @@
-"""A function that quotes names in YAML, so that values such as 007, 12:30 and no stay text.
+"""A function that quotes names in YAML, so that values such as `007`, `12:30` and `no` stay text.
 
 YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
-quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
-YAML reads as 15.
+quotes before YAML parses the file. The function rejects numbers that YAML would misread, such as
+017, which YAML reads as 15.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from training.schema import Config
 
 # Logger arguments that contain names and must therefore stay text.
 NAMES = {"name", "project", "group", "entity", "tags", "notes", "run_name", "experiment_name"}
-# Config sections whose mapping keys are all names, mostly of classes.
+# Config sections in which every key is a name, usually of a class.
 NAMED = ("data", "model.class_weights")
 SURPRISING = re.compile(r"[-+]?0[\d_]*[1-9][\d_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
 
 def quote_text(text: str, place: str = "") -> str:
-    """Return a YAML text with quotes around the plain scalars that must remain text.
+    """Return YAML text with quotes added around the plain scalars that must remain text.
 
     Args:
         text: YAML text. Invalid YAML is returned unchanged, so that the parser reports the error.
-        place: Dotted name of the key that the text is the value of. If empty, the text is a
+        place: Dotted name of the key that has this text as its value. If empty, the text is a
             complete config.
 
     Raises:
@@ -43,7 +43,7 @@ def quote_text(text: str, place: str = "") -> str:
         _collect(root, _hint_of(place), place, scalars, set())
     for end, node in sorted(scalars.items(), reverse=True):
         start = end - len(node.value)
-        if text[start:end] == node.value:  # Multi-line scalars are text already.
+        if text[start:end] == node.value:  # Skip multi-line scalars, which are always text.
             quoted = node.value.replace("'", "''")
             text = f"{text[:start]}'{quoted}'{text[end:]}"
     return text
@@ -52,7 +52,7 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect the plain scalars below a node that must remain text, indexed by end position."""
+    """Collect a node's plain scalars that must remain text, indexed by end position."""
     if id(node) in seen:  # This node is an alias that was already visited.
         return
     seen.add(id(node))

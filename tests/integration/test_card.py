@@ -160,7 +160,7 @@ def test_scores_of_another_are_refused(
     capsys.readouterr()
     for change, reason in (
         ({"weights": "training"}, "has scores for training weights; score the ema weights"),
-        ({"checkpoint": str(photo)}, f"is for {photo}; give scores for {weights}"),
+        ({"checkpoint": str(photo)}, f"contains scores for {photo}; give scores for {weights}"),
         ({"classes": rows[1:]}, "has scores for different classes"),
         ({"classes": 3}, "expected the output of evaluate.py --json"),
     ):

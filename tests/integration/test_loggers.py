@@ -82,7 +82,7 @@ def test_a_resumed_run_goes_on_in_its_runs_elsewhere(
     client.delete_run(first["mlflow"])
     third = run(max_duration="3ba")
     assert third["wandb"] == first["wandb"] and third["mlflow"] != first["mlflow"]
-    assert re.search(rf"run {first['mlflow']} no longer exists, so a new one begins", caplog.text)
+    assert re.search(rf"run {first['mlflow']} no longer exists, so a new run starts", caplog.text)
     for path in tmp_path.glob(f"mlruns/*/{third['mlflow']}"):
         path.rename(tmp_path / "removed")
     fourth = run(max_duration="4ba")

@@ -36,5 +36,7 @@ def test_operators_that_mmcv_lacks_on_gpus(
     if part is None:
         named_network(f"mmseg:{name}", 3, arguments)
     else:
-        with pytest.raises(ModelError, match=f"model.name=mmseg:{name} needs mmcv's {part}"):
+        with pytest.raises(
+            ModelError, match=f"model.name=mmseg:{name} needs mmcv's operator {part}"
+        ):
             named_network(f"mmseg:{name}", 3, arguments)

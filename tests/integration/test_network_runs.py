@@ -185,6 +185,6 @@ def test_torchvisions_weights_and_prefixes(tmp_path: Path) -> None:
         )
     smp = named_network("smp:Unet", 3, {"encoder_name": "resnet18"})
     with pytest.raises(
-        WeightsError, match=r"f: only \d+ of the network's \d+ tensors match, less than"
+        WeightsError, match=r"f: only \d+ of the network's \d+ tensors match, below"
     ):
         load_fitting(smp, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 3)

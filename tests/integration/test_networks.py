@@ -148,7 +148,8 @@ def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> Non
     path = tmp_path / "own.safetensors"
     save_weights(path, network.network.state_dict(), config)
     with pytest.raises(
-        ModelError, match=r"as the function own_networks:build; .* --network own_networks:build"
+        ModelError,
+        match=r"built by the function own_networks:build; .* --network own_networks:build",
     ):
         predict.Segmenter(path)
     with pytest.raises(
@@ -173,6 +174,6 @@ def test_a_network_of_one_size_says_so_and_takes_windows(
     said = capsys.readouterr().err
     assert said.endswith(
         "error: own_networks:fixed fails on images of 96 x 64 pixels: not 64 pixels; "
-        "with --slide --size N, it gets squares of N pixels\n"
+        "with --slide --size N, it processes squares of N pixels\n"
     )
     assert predict.main([*arguments, "--slide"]) == 0

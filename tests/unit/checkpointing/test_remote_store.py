@@ -21,7 +21,9 @@ def test_an_upload_that_is_given_up_ends_the_run(
     target = RemoteFolder("s3://no-such-bucket/runs")
     (tmp_path / "file").write_bytes(b"checkpoint")
     target.publish(str(tmp_path / "file"), "ep0-ba2-rank0.pt", keep=1)
-    with pytest.raises(RunError, match=r"NoSuchBucket.*; the checkpoint is still at ") as caught:
+    with pytest.raises(
+        RunError, match=r"NoSuchBucket.*, but the checkpoint is still at "
+    ) as caught:
         target.wait(60)
     kept = Path(str(caught.value).rpartition(" ")[2])
     del target  # and its scratch folder

@@ -238,10 +238,10 @@ def test_refuses_a_photo_that_is_cut_short() -> None:
         (encode(PHOTO), r"the mask contains colours \(RGB\)"),
         (encode(GRAY, "JPEG"), "the mask is a JPEG, which changes labels"),
         (encode_16_bit(MASK.astype(int) + 300, ".png"), "label 311"),
-        (encode(np.float32(MASK) / 11, "TIFF"), "the pixels are fractions"),
+        (encode(np.float32(MASK) / 11, "TIFF"), "the mask's pixels are fractions"),
         (
             encode(np.where(MASK, np.float32(MASK), np.float32(np.nan)), "TIFF"),
-            "the pixels are fractions",
+            "the mask's pixels are fractions",
         ),
     ],
 )
@@ -308,7 +308,9 @@ def test_a_bigtiff_of_four_bands_is_refused(bands: int) -> None:
     header = b"II" + struct.pack("<HHHQ", 43, 8, 0, 16)
     data = header + body + struct.pack("<Q", 0) + pixels.tobytes()
     if bands == 4:
-        with pytest.raises(ValueError, match="the image has 4 channels; export it as grey or RGB"):
+        with pytest.raises(
+            ValueError, match="the image has 4 channels; export it as a grey or RGB"
+        ):
             decode_image(data)
     else:
         assert (decode_image(data) == pixels).all()

@@ -63,7 +63,7 @@ WRONG = {
     "loggers.wanb={}": "loggers.wanb: there is no such logger; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' must be a mapping of arguments",
     "loggers=wandb": "loggers: 'wandb' must be a section",
-    "loggers.comet_ml={}": "comet_ml needs a package; run make install WITH=comet_ml",
+    "loggers.comet_ml={}": "comet_ml: a package is missing; run make install WITH=comet_ml",
     "model.num_classes=1000": "model.num_classes: 1000 is out of range; use 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "are both 0, so there is no loss",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: 0 must be 1 or more, or -1",
@@ -74,8 +74,8 @@ WRONG = {
     "255",
     "train_dataset.final_size=100000": "train_dataset.final_size: 100000 is out of range; use 16 "
     "to 16384",
-    "train_dataset.final_size=16384 train_dataset.batch_size=1024": "is 1024.0 GB, more than the "
-    "memory allows; lower",
+    "train_dataset.final_size=16384 train_dataset.batch_size=1024": "needs 1024.0 GB "
+    "per batch, which is too much for this machine's memory; lower",
     "train_dataset.max_resize_scale=1e9": "max_resize_scale: 1000000000.0 is out of range; use "
     "more than 0 and",
     "train_dataset.max_resize_scale=90 train_dataset.base_size=512": "is 46080 pixels, above the "
@@ -168,7 +168,9 @@ def test_an_evaluation_names_a_checkpoint(
 ) -> None:
     typed = resolve({**tiny, "is_train": False, **keys})
     if is_refused:
-        with pytest.raises(ConfigError, match="is_train=false evaluates a checkpoint; name it"):
+        with pytest.raises(
+            ConfigError, match="is_train=false: there is no checkpoint to evaluate; set"
+        ):
             check_evaluates(typed)
     else:
         check_evaluates(typed)
@@ -215,7 +217,7 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     [
         ("name", "resnet", "is unknown; use deeplabv3, .* mmseg, torchvision, smp, hf, timm"),
         ("name", "smp:", "smp: is unknown; use deeplabv3"),
-        ("arguments", {"a": 1}, "deeplabv3 takes none; set its keys"),
+        ("arguments", {"a": 1}, "deeplabv3 has no such arguments; set its keys"),
     ],
 )
 def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
     [
         pytest.param(
             ImportError("cannot import name 'A' from 'sqlalchemy.pool'"),
-            r"its packages do not work together \(cannot import .*\); run make install WITH=mlflow",
+            r"its packages are incompatible \(cannot import .*\); run make install WITH=mlflow",
             id="a package of another version",
         ),
         pytest.param(ValueError("no 'x'"), "no 'x'; check its arguments", id="arguments"),

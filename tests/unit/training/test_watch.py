@@ -74,7 +74,7 @@ def test_silence_is_a_lost_machine(three: list[Watch]) -> None:
 
     cause = watch._last_words(Silent(), "process 3 at n4")  # pyright: ignore[reportArgumentType]
     assert (str(cause), cause and cause.status) == (
-        "process 3 at n4 has not responded for 20 s: its machine or the link to it is lost "
+        "process 3 at n4 has not responded for 20 s: its machine or the connection to it was lost "
         "(No route to host)",
         75,
     )
