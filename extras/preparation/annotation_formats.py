@@ -29,7 +29,7 @@ from extras.preparation.annotations import (
 
 CORNERS = 128  # Number of corners of the polygon that stands in for a circle.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Types of shapes and labels in LabelMe and CVAT files that cover no area.
+# Annotation types in LabelMe and CVAT files that cover no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
 Names = list[str] | dict[int, str] | None  # Class names of a YOLO data set.
 
@@ -40,7 +40,7 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
         names: Class names for YOLO files without a data.yaml.
-        images: Folder of the images. It helps to tell YOLO's label files from other text files.
+        images: Folder of the images, used to tell YOLO's label files from other text files.
 
     Raises:
         DataError: The source is missing or has an unknown format.
@@ -99,13 +99,13 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return a COCO outline's polygons that can be drawn; a flat list is a single polygon."""
+    """Return the drawable polygons of a COCO outline; a flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
 
 def _unix(path: str) -> str:
-    """Return a path with Unix separators."""
+    """Replace the backslashes in a path by forward slashes."""
     return path.replace("\\", "/")
 
 

@@ -6,7 +6,7 @@ NumPy.
 
 Two other libraries were considered. datumaro reads as many formats, but it installs a second OpenCV
 over the existing one. supervision reads neither LabelMe nor CVAT. This project's readers for
-LabelMe, CVAT and YOLO take only a few lines each.
+LabelMe, CVAT and YOLO need only a few lines each.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Annotations(NamedTuple):
     Attributes:
         photos: All annotated images.
         classes: Names of the classes in the tool's order, without the names in `RESERVED`.
-        skipped: One line of text about each omitted shape or file, such as points and lines.
+        skipped: One line of text for each omitted file or shape, such as a point or a line.
     """
 
     photos: list[Annotated]
@@ -77,7 +77,7 @@ class Annotations(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error while an annotation file is read into a one-line DataError.
+    """Convert any error raised while reading an annotation file to a one-line DataError.
 
     Args:
         path: Path of the file or folder.
@@ -186,8 +186,8 @@ def draw(
 def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the path of each image in a folder.
 
-    A name is a path relative to the folder. Each image is yielded twice. First, all images are
-    named without their extension, then with it.
+    Names are paths relative to the folder. The function yields all images twice: first named
+    without their extension, then with it.
 
     Args:
         folder: Folder to search.

@@ -1,4 +1,4 @@
-"""A data set check before training, which decodes every file and counts every label.
+"""A data set check that decodes every file and counts every label before training.
 
     python data.py PATH                          # folders in ADE20K's layout, or MDS shards
     python data.py my.yaml                       # folders as described in the file
@@ -65,7 +65,7 @@ def measure_loader(
 
     Returns:
         The measurements, and the first batch as the model receives it. The images are (N, H, W, 3)
-        uint8 with distorted colours. The class indices are (N, H, W), -1 for ignored pixels.
+        uint8 with augmented colours. The class indices are (N, H, W), -1 for ignored pixels.
     """
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
@@ -94,7 +94,7 @@ def measure_loader(
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the batches of a training loader for one epoch after another.
+    """Yield the batches of a training loader, epoch after epoch.
 
     Closing the generator stops the worker processes.
 
@@ -160,12 +160,12 @@ def validate(
     """Check a data set and return the report.
 
     Args:
-        build_dataspec: Function that builds the training data, to measure its loader.
+        build_dataspec: Function that builds the training loader to measure.
         source: The training split of the data set.
         class_names: Names of the classes; see `classes.load_classes`.
         workers: Number of processes. If None, one process per core is used.
         picture: Path of a picture of samples to write, or None.
-        own: Paths of pictures that earlier commands wrote, which are not part of the data set.
+        own: Paths of pictures written by earlier commands, which are not part of the data set.
 
     Returns:
         The report that `--json` prints. Its list `problems` is empty if training would work.
@@ -216,7 +216,7 @@ def validate(
 
 
 def _sample_files(source: DataSource) -> list[str]:
-    """Return the paths of all images and masks of a data set in folders."""
+    """Return the paths of all images and masks of a data set stored in folders."""
     listings = [source.of_split(split).listing() for split in SPLITS]
     return [file for listing in listings for sample in listing.samples for file in sample[1:]]
 
@@ -246,7 +246,7 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
 
 
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
-    """Write a description of a folder and a picture next to it, and return the exit status.
+    """Write a folder's description, and a picture next to it. Return the exit status.
 
     Args:
         folder: Folder of the data set.
@@ -278,7 +278,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
 
 
 def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
-    """Run the data set check that the command line describes.
+    """Run the data set check that the command line requests.
 
     Args:
         arguments: Command-line arguments of data.py.

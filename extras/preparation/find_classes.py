@@ -51,14 +51,14 @@ class FileValues(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The values of all masks, and the way to read them.
+    """The values of all masks, and how to interpret them.
 
     Attributes:
         in_colors: Whether the values are packed colours.
         pixels: Number of pixels of each value.
-        edges: Files that contain each value that probably results from blurred edges.
+        edges: Values that probably result from blurred edges, with the files that contain them.
         colors: Palette colour of each value.
-        same: Maps each value that is a synonym to the value with the same meaning.
+        same: Maps each redundant value to the value with the same meaning.
         notes: Comment lines for the description.
     """
 
@@ -110,7 +110,7 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Count pixels of rare values on thin lines, and how many are between their neighbours' values.
+    """For rare values, count pixels on thin lines, and those between their neighbours' values.
 
     A pixel is on a thin line if one of its four neighbours has a different value.
     """
@@ -276,7 +276,7 @@ def _read_palettes(
 
 
 def _by_color(file: FileValues) -> FileValues:
-    """Convert a file's values to the colours that they are displayed in."""
+    """Replace a file's values by the colours in which they are displayed."""
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()
@@ -300,7 +300,7 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Format the first five names and the number of further names.
+    """Format the first five names and the number of remaining names.
 
     Args:
         items: Names to list.

@@ -129,10 +129,10 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # The Hugging Face Hub client lets network exceptions through.
+        except Exception as error:  # The Hugging Face Hub client may raise any network exception.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
-                return {}  # The data set has no class names, so its classes get numbers.
+                return {}  # The data set has no class names, so its classes are numbered.
             raise DataError(
                 f"{name}: cannot download id2label.json, the names of its classes "
                 f"({one_line(error)[:160]}); try again, or give --names"

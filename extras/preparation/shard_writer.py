@@ -34,7 +34,7 @@ UPLOAD_ATTEMPTS = 6
 
 
 class Mismatch(DataError):
-    """An error for the case that --out already contains a complete, different data set."""
+    """An error raised if --out already contains a complete but different data set."""
 
 
 class Target(NamedTuple):
@@ -57,7 +57,7 @@ class Target(NamedTuple):
 
 
 def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
-    """Group samples into shards in order, with as many samples per shard as the limit allows.
+    """Group consecutive samples into shards that are as large as the limit allows.
 
     Args:
         samples: Samples of the split.
@@ -115,7 +115,7 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # Write a note before the shard, so that a later run can tell after an interruption that
+        # Write a note before the shard. If this run is interrupted, a later run then knows that
         # this program wrote the shard.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
@@ -144,9 +144,9 @@ def _inputs(samples: list[Sample], target: Target) -> str:
 
 
 def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
-    """Return the image and mask files of a sample, after checking that training can use them.
+    """Return the bytes of a sample's image and mask after checking that training can use them.
 
-    Masks of a described data set are converted to labels: 0 is ignored, and k is class k - 1.
+    Masks of a described data set are converted to labels: 0 is ignored, and k + 1 is class k.
     """
     try:
         photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
@@ -279,7 +279,7 @@ def remove_empty(folder: str | Path) -> None:
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
-    """Copy a finished split's index to `index`, or return False if it does not exist."""
+    """Download a finished split's index to `index`, or return False if there is none."""
     try:
         CloudDownloader.direct_download(remote, str(index))
     except Exception as error:
@@ -319,7 +319,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Restrict the target's mask decoder to these samples, so that the pickled task stays small."""
+    """Return the target with a mask decoder for these samples only, to keep the task small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

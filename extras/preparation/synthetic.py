@@ -2,7 +2,7 @@
 
     python -m extras.preparation.synthetic demo/data
 
-Overlapping textured shapes divide each scene into areas. The texture of a pixel is its class. Each
+Overlapping textured shapes divide each scene into areas. A pixel's class is its texture. Each
 surface has two random colours, so colour alone does not determine the class.
 """
 

@@ -75,7 +75,7 @@ class Card:
         size: Length of an image's shorter side at the network's input, in pixels.
         scores: Output of `evaluate.py --json`, or None if there are no scores.
         files: Exported files to list on the card.
-        machine: Name of the machine on which the files were timed.
+        machine: Name of the GPU or CPU on which the files were timed.
         photo: Width and height of the timed image, in pixels.
         licence: Licence of the training data, as stated by the user.
         repo: Repository of the card, as `user/name`.

@@ -54,7 +54,7 @@ def push(folder: Path, names: Sequence[str], repo: str) -> str:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """Turn exceptions from the hub's client into one-line errors."""
+    """Convert exceptions from the hub's client to one-line errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,

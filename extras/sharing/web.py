@@ -31,7 +31,7 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-# Version of onnxruntime-web for the page. export.py compares the results of this onnxruntime
+# onnxruntime-web version for the page. export.py compares the results of the same onnxruntime
 # version with PyTorch's.
 VERSION = "1.23.2"
 SHA256 = {
