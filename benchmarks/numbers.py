@@ -4,8 +4,8 @@
 
 Each recipe trains ResNet-50 for ten steps on generated images of 64 pixels, in fp32, on one thread
 and with the same seed. The benchmark trains once with main.py from the working tree and once with
-main.py from the commit. Then the evaluate.py of each version scores the version's checkpoint with
-both protocols. If a code change should not affect the results, then the losses, the checkpoint's
+main.py from the commit. Then each version's evaluate.py scores that version's checkpoint with both
+protocols. If a code change should not affect the results, then the losses, the checkpoint's
 tensors and the scores must be identical.
 """
 

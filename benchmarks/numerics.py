@@ -1,4 +1,4 @@
-"""Check that a device computes correctly: loss, colours, mixed precision, resuming.
+"""Check a device's results for the loss, colours, mixed precision and resuming.
 
     python -m benchmarks.numerics                  # uses a GPU if one is available
     python -m benchmarks.numerics --steps 200 --size 512 --batch 16
@@ -83,7 +83,7 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
 
 
 def loss_rows(size: int) -> Iterator[Row]:
-    """Yield the rows of the loss table, for each type, each target, and with or without weights."""
+    """Yield the rows of the loss table: each data type and target, with and without weights."""
     for dtype, tolerance in TOLERANCE.items():
         for target in loss.TARGETS:
             for side in loss.WEIGHTED:

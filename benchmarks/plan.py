@@ -38,7 +38,7 @@ sys.exit(status)
 
 
 def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """Return the planned and the measured values of the run time (seconds) and the memory (GiB)."""
+    """Return the planned and measured run time (seconds) and memory (GiB)."""
     command = [sys.executable, "main.py", config, *overrides]
     done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
     if done.returncode:

@@ -163,7 +163,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
 
 
 def commit() -> str:
-    """Return the commit as `git describe` names it, or "unknown"."""
+    """Return the commit's name from `git describe`, or "unknown"."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

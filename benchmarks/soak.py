@@ -59,7 +59,7 @@ class World:
 
     Attributes:
         kinds: Types of faults that can be injected on this machine.
-        missing: Messages that say why the remaining types of faults are impossible.
+        missing: Messages that explain why the other types of faults are impossible.
         environment: Environment variables to set for each run.
     """
 
@@ -148,7 +148,7 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
     """Send a signal to one process of a run, and wait until the current attempt has ended.
 
     Returns:
-        True if the attempt ended, False if the run was done too early.
+        True if the signal ended the attempt, False if the run finished first.
     """
     before = len(run.endings)
     run.until(lambda: len(run.processes()[1]) > 1)
@@ -167,7 +167,7 @@ def share(world: World, run: Run, name: str) -> bool:
     """Start a second run that shares the cache, and kill it after 50 batches.
 
     Returns:
-        True if the second run reached 50 batches, False if the first run was done before that.
+        True if the second run reached 50 batches, False if the first run finished before that.
 
     Raises:
         RuntimeError: The second run exited before it was killed.
@@ -229,7 +229,7 @@ class Soak:
         self.worst = 0.0
 
     def __call__(self, minutes: float) -> float:
-        """Test runs for the given number of minutes; return the largest difference of a tensor."""
+        """Inject faults into runs for the given minutes; return the largest tensor difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
         columns = "at", "recipe", "batch", "strike", "it lasted", "the run", "no batch for"
         self.table = Table(*columns)

@@ -1,4 +1,4 @@
-"""A test of `device_train_microbatch_size: auto` with a batch that a GPU cannot hold.
+"""A test of `device_train_microbatch_size: auto` with a batch that does not fit on a GPU.
 
     python -m benchmarks.studies.auto_microbatch --batch 128 --memory 40     # limit: 40 GiB
 
@@ -35,7 +35,7 @@ class PeakOfLaterSteps(Callback):
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the micro-batch size that was found, the step times and the peak memory."""
+    """Return the chosen micro-batch size, the step times and the peak memory."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
     step = step_arguments(["--arch", args.arch, "--size", str(args.size)])
