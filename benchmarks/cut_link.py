@@ -188,7 +188,7 @@ def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not reached():
         if time.monotonic() > end:
-            raise RuntimeError(f"not reached within {seconds:.0f} s")
+            raise RuntimeError(f"the condition did not become true within {seconds:.0f} s")
         time.sleep(0.1)
 
 
@@ -262,7 +262,13 @@ def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
 def main() -> int:
     """Print the result table, and return 1 if a run failed a test."""
     parser = make_parser(__doc__)
-    parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="(10 30)")
+    parser.add_argument(
+        "--seconds",
+        nargs="*",
+        type=float,
+        default=[10, 30],
+        help="durations of the cuts in seconds (default: 10 30)",
+    )
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.settings:

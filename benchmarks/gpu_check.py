@@ -280,8 +280,8 @@ def verdict(rows: Sequence[Sequence[str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the tables and the verdict, and return 1 if a row failed."""
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--minutes", type=float, default=5, help="later rows are left out")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if available")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit for starting rows")
     for field, default in Sizes()._asdict().items():
         option = f"--{field.replace('_', '-')}"
         parser.add_argument(

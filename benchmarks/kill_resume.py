@@ -84,9 +84,11 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
     with tempfile.TemporaryDirectory() as killed:
         config |= {"save_folder": killed, "autoresume": True, **save}
         status = run(config, f"{killed}/log", case["kill"])
-        assert status == -signal.SIGKILL, f"the run was not killed: it ended with {status}"
+        assert status == -signal.SIGKILL, (
+            f"the run exited with status {status} before it was killed"
+        )
         status = run(config, f"{killed}/log")
-        assert status == 0, f"the run that went on ended with {status}"
+        assert status == 0, f"the resumed run failed with status {status}"
         return largest_difference(killed, name), same_log(f"{killed}/log", f"{name}.log")
 
 
@@ -95,9 +97,9 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
-    parser.add_argument("--seed", type=int, default=0, help="of what is killed when (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
     arguments = parser.parse_args()
-    columns = "recipe", "data", "killed", "at", "saves every", "workers", "largest difference"
+    columns = "recipe", "data", "killed", "at", "save interval", "workers", "largest difference"
     table = Table(*columns, "losses")
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -59,7 +59,7 @@ def unpack(commit: str, folder: str | Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SystemExit(f"error: {commit}: no commit of {ROOT}: {''.join(reason)}")
+        raise SystemExit(f"error: {commit}: not a commit in {ROOT}: {''.join(reason)}")
     subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
 
 
@@ -108,7 +108,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 def main(arguments: list[str] | None = None) -> int:
     """Print the comparison table, and return 1 if a result differs."""
     parser = make_parser(__doc__)
-    parser.add_argument("commit", help="what to compare with, as git names it")
+    parser.add_argument("commit", help="commit to compare with")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     options = parser.parse_args(arguments)
     columns = "recipe", "losses of steps 1, 5, 10", "state", "mIoU paper, square", "the commit's"

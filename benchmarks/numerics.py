@@ -223,10 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=int, default=50 if on_gpu else 20, help="of a loss curve")
-    add("--resumed-steps", type=int, default=12, help="of the run that goes on")
-    add("--size", type=int, default=256 if on_gpu else 64, help="pixels")
-    add("--batch", type=int, default=8 if on_gpu else 4, help="images a step")
+    add("--steps", type=int, default=50 if on_gpu else 20, help="steps per loss curve")
+    add("--resumed-steps", type=int, default=12, help="steps of the resumed run")
+    add("--size", type=int, default=256 if on_gpu else 64, help="image size in pixels")
+    add("--batch", type=int, default=8 if on_gpu else 4, help="images per step")
     args = parser.parse_args(argv)
     # Set CUBLAS_WORKSPACE_CONFIG before CUDA is initialised, because deterministic cuBLAS
     # operations need it.

@@ -177,10 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=usual_minutes(), help="for all")
+    parser.add_argument("--minutes", type=float, default=usual_minutes(), help="limit for all")
     parser.add_argument("--camvid", help="CamVid in ADE20K's layout; default: leave it out")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="besides CamVid")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="a folder")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="except CamVid")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     args = parser.parse_args(argv)
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())

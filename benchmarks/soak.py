@@ -98,7 +98,7 @@ class World:
         self.data = f"s3://{BUCKET}/shards"
         arguments = ["--path", str(self.folder / "photos"), "--out", self.data]
         if convert([*arguments, "--size-limit", "40kb"]):
-            raise RuntimeError("the shards could not be written")
+            raise RuntimeError("convert_ade20k.py could not write the shards; see its error above")
 
     def _set_clock(self, seconds: int) -> None:
         """Set the clock offset, in seconds, that the runs see."""
@@ -176,7 +176,9 @@ def share(world: World, run: Run, name: str) -> bool:
     try:
         met = run.until(lambda: other.batch() > 50 or other.process.poll() is not None)
         if met and other.process.poll() is not None:
-            raise RuntimeError(f"the other run ended with {other.process.poll()}")
+            raise RuntimeError(
+                f"the second run exited with status {other.process.poll()} before it was killed"
+            )
         return met
     finally:
         other.end()
@@ -210,7 +212,7 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
     run.reach(reached + 1)
     if not met:
         return None
-    endings = "; ".join(run.endings[ended:]) or "went on"
+    endings = "; ".join(run.endings[ended:]) or "continued"
     return batch, kind, f"{lasted:.0f} s", endings, f"{run.gap:.0f} s"
 
 
@@ -231,7 +233,7 @@ class Soak:
     def __call__(self, minutes: float) -> float:
         """Inject faults into runs for the given minutes; return the largest tensor difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
-        columns = "at", "recipe", "batch", "strike", "it lasted", "the run", "no batch for"
+        columns = "time", "recipe", "batch", "fault", "duration", "outcome", "longest gap"
         self.table = Table(*columns)
         self.began = time.monotonic()
         for number, recipe in enumerate(itertools.cycle(RECIPES)):
@@ -245,7 +247,7 @@ class Soak:
         run = self.world.run(recipe, recipe)
         run.finish()
         if run.endings:
-            raise RuntimeError(f"a run that nothing struck ended with {run.endings}")
+            raise RuntimeError(f"a run without faults failed: {run.endings}")
         return self.world.checkpoint(recipe)
 
     def struck(self, name: str, recipe: str, reference: str) -> None:
@@ -294,13 +296,17 @@ def memory(world: World, arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Print the table of faults; return 1 if a run differs from its reference."""
     parser = make_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=20, help="of being struck (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of what strikes when (0)")
-    parser.add_argument("--memory", action="store_true", help="of a run that nothing strikes")
-    parser.add_argument("--keep", help="a new folder for logs and figure, not one that goes")
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="minutes of fault injection (default: 20)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the faults and their times (default: 0)"
+    )
+    parser.add_argument("--memory", action="store_true", help="track memory without faults")
+    parser.add_argument("--keep", help="new folder for the logs and the figure; default: temporary")
     arguments = parser.parse_args(argv)
     if arguments.keep and os.path.exists(arguments.keep):
-        parser.error(f"--keep {arguments.keep}: is there already")
+        parser.error(f"--keep {arguments.keep}: this folder already exists; choose a new one")
     # Exit normally on SIGTERM, so that the exit stack cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:

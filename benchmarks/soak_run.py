@@ -206,7 +206,9 @@ class Run:
                 return condition()
             if time.monotonic() > max(end, self.moved + seconds):
                 tail = self._output.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"{self.config.parent}: no batch for {seconds:.0f} s\n{tail}")
+                raise RuntimeError(
+                    f"{self.config.parent}: the run finished no batch for {seconds:.0f} s\n{tail}"
+                )
             time.sleep(0.05)
         return True
 

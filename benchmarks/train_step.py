@@ -472,18 +472,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command-line arguments."""
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
+    parser.add_argument("--path", help="data set in ADE20K's layout; default: generated")
     parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
-    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
-    parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images a step")
+    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="image size")
+    parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images per step")
     parser.add_argument("--classes", type=int, default=150)
-    parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
-    parser.add_argument("--precision", default="auto", help="main.py's")
-    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="main.py's")
+    parser.add_argument("--workers", type=int, help="loader processes; default: as in main.py")
+    parser.add_argument("--precision", default="auto", help="as in main.py")
+    parser.add_argument(
+        "--compile", type=harness.parse_switch, default="auto", help="as in main.py"
+    )
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
-    parser.add_argument("--warmup", type=int, default=6, help="steps before a run is timed")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a run that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side and recipe")
+    parser.add_argument("--warmup", type=int, default=6, help="untimed steps per run")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per trainer and recipe")
     return parser.parse_args(argv)
 
 

@@ -124,7 +124,8 @@ def check_predictions(
     for path in [*files, *existing]:
         if path.exists() and not _is_our_output(path):
             raise UserError(
-                f"{path} already exists and was not written by predict.py; choose a different --out"
+                f"{path} already exists and was not written by predict.py; choose a different "
+                "--out folder"
             )
 
 

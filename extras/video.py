@@ -79,7 +79,7 @@ class Video:
             raise DataError("the file contains no video stream")
         self._stream = self._container.streams.video[0]
         if self._stream.codec_context is None:
-            raise DataError("FFmpeg has no decoder for this video; convert it")
+            raise DataError("FFmpeg has no decoder for this video; convert it to H.264")
         self._stream.thread_type = "AUTO"
         wide = self._stream.sample_aspect_ratio or 1  # Correct for non-square video pixels.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}

@@ -132,7 +132,9 @@ def _disk(folder: str) -> tuple[float, int | None]:
             os.fsync(file.fileno())
             rate = DISK_BYTES / (time.perf_counter() - began)
     except OSError as error:
-        raise ConfigError(f"save_folder: cannot write to {folder}: {error.strerror}") from None
+        raise ConfigError(
+            f"save_folder: cannot write to {folder}: {error.strerror}; choose a writable folder"
+        ) from None
     return rate, None if remote else shutil.disk_usage(here).free
 
 

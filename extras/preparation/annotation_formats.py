@@ -50,7 +50,7 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
         found = _read(path, names, images)
         found = found._replace(classes=[name for name in found.classes if name not in RESERVED])
         if not all(isinstance(name, str) for name in found.classes):
-            raise ValueError("a class has no name")
+            raise ValueError("a class has no name; give every class a name")
     return found
 
 
@@ -77,9 +77,11 @@ def _coco(found: dict[str, Any]) -> Annotations:
         where = f"annotation {annotation.get('id', place)}"
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in shapes:
-            raise DataError(f"{where}: image {image} is not listed under images")
+            raise DataError(f"{where}: image {image} is not listed under images; add it there")
         if category not in names:
-            raise DataError(f"{where}: category {category} is not listed under categories")
+            raise DataError(
+                f"{where}: category {category} is not listed under categories; add it there"
+            )
         used.add(category)
         outline = annotation["segmentation"]
         if isinstance(outline, list):
@@ -194,9 +196,11 @@ def _cvat(root: ElementTree.Element) -> Annotations:
             shapes.append(Shape(element.attrib["label"], outline, level))
         photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
     if not photos and root.find(".//track") is not None:
-        raise ValueError("it contains tracks of a video; export the task as CVAT for images 1.1")
+        raise ValueError("the file contains video tracks; export the task as CVAT for images 1.1")
     if not photos:
-        raise ValueError("it contains no <image> elements")
+        raise ValueError(
+            "the file contains no <image> elements; export the task as CVAT for images 1.1"
+        )
     # CVAT also lists the parts of a skeleton as labels. Only parts have a parent, so labels with a
     # parent are not classes.
     areas = [
@@ -230,7 +234,9 @@ def _cvat_outline(
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
-        raise ValueError(f"run lengths do not add up to a box of {width}x{height}")
+        raise ValueError(
+            f"the run lengths of a mask do not add up to its box of {width}x{height} pixels"
+        )
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
     return _run_lengths(inside, left, top, size)
 
@@ -272,12 +278,14 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} has no name; add it to the {len(classes)} names"
+                        f"{file}: class {kind} has no name; give more than {len(classes)} names"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
-        raise DataError(f"{root}: no files found; expected LabelMe's JSON or YOLO's text files")
+        raise DataError(
+            f"{root}: found neither LabelMe's JSON files nor YOLO's text files; check the path"
+        )
     return Annotations(photos, list(classes.values()), skipped)
 
 
@@ -298,7 +306,10 @@ def _yolo_names(root: Path) -> Any:
                 found = yaml.safe_load(config.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
-    raise DataError(f"{root}: no data.yaml here or in a parent folder lists names; give --names")
+    raise DataError(
+        f"{root}: neither this folder nor its parents contain a data.yaml with class names; use "
+        "--names"
+    )
 
 
 def by_number(names: Any) -> dict[int, str]:

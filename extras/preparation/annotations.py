@@ -94,7 +94,7 @@ def reading(path: Path) -> Iterator[None]:
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
-        raise DataError(f"{path}: unknown format: {error} is missing") from error
+        raise DataError(f"{path}: unknown format: the key {error} is missing") from error
     except MALFORMED as error:
         raise DataError(f"{path}: unknown format: {one_line(error)}") from error
 
@@ -161,18 +161,21 @@ def draw(
         if isinstance(runs, dict):
             if tuple(runs["size"]) != size:
                 raise ValueError(
-                    f"run lengths are for size {runs['size']}, but the image has size {list(size)}"
+                    f"the run lengths are for an image of size {runs['size']}, but the size is "
+                    f"{list(size)}"
                 )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
-                    raise ValueError(f"run lengths do not add up to an image of {list(size)}")
+                    raise ValueError(
+                        f"the run lengths do not add up to the image size {list(size)}"
+                    )
                 runs = coco.frPyObjects(runs, *size)
         else:
             for part in runs:
                 if not is_sound(part, size):
                     raise ValueError(
-                        f"an outline of {len(part) // 2} points is too short or far outside the "
-                        "image"
+                        f"an outline with {len(part) // 2} points has too few points or is far "
+                        "outside the image"
                     )
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))

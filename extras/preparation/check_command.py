@@ -237,7 +237,7 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
         path, description = open_description(path, second)
         second = None
     elif is_remote(path) and second is None:
-        raise DataError(f"{path}: give a local folder for the shards as the second argument")
+        raise DataError(f"{path}: pass a local cache folder for the shards as the second argument")
     else:
         description = shard_description(path)
     is_streaming = is_remote(path) or second is not None or any(Path(path).glob("*/index.json"))
@@ -258,11 +258,11 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     """
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
     if not is_description(str(path)):
-        raise DataError(f"{path}: the second argument must be a .yaml file to write")
+        raise DataError(f"{path}: the second argument must be the path of a new .yaml file")
     for written in (path, path.with_suffix(".png")):
         if written.exists():
             raise DataError(
-                f"{written} already exists; give a different file as the second argument"
+                f"{written} already exists; pass a different file as the second argument"
             )
         check_writable(written)
     text, sheet = suggest(folder, workers or available_cores())

@@ -153,7 +153,9 @@ def count_values(paths: list[str], workers: int) -> Values:
     files: list[FileValues] = [file for part in parts for file in part]
     if broken := [file for file in files if file.error]:
         count = f"{len(broken)} of {len(files)} masks cannot be read, first " * (len(broken) > 1)
-        raise DataError(f"{count}{broken[0].path}: {broken[0].error}; copy or export it again")
+        raise DataError(
+            f"{count}{broken[0].path}: {broken[0].error}; copy or export the mask again"
+        )
     files, in_colors, notes = _choose_reading(files)
 
     pixels: Counter[int] = Counter()
@@ -209,19 +211,20 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     what = "colours" if in_colors else "values"
     if edges > MOST_VALUES // 4:
         raise DataError(
-            f"{paths[0]} and the other masks contain {edges} {what} on blurred edges; "
-            "export the masks without smoothing"
+            f"masks such as {paths[0]} contain {edges} {what} that come from blurred edges; export "
+            "the masks without smoothing"
         )
     if classes < 2:
         raise DataError(
-            f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
-            "tell classes apart"
+            f"masks such as {paths[0]} contain too few {what} to tell classes apart ({classes}); "
+            "export masks with at least two"
         )
     # Allow two more values than the maximum number of classes, because the user may ignore two.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "
-            "classes are possible; merge some, or check whether they number objects, not classes"
+            f"masks such as {paths[0]} contain too many {what}: {classes}, but at most "
+            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the masks "
+            "number objects"
         )
 
 
@@ -234,9 +237,9 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
         shown = {v for f in files if f.kind != "color" for v in _by_color(f).values}
         if not shown <= values:
             raise DataError(
-                f"{by_kind['color'].path} is in colours, but {other.path} "
+                f"the mask {by_kind['color'].path} is in colours, but {other.path} "
                 f"{'is grey' if other.kind != 'palette' else 'has a palette of other colours'}; "
-                "export all masks in the same way"
+                "export all masks in the same format"
             )
         return [_by_color(file) for file in files], True, []
     if "color" in by_kind:
@@ -269,7 +272,7 @@ def _read_palettes(
     uses = Counter(color for file in files for color in set(file.palette.values()))
     if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
         raise DataError(
-            f"{differ}, so its meaning is unknown; export the masks with the same palette"
+            f"{differ}, so the meaning of the value is unknown; export all masks with one palette"
         )
     note = f"# A guess: masks are read by colour, because {differ}."
     return [_by_color(file) for file in files], True, [note]

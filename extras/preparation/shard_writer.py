@@ -248,7 +248,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
             except Mismatch as error:
                 raise DataError(
                     f"{out}/{split} already contains a different data set ({error}); delete it "
-                    "or choose a different --out"
+                    "or choose a different --out folder"
                 ) from error
             log.info("%s/%s is complete and verified; nothing to do", out, split)
             return
@@ -293,7 +293,7 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
     if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
         raise DataError(
             f"{shards[0]} already exists and was not written by an interrupted conversion; move it "
-            "away or choose a different --out"
+            "or choose a different --out"
         )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
@@ -315,7 +315,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     wrong = [reason for reason in reasons if reason]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise DataError(f"{wrong[0]}{more}; run the command again")
+        raise DataError(f"{wrong[0]}{more}; run the command again to rewrite the shards")
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:

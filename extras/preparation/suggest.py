@@ -81,12 +81,14 @@ def suggest(folder: str, workers: int) -> Suggestion:
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
-        raise DataError(f"{folder}: cannot write a valid description: {error}") from error
+        raise DataError(
+            f"{folder}: the suggested description is not valid ({error}); write it yourself"
+        ) from error
     samples, problems = pair_described(description, folder)
     if len(samples) != number:
         raise DataError(
-            f"{folder}: {number} images have masks, but {splits[0]} finds {len(samples)}; rename "
-            "files with similar names or with braces in their names"
+            f"{folder}: {number} images have masks, but the template {splits[0]} finds "
+            f"{len(samples)}; rename files with similar names or with braces in their names"
         )
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])

@@ -246,15 +246,17 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [row["class"] for row in scores["classes"]], scores["weights"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: expected the output of evaluate.py --json") from error
+        raise UserError(
+            f"{path}: this is not a file that evaluate.py --json wrote; choose a different file"
+        ) from error
     if found[0] != list(classes):
         others = ", ".join(found[0])[:100]
         raise UserError(
-            f"{path}: has scores for different classes ({others}); score this checkpoint"
+            f"{path}: contains scores for different classes ({others}); score this checkpoint again"
         )
     if found[1] != which:
         raise UserError(
-            f"{path}: has scores for {found[1]} weights; score the {which} weights instead"
+            f"{path}: contains scores of the {found[1]} weights; score the {which} weights instead"
         )
     return scores
 
@@ -287,7 +289,8 @@ def check_place(folder: Path) -> None:
     path = folder / CARD
     if path.exists() and not is_card(folder):
         raise UserError(
-            f"{path}: already exists and was not written by export.py; move it or give --out"
+            f"{path} already exists and was not written by export.py; move it, or use a different "
+            "--out"
         )
 
 

