@@ -76,7 +76,10 @@ class Sizes(NamedTuple):
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-RECIPES = {"baseline": "none", "medium": "medium"}  # Maps row names to recipes of `train_step`.
+RECIPES = {
+    "baseline": "none",
+    "medium": "medium",
+}  # Maps the names of table rows to recipes of `train_step`.
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 # Maximum allowed mean difference between the mixed-precision and fp32 losses, relative to the fp32

@@ -182,7 +182,8 @@ def resume(
     losses = train(config, save_folder=whole, **same, **keep)
     (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
     again = train(config, save_folder=resumed, load_path=str(middle), **same)
-    torch.use_deterministic_algorithms(False)  # Composer leaves deterministic algorithms enabled.
+    # Composer leaves deterministic algorithms enabled, so disable them after the runs.
+    torch.use_deterministic_algorithms(False)
     return losses == again, largest_difference(resumed, whole)
 
 

@@ -101,7 +101,7 @@ def usual_minutes() -> float:
 
 
 def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
-    """Return the CamVid benchmark, set up to train all recipes within the given seconds."""
+    """Return the CamVid benchmark, set up to train all recipes within the given time."""
     overhead = OVERHEAD if on_gpu else OVERHEAD_SMALL
     minutes = max((seconds - overhead) / len(RECIPES) - overhead, 10) / 60
     arguments = CAMVID.format(path=shlex.quote(path), minutes=minutes)
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())
     chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
-    # Ask git before the benchmarks start, because the result file changes the working tree.
+    # Determine the commit first, because the result file changes the working tree.
     about = machine() | {"commit": commit()}
     device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -151,7 +151,7 @@ class Contender:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # The additional first step includes the loader's start-up.
+        self.fit(1 + self.args.steps)  # The first step starts the loader and is not timed.
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
@@ -196,7 +196,7 @@ class Contender:
 
     def evaluation(self) -> dict[str, float]:
         """Return the throughput of an evaluation and of its forward pass, in images per second."""
-        self.trainer.eval()  # Start the loader and compile the network first.
+        self.trainer.eval()  # Warm up: start the loader and compile the network.
         loader = self.trainer.state.evaluators[0].dataloader
         images = sum(len(target) for _, target in loader.dataloader)
         start = time.perf_counter()

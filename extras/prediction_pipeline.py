@@ -133,7 +133,7 @@ def _read(job: _Job) -> np.ndarray:
 
 
 def _held_bytes(jobs: Collection[_Job]) -> int:
-    """Return the total bytes of the images, with the largest size for images still being read."""
+    """Return the images' total size in bytes, assuming the largest size for unread images."""
     largest = max((job.bytes for job in jobs), default=0)
     return sum(0 if job.problem else job.bytes or largest for job in jobs)
 
@@ -179,7 +179,7 @@ def _segment_batch(
 def _encode(
     segmenter: Segmenter, photo: np.ndarray, prediction: np.ndarray, kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], str]:
-    """Encode an image's outputs. Return them, indexed by extension, and a note for the user."""
+    """Return an image's encoded outputs, indexed by extension, and a note for the user."""
     outputs = {}
     if "index" in kinds:
         outputs[".png"] = encode_index(prediction)
@@ -196,7 +196,7 @@ def _encode(
 
 
 def _finish(job: _Job) -> str:
-    """Write an image's outputs. Return "" or a short description of the failure."""
+    """Write an image's outputs; return "" or a short description of the failure."""
     if job.problem:
         tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
         return "skipped"

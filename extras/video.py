@@ -219,7 +219,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction, comment: str = ""):
         self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
-        self._context = contextlib.ExitStack()  # This exit stack closes the unfinished file.
+        self._context = contextlib.ExitStack()  # The stack closes the unfinished file.
         self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
@@ -284,9 +284,9 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        # FFmpeg's constant for BT.709 is 1.
+        # In FFmpeg, 1 means BT.709.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        context.color_range = 1  # FFmpeg's constant for the range 16 to 235 is 1.
+        context.color_range = 1  # In FFmpeg, 1 means that values range from 16 to 235.
         return stream
 
     def _write(self, frame: Any) -> None:

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = measure(family, options.size)
             cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # Report the error and test the next family.
+        except Exception as error:  # An error must not stop the test of the other families.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
         table.add(family, choose(family), *cells)

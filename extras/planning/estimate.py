@@ -12,7 +12,7 @@ from typing import NamedTuple
 from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
-# Fractions of a GPU's data-sheet compute and bandwidth that real training steps achieve.
+# Fractions of a GPU's data-sheet peak compute and bandwidth that real training steps achieve.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
 # Number of times that a compiled network reads or writes a BatchNorm layer's input: three in the
 # forward pass (once for the statistics, twice to normalise) and seven in the backward pass (for two
@@ -103,7 +103,7 @@ def estimate(
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
     # Activations that are not kept must be recomputed. This repeats at most half of the forward
-    # pass, which takes a third of the step's time.
+    # pass, or a sixth of the step's work.
     again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH

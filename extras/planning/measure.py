@@ -198,7 +198,8 @@ def seconds_since_start() -> float:
 def peak_memory() -> float:
     """Return the peak memory of this process in bytes.
 
-    On a GPU this is device memory, including the CUDA context. On a CPU it is resident memory.
+    The function measures device memory, including the CUDA context, on a GPU, and resident memory
+    on a CPU.
     """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -238,7 +239,7 @@ def _load(loader: DataLoader, most: float) -> tuple[float, int]:
 
 
 def _evaluation(trainer: Trainer, watch: _Watch) -> float:
-    """Return the seconds of a full evaluation, extrapolated from its first batches."""
+    """Return the duration of a full evaluation in seconds, extrapolated from its first batches."""
     (evaluator,) = trainer.state.evaluators
     count = len(cast(DataLoader, evaluator.dataloader.dataloader))
     few = min(2, count)

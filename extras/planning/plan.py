@@ -35,7 +35,7 @@ from training.schema import Config
 
 
 class Plan(dict[str, Any]):
-    """The plan of a run, as `--json` prints it. `str(plan)` formats it as text."""
+    """The plan of a run, as `--json` prints it. `str(plan)` formats the plan as text."""
 
     def __str__(self) -> str:
         batch, compiled = self["batch"], ", compiled" if self["compiled"] else ""

@@ -273,7 +273,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                 if not line.strip():
                     continue
                 kind, *values = line.split()
-                if len(values) < 6:  # Four numbers are a box, not an outline.
+                if len(values) < 6:  # Four numbers describe a box.
                     skipped.append(f"{file.relative_to(root)}: line {number}, a box")
                     continue
                 if int(kind) not in classes:

@@ -1,7 +1,7 @@
 """Types for labelled shapes from any tool, and functions that draw them as masks.
 
-COCO's own library, pycocotools, draws the shapes. It applies the same rule to polygons from all
-tools, it is the only library that reads COCO's compressed run lengths, and it depends only on
+COCO's own library, pycocotools, draws the shapes. pycocotools treats polygons from all tools
+in the same way, is the only library that reads COCO's compressed run lengths, and depends only on
 NumPy.
 
 Two other libraries were considered. datumaro reads as many formats, but it installs a second OpenCV
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     Attributes:
         name: Name of the class.
         outline: Polygons, each [x1, y1, x2, y2, ...] in pixels, or run lengths in COCO's format.
-        level: Drawing order. Shapes with a higher level cover shapes with a lower one.
+        level: Drawing order. Shapes with higher levels cover shapes with lower levels.
     """
 
     name: str
@@ -144,8 +144,8 @@ def draw(
         shapes: Shapes in the order of the file.
         size: Height and width of the image.
         labels: Mask value of each class, indexed by name.
-        by_area: Whether smaller shapes cover larger ones. If False, higher levels cover lower ones,
-            and later shapes cover earlier ones.
+        by_area: Whether smaller shapes cover larger ones. Otherwise, shapes with higher levels
+            cover those with lower levels, and later shapes cover earlier shapes.
 
     Returns:
         np.ndarray: (H, W) uint8, 0 for pixels outside all shapes.

@@ -6,9 +6,9 @@
     python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
     python data.py PATH --num-classes 11 --picture sheet.png
 
-The report shows the image sizes, the classes and the loader's speed on this machine. It lists
-problems, which prevent training, and oddities, which do not. The exit status is 0 if training would
-work, 1 if it would fail, and 2 for invalid arguments.
+The report shows the image sizes, the classes and the loader's speed on this machine. The report
+lists problems, which prevent training, and oddities, which do not. The exit status is 0 if training
+would work, 1 if it would fail, and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ def validate(
         build_dataspec: Function that builds the training loader to measure.
         source: The training split of the data set.
         class_names: Names of the classes; see `classes.load_classes`.
-        workers: Number of processes. If None, one process per core is used.
+        workers: Number of processes; by default, one per core.
         picture: Path of a picture of samples to write, or None.
         own: Paths of pictures written by earlier commands, which are not part of the data set.
 
     Returns:
-        The report that `--json` prints. Its list `problems` is empty if training would work.
+        The report that `--json` prints, with an empty list `problems` if training would work.
 
     Raises:
         DataError: The path does not exist.
@@ -250,8 +250,8 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
 
     Args:
         folder: Folder of the data set.
-        file: Path of the description. If None, it is written to the working directory.
-        workers: Number of processes. If None, one process per core is used.
+        file: Path of the description; by default, a file in the working directory.
+        workers: Number of processes; by default, one per core.
 
     Raises:
         DataError: The description cannot be created, or an output file already exists.

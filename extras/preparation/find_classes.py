@@ -26,7 +26,7 @@ MOST_VALUES = 4000
 # and occurs in few files, or all masks are blurred and many such values together cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-# To save time, do not examine values that cover a larger fraction of a file.
+# To save time, values that cover more than this fraction of a file are not examined.
 EDGE_SHARE_OF_FILE = 0.05
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 

@@ -3,7 +3,7 @@
 The search tries every interpretation of the names. Interpretations differ in the folder or word
 that names the split, in the folders that belong to a sample's name, and in the words at the start
 and end of a file name that only state the file's type. The layout that pairs the most images wins.
-It is then converted to `dataset.matching` templates.
+The winning layout is converted to `dataset.matching` templates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# Path words that suggest something other than class masks (NOT_SEMANTIC), or outdated files.
+# Words in a path that suggest files other than class masks (NOT_SEMANTIC), or outdated files.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
@@ -248,7 +248,7 @@ class Search(NamedTuple):
     """The best layout, and alternatives to it."""
 
     layout: Layout
-    others: list[Layout]  # Other layouts that pair at least as many images.
+    others: list[Layout]  # Other layouts that pair as many images as the best layout.
 
 
 def _rank(layout: Layout, most: int) -> tuple:
@@ -341,7 +341,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
 
 
 def explain_failure(root: Path, paths: list[Path]) -> str:
-    """Explain, if the reason is known, why no mask belongs to an image.
+    """Return the likely reason why no mask belongs to an image.
 
     Args:
         root: Folder of the data set.
@@ -384,7 +384,7 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 def _not_covered(layout: Layout) -> tuple:
     """Return a sort key for layouts: coverage first, then the words in the mask paths.
 
-    A path that contains a word such as `label` is more likely to be a mask's.
+    A path that contains a word such as `label` probably belongs to a mask.
     """
     hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
     hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}

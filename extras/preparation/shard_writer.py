@@ -47,7 +47,7 @@ class Target(NamedTuple):
     hashes: list[str]
     size_limit: int
     workers: int
-    # Decoder whose labels the shards store, or None if the data set has no description.
+    # Decoder for the masks of a data set with a description, or None without a description.
     masks: Masks | None = None
 
     @property
@@ -182,7 +182,7 @@ def upload(target: Target, name: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
-    """Return this process's uploader, because forked processes must not share a connection."""
+    """Return an uploader for this process, because processes must not share a connection."""
     return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
 
 
@@ -319,7 +319,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Return the target with a mask decoder for these samples only, to keep the task small."""
+    """Return the target with a mask decoder for only these samples, to keep its pickle small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

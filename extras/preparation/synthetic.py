@@ -2,8 +2,8 @@
 
     python -m extras.preparation.synthetic demo/data
 
-Overlapping textured shapes divide each scene into areas. A pixel's class is its texture. Each
-surface has two random colours, so colour alone does not determine the class.
+Overlapping textured shapes divide each scene into areas. The texture of a pixel determines its
+class. Each surface has two random colours, so colour alone does not determine the class.
 """
 
 from __future__ import annotations

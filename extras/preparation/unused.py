@@ -11,8 +11,8 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# File extensions: image formats that this project cannot read (UNREAD_SUFFIXES), and formats of
-# files that often accompany images (SIDECARS).
+# Extensions of image files that this project cannot read (UNREAD_SUFFIXES), and of other files that
+# often accompany images (SIDECARS).
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}

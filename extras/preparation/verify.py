@@ -144,7 +144,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
 
     Args:
         source: Any split of the data set.
-        workers: Number of processes. If None, one process per core is used.
+        workers: Number of processes; by default, one per core.
 
     Returns:
         The tally of each split, indexed by split.

@@ -54,7 +54,7 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     """Return the folder of onnxruntime-web's files, and download them with npm if necessary.
 
     Args:
-        cache: Folder to keep the files in. If None, a folder in the user's cache is used.
+        cache: Folder to keep the files in; by default, a folder in the user's cache.
 
     Raises:
         UserError: The download failed, or the files do not have the hashes in `SHA256`.
