@@ -5,7 +5,7 @@
 The test cuts the link for 10 s, for 30 s and permanently. Two network namespaces, connected by a
 virtual cable, act as the nodes. Each node runs torchrun with one process. The process trains
 DeepLabV3+ with a four-block ResNet on generated 32-pixel images, on the CPU with gloo. After
-the first checkpoint the cable drops all packets, and neither node is notified.
+the first checkpoint, the cable drops all packets, and neither node is notified.
 
 If the link is restored, the run must end with the same weights, averages and optimizer state as the
 undisturbed run. Each training step must also use the same samples as in the undisturbed run. The

@@ -18,7 +18,7 @@ affect the verdict.
 The last line of the output is `verdict: passed`, or `verdict: failed` with the names of the failed
 rows. The last line also lists the rows that were left out. The exit status is 1 if a row failed and
 0 otherwise.
-`benchmarks.numerics` also tests compiled runs and more number types.
+`benchmarks.numerics` also tests compiled runs and more data types.
 """
 
 from __future__ import annotations
@@ -76,10 +76,8 @@ class Sizes(NamedTuple):
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-RECIPES = {
-    "baseline": "none",
-    "medium": "medium",
-}  # Maps the names of table rows to recipes of `train_step`.
+# Maps the names of table rows to recipes of `train_step`.
+RECIPES = {"baseline": "none", "medium": "medium"}
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 # Maximum allowed mean difference between the mixed-precision and fp32 losses, relative to the fp32
