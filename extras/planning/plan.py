@@ -152,11 +152,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--gpus", type=whole(1, 100_000), default=1, help="number of GPUs (default: 1)"
     )
-    result.add_argument("--price", type=float, help="price of the whole machine per hour")
+    result.add_argument("--price", type=float, help="price of the machine per hour")
     names = ("TRAINING", "VALIDATION")
     count = whole(1, 10**12)
     result.add_argument(
-        "--images", type=count, nargs=2, metavar=names, help="numbers of images, without the data"
+        "--images",
+        type=count,
+        nargs=2,
+        metavar=names,
+        help="numbers of images, if the data is not here",
     )
     result.add_argument("--json", action="store_true", help="print JSON")
     return result

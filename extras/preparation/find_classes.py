@@ -170,7 +170,7 @@ def count_values(paths: list[str], workers: int) -> Values:
     same = _same_values(files, in_colors)
     if same:
         notes.append(
-            "# A guess: masks hold either 0 and 1 or 0 and 255, and 1 and 255 mean the same."
+            "# A guess: masks contain either 0 and 1 or 0 and 255, so 1 and 255 mean the same."
         )
     _check_count(paths, len(pixels) - len(edges) - len(same), len(edges), in_colors)
     return Values(

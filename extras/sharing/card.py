@@ -206,9 +206,9 @@ def _files(card: Card) -> str:
     which = "the moving average of the weights" if card.which == "ema" else "the weights as trained"
     return (
         "\n".join(table)
-        + f"\n\nThe files hold {which}. The times are for an image of {width} x {height} pixels, "
-        f"with a shorter side of {card.size} at the network's input, on {card.machine} (median of "
-        "three)."
+        + f"\n\nThe files contain {which}. The times are for an image of {width} x {height} "
+        f"pixels, with a shorter side of {card.size} at the network's input, on {card.machine} "
+        "(median of three)."
     )
 
 
