@@ -63,7 +63,7 @@ def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture)
     (tmp_path / "mine.png").write_bytes(b"a picture of somebody's")
     for name, reason in (
         ("mine.yaml", "mine.png already exists"),
-        ("mine", "must be a .yaml file"),
+        ("mine", "must be the path of a new .yaml file"),
     ):
         assert check([str(tmp_path), "--suggest", str(tmp_path / name)]) == 1
         assert reason in capsys.readouterr().err
