@@ -116,7 +116,9 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
-            raise ValueError(f"{found[entry['id']]} and {entry[key]} share the id {entry['id']}")
+            raise ValueError(
+                f"{found[entry['id']]} and {entry[key]} have the same id {entry['id']}; change one"
+            )
     return found
 
 
@@ -191,7 +193,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
                     skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
                 continue
             if not element.get("label"):
-                raise ValueError(f"{where}: a {element.tag} has no label")
+                raise ValueError(f"{where}: a {element.tag} has no label; give it one")
             level = int(element.get("z_order", 0))
             shapes.append(Shape(element.attrib["label"], outline, level))
         photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
@@ -278,7 +280,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} has no name; give more than {len(classes)} names"
+                        f"{file}: class {kind} is not among the {len(classes)} names; add its name"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))

@@ -161,8 +161,8 @@ def draw(
         if isinstance(runs, dict):
             if tuple(runs["size"]) != size:
                 raise ValueError(
-                    f"the run lengths are for an image of size {runs['size']}, but the size is "
-                    f"{list(size)}"
+                    f"the run lengths are for an image of size {runs['size']}, but the image has "
+                    f"size {list(size)}"
                 )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:

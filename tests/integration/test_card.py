@@ -91,7 +91,7 @@ def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
     ("token", "repo", "reason"),
     [
         ("", REPO, "no token found; run hf auth login, or set HF_TOKEN"),
-        ("hf_wrong", REPO, "check the token: the hub answered 401"),
+        ("hf_wrong", REPO, "the hub answered with status 401; check the token"),
         (TOKEN, "user/other", "does not have this repository"),
         (TOKEN, "a/b/c", "expected user/name"),
     ],

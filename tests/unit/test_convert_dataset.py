@@ -136,7 +136,7 @@ def test_what_cannot_be_converted(
         found = json.loads(coco.read_text())  # as files that were put together without new ids
         found[key][1]["id"] = found[key][0]["id"]
         (tmp_path / "twice.json").write_text(json.dumps(found))
-        refused(tmp_path / "twice.json", f"{names} share the id {found[key][0]['id']}")
+        refused(tmp_path / "twice.json", f"{names} have the same id {found[key][0]['id']}")
 
 
 @pytest.mark.parametrize("other", ["3.png", "3.JPG"])
