@@ -67,7 +67,7 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # The device has finished the step, because Composer waited for it to log the loss.
+        # The device has finished the step, because Composer waits for the device to log the loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
             # Ignore the peak memory of the first step, because it may try a micro-batch size that

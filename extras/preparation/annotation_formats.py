@@ -107,7 +107,7 @@ def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]
 
 
 def _unix(path: str) -> str:
-    """Replace the backslashes in a path by forward slashes."""
+    """Replace the backslashes in a path with forward slashes."""
     return path.replace("\\", "/")
 
 

@@ -226,7 +226,7 @@ def split_of(picture: Picture) -> str:
 
 
 def without_numbers(name: str) -> str:
-    """Return a name with each number or hash replaced by 0, so that similar names compare equal.
+    """Return a name with each number or hash replaced with 0, so that similar names compare equal.
 
     Args:
         name: Name or path to simplify.

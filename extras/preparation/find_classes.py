@@ -279,7 +279,7 @@ def _read_palettes(
 
 
 def _by_color(file: FileValues) -> FileValues:
-    """Replace a file's values by the colours in which they are displayed."""
+    """Replace a file's values with the colours in which they are displayed."""
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()

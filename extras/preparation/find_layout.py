@@ -207,7 +207,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
 
 
 def _tightened(layout: Layout) -> Layout:
-    """Replace `{dir}` by the folders that all pairs have in common, as far as possible."""
+    """Replace `{dir}` with the folders that all pairs have in common, as far as possible."""
     if not layout.images.deep:
         return layout
     image = layout.images

@@ -16,7 +16,7 @@ from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
 
-OPSET = 17  # ONNX operator set that onnxruntime supports since version 1.12 (2022).
+OPSET = 17  # ONNX operator set that onnxruntime has supported since version 1.12 (2022).
 
 
 class Deployed(nn.Module):
