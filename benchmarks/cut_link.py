@@ -262,13 +262,7 @@ def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
 def main() -> int:
     """Print the result table, and return 1 if a run failed a test."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--seconds",
-        nargs="*",
-        type=float,
-        default=[10, 30],
-        help="durations of the cuts in seconds (default: 10 30)",
-    )
+    parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="cuts (10 30)")
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.settings:

@@ -84,9 +84,7 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
     with tempfile.TemporaryDirectory() as killed:
         config |= {"save_folder": killed, "autoresume": True, **save}
         status = run(config, f"{killed}/log", case["kill"])
-        assert status == -signal.SIGKILL, (
-            f"the run exited with status {status} before it was killed"
-        )
+        assert status == -signal.SIGKILL, f"the run exited before it was killed ({status})"
         status = run(config, f"{killed}/log")
         assert status == 0, f"the resumed run failed with status {status}"
         return largest_difference(killed, name), same_log(f"{killed}/log", f"{name}.log")

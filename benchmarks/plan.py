@@ -59,9 +59,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table for the command-line arguments."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "config", nargs="?", default=str(DEMO), help="YAML config; default: the demo"
-    )
+    parser.add_argument("config", nargs="?", default=str(DEMO), help="config (default: demo)")
     parser.add_argument("overrides", nargs="*", help="config keys to change, as key=value")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -296,12 +296,8 @@ def memory(world: World, arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Print the table of faults; return 1 if a run differs from its reference."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--minutes", type=float, default=20, help="minutes of fault injection (default: 20)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the faults and their times (default: 0)"
-    )
+    parser.add_argument("--minutes", type=float, default=20, help="minutes of faults (20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults (0)")
     parser.add_argument("--memory", action="store_true", help="track memory without faults")
     parser.add_argument("--keep", help="new folder for the logs and the figure; default: temporary")
     arguments = parser.parse_args(argv)

@@ -479,9 +479,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--workers", type=int, help="loader processes; default: as in main.py")
     parser.add_argument("--precision", default="auto", help="as in main.py")
-    parser.add_argument(
-        "--compile", type=harness.parse_switch, default="auto", help="as in main.py"
-    )
+    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="see main.py")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--warmup", type=int, default=6, help="untimed steps per run")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per run")

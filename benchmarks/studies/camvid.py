@@ -122,9 +122,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probe", type=int, default=20, help="steps to time in advance")
     parser.add_argument("--workers", type=int, help="loader processes; default: as in main.py")
     parser.add_argument("--precision", default="auto", help="as in main.py")
-    parser.add_argument(
-        "--compile", type=harness.parse_switch, default="auto", help="as in main.py"
-    )
+    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="see main.py")
     args = parser.parse_args(argv)
     args.base_size = args.base_size or args.size
     return args

@@ -137,9 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the study and return the result in the format for `--json`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
-    parser.add_argument(
-        "--rare", type=float, default=0.7, help="largest share of images that contain a rare class"
-    )
+    parser.add_argument("--rare", type=float, default=0.7, help="largest share of a rare class")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--names", default=str(NAMES), help="file with the class names")
     own, rest = parser.parse_known_args(argv)

@@ -118,9 +118,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
             if given.startswith("-"):
                 raise ConfigError(f"unknown option {given}; see python main.py CONFIG --plan -h")
         if options.gpu is None and (options.gpus != 1 or options.images):
-            raise ConfigError(
-                "--gpus and --images apply only to estimates; use --gpu to request an estimate"
-            )
+            raise ConfigError("--gpus and --images apply only to estimates; use --gpu to get one")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options)
@@ -156,11 +154,7 @@ def parser() -> argparse.ArgumentParser:
     names = ("TRAINING", "VALIDATION")
     count = whole(1, 10**12)
     result.add_argument(
-        "--images",
-        type=count,
-        nargs=2,
-        metavar=names,
-        help="numbers of images, if the data is not here",
+        "--images", type=count, nargs=2, metavar=names, help="numbers of images, without the data"
     )
     result.add_argument("--json", action="store_true", help="print JSON")
     return result
@@ -275,8 +269,7 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, loading and training do not overlap, so each step waits for its
-    # data.
+    # Without loader processes, loading and training do not overlap, so each step waits for data.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {

@@ -149,9 +149,7 @@ def check_distinct(jobs: Iterable[tuple]) -> None:
     for first, *_, target in jobs:
         other = inputs.setdefault(str(target).casefold(), first)
         if other is not first:
-            raise DataError(
-                f"{first} and {other} would have the same mask path; rename one of them"
-            )
+            raise DataError(f"{first} and {other} would have the same mask; rename one of them")
 
 
 def read_names(path: str) -> list[str] | dict[int, str]:
