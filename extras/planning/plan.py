@@ -118,7 +118,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
             if given.startswith("-"):
                 raise ConfigError(f"unknown option {given}; see python main.py CONFIG --plan -h")
         if options.gpu is None and (options.gpus != 1 or options.images):
-            raise ConfigError("--gpus and --images apply only to estimates; use --gpu to get one")
+            raise ConfigError("--gpus and --images apply only to estimates; also use --gpu NAME")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options)
