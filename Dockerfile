@@ -20,7 +20,7 @@ RUN apt-get update \
 USER 1000
 WORKDIR /opt/deeplab
 
-# Install before copying the code, so that a change of the code does not repeat the installation.
+# Install before copying the code, so that code changes do not repeat the installation.
 COPY --chown=1000:1000 Makefile install.sh pyproject.toml uv.lock ./
 COPY --chown=1000:1000 wheels wheels
 ARG WITH=""

@@ -3,7 +3,7 @@
 # make test       set up, then run the linters and all tests (12 minutes)
 # make check      set up, then run the linters and the unit tests (1 to 2 minutes)
 # make install    only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
-# make lock       update uv.lock and requirements.txt after a change of pyproject.toml
+# make lock       update uv.lock and requirements.txt after you change pyproject.toml
 # make image      build the Docker image, and write IMAGE=registry/name into the files that use it
 #
 # TORCH=2.7.0 installs torch 2.7.0, for GPUs older than Turing, into .venv-2.7.0. PYTHON=PATH chooses the Python.

@@ -109,7 +109,7 @@ elif ! find_python; then
   python=$("$uv" python find --managed-python 3.13)
 fi
 
-# The groups of earlier calls stay installed.
+# Groups that earlier calls installed stay installed.
 groups=()
 if [ -n "${TORCH:-}" ]; then groups+=(--no-default-groups --group "torch-$TORCH"); fi
 asked=$({ printf '%s\n' "$@" && cat "$venv/.groups" 2>/dev/null; } | sort -u || true)
@@ -118,7 +118,7 @@ for group in $asked; do groups+=(--group "$group"); done
 sync() {
   UV_PROJECT_ENVIRONMENT=$venv "$uv" sync --frozen --python "$python" "${groups[@]}"
 }
-# The first import compiles bytecode, so that later starts are fast, even under PYTHONDONTWRITEBYTECODE.
+# The first import compiles bytecode, so later starts are fast, even with PYTHONDONTWRITEBYTECODE.
 try_imports() {
   env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import composer, mmcv.runner, streaming, torchvision'
 }

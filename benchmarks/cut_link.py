@@ -4,14 +4,14 @@
 
 The test cuts the link for 10 s, for 30 s and permanently. Two network namespaces, connected by a
 virtual cable, act as the nodes. Each node runs torchrun with one process. The process trains
-DeepLabV3+ with a four-block ResNet on generated images of 32 pixels, on the CPU with gloo. After
-the first checkpoint the cable drops all packets, and neither node is notified.
+DeepLabV3+ with a four-block ResNet on generated 32-pixel images, on the CPU with gloo. After
+the first checkpoint, the cable drops all packets, and neither node is notified.
 
 If the link is restored, the run must end with the same weights, averages and optimizer state as the
 undisturbed run. Each training step must also use the same samples as in the undisturbed run. The
-test runs a permanent cut twice. With `--nnodes=2`, both nodes must report the lost connection
-within 60 s. With `--nnodes=1:2`, the test also kills the second node, and the first node must
-continue alone within 90 s, on the same samples.
+test repeats the permanent cut with two settings. With `--nnodes=2`, both nodes must report the lost
+connection within 60 s. With `--nnodes=1:2`, the test also kills the second node, and the first node
+must continue alone within 90 s, on the same samples.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
         back: Seconds from the cut until the next checkpoint.
         ended: Seconds from the cut until the processes on both nodes have exited.
         outputs: Combined stdout and stderr of torchrun on each node.
-        samples: For each step, the digests of its images in the last attempt at the step.
+        samples: For each step, the digests of the images used in the last attempt at that step.
     """
 
     statuses: list[int]
@@ -101,7 +101,7 @@ class Nodes:
             ip("-n", name, "neighbor", "delete", self.addresses[1 - i], "dev", cable)
 
     def kill(self, i: int) -> None:
-        """Kill all processes of a node."""
+        """Kill all processes on a node."""
         inside = subprocess.run(["ip", "netns", "pids", self.names[i]], capture_output=True)
         for process in inside.stdout.split():
             with suppress(ProcessLookupError):
@@ -188,7 +188,7 @@ def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not reached():
         if time.monotonic() > end:
-            raise RuntimeError(f"not reached within {seconds:.0f} s")
+            raise RuntimeError(f"the condition did not become true within {seconds:.0f} s")
         time.sleep(0.1)
 
 
@@ -219,13 +219,13 @@ def recorder(path: Path) -> Any:
                 print(state.timestamp.batch.value, attempt, *digests, file=file)
 
         def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)  # Slow the run down, so that the link is cut before it ends.
+            time.sleep(0.2)  # Slow the run down, so that the link is cut before the run ends.
 
     return Recorder()
 
 
 def node(settings: str) -> int:
-    """Train on one node with the settings file that `run` has written."""
+    """Train on one node with the settings file written by `run`."""
     from command_lines import start
     from main import run as run_main
     from tests.support.forked import shrink
@@ -262,7 +262,7 @@ def made_config() -> Iterator[tuple[str, dict[str, Any]]]:
 def main() -> int:
     """Print the result table, and return 1 if a run failed a test."""
     parser = make_parser(__doc__)
-    parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="(10 30)")
+    parser.add_argument("--seconds", nargs="*", type=float, default=[10, 30], help="cuts (10 30)")
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.settings:

@@ -8,8 +8,8 @@ image. To choose a crop, the Pillow loader makes up to 10 attempts and counts th
 `np.unique` each time. Finally, the Pillow loader flips and pads the image, changes its colours with
 ColorJitter and converts the target to int64.
 
-This project distorts colours on the device. On a GPU, this distortion takes negligible time (see
-`benchmarks.studies.device_transform`). The third table row includes the colour distortion and the
+This project augments colours on the device. On a GPU, this takes negligible time (see
+`benchmarks.studies.device_transform`). The third table row includes the colour augmentation and the
 normalisation, computed on the same core as the loader.
 """
 

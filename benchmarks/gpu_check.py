@@ -18,7 +18,7 @@ affect the verdict.
 The last line of the output is `verdict: passed`, or `verdict: failed` with the names of the failed
 rows. The last line also lists the rows that were left out. The exit status is 1 if a row failed and
 0 otherwise.
-`benchmarks.numerics` also tests compiled runs and more number types.
+`benchmarks.numerics` also tests compiled runs and more data types.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from training.precision import choose_precision
 
 
 class Sizes(NamedTuple):
-    """The sizes of all measurements, which can be changed by command-line options.
+    """The sizes of all measurements, which the user can change with command-line options.
 
     Attributes:
         check_size: Image size in pixels for the correctness checks.
@@ -76,7 +76,8 @@ class Sizes(NamedTuple):
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-RECIPES = {"baseline": "none", "medium": "medium"}  # Maps row names to recipes of `train_step`.
+# Maps the names of table rows to recipes of `train_step`.
+RECIPES = {"baseline": "none", "medium": "medium"}
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 # Maximum allowed mean difference between the mixed-precision and fp32 losses, relative to the fp32
@@ -105,7 +106,7 @@ Rows = Iterator[tuple[str, Callable[[], Outcome]]]
 
 
 def loss_row(dtype: torch.dtype, side: str, size: int) -> Outcome:
-    """Compare the loss with fp64 for index and mixed targets, and report the larger errors."""
+    """Compare the loss with an fp64 reference for both target types; report the larger errors."""
     errors = [numerics.loss_errors(dtype, target, side, size) for target in loss.TARGETS]
     worst = [max(pair) for pair in zip(*errors, strict=True)]
     limits = numerics.TOLERANCE[torch.float32], numerics.TOLERANCE[dtype]
@@ -263,7 +264,7 @@ def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
         try:
             in_time = time.monotonic() < deadline
             cells, holds = measure() if in_time else Outcome(("out of time; --minutes 15",), None)
-        except Exception as error:  # Report the error, then measure the next row.
+        except Exception as error:  # An error must not stop the remaining rows.
             cells, holds = (one_line(error)[:300],), False
         empty = [""] * (len(table.names) - len(cells) - 2)
         table.add(name, *cells, *empty, words[holds])
@@ -280,8 +281,8 @@ def verdict(rows: Sequence[Sequence[str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the tables and the verdict, and return 1 if a row failed."""
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--minutes", type=float, default=5, help="later rows are left out")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if available")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit for starting rows")
     for field, default in Sizes()._asdict().items():
         option = f"--{field.replace('_', '-')}"
         parser.add_argument(
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
-    if args.device == "cpu" and on_gpu:  # Hide the GPU from PyTorch in a new process.
+    if args.device == "cpu" and on_gpu:  # Restart in a process that hides the GPU from PyTorch.
         command = [sys.executable, "-m", "benchmarks.gpu_check", *(argv or sys.argv[1:])]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     given = {name: value for name in Sizes._fields if (value := getattr(args, name)) is not None}
@@ -300,7 +301,6 @@ def main(argv: list[str] | None = None) -> int:
 
     deadline = time.monotonic() + 60 * args.minutes
 
-    # Print the hardware and the library versions.
     about = harness.machine()
     print(
         f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}\n"

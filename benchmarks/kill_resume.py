@@ -4,9 +4,9 @@
     python -m benchmarks.kill_resume --recipes hot --sources folders --seed 3
 
 Each row of the Markdown table is one run of DeepLabV3+ with a four-block ResNet, in fp32 on one
-core. The network trains on generated images of 32 pixels, for 2 epochs of 6 batches. The test kills
-the run at a random batch, during a random evaluation or at a random point of saving a checkpoint.
-Then the test starts the run again with the same config and lets it finish.
+core. The network trains on generated 32-pixel images, for 2 epochs of 6 batches. The test kills
+the run at a random batch, during a random evaluation or at a random point while it saves a
+checkpoint. Then the test starts the run again with the same config and lets it finish.
 
 At the end, the test compares the weights, the averaged weights and the optimizer state with those
 of the undisturbed run. The test also compares all losses and mIoUs that were logged before and
@@ -44,7 +44,7 @@ KILLS = {
 
 
 def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
-    """Return a random moment at which to kill the run, within the given part of a run."""
+    """Return a random moment, within the given part of a run, at which to kill it."""
     moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
@@ -74,7 +74,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
-    """Kill and resume a run; return its largest difference and whether its logs are the same."""
+    """Kill and resume a run; return the largest tensor difference and whether the logs match."""
     name = f"{folder}/{case['recipe']}-{case['source']}"
     config = make_config(f"{folder}/data", case["recipe"], case["source"], case["workers"])
     if not os.path.exists(name):
@@ -84,9 +84,9 @@ def measure(case: dict[str, Any], folder: str) -> tuple[float, bool]:
     with tempfile.TemporaryDirectory() as killed:
         config |= {"save_folder": killed, "autoresume": True, **save}
         status = run(config, f"{killed}/log", case["kill"])
-        assert status == -signal.SIGKILL, f"the run was not killed: it ended with {status}"
+        assert status == -signal.SIGKILL, f"the run exited before it was killed ({status})"
         status = run(config, f"{killed}/log")
-        assert status == 0, f"the run that went on ended with {status}"
+        assert status == 0, f"the resumed run failed with status {status}"
         return largest_difference(killed, name), same_log(f"{killed}/log", f"{name}.log")
 
 
@@ -95,9 +95,9 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
-    parser.add_argument("--seed", type=int, default=0, help="of what is killed when (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
     arguments = parser.parse_args()
-    columns = "recipe", "data", "killed", "at", "saves every", "workers", "largest difference"
+    columns = "recipe", "data", "killed", "at", "save interval", "workers", "largest difference"
     table = Table(*columns, "losses")
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@
     python -m benchmarks.loss --batch 16 --device cuda --json result.json
     python -m benchmarks.loss --class-weights          # this project with and without weights
 
-The benchmark measures the forward and backward pass. By default, the logits have the shape
+The benchmark measures the forward and backward passes. By default, the logits have the shape
 (4, 150, 128, 128), and the targets have 512 x 512 pixels. To compute Composer's loss, the benchmark
 resizes the logits to the target's size with `F.interpolate` and then applies `soft_cross_entropy`
 and `DiceLoss`. In bf16 and fp16, both losses run under autocast. Composer's MixUp target is dense,
@@ -46,7 +46,7 @@ class Case:
     Args:
         side: Name of the loss, from `SIDES` or `WEIGHTED`.
         target: Type of the target, "index" or "mixed".
-        args: Arguments of the command line, with shapes, device and type.
+        args: Command-line arguments with the shapes, device and data type.
         size: Height and width of the target in pixels; by default `args.size`.
     """
 
@@ -113,9 +113,9 @@ def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, li
 
 @harness.quiet()
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
-    """Return by how many bytes one step raises the peak memory."""
+    """Return the number of bytes by which one step raises the peak memory."""
     torch.set_num_threads(args.threads[-1])
-    Case(side, target, args, size=64).step()  # Load libraries and compile kernels beforehand.
+    Case(side, target, args, size=64).step()  # Load libraries and compile kernels before measuring.
     case = Case(side, target, args)
     with harness.PeakMemory(args.device == "cuda") as peak:
         case.step()
@@ -163,9 +163,9 @@ def main() -> None:
     parser = harness.make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=150)
-    parser.add_argument("--size", type=int, default=512, help="side of the target in pixels")
-    parser.add_argument("--stride", type=int, default=4, help="pixels to one of the logits'")
-    parser.add_argument("--repeats", type=int, default=5, help="steps to take the median of")
+    parser.add_argument("--size", type=int, default=512, help="size of the target in pixels")
+    parser.add_argument("--stride", type=int, default=4, help="stride of the logits in pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per median")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and PyTorch's choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))

@@ -4,8 +4,8 @@
 
 Each recipe trains ResNet-50 for ten steps on generated images of 64 pixels, in fp32, on one thread
 and with the same seed. The benchmark trains once with main.py from the working tree and once with
-main.py from the commit. Then the evaluate.py of each version scores the version's checkpoint with
-both protocols. If a code change should not affect the results, then the losses, the checkpoint's
+main.py from the commit. Then each version's evaluate.py scores that version's checkpoint with both
+protocols. If a code change should not affect the results, then the losses, the checkpoint's
 tensors and the scores must be identical.
 """
 
@@ -59,7 +59,7 @@ def unpack(commit: str, folder: str | Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SystemExit(f"error: {commit}: no commit of {ROOT}: {''.join(reason)}")
+        raise SystemExit(f"error: {commit}: not a commit in {ROOT}: {''.join(reason)}")
     subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
 
 
@@ -108,7 +108,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 def main(arguments: list[str] | None = None) -> int:
     """Print the comparison table, and return 1 if a result differs."""
     parser = make_parser(__doc__)
-    parser.add_argument("commit", help="what to compare with, as git names it")
+    parser.add_argument("commit", help="commit to compare with")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     options = parser.parse_args(arguments)
     columns = "recipe", "losses of steps 1, 5, 10", "state", "mIoU paper, square", "the commit's"

@@ -1,4 +1,4 @@
-"""Check that a device computes correctly: loss, colours, mixed precision, resuming.
+"""Check a device's results for the loss, colours, mixed precision and resuming.
 
     python -m benchmarks.numerics                  # uses a GPU if one is available
     python -m benchmarks.numerics --steps 200 --size 512 --batch 16
@@ -83,7 +83,7 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
 
 
 def loss_rows(size: int) -> Iterator[Row]:
-    """Yield the rows of the loss table, for each type, each target, and with or without weights."""
+    """Yield the rows of the loss table: each data type and target, with and without weights."""
     for dtype, tolerance in TOLERANCE.items():
         for target in loss.TARGETS:
             for side in loss.WEIGHTED:
@@ -182,7 +182,8 @@ def resume(
     losses = train(config, save_folder=whole, **same, **keep)
     (middle,) = Path(whole).glob(f"*-ba{half}-rank0.pt")
     again = train(config, save_folder=resumed, load_path=str(middle), **same)
-    torch.use_deterministic_algorithms(False)  # Composer leaves deterministic algorithms enabled.
+    # Composer leaves deterministic algorithms enabled, so disable them after the runs.
+    torch.use_deterministic_algorithms(False)
     return losses == again, largest_difference(resumed, whole)
 
 
@@ -223,10 +224,10 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=int, default=50 if on_gpu else 20, help="of a loss curve")
-    add("--resumed-steps", type=int, default=12, help="of the run that goes on")
-    add("--size", type=int, default=256 if on_gpu else 64, help="pixels")
-    add("--batch", type=int, default=8 if on_gpu else 4, help="images a step")
+    add("--steps", type=int, default=50 if on_gpu else 20, help="steps per loss curve")
+    add("--resumed-steps", type=int, default=12, help="steps of the resumed run")
+    add("--size", type=int, default=256 if on_gpu else 64, help="image size in pixels")
+    add("--batch", type=int, default=8 if on_gpu else 4, help="images per step")
     args = parser.parse_args(argv)
     # Set CUBLAS_WORKSPACE_CONFIG before CUDA is initialised, because deterministic cuBLAS
     # operations need it.

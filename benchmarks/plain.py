@@ -80,7 +80,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     data: tuple[DataSpec, DataSpec] | None = None,
 ) -> Trainer:
-    """Build a trainer like that of `main.build_trainer`, but with plain Composer."""
+    """Build the plain-Composer counterpart of the trainer from `main.build_trainer`."""
     on_gpu = torch.cuda.is_available()
     reproducibility.seed_all(config.seed)
     train_data, eval_data = data or (build_data(config, "train"), build_data(config, "val"))

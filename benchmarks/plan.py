@@ -38,7 +38,7 @@ sys.exit(status)
 
 
 def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """Return the planned and the measured values of the run time (seconds) and the memory (GiB)."""
+    """Return the planned and measured run time (seconds) and memory (GiB)."""
     command = [sys.executable, "main.py", config, *overrides]
     done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
     if done.returncode:
@@ -59,8 +59,8 @@ def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table for the command-line arguments."""
     parser = make_parser(__doc__)
-    parser.add_argument("config", nargs="?", default=str(DEMO), help="default: the demo's")
-    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("config", nargs="?", default=str(DEMO), help="config (default: demo)")
+    parser.add_argument("overrides", nargs="*", help="config keys to change, as key=value")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         overrides = list(args.overrides)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             overrides += [f"{section}.path={folder}/data" for section in SECTIONS]
             overrides.append(f"save_folder={folder}/checkpoints")
         found = measure(args.config, overrides)
-    table = Table("", "planned", "taken", "planned / taken")
+    table = Table("", "planned", "measured", "planned / measured")
     for name, (planned, taken) in found.items():
         table.add(name, *(f"{value:.2f}" for value in (planned, taken, planned / taken)))
     write_json(args, table.result())

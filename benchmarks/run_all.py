@@ -101,7 +101,7 @@ def usual_minutes() -> float:
 
 
 def camvid(path: str, seconds: float, on_gpu: bool) -> Benchmark:
-    """Return the CamVid benchmark, set up to train all recipes within the given seconds."""
+    """Return the CamVid benchmark, set up to train all recipes within the given time."""
     overhead = OVERHEAD if on_gpu else OVERHEAD_SMALL
     minutes = max((seconds - overhead) / len(RECIPES) - overhead, 10) / 60
     arguments = CAMVID.format(path=shlex.quote(path), minutes=minutes)
@@ -163,7 +163,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
 
 
 def commit() -> str:
-    """Return the commit as `git describe` names it, or "unknown"."""
+    """Return the commit's name from `git describe`, or "unknown"."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -177,15 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     names = sorted({benchmark.module.removeprefix("benchmarks.") for benchmark in plan(on_gpu)})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=usual_minutes(), help="for all")
+    parser.add_argument("--minutes", type=float, default=usual_minutes(), help="limit for all")
     parser.add_argument("--camvid", help="CamVid in ADE20K's layout; default: leave it out")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="besides CamVid")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="a folder")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="except CamVid")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     args = parser.parse_args(argv)
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())
     chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
-    # Ask git before the benchmarks start, because the result file changes the working tree.
+    # Determine the commit first, because the result file changes the working tree.
     about = machine() | {"commit": commit()}
     device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-// For LD_PRELOAD: the wall clock is as many seconds off as the file that $CLOCK_OFFSET names says.
+// A library for LD_PRELOAD that shifts the wall clock by the number of seconds in the file $CLOCK_OFFSET.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -59,7 +59,7 @@ class World:
 
     Attributes:
         kinds: Types of faults that can be injected on this machine.
-        missing: Messages that say why the remaining types of faults are impossible.
+        missing: Messages that explain why the other types of faults are impossible.
         environment: Environment variables to set for each run.
     """
 
@@ -98,7 +98,7 @@ class World:
         self.data = f"s3://{BUCKET}/shards"
         arguments = ["--path", str(self.folder / "photos"), "--out", self.data]
         if convert([*arguments, "--size-limit", "40kb"]):
-            raise RuntimeError("the shards could not be written")
+            raise RuntimeError("convert_ade20k.py could not write the shards; see its error above")
 
     def _set_clock(self, seconds: int) -> None:
         """Set the clock offset, in seconds, that the runs see."""
@@ -148,7 +148,7 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
     """Send a signal to one process of a run, and wait until the current attempt has ended.
 
     Returns:
-        True if the attempt ended, False if the run was done too early.
+        True if the signal ended the attempt, False if the run finished first.
     """
     before = len(run.endings)
     run.until(lambda: len(run.processes()[1]) > 1)
@@ -167,7 +167,7 @@ def share(world: World, run: Run, name: str) -> bool:
     """Start a second run that shares the cache, and kill it after 50 batches.
 
     Returns:
-        True if the second run reached 50 batches, False if the first run was done before that.
+        True if the second run reached 50 batches, False if the first run finished before that.
 
     Raises:
         RuntimeError: The second run exited before it was killed.
@@ -176,7 +176,9 @@ def share(world: World, run: Run, name: str) -> bool:
     try:
         met = run.until(lambda: other.batch() > 50 or other.process.poll() is not None)
         if met and other.process.poll() is not None:
-            raise RuntimeError(f"the other run ended with {other.process.poll()}")
+            raise RuntimeError(
+                f"the second run exited with status {other.process.poll()} before it was killed"
+            )
         return met
     finally:
         other.end()
@@ -210,7 +212,7 @@ def strike(world: World, run: Run, kind: str, rng: random.Random, other: str) ->
     run.reach(reached + 1)
     if not met:
         return None
-    endings = "; ".join(run.endings[ended:]) or "went on"
+    endings = "; ".join(run.endings[ended:]) or "continued"
     return batch, kind, f"{lasted:.0f} s", endings, f"{run.gap:.0f} s"
 
 
@@ -229,9 +231,9 @@ class Soak:
         self.worst = 0.0
 
     def __call__(self, minutes: float) -> float:
-        """Test runs for the given number of minutes; return the largest difference of a tensor."""
+        """Inject faults into runs for the given minutes; return the largest tensor difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
-        columns = "at", "recipe", "batch", "strike", "it lasted", "the run", "no batch for"
+        columns = "time", "recipe", "batch", "fault", "duration", "outcome", "longest gap"
         self.table = Table(*columns)
         self.began = time.monotonic()
         for number, recipe in enumerate(itertools.cycle(RECIPES)):
@@ -245,7 +247,7 @@ class Soak:
         run = self.world.run(recipe, recipe)
         run.finish()
         if run.endings:
-            raise RuntimeError(f"a run that nothing struck ended with {run.endings}")
+            raise RuntimeError(f"a run without faults failed: {run.endings}")
         return self.world.checkpoint(recipe)
 
     def struck(self, name: str, recipe: str, reference: str) -> None:
@@ -294,13 +296,13 @@ def memory(world: World, arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Print the table of faults; return 1 if a run differs from its reference."""
     parser = make_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=20, help="of being struck (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of what strikes when (0)")
-    parser.add_argument("--memory", action="store_true", help="of a run that nothing strikes")
-    parser.add_argument("--keep", help="a new folder for logs and figure, not one that goes")
+    parser.add_argument("--minutes", type=float, default=20, help="minutes of faults (20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults (0)")
+    parser.add_argument("--memory", action="store_true", help="track memory without faults")
+    parser.add_argument("--keep", help="new folder for the logs and the figure; default: temporary")
     arguments = parser.parse_args(argv)
     if arguments.keep and os.path.exists(arguments.keep):
-        parser.error(f"--keep {arguments.keep}: is there already")
+        parser.error(f"--keep {arguments.keep}: this folder already exists; choose a new one")
     # Exit normally on SIGTERM, so that the exit stack cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:

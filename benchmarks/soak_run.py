@@ -29,7 +29,7 @@ BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 
 
 def network(num_classes: int) -> Any:
-    """Build a small network with BatchNorm and dropout, so that resuming must restore both."""
+    """Build a small network with BatchNorm and dropout, whose states resuming must restore."""
     from torch import nn
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -75,8 +75,8 @@ class Run:
 
     Attributes:
         newest: Highest batch number reached in any attempt.
-        endings: For each attempt that ended, its last message after torchrun's exit status or, if
-            torchrun restarted the processes itself, after "again".
+        endings: For each attempt that ended, torchrun's exit status ("again" if torchrun restarted
+            the processes itself), followed by the attempt's last message.
         gap: Longest time in seconds without a new batch since the last call of `watch`.
     """
 
@@ -137,7 +137,7 @@ class Run:
         return self.folder / f"{self.attempt}.out"
 
     def batch(self) -> int:
-        """Return the last batch number logged in this attempt, or -1 if no batch is logged yet."""
+        """Return the last batch number logged in this attempt, or -1 before the first batch."""
         with suppress(FileNotFoundError), open(self.log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
             found = BATCH.findall(file.read())
@@ -183,7 +183,7 @@ class Run:
         return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:
-        """Reset `gap`, so that it measures from now on."""
+        """Reset `gap` to measure from now on."""
         self.gap, self.moved = 0.0, time.monotonic()
 
     def until(self, condition: Callable[[], bool], seconds: float = HANGS_AFTER) -> bool:
@@ -194,7 +194,7 @@ class Run:
             seconds: Maximum time in seconds without a new batch.
 
         Returns:
-            Whether the condition was true in the end.
+            Whether the condition became true.
 
         Raises:
             RuntimeError: No batch was finished within the maximum time.
@@ -206,7 +206,9 @@ class Run:
                 return condition()
             if time.monotonic() > max(end, self.moved + seconds):
                 tail = self._output.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"{self.config.parent}: no batch for {seconds:.0f} s\n{tail}")
+                raise RuntimeError(
+                    f"{self.config.parent}: the run finished no batch for {seconds:.0f} s\n{tail}"
+                )
             time.sleep(0.05)
         return True
 

@@ -39,8 +39,8 @@ class Stopwatch(Callback):
     Args:
         trainer: Trainer to time, whose network must have the attributes `backbone` and
             `classifier`.
-        compile_parts: Whether to compile the backbone and the head separately, because they cannot
-            be timed separately if they are compiled as one graph.
+        compile_parts: Whether to compile the backbone and the head separately. Parts of a single
+            compiled graph cannot be timed.
     """
 
     def __init__(self, trainer: Trainer, compile_parts: bool = False) -> None:

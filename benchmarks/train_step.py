@@ -10,8 +10,8 @@ and the same loader. The time of a run is the mean over its steps, because SAM a
 steps slower. Runs alternate between the two trainers, and the table shows the median over the runs.
 
 Utilisation is the number of operations per second, relative to one large matrix product in the same
-type and process. The operations of a step are those of the network's forward and backward pass. If
-SAM makes an additional pass, the operations count twice. Memory is the peak during a step,
+data type and process. A step's operations are those of the network's forward and backward passes,
+counted twice if SAM makes an additional pass. Memory is the peak during a step,
 including the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan`
 supports the GPU, the table also shows the planned speed and memory.
 """
@@ -58,11 +58,11 @@ from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
-GPU_MATRIX = 8192  # Number of rows and columns of the matrices that measure a GPU's peak speed.
+GPU_MATRIX = 8192  # Rows and columns of the matrices whose product measures a GPU's peak speed.
 RECIPES = ("none", "mild", "medium", "hot")
 
-# Number of steps after which the work per step repeats: in the medium recipe, SAM makes an
-# additional pass in every second step.
+# Length in steps of the repeating cycle of work: in the medium recipe, SAM makes an additional pass
+# in every second step.
 CYCLE = 2
 
 BUILDERS: dict[str, Callable[..., Trainer]] = {
@@ -110,7 +110,7 @@ def config(args: argparse.Namespace, recipe: str, **changes: Any) -> Config:
 
 
 class Contender:
-    """A trainer for one recipe that can train for more steps at any time.
+    """A trainer for one recipe that can continue training at any time.
 
     Args:
         args: Arguments of the command line.
@@ -136,7 +136,7 @@ class Contender:
         self.bytes = 0  # Peak memory in bytes, measured only on a GPU.
 
     def fit(self, steps: int) -> None:
-        """Train for the given number of further steps."""
+        """Train for the given number of additional steps."""
         torch.backends.cudnn.benchmark = self.side == "ours"
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # Free memory cached by the other trainers.
@@ -151,7 +151,7 @@ class Contender:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # The first step includes the loader's start-up.
+        self.fit(1 + self.args.steps)  # The first step starts the loader and is not timed.
         if torch.cuda.is_available():
             taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
             self.bytes = max(self.bytes, taken)
@@ -196,7 +196,7 @@ class Contender:
 
     def evaluation(self) -> dict[str, float]:
         """Return the throughput of an evaluation and of its forward pass, in images per second."""
-        self.trainer.eval()  # Start the loader and compile the network first.
+        self.trainer.eval()  # Warm up: start the loader and compile the network.
         loader = self.trainer.state.evaluators[0].dataloader
         images = sum(len(target) for _, target in loader.dataloader)
         start = time.perf_counter()
@@ -374,7 +374,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compute_type(args: argparse.Namespace, side: str) -> str:
-    """Return the name of the type in which a trainer computes convolutions."""
+    """Return the name of the data type in which a trainer computes convolutions."""
     precision, autocast = choose_precision(args.precision)
     if side == "plain":
         precision, autocast = plain.precision(config(args, "none")), None
@@ -472,18 +472,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command-line arguments."""
     on_gpu = torch.cuda.is_available()
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
+    parser.add_argument("--path", help="data set in ADE20K's layout; default: generated")
     parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
-    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="pixels")
-    parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images a step")
+    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="image size")
+    parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images per step")
     parser.add_argument("--classes", type=int, default=150)
-    parser.add_argument("--workers", type=int, help="of the loader; default: main.py's")
-    parser.add_argument("--precision", default="auto", help="main.py's")
-    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="main.py's")
+    parser.add_argument("--workers", type=int, help="loader processes; default: as in main.py")
+    parser.add_argument("--precision", default="auto", help="as in main.py")
+    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="see main.py")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
-    parser.add_argument("--warmup", type=int, default=6, help="steps before a run is timed")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a run that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side and recipe")
+    parser.add_argument("--warmup", type=int, default=6, help="untimed steps per run")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per trainer and recipe")
     return parser.parse_args(argv)
 
 

@@ -34,9 +34,9 @@ class ImageScore(NamedTuple):
         index: Index of the image in the data set.
         name: File name of the image.
         miou: Mean IoU over the classes that occur, in percent, or None if no pixel has a label.
-        accuracy: Percentage of the labelled pixels that are predicted correctly, or None.
+        accuracy: Percentage of labelled pixels that are predicted correctly, or None.
         pixels: Number of labelled pixels.
-        confusion: Pair of classes that is confused most, as returned by `confused_pairs`, or None.
+        confusion: Most frequently confused pair of classes, from `confused_pairs`, or None.
     """
 
     index: int
@@ -48,17 +48,17 @@ class ImageScore(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """The sort key: lowest score first, and images without a label last."""
+        """A sort key that puts the lowest score first and images without labels last."""
         return (101 if self.miou is None else self.miou), self.index
 
 
 class ErrorAnalysis:
-    """The scores of the images that a rank evaluates, and the images with the lowest scores.
+    """The scores of one rank's images, and copies of its lowest-scoring images.
 
     Args:
         classes: Names and colours of the classes.
         name: Function that maps the index of an image to its file name.
-        keep: Number of images with the lowest scores to draw.
+        keep: Number of lowest-scoring images to draw.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class ErrorAnalysis:
         arrays = (photo, target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         heapq.heappush(self._worst, (-score.miou, -index, (arrays[0], arrays[1], arrays[2])))
         if len(self._worst) > self.keep:
-            heapq.heappop(self._worst)  # Drop the best of the kept images.
+            heapq.heappop(self._worst)  # Drop the highest-scoring copy.
 
     def gather(self) -> list[ImageScore]:
-        """Return the scores of all ranks' images, in the order of the data set."""
+        """Return the scores of all ranks' images, in data set order."""
         parts = dist.all_gather_object(self.scores)
         return sorted((score for part in parts for score in part), key=lambda score: score.index)
 
     def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:
-        """Draw this rank's images that have the lowest scores of all ranks, with their predictions.
+        """Draw this rank's share of the lowest-scoring images, with their predictions.
 
-        The name of a picture starts with its position: `01_NAME.jpg` has the lowest score.
+        File names start with the image's position, so `01_NAME.jpg` has the lowest score.
 
         Args:
             scores: Scores of all ranks, as returned by `gather`.
@@ -126,10 +126,10 @@ class ErrorAnalysis:
 def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) -> str:
     """Return the scores as CSV, one row per image.
 
-    The last three columns name the pair of classes that is confused most in the image.
+    The last three columns describe the image's most frequently confused pair of classes.
 
     Args:
-        scores: Scores in the order of the rows.
+        scores: Scores of the images, in row order.
         classes: Names and colours of the classes.
     """
     text = io.StringIO()
@@ -152,8 +152,8 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
     of the matrix.
 
     Args:
-        matrix: (C, C) counts.
-        classes: One entry per class index.
+        matrix: (C, C) pixel counts.
+        classes: Name and colour of each class index.
     """
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cell = max(16, min(48, 960 // len(classes)))
@@ -173,7 +173,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
         box = (left - 1.4 * cell, middle - 0.35 * cell, left - 0.6 * cell, middle + 0.35 * cell)
         draw.rectangle(box, info.color, INK)
         write_text(page, (left - 1.8 * cell, middle), info.name, size, INK, "rm")
-        if cell >= 32:  # Only cells of at least this size have room for numbers.
+        if cell >= 32:  # Smaller cells have no room for numbers.
             for column in np.flatnonzero(share[row] >= 0.005):
                 color = PAPER if share[row, column] > 0.3 else INK
                 at = (left + cell * (column + 0.5), middle)

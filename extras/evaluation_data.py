@@ -37,7 +37,7 @@ class Model(Protocol):
 
 
 def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set from the command line, from `--config` or from the checkpoint.
+    """Return the validation set given by the command line, `--config` or the checkpoint.
 
     Args:
         options: Command-line options.
@@ -63,9 +63,9 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
         streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
     if not arguments.get("path"):
-        raise ConfigError("the checkpoint does not name a validation set; give --path or --config")
+        raise ConfigError("the checkpoint does not name a validation set; use --path or --config")
     if is_remote(arguments["path"]) and not arguments.get("local"):
-        raise ConfigError(f"{arguments['path']} is remote; set --local to a cache folder")
+        raise ConfigError(f"{arguments['path']} is remote; use --local to name a cache folder")
     if described is not None and len(described.classes) != len(segmenter.classes):
         counts = (
             f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
@@ -75,8 +75,8 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
     if options.ignore_background is not None:
         if described is not None:
             raise ConfigError(
-                "--ignore-background applies only to ADE20K's layout; list the ignored "
-                f"labels under ignore in {options.data or 'data'}"
+                "--ignore-background applies only to ADE20K's layout; list the labels to "
+                f"ignore under the key ignore in {options.data or 'data'}"
             )
         arguments["ignore_background"] = options.ignore_background
     if described is None:
@@ -123,11 +123,17 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
     ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
     if not recorded or ours == theirs:
         return
-    line = f"ignore_background is {str(ours).lower()}, but was {str(theirs).lower()} in the run"
+    values = f"{str(ours).lower()}, but was {str(theirs).lower()} in the run"
     paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
     if paths[0] == paths[1]:
-        raise ConfigError(f"{line}, on the same data set; leave out --ignore-background")
-    log.warning("%s; label 0 of %s is read with the value given here", line, arguments["path"])
+        raise ConfigError(
+            f"ignore_background is {values} on the same data set; leave out --ignore-background"
+        )
+    log.warning(
+        "ignore_background is %s; label 0 of %s is read with the new value",
+        values,
+        arguments["path"],
+    )
 
 
 def class_order(

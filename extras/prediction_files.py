@@ -50,7 +50,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Name the videos last, because a video must not get the name of an image folder.
+    # Name the videos last, because a video must not share its name with an image folder.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():
@@ -75,7 +75,7 @@ def is_video(path: Path) -> bool:
 
 
 def save_index(prediction: np.ndarray, path: Path) -> None:
-    """Write class indices as a grey PNG, with 8 bits for uint8 and 16 bits for uint16.
+    """Write class indices as a greyscale PNG: 8-bit for uint8 and 16-bit for uint16.
 
     Args:
         prediction: (H, W) class indices, uint8 or uint16.
@@ -85,7 +85,7 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
 
 
 def encode_index(prediction: np.ndarray) -> bytes:
-    """Encode class indices as a grey PNG; see `save_index`.
+    """Encode class indices as a greyscale PNG; see `save_index`.
 
     Args:
         prediction: (H, W) class indices, uint8 or uint16.
@@ -98,7 +98,7 @@ def encode_index(prediction: np.ndarray) -> bytes:
 def check_predictions(
     photos: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
 ) -> None:
-    """Check that no output would overwrite an input or a file of another program.
+    """Check that no output would overwrite an input or a file written by another program.
 
     Args:
         photos: Input files and the names of their outputs; see `find_photos`.
@@ -124,7 +124,8 @@ def check_predictions(
     for path in [*files, *existing]:
         if path.exists() and not _is_our_output(path):
             raise UserError(
-                f"{path} already exists and was not written by predict.py; choose a different --out"
+                f"{path} already exists and was not written by predict.py; choose a different "
+                "--out folder"
             )
 
 

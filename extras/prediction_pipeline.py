@@ -21,7 +21,7 @@ from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
 
 BATCH = 8  # Maximum number of equally large images per batch on a GPU.
-# Limit in bytes on the decoded images in the pipeline; above it, no more images are read.
+# Maximum total size of the decoded images in the pipeline, in bytes. Reading pauses above it.
 MAX_BYTES = 2**28
 JPEG_SIDE = 65_500  # Maximum width and height of a JPEG, in pixels.
 
@@ -77,7 +77,7 @@ def segment_images(
         kinds: Outputs to write: `"overlay"`, `"index"` or both.
 
     Yields:
-        An empty string for each image that succeeded, or a word that describes the failure.
+        For each image, an empty string or, if it failed, a short description of the failure.
 
     Raises:
         OutputError: The disk is full.
@@ -104,14 +104,14 @@ def segment_images(
                 continue
             yield _finish(jobs.popleft())
     finally:
-        # On an error or Ctrl-C, wait only for the tasks that are running. They write no files.
+        # On an error or Ctrl-C, wait only for running tasks, none of which writes a file.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _read_ahead(
     jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
 ) -> None:
-    """Start reading images until the pipeline is full."""
+    """Start reading images in the background until the pipeline is full."""
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count
@@ -126,14 +126,14 @@ def _read_ahead(
 
 
 def _read(job: _Job) -> np.ndarray:
-    """Read an image, and note its size."""
+    """Read an image and record its size."""
     photo = read_photo(job.path)
     job.bytes = photo.nbytes
     return photo
 
 
 def _held_bytes(jobs: Collection[_Job]) -> int:
-    """Return the bytes of the images; one that is still being read counts as the largest."""
+    """Return the images' total size in bytes, assuming the largest size for unread images."""
     largest = max((job.bytes for job in jobs), default=0)
     return sum(0 if job.problem else job.bytes or largest for job in jobs)
 
@@ -179,7 +179,7 @@ def _segment_batch(
 def _encode(
     segmenter: Segmenter, photo: np.ndarray, prediction: np.ndarray, kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], str]:
-    """Draw and encode an image's outputs. Return them by extension, and a note for the user."""
+    """Return an image's encoded outputs, indexed by extension, and a note for the user."""
     outputs = {}
     if "index" in kinds:
         outputs[".png"] = encode_index(prediction)
@@ -196,7 +196,7 @@ def _encode(
 
 
 def _finish(job: _Job) -> str:
-    """Write the outputs of an image. Return "", or a word for the failure."""
+    """Write an image's outputs; return "" or a short description of the failure."""
     if job.problem:
         tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
         return "skipped"

@@ -63,7 +63,7 @@ class Video:
 
     Attributes:
         rate: Average number of frames read per second of the video.
-        length: Number of frames to read according to the file, or None if it is not stated.
+        length: Number of frames to read, or None if the file does not state its length.
 
     Raises:
         DataError: The file cannot be read as a video.
@@ -79,13 +79,13 @@ class Video:
             raise DataError("the file contains no video stream")
         self._stream = self._container.streams.video[0]
         if self._stream.codec_context is None:
-            raise DataError("FFmpeg has no decoder for this video; convert it")
+            raise DataError("FFmpeg has no decoder for this video; convert it to H.264")
         self._stream.thread_type = "AUTO"
         wide = self._stream.sample_aspect_ratio or 1  # Correct for non-square video pixels.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
-        # In a clip cut from a broadcast, timestamps may start hours after zero.
+        # In a clip cut from a broadcast, the first timestamp may be hours after zero.
         start = self._container.start_time
         self._start = None if start is None else Fraction(start, 1_000_000)
         seconds = Fraction(self._container.duration or 0, 1_000_000)
@@ -158,7 +158,7 @@ class Camera(Video):
         """Yield frames until the camera stops.
 
         Raises:
-            DataError: The camera sends no frames, or the connection breaks off.
+            DataError: The camera sends no frames, or the connection is lost.
         """
         newest: queue.Queue[Frame | Exception | None] = queue.Queue(1)
         frames, stop = super().__iter__(), threading.Event()
@@ -204,7 +204,7 @@ def read_comment(path: Path) -> str:
 class VideoWriter:
     """A context manager that writes pictures of equal size to a video.
 
-    The file appears when the context ends without an exception, if at least one picture was
+    The file is created only if the context ends without an exception and at least one picture was
     written.
 
     Args:
@@ -219,7 +219,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction, comment: str = ""):
         self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
-        self._context = contextlib.ExitStack()  # This exit stack closes the unfinished file.
+        self._context = contextlib.ExitStack()  # The stack closes the unfinished file.
         self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
@@ -263,7 +263,7 @@ class VideoWriter:
             self._stream = self._begin(*picture.shape[:2])
         frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-        # Each frame's timestamp must be later than the previous one.
+        # Each frame's timestamp must be later than the previous frame's.
         self._last = max(round(time / TICK), self._last + 1)
         frame.pts, frame.time_base = self._last, TICK
         self._write(frame)
@@ -284,9 +284,9 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        # FFmpeg's constant for BT.709 is 1.
+        # In FFmpeg, 1 means BT.709.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        context.color_range = 1  # FFmpeg's constant for the range 16 to 235 is 1.
+        context.color_range = 1  # In FFmpeg, 1 means that values range from 16 to 235.
         return stream
 
     def _write(self, frame: Any) -> None:
@@ -296,7 +296,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
-        """Raise the file's own write error, which FFmpeg may report as a different error."""
+        """Raise the file's own write error, because FFmpeg may report it as a different error."""
         try:
             yield
         except self._av.FFmpegError as error:

@@ -1,4 +1,4 @@
-"""A test of `device_train_microbatch_size: auto` with a batch that a GPU cannot hold.
+"""A test of `device_train_microbatch_size: auto` with a batch that does not fit on a GPU.
 
     python -m benchmarks.studies.auto_microbatch --batch 128 --memory 40     # limit: 40 GiB
 
@@ -35,7 +35,7 @@ class PeakOfLaterSteps(Callback):
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the micro-batch size that was found, the step times and the peak memory."""
+    """Return the chosen micro-batch size, the step times and the peak memory."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / total))
     step = step_arguments(["--arch", args.arch, "--size", str(args.size)])
@@ -69,13 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the result for the command-line arguments."""
     parser = make_parser(__doc__)
     parser.add_argument("--arch", default="resnet101")
-    parser.add_argument("--size", type=int, default=512, help="pixels")
-    parser.add_argument("--batch", type=int, default=128, help="images a step")
-    parser.add_argument("--memory", type=float, default=40, help="GiB that may be used")
-    parser.add_argument("--compile", action="store_true", help="anew for every size tried")
+    parser.add_argument("--size", type=int, default=512, help="image size in pixels")
+    parser.add_argument("--batch", type=int, default=128, help="number of images per step")
+    parser.add_argument("--memory", type=float, default=40, help="memory limit in GiB")
+    parser.add_argument("--compile", action="store_true", help="compile the network for every size")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise SystemExit("error: no GPU; on a CPU auto is the whole batch")
+        raise SystemExit("error: this benchmark needs a GPU; on a CPU, auto is the complete batch")
     result = measure(args)
     print(
         f"batch {args.batch} in {args.memory:g} GiB: {result['microbatch']} images at a time, "

@@ -46,8 +46,8 @@ def line(result: dict) -> str:
 def main() -> None:
     """Measure and print the table for the command-line arguments."""
     parser = make_parser(__doc__)
-    parser.add_argument("--batch", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--size", type=int, default=512, help="their side (default: 512)")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch (default: 16)")
+    parser.add_argument("--size", type=int, default=512, help="image size in pixels (default: 512)")
     args = parser.parse_args()
     runs = [("cpu", threads) for threads in sorted({1, torch.get_num_threads()})]
     if torch.cuda.is_available():

@@ -56,7 +56,7 @@ def step(model: ComposerDeepLabV3, size: int) -> float:
     loss.backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
     if not all(bool(grad.isfinite().all()) for grad in found) or not loss.isfinite():
-        raise ArithmeticError("a gradient or the loss is not finite")
+        raise ArithmeticError("the loss or one of its gradients is not finite")
     optimizer.step()
     return loss.item()
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, and return the number of families that fail."""
     parser = make_parser(__doc__)
     parser.add_argument("--families", nargs="+", default=families(), choices=families())
-    parser.add_argument("--size", type=int, default=128, help="pixels")
+    parser.add_argument("--size", type=int, default=128, help="image size in pixels")
     options = parser.parse_args(argv)
     table = Table("family", "config", "million parameters", "pixels", "loss", "")
     failed = 0
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = measure(family, options.size)
             cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # Report the error and test the next family.
+        except Exception as error:  # An error must not stop the test of the other families.
             failed += 1
             cells = ["", "", "", one_line(error)[:300]]
         table.add(family, choose(family), *cells)

@@ -95,9 +95,9 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
     config |= {"save_folder": killed, "autoresume": True}
     death = Death("batch", args.batches * 5 // 8)
     status = run(config, f"{folder}/killed.log", death)
-    assert status == -signal.SIGKILL, f"the run was not killed: it ended with {status}"
+    assert status == -signal.SIGKILL, f"the run exited with status {status} before it was killed"
     status = run(config, f"{folder}/killed.log")
-    assert status == 0, f"the run that went on ended with {status}"
+    assert status == 0, f"the resumed run failed with status {status}"
     difference = largest_difference(killed, whole)
     same = "the same" if same_log(f"{folder}/killed.log", f"{folder}/whole.log") else "DIFFER"
     log = read_log(f"{folder}/whole.log")
@@ -128,12 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--batches", type=int, default=24, help="steps")
+    parser.add_argument("--size", type=int, default=64, help="image size in pixels")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
+    parser.add_argument("--batches", type=int, default=24, help="number of steps")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     args = parser.parse_args(argv)
-    shrink()  # Use the small ResNet in this process too.
+    shrink()  # Replace ResNet by a small ResNet in this process, too.
     columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
     columns += ["mIoU", "predict.py", "export.py --to onnx"]
     table = Table(*columns)

@@ -137,9 +137,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the study and return the result in the format for `--json`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
-    parser.add_argument("--rare", type=float, default=0.7, help="see above")
+    parser.add_argument("--rare", type=float, default=0.7, help="largest share of a rare class")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--names", default=str(NAMES), help="names of the classes")
+    parser.add_argument("--names", default=str(NAMES), help="file with the class names")
     own, rest = parser.parse_known_args(argv)
     if "-h" in rest or "--help" in rest:
         print(parser.format_help())

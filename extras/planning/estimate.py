@@ -1,4 +1,4 @@
-"""An estimate of a run's speed and memory on another machine's GPUs, from operation counts.
+"""An estimate, from operation counts, of a run's speed and memory on another machine's GPUs.
 
 The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of three parts:
 convolutions at a fraction of the GPU's peak rate, other operations at a fraction of its memory
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
-# Fractions of a GPU's data-sheet compute and bandwidth that real training steps achieve.
+# Fractions of a GPU's data-sheet peak compute and bandwidth that real training steps achieve.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
 # Number of times that a compiled network reads or writes a BatchNorm layer's input: three in the
 # forward pass (once for the statistics, twice to normalise) and seven in the backward pass (for two
 # sums, the gradient, ReLU and the residual).
 PASSES = 10
-HOST = 8e-3  # Seconds per step that the GPU waits for Composer on the CPU.
+HOST = 8e-3  # Seconds per step that the GPU waits for Composer's work on the CPU.
 COLLECTIVE = 30e-6  # Seconds per small all-reduce; a synchronised BatchNorm needs two.
 BETWEEN_NODES = 25e9  # Network bandwidth between a GPU and other nodes, in bytes per second.
 NODE = 8  # Number of GPUs per node.
@@ -32,7 +32,7 @@ class GPU(NamedTuple):
         half: Dense operations per second in bf16 or fp16.
         single: Dense operations per second in fp32, or TF32 if the GPU has it.
         bandwidth: Memory bandwidth in bytes per second.
-        link: Bytes per second of an all-reduce within a node.
+        link: Bandwidth of an all-reduce within a node in bytes per second.
     """
 
     memory: float
@@ -89,7 +89,7 @@ def estimate(
         config: Config of the run.
         name: Name of a GPU in `GPUS`.
         gpus: Number of GPUs.
-        passes: Average number of forward and backward passes per step of the recipe.
+        passes: Average number of forward-backward passes per step of the recipe.
         precision: Precision of the run in Composer's notation.
         compiled: Whether the run compiles its network.
     """
@@ -103,7 +103,7 @@ def estimate(
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
     # Activations that are not kept must be recomputed. This repeats at most half of the forward
-    # pass, which takes a third of the step's time.
+    # pass, or a sixth of the step's work.
     again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH
@@ -116,7 +116,7 @@ def estimate(
         reduce = 2 * (gpus - 1) / gpus * footprint.weights / link
         # Part of the all-reduce overlaps with the backward pass.
         waits += max(0.0, reduce - images * image / 2)
-    # The optimizer step reads and writes weights, gradients and momentum.
+    # The optimizer reads weights, gradients and momentum, and writes weights and momentum.
     update = 5 * footprint.weights / gpu.bandwidth / BANDWIDTH
     return Estimate(
         at_once,

@@ -20,7 +20,7 @@ from training.config import data_sources
 from training.microbatch import Footprint
 from training.schema import Config
 
-DISK_BYTES = 2**27  # Number of bytes to write when the speed of a disk is measured.
+DISK_BYTES = 2**27  # Number of bytes written to measure a disk's speed.
 
 
 class Length(NamedTuple):
@@ -51,7 +51,7 @@ def lengths(config: Config, epoch: int) -> Length:
 
 
 def passes(config: Config) -> float:
-    """Return the average number of forward and backward passes per step of the recipe.
+    """Return the average number of forward-backward passes per step of the recipe.
 
     Args:
         config: Config of the run.
@@ -86,7 +86,7 @@ def run_totals(
 
     Args:
         config: Config of the run.
-        footprint: Footprint of the network.
+        footprint: Operation and memory counts of the network.
         length: Number of steps, evaluations and checkpoints.
         seconds: Duration of each part of the run in seconds, indexed by name.
 
@@ -132,7 +132,9 @@ def _disk(folder: str) -> tuple[float, int | None]:
             os.fsync(file.fileno())
             rate = DISK_BYTES / (time.perf_counter() - began)
     except OSError as error:
-        raise ConfigError(f"save_folder: cannot write to {folder}: {error.strerror}") from None
+        raise ConfigError(
+            f"save_folder: cannot write to {folder}: {error.strerror}; choose a writable folder"
+        ) from None
     return rate, None if remote else shutil.disk_usage(here).free
 
 
@@ -141,7 +143,7 @@ def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> di
 
     Args:
         images: Number of evaluation images.
-        rate: Images per second.
+        rate: Evaluation speed in images per second.
         seconds: Duration of each part in seconds, indexed by name.
     """
     return {

@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 STEPS = 6  # Minimum number of training steps to time.
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# Type of `main.build_trainer`. The planner passes a logger that stores nothing, so that pictures
-# are drawn and their time is measured.
+# Type of `main.build_trainer`. The planner passes a logger that stores nothing, so that the time
+# to draw pictures is also measured.
 BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
-    """The measured speed and memory of a training run, in this process and on its device."""
+    """The speed and memory of a training run, measured in this process and on its device."""
 
-    # Seconds from the start to the end of the first step, including imports and compilation.
+    # Seconds until the end of the first step, including imports and compilation.
     start: float
     at_once: int  # Micro-batch size in images.
     memory: float  # Peak memory of a training step in bytes.
-    step: float  # Seconds per step without waiting for data, averaged over the recipe's steps.
-    loader: float  # Speed of the data loader without the network, in images per second.
+    step: float  # Seconds per step, excluding the wait for data, averaged over the recipe.
+    loader: float  # Speed of the data loader alone, in images per second.
     workers: int
     epoch: int  # Number of batches per epoch.
     evaluation: float  # Seconds to evaluate all images, including drawing pictures.
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
 
 
 class _Watch(Callback):
-    """A callback that times evaluation batches, and training steps without the wait for data."""
+    """A callback that times evaluation batches and steps. Step times exclude the wait for data."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -67,7 +67,7 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Stop the clock here: to log the loss, Composer has already waited for the device.
+        # The device has finished the step, because Composer waits for the device to log the loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
             # Ignore the peak memory of the first step, because it may try a micro-batch size that
@@ -166,13 +166,13 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
 
 
 def _without_label_check(trainer: Trainer) -> None:
-    """Remove the label check, because it would warn: a few batches contain only some classes."""
+    """Remove the label check, which would warn that the measured batches lack some classes."""
     callbacks = trainer.state.callbacks
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
 
 
 def _leaving_nothing(config: Config, folder: str) -> Config:
-    """Return a config for a run that writes only cached shards, in a folder below `folder`."""
+    """Return a config for a run that writes only cached shards, in a subfolder of `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
@@ -198,7 +198,8 @@ def seconds_since_start() -> float:
 def peak_memory() -> float:
     """Return the peak memory of this process in bytes.
 
-    On a GPU this is device memory, including the CUDA context. On a CPU it is resident memory.
+    The function measures device memory, including the CUDA context, on a GPU, and resident memory
+    on a CPU.
     """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -209,11 +210,11 @@ def peak_memory() -> float:
 
 
 def _loader_rate(loader: DataLoader) -> float:
-    """Return the images per second that a loader reaches if no network slows it down."""
+    """Return the speed of a loader in images per second, when no model slows it down."""
     most: float = math.inf
     shards = getattr(loader.dataset, "shards", None)
     if isinstance(shards, Shards) and shards.is_cache:
-        # The first pass downloads the shards, so that the second measures only the loader.
+        # The first pass downloads the shards, so that the second pass measures only the loader.
         _, most = _load(loader, most)
     return _load(loader, most)[0]
 
@@ -238,7 +239,7 @@ def _load(loader: DataLoader, most: float) -> tuple[float, int]:
 
 
 def _evaluation(trainer: Trainer, watch: _Watch) -> float:
-    """Return the seconds of a full evaluation, extrapolated from its first batches and pictures."""
+    """Return the duration of a full evaluation in seconds, extrapolated from its first batches."""
     (evaluator,) = trainer.state.evaluators
     count = len(cast(DataLoader, evaluator.dataloader.dataloader))
     few = min(2, count)
@@ -252,7 +253,7 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
 
 
 def _store(loader: DataLoader, folder: str) -> tuple[float, float] | None:
-    """Return a remote data set's size in bytes and its download rate in bytes/s, or None."""
+    """Return a data set's size in bytes and download rate in bytes/s, or None if it is local."""
     shards = getattr(loader.dataset, "shards", None)
     if not isinstance(shards, Shards) or not shards.is_cache:
         return None

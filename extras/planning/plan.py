@@ -4,7 +4,7 @@
     composer main.py CONFIG --plan                              # on all of its GPUs
     python main.py CONFIG --plan --gpu H100 --gpus 8 --price 24 # estimated for another machine
 
-The exit status is 0, or 2 if the run is not possible or does not fit.
+The exit status is 0, or 2 if the run is impossible or does not fit in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.schema import Config
 
 
 class Plan(dict[str, Any]):
-    """The plan of a run in the form that `--json` prints. `str` formats the plan as text."""
+    """The plan of a run, as `--json` prints it. `str(plan)` formats the plan as text."""
 
     def __str__(self) -> str:
         batch, compiled = self["batch"], ", compiled" if self["compiled"] else ""
@@ -118,7 +118,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
             if given.startswith("-"):
                 raise ConfigError(f"unknown option {given}; see python main.py CONFIG --plan -h")
         if options.gpu is None and (options.gpus != 1 or options.images):
-            raise ConfigError("--gpus and --images apply only to estimates; add --gpu to get one")
+            raise ConfigError("--gpus and --images apply only to estimates; also use --gpu NAME")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options)
@@ -140,7 +140,7 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser for main.py's arguments if `--plan` is among them."""
+    """Return main.py's argument parser for `--plan`."""
     result = argparse.ArgumentParser(
         prog="python main.py", usage="%(prog)s CONFIG [key=value ...] --plan [options]"
     )
@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--gpus", type=whole(1, 100_000), default=1, help="number of GPUs (default: 1)"
     )
-    result.add_argument("--price", type=float, help="price of the whole machine per hour")
+    result.add_argument("--price", type=float, help="price of the machine per hour")
     names = ("TRAINING", "VALIDATION")
     count = whole(1, 10**12)
     result.add_argument(
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
 def _estimated_settings(
     config: Config, options: argparse.Namespace, section: str
 ) -> tuple[int, int, str, bool]:
-    """Return the number of GPUs, batch size, precision, and whether to compile, for an estimate.
+    """Return an estimate's number of GPUs, batch size, precision, and whether to compile.
 
     Raises:
         ConfigError: The batch size is not a multiple of the number of GPUs.
@@ -180,7 +180,7 @@ def _estimated_settings(
 
 
 def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Estimate the plan of a training run on the GPUs of a different machine.
+    """Return a training run's plan, estimated for the GPUs of a different machine.
 
     Args:
         config: Config of the run.
@@ -228,7 +228,7 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _this_machine(config: Config) -> tuple[int, str, float]:
-    """Return the number of processes, the run's precision, and the free bytes per process."""
+    """Return the number of processes, the precision, and the free bytes of memory per process."""
     ranks, device = dist.get_world_size(), get_device(None)
     if ranks > 1:
         dist.initialize_dist(device)
@@ -269,8 +269,7 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, data is not loaded in parallel to training, so each step first waits
-    # for its data.
+    # Without loader processes, loading and training do not overlap, so each step waits for data.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {
@@ -296,7 +295,7 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
 
 
 def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Estimate the plan of an evaluation on the GPUs of a different machine, without its memory.
+    """Return an evaluation's plan, estimated for a different machine's GPUs, without memory use.
 
     Args:
         config: Config of the run.
@@ -341,7 +340,7 @@ def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str
 
 
 def _count(config: Config, size: int, precision: str, compiled: bool) -> Footprint:
-    """Return the footprint of the run's network for images of `size` x `size` pixels."""
+    """Return the operation and memory counts of the network for `size` x `size` pixels."""
     network = create_meta_network(**asdict(config.model))
     return count(network, size, AUTOCAST.get(precision), compiled)
 

@@ -29,7 +29,7 @@ from extras.preparation.annotations import (
 
 CORNERS = 128  # Number of corners of the polygon that stands in for a circle.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Types of shapes and labels in LabelMe and CVAT files that cover no area.
+# Annotation types in LabelMe and CVAT files that cover no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
 Names = list[str] | dict[int, str] | None  # Class names of a YOLO data set.
 
@@ -40,7 +40,7 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
         names: Class names for YOLO files without a data.yaml.
-        images: Folder of the images. It helps to tell YOLO's label files from other text files.
+        images: Folder of the images, used to tell YOLO's label files from other text files.
 
     Raises:
         DataError: The source is missing or has an unknown format.
@@ -50,7 +50,7 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
         found = _read(path, names, images)
         found = found._replace(classes=[name for name in found.classes if name not in RESERVED])
         if not all(isinstance(name, str) for name in found.classes):
-            raise ValueError("a class has no name")
+            raise ValueError("a class has no name; give every class a name")
     return found
 
 
@@ -77,9 +77,11 @@ def _coco(found: dict[str, Any]) -> Annotations:
         where = f"annotation {annotation.get('id', place)}"
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in shapes:
-            raise DataError(f"{where}: image {image} is not listed under images")
+            raise DataError(f"{where}: image {image} is not listed under images; add it there")
         if category not in names:
-            raise DataError(f"{where}: category {category} is not listed under categories")
+            raise DataError(
+                f"{where}: category {category} is not listed under categories; add it there"
+            )
         used.add(category)
         outline = annotation["segmentation"]
         if isinstance(outline, list):
@@ -99,13 +101,13 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return a COCO outline's polygons that can be drawn; a flat list is a single polygon."""
+    """Return the drawable polygons of a COCO outline; a flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
 
 def _unix(path: str) -> str:
-    """Return a path with Unix separators."""
+    """Replace the backslashes in a path with forward slashes."""
     return path.replace("\\", "/")
 
 
@@ -114,7 +116,9 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
-            raise ValueError(f"{found[entry['id']]} and {entry[key]} share the id {entry['id']}")
+            raise ValueError(
+                f"{found[entry['id']]} and {entry[key]} have the same id {entry['id']}; change one"
+            )
     return found
 
 
@@ -189,14 +193,16 @@ def _cvat(root: ElementTree.Element) -> Annotations:
                     skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
                 continue
             if not element.get("label"):
-                raise ValueError(f"{where}: a {element.tag} has no label")
+                raise ValueError(f"{where}: a {element.tag} has no label; give it one")
             level = int(element.get("z_order", 0))
             shapes.append(Shape(element.attrib["label"], outline, level))
         photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
     if not photos and root.find(".//track") is not None:
-        raise ValueError("it contains tracks of a video; export the task as CVAT for images 1.1")
+        raise ValueError("the file contains video tracks; export the task as CVAT for images 1.1")
     if not photos:
-        raise ValueError("it contains no <image> elements")
+        raise ValueError(
+            "the file contains no <image> elements; export the task as CVAT for images 1.1"
+        )
     # CVAT also lists the parts of a skeleton as labels. Only parts have a parent, so labels with a
     # parent are not classes.
     areas = [
@@ -230,7 +236,9 @@ def _cvat_outline(
     runs = [int(run) for run in values["rle"].split(",")]
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
-        raise ValueError(f"run lengths do not add up to a box of {width}x{height}")
+        raise ValueError(
+            f"the run lengths of a mask do not add up to its box of {width}x{height} pixels"
+        )
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
     return _run_lengths(inside, left, top, size)
 
@@ -267,17 +275,19 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                 if not line.strip():
                     continue
                 kind, *values = line.split()
-                if len(values) < 6:  # Four numbers are a box, not an outline.
+                if len(values) < 6:  # Four numbers describe a box.
                     skipped.append(f"{file.relative_to(root)}: line {number}, a box")
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} has no name; add it to the {len(classes)} names"
+                        f"{file}: class {kind} is not among the {len(classes)} names; add its name"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
-        raise DataError(f"{root}: no files found; expected LabelMe's JSON or YOLO's text files")
+        raise DataError(
+            f"{root}: found neither LabelMe's JSON files nor YOLO's text files; check the path"
+        )
     return Annotations(photos, list(classes.values()), skipped)
 
 
@@ -298,7 +308,10 @@ def _yolo_names(root: Path) -> Any:
                 found = yaml.safe_load(config.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
-    raise DataError(f"{root}: no data.yaml here or in a parent folder lists names; give --names")
+    raise DataError(
+        f"{root}: neither this folder nor its parents contain a data.yaml with class names; use "
+        "--names"
+    )
 
 
 def by_number(names: Any) -> dict[int, str]:

@@ -1,12 +1,12 @@
 """Types for labelled shapes from any tool, and functions that draw them as masks.
 
-COCO's own library, pycocotools, draws the shapes. It applies the same rule to polygons from all
-tools, it is the only library that reads COCO's compressed run lengths, and it depends only on
+COCO's own library, pycocotools, draws the shapes. pycocotools treats polygons from all tools
+in the same way, is the only library that reads COCO's compressed run lengths, and depends only on
 NumPy.
 
 Two other libraries were considered. datumaro reads as many formats, but it installs a second OpenCV
 over the existing one. supervision reads neither LabelMe nor CVAT. This project's readers for
-LabelMe, CVAT and YOLO take only a few lines each.
+LabelMe, CVAT and YOLO need only a few lines each.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     Attributes:
         name: Name of the class.
         outline: Polygons, each [x1, y1, x2, y2, ...] in pixels, or run lengths in COCO's format.
-        level: Drawing order. Shapes with a higher level cover shapes with a lower one.
+        level: Drawing order. Shapes with higher levels cover shapes with lower levels.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Annotations(NamedTuple):
     Attributes:
         photos: All annotated images.
         classes: Names of the classes in the tool's order, without the names in `RESERVED`.
-        skipped: One line of text about each omitted shape or file, such as points and lines.
+        skipped: One line of text for each omitted file or shape, such as a point or a line.
     """
 
     photos: list[Annotated]
@@ -77,7 +77,7 @@ class Annotations(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error while an annotation file is read into a one-line DataError.
+    """Convert any error raised while reading an annotation file to a one-line DataError.
 
     Args:
         path: Path of the file or folder.
@@ -94,7 +94,7 @@ def reading(path: Path) -> Iterator[None]:
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
-        raise DataError(f"{path}: unknown format: {error} is missing") from error
+        raise DataError(f"{path}: unknown format: the key {error} is missing") from error
     except MALFORMED as error:
         raise DataError(f"{path}: unknown format: {one_line(error)}") from error
 
@@ -144,8 +144,8 @@ def draw(
         shapes: Shapes in the order of the file.
         size: Height and width of the image.
         labels: Mask value of each class, indexed by name.
-        by_area: Whether smaller shapes cover larger ones. If False, higher levels cover lower ones,
-            and later shapes cover earlier ones.
+        by_area: Whether smaller shapes cover larger ones. Otherwise, shapes with higher levels
+            cover those with lower levels, and later shapes cover earlier shapes.
 
     Returns:
         np.ndarray: (H, W) uint8, 0 for pixels outside all shapes.
@@ -161,18 +161,21 @@ def draw(
         if isinstance(runs, dict):
             if tuple(runs["size"]) != size:
                 raise ValueError(
-                    f"run lengths are for size {runs['size']}, but the image has size {list(size)}"
+                    f"the run lengths are for an image of size {runs['size']}, but the image has "
+                    f"size {list(size)}"
                 )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
-                    raise ValueError(f"run lengths do not add up to an image of {list(size)}")
+                    raise ValueError(
+                        f"the run lengths do not add up to the image size {list(size)}"
+                    )
                 runs = coco.frPyObjects(runs, *size)
         else:
             for part in runs:
                 if not is_sound(part, size):
                     raise ValueError(
-                        f"an outline of {len(part) // 2} points is too short or far outside the "
-                        "image"
+                        f"an outline with {len(part) // 2} points has too few points or is far "
+                        "outside the image"
                     )
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))
@@ -186,8 +189,8 @@ def draw(
 def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the path of each image in a folder.
 
-    A name is a path relative to the folder. Each image is yielded twice. First, all images are
-    named without their extension, then with it.
+    Names are paths relative to the folder. The function yields all images twice: first named
+    without their extension, then with it.
 
     Args:
         folder: Folder to search.

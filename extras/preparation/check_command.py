@@ -1,4 +1,4 @@
-"""A data set check before training, which decodes every file and counts every label.
+"""A data set check that decodes every file and counts every label before training.
 
     python data.py PATH                          # folders in ADE20K's layout, or MDS shards
     python data.py my.yaml                       # folders as described in the file
@@ -6,9 +6,9 @@
     python data.py s3://bucket/ade20k /tmp/mds   # shards in a store, kept in a local folder
     python data.py PATH --num-classes 11 --picture sheet.png
 
-The report shows the image sizes, the classes and the loader's speed on this machine. It lists
-problems, which prevent training, and oddities, which do not. The exit status is 0 if training would
-work, 1 if it would fail, and 2 for invalid arguments.
+The report shows the image sizes, the classes and the loader's speed on this machine. The report
+lists problems, which prevent training, and oddities, which do not. The exit status is 0 if training
+would work, 1 if it would fail, and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure_loader(
 
     Returns:
         The measurements, and the first batch as the model receives it. The images are (N, H, W, 3)
-        uint8 with distorted colours. The class indices are (N, H, W), -1 for ignored pixels.
+        uint8 with augmented colours. The class indices are (N, H, W), -1 for ignored pixels.
     """
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
@@ -94,7 +94,7 @@ def measure_loader(
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the batches of a training loader for one epoch after another.
+    """Yield the batches of a training loader, epoch after epoch.
 
     Closing the generator stops the worker processes.
 
@@ -160,15 +160,15 @@ def validate(
     """Check a data set and return the report.
 
     Args:
-        build_dataspec: Function that builds the training data, to measure its loader.
+        build_dataspec: Function that builds the training loader to measure.
         source: The training split of the data set.
         class_names: Names of the classes; see `classes.load_classes`.
-        workers: Number of processes. If None, one process per core is used.
+        workers: Number of processes; by default, one per core.
         picture: Path of a picture of samples to write, or None.
-        own: Paths of pictures that earlier commands wrote, which are not part of the data set.
+        own: Paths of pictures written by earlier commands, which are not part of the data set.
 
     Returns:
-        The report that `--json` prints. Its list `problems` is empty if training would work.
+        The report that `--json` prints, with an empty list `problems` if training would work.
 
     Raises:
         DataError: The path does not exist.
@@ -216,7 +216,7 @@ def validate(
 
 
 def _sample_files(source: DataSource) -> list[str]:
-    """Return the paths of all images and masks of a data set in folders."""
+    """Return the paths of all images and masks of a data set stored in folders."""
     listings = [source.of_split(split).listing() for split in SPLITS]
     return [file for listing in listings for sample in listing.samples for file in sample[1:]]
 
@@ -237,7 +237,7 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
         path, description = open_description(path, second)
         second = None
     elif is_remote(path) and second is None:
-        raise DataError(f"{path}: give a local folder for the shards as the second argument")
+        raise DataError(f"{path}: pass a local cache folder for the shards as the second argument")
     else:
         description = shard_description(path)
     is_streaming = is_remote(path) or second is not None or any(Path(path).glob("*/index.json"))
@@ -246,23 +246,23 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
 
 
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
-    """Write a description of a folder and a picture next to it, and return the exit status.
+    """Write a folder's description, and a picture next to it. Return the exit status.
 
     Args:
         folder: Folder of the data set.
-        file: Path of the description. If None, it is written to the working directory.
-        workers: Number of processes. If None, one process per core is used.
+        file: Path of the description; by default, a file in the working directory.
+        workers: Number of processes; by default, one per core.
 
     Raises:
         DataError: The description cannot be created, or an output file already exists.
     """
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
     if not is_description(str(path)):
-        raise DataError(f"{path}: the second argument must be a .yaml file to write")
+        raise DataError(f"{path}: the second argument must be the path of a new .yaml file")
     for written in (path, path.with_suffix(".png")):
         if written.exists():
             raise DataError(
-                f"{written} already exists; give a different file as the second argument"
+                f"{written} already exists; pass a different file as the second argument"
             )
         check_writable(written)
     text, sheet = suggest(folder, workers or available_cores())
@@ -278,7 +278,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
 
 
 def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
-    """Run the data set check that the command line describes.
+    """Run the data set check that the command line requests.
 
     Args:
         arguments: Command-line arguments of data.py.

@@ -81,7 +81,7 @@ def count(number: int, noun: str) -> str:
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
-    """Yield the first findings of each type. Similar findings differ only in paths and numbers."""
+    """Yield the first findings of each type. A type's findings differ only in paths and numbers."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for finding in findings:
         kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])
@@ -119,7 +119,7 @@ def _size_table(splits: dict[str, Any]) -> list[str]:
 
 
 def _class_table(splits: dict[str, Any]) -> list[str]:
-    """Return a table of class shares: up to 20 classes, or the ten largest and five smallest."""
+    """Return a table of class shares. Above 20 classes, show the ten largest and five smallest."""
     by_split = [split["classes"] for split in splits.values()]
     rows: list[tuple[str, ...]] = [
         (

@@ -18,7 +18,7 @@ from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Val
 # Black, white or label 0 may mean "ignored" if it covers less than this fraction of the pixels.
 RARE = 0.2
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
-# Maps column headings of class tables to the column's meaning.
+# Maps column headings in class tables to their meaning.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
 _COLUMNS |= dict.fromkeys(
     ("name", "class", "label", "class name", "class_name", "category"), "name"
@@ -57,7 +57,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names in a table, by colour and by value; both are empty for other files."""
+    """Return a table's names by colour and by value; both are empty if it is not a class table."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
     place: dict[str, int] = {}  # Maps each heading to its column index.
@@ -88,7 +88,7 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _cells(line: str) -> list[str]:
-    """Split a table's line into cells at its separator."""
+    """Split a line of a class table into cells."""
     for separator in ("\t", ";", ","):
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
@@ -101,7 +101,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _guess_columns(cells: list[str]) -> dict[str, str]:
-    """Parse a table row without a header: a name with one number, or with three for a colour."""
+    """Parse a row of a table without headings: a name, and a mask value or an RGB colour."""
     numbers = [n for n, cell in enumerate(cells) if cell.isascii() and cell.isdigit()]
     names = [n for n in range(len(cells)) if n not in numbers and cells[n]]
     if len(names) != 1 or cells[names[0]].startswith("#"):

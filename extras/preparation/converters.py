@@ -196,7 +196,7 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     if len(classes) >= IGNORED:
         raise DataError(
             f"{options.source}: found {len(classes)} classes, but at most {IGNORED - 1} are "
-            "possible; merge some"
+            "possible; merge some of the classes"
         )
     drawn = {IGNORED_NAME: 255, BACKGROUND_NAME: 0, **values}
     tasks = []
@@ -207,7 +207,9 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
         for annotated in read.photos:
             photo = find(annotated.photo)
             if photo in seen:
-                raise DataError(f"{options.source} lists {annotated.photo} twice; remove one")
+                raise DataError(
+                    f"{options.source} lists the image {annotated.photo} twice; remove one entry"
+                )
             seen.add(photo)
             name = photo.relative_to(images)
             link(photo, out / "photos" / split / name)
@@ -279,9 +281,12 @@ def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
             if found:
                 first, second, *_ = sorted(found)
                 raise DataError(
-                    f"{source} names {name}, which may be {first} or {second}; rename one of them"
+                    f"{source} lists the image {name}, which could be {first} or {second}; rename "
+                    "one of them"
                 )
-        raise DataError(f"{source} names {name}, which is missing in {images}")
+        raise DataError(
+            f"{source} lists the image {name}, which is missing from {images}; check --images"
+        )
 
     return find
 
@@ -317,7 +322,10 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
         for file in files:
             name = Path(file).with_suffix("") if Path(file).name else Path(file)
             if str(name) not in photos:
-                raise DataError(f"{source} names {name}, which is missing in {images}")
+                raise DataError(
+                    f"{source} lists the image {name}, which is missing from {images}; check "
+                    "--images"
+                )
             photo = photos[str(name)]
             link(photo, out / "photos" / split / f"{name}{photo.suffix}")
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))

@@ -21,7 +21,7 @@ WORDS = {
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 # Placeholder for a split name, such as `train`, in a path.
 MARK = "\0"
-# A token is a hash, a number, a word (also one inside a camel-case name), the first word of a name
+# A token is a hash, a number, a word (or a part of a camel-case name), the first word of a name
 # such as `trainannot` or `imagestrain`, or any other single character.
 TOKEN = re.compile(
     r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
@@ -33,7 +33,7 @@ SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
 MOST_VALUES = 1000  # Maximum number of different values in a mask.
-SAMPLED = 150  # Maximum number of files for which the search looks for partners.
+SAMPLED = 150  # Maximum number of sampled files to match with partners.
 
 
 class Picture(NamedTuple):
@@ -63,7 +63,7 @@ class Side(NamedTuple):
     deep: bool  # Whether more folders may come between `before` and `after`.
     head: str
     tail: str
-    suffix: str  # Empty if the template matches every extension.
+    suffix: str  # File extension, or "" to match every extension.
     has_stem: bool = True
 
     def template(self, word: str) -> str:
@@ -106,8 +106,8 @@ class Layout(NamedTuple):
         words: Words that name each split in the image paths and in the mask paths, indexed by
             split. If there are no splits, the only key is `train`.
         covered: Number of pairs, including the pairs of a test split.
-        alone: Number of matching images without a mask.
-        twice: Number of matching files with a duplicate name.
+        alone: Number of images that match the pattern but have no mask.
+        twice: Number of files that match a pattern but have a duplicate name.
     """
 
     images: Side
@@ -120,7 +120,7 @@ class Layout(NamedTuple):
 
 
 class Look(NamedTuple):
-    """A summary of the pixels of a file."""
+    """A summary of a file's pixels."""
 
     is_mask: bool
     is_grey: bool
@@ -130,7 +130,7 @@ class Look(NamedTuple):
 
 @functools.lru_cache(100_000)
 def look_at(path: Path) -> Look:
-    """Summarise a file's pixels, which look like a mask if they form areas of a few values.
+    """Summarise a file's pixels. Areas of a few distinct values suggest a mask.
 
     Args:
         path: Path of the file.
@@ -141,8 +141,7 @@ def look_at(path: Path) -> Look:
             pixels = np.array(image)
     except Exception as error:  # Pillow's plugins can raise any type of exception.
         return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
-    # Combine the channels of a colour image into one value. An image with two channels is grey with
-    # alpha.
+    # Combine the channels of a colour image into one value. Two channels are grey and alpha.
     if pixels.ndim == 3:
         colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
         pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
@@ -153,7 +152,7 @@ def look_at(path: Path) -> Look:
 
 
 def is_lossy_mask(path: Path) -> bool:
-    """Return whether a file looks like a mask that lossy compression has changed.
+    """Return whether a file looks like a mask that lossy compression has altered.
 
     In such a mask, the values of nearly all pixels and their neighbours are close to a few values.
 
@@ -227,7 +226,7 @@ def split_of(picture: Picture) -> str:
 
 
 def without_numbers(name: str) -> str:
-    """Return a name with each number or hash replaced by 0, so that similar names compare equal.
+    """Return a name with each number or hash replaced with 0, so that similar names compare equal.
 
     Args:
         name: Name or path to simplify.
@@ -236,7 +235,7 @@ def without_numbers(name: str) -> str:
 
 
 def sample_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Return a sample of files: one for each type of path, and more at equal intervals.
+    """Return a sample of files: one for each type of path, and others at equal intervals.
 
     Args:
         pictures: All files.

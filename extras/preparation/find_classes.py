@@ -26,7 +26,7 @@ MOST_VALUES = 4000
 # and occurs in few files, or all masks are blurred and many such values together cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-# To save time, do not examine values that cover a larger fraction of a file.
+# To save time, values that cover more than this fraction of a file are not examined.
 EDGE_SHARE_OF_FILE = 0.05
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 
@@ -51,14 +51,14 @@ class FileValues(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The values of all masks, and the way to read them.
+    """The values of all masks, and how to interpret them.
 
     Attributes:
         in_colors: Whether the values are packed colours.
         pixels: Number of pixels of each value.
-        edges: Files that contain each value that probably results from blurred edges.
+        edges: Values that probably result from blurred edges, with the files that contain them.
         colors: Palette colour of each value.
-        same: Maps each value that is a synonym to the value with the same meaning.
+        same: Maps each redundant value to the value with the same meaning.
         notes: Comment lines for the description.
     """
 
@@ -110,7 +110,7 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Count pixels of rare values on thin lines, and how many are between their neighbours' values.
+    """For rare values, count pixels on thin lines, and those between their neighbours' values.
 
     A pixel is on a thin line if one of its four neighbours has a different value.
     """
@@ -153,7 +153,9 @@ def count_values(paths: list[str], workers: int) -> Values:
     files: list[FileValues] = [file for part in parts for file in part]
     if broken := [file for file in files if file.error]:
         count = f"{len(broken)} of {len(files)} masks cannot be read, first " * (len(broken) > 1)
-        raise DataError(f"{count}{broken[0].path}: {broken[0].error}; copy or export it again")
+        raise DataError(
+            f"{count}{broken[0].path}: {broken[0].error}; copy or export the mask again"
+        )
     files, in_colors, notes = _choose_reading(files)
 
     pixels: Counter[int] = Counter()
@@ -168,7 +170,7 @@ def count_values(paths: list[str], workers: int) -> Values:
     same = _same_values(files, in_colors)
     if same:
         notes.append(
-            "# A guess: masks hold either 0 and 1 or 0 and 255, and 1 and 255 mean the same."
+            "# A guess: masks contain either 0 and 1 or 0 and 255, so 1 and 255 mean the same."
         )
     _check_count(paths, len(pixels) - len(edges) - len(same), len(edges), in_colors)
     return Values(
@@ -209,19 +211,20 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     what = "colours" if in_colors else "values"
     if edges > MOST_VALUES // 4:
         raise DataError(
-            f"{paths[0]} and the other masks contain {edges} {what} on blurred edges; "
+            f"masks such as {paths[0]} have blurred edges, which add {edges} {what}; "
             "export the masks without smoothing"
         )
     if classes < 2:
         raise DataError(
-            f"{paths[0]} and the other masks contain {classes} {what}; at least two are needed to "
-            "tell classes apart"
+            f"masks such as {paths[0]} contain too few {what} to tell classes apart ({classes}); "
+            "export masks with at least two"
         )
     # Allow two more values than the maximum number of classes, because the user may ignore two.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"{paths[0]} and the other masks contain {classes} {what}, but at most {MOST_CLASSES} "
-            "classes are possible; merge some, or check whether they number objects, not classes"
+            f"masks such as {paths[0]} contain too many {what}: {classes}, but at most "
+            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the masks "
+            "number objects"
         )
 
 
@@ -234,9 +237,9 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
         shown = {v for f in files if f.kind != "color" for v in _by_color(f).values}
         if not shown <= values:
             raise DataError(
-                f"{by_kind['color'].path} is in colours, but {other.path} "
+                f"the mask {by_kind['color'].path} is in colours, but {other.path} "
                 f"{'is grey' if other.kind != 'palette' else 'has a palette of other colours'}; "
-                "export all masks in the same way"
+                "export all masks in the same format"
             )
         return [_by_color(file) for file in files], True, []
     if "color" in by_kind:
@@ -269,14 +272,14 @@ def _read_palettes(
     uses = Counter(color for file in files for color in set(file.palette.values()))
     if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
         raise DataError(
-            f"{differ}, so its meaning is unknown; export the masks with the same palette"
+            f"{differ}, so the meaning of the value is unknown; export all masks with one palette"
         )
     note = f"# A guess: masks are read by colour, because {differ}."
     return [_by_color(file) for file in files], True, [note]
 
 
 def _by_color(file: FileValues) -> FileValues:
-    """Convert a file's values to the colours that they are displayed in."""
+    """Replace a file's values with the colours in which they are displayed."""
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()
@@ -300,7 +303,7 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Format the first five names and the number of further names.
+    """Format the first five names and the number of remaining names.
 
     Args:
         items: Names to list.

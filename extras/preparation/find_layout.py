@@ -3,7 +3,7 @@
 The search tries every interpretation of the names. Interpretations differ in the folder or word
 that names the split, in the folders that belong to a sample's name, and in the words at the start
 and end of a file name that only state the file's type. The layout that pairs the most images wins.
-It is then converted to templates of `dataset.matching`.
+The winning layout is converted to `dataset.matching` templates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# Words in a path that suggest instance masks instead of class masks, or outdated folders.
+# Words in a path that suggest files other than class masks (NOT_SEMANTIC), or outdated files.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
@@ -70,8 +70,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     ]
     votes: Counter[tuple[Side, Side]] = Counter()
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
-        # Compare each pair of an image and a mask only once, by the longest part that their names
-        # have in common.
+        # Compare an image and a mask only once, by the longest part that their names share.
         patterns, seen = set(), set()
         for core in stem_cores(mask.stem):
             images = _others(by_core, core, mask)
@@ -85,7 +84,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
 
 
 def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
-    """Return other files of the same split whose names contain a part of the mask's name."""
+    """Return other files of the same split whose names contain `core`, like the mask's name."""
     split = split_of(mask)
     return [i for i in by_core.get(core, ()) if i.path != mask.path and split_of(i) == split]
 
@@ -123,7 +122,7 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
 
 
 def _fixed_names(pictures: list[Picture]) -> Counter[tuple[Side, Side]]:
-    """Return patterns for one folder per image, with the same file names in each folder."""
+    """Return patterns for data sets with one folder per image and fixed file names."""
     folders: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
     for picture in pictures:
         folders[picture.dirs].append(picture)
@@ -143,7 +142,7 @@ Groups = dict[tuple[tuple[str, ...], str], list[Picture]]
 
 
 def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, Picture], int]:
-    """Return a pattern's files by split, folders and name, and the number of duplicate names."""
+    """Return a pattern's files, indexed by split, folders and name, and count duplicate names."""
     named: dict[Key, Picture] = {}
     twice, fixed = 0, len(side.before) + len(side.after)
     wild = "*" in side.head + side.tail
@@ -179,7 +178,7 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
 
 
 def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> Layout | None:
-    """Pair all files with two patterns; return None if there is no pair."""
+    """Pair the files that match two patterns; return None if there is no pair."""
     masks, masks_twice = _fitting(sides[1], groups, mask_suffixes)
     paths = {mask.path for mask in masks.values()}
     images, images_twice = _fitting(sides[0], groups, IMAGE_SUFFIXES)
@@ -208,7 +207,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
 
 
 def _tightened(layout: Layout) -> Layout:
-    """Replace `{dir}` by the folders that all pairs have in common, as far as possible."""
+    """Replace `{dir}` with the folders that all pairs have in common, as far as possible."""
     if not layout.images.deep:
         return layout
     image = layout.images
@@ -249,7 +248,7 @@ class Search(NamedTuple):
     """The best layout, and alternatives to it."""
 
     layout: Layout
-    others: list[Layout]  # Other layouts that pair at least as many images.
+    others: list[Layout]  # Other layouts that pair as many images as the best layout.
 
 
 def _rank(layout: Layout, most: int) -> tuple:
@@ -342,7 +341,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
 
 
 def explain_failure(root: Path, paths: list[Path]) -> str:
-    """Explain why no mask belongs to an image, as far as the reason is known.
+    """Return the likely reason why no mask belongs to an image.
 
     Args:
         root: Folder of the data set.
@@ -385,7 +384,7 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 def _not_covered(layout: Layout) -> tuple:
     """Return a sort key for layouts: coverage first, then the words in the mask paths.
 
-    If words such as `label` are in a path, it more likely belongs to a mask.
+    A path that contains a word such as `label` probably belongs to a mask.
     """
     hints = {"mask", "masks", "label", "labels", "annotation", "annotations", "seg", "gt"}
     hints |= {"segmentation", "groundtruth", "truth", "lbl", "annot", "labelled", "matte"}

@@ -38,7 +38,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         import datasets
     except ImportError as error:
         raise DataError(
-            "hf:// needs the package datasets; run make install WITH=datasets"
+            "hf:// needs the datasets package; run make install WITH=datasets"
         ) from error
     name = options.source.removeprefix("hf://")
     try:
@@ -88,8 +88,8 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     values = {names.get(value, f"class_{value}"): value for value in known}
     if len(values) < len(known):
         raise DataError(
-            f"{options.source}: two mask values have the same class name; give unique names "
-            "with --names"
+            f"{options.source}: two mask values have the same class name; use --names to set "
+            "unique names"
         )
     return Converted(values, notes, sorted(ignored))
 
@@ -105,7 +105,7 @@ def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, s
     if len(photos) != 1 or len(masks) != 1:
         listed = ", ".join(images) or "none"
         raise DataError(
-            f"{options.source}: cannot choose among the image columns ({listed}); give --columns "
+            f"{options.source}: cannot choose among the image columns ({listed}); use --columns "
             "PHOTO,MASK"
         )
     return photos[0], masks[0]
@@ -129,13 +129,13 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # The Hugging Face Hub client lets network exceptions through.
+        except Exception as error:  # The Hugging Face Hub client may raise any network exception.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
-                return {}  # The data set has no class names, so its classes get numbers.
+                return {}  # The data set has no class names, so its classes are numbered.
             raise DataError(
-                f"{name}: cannot download id2label.json, the names of its classes "
-                f"({one_line(error)[:160]}); try again, or give --names"
+                f"{name}: cannot download the class names in id2label.json "
+                f"({one_line(error)[:160]}); try again, or use --names"
             ) from error
     if not file and not path.is_file():
         return {}

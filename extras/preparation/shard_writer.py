@@ -34,7 +34,7 @@ UPLOAD_ATTEMPTS = 6
 
 
 class Mismatch(DataError):
-    """An error for the case that --out already contains a complete, different data set."""
+    """An error raised if --out already contains a complete but different data set."""
 
 
 class Target(NamedTuple):
@@ -47,7 +47,7 @@ class Target(NamedTuple):
     hashes: list[str]
     size_limit: int
     workers: int
-    # Decoder whose labels the shards store, or None if the data set has no description.
+    # Decoder for the masks of a data set with a description, or None without a description.
     masks: Masks | None = None
 
     @property
@@ -57,7 +57,7 @@ class Target(NamedTuple):
 
 
 def plan_shards(samples: list[Sample], size_limit: int) -> list[list[Sample]]:
-    """Group samples into shards in order, with as many samples per shard as the limit allows.
+    """Group consecutive samples into shards that are as large as the limit allows.
 
     Args:
         samples: Samples of the split.
@@ -115,7 +115,7 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # Write a note before the shard, so that a later run can tell after an interruption that
+        # Write a note before the shard. If this run is interrupted, a later run then knows that
         # this program wrote the shard.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
@@ -144,9 +144,9 @@ def _inputs(samples: list[Sample], target: Target) -> str:
 
 
 def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
-    """Return the image and mask files of a sample, after checking that training can use them.
+    """Return the bytes of a sample's image and mask after checking that training can use them.
 
-    Masks of a described data set are converted to labels: 0 is ignored, and k is class k - 1.
+    Masks of a described data set are converted to labels: 0 is ignored, and k + 1 is class k.
     """
     try:
         photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
@@ -182,7 +182,7 @@ def upload(target: Target, name: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _uploader(process: int, folder: str, remote: str) -> CloudUploader:
-    """Return this process's uploader, because forked processes must not share a connection."""
+    """Return an uploader for this process, because processes must not share a connection."""
     return CloudUploader.get((folder, remote), retry=UPLOAD_ATTEMPTS, exist_ok=True)
 
 
@@ -248,7 +248,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
             except Mismatch as error:
                 raise DataError(
                     f"{out}/{split} already contains a different data set ({error}); delete it "
-                    "or choose a different --out"
+                    "or choose a different --out folder"
                 ) from error
             log.info("%s/%s is complete and verified; nothing to do", out, split)
             return
@@ -279,7 +279,7 @@ def remove_empty(folder: str | Path) -> None:
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
-    """Copy a finished split's index to `index`, or return False if it does not exist."""
+    """Download a finished split's index to `index`, or return False if there is none."""
     try:
         CloudDownloader.direct_download(remote, str(index))
     except Exception as error:
@@ -293,7 +293,7 @@ def _write_shards(samples: list[Sample], split: str, target: Target) -> list[dic
     if not target.done.is_dir() and (shards := sorted(Path(target.folder).glob("shard.*"))):
         raise DataError(
             f"{shards[0]} already exists and was not written by an interrupted conversion; move it "
-            "away or choose a different --out"
+            "or choose a different --out"
         )
     target.done.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, target.size_limit)
@@ -315,11 +315,11 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     wrong = [reason for reason in reasons if reason]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise DataError(f"{wrong[0]}{more}; run the command again")
+        raise DataError(f"{wrong[0]}{more}; run the command again to rewrite the shards")
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Restrict the target's mask decoder to these samples, so that the pickled task stays small."""
+    """Return the target with a mask decoder for only these samples, to keep its pickle small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

@@ -38,11 +38,11 @@ from extras.preparation.find_layout import (
 )
 from segmentation.drawing import sample_sheet
 
-SHOWN = 6  # Number of samples that the picture shows.
+SHOWN = 6  # Maximum number of samples in the picture.
 
 
 class Suggestion(NamedTuple):
-    """The text of a tested description, and a picture of six samples."""
+    """The text of a tested description, and a picture of up to six samples."""
 
     text: str
     picture: Image.Image
@@ -51,8 +51,8 @@ class Suggestion(NamedTuple):
 def suggest(folder: str, workers: int) -> Suggestion:
     """Generate a description for the data set in a folder.
 
-    The function checks that the description can be parsed, that it finds all pairs that the search
-    counted, and that its samples can be drawn.
+    The function checks that the description can be parsed, that it finds as many pairs as the
+    search did, and that its samples can be drawn.
 
     Args:
         folder: Folder of the data set.
@@ -81,12 +81,14 @@ def suggest(folder: str, workers: int) -> Suggestion:
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
-        raise DataError(f"{folder}: cannot write a valid description: {error}") from error
+        raise DataError(
+            f"{folder}: the suggested description is not valid ({error}); write one yourself"
+        ) from error
     samples, problems = pair_described(description, folder)
     if len(samples) != number:
         raise DataError(
-            f"{folder}: {number} images have masks, but {splits[0]} finds {len(samples)}; rename "
-            "files with similar names or with braces in their names"
+            f"{folder}: {number} images have masks, but the line {splits[0]} finds "
+            f"{len(samples)}; rename files with similar names or with braces in their names"
         )
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])
@@ -105,7 +107,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
 
 
 def split_lines(root: Path, layout: Layout) -> tuple[list[str], int]:
-    """Return the description's lines for `train` and `val`, and the number of pairs in both.
+    """Return the description's lines for `train` and `val`, and their total number of pairs.
 
     Args:
         root: Folder of the data set.
@@ -139,7 +141,7 @@ def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], b
     """Find the text files that list the images of a split.
 
     Returns:
-        The path of the list, the names in it, and whether it lists test images, for each split.
+        For each split, the path of its list, the names in it, and whether it lists test images.
     """
     lists: dict[str, tuple[str, set[str], bool]] = {}
     for name, path in visible_files(root):
@@ -178,7 +180,7 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 
 
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
-    """Return a comment with the number of omitted images and masks, and with examples."""
+    """Return comment lines that count the omitted images and masks and name a few."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
     # Summarise files in the same folder whose names differ only in their numbers.
     alike: dict[tuple, list[Path]] = defaultdict(list)

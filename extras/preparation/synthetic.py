@@ -2,8 +2,8 @@
 
     python -m extras.preparation.synthetic demo/data
 
-Overlapping textured shapes divide each scene into areas. The texture of a pixel is its class. Each
-surface has two random colours, so colour alone does not determine the class.
+Overlapping textured shapes divide each scene into areas. The texture of a pixel determines its
+class. Each surface has two random colours, so colour alone does not determine the class.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def make(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a small learnable data set like ADE20K.")
-    parser.add_argument("path", help="folder that will hold ADEChallengeData2016")
+    parser.add_argument("path", help="folder for ADEChallengeData2016")
     parser.add_argument("--training", type=int, default=256, help="scenes to train on (256)")
     parser.add_argument("--validation", type=int, default=48, help="scenes to evaluate on (48)")
     parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels (96)")

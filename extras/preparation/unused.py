@@ -11,12 +11,12 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# File extensions: image formats that this project cannot read (UNREAD_SUFFIXES), and formats of
-# files that often accompany images (SIDECARS).
+# Extensions of image files that this project cannot read (UNREAD_SUFFIXES), and of other files that
+# often accompany images (SIDECARS).
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # Maximum number of additional files that a finding lists by name.
+NAMED = 3  # Maximum number of additional files named in a finding.
 
 
 class Unused(NamedTuple):
@@ -26,7 +26,7 @@ class Unused(NamedTuple):
         images: Unused images.
         masks: Unused masks, including types that the layout does not match.
         either: Unused files outside the layout's folders that may be either images or masks.
-        unlisted: Files that are absent from the list that selects the images in their folder.
+        unlisted: Files that are missing from the list of images for their folder.
         orphans: Masks that match the layout but have no image.
         others: Other types of files in the folders of images and masks.
     """
@@ -44,7 +44,7 @@ class Unused(NamedTuple):
         return {name: len(files) for name, files in self._asdict().items()}
 
     def findings(self) -> list[Finding]:
-        """Return findings about the unused files; none of these findings prevents training."""
+        """Return findings about the unused files, none of which prevents training."""
         findings = [Finding(path, "its image is missing", False) for path in self.orphans]
         reason = "is in neither training nor validation, so it is left out"
         for what in ("images", "masks", "either"):
@@ -64,7 +64,7 @@ class Unused(NamedTuple):
 
 
 def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
-    """Return a list with one finding that summarises the files, or an empty list."""
+    """Return a list of one finding that summarises the files, or an empty list."""
     if not paths:
         return []
     if len(paths) > 1:
@@ -145,7 +145,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or a NUL character for no template."""
+    """Return a template's folder with a trailing slash, or a NUL character if it is None."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

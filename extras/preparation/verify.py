@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """Counts and findings for a split or for a part of it."""
+    """Counts and findings for a split or a part of it."""
 
     photos: int = 0
     masks: int = 0
@@ -48,7 +48,7 @@ class Tally:
         """Add the counts and findings of another part of the split.
 
         Args:
-            other: Tally of that part.
+            other: Tally of the other part.
         """
         self.photos += other.photos
         self.masks += other.masks
@@ -144,7 +144,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
 
     Args:
         source: Any split of the data set.
-        workers: Number of processes. If None, one process per core is used.
+        workers: Number of processes; by default, one per core.
 
     Returns:
         The tally of each split, indexed by split.

@@ -1,1 +1,1 @@
-"""Code that shares a network: exported files, a model card, a web page and uploads to a hub."""
+"""Tools to share a network: exporters, a model card, a web page and uploads to a hub."""

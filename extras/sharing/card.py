@@ -75,7 +75,7 @@ class Card:
         size: Length of an image's shorter side at the network's input, in pixels.
         scores: Output of `evaluate.py --json`, or None if there are no scores.
         files: Exported files to list on the card.
-        machine: Name of the machine on which the files were timed.
+        machine: Name of the GPU or CPU on which the files were timed.
         photo: Width and height of the timed image, in pixels.
         licence: Licence of the training data, as stated by the user.
         repo: Repository of the card, as `user/name`.
@@ -206,9 +206,9 @@ def _files(card: Card) -> str:
     which = "the moving average of the weights" if card.which == "ema" else "the weights as trained"
     return (
         "\n".join(table)
-        + f"\n\nThe files hold {which}. The times are for an image of {width} x {height} pixels, "
-        f"with a shorter side of {card.size} at the network's input, on {card.machine} (median of "
-        "three)."
+        + f"\n\nThe files contain {which}. The times are for an image of {width} x {height} "
+        f"pixels, with a shorter side of {card.size} at the network's input, on {card.machine} "
+        "(median of three)."
     )
 
 
@@ -246,15 +246,17 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [row["class"] for row in scores["classes"]], scores["weights"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: expected the output of evaluate.py --json") from error
+        raise UserError(
+            f"{path}: this is not a file that evaluate.py --json wrote; choose a different file"
+        ) from error
     if found[0] != list(classes):
         others = ", ".join(found[0])[:100]
         raise UserError(
-            f"{path}: has scores for different classes ({others}); score this checkpoint"
+            f"{path}: contains scores for different classes ({others}); score this checkpoint again"
         )
     if found[1] != which:
         raise UserError(
-            f"{path}: has scores for {found[1]} weights; score the {which} weights instead"
+            f"{path}: contains scores of the {found[1]} weights; score the {which} weights instead"
         )
     return scores
 
@@ -287,7 +289,8 @@ def check_place(folder: Path) -> None:
     path = folder / CARD
     if path.exists() and not is_card(folder):
         raise UserError(
-            f"{path}: already exists and was not written by export.py; move it or give --out"
+            f"{path} already exists and was not written by export.py; move it, or use a different "
+            "--out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Exporters that write a network to a file, which runs without this project's code."""
+"""Exporters that write a network to a file that runs without this project's code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
 
-OPSET = 17  # ONNX operator set that all versions of onnxruntime since 1.12 (2022) support.
+OPSET = 17  # ONNX operator set that onnxruntime has supported since version 1.12 (2022).
 
 
 class Deployed(nn.Module):

@@ -25,7 +25,7 @@ def check_repo(repo: str) -> None:
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
-        raise UserError(f"--repo {repo}: no token found; run hf auth login or set HF_TOKEN")
+        raise UserError(f"--repo {repo}: no token found; run hf auth login, or set HF_TOKEN")
     with _told(repo):
         HfApi().repo_info(repo)
 
@@ -54,7 +54,7 @@ def push(folder: Path, names: Sequence[str], repo: str) -> str:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """Turn exceptions from the hub's client into one-line errors."""
+    """Convert exceptions from the hub's client to one-line errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -69,17 +69,23 @@ def _told(repo: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        reason = f"{constants.ENDPOINT} does not have this repository, or the token has no access"
-        raise UserError(f"{where}: {reason}; create it there first") from error
+        raise UserError(
+            f"{where}: {constants.ENDPOINT} does not have this repository, or the token has no "
+            "access; create the repository there first"
+        ) from error
     except HFValidationError as error:
         raise UserError(f"{where}: expected user/name: {one_line(error)}") from error
     except OfflineModeIsEnabled as error:
-        raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it") from error
+        raise UserError(
+            f"{where}: uploads are disabled by HF_HUB_OFFLINE; unset this variable"
+        ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         said = error.server_message or one_line(error)
-        hint = {401: "check the token: ", 403: "check that the token may write: "}.get(status, "")
-        raise UserError(f"{where}: {hint}the hub answered {status}: {said[:200]}") from error
+        hint = {401: "; check the token", 403: "; check that the token may write"}.get(status, "")
+        raise UserError(
+            f"{where}: the hub answered with status {status}{hint} ({said[:200]})"
+        ) from error
     except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
             f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"

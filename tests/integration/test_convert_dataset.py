@@ -252,7 +252,9 @@ CVAT_LABELS = "".join(
             "3.jpg: a polygon has no label",
             id="no name",
         ),
-        pytest.param(None, "tracks of a video; export the task as CVAT for images", id="a video"),
+        pytest.param(
+            None, "the file contains video tracks; export the task as CVAT for images", id="a video"
+        ),
     ],
 )
 def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any) -> None:

@@ -139,4 +139,4 @@ def test_a_suggestion_needs_no_edit(
             source, "train", num_classes=12
         )
     assert check([str(folder), str(file), "--suggest"]) == 1
-    assert "found.yaml already exists; give a different file" in capsys.readouterr().err
+    assert "found.yaml already exists; pass a different file" in capsys.readouterr().err

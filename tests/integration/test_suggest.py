@@ -285,9 +285,13 @@ REFUSED = [
     pytest.param(some_cut_short, "2 of 8 masks cannot be read, first ", id="some cut short"),
     pytest.param(of_both_kinds, "is in colours, but ", id="of both kinds"),
     pytest.param(
-        of_many_values, "contain 512 values, but at most 253 classes are possible", id="many values"
+        of_many_values,
+        "too many values: 512, but at most 253 classes are possible",
+        id="many values",
     ),
-    pytest.param(with_wild_palettes, "in different colours, so its meaning", id="palettes"),
+    pytest.param(
+        with_wild_palettes, "in different colours, so the meaning of the value", id="palettes"
+    ),
 ]
 
 

@@ -101,16 +101,16 @@ def test_what_cannot_be_converted(
     refused(tmp_path / "none.json", "No such file")
     refused(coco, "--images: cannot find the folder", "--images", tmp_path / "none")
     (tmp_path / "other.json").write_text('{"a": 1}')
-    refused(tmp_path / "other.json", "unknown format: 'categories' is missing")
+    refused(tmp_path / "other.json", "unknown format: the key 'categories' is missing")
     (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
-    refused(tmp_path / "other.xml", "it contains no <image>")
+    refused(tmp_path / "other.xml", "the file contains no <image>")
     for tool, name, text, reason in (
         ("labelme", "3.json", '{"shapes"', "unknown format: Expecting"),
         (
             "labelme",
             "3.json",
             '{"imageHeight": 9, "imageWidth": 9}',
-            "unknown format: 'shapes' is missing",
+            "unknown format: the key 'shapes' is missing",
         ),
         ("yolo", "3.txt", "0 0 0 0 1 1 x", "unknown format: could not"),
     ):
@@ -122,7 +122,7 @@ def test_what_cannot_be_converted(
     found = json.loads(coco.read_text())
     found["images"][0]["file_name"] = "elsewhere.jpg"
     (tmp_path / "renamed.json").write_text(json.dumps(found))
-    refused(tmp_path / "renamed.json", "names elsewhere.jpg, which is missing in")
+    refused(tmp_path / "renamed.json", "lists the image elsewhere.jpg, which is missing from")
     found = json.loads(coco.read_text())
     found["images"][2]["width"] = 65
     (tmp_path / "wide.json").write_text(json.dumps(found))
@@ -136,7 +136,7 @@ def test_what_cannot_be_converted(
         found = json.loads(coco.read_text())  # as files that were put together without new ids
         found[key][1]["id"] = found[key][0]["id"]
         (tmp_path / "twice.json").write_text(json.dumps(found))
-        refused(tmp_path / "twice.json", f"{names} share the id {found[key][0]['id']}")
+        refused(tmp_path / "twice.json", f"{names} have the same id {found[key][0]['id']}")
 
 
 @pytest.mark.parametrize("other", ["3.png", "3.JPG"])
@@ -188,7 +188,7 @@ def test_an_image_that_may_be_either_of_two_is_refused(
         shutil.copytree(photos, tmp_path / "images" / folder)
     source = write_coco(tmp_path / "coco.json")
     assert convert(source, "--images", tmp_path / "images", "--out", tmp_path / "out") == 1
-    assert "names 0.jpg, which may be" in capsys.readouterr().err
+    assert "lists the image 0.jpg, which could be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

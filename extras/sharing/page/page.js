@@ -58,7 +58,7 @@ const megabytes = (bytes) => (bytes / 1e6).toFixed(0);
 
 // ---------------------------------------------------------------------------------------- resizing
 
-// Returns the bilinear resize of one side, as in PyTorch's `interpolate`. Each of the `to` entries holds
+// Returns the bilinear resize of one side, as in PyTorch's `interpolate`. Each of the `to` entries contains
 // the first source pixel and the weights of the source pixels. With `antialias`, a reduction is
 // antialiased.
 function taps(from, to, antialias = false) {
@@ -100,14 +100,14 @@ function composed(one, other) {
   });
 }
 
-// Returns the height and width of the network's input, as `Segmenter.network_sizes` in predict.py.
+// Returns the height and width of the network's input, as `Segmenter.network_sizes` in predict.py does.
 function networkSize(height, width) {
   const shorter = Math.min(height, width), longer = Math.max(height, width);
   const factor = Math.min((4 * about.size) / longer, about.size / shorter);
   return [height, width].map((side) => Math.max(Math.trunc(side * factor + 0.5), 1));
 }
 
-// Resizes RGBA pixels (row by row) to RGB planes of another size, with the same roundings as predict.py.
+// Resizes RGBA pixels (row by row) to RGB planes of another size, with the same rounding as predict.py.
 // If a side shrinks, predict.py uses PyTorch, which rounds between columns and rows. Otherwise it uses
 // OpenCV, whose weights are 11-bit integers.
 function resized(rgba, height, width, newHeight, newWidth) {
@@ -144,7 +144,7 @@ function resized(rgba, height, width, newHeight, newWidth) {
 
 // ------------------------------------------------------------------------------------- the classes
 
-// Returns the class with the highest score at each pixel of the image, as `highest_class` for predict.py.
+// Returns the class with the highest score at each pixel of the image, as `highest_class` does for predict.py.
 // The scores are resized to the size of the network's input and from there to the size of the image.
 // All pixels of a cell are weighted means of the same few scores. In a cell, most classes score too low
 // to be the highest anywhere, so they are skipped.

@@ -32,5 +32,5 @@ def test_the_files_of_a_commit_are_unpacked(repository: Path, tmp_path: Path) ->
 
 
 def test_an_unknown_commit_is_one_line(repository: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^error: nope: no commit of .*not a valid object name"):
+    with pytest.raises(SystemExit, match=r"^error: nope: not a commit in .*valid object name"):
         numbers.unpack("nope", tmp_path)

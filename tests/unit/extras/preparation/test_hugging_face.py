@@ -87,5 +87,8 @@ def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert hugging_face._names("owner/name", None) == {}
     while errors := errors[1:]:
-        with pytest.raises(DataError, match=r"owner/name: cannot download id2label.json.*--names"):
+        with pytest.raises(
+            DataError,
+            match=r"owner/name: cannot download the class names in id2label.json.*--names",
+        ):
             hugging_face._names("owner/name", None)

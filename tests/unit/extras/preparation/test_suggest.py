@@ -63,7 +63,7 @@ def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture)
     (tmp_path / "mine.png").write_bytes(b"a picture of somebody's")
     for name, reason in (
         ("mine.yaml", "mine.png already exists"),
-        ("mine", "must be a .yaml file"),
+        ("mine", "must be the path of a new .yaml file"),
     ):
         assert check([str(tmp_path), "--suggest", str(tmp_path / name)]) == 1
         assert reason in capsys.readouterr().err
@@ -89,5 +89,5 @@ def test_a_suggestion_that_finds_other_pairs_is_refused(
 ) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     monkeypatch.setattr(suggestions, "pair_described", lambda *_: ([], []))
-    with pytest.raises(DataError, match=r"8 images have masks, but train: .* finds 0"):
+    with pytest.raises(DataError, match=r"8 images have masks, but the line train: .* finds 0"):
         suggest(str(tmp_path), 1)

@@ -18,7 +18,7 @@ def test_a_token_that_may_not_write(
 
     the_hub.writable = False
     with pytest.raises(
-        UserError, match=r"check that the token may write: the hub answered 403"
+        UserError, match=r"the hub answered with status 403; check that the token may write"
     ) as caught:
         push(exported, ["README.md"], REPO)
     assert "\n" not in str(caught.value)

@@ -48,7 +48,7 @@ def test_the_runtime_is_fetched_once(
 def test_other_files_are_refused(package: dict[str, bytes], tmp_path: Path) -> None:
     package["ort.wasm.bundle.min.mjs"] = b"changed on the way"
     with pytest.raises(
-        UserError, match=r"ort\.wasm\.bundle\.min\.mjs: differs from onnxruntime-web"
+        UserError, match=r"ort\.wasm\.bundle\.min\.mjs: this file is not from onnxruntime-web"
     ):
         web.fetch_runtime(tmp_path)
 
