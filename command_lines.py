@@ -161,9 +161,6 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that predict.py and evaluate.py share."""
     parser.add_argument(
-        "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
-    )
-    parser.add_argument(
         "--size",
         type=whole(0, 8192),
         help="length of an image's shorter side in pixels; 0: no resizing",
@@ -174,18 +171,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slide", action="store_true", help="process windows instead of the whole image"
     )
+    add_checkpoint_options(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options about a checkpoint; --network also permits a user's own function to run."""
+    parser.add_argument(
+        "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
+    )
     parser.add_argument(
         "--weights",
         choices=("ema", "training"),
         default="ema",
         help="weights to use if the file holds both; default: ema",
     )
-    add_network_option(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-
-
-def add_network_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the network; it also permits a user's own function to run."""
     parser.add_argument(
         "--network",
         metavar="NAME",
@@ -217,6 +217,11 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
         "the working directory; a card is put beside the weights",
     )
     parser.add_argument(
+        "--half",
+        action="store_true",
+        help="store the weights of --to onnx or --to web as float16, in half the size",
+    )
+    parser.add_argument(
         "--repo", metavar="USER/NAME", help="push the result of --to hub to this repository"
     )
     parser.add_argument(
@@ -240,19 +245,12 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
         default=512,
         help="length of its shorter side in pixels; default: 512",
     )
-    parser.add_argument(
-        "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "training"),
-        default="ema",
-        help="weights to use if the file holds both; default: ema",
-    )
-    add_network_option(parser)
+    add_checkpoint_options(parser)
     options = parser.parse_args(arguments)
     if options.repo and options.to != "hub":
         parser.error("--repo works only with --to hub")
+    if options.half and options.to not in ("onnx", "web"):
+        parser.error("--half works only with --to onnx and --to web")
     return options
 
 

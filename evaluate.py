@@ -36,9 +36,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import ADE20k, StreamingADE20k, build_ade20k_dataspec, open_dataset
+from data import build_ade20k_dataspec, open_dataset
 from errors import UserError, exit_status
-from extras.error_analysis import ErrorAnalysis, draw_confusion, scores_as_csv
 from extras.evaluation_data import class_order, data_source
 from files import check_outputs, check_writable, write_file, write_image
 from predict import Segmenter, segmenter_from
@@ -55,6 +54,7 @@ from segmentation.metrics import (
     table_as_csv,
 )
 from training.distributed import full_shared_memory
+from training.error_analysis import ErrorAnalysis, draw_confusion, image_name, scores_as_csv
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def evaluate_paper(
             counts = confusion_matrix_of_predictions(prediction, target, num_classes)
             matrix += counts
             if analysis is not None:
-                analysis.add(number, photo.numpy(), target, prediction, counts)
+                analysis.add(number, photo.numpy, target, prediction, counts)
         progress.update(len(group))
     progress.close()
     return matrix
@@ -177,7 +177,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         workers = arguments["num_workers"]
         analysis = None
         if options.per_image or options.worst:
-            name = functools.partial(_image_name, dataset)
+            name = functools.partial(image_name, dataset)
             analysis = ErrorAnalysis(segmenter.classes, name, options.worst or 0)
         matrix = evaluate_paper(segmenter, dataset, index, options.batch_size, workers, analysis)
         if analysis is not None:
@@ -217,13 +217,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             for true, predicted, pixels, share in confused_pairs(matrix, 10)
         ],
     }
-
-
-def _image_name(dataset: ADE20k | StreamingADE20k, index: int) -> str:
-    """Return the file name of an image. For shards, this reads the sample."""
-    if isinstance(dataset, ADE20k):
-        return dataset.samples[index].image_path
-    return dataset.read(index)[3][0]
 
 
 def _write_analysis(analysis: ErrorAnalysis, options: argparse.Namespace) -> None:

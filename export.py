@@ -1,6 +1,7 @@
 """Export a checkpoint for deployment, with all the metadata that a program needs.
 
     python export.py runs/first --to onnx                           # its best, as first.onnx
+    python export.py runs/first --to onnx --half                    # in half the size
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
     python export.py runs/first --to web --out demo --photo street.jpg --photo yard.jpg
     python export.py runs/first --to hub --repo user/name --licence "CC BY 4.0"
@@ -30,22 +31,22 @@ if __name__ == "__main__":
     start(parse_export)  # Answer --help and reject bad options before the slow imports.
 
 import argparse
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
 
 import evaluate
 from checkpointing.rebuild import build_network, complete
@@ -66,7 +67,7 @@ from extras.sharing.card import (
     seconds_a_photo,
     write_card,
 )
-from extras.sharing.exporters import Deployed, export
+from extras.sharing.exporters import Deployed, compare, export
 from extras.sharing.hub import check_repo, push
 from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
 from files import check_outputs, output_file, output_folder, write_file
@@ -74,46 +75,12 @@ from networks.base import Network
 from networks.deeplab import DeepLabV3, infer_architecture
 from predict import Segmenter
 from segmentation.classes import ClassInfo, rename_classes
-from transforms import resize_image
 
 ONNX = ("onnx", "onnxruntime")
 NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
-MIN_AGREEMENT, MAX_DIFFERENCE = 0.999, 1e-3
-
-
-def compare(
-    model: Deployed, exported: Callable[[Tensor], Tensor], photo: np.ndarray, size: int
-) -> tuple[float, float]:
-    """Compare an exported file with the original PyTorch model.
-
-    Both models run on the image at two sizes that differ from the exporter's example input. At the
-    second size, the batch also contains the mirrored image.
-
-    Args:
-        model: PyTorch model.
-        exported: Function that runs the exported file on images.
-        photo: (H, W, 3) uint8 RGB.
-        size: Length of the image's shorter side, pixels.
-
-    Returns:
-        The share of pixels with the same class, and the largest difference between logits. The
-            difference is relative to the largest logit if that exceeds 1.
-    """
-    same, pixels, difference, largest = 0, 0, 0.0, 1.0
-    for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
-        factor = shorter / min(photo.shape[:2])
-        height, width = (max(round(side * factor), 1) for side in photo.shape[:2])
-        image = torch.from_numpy(resize_image(photo, (height, width)).copy()).permute(2, 0, 1)
-        batch = torch.stack([image, image.flip(2)][:count])
-        with torch.no_grad():
-            expected, found = model(batch), exported(batch)
-        if found.shape != expected.shape:
-            return 0.0, float("inf")
-        same += int((expected.argmax(1) == found.argmax(1)).sum())
-        pixels += expected[:, 0].numel()
-        difference = max(difference, float((expected - found).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
-    return same / pixels, difference / largest
+# Limits of `compare`: the lowest share of equal classes, and the largest difference of logits.
+LIMITS, LIMITS_HALF = (0.999, 1e-3), (0.99, 1e-2)
+MAX_LOSS = 0.1  # Points of mIoU that float16 weights may cost.
 
 
 @dataclass(frozen=True)
@@ -175,8 +142,10 @@ def main(arguments: list[str]) -> int:
             _write_hub(source, path, options)
         else:
             check_outputs([path], _inputs(options))
-            write = _write_weights if options.to == "safetensors" else _write_deployed
-            write(source, options.to, path)
+            if options.to == "safetensors":
+                _write_weights(source, path)
+            else:
+                _write_deployed(source, options.to, path, options)
             _print_size(source, path)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -212,12 +181,14 @@ def _inputs(options: argparse.Namespace) -> list[str]:
     return [checkpoint_in(options.model), *options.photo, *optional]
 
 
-def _write_weights(source: Source, kind: str, path: Path) -> None:
+def _write_weights(source: Source, path: Path) -> None:
     weights, metadata = source.weights, source.normalisation
     save_weights(path, weights.state, source.config, source.classes, weights.which, metadata)
 
 
-def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True) -> None:
+def _write_deployed(
+    source: Source, kind: str, path: Path, options: argparse.Namespace, upsample: bool = True
+) -> None:
     """Write a self-contained format, and compare the file with the PyTorch model.
 
     Raises:
@@ -230,7 +201,8 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
     metadata = to_metadata(source.config, source.classes, source.weights.which)
     with output_file(path) as unfinished:
         try:
-            exported = export(model, kind, unfinished, metadata | source.normalisation)
+            metadata |= source.normalisation
+            exported = export(model, kind, unfinished, metadata, options.half)
             agreement, difference = compare(model, exported, source.photo, source.size)
         except (OutputError, UserError):
             raise
@@ -240,14 +212,37 @@ def _write_deployed(source: Source, kind: str, path: Path, upsample: bool = True
             raise RunError(
                 f"{network.name} cannot be exported as {kind}: {one_line(error)[:300]}"
             ) from error
-        good = agreement >= MIN_AGREEMENT and difference <= MAX_DIFFERENCE
+        least, most = LIMITS_HALF if options.half else LIMITS
+        good = agreement >= least and difference <= most
         verdict = "matches" if good else "does NOT match"
         print(
             f"{verdict} PyTorch: {agreement:.4%} of the pixels have the same class, and "
             f"logits differ by at most {difference:.1e}"
         )
         if not good:
-            raise RunError("the exported file differs from the model, so it is not kept")
+            advice = "; export without --half" if options.half else ""
+            raise RunError(f"the exported file differs from the model, so it is not kept{advice}")
+        if options.half:
+            _compare_scores(unfinished, options)
+
+
+def _compare_scores(half: Path, options: argparse.Namespace) -> None:
+    """Score the model and its file with float16 weights on the run's validation set.
+
+    Raises:
+        RunError: The mIoU of the file is too low.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = _evaluate(options.model, options)
+        file = _evaluate(str(half), options) if model else None
+    if not model or not file or model["mIoU"] is None or file["mIoU"] is None:
+        note = "the file is kept without scores; to score it, run evaluate.py on it with --path"
+        print(note, file=sys.stderr)
+        return
+    change = f"mIoU {file['mIoU']:.2f} with float16 weights, {model['mIoU']:.2f} without"
+    if file["mIoU"] < model["mIoU"] - MAX_LOSS:
+        raise RunError(f"--half: {change}, so the file is not kept; export without --half")
+    print(f"{change}, on {model['photos']} images of {model['data']}")
 
 
 def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> None:
@@ -262,7 +257,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
-        _write_deployed(source, "onnx", unfinished / MODEL, upsample=False)
+        _write_deployed(source, "onnx", unfinished / MODEL, options, upsample=False)
         size = source.weights.eval_size or 512  # predict.py also defaults to 512.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
@@ -293,8 +288,8 @@ def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> Non
     scores = _scores(source, options)
     with output_folder(folder) as unfinished:
         weights, onnx = unfinished / "model.safetensors", unfinished / MODEL
-        _write_weights(source, "safetensors", weights)
-        _write_deployed(source, "onnx", onnx)
+        _write_weights(source, weights)
+        _write_deployed(source, "onnx", onnx, options)
         if source.config is not None:
             text = yaml.safe_dump(dict(source.config), sort_keys=False)
             write_file(unfinished / "config.yaml", text)
@@ -374,17 +369,24 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
                 f"{options.scores} contains scores for {scored}; give scores for {options.model}"
             )
         return scores
+    scores = _evaluate(options.model, options)
+    if scores is None:
+        note = (
+            "the card will have no scores; give --scores FILE, written by evaluate.py --json FILE"
+        )
+        print(note, file=sys.stderr)
+    return scores
+
+
+def _evaluate(model: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return a model's scores on the run's validation set, or None if the evaluation fails."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "scores.json")
-        command = [options.model, "--json", str(path), "--weights", options.weights]
+        command = [model, "--json", str(path), "--weights", options.weights]
         for flag in ("classes", "network"):
             if getattr(options, flag):
                 command += [f"--{flag}", getattr(options, flag)]
-        if evaluate.main(command) == 0:
-            return json.loads(path.read_text())
-    note = "the card will have no scores; give --scores FILE, written by evaluate.py --json FILE"
-    print(note, file=sys.stderr)
-    return None
+        return json.loads(path.read_text()) if evaluate.main(command) == 0 else None
 
 
 def _print_size(source: Source, path: Path) -> None:

@@ -147,12 +147,16 @@ class ComposerDeepLabV3(ComposerClassifier):
         return self.forward((padded, target))[: len(image)]
 
     def update_metric(self, batch: tuple[Tensor, Any], outputs: Tensor, metric: Metric) -> None:
-        """Add an evaluation batch to a metric; all metrics use the same upsampled logits."""
+        """Add an evaluation batch to a metric."""
+        metric.update(self.score(outputs, batch[1]))
+
+    def score(self, outputs: Tensor, target: Tensor) -> BatchScore:
+        """Return the score of a batch's logits, which are upsampled only once for all metrics."""
         # Identify the logits by a weak reference, so that they are not kept in memory.
         if self._scored is None or self._scored[0]() is not outputs:
-            score = score_batch(outputs, batch[1], self.num_classes, self.ignore_index)
+            score = score_batch(outputs, target, self.num_classes, self.ignore_index)
             self._scored = weakref.ref(outputs), score
-        metric.update(self._scored[1])
+        return self._scored[1]
 
 
 def build_composer_deeplabv3(

@@ -52,11 +52,13 @@ class BatchScore(NamedTuple):
         matrix: (C, C) int64, as returned by `confusion_matrix`.
         cross_entropy: Sum of the cross entropy over the labelled pixels, float64.
         pixels: Number of labelled pixels, int64.
+        prediction: (N, H, W) predicted class indices, int16.
     """
 
     matrix: Tensor
     cross_entropy: Tensor
     pixels: Tensor
+    prediction: Tensor
 
 
 @torch.no_grad()
@@ -79,10 +81,10 @@ def score_batch(
         cross_entropy, prediction = _cross_entropy_and_prediction(image_logits, image_target)
         total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
         pixels += labelled.sum()
-        predictions.append(prediction)
+        predictions.append(prediction.short())
     prediction = torch.stack(predictions)
     matrix = confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
-    return BatchScore(matrix, total, pixels)
+    return BatchScore(matrix, total, pixels, prediction)
 
 
 def confusion_matrix_of_predictions(

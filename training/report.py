@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import html
 import io
+import itertools
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 import composer
+import numpy as np
 import torch
 import yaml
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from PIL import Image
+from torch import Tensor
 
 from segmentation.classes import ClassInfo
-from segmentation.metrics import MIoU, class_table
+from segmentation.metrics import MIoU, class_table, confusion_matrix_of_predictions
 from training.config import network_label
+from training.error_analysis import ErrorAnalysis, draw_confusion, image_name
 from training.pictures import Curves, Pictures, save_to_run
 from training.precision import devices
 from training.schema import Config
@@ -59,14 +64,47 @@ class Report(Callback):
         self.config, self.classes, self.folder = config, classes, folder
         self.curves, self.pictures = curves, pictures
         self.latest: str | None = None
-        self._table = ""
+        self._table = self._confusion = self._worst = ""
+        self._analysis: ErrorAnalysis | None = None
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        if self.config.pictures:
+            # Look up names only for the drawn images, because a shard must be read for a name.
+            self._analysis = ErrorAnalysis(self.classes, str, self.config.pictures)
+
+    def eval_after_forward(self, state: State, logger: Logger) -> None:
+        if self._analysis is None:
+            return
+        images, targets = state.batch
+        model = cast(Any, state.model.module if state.is_model_ddp else state.model)
+        # The metrics use the same predictions, so the logits are upsampled only once.
+        predictions = model.score(state.outputs, targets).prediction
+        (evaluator,) = (e for e in state.evaluators if e.label == state.dataloader_label)
+        transform = evaluator.dataloader.microbatch_transforms
+        for image, target, prediction in zip(images, targets, predictions, strict=True):
+            # The ranks take turns, as in `dataset.sampler.EvalSampler`.
+            number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
+            if number >= len(cast(Any, state.dataloader).dataset):
+                break  # The sampler repeats samples, so that all ranks have the same number.
+            counts = confusion_matrix_of_predictions(prediction, target, len(self.classes))
+            photo = functools.partial(_photo, image, transform)
+            self._analysis.add(number, photo, target, prediction, counts)
 
     def eval_end(self, state: State, logger: Logger) -> None:
+        if self._analysis is not None:
+            dataset = cast(Any, state.dataloader).dataset
+            self._worst = _figures(self._analysis, functools.partial(image_name, dataset))
+            self._analysis = None  # Free the memory of the images.
         if dist.get_global_rank() != 0:
             return
         metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")
         if isinstance(metric, MIoU) and metric.total_matrix is not None:
-            self._table = _table(class_table(metric.total_matrix, self.classes), self.classes)
+            matrix = metric.total_matrix
+            self._table = _table(class_table(matrix, self.classes), self.classes)
+            alt = "Share of each class's pixels that is predicted as each class"
+            heading = "Confusion matrix: masks in rows, predictions in columns"
+            drawn = draw_confusion(matrix.cpu().numpy(), self.classes)
+            self._confusion = _image(heading, _encoded(drawn, "PNG"), "png", alt)
         self._write(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -81,6 +119,8 @@ class Report(Callback):
             "curves": "",
             "pictures": "",
             "classes": self._table,
+            "confusion": self._confusion,
+            "worst": self._worst,
             "config": html.escape(yaml.safe_dump(asdict(self.config), sort_keys=False)),
         }
         if curves:
@@ -88,7 +128,7 @@ class Report(Callback):
             parts["curves"] = _image("Curves", curves, "png", alt)
         if sheet is not None:
             alt = "Validation images, their masks, the predictions, and where they differ"
-            parts["pictures"] = _image("Newest pictures", _jpeg(sheet), "jpeg", alt)
+            parts["pictures"] = _image("Newest pictures", _encoded(sheet, "JPEG"), "jpeg", alt)
         page = PAGE.substitute(parts)
         self.latest = save_to_run(page.encode(), self.folder, "report.html", state)
 
@@ -129,14 +169,36 @@ def _miou(evaluations: Sequence[tuple[int, float]]) -> str:
 
 
 def _image(heading: str, data: bytes, kind: str, alt: str) -> str:
+    return f"<h2>{heading}</h2>\n{_img(data, kind, alt)}"
+
+
+def _img(data: bytes, kind: str, alt: str) -> str:
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<h2>{heading}</h2>\n<img src="{source}" alt="{alt}">'
+    return f'<img src="{source}" alt="{alt}">'
 
 
-def _jpeg(sheet: Image.Image) -> bytes:
+def _encoded(picture: Image.Image, kind: str) -> bytes:
     data = io.BytesIO()
-    sheet.save(data, "JPEG", quality=90)
+    picture.save(data, kind, quality=90)
     return data.getvalue()
+
+
+def _photo(image: Tensor, transform: Any) -> np.ndarray:
+    """Undo the normalisation of an image (3, H, W); return it as (H, W, 3) uint8."""
+    pixels = image / transform.scale[0] + transform.mean[0]
+    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def _figures(analysis: ErrorAnalysis, name: Callable[[int], str]) -> str:
+    """Return the images with the lowest mIoU of all ranks as HTML, the lowest first."""
+    own = []
+    for place, score, sheet in analysis.pictures(analysis.gather(), height=240):
+        caption = html.escape(f"{name(score.index)}: mIoU {score.miou:.2f}%")
+        image = _img(_encoded(sheet, "JPEG"), "jpeg", caption)
+        own.append((place, f"<figure>{image}<figcaption>{caption}</figcaption></figure>"))
+    figures = sorted(itertools.chain.from_iterable(dist.all_gather_object(own)))
+    images = [text for _, text in figures]
+    return "\n".join(["<h2>Images with the lowest mIoU</h2>", *images]) if images else ""
 
 
 def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo]) -> str:

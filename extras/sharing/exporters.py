@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,8 +60,48 @@ class Deployed(nn.Module):
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
 
 
+def compare(
+    model: Deployed, exported: Callable[[Tensor], Tensor], photo: np.ndarray, size: int
+) -> tuple[float, float]:
+    """Compare an exported file with the original PyTorch model.
+
+    Both models run on the image at two sizes that differ from the exporter's example input. At the second
+    size, the batch also contains the mirrored image.
+
+    Args:
+        model: PyTorch model.
+        exported: Function that runs the exported file on images.
+        photo: (H, W, 3) uint8 RGB.
+        size: Length of the image's shorter side, pixels.
+
+    Returns:
+        The share of pixels with the same class, and the largest difference between logits. The
+            difference is relative to the largest logit if that exceeds 1.
+    """
+    same, pixels, difference, largest = 0, 0, 0.0, 1.0
+    image = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float()
+    for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
+        factor = shorter / min(photo.shape[:2])
+        sides = [max(round(side * factor), 1) for side in photo.shape[:2]]
+        resized = F.interpolate(image, sides, mode="bilinear", antialias=True).round().byte()
+        batch = torch.cat([resized, resized.flip(3)][:count])
+        with torch.no_grad():
+            expected, found = model(batch), exported(batch)
+        if found.shape != expected.shape or not found.isfinite().all():
+            return 0.0, float("inf")
+        same += int((expected.argmax(1) == found.argmax(1)).sum())
+        pixels += expected[:, 0].numel()
+        difference = max(difference, float((expected - found).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    return same / pixels, difference / largest
+
+
 def export(
-    model: Deployed, kind: str, path: str | os.PathLike[str], metadata: dict[str, str]
+    model: Deployed,
+    kind: str,
+    path: str | os.PathLike[str],
+    metadata: dict[str, str],
+    half: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """Export a model to a file.
 
@@ -67,6 +110,7 @@ def export(
         kind: Format of the file: `"onnx"`, `"torchscript"` or `"pt2"`.
         path: Path of the file.
         metadata: Metadata to store in the file.
+        half: Whether an ONNX file stores the weights as float16. It still computes in float32.
 
     Returns:
         A function that maps images to logits, loaded from the written file.
@@ -75,7 +119,8 @@ def export(
         OutputError: The disk is full.
     """
     example = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
-    exporters = {"onnx": _export_onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
+    onnx = functools.partial(_export_onnx, half=half)
+    exporters = {"onnx": onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
     loaders = {"onnx": _load_onnx, "torchscript": torch.jit.load, "pt2": _load_pt2}
     with warnings.catch_warnings(), torch.no_grad():
         # Silence the tracer's warnings about possible differences, because the exported model is
@@ -86,7 +131,7 @@ def export(
         return loaders[kind](os.fspath(path))
 
 
-def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str]) -> bytes:
+def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str], half: bool) -> bytes:
     import onnx
 
     data = io.BytesIO()
@@ -106,7 +151,31 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str]) -> 
     )
     exported = onnx.load_model_from_string(data.getvalue())
     onnx.helper.set_model_props(exported, metadata)
+    if half:
+        _store_as_half(exported.graph)
     return exported.SerializeToString()
+
+
+def _store_as_half(graph: Any) -> None:
+    """Store the large tensors of an ONNX graph as float16, each with a cast back to float32.
+
+    onnxruntime computes the casts once, when it loads the file. Small tensors, such as biases and
+    the normalisation, stay float32.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < 1024:
+            continue
+        name, stored = tensor.name, f"{tensor.name}.half"
+        with np.errstate(over="ignore"):  # `compare` rejects a file with infinite weights.
+            weights = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(weights, stored))
+        casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _load_onnx(path: str) -> Callable[[Tensor], Tensor]:

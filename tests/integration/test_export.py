@@ -166,7 +166,7 @@ def test_a_file_that_differs_is_refused(
     ):
         agreement, difference = compare(model, wrong, image, 48)
         assert agreement < 0.999 or difference > 1e-3
-    monkeypatch.setattr(export, "export", lambda m, kind, path, c: path.touch() or wrong)
+    monkeypatch.setattr(export, "export", lambda m, kind, path, *_: path.touch() or wrong)
     options = ["--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--photo", photo, "--size", "48"]
     assert main([random_weights(), *options]) == 1
     assert "does NOT match PyTorch" in capsys.readouterr().out
@@ -246,3 +246,91 @@ def test_an_export_overwrites_no_input_and_nothing_of_others(
     assert main([str(weights), *how, *options]) == 2
     assert f"{tmp_path / existing} would be overwritten" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
+    """What evaluate.py answers about the weights and about an ONNX file: an mIoU, or None."""
+    found: dict[str, float | None] = {"weights": 50.0, "onnx": 50.0}
+
+    def evaluate(arguments: list[str]) -> int:
+        miou = found["onnx" if arguments[0].endswith(".onnx") else "weights"]
+        if miou is None:
+            return 2
+        result = {"mIoU": miou, "photos": 3, "data": "camvid"}
+        Path(arguments[2]).write_text(json.dumps(result))
+        return 0
+
+    monkeypatch.setattr(export.evaluate, "main", evaluate)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "half", "status", "stream", "line"),
+    [
+        pytest.param(
+            50.0,
+            49.95,
+            0,
+            "out",
+            "mIoU 49.95 with float16 weights, 50.00 without, on 3 images of camvid",
+            id="as good",
+        ),
+        pytest.param(
+            50.0,
+            49.5,
+            1,
+            "err",
+            "error: --half: mIoU 49.50 with float16 weights, 50.00 without, so the file is not "
+            "kept; export without --half",
+            id="worse",
+        ),
+        pytest.param(
+            None,
+            None,
+            0,
+            "err",
+            "the file is kept without scores; to score it, run evaluate.py on it with --path",
+            id="no validation set",
+        ),
+    ],
+)
+def test_a_file_with_half_weights_is_scored(
+    scores: dict[str, float | None],
+    model: float | None,
+    half: float | None,
+    status: int,
+    stream: str,
+    line: str,
+    photo: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    scores.update(weights=model, onnx=half)
+    path = tmp_path / "m.onnx"
+    options = ["--to", "onnx", "--half", "--out", str(path), "--photo", photo, "--size", "48"]
+    assert main([random_weights(), *options]) == status
+    assert line in getattr(capsys.readouterr(), stream).splitlines()
+    assert [file.name for file in tmp_path.iterdir()] == (["m.onnx"] if status == 0 else [])
+
+
+def test_half_weights_take_half_the_space(
+    files: dict[str, Path], scores: dict[str, float | None], photo: str, tmp_path: Path
+):
+    path = tmp_path / "m.onnx"
+    options = ["--to", "onnx", "--half", "--out", str(path), "--photo", photo, "--size", "48"]
+    assert main([random_weights(), *options]) == 0
+    assert path.stat().st_size < 0.52 * files["onnx"].stat().st_size
+    half, full = Segmenter(path, size=48), Segmenter(files["onnx"], size=48)
+    assert (half(photo) == full(photo)).mean() >= 0.99
+
+
+def test_a_file_with_half_weights_that_differs_is_refused(
+    photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(export, "compare", lambda *_: (0.98, 1e-3))
+    options = ["--to", "onnx", "--half", "--out", str(tmp_path / "m.onnx"), "--photo", photo]
+    assert main([random_weights(), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith("; export without --half\n")
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.support.run_report import Page, run  # noqa: F401
 from training.callbacks import build_callbacks
 from training.config import resolve
+from training.error_analysis import draw_confusion
 from training.report import Report
 
 
@@ -27,11 +28,19 @@ def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
     assert facts["mIoU"].startswith(f"{miou:.2f}%; best ")
     assert facts["Progress"].startswith(f"batch {trainer.state.timestamp.batch.value}, ")
     assert facts["Images per second"].endswith("including loading")
-    # The curves and the newest picture, whole and inside.
+    # The curves, the newest picture and the confusion matrix, whole and inside.
     drawn = [Image.open(io.BytesIO(report.curves.drawn or b"")).size]
     assert report.pictures is not None and report.pictures.sheet is not None
     drawn.append(report.pictures.sheet.size)
-    assert [image.size for image in page.images] == drawn
+    metric = trainer.state.eval_metrics["eval"]["MIoU"]
+    drawn.append(draw_confusion(metric.total_matrix.numpy(), report.classes).size)
+    assert [image.size for image in page.images[:3]] == drawn
+    # The two images with the lowest mIoU of the newest evaluation, the lowest first.
+    captions = [text.partition(": mIoU ") for text in page.texts["figcaption"]]
+    assert len(page.images) == 3 + len(captions) == 5
+    assert all(Path(name).is_file() and "/validation/" in name for name, _, _ in captions)
+    worst = [float(score.rstrip("%")) for _, _, score in captions]
+    assert worst == sorted(worst) and worst[0] < miou
     for image in page.images:
         image.load()
     assert all(link.startswith("data:image/") for link in page.links)

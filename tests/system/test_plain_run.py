@@ -51,6 +51,7 @@ def test_a_plain_run_imports_few_modules(tmp_path: Path) -> None:
         *("training.class_weights", "dataset.counts", "dataset.shards", "dataset.panoptic"),
         *("segmentation.losses_triton", "checkpointing.partial_load", "checkpointing.resume"),
         *("checkpointing.saver", "checkpointing.remote_store", "training.report"),
+        "training.error_analysis",
         *(f"networks.{name}" for name in ("mmseg", "torchvision", "smp", "hf", "timm")),
     }
     assert all((ROOT / f"{name.replace('.', '/')}.py").exists() for name in optional)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import export
 from extras.sharing import web
 from predict import Segmenter
 from segmentation.classes import load_classes
@@ -19,7 +20,8 @@ from tests.support.artifacts import CLASSES
 from tests.support.browser import CHROMIUM, Page, browser, static_host
 from tests.support.web import folder, photos, runtime  # noqa: F401
 
-READY = "document.querySelector('#status').textContent == 'Ready.'"
+# The network has loaded, and the page has segmented its first example.
+READY = "document.querySelector('#status').textContent.startsWith('large one #1.jpg: ')"
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +188,17 @@ def test_a_browser_whose_webgpu_fails_uses_webassembly(page: Page, photos: list[
     page.choose("#file", photos[0])
     segmented(page, photos[0].name)
     assert "WebAssembly" in page.run("document.querySelector('#time').textContent")
+
+
+def test_a_page_with_half_the_weights_shows_its_first_example(
+    page: Page, folder: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    weights, demo = folder / "weights.safetensors", tmp_path / "demo"
+    options = ["--to", "web", "--half", "--out", str(demo), "--photo", str(photos[0])]
+    assert export.main([str(weights), *options]) == 0
+    sizes = [(place / web.MODEL).stat().st_size for place in (demo, folder / "demo")]
+    assert sizes[0] < 0.6 * sizes[1]
+    with static_host(demo) as address:
+        page.open(address)
+        found = segmented(page, photos[0].name)
+    assert (found == Segmenter(weights)(str(photos[0]))).mean() >= 0.99

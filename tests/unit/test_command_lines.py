@@ -84,3 +84,19 @@ def test_start_silences_torch_about_a_cuda_toolkit(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(command_lines, "share_cores", lambda _: None)
     start()
     assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accepted"),
+    [("onnx", True), ("web", True), ("torchscript", False), ("safetensors", False), ("hub", False)],
+)
+def test_half_is_for_onnx_files_and_pages(
+    kind: str, accepted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["model.pt", "--to", kind, "--half"]
+    if accepted:
+        assert command_lines.parse_export(arguments).half
+        return
+    with pytest.raises(SystemExit):
+        command_lines.parse_export(arguments)
+    assert "--half works only with --to onnx and --to web" in capsys.readouterr().err

@@ -429,15 +429,17 @@ addEventListener("drop", (event) => {
   if (file) segment(file, file.name);
 });
 
+const examplePath = (name) => `examples/${encodeURIComponent(name)}`;
+const fetchExample = async (name) => (await fetch(examplePath(name))).blob();
+
 for (const name of about.examples) {
-  const path = `examples/${encodeURIComponent(name)}`;
   const image = new Image();
-  image.src = path;
+  image.src = examplePath(name);
   image.alt = `Example: ${name}`;
   const button = document.createElement("button");
   button.type = "button";
   button.append(image);
-  button.addEventListener("click", async () => segment(await (await fetch(path)).blob(), name));
+  button.addEventListener("click", async () => segment(await fetchExample(name), name));
   element("examples").append(button);
 }
 
@@ -445,6 +447,9 @@ document.title = element("title").textContent = about.title;
 try {
   network = await openNetwork();
   say("Ready.");
+  const [first] = about.examples;
+  const example = first && !waiting && (await fetchExample(first).catch(() => null));
+  if (example) waiting ??= [example, first]; // an image that the visitor has chosen comes first
   segmentNext();
 } catch (error) {
   say(`The network cannot be loaded: ${error.message}`, true);

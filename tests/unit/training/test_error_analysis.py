@@ -1,4 +1,4 @@
-"""Tests of extras/error_analysis.py."""
+"""Tests of training/error_analysis.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from extras.error_analysis import COLUMNS, ErrorAnalysis, draw_confusion, scores_as_csv
 from segmentation.classes import load_classes
 from segmentation.metrics import confusion_matrix_of_predictions
+from training.error_analysis import COLUMNS, ErrorAnalysis, draw_confusion, scores_as_csv
 
 CLASSES = load_classes(["road", "car", "tree"], 3)
 
@@ -31,7 +31,7 @@ def analyse(keep: int = 0) -> ErrorAnalysis:
         (2, none, road),
     ):
         counts = confusion_matrix_of_predictions(prediction, target, 3)
-        analysis.add(index, photo, target, prediction, counts)
+        analysis.add(index, lambda: photo, target, prediction, counts)
     return analysis
 
 

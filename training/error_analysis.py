@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import heapq
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from composer.utils import dist
@@ -69,13 +69,19 @@ class ErrorAnalysis:
         self._worst: list[tuple[float, int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
 
     def add(
-        self, index: int, photo: np.ndarray, target: Tensor, prediction: Tensor, counts: Tensor
+        self,
+        index: int,
+        photo: Callable[[], np.ndarray],
+        target: Tensor,
+        prediction: Tensor,
+        counts: Tensor,
     ) -> None:
         """Score an image, and keep it for drawing if its score is among the lowest.
 
         Args:
             index: Index of the image in the data set.
-            photo: (H, W, 3) uint8.
+            photo: Function that returns the image, (H, W, 3) uint8. It is called only if the image
+                is kept.
             target: (H, W) class indices, -1 for pixels without a label.
             prediction: (H, W) predicted class indices.
             counts: (C, C) confusion matrix of the image.
@@ -93,20 +99,39 @@ class ErrorAnalysis:
         self.scores.append(score)
         if not self.keep or score.miou is None:
             return
-        arrays = (photo, target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
-        heapq.heappush(self._worst, (-score.miou, -index, (arrays[0], arrays[1], arrays[2])))
-        if len(self._worst) > self.keep:
-            heapq.heappop(self._worst)  # Drop the highest-scoring copy.
+        key = (-score.miou, -index)
+        is_full = len(self._worst) == self.keep
+        if is_full and key < self._worst[0][:2]:  # The highest-scoring image comes first.
+            return
+        arrays = (photo(), target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
+        (heapq.heapreplace if is_full else heapq.heappush)(self._worst, (*key, arrays))
 
     def gather(self) -> list[ImageScore]:
         """Return the scores of all ranks' images, in data set order."""
         parts = dist.all_gather_object(self.scores)
         return sorted((score for part in parts for score in part), key=lambda score: score.index)
 
-    def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:
-        """Draw this rank's share of the lowest-scoring images, with their predictions.
+    def pictures(
+        self, scores: Sequence[ImageScore], height: int
+    ) -> Iterator[tuple[int, ImageScore, Image.Image]]:
+        """Draw this rank's images that have the lowest scores of all ranks, with their predictions.
 
-        File names start with the image's position, so `01_NAME.jpg` has the lowest score.
+        Args:
+            scores: Scores of all ranks, as returned by `gather`.
+            height: Height of a picture in pixels.
+
+        Yields:
+            The position of an image, from 1 for the lowest score; its score; and the picture.
+        """
+        worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
+        places = {score.index: (place, score) for place, score in enumerate(worst, 1)}
+        for _, index, arrays in self._worst:
+            if -index in places:
+                sheet = prediction_sheet(*([array] for array in arrays), self.classes, height)
+                yield *places[-index], sheet
+
+    def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:
+        """Write the pictures of this rank; `01_NAME.jpg` has the lowest score of all ranks.
 
         Args:
             scores: Scores of all ranks, as returned by `gather`.
@@ -115,12 +140,19 @@ class ErrorAnalysis:
         Raises:
             OutputError: The disk is full.
         """
-        worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
-        names = {s.index: f"{place:02}_{Path(s.name).stem}.jpg" for place, s in enumerate(worst, 1)}
-        for _, index, (photo, target, prediction) in self._worst:
-            if -index in names:
-                sheet = prediction_sheet([photo], [target], [prediction], self.classes, height=360)
-                write_image(folder / names[-index], sheet, quality=92)
+        for place, score, sheet in self.pictures(scores, height=360):
+            write_image(folder / f"{place:02}_{Path(score.name).stem}.jpg", sheet, quality=92)
+
+
+def image_name(dataset: Any, index: int) -> str:
+    """Return the file name of an image; only a shard has to be read for it.
+
+    Args:
+        dataset: Data set that `data.open_dataset` returns.
+        index: Index of the image.
+    """
+    samples = getattr(dataset, "samples", None)
+    return dataset.read(index)[3][0] if samples is None else samples[index].image_path
 
 
 def scores_as_csv(scores: Sequence[ImageScore], classes: Sequence[ClassInfo]) -> str:
