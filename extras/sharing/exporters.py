@@ -65,8 +65,8 @@ def compare(
 ) -> tuple[float, float]:
     """Compare an exported file with the original PyTorch model.
 
-    Both models run on the image at two sizes that differ from the exporter's example input. At the second
-    size, the batch also contains the mirrored image.
+    Both models run on the image at two sizes that differ from the exporter's example input. At the
+    second size, the batch also contains the mirrored image.
 
     Args:
         model: PyTorch model.
