@@ -40,6 +40,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "smp:Unet": {"encoder_name": "resnet18"},
     "hf:FOLDER": {},
     "timm:convnext_atto": {},
+    "timm:vit_tiny_patch16_224": {},
+    "timm:vit_small_patch16_dinov3": {},
     "benchmarks.studies.networks:plain": {},
 }
 
