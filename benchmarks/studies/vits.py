@@ -2,28 +2,45 @@
 
     python -m benchmarks.studies.vits                  # takes 6 minutes
     python -m benchmarks.studies.vits --names vit_tiny_patch16_224
+    python -m benchmarks.studies.vits --speed          # takes 3 minutes
 
 Each network has 11 classes and no pretrained weights. The test trains it for one SGD step on two
 random images and rebuilds it from the arguments that a checkpoint stores. The rebuilt network must
 return the same logits at a different image size, which resizes the position embeddings. Then the
 test exports the network to ONNX and compares the file with PyTorch at two more sizes. The Markdown
 table shows the cause of each failure.
+
+With `--speed`, the test measures training steps of small transformers and of a ResNet-50 in turn,
+in fp32 on two images per step. Peak memory includes the weights, and is measured in a process that
+takes a single step.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import multiprocessing
+import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Table, make_parser, quiet, write_json
+from benchmarks.harness import (
+    PeakMemory,
+    Table,
+    in_turn,
+    make_parser,
+    quiet,
+    seconds_of,
+    write_json,
+)
 from benchmarks.studies.families import CLASSES, rebuild, step
 from errors import one_line
 from extras.sharing.exporters import Deployed, compare, export
-from model import build_composer_model
+from model import ComposerDeepLabV3, build_composer_model
 from networks.base import Network
 
 # Small networks from each family of vision transformers in timm.
@@ -46,13 +63,25 @@ NAMES = (
     "flexivit_small",
 )
 
+FAST = ("deeplabv3", "timm:vit_tiny_patch16_224", "timm:vit_small_patch16_dinov3")
+
+
+def build(name: str) -> ComposerDeepLabV3:
+    """Build a network with random weights; `deeplabv3` is DeepLabV3+ with a ResNet-50."""
+    torch.manual_seed(0)
+    return build_composer_model(
+        name,
+        None,
+        num_classes=CLASSES,
+        backbone_arch="resnet50",
+        backbone_weights=None,
+        sync_bn=False,
+    )
+
 
 def measure(name: str, size: int) -> dict[str, Any]:
     """Test one network, and return the values for the table."""
-    torch.manual_seed(0)
-    model = build_composer_model(
-        f"timm:{name}", None, num_classes=CLASSES, backbone_weights=None, sync_bn=False
-    )
+    model = build(f"timm:{name}")
     network = model.module
     assert isinstance(network, Network)
     network.check(CLASSES, [size])
@@ -70,13 +99,43 @@ def measure(name: str, size: int) -> dict[str, Any]:
     return row | {"agreement": 100 * agreement, "difference": difference}
 
 
+def peak_memory(name: str, size: int) -> int:
+    """Return the memory in bytes that building a network and one training step need."""
+    with PeakMemory(on_gpu=False) as peak:
+        step(build(name), size)
+    return peak.bytes
+
+
+def print_speeds(size: int) -> dict[str, Any]:
+    """Print the speed and the peak memory of each network in FAST, and return the table."""
+    table = Table("network", "million parameters", "images/s", "relative to the first", "peak GB")
+    models = {name: build(name) for name in FAST}
+    steps = {
+        name: functools.partial(seconds_of, functools.partial(step, model, size))
+        for name, model in models.items()
+    }
+    times = {name: statistics.median(found) for name, found in in_turn(steps, 5, True).items()}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        for name, seconds in times.items():
+            parameters = sum(p.numel() for p in models[name].parameters()) / 1e6
+            peak = pool.submit(peak_memory, name, size).result() / 1e9
+            cells = f"{2 / seconds:.2f}", f"{times[FAST[0]] / seconds:.2f}x", f"{peak:.2f}"
+            table.add(name, f"{parameters:.1f}", *cells)
+    return table.result()
+
+
 @quiet()
 def main(argv: list[str] | None = None) -> int:
     """Print the table, and return the number of networks that fail."""
     parser = make_parser(__doc__)
     parser.add_argument("--names", nargs="+", default=NAMES, help="names of timm's networks")
     parser.add_argument("--size", type=int, default=96, help="image size in pixels")
+    parser.add_argument("--speed", action="store_true", help="measure training steps instead")
     options = parser.parse_args(argv)
+    if options.speed:
+        write_json(options, print_speeds(options.size))
+        return 0
     columns = ["timm:", "million parameters", "size divisor", "loss", "ONNX: same class"]
     table = Table(*columns, "ONNX: largest difference", "")
     failed = 0
