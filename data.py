@@ -57,8 +57,7 @@ class ADE20k(EncodedSamples):
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
         description: Layout of the folders and meaning of the masks; None: ADE20K's layout.
-        source: Split that is already open, used instead of `datadir`, `split`, `labels` and
-            `description`.
+        source: Open split to use instead of `datadir`, `split`, `labels` and `description`.
 
     Raises:
         DataError: Folders or masks are missing. For a damaged file, the error is raised on access.
@@ -244,8 +243,7 @@ def build_ade20k_dataspec(
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
         counts: Class counts of the training masks; None: count them here if rare-class sampling
             needs them.
-        source: Split that is already open. It replaces the arguments about the location and the
-            labels.
+        source: Open split that replaces the arguments about the data set's location and labels.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.
 
@@ -294,8 +292,7 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # Transform one micro-batch at a time, because float32 images are four times as large as uint8
-    # images.
+    # Transform one micro-batch at a time, because float32 images take four times as much memory.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
@@ -362,8 +359,7 @@ def build_data(
         # Shards already store class indices, so the config can no longer change the class order.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Schedulers send SIGTERM to all processes, but the run needs its loaders until it has saved a
-    # checkpoint.
+    # Schedulers send SIGTERM to all processes, but the run needs its loaders for the current batch.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

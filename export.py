@@ -249,10 +249,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     """Write the web page that extras/sharing/web.py describes."""
     photos = options.photo
     if len(source.classes) > 256:
-        raise UserError(
-            f"--to web: the model has {len(source.classes)} classes, but the page supports at most "
-            "256"
-        )
+        raise UserError("--to web: the page supports at most 256 classes; use another format")
     check_examples(photos)
     _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()

@@ -46,8 +46,8 @@ class Segments:
         ids = self.numbers[:, 0]
         if wrong := ids[(ids < 0) | (ids >= MAX_SEGMENTS)].tolist():
             raise DataError(
-                f"{path}: segment id {wrong[0]} does not fit in an RGB pixel; it must be between 0 "
-                f"and {MAX_SEGMENTS - 1}"
+                f"{path}: segment id {wrong[0]} must be between 0 and {MAX_SEGMENTS - 1}, the "
+                "range of an RGB pixel"
             )
 
     def only(self, paths: Iterable[str]) -> Segments:

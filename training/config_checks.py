@@ -27,7 +27,6 @@ from training.schema import (
 )
 
 MAX_RESIZED = 32767  # Longest image side, in pixels, that OpenCV can resize.
-
 # Keys that take effect only if another key is set. Each key maps to a pair: the other key and its
 # required value (None: any value).
 NEEDS: dict[str, tuple[str, Any]] = {
@@ -69,9 +68,7 @@ def check(config: Config, with_data: bool = True) -> None:
         raise ConfigError(f"load_path: cannot find {_seen_from(path)}")
     keep = config.save_num_checkpoints_to_keep
     if keep == 0 or keep < -1:
-        raise ConfigError(
-            f"save_num_checkpoints_to_keep: {keep} must be 1 or more, or -1 to keep all"
-        )
+        raise ConfigError(f"save_num_checkpoints_to_keep: {keep} must be 1 or more, or -1 for all")
     _check_network(config.model)
     _check_numbers(config)
     if config.model.cross_entropy_weight + config.model.dice_weight == 0:
@@ -174,10 +171,7 @@ def check_evaluates(config: Config) -> None:
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError(
-                "model.arguments: deeplabv3 has no such arguments; set its keys directly below "
-                "model"
-            )
+            raise ConfigError("model.arguments: deeplabv3 takes no arguments; use keys of model")
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
@@ -245,9 +239,7 @@ def _check_optimizer(config: Config) -> None:
             "unit, such as 1500ba or 2ep"
         )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
-        raise ConfigError(
-            "schedule.warmup: a warm-up needs max_duration in ep or ba; change its unit"
-        )
+        raise ConfigError("schedule.warmup: a warm-up needs max_duration in ep or ba; change it")
 
 
 def _check_class_weights(given: Any, num_classes: int) -> None:
@@ -353,9 +345,7 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     if isinstance(workers, str) and workers != "auto":
         raise ConfigError(f"{name}.num_workers: {workers!r} must be a number or auto")
     if isinstance(workers, int) and workers > (most := 16 * (os.cpu_count() or 1)):
-        raise ConfigError(
-            f"{name}.num_workers: {workers} is too many for this machine; use at most {most}"
-        )
+        raise ConfigError(f"{name}.num_workers: {workers} is too many; use at most {most}")
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
         raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
