@@ -368,9 +368,7 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
         return scores
     scores = _evaluate(options.model, options)
     if scores is None:
-        note = (
-            "the card will have no scores; give --scores FILE, written by evaluate.py --json FILE"
-        )
+        note = "the card will have no scores; give --scores FILE from evaluate.py --json FILE"
         print(note, file=sys.stderr)
     return scores
 
