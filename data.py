@@ -56,7 +56,7 @@ class ADE20k(EncodedSamples):
         target_transforms: Transform of the mask alone, applied after `both_transforms`.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
-        description: Layout of the folders and meaning of the masks; None: ADE20K's layout.
+        description: Layout of the folders and meaning of the masks; None for ADE20K's layout.
         source: Split that is already open, used instead of `datadir`, `split`, `labels` and
             `description`.
 
@@ -102,18 +102,18 @@ class StreamingADE20k(EncodedSamples):
     """A data set stored in MDS shards, with the same samples and transforms as `ADE20k`.
 
     Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The samples
-    have the same order as those of the same data in folders. If the data set is larger than
-    `cache_limit`, samples are instead shuffled within groups of shards that fit in the cache.
+    are in the same order as in folders. If the data set is larger than `cache_limit`, samples are
+    instead shuffled within groups of shards that fit in the cache.
 
     Args:
         remote: Folder or URL (s3://...) that contains the folders `train` and `val`.
-        local: Cache folder; None: read shards in a `remote` folder without copying them.
+        local: Cache folder. If None, shards are read from a `remote` folder without copying them.
         split: 'train' or 'val'.
         shuffle: Unused, because the sampler shuffles; kept for scripts written for MosaicML's code.
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
-        final_size: Side of the resulting square, pixels.
+        final_size: Side of the resulting square, in pixels.
         batch_size: Unused; kept for scripts written for MosaicML's code.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
@@ -155,7 +155,7 @@ class StreamingADE20k(EncodedSamples):
         return len(self.shards)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Return a sample's ID, its encoded image and mask, and the names of both."""
+        """Return a sample's ID, its encoded image and mask, and their names."""
         return self.shards.read(index)
 
     def prefetch(self, index: int) -> None:
@@ -211,12 +211,12 @@ def build_ade20k_dataspec(
     """Build the DataSpec of a split for Composer's Trainer.
 
     Batches contain images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
-    `DeviceTransform` turns them into the model's input. Evaluation keeps the samples in order.
+    `DeviceTransform` turns batches into the model's input. Evaluation keeps the samples in order.
 
     Args:
         path: Folder of the data set, or folder or URL of its shards.
         is_streaming: Whether the data set is in MDS shards.
-        local: Folder to cache shards in; None: read a folder of shards without copying them.
+        local: Cache folder for shards. If None, a folder of shards is read without copying them.
         batch_size: Number of samples per batch and rank.
         split: 'train' or 'val'.
         drop_last: Whether training skips the last batch of an epoch if it is incomplete.
@@ -224,28 +224,28 @@ def build_ade20k_dataspec(
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
-        final_size: Side of the resulting square, pixels.
+        final_size: Side of the resulting square, in pixels.
         ignore_background: See `dataset.labels.Labels`.
         seed: Seed of the sample order and of the augmentation.
         num_classes: Number of classes, 2 to 253.
         ignore_label: Additional label to ignore, or None.
         color_distortion: Whether to distort the colours of training images at random.
-        shuffle_seed: Separate seed for the sample order; None: `seed`.
-        predownload: Number of samples to download ahead; None: eight batches.
+        shuffle_seed: Separate seed for the sample order. If None, `seed` is used.
+        predownload: Number of samples to download ahead. If None, this is eight batches.
         cache_limit: See `dataset.shards.Shards`.
         download_retry: Number of retries of a failed download.
         download_timeout: Seconds to wait for the store's response.
         validate_hash: Name of the hash that each downloaded shard is verified with.
-        num_workers: Number of loader processes per rank; 'auto': one per core, at most 8.
+        num_workers: Number of loader processes per rank, or 'auto' for one per core, at most 8.
         description: Description of a data set that does not use ADE20K's layout. The description
             replaces `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the images below which a class counts as rare. Training
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
-        counts: Class counts of the training masks; None: count them here if rare-class sampling
-            needs them.
-        source: Split that is already open. It replaces the arguments about the location and the
-            labels.
+        counts: Class counts of the training masks. If None, the function counts the classes when
+            rare-class sampling needs them.
+        source: Split that is already open. The arguments for the location and the labels are then
+            ignored.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.
 

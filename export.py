@@ -94,7 +94,7 @@ class Source:
         classes: Name and colour of each class.
         config: Config of the run, or None.
         photo: (H, W, 3) uint8 RGB image for the comparison.
-        size: Length of the shorter side of `photo` in the comparison, pixels.
+        size: Length of the shorter side of `photo` in the comparison, in pixels.
     """
 
     name: str
@@ -279,7 +279,7 @@ def _check_folder(
 
 
 def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> None:
-    """Write weights, ONNX file, config and card, and push them if a repository is given."""
+    """Write the weights, ONNX file, config and card; with `--repo`, also push them to the hub."""
     check_place(folder)
     names = ["model.safetensors", MODEL, PICTURE, CARD]
     if source.config is not None:

@@ -58,7 +58,7 @@ def head(*names: object) -> str:
 
 
 class Table:
-    """A Markdown table that prints each row immediately, so that interruptions lose no results.
+    """A Markdown table that prints each row immediately, so that an interruption loses no results.
 
     Args:
         *names: Column headings.

@@ -134,7 +134,7 @@ def run(benchmark: Benchmark, limit: float) -> Outcome:
 
 
 def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> Iterator[Outcome]:
-    """Run all benchmarks within the given minutes; run CamVid last if `path` is given."""
+    """Run all benchmarks within a time limit in minutes; run CamVid last if `path` is set."""
     deadline = time.perf_counter() + 60 * minutes
     longer = max(minutes / usual_minutes(), 1)
     for benchmark in [*benchmarks, *([None] if path else [])]:

@@ -42,7 +42,8 @@ class Start:
     Attributes:
         where: Path or URI of the checkpoint.
         weights: Weights in the checkpoint.
-        state_path: Local path of the checkpoint if the run also needs its training state, or None.
+        state_path: Local path of the checkpoint, or None if the run does not need its training
+            state.
         is_resume: Whether the same run saved the checkpoint in its own folder.
     """
 
@@ -68,7 +69,7 @@ class Start:
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:
-        """Check that the config recorded in the checkpoint matches that of the run that loads it.
+        """Check that the checkpoint's recorded config matches the config of the run that loads it.
 
         Args:
             values: Config values that must match, by their dotted names. For an evaluation, only

@@ -12,7 +12,7 @@ IGNORED = 254  # Label of ignored pixels inside an image. It is not 0, because 0
 
 
 class Labels(NamedTuple):
-    """The mask values that stand for classes, and those that are ignored.
+    """The mask values that stand for classes, and the mask values that are ignored.
 
     Value 255 is always ignored.
 
@@ -49,7 +49,7 @@ class Labels(NamedTuple):
         return (label == PADDING) | (label == self.ignore_label) | zero
 
     def unknown(self) -> np.ndarray:
-        """Return a (256,) bool array that is True for labels that are neither class nor ignored."""
+        """Return a (256,) bool array, True for labels that are neither a class nor ignored."""
         return ~self.classes() & ~self.ignored()
 
     def loaded(self) -> np.ndarray:

@@ -81,10 +81,10 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     On average, each sample is drawn as many times as its factor. The total is the same in every
     epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). It gives each sample an interval whose length is
-    the sample's factor, and lays the intervals end to end in random order. A sample is drawn once
-    for each integer in its interval. The factors are first scaled up by less than 1 / n, so that
-    the total is an integer.
+    The method is systematic sampling (Madow 1949). The method gives each sample an interval whose
+    length is the sample's factor, and lays the intervals end to end in random order. A sample is
+    drawn once for each integer in its interval. The factors are first scaled up by less than 1 / n,
+    so that the total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -125,7 +125,7 @@ class EpochSampler(DistributedSampler):
         seed: Seed of the order.
         shuffle: Whether to shuffle the samples.
         drop_last: Whether to drop an incomplete last batch. If False, samples are repeated until
-            all ranks have the same number.
+            all ranks have the same number of samples.
         prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
         num_replicas: Number of ranks. If None, Composer's value is used.
         rank: Number of this rank. If None, Composer's value is used.

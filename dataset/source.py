@@ -197,7 +197,7 @@ def read_file(path: str) -> bytes:
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Check some masks before training for labels that do not match the model's classes.
+    """Check a sample of the masks for labels that do not match the model's classes.
 
     Args:
         source: The split to check.

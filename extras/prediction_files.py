@@ -106,7 +106,7 @@ def check_predictions(
         is_camera: Whether the input is a camera.
 
     Raises:
-        UserError: An output would overwrite such a file.
+        UserError: An output would overwrite an input or another program's file.
     """
     outputs = [(name, is_video(path)) for path, name in photos]
     outputs += [("camera", True)] if is_camera else []

@@ -40,7 +40,7 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
               header;
             - a list of names;
             - None, which means ADE20K's 150 classes. With 151 classes, the class `other` precedes
-              these. With any other number of classes, the names are numbers.
+              ADE20K's classes. With any other number of classes, the names are numbers.
         num_classes: Number of classes that the model predicts. Entry i of the result is the name
             and colour of class index i.
 

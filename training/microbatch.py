@@ -329,8 +329,8 @@ def fitting(
 def free_memory(device: Device) -> float:
     """Return the free GPU memory in bytes, as the minimum over all ranks.
 
-    The minimum matters, because a run ends if one GPU runs out of memory while the others wait in a
-    collective.
+    The minimum matters, because the run fails if one GPU runs out of memory while the others wait
+    in a collective operation.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:
@@ -352,7 +352,7 @@ def choose_microbatch(
 
     Returns:
         The value for Composer's `device_train_microbatch_size`, and the first size to try if this
-            is `auto` on a GPU. A good first size avoids compilations for sizes that do not fit.
+        value is `auto` on a GPU. A good first size avoids compilations for sizes that do not fit.
     """
     chosen, share = config.device_train_microbatch_size, per_process(config.train_dataset)
     if chosen is None or (chosen == "auto" and not torch.cuda.is_available()):

@@ -3,11 +3,11 @@
     python -m benchmarks.studies.vits                  # takes 6 minutes
     python -m benchmarks.studies.vits --names vit_tiny_patch16_224
 
-Each network has 11 classes and no pretrained weights. The test trains it for one SGD step on two
-random images and rebuilds it from the arguments that a checkpoint stores. The rebuilt network must
-return the same logits at a different image size, which resizes the position embeddings. Then the
-test exports the network to ONNX and compares the file with PyTorch at two more sizes. The Markdown
-table shows the cause of each failure.
+Each network has 11 classes and no pretrained weights. The test trains each network for one SGD step
+on two random images, and rebuilds the network from the arguments that a checkpoint stores. The
+rebuilt network must return the same logits at a different image size, which resizes the position
+embeddings. Then the test exports the network to ONNX and compares the file with PyTorch at two more
+sizes. The Markdown table shows the cause of each failure.
 """
 
 from __future__ import annotations

@@ -110,9 +110,10 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """For rare values, count pixels on thin lines, and those between their neighbours' values.
+    """For each rare value, count the pixels on thin lines, and how many of these look blurred.
 
-    A pixel is on a thin line if one of its four neighbours has a different value.
+    A pixel is on a thin line if one of its four neighbours has a different value. A pixel looks
+    blurred if its value is between its neighbours' values.
     """
     if not len(rare):
         return {}
@@ -146,7 +147,8 @@ def count_values(paths: list[str], workers: int) -> Values:
         workers: Number of processes.
 
     Raises:
-        DataError: Masks cannot be read, differ in type, or contain too many values or only one.
+        DataError: Masks cannot be read, differ in type, or contain too many values or only one
+            value.
     """
     chunks = [(part,) for part in chunked(paths)]
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
