@@ -139,8 +139,8 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"model.arguments: {len(wrong)} tensors of {self.where} do not match this "
-                f"network, starting with {wrong[0]}; {self._remedy}"
+                f"model.arguments: this network does not match {self.where}: {len(wrong)} tensors "
+                f"differ (the first is {wrong[0]}); {self._remedy}"
             )
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])

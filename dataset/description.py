@@ -202,7 +202,8 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
                 raise ConfigError(
-                    f"{where}: val: fraction must be a number between 0 and 1, without other keys"
+                    f"{where}: val: fraction must be a number between 0 and 1, and cannot be "
+                    "combined with other keys"
                 )
             sources[split] = sources["train"]
             continue

@@ -225,8 +225,8 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     if classes > MOST_CLASSES + 2:
         raise DataError(
             f"masks such as {paths[0]} contain too many {what}: {classes}, but at most "
-            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the masks "
-            "number objects"
+            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the mask values "
+            "are object IDs instead of classes"
         )
 
 
