@@ -50,8 +50,8 @@ class ADE20k(EncodedSamples):
     Args:
         datadir: Folder of the data set (see `list_samples`), or root of a described data set.
         split: 'train' or 'val'.
-        both_transforms: Transform of the (image, mask) pair; see `build_ade20k_transformations`. It
-            may also be a function that takes a pair of Pillow images.
+        both_transforms: Transform of the (image, mask) pair (see `build_ade20k_transformations`),
+            or a function that takes a pair of Pillow images.
         image_transforms: Transform of the image alone, applied after `both_transforms`.
         target_transforms: Transform of the mask alone, applied after `both_transforms`.
         seed: Seed of the random transforms.
@@ -102,12 +102,12 @@ class StreamingADE20k(EncodedSamples):
     """A data set stored in MDS shards, with the same samples and transforms as `ADE20k`.
 
     Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The samples
-    are in the same order as in folders. If the data set is larger than `cache_limit`, samples are
+    are in the same order as in `ADE20k`. If the data set is larger than `cache_limit`, samples are
     instead shuffled within groups of shards that fit in the cache.
 
     Args:
         remote: Folder or URL (s3://...) that contains the folders `train` and `val`.
-        local: Cache folder. If None, shards are read from a `remote` folder without copying them.
+        local: Cache folder, or None to read shards from a `remote` folder without copying them.
         split: 'train' or 'val'.
         shuffle: Unused, because the sampler shuffles; kept for scripts written for MosaicML's code.
         base_size: See `build_ade20k_transformations`.
@@ -216,7 +216,7 @@ def build_ade20k_dataspec(
     Args:
         path: Folder of the data set, or folder or URL of its shards.
         is_streaming: Whether the data set is in MDS shards.
-        local: Cache folder for shards. If None, a folder of shards is read without copying them.
+        local: Cache folder for shards, or None to read a folder of shards without copying them.
         batch_size: Number of samples per batch and rank.
         split: 'train' or 'val'.
         drop_last: Whether training skips the last batch of an epoch if it is incomplete.
@@ -230,8 +230,8 @@ def build_ade20k_dataspec(
         num_classes: Number of classes, 2 to 253.
         ignore_label: Additional label to ignore, or None.
         color_distortion: Whether to distort the colours of training images at random.
-        shuffle_seed: Separate seed for the sample order. If None, `seed` is used.
-        predownload: Number of samples to download ahead. If None, this is eight batches.
+        shuffle_seed: Separate seed for the sample order, or None to use `seed`.
+        predownload: Number of samples to download ahead, or None for eight batches.
         cache_limit: See `dataset.shards.Shards`.
         download_retry: Number of retries of a failed download.
         download_timeout: Seconds to wait for the store's response.
@@ -242,8 +242,8 @@ def build_ade20k_dataspec(
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the images below which a class counts as rare. Training
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
-        counts: Class counts of the training masks. If None, the function counts the classes when
-            rare-class sampling needs them.
+        counts: Class counts of the training masks. If `counts` is None, the function counts the
+            classes when rare-class sampling needs the counts.
         source: Split that is already open. The arguments for the location and the labels are then
             ignored.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are

@@ -1,7 +1,7 @@
 """Export a checkpoint for deployment, with all the metadata that a program needs.
 
-    python export.py runs/first --to onnx                           # its best, as first.onnx
-    python export.py runs/first --to onnx --half                    # in half the size
+    python export.py runs/first --to onnx                           # best checkpoint, as first.onnx
+    python export.py runs/first --to onnx --half                    # half the size
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
     python export.py runs/first --to web --out demo --photo street.jpg --photo yard.jpg
     python export.py runs/first --to hub --repo user/name --licence "CC BY 4.0"

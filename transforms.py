@@ -223,7 +223,7 @@ class DeviceTransform:
         labels: Meaning of the labels in the masks.
         distort: Whether to distort colours.
         seed: Seed of the distortion.
-        epoch: Function that returns the current epoch number. If None, the epoch is always 0.
+        epoch: Function that returns the current epoch number, or None for epoch 0.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class Benchmark(NamedTuple):
     Attributes:
         module: Name of the module to run.
         arguments: Command-line arguments.
-        seconds: Maximum run time in seconds under the default time limit; None for no maximum.
+        seconds: Maximum run time in seconds under the default time limit, or None for no maximum.
     """
 
     module: str

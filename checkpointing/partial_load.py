@@ -34,9 +34,9 @@ def load_fitting(
         least: Minimum share of the network's tensors that must match.
         classes: Classes of the network. If `classes` is not None, rows of classes with the same
             name in the file are also loaded.
-        num_classes: Number of classes of the network. If None, the number of rows in DeepLabV3's
-            last layer is used.
-        class_tensors: Names of the tensors with one row per class. Needed only if the file has the
+        num_classes: Number of classes of the network, or None to use the number of rows in
+            DeepLabV3's last layer.
+        class_tensors: Names of the tensors with one row per class, needed only if the file has the
             same number of classes but different classes. Rows of these tensors are matched by class
             name or not loaded.
 

@@ -95,8 +95,8 @@ class Checkpoints(CheckpointSaver):
         save_interval: Time between checkpoints, as a Composer time string.
         evaluations: Schedule of the run's evaluations.
         keep: Number of newest checkpoints to keep; -1 keeps all.
-        overwrite: Whether the folder may contain an earlier run's checkpoints. If so, they are
-            removed one by one as new ones are saved.
+        overwrite: Whether the folder may contain an earlier run's checkpoints, which are then
+            removed one by one as new checkpoints are saved.
         autoresume: Whether the run resumes from the checkpoints in the folder.
         best: Tracker of the best evaluation, which also decides on early stopping.
         save_best: Whether to keep the checkpoint of the best evaluation.

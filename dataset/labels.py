@@ -18,7 +18,7 @@ class Labels(NamedTuple):
 
     Attributes:
         num_classes: Number of classes C.
-        ignore_background: Whether label 0 is ignored and label k is class k - 1. If False, label k
+        ignore_background: Whether label 0 is ignored and label k is class k - 1. Otherwise, label k
             is class k.
         ignore_label: Additional value to ignore, or None.
     """

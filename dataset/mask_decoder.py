@@ -36,8 +36,8 @@ class Masks:
         labels: The meaning of the labels that the decoder returns.
         values: Label of each mask value, or None if the values are already labels.
         in_colors: Whether the values are colours, encoded by `dataset.description.pack`.
-        segments: Categories of each mask's segments, from a file in COCO's panoptic format. If not
-            None, the keys of `values` are categories.
+        segments: Categories of each mask's segments, from a file in COCO's panoptic format. If
+            `segments` is not None, the keys of `values` are categories.
     """
 
     def __init__(

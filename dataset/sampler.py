@@ -127,10 +127,10 @@ class EpochSampler(DistributedSampler):
         drop_last: Whether to drop an incomplete last batch. If False, samples are repeated until
             all ranks have the same number of samples.
         prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
-        num_replicas: Number of ranks. If None, Composer's value is used.
-        rank: Number of this rank. If None, Composer's value is used.
-        repeat_factors: Average number of times that each sample is drawn per epoch, (n,). If None,
-            each sample is drawn once.
+        num_replicas: Number of ranks, or None to use Composer's value.
+        rank: Number of this rank, or None to use Composer's value.
+        repeat_factors: Average number of times that each sample is drawn per epoch, (n,), or None
+            to draw each sample once.
     """
 
     dataset: Ordered

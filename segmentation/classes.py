@@ -171,7 +171,7 @@ def rename_classes(
     """Return the classes with the names and colours that the user chose.
 
     Args:
-        source: Names and colours; see `load_classes`. If None, the recorded names are kept.
+        source: Names and colours (see `load_classes`), or None to keep the recorded names.
         num_classes: Number of classes.
         recorded: Names and colours from the checkpoint or the description, or None.
         recorded_where: Source of the recorded names, for the error message.

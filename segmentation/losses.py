@@ -104,8 +104,8 @@ def segmentation_loss(
 
     Raises:
         ValueError: The shapes or types do not match.
-        RuntimeError: A class index is out of range. This is checked only on a CPU, because on a GPU
-            the check would wait for the device; there, the cross entropy is nan instead.
+        RuntimeError: A class index is out of range. The class indices are checked only on a CPU. On
+            a GPU, the check would wait for the device, so the cross entropy is nan instead.
     """
     if isinstance(target, MixedTarget):
         pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))

@@ -144,9 +144,9 @@ def count(
         network: Network that is not compiled yet, on any device including "meta".
         size: Side of the images, in pixels.
         dtype: Data type for autocast, or None for fp32 without autocast.
-        compiled: Whether the network will be compiled. If so, a synchronised BatchNorm needs no
-            more memory than an ordinary BatchNorm, because its operations are fused into one
-            kernel.
+        compiled: Whether the network will be compiled. In a compiled network, a synchronised
+            BatchNorm needs no more memory than an ordinary BatchNorm, because its operations are
+            fused into one kernel.
 
     Raises:
         ModelError: The network's operations depend on the values of its tensors.

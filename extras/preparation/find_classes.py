@@ -58,7 +58,7 @@ class Values(NamedTuple):
         pixels: Number of pixels of each value.
         edges: Values that probably result from blurred edges, with the files that contain them.
         colors: Palette colour of each value.
-        same: Maps each redundant value to the value with the same meaning.
+        same: For each redundant value, the value with the same meaning.
         notes: Comment lines for the description.
     """
 
