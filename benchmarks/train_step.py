@@ -426,7 +426,7 @@ def estimate_lines(result: dict[str, Any]) -> list[str]:
 
 
 def ratio(entry: dict[str, Any]) -> float:
-    """Return this project's throughput divided by that of the plain baseline."""
+    """Return this project's throughput divided by the plain baseline's throughput."""
     return entry["ours"]["images_per_second"] / entry["plain"]["images_per_second"]
 
 

@@ -115,7 +115,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Try the file operations of a save on small files, and raise an OSError if one fails."""
+        """Try a save's file operations on small files, and raise an OSError if one fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()

@@ -316,7 +316,7 @@ def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool
 def guarded_unpickling() -> Iterator[None]:
     """Make Composer call `check_checkpoint` on every file before unpickling it.
 
-    This also applies to files that Composer downloads from an object store.
+    The check also applies to files that Composer downloads from an object store.
     """
     variable = "CHECKPOINT_VALIDATION_FUNCTION"
     before = os.environ.get(variable)

@@ -149,7 +149,7 @@ class EncodedSamples(Dataset):
     def resume_with(self, sampler: EpochSampler) -> None:
         """Save and restore a sampler's position in the epoch as the state of this data set.
 
-        Composer saves the state of a data set but not that of a sampler.
+        Composer saves the state of a data set but not the state of a sampler.
 
         Args:
             sampler: The sampler of the training loader.

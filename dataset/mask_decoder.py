@@ -84,7 +84,7 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return a smaller decoder for the given masks only, which can be sent to a process faster.
+        """Return a smaller decoder for only these masks, which is faster to send to a process.
 
         Args:
             paths: Paths of the masks.

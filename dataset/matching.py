@@ -76,8 +76,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         root: Folder that the layout's paths are relative to.
 
     Returns:
-        The listings, indexed by split. If `val` is a fraction of `train`, both splits are included,
-        otherwise only the given split.
+        The listings, indexed by split. If `val` is a fraction of `train`, both splits are included;
+        otherwise, only `split` is.
 
     Raises:
         ConfigError: The description does not specify where the images and masks are.

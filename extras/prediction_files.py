@@ -22,7 +22,7 @@ COMMENT = "Written by predict.py"
 
 
 def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
-    """Find all images and videos for the given files, folders and glob patterns.
+    """Find all images and videos among the files, folders and glob patterns in `arguments`.
 
     Folders are searched recursively. Every output has a different path, even for files that differ
     only in extension or case. A video's output name also differs from the names of all image

@@ -95,7 +95,7 @@ def segmentation_loss(
         cross_entropy_weight: Weight of the cross entropy, a mean over pixels.
         dice_weight: Weight of the Dice loss, a mean over the classes in the batch's target.
         class_weights: (C,) weights of the classes in both means. The cross entropy weights each
-            pixel by its class, like PyTorch's `F.cross_entropy(weight=...)`. If None, all classes
+            pixel by its class, like PyTorch's `F.cross_entropy(weight=...)`. With None, all classes
             have the same weight.
 
     Returns:

@@ -228,7 +228,7 @@ class MIoU(Metric):
 
         Args:
             logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
-            target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
+            target: (N, H, W) class indices, or None if `logits` is a `BatchScore`.
         """
         if isinstance(logits, BatchScore):
             self.matrix += logits.matrix
@@ -269,7 +269,7 @@ class CrossEntropy(Metric):
 
         Args:
             logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
-            target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
+            target: (N, H, W) class indices, or None if `logits` is a `BatchScore`.
         """
         if not isinstance(logits, BatchScore):
             assert target is not None

@@ -33,8 +33,9 @@ class EMA(composer.algorithms.EMA):
     Args:
         half_life: Time string, in batches or epochs, after which a weight's influence on the
             average has halved.
-        update_interval: Time between updates, as a time string in the same unit as `half_life`. If
-            None, the average is updated after every batch or every epoch, depending on this unit.
+        update_interval: Time between updates, as a time string in the same unit as `half_life`. By
+            default, the average is updated after every batch or every epoch, depending on this
+            unit.
     """
 
     smoothing: float  # `smoothing` is never None, because `half_life` is always set.
