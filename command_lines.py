@@ -47,9 +47,9 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
 
     OpenMP reads these variables when torch is imported:
 
-    - OMP_WAIT_POLICY: Let waiting threads sleep. By default they spin and keep the core busy. On
-      two cores, two simultaneous runs would then take several times as long as two consecutive
-      runs.
+    - OMP_WAIT_POLICY: Let waiting threads sleep. By default, waiting threads spin and keep the core
+      busy. On two cores, two simultaneous runs would then take several times as long as two
+      consecutive runs.
     - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process uses
       all cores, the variable stays unset, because the number of threads affects the last bits of
       sums.
@@ -176,7 +176,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options about a checkpoint; --network also permits a user's own function to run."""
+    """Add the checkpoint options; --network also allows the user's own function to run."""
     parser.add_argument(
         "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
     )

@@ -77,9 +77,9 @@ def convert(
         compression: Compression by its Streaming name, such as 'zstd' or 'zstd:7', or None.
         hashes: Names of the hash functions whose values the index lists for each shard.
         size_limit: Maximum size of an uncompressed shard, such as '4mb'.
-        workers: Number of processes; None: one per core.
+        workers: Number of processes, or None for one process per core.
         staging: Folder for shards that have not been uploaded yet, and for records of finished
-            uploads; None: a temporary folder whose name depends on `path` and `out`.
+            uploads, or None for a temporary folder whose name depends on `path` and `out`.
         root: Root folder to use instead of the description's root, or None.
 
     Returns:

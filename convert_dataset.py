@@ -10,7 +10,8 @@ The command writes the images, the masks and their description `data.yaml` to th
 Images are hard-linked if the file system supports this. Then the command checks the data set as
 `data.py` does. If shapes overlap, the smaller shape covers the larger one. With `--overlap order`,
 the later shape covers the earlier one; in CVAT, the order is the z-order. Pixels without a shape
-get the class `background`. With `--background ignore` they are ignored, as in panoptic masks.
+get the class `background`. With `--background ignore`, these pixels are ignored, as in panoptic
+masks.
 """
 
 from __future__ import annotations

@@ -50,13 +50,13 @@ class ADE20k(EncodedSamples):
     Args:
         datadir: Folder of the data set (see `list_samples`), or root of a described data set.
         split: 'train' or 'val'.
-        both_transforms: Transform of the (image, mask) pair; see `build_ade20k_transformations`. It
-            may also be a function that takes a pair of Pillow images.
+        both_transforms: Transform of the (image, mask) pair (see `build_ade20k_transformations`),
+            or a function that takes a pair of Pillow images.
         image_transforms: Transform of the image alone, applied after `both_transforms`.
         target_transforms: Transform of the mask alone, applied after `both_transforms`.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
-        description: Layout of the folders and meaning of the masks; None: ADE20K's layout.
+        description: Layout of the folders and meaning of the masks; None for ADE20K's layout.
         source: Open split to use instead of `datadir`, `split`, `labels` and `description`.
 
     Raises:
@@ -101,18 +101,18 @@ class StreamingADE20k(EncodedSamples):
     """A data set stored in MDS shards, with the same samples and transforms as `ADE20k`.
 
     Shards have the columns `uid`, `x` (the encoded image) and `y` (the encoded mask). The samples
-    have the same order as those of the same data in folders. If the data set is larger than
-    `cache_limit`, samples are instead shuffled within groups of shards that fit in the cache.
+    are in the same order as in `ADE20k`. If the data set is larger than `cache_limit`, samples are
+    instead shuffled within groups of shards that fit in the cache.
 
     Args:
         remote: Folder or URL (s3://...) that contains the folders `train` and `val`.
-        local: Cache folder; None: read shards in a `remote` folder without copying them.
+        local: Cache folder, or None to read shards from a `remote` folder without copying them.
         split: 'train' or 'val'.
         shuffle: Unused, because the sampler shuffles; kept for scripts written for MosaicML's code.
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
-        final_size: Side of the resulting square, pixels.
+        final_size: Side of the resulting square, in pixels.
         batch_size: Unused; kept for scripts written for MosaicML's code.
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
@@ -154,7 +154,7 @@ class StreamingADE20k(EncodedSamples):
         return len(self.shards)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Return a sample's ID, its encoded image and mask, and the names of both."""
+        """Return a sample's ID, its encoded image and mask, and their names."""
         return self.shards.read(index)
 
     def prefetch(self, index: int) -> None:
@@ -210,12 +210,12 @@ def build_ade20k_dataspec(
     """Build the DataSpec of a split for Composer's Trainer.
 
     Batches contain images (N, 3, H, W) and labels (N, H, W), both uint8. On the device,
-    `DeviceTransform` turns them into the model's input. Evaluation keeps the samples in order.
+    `DeviceTransform` turns batches into the model's input. Evaluation keeps the samples in order.
 
     Args:
         path: Folder of the data set, or folder or URL of its shards.
         is_streaming: Whether the data set is in MDS shards.
-        local: Folder to cache shards in; None: read a folder of shards without copying them.
+        local: Cache folder for shards, or None to read a folder of shards without copying them.
         batch_size: Number of samples per batch and rank.
         split: 'train' or 'val'.
         drop_last: Whether training skips the last batch of an epoch if it is incomplete.
@@ -223,26 +223,26 @@ def build_ade20k_dataspec(
         base_size: See `build_ade20k_transformations`.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
-        final_size: Side of the resulting square, pixels.
+        final_size: Side of the resulting square, in pixels.
         ignore_background: See `dataset.labels.Labels`.
         seed: Seed of the sample order and of the augmentation.
         num_classes: Number of classes, 2 to 253.
         ignore_label: Additional label to ignore, or None.
         color_distortion: Whether to distort the colours of training images at random.
-        shuffle_seed: Separate seed for the sample order; None: `seed`.
-        predownload: Number of samples to download ahead; None: eight batches.
+        shuffle_seed: Separate seed for the sample order, or None to use `seed`.
+        predownload: Number of samples to download ahead, or None for eight batches.
         cache_limit: See `dataset.shards.Shards`.
         download_retry: Number of retries of a failed download.
         download_timeout: Seconds to wait for the store's response.
         validate_hash: Name of the hash that each downloaded shard is verified with.
-        num_workers: Number of loader processes per rank; 'auto': one per core, at most 8.
+        num_workers: Number of loader processes per rank, or 'auto' for one per core, at most 8.
         description: Description of a data set that does not use ADE20K's layout. The description
             replaces `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
         rare_class_sampling: Share of the images below which a class counts as rare. Training
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
-        counts: Class counts of the training masks; None: count them here if rare-class sampling
-            needs them.
+        counts: Class counts of the training masks. By default, the classes are counted here if
+            rare-class sampling needs them.
         source: Open split that replaces the arguments about the data set's location and labels.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.

@@ -72,7 +72,8 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
     """Download and unpack the data set, unless a complete `<path>/ADEChallengeData2016` exists.
 
     Args:
-        path: Folder that will contain `ADEChallengeData2016`. For training, set `path` to it.
+        path: Folder that will contain `ADEChallengeData2016`. For training, set `path` to this
+            folder.
         url: HTTP(S) URL of the archive. A mirror's archive must match `sha1`.
         sha1: SHA-1 of the archive, 40 hex digits.
 

@@ -30,9 +30,9 @@ class ConfigError(UserError):
 
 
 class UnevenBatch(ConfigError):
-    """An error for a batch size that does not divide among the current processes.
+    """An error for a batch size that does not divide evenly among the current processes.
 
-    Under torchrun, the batch may divide again when another node joins.
+    Under torchrun, the batch may divide evenly again when another node joins.
     """
 
 

@@ -1,8 +1,8 @@
 """Score a checkpoint on a validation set.
 
-    python evaluate.py runs/first                           # its best, on its own validation set
+    python evaluate.py runs/first                       # best checkpoint, its own validation set
     python evaluate.py weights.safetensors --path ade20k --tta --csv classes.csv --json scores.json
-    composer evaluate.py runs/first/latest-rank0.pt         # on every GPU
+    composer evaluate.py runs/first/latest-rank0.pt     # on every GPU
 
 The protocol `paper` matches mmsegmentation's evaluation on ADE20K, so its scores are comparable
 with published tables. Images keep their aspect ratio. An image's shorter side becomes
@@ -152,7 +152,7 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score a checkpoint as the options of the command line specify.
+    """Score a checkpoint according to the command-line options.
 
     Args:
         options: Parsed command line; see `command_lines.parse_evaluate`.

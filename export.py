@@ -1,7 +1,7 @@
 """Export a checkpoint for deployment, with all the metadata that a program needs.
 
-    python export.py runs/first --to onnx                           # its best, as first.onnx
-    python export.py runs/first --to onnx --half                    # in half the size
+    python export.py runs/first --to onnx                           # best checkpoint, as first.onnx
+    python export.py runs/first --to onnx --half                    # half the size
     python export.py runs/first/latest-rank0.pt --weights-only      # latest-rank0.safetensors
     python export.py runs/first --to web --out demo --photo street.jpg --photo yard.jpg
     python export.py runs/first --to hub --repo user/name --licence "CC BY 4.0"
@@ -94,7 +94,7 @@ class Source:
         classes: Name and colour of each class.
         config: Config of the run, or None.
         photo: (H, W, 3) uint8 RGB image for the comparison.
-        size: Length of the shorter side of `photo` in the comparison, pixels.
+        size: Length of the shorter side of `photo` in the comparison, in pixels.
     """
 
     name: str
@@ -276,7 +276,7 @@ def _check_folder(
 
 
 def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> None:
-    """Write weights, ONNX file, config and card, and push them if a repository is given."""
+    """Write the weights, ONNX file, config and card; with `--repo`, also push them to the hub."""
     check_place(folder)
     names = ["model.safetensors", MODEL, PICTURE, CARD]
     if source.config is not None:

@@ -49,14 +49,14 @@ class ComposerDeepLabV3(ComposerClassifier):
         ignore_index: Target value of pixels that the loss and the metrics ignore.
         cross_entropy_weight: Weight of the cross entropy in the loss.
         dice_weight: Weight of the Dice loss in the loss.
-        class_weights: Weight of each class in the cross entropy and the Dice loss; None: equal
-            weights.
+        class_weights: Weight of each class in the cross entropy and the Dice loss, or None for
+            equal weights.
         fused_loss: `"auto"` to compute the loss with Triton kernels on a GPU, or `False` to compute
-            it with PyTorch operations. Both give the same loss.
+            it with PyTorch operations. Both methods give the same loss.
         cpu_autocast: Data type of the forward pass on a CPU, such as `torch.bfloat16`. Composer
             supports mixed precision only on GPUs.
         eval_batch_size: Size that the last evaluation batch is padded to, so that a compiled
-            network sees only one shape; None: no padding.
+            network sees only one shape, or None for no padding.
     """
 
     def __init__(

@@ -76,10 +76,10 @@ class Segmenter:
     Args:
         path: Path of a Composer checkpoint, a state dict, a safetensors file, or an ONNX file
             written by `export.py`.
-        classes: Class names, or a file that lists them; None: the names stored with the model, or
-            the defaults of `segmentation.classes.load_classes`.
-        size: Length of the shorter image side in pixels; 0: no resizing; None: the size of the
-            run's validation images, or 512 if unknown.
+        classes: Class names, a file that lists them, or None for the names stored with the model.
+            If the model has no names, the defaults of `segmentation.classes.load_classes` are used.
+        size: Length of the shorter image side in pixels, or 0 for no resizing. The default is the
+            size of the run's validation images, or 512 if that size is unknown.
         tta: Whether to use test-time augmentation, which averages the probabilities over six scales
             (0.5 to 1.75), each with and without a flip.
         slide: Whether to process overlapping square windows instead of the complete image. The
@@ -88,7 +88,7 @@ class Segmenter:
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
         network: Name of the network. The name is needed if the file does not contain it, or to
             allow a user's own function to run.
-        device: Name of the torch device; None: a GPU if there is one.
+        device: Name of the torch device, or None to use a GPU if there is one.
         amp: Whether to run the network in bf16 by autocast.
 
     Attributes:
@@ -174,7 +174,7 @@ class Segmenter:
 
         Args:
             photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
-            prediction: (H, W) class indices; None: segment the image first.
+            prediction: (H, W) class indices, or None to segment the image first.
         """
         photo = read_photo(photo)
         prediction = self(photo) if prediction is None else prediction

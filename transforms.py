@@ -31,7 +31,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         image: (H, W, 3) uint8.
-        size: Height and width of the result, pixels.
+        size: Height and width of the result, in pixels.
 
     Returns:
         np.ndarray: (*size, 3) uint8.
@@ -195,10 +195,10 @@ def build_ade20k_transformations(
 
     Args:
         split: 'train' for random crops, or 'val' for a plain resize.
-        base_size: Side of the square that an image is resized to before the random scale, pixels.
+        base_size: Side in pixels of the square that an image is resized to before the random scale.
         min_resize_scale: Smallest random scale.
         max_resize_scale: Largest random scale.
-        final_size: Side of the resulting square, pixels.
+        final_size: Side of the resulting square, in pixels.
         max_class_share: See `RandomCrop`.
         is_class: See `RandomCrop`.
 
@@ -215,15 +215,15 @@ def build_ade20k_transformations(
 class DeviceTransform:
     """The part of the transforms that runs on the device.
 
-    It distorts colours (training only), normalises images, and turns labels into class indices. The
-    random numbers depend only on the seed, the epoch and the sample's pixels. Therefore the result
-    does not depend on the micro-batch size, the number of ranks or a resume.
+    The transform distorts colours (training only), normalises images, and turns labels into class
+    indices. The random numbers depend only on the seed, the epoch and the sample's pixels.
+    Therefore the result does not depend on the micro-batch size, the number of ranks or a resume.
 
     Args:
         labels: Meaning of the labels in the masks.
         distort: Whether to distort colours.
         seed: Seed of the distortion.
-        epoch: Function that returns the current epoch number; None: always 0.
+        epoch: Function that returns the current epoch number, or None for epoch 0.
     """
 
     def __init__(

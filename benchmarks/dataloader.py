@@ -45,7 +45,7 @@ RandomCrop: Any = transforms.RandomCrop
 
 
 def make_data(root: Path, count: int) -> None:
-    """Generate images and masks whose image sizes and file sizes resemble ADE20K's.
+    """Generate images and masks with image sizes and file sizes similar to ADE20K's.
 
     The mean image size is 516x417 pixels. The mean area is 0.236 megapixels, and 90% of the images
     are smaller than 0.39 megapixels. The images take about 1.5 bits per pixel, and each mask takes
@@ -197,7 +197,7 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
 
 
 def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Return all throughputs, with each loader's median and its ratio to the first loader's."""
+    """Return all throughputs, each loader's median, and its ratio to the first loader's median."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     return {
@@ -227,7 +227,7 @@ def main(
     measure: Callable[[str, int, int, int], dict[str, Any]] = measure,
     images: int = 400,
 ) -> dict[str, Any]:
-    """Run a benchmark with the measuring function `measure`, and return the result for `--json`."""
+    """Run a benchmark that calls `measure`, and return the result for `--json`."""
     parser = make_parser(inspect.getmodule(measure).__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")

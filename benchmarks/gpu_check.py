@@ -12,13 +12,12 @@ Each row of the first table compares a result with a reference:
 - An ONNX export on the GPU is compared with PyTorch on the CPU, if onnxruntime can use the GPU.
 
 The second table shows the speed and memory of a compiled training step. If `main.py --plan`
-supports the GPU, the table also shows the planned speed and memory. The measured speed does not
+supports the GPU, the table also shows the predicted speed and memory. The measured speed does not
 affect the verdict.
 
 The last line of the output is `verdict: passed`, or `verdict: failed` with the names of the failed
 rows. The last line also lists the rows that were left out. The exit status is 1 if a row failed and
-0 otherwise.
-`benchmarks.numerics` also tests compiled runs and more data types.
+0 otherwise. `benchmarks.numerics` also tests compiled runs and more data types.
 """
 
 from __future__ import annotations
@@ -258,7 +257,7 @@ def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
 
 
 def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
-    """Measure and print each table row, but leave out rows that would start after the deadline."""
+    """Measure and print each table row; leave out rows that would start after the deadline."""
     words = {True: "ok", False: "FAILED", None: "left out"}
     for name, measure in rows:
         try:

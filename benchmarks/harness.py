@@ -58,7 +58,7 @@ def head(*names: object) -> str:
 
 
 class Table:
-    """A Markdown table that prints each row immediately, so that interruptions lose no results.
+    """A Markdown table that prints each row immediately, so that an interruption loses no results.
 
     Args:
         *names: Column headings.
@@ -125,7 +125,7 @@ def seconds_of(
     Args:
         call: Function to time.
         threads: Number of CPU threads; by default PyTorch's current number of threads.
-        min_run_time: Minimum total time of the repeated calls, in seconds; 0 for a single call.
+        min_run_time: Minimum total time of the repeated calls, in seconds, or 0 for a single call.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=threads or torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median

@@ -83,7 +83,7 @@ def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[
 
 
 def loss_rows(size: int) -> Iterator[Row]:
-    """Yield the rows of the loss table: each data type and target, with and without weights."""
+    """Yield a row of the loss table for each data type and target, with and without weights."""
     for dtype, tolerance in TOLERANCE.items():
         for target in loss.TARGETS:
             for side in loss.WEIGHTED:

@@ -38,7 +38,7 @@ class Benchmark(NamedTuple):
     Attributes:
         module: Name of the module to run.
         arguments: Command-line arguments.
-        seconds: Maximum run time in seconds under the default time limit; None for no maximum.
+        seconds: Maximum run time in seconds under the default time limit, or None for no maximum.
     """
 
     module: str
@@ -134,7 +134,7 @@ def run(benchmark: Benchmark, limit: float) -> Outcome:
 
 
 def run_all(benchmarks: list[Benchmark], minutes: float, path: str | None) -> Iterator[Outcome]:
-    """Run all benchmarks within the given minutes; run CamVid last if `path` is given."""
+    """Run all benchmarks within a time limit in minutes; run CamVid last if `path` is set."""
     deadline = time.perf_counter() + 60 * minutes
     longer = max(minutes / usual_minutes(), 1)
     for benchmark in [*benchmarks, *([None] if path else [])]:

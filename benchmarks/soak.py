@@ -10,10 +10,10 @@ downloading from the server.
 The test runs each recipe in turn and injects faults at random batches. Every type of fault occurs
 once before any type repeats. torchrun restarts lost processes. If torchrun itself exits too early,
 the benchmark starts it again with the same command. At the end, the test compares the weights, the
-averages and the optimizer state with those of an undisturbed run.
+averaged weights and the optimizer state with those of an undisturbed run.
 
 To simulate a full disk, the test fills a small tmpfs. The test needs root to mount the tmpfs. To
-simulate a clock that is set back, the test needs a C compiler for set_back.c.
+simulate a clock that is set back, the test compiles set_back.c, which requires a C compiler.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Soak:
         self.worst = 0.0
 
     def __call__(self, minutes: float) -> float:
-        """Inject faults into runs for the given minutes; return the largest tensor difference."""
+        """Inject faults for the given number of minutes; return the largest tensor difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
         columns = "time", "recipe", "batch", "fault", "duration", "outcome", "longest gap"
         self.table = Table(*columns)
@@ -270,7 +270,7 @@ class Soak:
         self.print(time.monotonic(), recipe, run.newest, "the end", "", end, "")
 
     def deal(self) -> list[str]:
-        """Draw a run's faults, with the shared-cache fault first, because it is the slowest."""
+        """Choose a run's faults at random, and put the slowest, the shared-cache fault, first."""
         while len(self.deck) < STRIKES:
             self.deck = [*self.rng.sample(self.world.kinds, len(self.world.kinds)), *self.deck]
         hand = [self.deck.pop() for _ in range(STRIKES)]

@@ -41,7 +41,7 @@ def follow(run: Run) -> list[tuple[int, Sample]]:
 
 
 def read(run: Run) -> Sample:
-    """Return the current memory and number of open files of each process of a run."""
+    """Return each process's current memory and number of open files."""
     ranks, _ = run.processes()
     names = {"launcher": run.launcher}
     for number, rank in enumerate(ranks):

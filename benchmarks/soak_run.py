@@ -29,7 +29,7 @@ BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 
 
 def network(num_classes: int) -> Any:
-    """Build a small network with BatchNorm and dropout, whose states resuming must restore."""
+    """Build a small network with BatchNorm and dropout, whose states must be restored on resume."""
     from torch import nn
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -183,7 +183,7 @@ class Run:
         return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:
-        """Reset `gap` to measure from now on."""
+        """Reset `gap`, and measure it from this moment."""
         self.gap, self.moved = 0.0, time.monotonic()
 
     def until(self, condition: Callable[[], bool], seconds: float = HANGS_AFTER) -> bool:

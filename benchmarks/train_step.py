@@ -72,7 +72,7 @@ BUILDERS: dict[str, Callable[..., Trainer]] = {
 
 
 def config(args: argparse.Namespace, recipe: str, **changes: Any) -> Config:
-    """Return the config of a run without pictures, checkpoints and evaluations.
+    """Return the config of a run without pictures, checkpoints or evaluations.
 
     Args:
         args: Arguments of the command line.
@@ -228,7 +228,7 @@ def _resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
 
 
 def standing_bytes(trainer: Trainer) -> int:
-    """Return the total size of weights, buffers, gradients, momentum and averages, in bytes."""
+    """Return the bytes that weights, buffers, gradients, momentum and averaged weights take up."""
     state = trainer.state
     tensors = [*state.model.parameters(), *state.model.buffers()]
     tensors += [weight.grad for weight in state.model.parameters()]
@@ -266,7 +266,7 @@ def operations(args: argparse.Namespace) -> int:
 
 
 def data_sheet(name: str) -> str | None:
-    """Convert CUDA's name of a GPU to its name in `extras.planning.estimate`, if it is listed."""
+    """Convert CUDA's name of a GPU to its name in `extras.planning.estimate`, if listed there."""
     short = re.sub("[ -]|SXM[0-9]|PCIE", "", name)
     known = [gpu for gpu in GPUS if gpu.replace("-", "") in short]
     return max(known, key=len, default=None)
@@ -426,7 +426,7 @@ def estimate_lines(result: dict[str, Any]) -> list[str]:
 
 
 def ratio(entry: dict[str, Any]) -> float:
-    """Return this project's throughput divided by that of the plain baseline."""
+    """Return this project's throughput divided by the plain baseline's throughput."""
     return entry["ours"]["images_per_second"] / entry["plain"]["images_per_second"]
 
 
@@ -490,7 +490,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def make_photos(root: Path, count: int, batch: int) -> None:
     """Generate training images and masks, and two and a half batches of validation images.
 
-    At most 64 images are different. The other files are hard links to these images.
+    At most 64 of the images are distinct. The other files are hard links to these images.
 
     Args:
         root: Folder for the generated data set.
@@ -523,7 +523,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and return the result for `--json`; halve the batch if memory runs out."""
+    """Return the benchmark's result for `--json`; halve the batch size if memory runs out."""
     args = arguments(argv)
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:

@@ -20,13 +20,14 @@ class Best:
     Args:
         metric: Metric to compare: `MIoU`, or `IoU/NAME` for a single class.
         classes: Names of the classes.
-        patience: Time string in `ep` or `ba` after which a run without improvement ends; None:
-            never.
+        patience: Time without improvement after which the run ends, as a time string in `ep` or
+            `ba`; None disables early stopping.
 
     Attributes:
         value: Best score so far, in percent, or None.
         batch: Number of batches done when the best score was reached.
-        unscored: Number of batches since the best score that led to evaluations without a score.
+        unscored: Number of batches since the best score that do not count towards `patience`,
+            because the evaluations after them had no score.
         batches_per_epoch: Number of batches in an epoch.
 
     Raises:

@@ -22,9 +22,9 @@ def select_network(
 ) -> tuple[dict[str, Tensor], str]:
     """Return the weights from another project's file, and whether the weights are averaged.
 
-    The mapping with the most tensors is taken as the network; it is either the file itself or one
-    of its entries. If the name of another entry suggests averaged weights, the entry's tensors
-    replace the training weights of the same names.
+    The network is the mapping with the most tensors: the file itself or one of its entries. If the
+    name of another entry suggests averaged weights, the entry's tensors replace the training
+    weights with the same names.
 
     Args:
         tensors: Tensors by name, for the file itself (under the key "") and for each of its
@@ -33,7 +33,7 @@ def select_network(
             them.
 
     Raises:
-        WeightsError: Several entries have the same largest number of tensors.
+        WeightsError: Several entries share the largest number of tensors.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}

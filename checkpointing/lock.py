@@ -1,9 +1,9 @@
 """Locks that keep two active runs from writing to the same checkpoint folder.
 
 `FileLock` uses a file-system lock, which the kernel releases when the process ends for any reason.
-`RecordLock` is for object stores and for file systems without locks. It consists of a small file,
-called the record, which its owner renews every `BEAT` seconds. If the record is not renewed for
-`SILENCE` seconds, its owner counts as dead.
+`RecordLock` is for object stores and for file systems without locks. `RecordLock` uses a small
+file, called the record, which its owner renews every `BEAT` seconds. If the record is not renewed
+for `SILENCE` seconds, its owner counts as dead.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _machine() -> str | None:
 class FileLock:
     """An exclusive lock on a folder in a file system.
 
-    The lock is a POSIX record lock. Loader processes do not inherit it, so the kernel releases it
-    when the process that holds it exits.
+    The lock is a POSIX record lock. Loader processes do not inherit the lock, so the kernel
+    releases it when the process that holds it exits.
 
     Args:
         folder: Existing folder.

@@ -32,13 +32,13 @@ def load_fitting(
         weights: Content of the file.
         where: Name of the file, for error messages.
         least: Minimum share of the network's tensors that must match.
-        classes: Classes of the network. If given, the rows of classes that have the same name in
-            the file are also loaded.
-        num_classes: Number of classes of the network. If None, it is the number of rows in
+        classes: Classes of the network. If `classes` is not None, rows of classes with the same
+            name in the file are also loaded.
+        num_classes: Number of classes of the network, or None to use the number of rows in
             DeepLabV3's last layer.
-        class_tensors: Names of the tensors with a row for each class, given if the file has the
-            same number of classes but different classes. The rows of these tensors are matched by
-            class name or not loaded.
+        class_tensors: Names of the tensors with one row per class, needed only if the file has the
+            same number of classes but different classes. Rows of these tensors are matched by class
+            name or not loaded.
 
     Returns:
         A one-line note about the tensors that were not loaded, or None.
@@ -77,7 +77,7 @@ def load_fitting(
 
 
 def _class_note(before: int, now: int, taken: int, classes: Sequence[ClassInfo] | None) -> str:
-    """Describe what happened to a layer that has a row for each class."""
+    """Describe which rows of a layer with one row per class were loaded."""
     if before == now == taken:
         return "classes in another order, matched by name"
     change = f"{before} -> {now} classes" if before != now else "classes with other names"
@@ -99,7 +99,7 @@ def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
 
 
 def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
-    """Return whether tensors with a row for each class match apart from their number of rows."""
+    """Return whether two tensors with one row per class differ only in their number of rows."""
     return tensor.ndim == own.ndim > 0 and tensor.shape[1:] == own.shape[1:] and len(own) == rows
 
 

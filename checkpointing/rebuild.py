@@ -22,12 +22,12 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
 
     To find the number of classes, the function builds a trial network with `PROBED` classes, a
     number that no layer has as its size. The trial network's tensors with `PROBED` rows therefore
-    have one row per class. In the file, the number of rows of the same tensors is the number of
-    classes.
+    have one row per class. The number of classes is the number of rows that these tensors have in
+    the file.
 
     Args:
-        weights: Result of `load_weights`. If these weights have a config, or if `network` is None,
-            they are returned unchanged.
+        weights: Result of `load_weights`. Weights with a config are returned unchanged, as are all
+            weights if `network` is None.
         where: Name of the weights, for error messages.
         network: Name of the network given by the user, or None.
 
@@ -86,7 +86,7 @@ def build_network(
         weights: Result of `load_weights`.
         where: Name of the weights, for error messages.
         network: Name of the network given by the user, or None. A user's own function is called
-            only if it is named here.
+            only if this argument names it.
 
     Raises:
         WeightsError: The weights do not match the network.

@@ -37,9 +37,9 @@ class Upload(NamedTuple):
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
-    If an upload fails, it is retried for an hour. If a newer checkpoint is saved before the upload
-    begins or while it fails, the older checkpoint is dropped, unless it is the best one. At most
-    three checkpoints therefore wait on the local disk.
+    If an upload fails, it is retried for an hour. If a newer checkpoint is saved before an upload
+    begins or during its retries, the older checkpoint is dropped, unless it is the best one. At
+    most three checkpoints therefore wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -129,10 +129,9 @@ class RemoteFolder:
         """Upload a file in the background, then update pointers and remove old checkpoints.
 
         Args:
-            unfinished: Path of the finished file under its temporary name. The function moves this
-                file.
+            unfinished: Temporary path of the finished file. The function moves this file.
             name: Name of the checkpoint.
-            keep: Number of newest checkpoints to keep; -1: all.
+            keep: Number of newest checkpoints to keep; -1 keeps all.
             best: Name of the best checkpoint, which is also kept, or None.
             own: Names of the checkpoints that may be removed.
 

@@ -42,7 +42,8 @@ class Start:
     Attributes:
         where: Path or URI of the checkpoint.
         weights: Weights in the checkpoint.
-        state_path: Local path of the checkpoint if the run also needs its training state, or None.
+        state_path: Local path of the checkpoint, or None if the run does not need its training
+            state.
         is_resume: Whether the same run saved the checkpoint in its own folder.
     """
 
@@ -68,7 +69,7 @@ class Start:
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:
-        """Check that the config recorded in the checkpoint matches that of the run that loads it.
+        """Check that the checkpoint's recorded config matches the config of the run that loads it.
 
         Args:
             values: Config values that must match, by their dotted names. For an evaluation, only
@@ -138,8 +139,8 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"model.arguments: {len(wrong)} tensors of {self.where} do not match this "
-                f"network, starting with {wrong[0]}; {self._remedy}"
+                f"model.arguments: this network does not match {self.where}: {len(wrong)} tensors "
+                f"differ (the first is {wrong[0]}); {self._remedy}"
             )
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])

@@ -94,9 +94,9 @@ class Checkpoints(CheckpointSaver):
         folder: Folder or object-store URI.
         save_interval: Time between checkpoints, as a Composer time string.
         evaluations: Schedule of the run's evaluations.
-        keep: Number of newest checkpoints to keep; -1: all.
-        overwrite: Whether the folder may contain an earlier run's checkpoints. If so, they are
-            removed one by one as new ones are saved.
+        keep: Number of newest checkpoints to keep; -1 keeps all.
+        overwrite: Whether the folder may contain an earlier run's checkpoints, which are then
+            removed one by one as new checkpoints are saved.
         autoresume: Whether the run resumes from the checkpoints in the folder.
         best: Tracker of the best evaluation, which also decides on early stopping.
         save_best: Whether to keep the checkpoint of the best evaluation.
@@ -104,9 +104,9 @@ class Checkpoints(CheckpointSaver):
 
     Attributes:
         saved_checkpoints: Paths of this run's checkpoints, oldest first.
-        last: Path of the checkpoint that was saved last or that the run resumed from, or None.
-        own: Names of the checkpoints that pruning may remove. This run saved them, possibly before
-            it was resumed, or it replaces them because of `overwrite`.
+        last: Path of the checkpoint that the run saved last or resumed from, or None.
+        own: Names of the checkpoints that pruning may remove. These are checkpoints that this run
+            saved, possibly before a resume, or that it replaces because of `overwrite`.
         best_name: Name of the checkpoint that is kept as the best, or None.
         ended: Patience after which early stopping ended the run, or None.
     """
@@ -212,7 +212,7 @@ class Checkpoints(CheckpointSaver):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
         def point_best() -> str | None:
-            """Point to the best checkpoint of the resumed state, or remove the pointer."""
+            """Update the pointer to the resumed run's best checkpoint, or remove the pointer."""
             if self.best_name not in self.target.names():
                 self.best_name = None
             self.target.point_best(self.best_name)
@@ -299,7 +299,7 @@ class Checkpoints(CheckpointSaver):
             self.saved_checkpoints = self.saved_checkpoints[-self.keep :]
 
     def _write(self, content: dict[str, Any], name: str) -> None:
-        """Write a checkpoint to a temporary file, and publish it once it is on the disk."""
+        """Write a checkpoint to a temporary file, and publish the file once it is on the disk."""
         kept = f"the last good checkpoint is {self.last or 'none'}"
         if not _is_finite(content["state"]):
             raise RunError(f"{name} is not saved, because its weights are not finite; {kept}")
@@ -335,7 +335,7 @@ class Checkpoints(CheckpointSaver):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Stop after the batch in progress if a signal arrives, or at once if it is repeated."""
+        """Stop after the current batch if a signal arrives, or at once if it arrives again."""
         with self.signals.listening():
             try:
                 yield
@@ -373,7 +373,7 @@ def _name(state: State) -> str:
 
 
 def _is_finite(state: dict[str, Any]) -> bool:
-    """Return whether the weights, averages and optimizer state contain only finite numbers."""
+    """Return whether the weights, the averaged weights and the optimizer state are all finite."""
     tensors: list[torch.Tensor] = []
 
     def collect(value: Any) -> None:

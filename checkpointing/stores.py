@@ -115,7 +115,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Try the file operations of a save on small files, and raise an OSError if one fails."""
+        """Try a save's file operations on small files, and raise an OSError if one fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()
@@ -170,9 +170,9 @@ class LocalFolder:
         the machine fails.
 
         Args:
-            unfinished: Path of the finished file under its temporary name.
+            unfinished: Temporary path of the finished file.
             name: Name of the checkpoint.
-            keep: Number of newest checkpoints to keep; -1: all.
+            keep: Number of newest checkpoints to keep; -1 keeps all.
             best: Name of the best checkpoint, which is also kept, or None.
             own: Names of the checkpoints that may be removed.
 
@@ -241,7 +241,7 @@ def outdated(
         names: All checkpoints in the folder, newest first.
         newest: Name of the checkpoint that was just saved. Checkpoints with a later time are kept,
             because they belong to another run or an earlier attempt.
-        keep: Number of newest checkpoints to keep; -1: all.
+        keep: Number of newest checkpoints to keep; -1 keeps all.
         best: Best checkpoint, which is also kept, or None.
         own: Names of the checkpoints that this run may remove.
     """

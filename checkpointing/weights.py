@@ -316,7 +316,7 @@ def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool
 def guarded_unpickling() -> Iterator[None]:
     """Make Composer call `check_checkpoint` on every file before unpickling it.
 
-    This also applies to files that Composer downloads from an object store.
+    The check also applies to files that Composer downloads from an object store.
     """
     variable = "CHECKPOINT_VALIDATION_FUNCTION"
     before = os.environ.get(variable)
@@ -331,7 +331,7 @@ def guarded_unpickling() -> Iterator[None]:
 
 
 def _composer_types() -> list[Any]:
-    """Return the types in Composer 0.32's state other than tensors and plain Python types.
+    """Return the types in Composer 0.32's state that are neither tensors nor plain Python types.
 
     For example, NumPy's random state is an array, and the elapsed time is a timedelta. Creating
     these objects runs no code from the file. NumPy 1 and 2 have different names for the function
@@ -359,8 +359,8 @@ def _load_pickle(path: Path, inert: bool) -> Any:
     Args:
         path: Path of the file.
         inert: Whether to replace options, paths, and Composer and torchmetrics objects with
-            placeholders. Checkpoints from MosaicML's code need this, because Composer before 0.13
-            pickled its metrics into checkpoints.
+            placeholders. Checkpoints from MosaicML's code need placeholders, because Composer
+            before 0.13 pickled its metrics into checkpoints.
     """
     allowed = _composer_types()
     if inert:

@@ -143,7 +143,7 @@ def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
 
     Let V be the value, C the chroma and h the hue in sixths of the circle. Then red is V - C (1 -
     clip(|h - 3| - 1)), green is V - C (1 - clip(2 - |h - 2|)) and blue is V - C (1 - clip(2 - |h -
-    4|)), where clip limits to 0..1.
+    4|)), where clip limits its argument to 0..1.
     """
     red, green, blue = image.split(1, dim=1)
     value = image.amax(dim=1, keepdim=True)

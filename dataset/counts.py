@@ -29,7 +29,7 @@ def count_classes(source: DataSource, workers: int | None = None) -> Counts:
 
     Args:
         source: The split to count.
-        workers: Number of processes. If None, one process per core is used.
+        workers: Number of processes, or None for one process per core.
 
     Returns:
         The number of pixels of each class, and the classes that occur in each image.

@@ -125,7 +125,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
 
     Args:
         path: Path of a data set or of a description file.
-        root: Folder of the described data set. If None, the root given in the description is used.
+        root: Folder of the described data set, or None to use the description's own root.
 
     Raises:
         ConfigError: The description is invalid or does not specify the data set's folder.
@@ -202,7 +202,8 @@ def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source]
             is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             if len(given) > 1 or not is_number or not 0 < fraction < 1:
                 raise ConfigError(
-                    f"{where}: val: fraction must be a number between 0 and 1, without other keys"
+                    f"{where}: val: fraction must be a number between 0 and 1, and cannot be "
+                    "combined with other keys"
                 )
             sources[split] = sources["train"]
             continue
@@ -355,7 +356,7 @@ def ade20k(labels: Labels | None = None) -> Description:
     """Return the description of ADE20K's layout, whose masks contain labels directly.
 
     Args:
-        labels: Meaning of the labels. If None, ADE20K's own labels are used.
+        labels: Meaning of the labels, or None for ADE20K's own labels.
     """
     sources = {
         split: Source(f"images/{name}", f"annotations/{name}") for split, name in FOLDERS.items()

@@ -32,9 +32,9 @@ class PairTransform:
         """Transform a sample.
 
         Args:
-            load_image: Function that decodes the image to (H, W, 3) uint8. Its argument is the
-                divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_photo`). The function may ignore
-                the argument.
+            load_image: Function that decodes the image to (H, W, 3) uint8. The function's argument
+                is the divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_photo`). The function may
+                ignore the argument.
             mask: (H, W) uint8 labels.
             rng: Random number generator, which must be the only source of randomness.
 
@@ -62,7 +62,7 @@ class EncodedSamples(Dataset):
 
     Args:
         transforms: Transforms of the image and mask together, of the image alone, and of the mask
-            alone. Each may be None.
+            alone. Each transform may be None.
         seed: Seed of the random transforms.
         masks: Decoder of the masks.
     """
@@ -149,7 +149,7 @@ class EncodedSamples(Dataset):
     def resume_with(self, sampler: EpochSampler) -> None:
         """Save and restore a sampler's position in the epoch as the state of this data set.
 
-        Composer saves the state of a data set but not that of a sampler.
+        Composer saves the state of a data set but not the state of a sampler.
 
         Args:
             sampler: The sampler of the training loader.

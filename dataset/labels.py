@@ -12,13 +12,13 @@ IGNORED = 254  # Label of ignored pixels inside an image. It is not 0, because 0
 
 
 class Labels(NamedTuple):
-    """The mask values that stand for classes, and those that are ignored.
+    """The mask values that stand for classes, and the mask values that are ignored.
 
     Value 255 is always ignored.
 
     Attributes:
         num_classes: Number of classes C.
-        ignore_background: Whether label 0 is ignored and label k is class k - 1. If False, label k
+        ignore_background: Whether label 0 is ignored and label k is class k - 1. Otherwise, label k
             is class k.
         ignore_label: Additional value to ignore, or None.
     """
@@ -49,7 +49,7 @@ class Labels(NamedTuple):
         return (label == PADDING) | (label == self.ignore_label) | zero
 
     def unknown(self) -> np.ndarray:
-        """Return a (256,) bool array that is True for labels that are neither class nor ignored."""
+        """Return a (256,) bool array, True for labels that are neither a class nor ignored."""
         return ~self.classes() & ~self.ignored()
 
     def loaded(self) -> np.ndarray:

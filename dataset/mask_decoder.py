@@ -1,7 +1,7 @@
 """A decoder that reads mask files and translates their values to training labels.
 
-A single lookup table both translates mask values and detects unknown values. It stores label + 1
-for each known value and 0 for all other values, so one pass over the mask is enough.
+A single lookup table both translates mask values and detects unknown values. The table stores 0 for
+unknown values and label + 1 for known values, so one pass over the mask is enough.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Masks:
         values: Label of each mask value, or None if the values are already labels.
         in_colors: Whether the values are colours, encoded by `dataset.description.pack`.
         segments: Categories of each mask's segments, from a file in COCO's panoptic format. If
-            given, the keys of `values` are categories.
+            `segments` is not None, the keys of `values` are categories.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return a smaller decoder for the given masks only, which can be sent to a process faster.
+        """Return a smaller decoder for only these masks, which is faster to send to a process.
 
         Args:
             paths: Paths of the masks.

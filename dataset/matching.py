@@ -76,8 +76,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         root: Folder that the layout's paths are relative to.
 
     Returns:
-        The listings, indexed by split. If `val` is a fraction of `train`, both splits are included,
-        otherwise only the given split.
+        The listings, indexed by split. If `val` is a fraction of `train`, both splits are included;
+        otherwise, only `split` is.
 
     Raises:
         ConfigError: The description does not specify where the images and masks are.
@@ -224,7 +224,7 @@ def _place(name: str) -> float:
 
 
 def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
-    """Pair images and masks by their templates. A list in the source selects the images."""
+    """Pair images and masks by their templates; if the source has a list, skip unlisted images."""
     assert source.images is not None
     pairs = _Pairs({}, {}, [], [])
     images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")

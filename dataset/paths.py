@@ -1,6 +1,6 @@
 """Paths of images and masks: file listings and path templates.
 
-A template is a path relative to the data set's root. It may contain these placeholders:
+A template is a path relative to the data set's root. A template may contain these placeholders:
 
 - `{stem}` matches a file's base name or a part of it.
 - `{dir}/` matches any number of folders, including none.

@@ -78,13 +78,13 @@ def length_of_repeated(factors: np.ndarray) -> int:
 def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Repeat each sample floor(factor) or ceil(factor) times, chosen at random.
 
-    On average, each sample is drawn as many times as its factor. The total is the same in every
-    epoch, so all epochs have the same number of batches.
+    A sample's factor is the average number of times that the sample is drawn. The number of draws
+    is the same in every epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). It gives each sample an interval whose length is
-    the sample's factor, and lays the intervals end to end in random order. A sample is drawn once
-    for each integer in its interval. The factors are first scaled up by less than 1 / n, so that
-    the total is an integer.
+    The method is systematic sampling (Madow 1949). The method gives each sample an interval whose
+    length is the sample's factor, and lays the intervals end to end in random order. A sample is
+    drawn once for each integer in its interval. The factors are first scaled up by less than 1 / n,
+    so that the total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -124,13 +124,13 @@ class EpochSampler(DistributedSampler):
         batch_size: Number of samples per rank in each batch.
         seed: Seed of the order.
         shuffle: Whether to shuffle the samples.
-        drop_last: Whether to drop an incomplete last batch. If False, samples are repeated until
-            all ranks have the same number.
-        prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
-        num_replicas: Number of ranks. If None, Composer's value is used.
-        rank: Number of this rank. If None, Composer's value is used.
-        repeat_factors: Average number of times that each sample is drawn per epoch, (n,). If None,
-            each sample is drawn once.
+        drop_last: Whether to drop an incomplete last batch. Otherwise, samples are repeated until
+            all ranks have the same number of samples.
+        prefetch_distance: Number of samples to prefetch ahead, or 0 for no prefetching.
+        num_replicas: Number of ranks, or None to use Composer's value.
+        rank: Number of this rank, or None to use Composer's value.
+        repeat_factors: Average number of times that each sample is drawn per epoch, (n,), or None
+            to draw each sample once.
     """
 
     dataset: Ordered
@@ -197,7 +197,7 @@ class EvalSampler(DistributedSampler):
 
     Args:
         dataset: Data set to evaluate.
-        prefetch_distance: Number of samples to prefetch ahead. If 0, nothing is prefetched.
+        prefetch_distance: Number of samples to prefetch ahead, or 0 for no prefetching.
     """
 
     def __init__(self, dataset: Dataset, prefetch_distance: int = 0):

@@ -46,15 +46,17 @@ class Shards:
 
     Args:
         remote: Folder or URL that contains the split's folder, in any store that Streaming
-            supports. If None, the shards are read from the folder `local`, which is not modified.
-        local: Cache folder. If None, the folder `remote` is read in place.
+            supports. If `remote` is None, the shards are read from the folder `local`, which is not
+            modified.
+        local: Cache folder, or None to read the folder `remote` in place.
         split: Name of the split's folder.
         cache_limit: Maximum size of the cache in bytes, or as text such as '10gb'. The least
-            recently used shards are deleted first. If None, the size is not limited.
+            recently used shards are deleted first. If `cache_limit` is None, the size is not
+            limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer from the store.
         validate_hash: Hash algorithm with which each downloaded shard is checked. With 'auto', a
-            hash from the index is used if there is one. If None, shards are not checked.
+            hash from the index is used if there is one. With None, shards are not checked.
 
     Raises:
         DataError: The index or a shard is missing or damaged.
@@ -355,7 +357,7 @@ def open_shards(path: str, local: str | None, split: str) -> Shards:
 
     Args:
         path: Folder or URL of the shards.
-        local: Cache folder. If None, the folder `path` is read in place.
+        local: Cache folder, or None to read the folder `path` in place.
         split: Name of the split's folder.
     """
     return Shards(path, local, split, download_retry=2)

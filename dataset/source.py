@@ -111,8 +111,8 @@ class DataSource:
         """Divide the split into chunks for worker processes, each with a decoder for its masks.
 
         Args:
-            samples: Samples to divide if the split is stored in folders. If None, all its samples
-                are used.
+            samples: Samples to divide if the split is stored in folders, or None for all its
+                samples.
         """
         masks = self.masks()
         if self.shards is None:
@@ -197,7 +197,7 @@ def read_file(path: str) -> bytes:
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
-    """Check some masks before training for labels that do not match the model's classes.
+    """Check a sample of the masks for labels that do not match the model's classes.
 
     Args:
         source: The split to check.

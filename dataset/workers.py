@@ -112,7 +112,7 @@ def map_chunks(
         function: Function to call with the values of each tuple as arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
-        workers: Number of processes. If None, one process per core is used.
+        workers: Number of processes, or None for one process per core.
         desc: Text to show before the progress bar.
         unit: Unit to show after the numbers of the progress bar.
 

@@ -37,7 +37,7 @@ class Model(Protocol):
 
 
 def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set given by the command line, `--config` or the checkpoint.
+    """Return the validation set named by the command line, `--config` or the checkpoint.
 
     Args:
         options: Command-line options.

@@ -22,7 +22,7 @@ COMMENT = "Written by predict.py"
 
 
 def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
-    """Find all images and videos for the given files, folders and glob patterns.
+    """Find all images and videos among the files, folders and glob patterns in `arguments`.
 
     Folders are searched recursively. Every output has a different path, even for files that differ
     only in extension or case. A video's output name also differs from the names of all image
@@ -106,7 +106,7 @@ def check_predictions(
         is_camera: Whether the input is a camera.
 
     Raises:
-        UserError: An output would overwrite such a file.
+        UserError: An output would overwrite an input or another program's file.
     """
     outputs = [(name, is_video(path)) for path, name in photos]
     outputs += [("camera", True)] if is_camera else []

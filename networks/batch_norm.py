@@ -155,7 +155,7 @@ def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 @torch.no_grad()
 def count_batches(layers: list[nn.BatchNorm2d]) -> None:
-    """Count a batch in all layers with a single operation instead of a hundred."""
+    """Update the batch counters of all layers in one operation, instead of about a hundred."""
     counters = [layer.num_batches_tracked for layer in layers if layer.training]
     if counters:
         torch._foreach_add_(cast("list[Tensor]", counters), 1)

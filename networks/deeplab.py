@@ -54,8 +54,8 @@ class DeepLabV3(nn.Module):
     Args:
         backbone: Network that maps images to a dict or list of feature maps, finest first.
         classifier: Decode head that maps a tuple of feature maps to logits.
-        upsample: Whether to resize the logits to the image's size. Training does not need this,
-            because the loss and the metrics resize the logits in parts.
+        upsample: Whether to resize the logits to the image's size. Training does not need resized
+            logits, because the loss and the metrics resize them in parts.
         neck: Module between backbone and classifier that converts the feature maps, or None.
 
     Shape:
@@ -209,7 +209,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load weights into a backbone, given their torchvision name, a path or a URL."""
+    """Load weights into a backbone from a torchvision name, a path or a URL."""
     url = weights
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}

@@ -12,7 +12,7 @@ class SimpleFeaturePyramid(nn.Module):
     """A pyramid that turns a vision transformer's last features into features of strides 4 and 8.
 
     This is the simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527).
-    It lacks the last two convolutions, because the DeepLabV3+ head begins with its own
+    The last two convolutions are omitted, because the DeepLabV3+ head begins with its own
     convolutions. For 14-pixel patches, the strides are 3.5 and 7.
 
     Args:

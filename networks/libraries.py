@@ -66,7 +66,7 @@ def require(package: str, name: str, group: str | None = None) -> Any:
     Args:
         package: Name of the package.
         name: Value of `model.name`, for error messages.
-        group: Install extra that provides the package; None: the extra with the package's name.
+        group: Install extra that provides the package, or None if the extra has the package's name.
 
     Raises:
         ModelError: The package is not installed; the message says how to install it.

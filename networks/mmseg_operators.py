@@ -58,7 +58,7 @@ class MissingOperators(types.ModuleType):
 
     @staticmethod
     def get_compiling_cuda_version() -> str:
-        """Return the same value as mmcv without CUDA."""
+        """Return the text that mmcv returns when it is built without CUDA."""
         return "not available"
 
 

@@ -39,8 +39,8 @@ def named_network(
             `Network`.
         pretrained: Any value other than None to load the library's pretrained weights; for
             torchvision, the name of the weights.
-        from_file: Whether the name comes from a file instead of a user. If so, paths, downloads and
-            all functions except `vouched` are rejected.
+        from_file: Whether the name comes from a file instead of a user. If the name comes from a
+            file, paths, downloads and all functions except `vouched` are rejected.
         vouched: Function that the user explicitly allows, or None.
 
     Raises:

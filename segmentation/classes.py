@@ -40,7 +40,7 @@ def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[C
               header;
             - a list of names;
             - None, which means ADE20K's 150 classes. With 151 classes, the class `other` precedes
-              these. With any other number of classes, the names are numbers.
+              ADE20K's classes. With any other number of classes, the names are numbers.
         num_classes: Number of classes that the model predicts. Entry i of the result is the name
             and colour of class index i.
 
@@ -171,7 +171,7 @@ def rename_classes(
     """Return the classes with the names and colours that the user chose.
 
     Args:
-        source: Names and colours; see `load_classes`. If None, the recorded names are kept.
+        source: Names and colours (see `load_classes`), or None to keep the recorded names.
         num_classes: Number of classes.
         recorded: Names and colours from the checkpoint or the description, or None.
         recorded_where: Source of the recorded names, for the error message.

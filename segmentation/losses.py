@@ -95,7 +95,7 @@ def segmentation_loss(
         cross_entropy_weight: Weight of the cross entropy, a mean over pixels.
         dice_weight: Weight of the Dice loss, a mean over the classes in the batch's target.
         class_weights: (C,) weights of the classes in both means. The cross entropy weights each
-            pixel by its class, like PyTorch's `F.cross_entropy(weight=...)`. If None, all classes
+            pixel by its class, like PyTorch's `F.cross_entropy(weight=...)`. With None, all classes
             have the same weight.
 
     Returns:
@@ -104,8 +104,8 @@ def segmentation_loss(
 
     Raises:
         ValueError: The shapes or types do not match.
-        RuntimeError: A class index is out of range. This is checked only on a CPU, because on a GPU
-            the check would wait for the device; there, the cross entropy is nan instead.
+        RuntimeError: A class index is out of range. The class indices are checked only on a CPU. On
+            a GPU, the check would wait for the device, so the cross entropy is nan instead.
     """
     if isinstance(target, MixedTarget):
         pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))

@@ -101,8 +101,8 @@ def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
 def _sum(head, tail):
     """Return the sum over all classes of the blocks (pixels, HEAD) and (pixels, TAIL).
 
-    Elements that are a multiple of TAIL apart belong to the same thread. They are first added in
-    registers, which needs half as many warp shuffles as two separate sums.
+    Elements that are a multiple of TAIL apart belong to the same thread. These elements are first
+    added in registers, which needs half as many warp shuffles as two separate sums.
     """
     pixels: tl.constexpr = head.shape[0]
     tails: tl.constexpr = tail.shape[1]

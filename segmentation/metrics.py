@@ -3,7 +3,7 @@
     matrix = confusion_matrix(logits, target, num_classes)  # add up over batches and ranks
     mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
 
-Logits may have any resolution. They are upsampled to the target's size as in
+Logits may have any resolution. The logits are upsampled to the target's size as in
 `F.interpolate(mode="bilinear", align_corners=False)`. The code upsamples one band of rows of one
 image at a time, so a full-size (N, C, H, W) tensor is never materialised. Half-precision logits are
 upsampled in fp32, because in bf16 similar scores would tie and the lower class index would win.
@@ -228,7 +228,7 @@ class MIoU(Metric):
 
         Args:
             logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
-            target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
+            target: (N, H, W) class indices, or None if `logits` is a `BatchScore`.
         """
         if isinstance(logits, BatchScore):
             self.matrix += logits.matrix
@@ -269,7 +269,7 @@ class CrossEntropy(Metric):
 
         Args:
             logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
-            target: (N, H, W) class indices. None if `logits` is a `BatchScore`.
+            target: (N, H, W) class indices, or None if `logits` is a `BatchScore`.
         """
         if not isinstance(logits, BatchScore):
             assert target is not None

@@ -114,8 +114,8 @@ def column_taps(lengths: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]
         lengths: See `resize_matrix`.
 
     Returns:
-        The positions (W,) of the columns with the largest weights, and their weights (W,), then
-        those with the next largest weights, and so on.
+        Pairs of column positions (W,) and weights (W,), sorted by weight: the first pair has each
+        pixel's largest weight.
     """
     matrix = resize_matrix(lengths)
     count = int((matrix != 0).sum(1).max())
@@ -127,7 +127,7 @@ def column_taps(lengths: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]
 # In an evaluation, many images have the same size, so keep the matrices for the last few sizes.
 @functools.lru_cache(4)
 def resize_matrix(lengths: tuple[int, ...]) -> np.ndarray:
-    """Return the matrix that applies several linear resizes in a row to one side of an image.
+    """Return the matrix that applies several successive linear resizes to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
     them, so the host never has to wait for a GPU.

@@ -106,8 +106,8 @@ class ClassTable(Callback):
 
     Args:
         classes: Names of the classes.
-        folder: Folder for the files `classes/ep{epoch}-ba{batch}.csv`. If None, the table is only
-            logged.
+        folder: Folder for the files `classes/ep{epoch}-ba{batch}.csv`, or None to only log the
+            table.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], folder: str | None = None):

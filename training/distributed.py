@@ -190,12 +190,12 @@ def _open_lock(path: str) -> TextIO:
 
 
 class CoreTurns(Callback):
-    """Turns among the training runs that each use all cores of this machine.
+    """A callback that makes the training runs on this machine take turns using all cores.
 
-    Two runs at the same time on the same cores take more than twice as long as one after the other,
+    Two simultaneous runs on the same cores take more than twice as long as two consecutive runs,
     because each parallel operation waits until the other run frees a core. Fewer threads would
-    avoid that, but would change the last bits of sums. Therefore the runs take turns instead. A
-    turn lasts for whole batches.
+    avoid this slowdown, but would change the last bits of sums. Therefore the runs take turns
+    instead. A turn ends only at the end of a batch.
 
     If a run gets no turn for `patience` seconds, for example because a debugger has stopped the run
     whose turn it is, it continues without turns.

@@ -21,8 +21,8 @@ class EMA(composer.algorithms.EMA):
     The algorithm and the checkpoint layout are Composer's, with three differences:
 
     - The average is updated in one fused operation.
-    - Its tensors have the same names with and without DDP. Composer's average silently stops
-      updating if a run switches between one and several ranks when it resumes.
+    - The average's tensors have the same names with and without DDP. Composer's average silently
+      stops updating if a run switches between one and several ranks when it resumes.
     - The average is never updated with its own weights. Composer does this if a checkpoint and an
       update fall on the same batch.
 
@@ -33,8 +33,9 @@ class EMA(composer.algorithms.EMA):
     Args:
         half_life: Time string, in batches or epochs, after which a weight's influence on the
             average has halved.
-        update_interval: Time between updates, as a time string in the same unit as `half_life`. If
-            None, the average is updated after every batch or every epoch, depending on this unit.
+        update_interval: Time between updates, as a time string in the same unit as `half_life`. By
+            default, the average is updated after every batch or every epoch, depending on this
+            unit.
     """
 
     smoothing: float  # `smoothing` is never None, because `half_life` is always set.
@@ -43,14 +44,14 @@ class EMA(composer.algorithms.EMA):
         super().__init__(half_life=half_life, update_interval=update_interval)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether this event updates the average or exchanges it with the weights."""
+        """Return whether this event updates the average or swaps it with the training weights."""
         if event == self.update_event and not self.ema_started:
             self.ema_model = EMAParameters(without_ddp(state))
             self.ema_started = True
         return super().match(event, state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Update the average, or exchange it with the training weights."""
+        """Update the average, or swap it with the training weights."""
         network = without_ddp(state)
         if event == Event.INIT:
             # Create the tensors into which a checkpoint is loaded.

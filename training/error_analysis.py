@@ -80,8 +80,8 @@ class ErrorAnalysis:
 
         Args:
             index: Index of the image in the data set.
-            photo: Function that returns the image, (H, W, 3) uint8. It is called only if the image
-                is kept.
+            photo: Function that returns the image, (H, W, 3) uint8. The function is called only if
+                the image is kept.
             target: (H, W) class indices, -1 for pixels without a label.
             prediction: (H, W) predicted class indices.
             counts: (C, C) confusion matrix of the image.
@@ -114,7 +114,7 @@ class ErrorAnalysis:
     def pictures(
         self, scores: Sequence[ImageScore], height: int
     ) -> Iterator[tuple[int, ImageScore, Image.Image]]:
-        """Draw this rank's images that have the lowest scores of all ranks, with their predictions.
+        """Draw this rank's share of the lowest-scoring images of the run, with their predictions.
 
         Args:
             scores: Scores of all ranks, as returned by `gather`.
@@ -131,7 +131,7 @@ class ErrorAnalysis:
                 yield *places[-index], sheet
 
     def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:
-        """Write the pictures of this rank; `01_NAME.jpg` has the lowest score of all ranks.
+        """Write this rank's pictures; `01_NAME.jpg` is the lowest-scoring image across all ranks.
 
         Args:
             scores: Scores of all ranks, as returned by `gather`.
@@ -145,7 +145,7 @@ class ErrorAnalysis:
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """Return the file name of an image; only a shard has to be read for it.
+    """Return the file name of an image; for an image in a shard, this reads the shard.
 
     Args:
         dataset: Data set that `data.open_dataset` returns.

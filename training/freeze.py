@@ -24,11 +24,11 @@ class UnusedWeights(Algorithm):
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Return True, so that the trainer sets DistributedDataParallel's option of this name."""
+        """Return True, so that the trainer sets the DDP option `find_unused_parameters`."""
         return True
 
     def match(self, event: Event, state: State) -> bool:
-        """Return False, because the algorithm never has to act."""
+        """Return False, because the algorithm has nothing to do at any event."""
         return False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:

@@ -47,8 +47,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
 
     Returns:
         Whether to match rows of the last layer by class name, and the names of the tensors that
-        have a row for each class. There are no names if the classes are the same or their number
-        differs.
+        have a row for each class. No names are returned if the classes are identical, or if the
+        number of classes differs.
 
     Raises:
         ClassError: The run is an evaluation, and the weights were trained for different classes.

@@ -62,8 +62,8 @@ class LabelCheck(Callback):
 
     Args:
         classes: Names of the classes.
-        background_ignored: Whether `ignore_background` ignores label 0. If so, the warning contains
-            a hint about it.
+        background_ignored: Whether `ignore_background` ignores label 0, so that the warning
+            mentions it.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], background_ignored: bool) -> None:

@@ -144,9 +144,9 @@ def count(
         network: Network that is not compiled yet, on any device including "meta".
         size: Side of the images, in pixels.
         dtype: Data type for autocast, or None for fp32 without autocast.
-        compiled: Whether the network will be compiled. If so, a synchronised BatchNorm needs no
-            more memory than an ordinary BatchNorm, because its operations are fused into one
-            kernel.
+        compiled: Whether the network will be compiled. In a compiled network, a synchronised
+            BatchNorm needs no more memory than an ordinary BatchNorm, because its operations are
+            fused into one kernel.
 
     Raises:
         ModelError: The network's operations depend on the values of its tensors.
@@ -329,8 +329,8 @@ def fitting(
 def free_memory(device: Device) -> float:
     """Return the free GPU memory in bytes, as the minimum over all ranks.
 
-    The minimum matters, because a run ends if one GPU runs out of memory while the others wait in a
-    collective.
+    The minimum matters, because the run fails if one GPU runs out of memory while the others wait
+    in a collective operation.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:
@@ -352,7 +352,7 @@ def choose_microbatch(
 
     Returns:
         The value for Composer's `device_train_microbatch_size`, and the first size to try if this
-            is `auto` on a GPU. A good first size avoids compilations for sizes that do not fit.
+        value is `auto` on a GPU. A good first size avoids compilations for sizes that do not fit.
     """
     chosen, share = config.device_train_microbatch_size, per_process(config.train_dataset)
     if chosen is None or (chosen == "auto" and not torch.cuda.is_available()):

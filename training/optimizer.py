@@ -164,8 +164,8 @@ def apply_settings(state: State, settings: list[dict[str, Any]], factor: float |
     Args:
         state: State of the trainer, after a checkpoint is loaded.
         settings: Result of `settings_of` before the checkpoint was loaded.
-        factor: Learning-rate factor for the next step; None: keep the learning rate of the
-            checkpoint unchanged.
+        factor: Learning-rate factor for the next step, or None to keep the checkpoint's learning
+            rate.
     """
     (optimizer,) = state.optimizers
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):

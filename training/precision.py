@@ -79,7 +79,7 @@ class Precision(NamedTuple):
 
     Args:
         composer: Composer's name for the precision on a GPU.
-        cpu_autocast: Autocast data type on a CPU, where Composer offers no autocast; None: no
+        cpu_autocast: Autocast data type on a CPU, where Composer offers no autocast, or None for no
             autocast.
     """
 

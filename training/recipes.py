@@ -57,9 +57,9 @@ class Recipe:
     Args:
         max_duration: Duration of the run, as a Composer time string.
         schedule: Name of the default learning-rate schedule, used if `schedule.name` is empty.
-        ema: Settings of the moving average; None: no average.
-        sam: Settings of sharpness-aware minimisation; None: no SAM.
-        mixup: Settings of MixUp; None: no MixUp.
+        ema: Settings of the moving average, or None for no average.
+        sam: Settings of sharpness-aware minimisation, or None for no SAM.
+        mixup: Settings of MixUp, or None for no MixUp.
     """
 
     max_duration: str

@@ -48,8 +48,8 @@ class Report(Callback):
         config: Config of the run.
         classes: Names and colours of the classes.
         folder: Folder or object-store URI for `report.html`.
-        curves: Callback that draws the curves. It must precede this callback in the list of
-            callbacks.
+        curves: Callback that draws the curves. The list of callbacks must contain `curves` before
+            this callback.
         pictures: Callback that draws validation images, or None.
     """
 
@@ -190,7 +190,7 @@ def _photo(image: Tensor, transform: Any) -> np.ndarray:
 
 
 def _figures(analysis: ErrorAnalysis, name: Callable[[int], str]) -> str:
-    """Return the images with the lowest mIoU of all ranks as HTML, the lowest first."""
+    """Return HTML that shows the images with the lowest mIoU across all ranks, worst first."""
     own = []
     for place, score, sheet in analysis.pictures(analysis.gather(), height=240):
         caption = html.escape(f"{name(score.index)}: mIoU {score.miou:.2f}%")

@@ -28,7 +28,8 @@ class RunStart:
     """The starting point of a run.
 
     Args:
-        checkpoint: Checkpoint with the initial weights; None: the weights named in the config.
+        checkpoint: Checkpoint with the initial weights, or None to use the weights named in the
+            config.
         state_path: Local path of the checkpoint whose training state the run resumes, or None.
         server_runs: IDs of the W&B and MLflow runs that a resumed run continues.
     """

@@ -115,7 +115,7 @@ class Watch:
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
-        """Tell the other processes that this process ends on its own, and its exit status."""
+        """Tell the other processes that this process is about to exit, and with which status."""
         self._closed.set()
         self._tell(status, "")
 

@@ -28,8 +28,8 @@ def quote_text(text: str, place: str = "") -> str:
 
     Args:
         text: YAML text. Invalid YAML is returned unchanged, so that the parser reports the error.
-        place: Dotted name of the key that has this text as its value. If empty, the text is a
-            complete config.
+        place: Dotted name of the key that has this text as its value, or an empty string if the
+            text is a complete config.
 
     Raises:
         ConfigError: A number has a leading zero or contains colons.

@@ -1,12 +1,12 @@
-"""Compare the mIoU of the recipes on CamVid after equal training times from scratch.
+"""Compare the recipes' mIoU on CamVid after equal training times from scratch.
 
     python -m benchmarks.studies.camvid --path camvid --minutes 5
     python -m benchmarks.studies.camvid --path camvid --recipes none mild --json out.json
 
 The schedule needs to know the length of a run in batches. For this reason, the benchmark first
 times some training steps to find out how many batches fit in the given time. The training time
-excludes evaluations. The EMA half-life is a twentieth of the run. All other settings are the
-recipe's defaults. `--path` must be a folder in ADE20K's layout.
+excludes evaluations. The EMA half-life is one twentieth of the run's length. All other settings are
+the recipe's defaults. `--path` must be a folder in ADE20K's layout.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
 
 
 def seconds_per_step(settings: Config, probe: int) -> float:
-    """Return the mean time per step, in seconds, over `probe` steps after as many warm-up steps."""
+    """Return the seconds per step, averaged over `probe` steps after `probe` warm-up steps."""
     steps = harness.Steps()
     trainer = program.build_trainer(settings, callbacks=[steps])
     harness.never_evaluate(trainer)

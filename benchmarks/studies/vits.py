@@ -4,11 +4,11 @@
     python -m benchmarks.studies.vits --names vit_tiny_patch16_224
     python -m benchmarks.studies.vits --speed          # takes 3 minutes
 
-Each network has 11 classes and no pretrained weights. The test trains it for one SGD step on two
-random images and rebuilds it from the arguments that a checkpoint stores. The rebuilt network must
-return the same logits at a different image size, which resizes the position embeddings. Then the
-test exports the network to ONNX and compares the file with PyTorch at two more sizes. The Markdown
-table shows the cause of each failure.
+Each network has 11 classes and no pretrained weights. The test trains each network for one SGD step
+on two random images, and rebuilds the network from the arguments that a checkpoint stores. The
+rebuilt network must return the same logits at a different image size, which resizes the position
+embeddings. Then the test exports the network to ONNX and compares the file with PyTorch at two more
+sizes. The Markdown table shows the cause of each failure.
 
 With `--speed`, the test measures training steps of small transformers and of a ResNet-50 in turn,
 in fp32 on two images per step. Peak memory includes the weights, and is measured in a process that

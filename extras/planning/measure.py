@@ -136,7 +136,7 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
 
 
 class MeasuredEvaluation(NamedTuple):
-    """Time and memory of a standalone evaluation, in this process and on its device."""
+    """The time and memory of a standalone evaluation, measured on this process's device."""
 
     start: float  # Seconds until the first image is evaluated, including imports.
     evaluation: float  # Seconds to evaluate all images, including drawing pictures.
@@ -198,8 +198,8 @@ def seconds_since_start() -> float:
 def peak_memory() -> float:
     """Return the peak memory of this process in bytes.
 
-    The function measures device memory, including the CUDA context, on a GPU, and resident memory
-    on a CPU.
+    On a GPU, the function measures device memory including the CUDA context. On a CPU, the function
+    measures resident memory.
     """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()

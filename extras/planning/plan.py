@@ -228,7 +228,7 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _this_machine(config: Config) -> tuple[int, str, float]:
-    """Return the number of processes, the precision, and the free bytes of memory per process."""
+    """Return the number of processes, the precision, and the free memory per process in bytes."""
     ranks, device = dist.get_world_size(), get_device(None)
     if ranks > 1:
         dist.initialize_dist(device)

@@ -226,7 +226,7 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
 
     Args:
         path: Folder in ADE20K's layout, description file, or folder or URL of MDS shards.
-        second: Root of a described data set, or cache folder for shards; None if not given.
+        second: Root of a described data set, cache folder for shards, or None.
         labels: Meaning of the labels if no description exists.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The text report of python data.py."""
+"""The text report of `python data.py`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _size_table(splits: dict[str, Any]) -> list[str]:
 
 
 def _class_table(splits: dict[str, Any]) -> list[str]:
-    """Return a table of class shares. Above 20 classes, show the ten largest and five smallest."""
+    """Return a table of class shares; for over 20 classes, the ten largest and five smallest."""
     by_split = [split["classes"] for split in splits.values()]
     rows: list[tuple[str, ...]] = [
         (

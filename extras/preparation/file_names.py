@@ -176,8 +176,8 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
     Args:
         root: Folder of the data set.
         path: Path of the file.
-        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both. If
-            both are given, folders are searched first.
+        splits_in: Parts of the path to search for a split's name: `folders`, `names` or both.
+            Folders are searched before names.
     """
     dirs, stem, split = list(path.relative_to(root).parts[:-1]), path.stem, ""
     if "folders" in splits_in:

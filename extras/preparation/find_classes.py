@@ -58,7 +58,7 @@ class Values(NamedTuple):
         pixels: Number of pixels of each value.
         edges: Values that probably result from blurred edges, with the files that contain them.
         colors: Palette colour of each value.
-        same: Maps each redundant value to the value with the same meaning.
+        same: For each redundant value, the value with the same meaning.
         notes: Comment lines for the description.
     """
 
@@ -110,9 +110,10 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """For rare values, count pixels on thin lines, and those between their neighbours' values.
+    """For each rare value, count the pixels on thin lines, and how many of these look blurred.
 
-    A pixel is on a thin line if one of its four neighbours has a different value.
+    A pixel is on a thin line if one of its four neighbours has a different value. A pixel looks
+    blurred if its value is between its neighbours' values.
     """
     if not len(rare):
         return {}
@@ -146,7 +147,8 @@ def count_values(paths: list[str], workers: int) -> Values:
         workers: Number of processes.
 
     Raises:
-        DataError: Masks cannot be read, differ in type, or contain too many values or only one.
+        DataError: Masks cannot be read, differ in type, or contain too many values or only one
+            value.
     """
     chunks = [(part,) for part in chunked(paths)]
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
@@ -223,8 +225,8 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     if classes > MOST_CLASSES + 2:
         raise DataError(
             f"masks such as {paths[0]} contain too many {what}: {classes}, but at most "
-            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the masks "
-            "number objects"
+            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the mask values "
+            "are object IDs instead of classes"
         )
 
 

@@ -84,7 +84,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
 
 
 def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
-    """Return other files of the same split whose names contain `core`, like the mask's name."""
+    """Return the other files of the mask's split whose names, like the mask's, contain `core`."""
     split = split_of(mask)
     return [i for i in by_core.get(core, ()) if i.path != mask.path and split_of(i) == split]
 

@@ -145,7 +145,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or a NUL character if it is None."""
+    """Return a template's folder with a trailing slash, or NUL if there is no template."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

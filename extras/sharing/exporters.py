@@ -72,7 +72,7 @@ def compare(
         model: PyTorch model.
         exported: Function that runs the exported file on images.
         photo: (H, W, 3) uint8 RGB.
-        size: Length of the image's shorter side, pixels.
+        size: Length of the image's shorter side, in pixels.
 
     Returns:
         The share of pixels with the same class, and the largest difference between logits. The
@@ -110,7 +110,8 @@ def export(
         kind: Format of the file: `"onnx"`, `"torchscript"` or `"pt2"`.
         path: Path of the file.
         metadata: Metadata to store in the file.
-        half: Whether an ONNX file stores the weights as float16. It still computes in float32.
+        half: Whether an ONNX file stores the weights as float16. The exported file still computes
+            in float32.
 
     Returns:
         A function that maps images to logits, loaded from the written file.

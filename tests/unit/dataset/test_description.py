@@ -148,7 +148,7 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
         (changed("val", value=None), "val is missing; add it, as in val: {fraction: 0.15}"),
         (
             changed("val", "fraction", value=1.5),
-            "fraction must be a number between 0 and 1, without other keys",
+            "fraction must be a number between 0 and 1, and cannot be combined with other keys",
         ),
         (changed("classes", value=["a"]), "classes is missing"),
         (changed("classes", value={"a": 1}), "classes: found 1; list 2 to 253 classes"),
