@@ -78,7 +78,7 @@ CPU = [
     Benchmark("benchmarks.studies.device_transform", seconds=60),
     Benchmark("benchmarks.dataloader", "--images 160 --repeats 3", 60),
 ]
-# CamVid runs without torch.compile, which would take half of the time.
+# Run CamVid without torch.compile, because compiling would take half of the run time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
 # Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe incurs this

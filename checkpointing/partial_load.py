@@ -37,8 +37,8 @@ def load_fitting(
         num_classes: Number of classes of the network, or None to use the number of rows in
             DeepLabV3's last layer.
         class_tensors: Names of the tensors with one row per class, needed only if the file has the
-            same number of classes but different classes. Rows of these tensors are matched by class
-            name or not loaded.
+            same number of classes but different classes. The rows of these tensors are matched by
+            class name, and rows without a match are not loaded.
 
     Returns:
         A one-line note about the tensors that were not loaded, or None.

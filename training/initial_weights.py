@@ -94,8 +94,8 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     names = [name for name in own if own[name].shape != larger[name].shape]
     if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
         raise ClassError(
-            "load_path: the checkpoint's classes are in a different order, and "
-            f"{config.model.name} "
-            "has no layer with a row for each class; give class_names in the checkpoint's order"
+            "load_path: the checkpoint lists the classes in a different order, and "
+            f"{config.model.name} has no layer with one row per class that could be reordered; "
+            "list class_names in the checkpoint's order"
         )
     return names

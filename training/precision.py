@@ -165,7 +165,7 @@ def check_build_tools(config: Config) -> str | None:
 
     missing = missing_build_tools(gpu)
     if missing and config.compile is True:
-        raise ConfigError(f"compile: true needs {missing}, or set compile=false")
+        raise ConfigError(f"compile: compile=true needs {missing}; or set compile=false")
     if missing and gpu:
         kernels = "computes its loss in PyTorch instead of Triton"
         what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels
