@@ -88,8 +88,8 @@ class Start:
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
                 raise ConfigError(
-                    f"{name}: {_shown(ours)}, but {self.where} was trained with {_shown(theirs)}; "
-                    f"{self._remedy}"
+                    f"{name}: the config sets {_shown(ours)}, but {self.where} was trained with "
+                    f"{_shown(theirs)}; {self._remedy}"
                 )
         if self.state_path is None:
             return
@@ -139,8 +139,8 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"model.arguments: this network does not match {self.where}: {len(wrong)} tensors "
-                f"differ (the first is {wrong[0]}); {self._remedy}"
+                f"model.arguments: {len(wrong)} tensors of this network do not match {self.where} "
+                f"(the first is {wrong[0]}); {self._remedy}"
             )
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])
@@ -148,8 +148,8 @@ class Start:
             our, their = ours.get(name), theirs.get(name)
             if not _is_same_argument(our, their):
                 raise ConfigError(
-                    f"model.arguments.{name}: {_shown(our)}, but {self.where} was trained with "
-                    f"{_shown(their)}; {self._remedy}"
+                    f"model.arguments.{name}: the config sets {_shown(our)}, but {self.where} was "
+                    f"trained with {_shown(their)}; {self._remedy}"
                 )
 
 
@@ -208,7 +208,7 @@ def find_start(
         line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
         if not overwrite:
             raise ConfigError(
-                f"{line}; use a different save_folder, or run_name={weights.run_name}"
+                f"{line}; use a different save_folder, or set run_name={weights.run_name}"
             )
         log.warning("%s; save_overwrite=true replaces it", line)
     if load_path:
@@ -254,7 +254,8 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
         # File systems and object-store clients raise their own types of errors.
         except Exception as error:
             raise ConfigError(
-                f"save_folder: cannot read {target.path}: {one_line(error)}"
+                f"save_folder: cannot read {target.path}: {one_line(error)}; check that you can "
+                "access it"
             ) from None
 
     name = on_first_process(newest)
@@ -317,7 +318,9 @@ def local_copy(path: str, scratch: str) -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
         except Exception as error:  # Each object store's client raises its own types of errors.
-            raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
+            raise ConfigError(
+                f"load_path: cannot read {path}: {one_line(error)}; check that you can access it"
+            ) from None
         return copy
 
     return on_first_process(download, of_each_node=True)
