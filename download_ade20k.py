@@ -198,7 +198,7 @@ def _download_rest(url: str, archive: Path) -> None:
         if status in (408, 425, 429) or status >= 500:
             raise _ConnectionLost(f"HTTP {status} {response.reason}")
         if not response.ok:
-            raise DownloadError(f"{url}: HTTP {status} {response.reason}; check the address")
+            raise DownloadError(f"{url}: got HTTP {status} {response.reason}; check the address")
         is_rest = status == 206 and content_range.startswith(f"bytes {have}-")
         start = have if is_rest else 0
         length = response.headers.get("Content-Length")
@@ -282,8 +282,8 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             problem = "occurs twice"
         if problem:
             raise DownloadError(
-                f"{zipped.filename} was not unpacked, because its entry {member.filename!r} "
-                f"{problem}"
+                f"{zipped.filename} was not unpacked, because of its entry {member.filename!r}, "
+                f"which {problem}"
             )
         seen.add(name)
         if name.parts[:1] == (FOLDER,) and not member.is_dir():

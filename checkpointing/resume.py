@@ -205,12 +205,13 @@ def find_start(
         weights = load_weights(path)
         if weights.run_name in (None, run_name):
             return Start(where, weights, _plainly_named(path, scratch), True)
-        line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
+        owner = weights.run_name
         if not overwrite:
             raise ConfigError(
-                f"{line}; use a different save_folder, or set run_name={weights.run_name}"
+                f"save_folder: {where} belongs to run {owner}, not to {run_name}; use a different "
+                f"save_folder, or set run_name={owner}"
             )
-        log.warning("%s; save_overwrite=true replaces it", line)
+        log.warning("save_overwrite=true replaces %s, which belongs to run %s", where, owner)
     if load_path:
         path = local_copy(load_path, scratch)
         where = load_path if is_remote(load_path) else path

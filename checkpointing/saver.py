@@ -321,8 +321,10 @@ class Checkpoints(CheckpointSaver):
             # If a write fails, torch raises a second error when it closes the archive. Report the
             # first error, which names the problem with the disk.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
-            raise RunError(f"{problem}; the last good checkpoint is {last}") from None
+            raise RunError(
+                f"cannot save {self.target.path}/{name}: {one_line(cause)}; the last good "
+                f"checkpoint is {last}"
+            ) from None
 
     def best_path(self) -> str | None:
         """Return the path of the best checkpoint, or None if it does not exist."""

@@ -362,12 +362,12 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
 
 def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:
     if not dataset.path:
-        raise ConfigError(f"{name}.path is empty; give the folder or bucket that holds the data")
+        raise ConfigError(f"{name}.path is empty; set it to the folder or bucket with the data")
     if is_remote(dataset.path):
         if not dataset.is_streaming:
             raise ConfigError(f"{name}.path is remote; set {name}.is_streaming=true for MDS shards")
         if not dataset.local:
-            raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
+            raise ConfigError(f"{name}.local is empty; set it to a cache folder for the shards")
     elif not os.path.isdir(dataset.path):
         raise ConfigError(f"{name}.path: cannot find the folder {_seen_from(dataset.path)}")
     elif not dataset.is_streaming and not described:

@@ -224,9 +224,9 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     # Allow two more values than the maximum number of classes, because the user may ignore two.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"masks such as {paths[0]} contain {classes} {what}, but at most {MOST_CLASSES} "
-            "classes are possible; merge classes, or check whether the mask values are object IDs "
-            "instead of classes"
+            f"masks such as {paths[0]} contain too many {what} ({classes} for at most "
+            f"{MOST_CLASSES} classes); merge classes, or check whether the mask values are object "
+            "IDs instead of classes"
         )
 
 
@@ -270,13 +270,16 @@ def _read_palettes(
     Raises:
         DataError: The masks do not share a common set of colours, or some have no palette.
     """
-    differ = f"{first} and {second} show value {value} in different colours"
     uses = Counter(color for file in files for color in set(file.palette.values()))
     if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
         raise DataError(
-            f"{differ}, so its meaning is unknown; export all masks with the same palette"
+            f"{first} and {second} show value {value} in different colours, so its meaning is "
+            "unknown; export all masks with the same palette"
         )
-    note = f"# A guess: masks are read by colour, because {differ}."
+    note = (
+        f"# A guess: masks are read by colour, because {first} and {second} show value {value} in "
+        "different colours."
+    )
     return [_by_color(file) for file in files], True, [note]
 
 
