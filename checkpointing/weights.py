@@ -137,7 +137,7 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         try:
             found = _from_checkpoint(content, weights)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path}: its weights cannot be read: {one_line(error)}") from error
+            raise WeightsError(f"{path}: the weights cannot be read: {one_line(error)}") from error
     if not found.state:
         raise WeightsError(
             f"{path}: the file contains no weights; choose a file that maps names to tensors, "
@@ -285,7 +285,10 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
     if not isinstance(config, Mapping) or not all(
         isinstance(config.get(name) or {}, Mapping) for name in sections
     ):
-        raise WeightsError("the config in the file's metadata was not written by this project")
+        raise WeightsError(
+            "the config in the file's metadata was not written by this project; choose a different "
+            "file"
+        )
     return config
 
 

@@ -323,8 +323,8 @@ def read_photo(photo: Photo) -> np.ndarray:
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
             raise ValueError(
-                f"got an array of type {photo.dtype} and shape {photo.shape}; expected uint8 and "
-                "(H, W, 3)"
+                f"got an array of type {photo.dtype} and shape {photo.shape}; expected type "
+                "uint8 and shape (H, W, 3)"
             )
         return photo
     if isinstance(photo, Image.Image):

@@ -234,7 +234,8 @@ def _parse_classes(
         )
     if not 2 <= len(given) < IGNORED:
         raise ConfigError(
-            f"{where}: classes: the number of classes is {len(given)}; list 2 to {IGNORED - 1}"
+            f"{where}: classes: the number of classes is {len(given)}; list between 2 and "
+            f"{IGNORED - 1}"
         )
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)

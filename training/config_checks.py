@@ -130,7 +130,7 @@ def _check_names(config: Config) -> None:
     """Validate the run name and the path of the file with the class names."""
     name = config.run_name
     if config.autoresume and not name:
-        raise ConfigError("autoresume: the checkpoints are found by run name; set run_name")
+        raise ConfigError("autoresume: checkpoints are found by the name of the run; set run_name")
     if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
         raise ConfigError(
             f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
@@ -262,7 +262,9 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
             "give one weight per class"
         )
     if isinstance(given, list) and not sum(weights):
-        raise ConfigError("model.class_weights: all weights are 0, so there is no loss; raise one")
+        raise ConfigError(
+            "model.class_weights: all weights are 0; set at least one of them above 0"
+        )
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:

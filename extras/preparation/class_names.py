@@ -139,7 +139,7 @@ def class_lines(root: Path, values: Values) -> list[str]:
         by_name[names.get(of) or f"class_{text}"].append(value)
     if not 2 <= len(by_name) <= MOST_CLASSES:
         raise DataError(
-            f"{root}: a description needs 2 to {MOST_CLASSES} classes, but the number found is "
+            f"{root}: a description needs 2 to {MOST_CLASSES} classes, but the masks have "
             f"{len(by_name)}; merge values, or name at least two"
         )
 

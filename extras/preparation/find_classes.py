@@ -240,8 +240,8 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
         if not shown <= values:
             kind = "a palette with different colours" if other.kind == "palette" else "grey pixels"
             raise DataError(
-                f"the mask {by_kind['color'].path} is in colours, but {other.path} has {kind}; "
-                "export all masks in the same format"
+                f"the mask {by_kind['color'].path} is in colours, but the mask {other.path} "
+                f"has {kind}; export all masks in the same format"
             )
         return [_by_color(file) for file in files], True, []
     if "color" in by_kind:

@@ -256,7 +256,8 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         )
     if found[1] != which:
         raise UserError(
-            f"{path} contains scores of the {found[1]} weights; evaluate the {which} weights"
+            f"{path} contains scores of the {found[1]} weights; evaluate the {which} "
+            "weights instead"
         )
     return scores
 

@@ -87,7 +87,7 @@ def test_more_channels_are_refused(channels: int, photometric: int, extra: tuple
     data = tiff(np.full((6, 5, channels), 9, np.uint8), photometric, *extra)
     with pytest.raises(ValueError, match=f"^the image has {channels} channels; export it"):
         decode_image(data)
-    with pytest.raises(ValueError, match=r"expected uint8 and \(H, W, 3\)"):
+    with pytest.raises(ValueError, match=r"expected type uint8 and shape \(H, W, 3\)"):
         read_photo(np.zeros((6, 5, channels), np.uint8))
 
 

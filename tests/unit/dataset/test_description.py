@@ -154,7 +154,10 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
             "fraction must be a number between 0 and 1, and cannot be combined with other keys",
         ),
         (changed("classes", value=["a"]), "classes is missing"),
-        (changed("classes", value={"a": 1}), "classes: the number of classes is 1; list 2 to 253"),
+        (
+            changed("classes", value={"a": 1}),
+            "classes: the number of classes is 1; list between 2 and 253",
+        ),
         (
             changed("classes", "car", value={"label": 2}),
             "car: unknown key label; the known keys are labels",
