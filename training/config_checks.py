@@ -262,9 +262,7 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
             "give one weight per class"
         )
     if isinstance(given, list) and not sum(weights):
-        raise ConfigError(
-            "model.class_weights: all weights are 0; set at least one of them above 0"
-        )
+        raise ConfigError("model.class_weights: all weights are 0; set at least one above 0")
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
