@@ -91,7 +91,7 @@ def convert(
     """
     if compression and not is_compression(compression):
         raise DataError(
-            f"compression: Streaming does not support {compression!r}; use zstd, for example"
+            f"compression: Streaming does not support {compression!r}; use a name such as zstd"
         )
     if unknown := [name for name in hashes if not is_hash(name)]:
         raise DataError(
@@ -155,9 +155,7 @@ def _only_one(folder: str) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise DataError(
-            f"another conversion to {folder} is running; wait until it has ended"
-        ) from None
+        raise DataError(f"another conversion to {folder} is running; wait until it ends") from None
     finally:
         os.close(descriptor)
 

@@ -54,8 +54,8 @@ def describe(out: Path, converted: Converted, options: argparse.Namespace) -> No
             values = {options.background: 0, **values}
     if not 2 <= len(values) < IGNORED:
         raise DataError(
-            f"{options.source}: found {len(values)} classes ({', '.join(values)}); a network needs "
-            f"2 to {IGNORED - 1} classes"
+            f"{options.source}: a network needs 2 to {IGNORED - 1} classes, but the data set "
+            f"has {len(values)} ({', '.join(values)}); add or merge classes"
         )
     split = {
         name: {"images": f"photos/{name}", "masks": f"masks/{name}"} for name in ("train", "val")

@@ -105,8 +105,8 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
                 log.info("%s is complete; train with path=%s", folder, path)
     except OSError as error:  # Report disk errors, such as a full disk or a read-only folder.
         raise DownloadError(
-            f"{error.filename or path}: {error.strerror or error}; fix this and run the "
-            "command again; the downloaded part is kept"
+            f"{error.filename or path}: {error.strerror or error}; fix this and run the command "
+            "again to continue the download"
         ) from error
     return folder
 
@@ -166,9 +166,9 @@ def _download(url: str, archive: Path) -> None:
             most = max(most, size)
             if failures == ATTEMPTS:
                 raise DownloadError(
-                    f"{url}: {error}; gave up after {ATTEMPTS} attempts in a row without "
-                    f"progress ({_bytes(size)} kept in {archive}); run the command again to "
-                    "continue"
+                    f"{url}: gave up after {ATTEMPTS} attempts without progress ({error}); run "
+                    f"the command again to continue from the {_bytes(size)} kept in "
+                    f"{archive}"
                 ) from error
             wait = 2 ** (failures - 1)
             log.warning("%s: %s; trying again in %d s", url, error, wait)
@@ -198,7 +198,7 @@ def _download_rest(url: str, archive: Path) -> None:
         if status in (408, 425, 429) or status >= 500:
             raise _ConnectionLost(f"HTTP {status} {response.reason}")
         if not response.ok:
-            raise DownloadError(f"{url}: HTTP {status} {response.reason}; check the address")
+            raise DownloadError(f"{url}: got HTTP {status} {response.reason}; check the address")
         is_rest = status == 206 and content_range.startswith(f"bytes {have}-")
         start = have if is_rest else 0
         length = response.headers.get("Content-Length")
@@ -279,19 +279,19 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         elif member.flag_bits & 1:
             problem = "is encrypted"
         elif name in seen:
-            problem = "is in it twice"
+            problem = "occurs twice"
         if problem:
             raise DownloadError(
-                f"{zipped.filename} is not safe: {member.filename!r} {problem}; nothing was "
-                "unpacked"
+                f"{zipped.filename} was not unpacked, because of its entry {member.filename!r}, "
+                f"which {problem}"
             )
         seen.add(name)
         if name.parts[:1] == (FOLDER,) and not member.is_dir():
             members.append(member)
     if not members:
         raise DownloadError(
-            f"{zipped.filename} contains no folder {FOLDER}, so it is not the ADE20K "
-            "archive; delete it"
+            f"{zipped.filename} contains no folder {FOLDER}, so it is not the ADE20K archive; "
+            "delete it and run the command again"
         )
     return members
 
@@ -330,7 +330,7 @@ def _only_one(path: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise DownloadError(
-            f"another download into {path} is running; wait until it has ended"
+            f"another download into {path} is running; wait until it ends"
         ) from None
     try:
         yield
@@ -353,8 +353,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DownloadError(
-            f"{path} has {_bytes(free)} free, but {what} need {_bytes(needed)}; free some space, "
-            "or use a different --path"
+            f"{path} has only {_bytes(free)} of free space, but {what} need {_bytes(needed)}; "
+            "free up some space, or use a different --path"
         )
 
 

@@ -220,8 +220,8 @@ def _write_deployed(
             f"logits differ by at most {difference:.1e}"
         )
         if not good:
-            advice = "; export without --half" if options.half else ""
-            raise RunError(f"the exported file differs from the model, so it is not kept{advice}")
+            advice = "export without --half" if options.half else "try a different format"
+            raise RunError(f"the exported file differs from the model and was deleted; {advice}")
         if options.half:
             _compare_scores(unfinished, options)
 
@@ -241,7 +241,7 @@ def _compare_scores(half: Path, options: argparse.Namespace) -> None:
         return
     change = f"mIoU {file['mIoU']:.2f} with float16 weights, {model['mIoU']:.2f} without"
     if file["mIoU"] < model["mIoU"] - MAX_LOSS:
-        raise RunError(f"--half: {change}, so the file is not kept; export without --half")
+        raise RunError(f"--half lowers the mIoU too much ({change}); export without it")
     print(f"{change}, on {model['photos']} images of {model['data']}")
 
 
@@ -270,7 +270,7 @@ def _check_folder(
     for path in paths:
         if path.exists() and not is_ours:
             raise UserError(
-                f"{path} would be overwritten, but no earlier export wrote it; move it, or give "
+                f"{path} would be overwritten, but was not written by export.py; move it, or use "
                 "a different --out"
             )
 
@@ -363,7 +363,7 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
             checkpoint_in(scored), checkpoint_in(options.model)
         ):
             raise UserError(
-                f"{options.scores} contains scores for {scored}; give scores for {options.model}"
+                f"{options.scores} contains the scores of {scored}; use those of {options.model}"
             )
         return scores
     scores = _evaluate(options.model, options)

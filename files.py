@@ -175,7 +175,7 @@ def explain_output(path: PathLike) -> Iterator[None]:
         reason = error.strerror or one_line(error)
         if error.errno in FULL:
             raise OutputError(
-                f"{path}: {reason}; free some space, or choose a different location"
+                f"{path}: {reason}; free up some space, or choose a different location"
             ) from error
         name = os.fspath(error.filename) if error.filename is not None else ""
         folder = os.path.dirname(os.path.realpath(path))
@@ -184,7 +184,7 @@ def explain_output(path: PathLike) -> Iterator[None]:
             raise UserError(f"cannot write {path}: {reason}") from error
         # The error may name a parent folder of the output.
         if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):
-            raise UserError(f"cannot write {path}: {name}: {reason}") from error
+            raise UserError(f"cannot write {path}, because of {name}: {reason}") from error
         raise
 
 

@@ -122,7 +122,7 @@ class Segmenter:
             if amp:
                 raise WeightsError(
                     f"{path}: --amp does not work with ONNX files, whose precision is fixed; leave "
-                    "it out"
+                    "out --amp"
                 )
             self.network, found = _onnx_network(path)
             num_classes = len(found.classes or ())
@@ -280,8 +280,8 @@ def _torch_network(
                     raise
                 height, width = image.shape[2:]
                 raise ModelError(
-                    f"{network.name} fails on images of {width} x {height} pixels: "
-                    f"{one_line(error)}; with --slide --size N, it processes squares of N pixels"
+                    f"{network.name} fails on images of {width} x {height} pixels "
+                    f"({one_line(error)}); use --slide --size N to process squares of N pixels"
                 ) from error
 
     return run
@@ -303,7 +303,7 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
         metadata = session.get_modelmeta().custom_metadata_map
     # The error classes of onnxruntime have no common base class.
     except Exception as error:
-        raise WeightsError(f"{path}: onnxruntime cannot read it: {error}") from error
+        raise WeightsError(f"{path}: onnxruntime cannot read the file: {error}") from error
     if "classes" not in metadata:
         raise WeightsError(
             f"{path}: the file contains no class names; use a file written by export.py"

@@ -44,7 +44,7 @@ def select_network(
     if len(largest) > 1:
         listed = " and ".join(largest)
         raise WeightsError(
-            f"the file contains several networks, {listed}; save the network that you need in a "
+            f"the file contains several networks ({listed}); save the network that you need in a "
             "separate file"
         )
     state = training[largest[0]]

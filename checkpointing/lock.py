@@ -136,8 +136,8 @@ class RecordLock:
         """Raise RunError if another run took over the lock while this run could not renew it."""
         if self._successor:
             raise RunError(
-                f"{self._place}: {_describe(self._successor)} has taken over the folder, because "
-                f"this run could not reach it for {SILENCE:.0f} s; this run stops"
+                f"{self._place}: this run stops, because it could not reach the folder for "
+                f"{SILENCE:.0f} s and {_describe(self._successor)} has taken it over"
             )
 
     def release(self) -> None:

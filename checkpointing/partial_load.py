@@ -53,8 +53,8 @@ def load_fitting(
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if len(fitting) < least * len(own):
         raise WeightsError(
-            f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, "
-            f"below the required share load_least={least:g}; choose weights for this network"
+            f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, fewer than "
+            f"load_least={least:g} requires; choose weights for this network"
         )
     fitting = {name: tensor for name, tensor in fitting.items() if name not in class_tensors}
     left = [name for name in own if name not in fitting]

@@ -57,8 +57,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
             else "no layer has a row for each class"
         )
         raise WeightsError(
-            f"{where}: the weights do not match {network}: {found}; give the name of their network "
-            "with --network"
+            f"{where}: the weights do not match the network {network}, because {found}; name their "
+            "network with --network"
         )
     model = {"name": network, "arguments": built.arguments, "num_classes": counts.pop()}
     return replace(weights, config={"model": model})

@@ -222,7 +222,8 @@ class RemoteFolder:
                 # ends.
                 os.replace(item.file, kept)
                 raise RunError(
-                    f"{message}; the upload was abandoned, but the checkpoint is still at {kept}"
+                    f"{message}; gave up after {UPLOAD_FOR / 60:.0f} minutes, but the checkpoint "
+                    f"is still at {kept}"
                 )
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)

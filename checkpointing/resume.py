@@ -88,8 +88,8 @@ class Start:
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
                 raise ConfigError(
-                    f"{name}: {_shown(ours)}, but {self.where} was trained with {_shown(theirs)}; "
-                    f"{self._remedy}"
+                    f"{name}: the config sets {_shown(ours)}, but {self.where} was trained with "
+                    f"{_shown(theirs)}; {self._remedy}"
                 )
         if self.state_path is None:
             return
@@ -139,8 +139,8 @@ class Start:
         wrong = [name for name in own | found if own.get(name) != found.get(name)]
         if wrong:
             raise ConfigError(
-                f"model.arguments: this network does not match {self.where}: {len(wrong)} tensors "
-                f"differ (the first is {wrong[0]}); {self._remedy}"
+                f"model.arguments: {len(wrong)} tensors of this network do not match {self.where} "
+                f"(the first is {wrong[0]}); {self._remedy}"
             )
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])
@@ -148,8 +148,8 @@ class Start:
             our, their = ours.get(name), theirs.get(name)
             if not _is_same_argument(our, their):
                 raise ConfigError(
-                    f"model.arguments.{name}: {_shown(our)}, but {self.where} was trained with "
-                    f"{_shown(their)}; {self._remedy}"
+                    f"model.arguments.{name}: the config sets {_shown(our)}, but {self.where} was "
+                    f"trained with {_shown(their)}; {self._remedy}"
                 )
 
 
@@ -205,12 +205,13 @@ def find_start(
         weights = load_weights(path)
         if weights.run_name in (None, run_name):
             return Start(where, weights, _plainly_named(path, scratch), True)
-        line = f"save_folder: {where} belongs to run {weights.run_name}, not to {run_name}"
+        owner = weights.run_name
         if not overwrite:
             raise ConfigError(
-                f"{line}; use a different save_folder, or run_name={weights.run_name}"
+                f"save_folder: {where} belongs to run {owner}, not to {run_name}; use a different "
+                f"save_folder, or set run_name={owner}"
             )
-        log.warning("%s; save_overwrite=true replaces it", line)
+        log.warning("save_overwrite=true replaces %s, which belongs to run %s", where, owner)
     if load_path:
         path = local_copy(load_path, scratch)
         where = load_path if is_remote(load_path) else path
@@ -254,7 +255,8 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
         # File systems and object-store clients raise their own types of errors.
         except Exception as error:
             raise ConfigError(
-                f"save_folder: cannot read {target.path}: {one_line(error)}"
+                f"save_folder: cannot read {target.path}: {one_line(error)}; check that you can "
+                "access it"
             ) from None
 
     name = on_first_process(newest)
@@ -317,7 +319,9 @@ def local_copy(path: str, scratch: str) -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
         except Exception as error:  # Each object store's client raises its own types of errors.
-            raise ConfigError(f"load_path: cannot read {path}: {one_line(error)}") from None
+            raise ConfigError(
+                f"load_path: cannot read {path}: {one_line(error)}; check that you can access it"
+            ) from None
         return copy
 
     return on_first_process(download, of_each_node=True)

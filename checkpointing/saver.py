@@ -300,9 +300,12 @@ class Checkpoints(CheckpointSaver):
 
     def _write(self, content: dict[str, Any], name: str) -> None:
         """Write a checkpoint to a temporary file, and publish the file once it is on the disk."""
-        kept = f"the last good checkpoint is {self.last or 'none'}"
+        last = self.last or "none"
         if not _is_finite(content["state"]):
-            raise RunError(f"{name} is not saved, because its weights are not finite; {kept}")
+            raise RunError(
+                f"{name} was not saved, because its weights are not finite; the last good "
+                f"checkpoint is {last}; try a lower optimizer.lr"
+            )
         unfinished = os.path.join(self.target.scratch, f"{name}.unfinished")
         try:
             with open(unfinished, "wb") as file:
@@ -318,8 +321,10 @@ class Checkpoints(CheckpointSaver):
             # If a write fails, torch raises a second error when it closes the archive. Report the
             # first error, which names the problem with the disk.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            problem = f"cannot save {self.target.path}/{name}: {one_line(cause)}"
-            raise RunError(f"{problem}; {kept}") from None
+            raise RunError(
+                f"cannot save {self.target.path}/{name}: {one_line(cause)}; the last good "
+                f"checkpoint is {last}"
+            ) from None
 
     def best_path(self) -> str | None:
         """Return the path of the best checkpoint, or None if it does not exist."""

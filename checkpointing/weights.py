@@ -96,7 +96,7 @@ class Weights:
         count = ((self.config or {}).get("model") or {}).get("num_classes")
         if count is None and self.classes is None:
             raise WeightsError(
-                "the weights file does not name its network; name the network with --network"
+                "the weights file does not contain the name of its network; give it with --network"
             )
         return count or len(self.classes or ())
 
@@ -137,11 +137,11 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         try:
             found = _from_checkpoint(content, weights)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path}: its weights cannot be read: {one_line(error)}") from error
+            raise WeightsError(f"{path}: the weights cannot be read: {one_line(error)}") from error
     if not found.state:
         raise WeightsError(
-            f"{path}: the file contains no weights: neither the file nor one of its entries "
-            "maps names to tensors"
+            f"{path}: the file contains no weights; choose a file that maps names to tensors, "
+            "either directly or in one of its entries"
         )
     if found.config is not None:
         return found
@@ -285,7 +285,10 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
     if not isinstance(config, Mapping) or not all(
         isinstance(config.get(name) or {}, Mapping) for name in sections
     ):
-        raise WeightsError("the config in the file's metadata was not written by this project")
+        raise WeightsError(
+            "the config in the file's metadata was not written by this project; choose a different "
+            "file"
+        )
     return config
 
 
@@ -377,8 +380,8 @@ def _load_pickle(path: Path, inert: bool) -> Any:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise WeightsError(
-                f"{path}: rejected, because it contains {unsafe[1]}, which no training state "
-                "needs and which could run code; save only the weights"
+                f"{path}: rejected, because it contains {unsafe[1]}, which could run code and is "
+                "not part of a training state; save only the weights"
             ) from error
         raise WeightsError(
             f"{path}: cannot be read as a PyTorch checkpoint; the file is damaged or has a "

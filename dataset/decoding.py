@@ -157,7 +157,7 @@ def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.
         height, width = decode_image(data).shape[:2]
         raise ValueError(
             f"the image is {width}x{height}, but its mask is {shape[1]}x{shape[0]}; "
-            "export both in the same size"
+            "export both at the same size"
         )
     return stored
 
@@ -186,7 +186,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             return mask if mask.dtype == np.uint8 else _narrowed(mask, max_value)
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
-        raise ValueError("the mask is a JPEG, which changes labels; export it as PNG")
+        raise ValueError("the mask is a JPEG, whose compression changes labels; export it as PNG")
     mask = np.asarray(image)
     if _is_wide(data):
         wide = _opencv(data, cv2.IMREAD_UNCHANGED)
@@ -213,7 +213,7 @@ def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
         ValueError: A value is negative, is a fraction or exceeds `max_value`.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
-        raise ValueError("the mask's pixels are fractions; export it with integer labels")
+        raise ValueError("the mask contains fractions; export it with integer labels")
     largest = mask.max()
     if mask.min() < 0 or largest > max_value:
         wrong = mask.min() if mask.min() < 0 else largest
@@ -246,7 +246,7 @@ def decode_colors(data: bytes) -> np.ndarray:
             return np.bitwise_and(packed, 0xFFFFFF, out=packed)
     image = _decode(data)
     if image.format in ("JPEG", "MPO"):
-        raise ValueError("the mask is a JPEG, which changes colours; export it as PNG")
+        raise ValueError("the mask is a JPEG, whose compression changes colours; export it as PNG")
     if _is_wide(data):
         raise ValueError("the mask has 16-bit colours; export it with 8 bits per channel")
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
@@ -322,7 +322,10 @@ def read_photo(photo: Photo) -> np.ndarray:
     """
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-            raise ValueError(f"got an array {photo.shape} {photo.dtype}; expected (H, W, 3) uint8")
+            raise ValueError(
+                f"got an array of type {photo.dtype} and shape {photo.shape}; expected type "
+                "uint8 and shape (H, W, 3)"
+            )
         return photo
     if isinstance(photo, Image.Image):
         return np.array(_rgb(photo))

@@ -134,7 +134,7 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
         return path, None
     description = parse_description(read_description(path), path)
     if not (root or description.root):
-        raise ConfigError(f"{path}: root is missing; set it to the folder of the data set")
+        raise ConfigError(f"{path}: root is missing; set it to the data set's folder")
     return root or description.root or "", description
 
 
@@ -173,19 +173,23 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(
             f"{where}: classes: the labels are colours, but masks with segments need category "
-            "numbers; list the numbers as labels"
+            "numbers; list these numbers under labels"
         )
     exclude = _as_list(raw.get("exclude"))
     for pattern in exclude:
         if not isinstance(pattern, str) or not pattern:
-            raise ConfigError(f"{where}: exclude: got {pattern!r}; list folders or files")
+            raise ConfigError(
+                f"{where}: exclude: got {pattern!r}; expected paths of files or folders"
+            )
     return Description(root, sources, fraction, classes, values, in_colors, tuple(exclude))
 
 
 def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
     unknown = [str(key) for key in raw if key not in known]
     if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]}; known keys: {', '.join(known)}")
+        raise ConfigError(
+            f"{where}: unknown key {unknown[0]}; the known keys are {', '.join(known)}"
+        )
 
 
 def _parse_splits(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Source], float]:
@@ -229,7 +233,10 @@ def _parse_classes(
             f"{where}: classes is missing; add it, as in classes: {{road: {{labels: [1]}}}}"
         )
     if not 2 <= len(given) < IGNORED:
-        raise ConfigError(f"{where}: classes: found {len(given)}; list 2 to {IGNORED - 1} classes")
+        raise ConfigError(
+            f"{where}: classes: the number of classes is {len(given)}; list between 2 and "
+            f"{IGNORED - 1}"
+        )
     ignored = raw.get("ignore")
     ignored = [] if ignored is None else _as_list(ignored)
     kinds, colors, found = set(), [], []
@@ -246,7 +253,7 @@ def _parse_classes(
         color = entry.get("color", labels[0] if _is_color(labels[0]) else None)
         if color is not None and not _is_color(color):
             raise ConfigError(
-                f"{key}: color: got {color!r}; expected [red, green, blue], 0 to 255 each"
+                f"{key}: color: got {color!r}; expected [red, green, blue], each from 0 to 255"
             )
         colors.append(color)
     found += [(value, 0, "ignore") for value in ignored]
@@ -258,16 +265,17 @@ def _parse_classes(
         if number in values:
             if names[number] == name:
                 raise ConfigError(
-                    f"{where}: {name} lists {value} twice; list it once, or write a colour as a "
-                    "list of its own, as in labels: [[128, 64, 128]]"
+                    f"{where}: {name} lists {value} twice; list it once, or add brackets for a "
+                    "colour, as in labels: [[128, 64, 128]]"
                 )
             raise ConfigError(
-                f"{where}: label {value} is in both {names[number]} and {name}; remove it from one"
+                f"{where}: {names[number]} and {name} both have label {value}; remove it from one "
+                "of them"
             )
         values[number], names[number] = label, name
     if len(kinds) > 1:
         raise ConfigError(
-            f"{where}: some labels are numbers and some are colours; use only one of the two"
+            f"{where}: some labels are numbers and some are colours; use the same kind for all"
         )
     others = iter(distinct_colors(len(colors)))
     classes = tuple(

@@ -84,7 +84,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     """
     if split not in description.sources:
         raise ConfigError(
-            "the description lacks train and val; add them to locate the images and masks"
+            "the description has no train and val sections; add them to locate images and masks"
         )
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
@@ -237,7 +237,9 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
         photos = _listed(source.list, root, found, pairs)
     pairs = pairs._replace(images=photos, folders=(found.folder, ""))
     if masks is None:
-        raise ConfigError(f"{split}.masks is missing; add the masks' folder for {source.images}")
+        raise ConfigError(
+            f"{split}.masks is missing; set it to the folder with the masks of {source.images}"
+        )
     if not masks.folder.is_dir():
         pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
         return pairs

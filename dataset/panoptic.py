@@ -46,8 +46,8 @@ class Segments:
         ids = self.numbers[:, 0]
         if wrong := ids[(ids < 0) | (ids >= MAX_SEGMENTS)].tolist():
             raise DataError(
-                f"{path}: segment id {wrong[0]} must be between 0 and {MAX_SEGMENTS - 1}, the "
-                "range of an RGB pixel"
+                f"{path}: segment id {wrong[0]} does not fit into an RGB pixel; use an id between "
+                f"0 and {MAX_SEGMENTS - 1}"
             )
 
     def only(self, paths: Iterable[str]) -> Segments:

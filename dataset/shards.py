@@ -112,7 +112,8 @@ class Shards:
                 raise DataError(f"{self.location}/index.json: {wrong}")
             if not set(COLUMNS) <= set(shard.column_names):
                 raise DataError(
-                    f"{self.location}: got the columns {shard.column_names}; expected {COLUMNS}"
+                    f"{self.location}: the shards have the columns {shard.column_names} instead of "
+                    f"{COLUMNS}; convert the data set again"
                 )
             # Read images and masks as encoded bytes, which Streaming would otherwise decode with
             # Pillow.
@@ -153,7 +154,7 @@ class Shards:
             is_same = filecmp.cmp(path, fresh, shallow=False)
         if not is_same:
             raise DataError(
-                f"{self.folder} contains an earlier version of {self.location}; delete the folder"
+                f"{self.folder} contains an earlier version of {self.location}; delete this folder"
             )
 
     def _check_limit(self, cache_limit: int | str | None) -> int | None:
@@ -383,12 +384,15 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]
     shards.fetch(number)
     path, shard = shards.path(number), shards.shards[number]
     content = Path(path).read_bytes()
-    again = "; delete it to download it again" if shards.is_cache else ""
-    if len(content) != shard.raw_data.bytes:
-        size = f"{len(content):,} bytes instead of {shard.raw_data.bytes:,}"
-        raise DataError(f"{path} is damaged: it has {size}{again}")
+    remedy = "delete it to download it again" if shards.is_cache else "convert the data set again"
+    if len(content) != (size := shard.raw_data.bytes):
+        raise DataError(
+            f"{path} is damaged: it has {len(content):,} bytes instead of {size:,}; {remedy}"
+        )
     for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
         if get_hash(algorithm, content) != expected:
-            raise DataError(f"{path} is damaged: its {algorithm} differs from the index{again}")
+            raise DataError(
+                f"{path} is damaged: its {algorithm} hash does not match the index; {remedy}"
+            )
     end = int(shards.ends[number])
     yield from (shards.read(index)[:3] for index in range(end - len(shard), end))

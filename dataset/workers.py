@@ -84,7 +84,7 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process died, possibly out of memory; try fewer --workers"
+                "a worker process died, possibly because memory ran out; try fewer --workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # Wait for the running tasks.

@@ -63,9 +63,11 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
         streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
     if not arguments.get("path"):
-        raise ConfigError("the checkpoint does not name a validation set; use --path or --config")
+        raise ConfigError(
+            "the checkpoint does not name a validation set; give one with --path or --config"
+        )
     if is_remote(arguments["path"]) and not arguments.get("local"):
-        raise ConfigError(f"{arguments['path']} is remote; use --local to name a cache folder")
+        raise ConfigError(f"{arguments['path']} is remote; set a cache folder with --local")
     if described is not None and len(described.classes) != len(segmenter.classes):
         counts = (
             f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
@@ -75,8 +77,8 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
     if options.ignore_background is not None:
         if described is not None:
             raise ConfigError(
-                "--ignore-background applies only to ADE20K's layout; list the labels to "
-                f"ignore under the key ignore in {options.data or 'data'}"
+                "--ignore-background applies only to ADE20K's layout; list the ignored labels "
+                f"under ignore in {options.data or 'data'}"
             )
         arguments["ignore_background"] = options.ignore_background
     if described is None:
@@ -123,11 +125,11 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
     ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
     if not recorded or ours == theirs:
         return
-    values = f"{str(ours).lower()}, but was {str(theirs).lower()} in the run"
+    values = f"{str(ours).lower()}, but the run used {str(theirs).lower()}"
     paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
     if paths[0] == paths[1]:
         raise ConfigError(
-            f"ignore_background is {values} on the same data set; leave out --ignore-background"
+            f"ignore_background is {values} for the same data set; leave out --ignore-background"
         )
     log.warning(
         "ignore_background is %s; label 0 of %s is read with the new value",

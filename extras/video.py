@@ -76,7 +76,7 @@ class Video:
         except (self._av.FFmpegError, OSError) as error:
             raise DataError(self._explain(error)) from None
         if not self._container.streams.video:
-            raise DataError("the file contains no video stream")
+            raise DataError("the file contains no video stream; choose a different file")
         self._stream = self._container.streams.video[0]
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for this video; convert it to H.264")

@@ -113,8 +113,8 @@ class Network(nn.Module):
         found = getattr(found, "logits", found)
         if not isinstance(found, Tensor):
             raise ModelError(
-                f"model.name={self.name} returns {type(found).__name__}; it must return "
-                'logits as a tensor, as .logits or as {"out": ...}'
+                f"model.name={self.name} returns {type(found).__name__}; it must return the "
+                'logits as a tensor, in an attribute .logits or in a dict {"out": ...}'
             )
         return (found,)
 
@@ -179,8 +179,8 @@ class Network(nn.Module):
             logits = self(image.contiguous(memory_format=torch.channels_last))
         if logits.ndim != 4 or logits.shape[:2] != (2, num_classes):
             raise ModelError(
-                f"model.name={self.name} returns {tuple(logits.shape)} for two images; it "
-                f"must return logits (2, {num_classes}, h, w)"
+                f"model.name={self.name} returns logits of shape {tuple(logits.shape)} for two "
+                f"images; it must return the shape (2, {num_classes}, h, w)"
             )
 
 

@@ -193,7 +193,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
     builder = getattr(torchvision.models.resnet, arch, None) if arch.islower() else None
     if builder is None or arch not in torchvision.models.list_models(torchvision.models):
         raise ModelError(
-            f"backbone_arch={arch}: torchvision has no such ResNet; use one such as resnet101"
+            f"backbone_arch={arch}: torchvision has no such ResNet; use, for example, resnet101"
         )
     try:
         backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
@@ -235,7 +235,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
         except (URLError, OSError) as error:
             raise ModelError(
                 f"backbone_weights={weights}: cannot download {url} ({error}); download "
-                f"that file elsewhere and put it at {target}"
+                f"the file on a different machine and copy it to {target}"
             ) from error
     else:
         if not os.path.isfile(weights):
@@ -245,8 +245,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
         # For a file that is not a state dict, torch raises many types of errors.
         except Exception as error:
             raise ModelError(
-                f"backbone_weights={weights}: cannot be read as a PyTorch state dict "
-                f"({type(error).__name__})"
+                f"backbone_weights={weights}: the file cannot be read as a PyTorch state dict "
+                f"({type(error).__name__}); use a different file"
             ) from error
     _load_state(backbone, state, f"backbone_weights={weights}", arch)
 
@@ -259,8 +259,8 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
     if wrong:
         raise ModelError(
-            f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing "
-            f"or have a different shape, starting with {wrong[0]}; use weights for {arch}"
+            f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing or "
+            f"have a different shape (the first is {wrong[0]}); use weights for {arch}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -285,9 +285,9 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
     conv2 = state.get("backbone.layer1.0.conv2.weight")
     if scores is None or conv2 is None or blocks not in DEPTHS or conv2.shape[:2] not in FAMILIES:
         raise WeightsError(
-            f"{where}: this is not a DeepLabV3 from this project (it has {blocks} bottleneck "
-            f"blocks and {'a' if scores is not None else 'no'} classifier.conv_seg.weight); name "
-            "the network with --network"
+            f"{where}: the weights do not belong to a DeepLabV3 from this project (they have "
+            f"{blocks} bottleneck blocks and {'a' if scores is not None else 'no'} "
+            "classifier.conv_seg.weight); name their network with --network"
         )
     return {
         "num_classes": scores.shape[0],
@@ -327,7 +327,7 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 takes no arguments; use keys of model")
+            raise ModelError("model.arguments: deeplabv3 takes no arguments; set keys of model")
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )

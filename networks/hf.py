@@ -41,7 +41,7 @@ def build(
     if from_file and "config" not in arguments:
         raise ModelError(
             f"{whole}: the file does not contain the network's config, so the network cannot be "
-            "rebuilt"
+            "rebuilt; choose a file that contains the config"
         )
     if "config" in arguments:  # Use the config recorded when the network was first built.
         said = _without_pretrained(arguments["config"])

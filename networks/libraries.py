@@ -114,7 +114,8 @@ def plain(value: Any, where: str, key: str = "") -> Any:
         return [plain(part, where, key) for part in value]
     if isinstance(value, str) and not PLAIN.fullmatch(value):
         raise ModelError(
-            f"{where}: rejected, because {key} is {value!r}, which could be a path or a URL"
+            f"{where}: rejected, because {key} is {value!r}, which could be a path or a URL; use "
+            "a different file"
         )
     return value
 
@@ -130,7 +131,7 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
         return load(*args, **arguments)
     except OSError as error:
         raise ModelError(
-            f"model.name={name}: there is no such folder, and no such network on the hub "
+            f"model.name={name}: found neither a folder nor a network on the hub with this name "
             f"({one_line(error)}); give a name from the hub, or a folder written by "
             "save_pretrained"
         ) from error
@@ -145,8 +146,8 @@ def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Ne
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"model.name={name}: {one_line(error)}; make sure that Python can import the "
-            "module, for example by adding its folder to PYTHONPATH"
+            f"model.name={name}: cannot import the function ({one_line(error)}); check its name, "
+            "or add the folder of its module to PYTHONPATH"
         ) from error
     network = call(name, builder, num_classes=num_classes, **without_own(arguments))
     if not isinstance(network, nn.Module):

@@ -63,7 +63,7 @@ def build(
     elif from_file:
         raise ModelError(
             f"{whole}: the file does not contain the network's config, so the network cannot be "
-            "rebuilt"
+            "rebuilt; choose a file that contains the config"
         )
     else:
         model, mean, std = _read_config(whole, name)
@@ -106,7 +106,9 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
         )
     config = call(whole, mmcv.Config.fromfile, str(path))
     if "model" not in config:
-        raise ModelError(f"model.name={whole}: {path} does not define a model")
+        raise ModelError(
+            f"model.name={whole}: {path} does not define a model; choose a different config"
+        )
     said = config.get("img_norm_cfg") or {}
     mean, std = said.get("mean", IMAGENET_CHANNEL_MEAN), said.get("std", IMAGENET_CHANNEL_STD)
     if not said.get("to_rgb", True):
@@ -213,5 +215,5 @@ def _check_operators(whole: str, segmentor: nn.Module) -> None:
             raise ModelError(
                 f"model.name={whole} needs mmcv's operator {kind.__name__}, but the installed "
                 "mmcv-full has no GPU operators; set CUDA_VISIBLE_DEVICES= to use the CPU, or "
-                "build mmcv-full 1.7.2 with CUDA against this torch"
+                "build mmcv-full 1.7.2 with CUDA for this version of torch"
             )

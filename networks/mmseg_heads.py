@@ -119,7 +119,7 @@ def _own_loss(head: Any) -> Loss:
     """Return a head's own implementation of its loss."""
     if type(head).__name__ in ("DAHead", "EncHead"):
         raise ModelError(
-            f"{type(head).__name__}: this head works only with a plain cross entropy; change its "
+            f"{type(head).__name__}: this head works only with plain cross entropy; change its "
             "loss_decode"
         )
 

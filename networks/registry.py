@@ -55,7 +55,7 @@ def named_network(
         network = libraries.call(name, build, *given)
     elif from_file and name != vouched:
         raise ModelError(
-            f"the file's network is built by the function {name}; to allow this code to run, give "
+            f"the function {name} builds the file's network; to allow it to run, add "
             f"--network {name}"
         )
     else:

@@ -94,8 +94,8 @@ def _features(
         places = (strides.index(4), len(strides) - 1)
     else:
         raise ModelError(
-            f"model.name={whole} has features of stride {strides}; use a backbone with stride 4, "
-            "or a vision transformer with patches of 14 or 16 pixels"
+            f"model.name={whole} has no features of stride 4, only of strides {strides}; use a "
+            "different backbone, or a vision transformer with patches of 14 or 16 pixels"
         )
     backbone = fetch(whole, create, out_indices=places)
     if "output_stride" in options:

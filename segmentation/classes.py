@@ -124,8 +124,8 @@ def match_classes(
     if len(set(keys)) < len(keys):
         twice = next(info.name for info, key in zip(classes, keys) if keys.count(key) > 1)
         raise ClassError(
-            f"{different}; the name {twice} occurs twice, so the classes cannot be matched by "
-            "name; rename one"
+            f"the name {twice} occurs twice, so the classes cannot be matched by name "
+            f"({different}); rename one of them"
         )
     return [other_keys.index(key) for key in keys]
 

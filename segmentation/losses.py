@@ -116,9 +116,9 @@ def segmentation_loss(
         shapes = logits.ndim == 4 and logits.shape[1] > 1 and t.ndim == 3 and len(t) == len(logits)
         if not shapes or t.is_floating_point() or t.shape != targets[0].shape:
             raise ValueError(
-                f"segmentation_loss got logits {tuple(logits.shape)} and targets "
-                f"{tuple(t.shape)} {t.dtype}; expected logits (N, C, h, w) of at least two classes "
-                "and integer targets (N, H, W)"
+                f"got logits of shape {tuple(logits.shape)} and {t.dtype} targets of shape "
+                f"{tuple(t.shape)}; expected logits of shape (N, C, h, w) with at least two "
+                "classes and integer targets of shape (N, H, W)"
             )
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
         raise ValueError(

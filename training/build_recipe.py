@@ -214,7 +214,7 @@ def check_times(config: Config, batches_per_epoch: int) -> None:
     length = batches(config.max_duration)
     if batches(config.schedule.warmup) >= length:
         raise ConfigError(
-            f"schedule.warmup: {config.schedule.warmup} is not shorter than the run "
+            f"schedule.warmup: {config.schedule.warmup} is at least as long as the run "
             f"({length:.0f}ba); use a shorter warm-up"
         )
     ema = config.recipe.ema

@@ -95,9 +95,9 @@ class StopAtNonFiniteLoss(Callback):
             return
         last = self.saver.last if self.saver else None
         raise RunError(
-            f"{wrong[0]} in batch {state.timestamp.batch.value}, at a learning rate of "
-            f"{self._learning_rate:g}; the last good checkpoint is {last or 'none'}; try a "
-            "lower optimizer.lr"
+            f"the loss is not finite in batch {state.timestamp.batch.value}, at a learning rate of "
+            f"{self._learning_rate:g} ({wrong[0]}); the last good checkpoint is "
+            f"{last or 'none'}; try a lower optimizer.lr"
         )
 
 

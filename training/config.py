@@ -295,34 +295,35 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
     hints = {field.name: known_hints[field.name] for field, _ in fields_of(defaults)}
     result = {}
     for name, value in raw.items():
+        key = f"{prefix}{name}"
         if name not in hints:
             # A saved config may contain an empty section that this recipe does not have.
             if name in known_hints and value is None:
                 continue
             is_eval = isinstance(defaults, EvalDatasetConfig)
             if is_eval and name in get_type_hints(TrainDatasetConfig):
-                raise ConfigError(f"{prefix}{name}: only train_dataset has this key; leave it out")
+                raise ConfigError(f"{key}: only train_dataset has this key; leave it out")
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
             known = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {prefix}{name}; {known}")
+            raise ConfigError(f"unknown key {key}; {known}")
         section, default = hints[name], getattr(defaults, name)
         if dataclasses.is_dataclass(default) or name == "loggers":
             if value is None:
                 continue
             if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{name}: {value!r} must be a section of keys")
+                raise ConfigError(f"{key}: got {value!r}; expected a section of keys")
             # As in MosaicML's YAML files, an empty section enables a logger with its default
             # arguments.
             if name == "loggers":
-                value = {key: {} if given is None else given for key, given in value.items()}
+                value = {logger: {} if given is None else given for logger, given in value.items()}
             if dataclasses.is_dataclass(default):
-                value = _without_empty_sections(value, default, f"{prefix}{name}.")
+                value = _without_empty_sections(value, default, f"{key}.")
         elif value is None and section is not Any and not _may_be_empty(section):
-            raise ConfigError(f"{prefix}{name} is empty; give a value or leave out the key")
+            raise ConfigError(f"{key} is empty; give a value or leave out the key")
         elif list in _kinds(section) and not isinstance(value, (list, type(None))):
-            raise ConfigError(f"{prefix}{name}: {value!r} must be a list, such as [{value}]")
+            raise ConfigError(f"{key}: got {value!r}; expected a list, such as [{value}]")
         elif dict in _kinds(section) and not isinstance(value, (dict, type(None))):
-            raise ConfigError(f"{prefix}{name}: {value!r} must be a mapping, such as {{a: 1}}")
+            raise ConfigError(f"{key}: got {value!r}; expected a mapping, such as {{a: 1}}")
         result[name] = value
     return result
 

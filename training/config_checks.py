@@ -130,7 +130,7 @@ def _check_names(config: Config) -> None:
     """Validate the run name and the path of the file with the class names."""
     name = config.run_name
     if config.autoresume and not name:
-        raise ConfigError("autoresume: a run needs a name to find its checkpoints; set run_name")
+        raise ConfigError("autoresume: checkpoints are found by the name of the run; set run_name")
     if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
         raise ConfigError(
             f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
@@ -171,7 +171,7 @@ def check_evaluates(config: Config) -> None:
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError("model.arguments: deeplabv3 takes no arguments; use keys of model")
+            raise ConfigError("model.arguments: deeplabv3 takes no arguments; set keys of model")
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
@@ -188,7 +188,7 @@ def _check_network(model: ModelConfig) -> None:
     if "/" in weights:
         raise ConfigError(
             f"model.backbone_weights: a path works only for deeplabv3; for {model.name}, "
-            f"give {weights} as load_path, with load_weights_only=true"
+            f"set load_path={weights} and load_weights_only=true"
         )
 
 
@@ -239,7 +239,7 @@ def _check_optimizer(config: Config) -> None:
             "unit, such as 1500ba or 2ep"
         )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
-        raise ConfigError("schedule.warmup: a warm-up needs max_duration in ep or ba; change it")
+        raise ConfigError("schedule.warmup: max_duration is in sp; for a warm-up, use ep or ba")
 
 
 def _check_class_weights(given: Any, num_classes: int) -> None:
@@ -258,11 +258,11 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
             )
     if isinstance(given, list) and len(weights) != num_classes:
         raise ConfigError(
-            f"model.class_weights: {len(weights)} weights for {num_classes} classes; give "
-            "one weight for each class"
+            f"model.class_weights: got {len(weights)} weights for {num_classes} classes; "
+            "give one weight per class"
         )
     if isinstance(given, list) and not sum(weights):
-        raise ConfigError("model.class_weights: all weights are 0, so there is no loss; raise one")
+        raise ConfigError("model.class_weights: all weights are 0; set at least one above 0")
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
@@ -338,8 +338,8 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     largest = dataset.base_size * dataset.max_resize_scale
     if largest > MAX_RESIZED:
         raise ConfigError(
-            f"{name}: base_size times max_resize_scale is {largest:.0f} pixels, above the "
-            f"limit of {MAX_RESIZED}; lower one of them"
+            f"{name}: base_size times max_resize_scale is {largest:.0f} pixels, but the limit "
+            f"is {MAX_RESIZED}; lower base_size or max_resize_scale"
         )
     workers = dataset.num_workers
     if isinstance(workers, str) and workers != "auto":
@@ -362,12 +362,12 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
 
 def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) -> None:
     if not dataset.path:
-        raise ConfigError(f"{name}.path is empty; give the folder or bucket that holds the data")
+        raise ConfigError(f"{name}.path is empty; set it to the folder or bucket with the data")
     if is_remote(dataset.path):
         if not dataset.is_streaming:
             raise ConfigError(f"{name}.path is remote; set {name}.is_streaming=true for MDS shards")
         if not dataset.local:
-            raise ConfigError(f"{name}.local is empty; give a folder to cache the shards in")
+            raise ConfigError(f"{name}.local is empty; set it to a cache folder for the shards")
     elif not os.path.isdir(dataset.path):
         raise ConfigError(f"{name}.path: cannot find the folder {_seen_from(dataset.path)}")
     elif not dataset.is_streaming and not described:

@@ -95,7 +95,7 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     if any(own[name].shape[1:] != larger[name].shape[1:] for name in names):
         raise ClassError(
             "load_path: the checkpoint lists the classes in a different order, and "
-            f"{config.model.name} has no layer with one row per class that could be reordered; "
-            "list class_names in the checkpoint's order"
+            f"{config.model.name} has no layer whose rows can be reordered; list class_names in "
+            "the checkpoint's order"
         )
     return names

@@ -258,7 +258,7 @@ def _told_of_failure() -> Iterator[None]:
         yield
     except Exception as error:  # A user's network can raise any type of error.
         raise ModelError(
-            f"model.name: the network's memory cannot be estimated: {one_line(error)}"
+            f"model.name: the memory that the network needs cannot be estimated: {one_line(error)}"
         ) from error
 
 

@@ -37,7 +37,7 @@ def check_kernels() -> None:
         raise ConfigError(
             f"{torch.cuda.get_device_name(device)} has compute capability "
             f"{capability[0]}.{capability[1]}, but torch {torch.__version__} has no kernels for it "
-            f"(only {', '.join(built)}); install {remedy}"
+            f"(only for {', '.join(built)}); install {remedy}"
         )
 
 
@@ -165,7 +165,9 @@ def check_build_tools(config: Config) -> str | None:
 
     missing = missing_build_tools(gpu)
     if missing and config.compile is True:
-        raise ConfigError(f"compile: compile=true needs {missing}; or set compile=false")
+        raise ConfigError(
+            f"compile: compile=true works only with {missing}; otherwise, set compile=false"
+        )
     if missing and gpu:
         kernels = "computes its loss in PyTorch instead of Triton"
         what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels

@@ -108,7 +108,7 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         )
     if start is None and not config.is_train and config.autoresume:
         raise ConfigError(
-            f"save_folder: {config.save_folder} contains no checkpoint to evaluate; give load_path"
+            f"save_folder: {config.save_folder} contains no checkpoint to evaluate; set load_path"
         )
     state_path = start.state_path if start and config.is_train else None
     if start and (state_path or not config.is_train):

@@ -88,7 +88,9 @@ def measure(family: str, size: int) -> dict[str, Any]:
     loss = step(model, size)
     difference = rebuild(network, size)
     if difference:
-        raise ArithmeticError(f"the logits of the rebuilt network differ by {difference:.1e}")
+        raise ArithmeticError(
+            f"the rebuilt network's logits differ from the original by {difference:.1e}"
+        )
     return {
         "config": name,
         "size": size,

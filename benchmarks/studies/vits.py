@@ -89,7 +89,9 @@ def measure(name: str, size: int) -> dict[str, Any]:
     row = {"parameters": parameters, "loss": step(model, size), "divisor": network.size_divisor}
     difference = rebuild(network, size * 3 // 2)
     if difference:
-        raise ArithmeticError(f"the logits of the rebuilt network differ by {difference:.1e}")
+        raise ArithmeticError(
+            f"the rebuilt network's logits differ from the original by {difference:.1e}"
+        )
     photo = np.random.default_rng(0).integers(0, 256, (size, size * 4 // 3, 3), np.uint8)
     deployed = Deployed(network).eval()
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:

@@ -116,9 +116,11 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
     try:
         for given in overrides:
             if given.startswith("-"):
-                raise ConfigError(f"unknown option {given}; see python main.py CONFIG --plan -h")
+                raise ConfigError(
+                    f"unknown option {given}; for help, run python main.py CONFIG --plan -h"
+                )
         if options.gpu is None and (options.gpus != 1 or options.images):
-            raise ConfigError("--gpus and --images apply only to estimates; also use --gpu NAME")
+            raise ConfigError("--gpus and --images apply only to estimates; add --gpu NAME")
         config = resolve(load(options.config, overrides), with_data=not options.images)
         if options.gpu and not config.is_train:
             plan = estimated_evaluation(config, options)
@@ -171,8 +173,8 @@ def _estimated_settings(
     gpus, batch = options.gpus, getattr(config, section).batch_size
     if batch % gpus:
         raise ConfigError(
-            f"{section}.batch_size: {batch} does not divide among {gpus} GPUs; use a multiple of "
-            f"{gpus}"
+            f"{section}.batch_size: {batch} does not divide evenly among {gpus} GPUs; use a "
+            f"multiple of {gpus}"
         )
     auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
     precision = auto if config.precision == "auto" else config.precision

@@ -117,7 +117,8 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
             raise ValueError(
-                f"{found[entry['id']]} and {entry[key]} have the same id {entry['id']}; change one"
+                f"{found[entry['id']]} and {entry[key]} have the same id {entry['id']}; change one "
+                "of them"
             )
     return found
 
@@ -193,7 +194,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
                     skipped.append(f"{where}: {element.get('label')}, a {element.tag}")
                 continue
             if not element.get("label"):
-                raise ValueError(f"{where}: a {element.tag} has no label; give it one")
+                raise ValueError(f"{where}: a {element.tag} has no label; add a label")
             level = int(element.get("z_order", 0))
             shapes.append(Shape(element.attrib["label"], outline, level))
         photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
@@ -237,7 +238,8 @@ def _cvat_outline(
     width, height, left, top = (int(values[name]) for name in ("width", "height", "left", "top"))
     if min(runs) < 0 or sum(runs) != width * height or width * height > size[0] * size[1]:
         raise ValueError(
-            f"the run lengths of a mask do not add up to its box of {width}x{height} pixels"
+            f"the run lengths of a mask do not add up to its box of {width}x{height} pixels; "
+            "export the task again"
         )
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
     return _run_lengths(inside, left, top, size)
@@ -280,13 +282,14 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} is not among the {len(classes)} names; add its name"
+                        f"{file}: class {kind} is not among the {len(classes)} classes with names; "
+                        "add its name"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
     if not photos:
         raise DataError(
-            f"{root}: found neither LabelMe's JSON files nor YOLO's text files; check the path"
+            f"{root}: found neither LabelMe JSON files nor YOLO text files; check the path"
         )
     return Annotations(photos, list(classes.values()), skipped)
 
@@ -309,8 +312,8 @@ def _yolo_names(root: Path) -> Any:
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
     raise DataError(
-        f"{root}: neither this folder nor its parents contain a data.yaml with class names; use "
-        "--names"
+        f"{root}: neither this folder nor its parents contain a data.yaml with class names; give "
+        "the names with --names"
     )
 
 

@@ -162,12 +162,13 @@ def draw(
             if tuple(runs["size"]) != size:
                 raise ValueError(
                     f"the run lengths are for an image of size {runs['size']}, but the image has "
-                    f"size {list(size)}"
+                    f"size {list(size)}; export the annotations again"
                 )
             if isinstance(runs["counts"], list):
                 if sum(runs["counts"]) != size[0] * size[1] or min(runs["counts"]) < 0:
                     raise ValueError(
-                        f"the run lengths do not add up to the image size {list(size)}"
+                        f"the run lengths do not add up to the image size {list(size)}; export the "
+                        "annotations again"
                     )
                 runs = coco.frPyObjects(runs, *size)
         else:
@@ -175,7 +176,7 @@ def draw(
                 if not is_sound(part, size):
                     raise ValueError(
                         f"an outline with {len(part) // 2} points has too few points or is far "
-                        "outside the image"
+                        "outside the image; redraw or delete it"
                     )
             runs = coco.merge(coco.frPyObjects(runs, *size))
         drawn.append((coco.area(runs), shape.level, runs, labels[shape.name]))

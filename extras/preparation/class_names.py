@@ -139,8 +139,8 @@ def class_lines(root: Path, values: Values) -> list[str]:
         by_name[names.get(of) or f"class_{text}"].append(value)
     if not 2 <= len(by_name) <= MOST_CLASSES:
         raise DataError(
-            f"the masks below {root} have {len(by_name)} classes, but a description needs 2 to "
-            f"{MOST_CLASSES}; merge values, or name at least two"
+            f"{root}: a description needs 2 to {MOST_CLASSES} classes, but the masks have "
+            f"{len(by_name)}; merge values, or name at least two"
         )
 
     lines = [*values.notes]

@@ -96,7 +96,8 @@ def draw_masks(
             if annotated.size not in (None, size):
                 width, height = annotated.size[::-1]
                 raise ValueError(
-                    f"the image is {size[1]}x{size[0]}, but its annotation is for {width}x{height}"
+                    f"the image is {size[1]}x{size[0]}, but its annotations are for an image of "
+                    f"{width}x{height}; check --images"
                 )
             shapes = annotated.shapes
             if annotated.size is None:  # YOLO coordinates are fractions of the image size.
@@ -149,7 +150,7 @@ def check_distinct(jobs: Iterable[tuple]) -> None:
     for first, *_, target in jobs:
         other = inputs.setdefault(str(target).casefold(), first)
         if other is not first:
-            raise DataError(f"{first} and {other} would have the same mask; rename one of them")
+            raise DataError(f"{first} and {other} would get the same mask file; rename one of them")
 
 
 def read_names(path: str) -> list[str] | dict[int, str]:

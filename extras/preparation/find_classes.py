@@ -154,9 +154,9 @@ def count_values(paths: list[str], workers: int) -> Values:
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
     files: list[FileValues] = [file for part in parts for file in part]
     if broken := [file for file in files if file.error]:
-        count = f"{len(broken)} of {len(files)} masks cannot be read, first " * (len(broken) > 1)
         raise DataError(
-            f"{count}{broken[0].path}: {broken[0].error}; copy or export the mask again"
+            f"{broken[0].path}: {broken[0].error} ({len(broken)} of {len(files)} masks cannot be "
+            "read); copy or export such masks again"
         )
     files, in_colors, notes = _choose_reading(files)
 
@@ -213,20 +213,20 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     what = "colours" if in_colors else "values"
     if edges > MOST_VALUES // 4:
         raise DataError(
-            f"masks such as {paths[0]} have blurred edges, which add {edges} {what}; "
+            f"masks such as {paths[0]} have blurred edges, which add {edges} different {what}; "
             "export the masks without smoothing"
         )
     if classes < 2:
         raise DataError(
-            f"masks such as {paths[0]} contain too few {what} to tell classes apart ({classes}); "
-            "export masks with at least two"
+            f"masks such as {paths[0]} contain fewer than two {what}, so classes cannot be told "
+            "apart; export masks with at least two"
         )
     # Allow two more values than the maximum number of classes, because the user may ignore two.
     if classes > MOST_CLASSES + 2:
         raise DataError(
-            f"masks such as {paths[0]} contain too many {what}: {classes}, but at most "
-            f"{MOST_CLASSES} classes are possible; merge classes, or check whether the mask values "
-            "are object IDs instead of classes"
+            f"masks such as {paths[0]} contain too many {what} ({classes} for at most "
+            f"{MOST_CLASSES} classes); merge classes, or check whether the mask values are object "
+            "IDs instead of classes"
         )
 
 
@@ -238,10 +238,10 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
         values = {v for file in files if file.kind == "color" for v in file.values}
         shown = {v for f in files if f.kind != "color" for v in _by_color(f).values}
         if not shown <= values:
+            kind = "a palette with different colours" if other.kind == "palette" else "grey pixels"
             raise DataError(
-                f"the mask {by_kind['color'].path} is in colours, but {other.path} "
-                f"{'is grey' if other.kind != 'palette' else 'has a palette of other colours'}; "
-                "export all masks in the same format"
+                f"the mask {by_kind['color'].path} is in colours, but the mask {other.path} "
+                f"has {kind}; export all masks in the same format"
             )
         return [_by_color(file) for file in files], True, []
     if "color" in by_kind:
@@ -270,13 +270,16 @@ def _read_palettes(
     Raises:
         DataError: The masks do not share a common set of colours, or some have no palette.
     """
-    differ = f"{first} and {second} show value {value} in different colours"
     uses = Counter(color for file in files for color in set(file.palette.values()))
     if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
         raise DataError(
-            f"{differ}, so the meaning of the value is unknown; export all masks with one palette"
+            f"{first} and {second} show value {value} in different colours, so its meaning is "
+            "unknown; export all masks with the same palette"
         )
-    note = f"# A guess: masks are read by colour, because {differ}."
+    note = (
+        f"# A guess: masks are read by colour, because {first} and {second} show value {value} in "
+        "different colours."
+    )
     return [_by_color(file) for file in files], True, [note]
 
 

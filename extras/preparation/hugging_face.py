@@ -105,8 +105,8 @@ def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, s
     if len(photos) != 1 or len(masks) != 1:
         listed = ", ".join(images) or "none"
         raise DataError(
-            f"{options.source}: cannot choose among the image columns ({listed}); use --columns "
-            "PHOTO,MASK"
+            f"{options.source}: cannot choose among the image columns ({listed}); name two with "
+            "--columns PHOTO,MASK"
         )
     return photos[0], masks[0]
 

@@ -314,8 +314,10 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
     reasons = map_chunks(verify_shard, tasks, target.workers, f"verify {split}")
     wrong = [reason for reason in reasons if reason]
     if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise DataError(f"{wrong[0]}{more}; run the command again to rewrite the shards")
+        raise DataError(
+            f"{wrong[0]} ({len(wrong)} of {len(tasks)} shards are wrong); run the command again to "
+            "rewrite them"
+        )
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:

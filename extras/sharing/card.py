@@ -247,16 +247,17 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         found = [row["class"] for row in scores["classes"]], scores["weights"]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: this is not a file that evaluate.py --json wrote; choose a different file"
+            f"{path} was not written by evaluate.py --json; choose a different file"
         ) from error
     if found[0] != list(classes):
         others = ", ".join(found[0])[:100]
         raise UserError(
-            f"{path}: contains scores for different classes ({others}); score this checkpoint again"
+            f"{path} contains scores for different classes ({others}); evaluate this model again"
         )
     if found[1] != which:
         raise UserError(
-            f"{path}: contains scores of the {found[1]} weights; score the {which} weights instead"
+            f"{path} contains scores of the {found[1]} weights; evaluate the {which} "
+            "weights instead"
         )
     return scores
 

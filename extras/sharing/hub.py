@@ -70,8 +70,8 @@ def _told(repo: str) -> Iterator[None]:
         yield
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{where}: {constants.ENDPOINT} does not have this repository, or the token has no "
-            "access; create the repository there first"
+            f"{where}: the repository does not exist at {constants.ENDPOINT}, or the token has no "
+            "access to it; create the repository first"
         ) from error
     except HFValidationError as error:
         raise UserError(f"{where}: expected user/name: {one_line(error)}") from error
@@ -82,11 +82,13 @@ def _told(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         said = error.server_message or one_line(error)
-        hint = {401: "; check the token", 403: "; check that the token may write"}.get(status, "")
+        hints = {401: "check the token", 403: "check that the token may write"}
         raise UserError(
-            f"{where}: the hub answered with status {status}{hint} ({said[:200]})"
+            f"{where}: the hub answered with status {status}; "
+            f"{hints.get(status, 'try again later')} ({said[:200]})"
         ) from error
     except (OSError, HTTPError) as error:  # The network connection failed.
         raise UserError(
-            f"{where}: cannot reach {constants.ENDPOINT}: {one_line(error)[:200]}"
+            f"{where}: cannot reach {constants.ENDPOINT} ({one_line(error)[:200]}); check the "
+            "network connection"
         ) from error

@@ -92,7 +92,7 @@ def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
     [
         ("", REPO, "no token found; run hf auth login, or set HF_TOKEN"),
         ("hf_wrong", REPO, "the hub answered with status 401; check the token"),
-        (TOKEN, "user/other", "does not have this repository"),
+        (TOKEN, "user/other", "the repository does not exist at"),
         (TOKEN, "a/b/c", "expected user/name"),
     ],
 )
@@ -159,10 +159,13 @@ def test_scores_of_another_are_refused(
     )
     capsys.readouterr()
     for change, reason in (
-        ({"weights": "training"}, "contains scores of the training weights; score the ema weights"),
-        ({"checkpoint": str(photo)}, f"contains scores for {photo}; give scores for {weights}"),
+        (
+            {"weights": "training"},
+            "contains scores of the training weights; evaluate the ema weights",
+        ),
+        ({"checkpoint": str(photo)}, f"contains the scores of {photo}; use those of {weights}"),
         ({"classes": rows[1:]}, "contains scores for different classes"),
-        ({"classes": 3}, "this is not a file that evaluate.py --json wrote"),
+        ({"classes": 3}, "was not written by evaluate.py --json"),
     ):
         file.write_text(json.dumps(scores | change))
         assert reason in run(options, capsys)

@@ -257,7 +257,7 @@ def test_label_0_means_what_it_meant_in_the_run(
         masks = Path(synthetic, "ADEChallengeData2016/annotations")
         (tmp_path / "copy/annotations").symlink_to(masks)
     status = evaluate.main([str(tmp_path), "--path", path, "--ignore-background"])
-    line = "ignore_background is true, but was false in the run"
+    line = "ignore_background is true, but the run used false"
     if is_same_set:
         assert status == 2 and line in capsys.readouterr().err
     else:

@@ -200,9 +200,9 @@ def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch)
     "options, message",
     [
         (["gone.pt"], "gone.pt: no such file"),
-        ([random_weights()], "use --path or --config"),
+        ([random_weights()], "give one with --path or --config"),
         ([random_weights(), "--path", "nowhere"], "nowhere"),
-        ([random_weights(), "--path", "s3://bucket/x"], "use --local to name a cache folder"),
+        ([random_weights(), "--path", "s3://bucket/x"], "set a cache folder with --local"),
         ([random_weights(), "--config", "gone.yaml"], "gone.yaml"),
         ([random_weights(), "--classes", "gone.txt"], "gone.txt"),
     ],

@@ -36,7 +36,9 @@ def test_the_commands_take_torchvisions_file(
     with pytest.raises(WeightsError, match="with --network"):
         predict.Segmenter(path)
     with pytest.raises(
-        WeightsError, match=r"do not match smp:Unet: no layer has a row for each class; .*--network"
+        WeightsError,
+        match=r"do not match the network smp:Unet, because no layer has a row for each class; "
+        r".*--network",
     ):
         predict.Segmenter(path, network="smp:Unet")
     out = tmp_path / "own.safetensors"

@@ -113,4 +113,4 @@ def test_an_evaluation_without_a_checkpoint_is_refused(
     error = capsys.readouterr().err
     assert error == "error: is_train=false: there is no checkpoint to evaluate; set load_path\n"
     assert run([str(file), "is_train=false", "autoresume=true"]) == 2
-    assert "contains no checkpoint to evaluate; give load_path" in capsys.readouterr().err
+    assert "contains no checkpoint to evaluate; set load_path" in capsys.readouterr().err

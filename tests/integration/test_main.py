@@ -183,7 +183,8 @@ def test_weights_where_a_checkpoint_is_wanted_are_named(
     tiny["model"]["num_classes"] = 13
     with pytest.raises(
         ConfigError,
-        match=r"model.num_classes: 13, but .* was trained with 12; restore the old value$",
+        match=r"model.num_classes: the config sets 13, but .* was trained with 12; "
+        r"restore the old value$",
     ):
         main(tiny)
 
@@ -203,7 +204,9 @@ def test_weights_of_other_classes_begin_a_new_run(
     for name in ("backbone.layer4.0.conv1.weight", "classifier.bottleneck.conv.weight"):
         assert torch.equal(state[name], saved[f"module.{name}"])
     # An evaluation scores what it is given, or nothing.
-    with pytest.raises(ValueError, match=r"model.num_classes: 13, but .* was trained with 12"):
+    with pytest.raises(
+        ValueError, match=r"model.num_classes: the config sets 13, but .* was trained with 12"
+    ):
         main({**tiny, "is_train": False})
 
 
@@ -216,7 +219,9 @@ def test_a_checkpoint_of_another_model_is_refused(
     for key, value in {"num_classes": 13, "backbone_arch": "resnet101"}.items():
         config = copy.deepcopy(tiny)
         config["model"][key] = value
-        with pytest.raises(ConfigError, match=f"model.{key}: {value}, but .* was trained with "):
+        with pytest.raises(
+            ConfigError, match=f"model.{key}: the config sets {value}, but .* was trained with "
+        ):
             main(config)
     broken = folder.parent / "broken.pt"
     broken.write_bytes((folder / "ep2-ba8-rank0.pt").read_bytes()[:5000])

@@ -73,7 +73,9 @@ def test_another_network_or_other_arguments_do_not_go_on(run: Any, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"model.name: deeplabv3, but .* with mmseg:bisenetv1"):
         main.main(other)
     other["model"] = {**config["model"], "arguments": {"decode_head": {"channels": 64}}}
-    with pytest.raises(ConfigError, match=r"model\.arguments: this network .*: \d+ tensors differ"):
+    with pytest.raises(
+        ConfigError, match=r"model\.arguments: \d+ tensors of this network do not match .*"
+    ):
         main.main(other)
 
 
@@ -151,7 +153,7 @@ def test_a_checkpoint_of_mmsegmentation_goes_into_its_network(tmp_path: Path) ->
     assert torch.equal(rows[0], theirs["decode_head.conv_seg.weight"][2])
     assert torch.equal(rows[1], before)
     # A file that says nothing of its network is used where the user names it.
-    with pytest.raises(WeightsError, match="not a DeepLabV3"):
+    with pytest.raises(WeightsError, match="do not belong to a DeepLabV3"):
         build_network(weights)
     again = build_network(weights, "zoo.pth", FASTSCNN)
     image = torch.randn(1, 3, 64, 64)
@@ -185,6 +187,6 @@ def test_torchvisions_weights_and_prefixes(tmp_path: Path) -> None:
         )
     smp = named_network("smp:Unet", 3, {"encoder_name": "resnet18"})
     with pytest.raises(
-        WeightsError, match=r"f: only \d+ of the network's \d+ tensors match, below"
+        WeightsError, match=r"f: only \d+ of the network's \d+ tensors match, fewer"
     ):
         load_fitting(smp, load_weights(tmp_path / "weights.pth"), "f", 0.5, None, 3)

@@ -149,7 +149,7 @@ def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> Non
     save_weights(path, network.network.state_dict(), config)
     with pytest.raises(
         ModelError,
-        match=r"built by the function own_networks:build; .* --network own_networks:build",
+        match=r"the function own_networks:build builds .* --network own_networks:build",
     ):
         predict.Segmenter(path)
     with pytest.raises(
@@ -173,7 +173,7 @@ def test_a_network_of_one_size_says_so_and_takes_windows(
     assert predict.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.endswith(
-        "error: own_networks:fixed fails on images of 96 x 64 pixels: not 64 pixels; "
-        "with --slide --size N, it processes squares of N pixels\n"
+        "error: own_networks:fixed fails on images of 96 x 64 pixels (not 64 pixels); "
+        "use --slide --size N to process squares of N pixels\n"
     )
     assert predict.main([*arguments, "--slide"]) == 0

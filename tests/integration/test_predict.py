@@ -132,7 +132,7 @@ def test_a_full_disk_ends_the_work(
         assert main(arguments) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert error == [
-        f"error: {tmp_path}/out/1.jpg: File too large; free some space, "
+        f"error: {tmp_path}/out/1.jpg: File too large; free up some space, "
         "or choose a different location"
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.jpg"]

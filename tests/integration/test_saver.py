@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(
 
     tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba"}
     with pytest.raises(
-        RunError, match=r"ep0-ba2-rank0.pt is not saved, because its weights are not finite"
+        RunError, match=r"ep0-ba2-rank0.pt was not saved, because its weights are not finite"
     ):
         main(tiny, callbacks=[Poison()])
     assert [path.name for path in tmp_path.glob("ep*")] == ["ep0-ba1-rank0.pt"]
@@ -196,7 +196,7 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
         ),
         pytest.param(
             {"autoresume": True, "run_name": "b"},
-            "belongs to run tiny, not to b; use a different save_folder, or run_name=tiny",
+            "belongs to run tiny, not to b; use a different save_folder, or set run_name=tiny",
             id="autoresume by another name",
         ),
     ],

@@ -282,15 +282,15 @@ REFUSED = [
     pytest.param(
         as_text, "8 masks cannot be decoded, first m/000.png (unknown image format)", id="text"
     ),
-    pytest.param(some_cut_short, "2 of 8 masks cannot be read, first ", id="some cut short"),
+    pytest.param(some_cut_short, " (2 of 8 masks cannot be read); copy ", id="some cut short"),
     pytest.param(of_both_kinds, "is in colours, but ", id="of both kinds"),
     pytest.param(
         of_many_values,
-        "too many values: 512, but at most 253 classes are possible",
+        "too many values (512 for at most 253 classes)",
         id="many values",
     ),
     pytest.param(
-        with_wild_palettes, "in different colours, so the meaning of the value", id="palettes"
+        with_wild_palettes, "in different colours, so its meaning is unknown", id="palettes"
     ),
 ]
 

@@ -142,12 +142,13 @@ def test_unusable_files(tmp_path: Path, checkpoint: str):
     other = load_weights(tmp_path / "other.pt")
     assert list(other.state) == ["fc.weight"]
     with pytest.raises(
-        WeightsError, match=r"^other\.pt: this is not a DeepLabV3 from this project"
+        WeightsError,
+        match=r"^other\.pt: the weights do not belong to a DeepLabV3 from this project",
     ):
         build_network(other, "other.pt")
     resnet = {
         "backbone." + key: v
         for key, v in {"layer1.0.conv2.weight": torch.zeros(64, 64, 3, 3)}.items()
     }
-    with pytest.raises(WeightsError, match="not a DeepLabV3 from this project"):
+    with pytest.raises(WeightsError, match="do not belong to a DeepLabV3 from this project"):
         infer_architecture(resnet)

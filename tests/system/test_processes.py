@@ -35,8 +35,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     with pytest.raises(RunError) as caught:
         main(tiny, callbacks=[Break()])
     assert str(caught.value) == (
-        f"loss/train/total is {value} in batch 3, at a learning rate of 0.01; the last good "
-        f"checkpoint is {tmp_path}/ep0-ba2-rank0.pt; try a lower optimizer.lr"
+        "the loss is not finite in batch 3, at a learning rate of 0.01 "
+        f"(loss/train/total is {value}); the last good checkpoint is "
+        f"{tmp_path}/ep0-ba2-rank0.pt; try a lower optimizer.lr"
     )
     assert newest_checkpoint(str(tmp_path), "")[0] == f"{tmp_path}/ep0-ba2-rank0.pt"
 

@@ -39,7 +39,9 @@ def test_a_run_in_an_object_store(tiny: dict[str, Any], server: S3Server, tmp_pa
         trainer = main({**begun, "load_path": f"s3://data/runs/tiny/{name}"})
         assert trainer.state.timestamp.batch == 5
     model = {"num_classes": 13, "backbone_arch": "resnet50", "backbone_weights": None}
-    with pytest.raises(ConfigError, match=r"model.num_classes: 13, but s3:.* was trained with 12"):
+    with pytest.raises(
+        ConfigError, match=r"model.num_classes: the config sets 13, but s3:.* was trained with 12"
+    ):
         main({**begun, "load_path": "s3://data/runs/tiny/latest-rank0.pt", "model": model})
     with pytest.raises(ConfigError, match=r"load_path: cannot read s3://data/nothing.pt"):
         main({**begun, "load_path": "s3://data/nothing.pt"})

@@ -126,7 +126,10 @@ def test_what_cannot_be_converted(
     found = json.loads(coco.read_text())
     found["images"][2]["width"] = 65
     (tmp_path / "wide.json").write_text(json.dumps(found))
-    refused(tmp_path / "wide.json", "2.jpg: the image is 64x48, but its annotation is for 65x48")
+    refused(
+        tmp_path / "wide.json",
+        "2.jpg: the image is 64x48, but its annotations are for an image of 65x48",
+    )
     assert not (tmp_path / "out").exists()  # a failed conversion leaves nothing
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
@@ -159,7 +162,7 @@ def test_two_photos_with_one_mask_are_refused(
     arguments = [tmp_path / "twins.json", "--images", tmp_path / "photos"]
     assert convert(*arguments, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"{tmp_path}/photos/{other}" in error and "would have the same mask" in error
+    assert f"{tmp_path}/photos/{other}" in error and "would get the same mask file" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -201,7 +204,10 @@ def test_a_panoptic_id_beyond_three_bytes_is_refused(
     found["annotations"][0]["segments_info"][0]["id"] = number
     source.write_text(json.dumps(found))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
-    assert f"segment id {number} must be between 0 and 16777215" in capsys.readouterr().err
+    assert (
+        f"segment id {number} does not fit into an RGB pixel; use an id between 0 and 16777215"
+        in capsys.readouterr().err
+    )
 
 
 def test_labelmes_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path: Path) -> None:

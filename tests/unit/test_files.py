@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_what_was_there(
         (tmp_path / name).write_bytes(data)
     with file_limit(1000), pytest.raises(OutputError) as caught:
         write(tmp_path / "out.jpg")
-    assert str(caught.value).startswith(f"{tmp_path}/out.jpg: File too large; free some space")
+    assert str(caught.value).startswith(f"{tmp_path}/out.jpg: File too large; free up some space")
     assert contents(tmp_path) == before and exit_status(caught.value) == 1
     write(tmp_path / "out.jpg")
     assert len(contents(tmp_path)["out.jpg"]) > 1000
@@ -136,7 +136,7 @@ def test_a_pipe_gets_the_finished_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        pytest.param("file/out.txt", "cannot write {}: .*file: ", id="a file as folder"),
+        pytest.param("file/out.txt", "cannot write {}, because of .*file: ", id="a file as folder"),
         pytest.param("folder", "cannot write {}: Is a directory", id="a folder"),
         pytest.param("x" * 300, "cannot write {}: File name too long", id="too long"),
     ],

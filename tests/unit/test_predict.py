@@ -88,5 +88,5 @@ def test_command_line(
 
 def test_refuses_other_onnx_files(tmp_path: Path):
     (tmp_path / "other.onnx").write_bytes(b"no model")
-    with pytest.raises(WeightsError, match=r"other\.onnx: onnxruntime cannot read it"):
+    with pytest.raises(WeightsError, match=r"other\.onnx: onnxruntime cannot read the file"):
         Segmenter(tmp_path / "other.onnx")

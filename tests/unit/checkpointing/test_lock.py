@@ -76,7 +76,7 @@ def test_a_run_that_was_cut_off_stops_when_another_has_taken_over() -> None:
     first = place.lock("first")
     place.content = b'{"run": "second", "pid": 7, "host": "b", "token": "other"}'
     time.sleep(0.5)
-    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken over the folder"):
+    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken it over"):
         first.check()
     first.release()
     assert b"second" in place.content
@@ -94,6 +94,6 @@ def test_a_folder_without_locks_stops_a_run_that_was_taken_over(
     (tmp_path / lock.NAME).write_text('{"run": "second", "pid": 7, "host": "b", "token": "other"}')
     time.sleep(0.5)
     (tmp_path / "new").write_bytes(b"new")
-    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken over the folder"):
+    with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken it over"):
         target.publish(str(tmp_path / "new"), "ep0-ba2-rank0.pt", keep=1)
     assert target.names() == []

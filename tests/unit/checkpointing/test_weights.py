@@ -78,7 +78,7 @@ def test_algorithms_in_old_checkpoints(tmp_path: Path):
 def test_a_state_that_is_not_composers(tmp_path: Path, trained: dict[str, Any]):
     path = tmp_path / "other.pt"
     torch.save({"state": {"model": {"fc.weight": torch.zeros(2, 2)}, **trained}}, path)
-    with pytest.raises(WeightsError, match=r"other\.pt: its weights cannot be read: "):
+    with pytest.raises(WeightsError, match=r"other\.pt: the weights cannot be read: "):
         load_weights(path)
 
 

@@ -137,10 +137,13 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (changed("kinds", value={}), "unknown key kinds; known keys: root, train, val, classes"),
+        (
+            changed("kinds", value={}),
+            "unknown key kinds; the known keys are root, train, val, classes",
+        ),
         (
             changed("train", "folder", value="a"),
-            "train: unknown key folder; known keys: images, masks",
+            "train: unknown key folder; the known keys are images, masks",
         ),
         (changed("train", value="photos"), "train is missing; add it, as in train: {images"),
         (changed("train", value={"images": "a"}), "train.masks is missing"),
@@ -151,10 +154,13 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
             "fraction must be a number between 0 and 1, and cannot be combined with other keys",
         ),
         (changed("classes", value=["a"]), "classes is missing"),
-        (changed("classes", value={"a": 1}), "classes: found 1; list 2 to 253 classes"),
+        (
+            changed("classes", value={"a": 1}),
+            "classes: the number of classes is 1; list between 2 and 253",
+        ),
         (
             changed("classes", "car", value={"label": 2}),
-            "car: unknown key label; known keys: labels",
+            "car: unknown key label; the known keys are labels",
         ),
         (changed("classes", "car", value=None), "classes.car: labels is empty"),
         (
@@ -164,8 +170,8 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
         (changed("classes", "car", value=70000), "car: got 70000; expected a mask value"),
         (changed("classes", "car", value=[[1, 2, 256]]), "car: got .1, 2, 256.; expected"),
         (changed("classes", "car", value=[[1, 2, 3]]), "some labels are numbers and some are col"),
-        (changed("classes", "car", value=1), "label 1 is in both road and car"),
-        (changed("ignore", value=2), "label 2 is in both car and ignore"),
+        (changed("classes", "car", value=1), "road and car both have label 1; remove it"),
+        (changed("ignore", value=2), "car and ignore both have label 2; remove it"),
         (
             changed("classes", "car", value={"labels": 2, "color": "red"}),
             "classes.car: color: got 'red'; expected .red, green, blue.",

@@ -62,7 +62,7 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, workers: int) -> N
         ("image_path", "the file is empty"),
         ("image_path", "cannot be decoded: Truncated File Read"),
         ("mask_path", "unknown image format"),
-        ("image_path", "the image is 51x51, but its mask is 5x5; export both in the same size"),
+        ("image_path", "the image is 51x51, but its mask is 5x5; export both at the same size"),
         ("image_path", "No such file or directory"),
     ]
     for sample, (kind, reason) in zip(spec.dataloader.dataset.samples, faults, strict=True):

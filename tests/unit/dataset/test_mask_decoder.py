@@ -79,7 +79,7 @@ def test_a_palette_is_read_by_index_or_by_colour(tmp_path: Path) -> None:
     [
         (
             encode(np.zeros((4, 4, 3), np.uint8), ".jpg"),
-            "the mask is a JPEG, which changes colours",
+            "the mask is a JPEG, whose compression changes colours",
         ),
         (encode(np.zeros((4, 4, 3), np.uint16)), "the mask has 16-bit colours"),
         (encode(np.zeros((40, 40, 3), np.uint8))[:60], "cannot be decoded|unknown image format"),

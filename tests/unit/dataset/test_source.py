@@ -15,7 +15,7 @@ from tests.support.source import describe, tree
 
 @pytest.mark.parametrize("exclude", [3, [""], [["a"]], [{"a": 1}]])
 def test_exclude_is_a_list_of_paths(exclude: Any) -> None:
-    with pytest.raises(ConfigError, match=r"exclude: got .*; list folders or files"):
+    with pytest.raises(ConfigError, match=r"exclude: got .*; expected paths of files or folders"):
         describe(exclude=exclude)
 
 

@@ -63,7 +63,7 @@ def test_the_validation_set_is_that_of_the_run_or_of_the_command_line(tmp_path: 
     [
         pytest.param({}, "does not name a validation set", id="none"),
         pytest.param(
-            {"path": "s3://bucket/set"}, "use --local to name a cache folder", id="a remote set"
+            {"path": "s3://bucket/set"}, "set a cache folder with --local", id="a remote set"
         ),
     ],
 )

@@ -13,7 +13,7 @@ from networks.registry import named_network
 
 def test_the_contract_is_checked() -> None:
     with pytest.raises(
-        ModelError, match=r"returns \(2, 4, 32, 32\) for two images; it must return logits \(2, 3"
+        ModelError, match=r"shape \(2, 4, 32, 32\) for two images; it must return the shape \(2, 3"
     ):
         named_network("own_networks:wrong", 3, {}).check(3, [32])
     network = Network(nn.Conv2d(4, 3, 1), "own:x", {})
@@ -21,7 +21,7 @@ def test_the_contract_is_checked() -> None:
         network.check(3, [32])
     network = Network(nn.MaxPool2d(2, return_indices=True), "own:x", {})
     network.register_parameter("w", nn.Parameter(torch.zeros(1)))
-    with pytest.raises(ModelError, match="returns tuple; it must return logits as"):
+    with pytest.raises(ModelError, match="returns tuple; it must return the logits as"):
         network.check(3, [32])
 
     class Viewing(nn.Conv2d):

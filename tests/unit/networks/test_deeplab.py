@@ -94,7 +94,7 @@ def test_weights_are_fetched_from_a_url_and_then_kept(
     network = deeplabv3(5, "resnet50", url)
     assert torch.equal(network.backbone.conv1.weight, saved["conv1.weight"])
     assert (tmp_path / "checkpoints" / backbone_file.name).is_file()
-    with pytest.raises(ModelError, match=r"cannot download .*/missing.pth .*put it at .*missing"):
+    with pytest.raises(ModelError, match=r"cannot download .*/missing.pth .*copy it to .*missing"):
         deeplabv3(5, "resnet50", f"{server}/missing.pth")
 
 
@@ -109,7 +109,7 @@ def test_without_a_network_the_error_names_the_file_and_its_place(
     with pytest.raises(ModelError) as caught:
         deeplabv3(5, "resnet101", "IMAGENET1K_V2")
     assert "resnet101-cd907fc2.pth" in str(caught.value)
-    assert f"put it at {tmp_path}/checkpoints/resnet101-cd907fc2.pth" in str(caught.value)
+    assert f"copy it to {tmp_path}/checkpoints/resnet101-cd907fc2.pth" in str(caught.value)
 
 
 def test_weights_that_do_not_fit_are_refused(backbone_file: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_features_of_stride_4_and_of_the_last_stage(name: str, stride: int | Non
     [
         pytest.param("resnet10", "resnet10: .*resnet", id="unknown"),
         pytest.param("vit_base_patch32_224", "patches of 14 or 16 pixels", id="large patches"),
-        pytest.param("vit_base_patch8_224", "use a backbone with stride 4", id="no stride 4"),
+        pytest.param("vit_base_patch8_224", "has no features of stride 4", id="no stride 4"),
         pytest.param("beit_base_patch16_224", "accepts only one image size", id="one size alone"),
     ],
 )

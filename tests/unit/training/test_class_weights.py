@@ -68,7 +68,7 @@ def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
         ([1, 2], "2 weights for 12 classes"),
         ([-1] * 12, "-1 must be a finite number of at least 0"),
         ({"plain": "3"}, "'3' must be a finite number"),
-        ([0] * 12, "all weights are 0, so there is no loss"),
+        ([0] * 12, "all weights are 0; set at least one above 0"),
     ],
 )
 def test_wrong_weights_are_one_line(tiny: dict[str, Any], given: Any, reason: str) -> None:

@@ -19,7 +19,7 @@ WRONG = {
     "model.backbone=resnet50": "unknown key model.backbone; did you mean model.backbone_arch?",
     "seed=abc": "seed: .*'abc'",
     "seed=null": "seed is empty",
-    "optimizer=5": "optimizer: 5 must be a section",
+    "optimizer=5": "optimizer: got 5; expected a section",
     "optimizer.lr=0": "optimizer.lr: 0.0 is out of range; use a finite number, more than 0",
     "optimizer.lr=.nan": "optimizer.lr: nan",
     "optimizer.name=adam": "optimizer.name: adam is unknown; use sgdw or adamw",
@@ -28,7 +28,7 @@ WRONG = {
     "optimizer.betas=[0.9,1]": "optimizer.betas: 1.0 is out of range; use at least 0 and less "
     "than 1",
     "optimizer.no_decay=[norms]": "optimizer.no_decay: norms is unknown; use norm or bias",
-    "model.arguments=[a]": "model.arguments: .'a'. must be a mapping",
+    "model.arguments=[a]": "model.arguments: got .'a'.; expected a mapping",
     "optimizer.no_decay=norm": "optimizer.no_decay: ",
     "optimizer.clip_norm=0": "optimizer.clip_norm: 0.0 is out of range; use a finite number, more "
     "than 0",
@@ -62,7 +62,7 @@ WRONG = {
     "model.fused_loss=triton": "model.fused_loss: triton is unknown; use auto or false",
     "loggers.wanb={}": "loggers.wanb: there is no such logger; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' must be a mapping of arguments",
-    "loggers=wandb": "loggers: 'wandb' must be a section",
+    "loggers=wandb": "loggers: got 'wandb'; expected a section",
     "loggers.comet_ml={}": "comet_ml: a package is missing; run make install WITH=comet_ml",
     "model.num_classes=1000": "model.num_classes: 1000 is out of range; use 2 to 253",
     "model.dice_weight=0 model.cross_entropy_weight=0": "are both 0, so there is no loss",
@@ -78,8 +78,8 @@ WRONG = {
     "per batch, which is too much for this machine's memory; lower",
     "train_dataset.max_resize_scale=1e9": "max_resize_scale: 1000000000.0 is out of range; use "
     "more than 0 and",
-    "train_dataset.max_resize_scale=90 train_dataset.base_size=512": "is 46080 pixels, above the "
-    "limit of 32767",
+    "train_dataset.max_resize_scale=90 train_dataset.base_size=512": "is 46080 pixels, but the "
+    "limit is 32767",
     "train_dataset.num_workers=1000": "train_dataset.num_workers: 1000 is ",
     "train_dataset.cache_limit=12parsecs": "train_dataset.cache_limit: '12parsecs' is not a size",
     "train_dataset.download_timeout=-1": "train_dataset.download_timeout: -1.0 is out of range; "
@@ -217,7 +217,7 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     [
         ("name", "resnet", "is unknown; use deeplabv3, .* mmseg, torchvision, smp, hf, timm"),
         ("name", "smp:", "smp: is unknown; use deeplabv3"),
-        ("arguments", {"a": 1}, "deeplabv3 takes no arguments; use keys of model"),
+        ("arguments", {"a": 1}, "deeplabv3 takes no arguments; set keys of model"),
     ],
 )
 def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> None:
@@ -226,6 +226,6 @@ def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> 
         resolve(tiny)
     tiny["model"] |= {"name": "smp:Unet", "arguments": None, "backbone_weights": "./file.pth"}
     with pytest.raises(
-        ConfigError, match=r"model.backbone_weights: .*give ./file.pth as load_path"
+        ConfigError, match=r"model.backbone_weights: .*set load_path=./file.pth and"
     ):
         resolve(tiny)

@@ -62,7 +62,7 @@ def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None
             result = super().forward(image)
             return result if result.mean() > 0 else -result
 
-    with pytest.raises(ModelError, match=r"memory cannot be estimated: .*"):
+    with pytest.raises(ModelError, match=r"memory that the network needs cannot be estimated: .*"):
         count(Thresholds(3, 5, 1), SIZE, None)
     monkeypatch.setattr("training.microbatch.free_memory", lambda device: pytest.fail("was asked"))
     device: Any = None

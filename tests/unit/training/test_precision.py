@@ -56,6 +56,7 @@ def test_compile_true_is_refused(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("training.precision.check_kernels", lambda: None)
     with pytest.raises(
-        ConfigError, match=r"^compile: compile=true needs a C.* compiler .*Python's headers"
+        ConfigError,
+        match=r"^compile: compile=true works only with a C.* compiler .*Python's headers",
     ):
         main.build_trainer(resolve(tiny | {"compile": True}))

@@ -72,5 +72,5 @@ def test_a_new_run_starts_from_its_config(tiny: dict[str, Any], tmp_path: Path) 
 def test_an_evaluation_needs_a_checkpoint(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = resolve({**tiny, "save_folder": str(tmp_path), "autoresume": True})
     config.is_train = False
-    with pytest.raises(ConfigError, match="contains no checkpoint to evaluate; give load_path"):
+    with pytest.raises(ConfigError, match="contains no checkpoint to evaluate; set load_path"):
         find_run_start(config, None, str(tmp_path))

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--gpu", "H100", "--gpus", "3"], "4 does not divide among 3 GPUs"),
-        (["--gpus", "2"], "apply only to estimates; also use --gpu"),
+        (["--gpu", "H100", "--gpus", "3"], "4 does not divide evenly among 3 GPUs"),
+        (["--gpus", "2"], "apply only to estimates; add --gpu"),
         (["--fast"], "unknown option --fast"),
         (["train_dataset.path=nowhere", "--gpu", "H100"], "path: cannot find the folder nowhere"),
         (["--gpu", "H100", "--images", "3", "1"], "3 images do not fill one batch of 4"),

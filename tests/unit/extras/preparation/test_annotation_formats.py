@@ -74,6 +74,7 @@ def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None
     for number in ("-1", "6"):
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
         with pytest.raises(
-            DataError, match=f"1.txt: class {number} is not among the 6 names; add its name"
+            DataError,
+            match=f"1.txt: class {number} is not among the 6 classes with names; add its name",
         ):
             read_annotations(str(source))

@@ -37,7 +37,7 @@ from tests.support.waits import short_measurement  # noqa: F401
     ("photo", "reason"),
     [
         (b"", "the file is empty"),
-        (None, "the image is 9x9, but its mask is 24x24; export both in the same size"),
+        (None, "the image is 9x9, but its mask is 24x24; export both at the same size"),
     ],
 )
 def test_a_photo_that_cannot_be_drawn_is_one_line(

@@ -89,6 +89,6 @@ def test_a_suggestion_that_finds_other_pairs_is_refused(
 ) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     monkeypatch.setattr(suggestions, "pair_described", lambda *_: ([], []))
-    reason = r"8 images have masks, but the pattern train: .* matches 0"
+    reason = r"8 images have masks, but the pattern train: .* finds 0 images"
     with pytest.raises(DataError, match=reason):
         suggest(str(tmp_path), 1)
