@@ -284,7 +284,7 @@ def main() -> int:
                 failed |= outcome.back is None or outcome.back > (90 if alone else 200)
             else:
                 failed |= outcome.lost is None or outcome.lost > 60
-            name = f"{cut:g} s" if cut else "good, one killed" if alone else "good"
+            name = f"{cut:g} s" if cut else "for good, one killed" if alone else "for good"
             times = [f"{t:.1f} s" if t else "" for t in outcome[1:4]]
             table.add(name, outcome.statuses, *times, difference, "same" if same else "other")
     write_json(arguments, table.result())

@@ -168,7 +168,8 @@ def class_order(
     if source.shards is not None:
         beside = shard_classes(source)
     is_described = source.description.built_in is None
-    if beside is not None:  # The shards' masks use the class order of the description next to them.
+    # Shards number the classes in the order of the description file in the same folder.
+    if beside is not None:
         where, classes = f"{source.path}/{DESCRIPTION}", beside
     elif is_described and (options.data or options.config):
         where, classes = options.data or options.config, source.description.classes

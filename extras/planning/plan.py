@@ -320,7 +320,7 @@ def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[st
 
 
 def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """Measure the first batches on this machine, and return the plan of an evaluation.
+    """Time the first batches on this machine, and return a plan for the evaluation.
 
     Args:
         config: Config of the run.

@@ -42,7 +42,7 @@ SHOWN = 6  # Maximum number of samples in the picture.
 
 
 class Suggestion(NamedTuple):
-    """The text of a tested description, and a picture of up to six samples."""
+    """The text of a description that was tested, and a picture of up to six samples."""
 
     text: str
     picture: Image.Image
