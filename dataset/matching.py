@@ -203,7 +203,7 @@ def require(listing: Listing) -> Samples:
     """Return a listing's samples, and log a warning for each non-fatal problem.
 
     Args:
-        listing: Paths of the files in a split.
+        listing: Samples and findings of a split.
 
     Raises:
         DataError: The split has no images, or an image has no mask.

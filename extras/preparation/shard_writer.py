@@ -191,7 +191,7 @@ def verify_shard(
 ) -> str | None:
     """Read a shard back through Streaming and compare it with the files of its samples.
 
-    If the shard is wrong, the note that it is complete is deleted, so that the next run rewrites it.
+    If the shard is wrong, the note that it is complete is deleted, so the next run rewrites it.
 
     Args:
         samples: Samples of the shard.
