@@ -28,6 +28,14 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 CHUNK = 64  # Number of samples in each task of a worker process.
 
 
+def core_numbers() -> set[int]:
+    """Return the numbers of the cores that this process may use."""
+    # macOS does not have sched_getaffinity.
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def available_cores(quota: Path = QUOTA) -> int:
     """Return the number of cores that this process may use.
 
@@ -36,11 +44,7 @@ def available_cores(quota: Path = QUOTA) -> int:
     Args:
         quota: File with the container's CPU limit.
     """
-    # macOS does not have sched_getaffinity.
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = len(core_numbers())
     try:
         limit, period = quota.read_text().split()
         return min(cores, math.ceil(int(limit) / int(period)))

@@ -21,7 +21,7 @@ from composer.devices import Device
 from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
-from dataset.workers import available_cores, use_one_core
+from dataset.workers import available_cores, core_numbers, use_one_core
 from errors import SIGNALS, Lost, RunError, one_line
 from training.launcher import COLLECTIVE_TIMEOUT
 from training.precision import Precision, check_build_tools, check_kernels, choose_precision
@@ -209,9 +209,8 @@ class CoreTurns(Callback):
     def __init__(
         self, folder: str | None = None, length: float = 2.0, patience: float = 60.0
     ) -> None:
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        path = os.path.join(folder or tempfile.gettempdir(), "training-turns-")
-        path += f"{sum(1 << core for core in cores):x}"
+        cores = sum(1 << number for number in core_numbers())
+        path = os.path.join(folder or tempfile.gettempdir(), f"training-turns-{cores:x}")
         self.length, self.patience = length, patience
         self.began: float | None = None
         # The run that waits next holds `next`. Therefore, a run whose turn has ended cannot take

@@ -65,7 +65,7 @@ def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
     ("given", "reason"),
     [
         ("some", "'some' must be auto, a list, or {name: weight}"),
-        ([1, 2], "2 weights for 12 classes"),
+        ([1, 2], "got 2 weights for 12 classes; give one weight per class"),
         ([-1] * 12, "-1 must be a finite number of at least 0"),
         ({"plain": "3"}, "'3' must be a finite number"),
         ([0] * 12, "all weights are 0; set at least one above 0"),
