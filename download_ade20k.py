@@ -282,8 +282,8 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             problem = "occurs twice"
         if problem:
             raise DownloadError(
-                f"{zipped.filename} was not unpacked, because of its entry {member.filename!r}, "
-                f"which {problem}"
+                f"{zipped.filename} was not unpacked, because its entry {member.filename!r} "
+                f"{problem}"
             )
         seen.add(name)
         if name.parts[:1] == (FOLDER,) and not member.is_dir():

@@ -252,7 +252,7 @@ def draw_legend(
         masks: (H, W) class indices of each mask.
         classes: One entry per class index.
         height: Minimum height of the panel in pixels.
-        notes: Additional entries at the end, each a text, a grey text to its right, and a colour.
+        notes: Additional entries at the end: (text, grey text to its right, colour).
     """
     counts = np.zeros(len(classes) + 1, np.int64)
     for mask in masks:

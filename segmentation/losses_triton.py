@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers of pixel rows and cells that each program of the forward kernel processes, and of gradient
-# rows and columns that each program of the backward kernel computes.
+# Tile sizes: each program of the forward kernel processes this many pixel rows and cells, and each
+# program of the backward kernel computes this many rows and columns of the gradient.
 FORWARD_ROWS, FORWARD_CELLS = 32, 4
 BACKWARD_ROWS, BACKWARD_CELLS = 4, 16
 PIXELS = 4  # Number of pixels that a kernel program processes at a time.

@@ -39,7 +39,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
         values: Values of the masks.
 
     Returns:
-        The name of each value, and the path of the table.
+        The names of the values, and the path of the table.
     """
     best: tuple[dict[int, str], str] = {}, ""
     needed = values.pixels.keys() - values.edges.keys()

@@ -200,7 +200,7 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
 def stem_cores(stem: str) -> list[str]:
     """Return the parts of a file name that an image and its mask may have in common.
 
-    Parts with digits come first, because numbers identify files. Longer parts come before shorter
+    Parts that contain digits come first, because a number usually identifies a file. Longer parts come before shorter
     ones.
 
     Args:

@@ -341,9 +341,7 @@ def test_a_hostile_archive_is_refused_whole(tmp_path, archive, info, reason):
     with zipfile.ZipFile(hostile, "a") as zipped:
         zipped.writestr(info, b"/etc/passwd")
     before = contents(tmp_path)
-    with pytest.raises(
-        DownloadError, match=f"was not unpacked, because of its entry .*, which {reason}"
-    ):
+    with pytest.raises(DownloadError, match=f"was not unpacked, because its entry .* {reason}"):
         extract(hostile, tmp_path / FOLDER, "")
     assert contents(tmp_path) == before
 
