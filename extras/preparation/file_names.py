@@ -200,8 +200,8 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
 def stem_cores(stem: str) -> list[str]:
     """Return the parts of a file name that an image and its mask may have in common.
 
-    Parts that contain digits come first, because a number usually identifies a file. Longer parts come before shorter
-    ones.
+    Parts that contain digits come first, because a number usually identifies a file. Longer parts
+    come before shorter parts.
 
     Args:
         stem: File name without its extension.

@@ -217,7 +217,7 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     [
         ("name", "resnet", "is unknown; use deeplabv3, .* mmseg, torchvision, smp, hf, timm"),
         ("name", "smp:", "smp: is unknown; use deeplabv3"),
-        ("arguments", {"a": 1}, "deeplabv3 takes no arguments; set its options under model"),
+        ("arguments", {"a": 1}, "deeplabv3 has no arguments; set keys under model"),
     ],
 )
 def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> None:
