@@ -210,7 +210,7 @@ def test_camvid(synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_auto_microbatch_needs_a_gpu() -> None:
-    with pytest.raises(SystemExit, match="no GPU"):
+    with pytest.raises(SystemExit, match="this benchmark needs a GPU"):
         auto_microbatch.main([])
 
 

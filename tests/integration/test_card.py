@@ -119,7 +119,7 @@ def test_no_network(
 ) -> None:
     set_constants(monkeypatch, "http://127.0.0.1:9", tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert "cannot reach http://127.0.0.1:9: " in run(to_hub(weights, tmp_path), capsys)
+    assert "cannot reach http://127.0.0.1:9 (" in run(to_hub(weights, tmp_path), capsys)
 
 
 def test_the_card_alone_lies_beside_the_weights(
@@ -178,7 +178,7 @@ def test_without_a_validation_set_the_card_says_so(
     copy = tmp_path / "alone.safetensors"
     save_weights(copy, found.state, {"eval_dataset": {"final_size": 32}}, found.classes, "ema")
     assert export.main([str(copy), "--card", "--photo", str(photo)]) == 0
-    assert "give --scores FILE, written by evaluate.py --json FILE" in capsys.readouterr().err
+    assert "give --scores FILE from evaluate.py --json FILE" in capsys.readouterr().err
     card = (tmp_path / CARD).read_text()
     assert "## Accuracy\n\nNot measured." in card and "model-index" not in card
 

@@ -146,7 +146,7 @@ def test_another_runs_checkpoints_are_not_replaced_by_accident(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     save_whole(tmp_path, 100)
-    with pytest.raises(ConfigError, match=r"contains ep0-ba100-rank0.pt of another run"):
+    with pytest.raises(ConfigError, match=r"contains ep0-ba100-rank0.pt from a different run"):
         main({**tiny, "save_folder": str(tmp_path)})
     tiny |= {"save_overwrite": True, "max_duration": "1ba", "save_interval": "1ba"}
     main({**tiny, "save_folder": str(tmp_path)})
@@ -178,20 +178,20 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        pytest.param({}, "contains ep0-ba2-rank0.pt of another run", id="a new run"),
+        pytest.param({}, "contains ep0-ba2-rank0.pt from a different run", id="a new run"),
         pytest.param(
             {"load_path": "{first}/ep0-ba2-rank0.pt", "run_name": "b"},
-            "contains ep0-ba2-rank0.pt of another run",
+            "contains ep0-ba2-rank0.pt from a different run",
             id="a run from elsewhere, whose batches are later",
         ),
         pytest.param(
             {"load_path": "{other}/ep0-ba2-rank0.pt", "run_name": "b"},
-            "contains ep0-ba2-rank0.pt of another run",
+            "contains ep0-ba2-rank0.pt from a different run",
             id="another run from the checkpoint that lies there",
         ),
         pytest.param(
             {"load_path": "{other}/latest-rank0.pt", "load_weights_only": True},
-            "contains ep0-ba2-rank0.pt of another run",
+            "contains ep0-ba2-rank0.pt from a different run",
             id="a new run from the weights that lie there",
         ),
         pytest.param(

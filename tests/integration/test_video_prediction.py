@@ -40,7 +40,7 @@ def broken(folder: Path, clip: Path) -> dict[str, str]:
     return {
         "junk": said,
         "empty": said,
-        "sound": "the file contains no video stream",
+        "sound": "the file contains no video stream; choose a different file",
         "header": "the video has no frames",
         "half": said,
         "gone": "No such file or directory",
