@@ -44,7 +44,9 @@ TF: Any = functional
 RandomCrop: Any = transforms.RandomCrop
 
 
-def make_data(root: Path, count: int) -> None:
+def make_data(
+    root: Path, count: int, split: str = "train", size: tuple[int, int] | None = None
+) -> None:
     """Generate images and masks with image sizes and file sizes similar to ADE20K's.
 
     The mean image size is 516x417 pixels. The mean area is 0.236 megapixels, and 90% of the images
@@ -55,22 +57,25 @@ def make_data(root: Path, count: int) -> None:
 
     Args:
         root: Folder for the generated data set.
-        count: Number of training images.
+        count: Number of images.
+        split: Split that the images belong to, "train" or "val".
+        size: Height and width of all images; None: ADE20K's distribution of sizes.
     """
     rng = np.random.default_rng(0)
     for kind in ("images", "annotations"):
-        for split in FOLDERS.values():
-            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for folder in FOLDERS.values():
+            (root / kind / folder).mkdir(parents=True, exist_ok=True)
     for number in range(count):
         # Draw the area from a log-normal distribution with ADE20K's mean and 90th percentile.
         area = min(0.21e6 * np.exp(0.483 * rng.standard_normal()), 4.41e6)
         aspect = np.exp(0.21 + 0.25 * rng.standard_normal())
         width, height = (max(96, round((area * a) ** 0.5)) for a in (aspect, 1 / aspect))
-        name = f"ADE_train_{number + 1:08d}"
+        height, width = size or (height, width)
+        name = f"ADE_{split}_{number + 1:08d}"
         photo = Image.fromarray(_photo(rng, height, width))
-        photo.save(root / "images" / FOLDERS["train"] / f"{name}.jpg", quality=80)
+        photo.save(root / "images" / FOLDERS[split] / f"{name}.jpg", quality=80)
         mask = Image.fromarray(_mask(rng, height, width))
-        mask.save(root / "annotations" / FOLDERS["train"] / f"{name}.png")
+        mask.save(root / "annotations" / FOLDERS[split] / f"{name}.png")
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, slope: float) -> np.ndarray:

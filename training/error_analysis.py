@@ -125,9 +125,9 @@ class ErrorAnalysis:
         """
         worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
         places = {score.index: (place, score) for place, score in enumerate(worst, 1)}
-        for _, index, arrays in self._worst:
+        for _, index, (photo, target, prediction) in self._worst:
             if -index in places:
-                sheet = prediction_sheet(*([array] for array in arrays), self.classes, height)
+                sheet = prediction_sheet([photo], [target], [prediction], self.classes, height)
                 yield *places[-index], sheet
 
     def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:

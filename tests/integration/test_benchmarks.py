@@ -12,15 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
+from PIL import Image
 from torch import nn
 
 import main as program
-from benchmarks import dataloader, harness, loss, plain, run_all, train_step
+from benchmarks import dataloader, harness, loss, plain, predict, run_all, train_step
 from benchmarks.stopwatch import PARTS
 from benchmarks.studies import (
     auto_microbatch,
@@ -288,6 +290,45 @@ def test_loss_with_class_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     text = "--batch 1 --classes 5 --size 64 --repeats 1 --threads 1 --device cpu --class-weights"
     rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
     assert [list(row["seconds"]) for row in rows] == 2 * [list(loss.WEIGHTED)]
+
+
+def test_predict(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="make install WITH=hf")
+    options = ["--images", "2", "--rounds", "1", "--size", "48", "--device", "cpu"]
+    result = predict.main([*options, "--json", str(tmp_path / "r")])
+    assert json.loads((tmp_path / "r").read_text())["images_per_second"]
+    for network, rates in result["images_per_second"].items():
+        assert len(rates) == 5 and all(len(rate) == 1 and rate[0] > 0 for rate in rates.values())
+        ours = [row for row in result["rows"] if row[:2] == (network, "predict.py")]
+        assert len(ours) == 1 and ours[0][-1] == "1.00"
+
+
+@pytest.mark.parametrize("build", predict.NETWORKS.values())
+def test_predict_compares_programs_that_predict_the_same(build: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="make install WITH=hf")
+    dataloader.make_data(tmp_path, 1, "val", (48, 64))
+    (path,) = (tmp_path / "images/validation").iterdir()
+    args = argparse.Namespace(size=48, device="cpu")
+    programs = predict.build_contenders(build, tmp_path, args)
+    # The pictures are half the image and half the colours of the classes, here of predict.py's.
+    segmenter = predict.Segmenter(
+        tmp_path / f"{build}.safetensors",
+        network=f"benchmarks.predict:{build}",
+        size=48,
+        device="cpu",
+    )
+    colors = predict.PALETTE[segmenter(path)]
+    expected = _blocks(0.5 * np.array(Image.open(path)) + 0.5 * colors)
+    for name in ("plain loop", "mmsegmentation"):
+        programs[name]([path], tmp_path)
+        picture = _blocks(np.array(Image.open(tmp_path / f"{path.stem}.jpg")))
+        assert np.abs(picture - expected).mean() < 2 < expected.std()
+
+
+def _blocks(picture: np.ndarray) -> np.ndarray:
+    """Return the mean colours of blocks of 8 x 8 pixels, which a JPEG keeps."""
+    height, width = (side // 8 for side in picture.shape[:2])
+    return picture.reshape(height, 8, width, 8, 3).mean((1, 3))
 
 
 def test_masks(tmp_path: Path) -> None:
