@@ -24,6 +24,9 @@ def run_triton(mode: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.7."), reason="Triton 3.3's interpreter fails with NumPy 2.5"
+)
 def test_triton_interpreted():
     run_triton("interpret", TRITON_INTERPRET="1")
 

@@ -65,5 +65,5 @@ def test_mcloud_run_trains_deeplabv3_yaml_on_shards(monkeypatch: pytest.MonkeyPa
 def test_the_other_yamls_fit_the_schema(synthetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(YAMLS.parent)
     paths = [f"{section}.path={synthetic}" for section in ("train_dataset", "eval_dataset")]
-    for name in ("demo.yaml", "camvid.yaml"):
+    for name in ("demo.yaml", "camvid.yaml", "camvid_lite0.yaml"):
         assert resolve(load(str(YAMLS / name), paths)).run_name == name.removesuffix(".yaml")
