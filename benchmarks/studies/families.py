@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +101,29 @@ def measure(family: str, size: int) -> dict[str, Any]:
     }
 
 
+def print_rows(
+    table: Table, labels: Mapping[str, Sequence[str]], test: Callable[[str], Sequence[Any]]
+) -> int:
+    """Test networks one by one, print a table row for each, and return the number of failures.
+
+    Args:
+        table: Table whose last column shows "works" or the cause of a failure.
+        labels: First cells of the row of each network, by the name that is passed to `test`.
+        test: Function that tests a network and returns the cells between the first and the last.
+    """
+    failed = 0
+    for name, label in labels.items():
+        try:
+            cells = [*test(name), "works"]
+        except Exception as error:  # An error must not stop the test of the other networks.
+            failed += 1
+            blanks = len(table.names) - len(label) - 1
+            cells = [*[""] * blanks, one_line(error)[:300]]
+        table.add(*label, *cells)
+        gc.collect()
+    return failed
+
+
 @quiet()
 def main(argv: list[str] | None = None) -> int:
     """Print the table, and return the number of families that fail."""
@@ -108,16 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="image size in pixels")
     options = parser.parse_args(argv)
     table = Table("family", "config", "million parameters", "pixels", "loss", "")
-    failed = 0
-    for family in options.families:
-        try:
-            row = measure(family, options.size)
-            cells = [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}", "works"]
-        except Exception as error:  # An error must not stop the test of the other families.
-            failed += 1
-            cells = ["", "", "", one_line(error)[:300]]
-        table.add(family, choose(family), *cells)
-        gc.collect()
+    labels = {family: (family, choose(family)) for family in options.families}
+
+    def test(family: str) -> list[Any]:
+        row = measure(family, options.size)
+        return [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}"]
+
+    failed = print_rows(table, labels, test)
     print(f"\n{len(options.families) - failed} of {len(options.families)} families work")
     write_json(options, table.result())
     return failed

@@ -18,7 +18,6 @@ takes a single step.
 from __future__ import annotations
 
 import functools
-import gc
 import multiprocessing
 import statistics
 import tempfile
@@ -37,8 +36,7 @@ from benchmarks.harness import (
     seconds_of,
     write_json,
 )
-from benchmarks.studies.families import CLASSES, rebuild, step
-from errors import one_line
+from benchmarks.studies.families import CLASSES, print_rows, rebuild, step
 from extras.sharing.exporters import Deployed, compare, export
 from model import ComposerDeepLabV3, build_composer_model
 from networks.base import Network
@@ -140,17 +138,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     columns = ["timm:", "million parameters", "size divisor", "loss", "ONNX: same class"]
     table = Table(*columns, "ONNX: largest difference", "")
-    failed = 0
-    for name in options.names:
-        try:
-            row = measure(name, options.size)
-            cells = [f"{row['parameters']:.1f}", row["divisor"], f"{row['loss']:.3f}"]
-            cells += [f"{row['agreement']:.3f}%", f"{row['difference']:.1e}", "works"]
-        except Exception as error:  # An error must not stop the test of the other networks.
-            failed += 1
-            cells = ["", "", "", "", "", one_line(error)[:300]]
-        table.add(name, *cells)
-        gc.collect()
+
+    def test(name: str) -> list[Any]:
+        row = measure(name, options.size)
+        cells = [f"{row['parameters']:.1f}", row["divisor"], f"{row['loss']:.3f}"]
+        return [*cells, f"{row['agreement']:.3f}%", f"{row['difference']:.1e}"]
+
+    failed = print_rows(table, {name: (name,) for name in options.names}, test)
     print(f"\n{len(options.names) - failed} of {len(options.names)} networks work")
     write_json(options, table.result())
     return failed
