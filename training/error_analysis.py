@@ -104,7 +104,10 @@ class ErrorAnalysis:
         if is_full and key < self._worst[0][:2]:  # The highest-scoring image comes first.
             return
         arrays = (photo(), target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
-        (heapq.heapreplace if is_full else heapq.heappush)(self._worst, (*key, arrays))
+        if is_full:
+            heapq.heapreplace(self._worst, (*key, arrays))
+        else:
+            heapq.heappush(self._worst, (*key, arrays))
 
     def gather(self) -> list[ImageScore]:
         """Return the scores of all ranks' images, in data set order."""
