@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from composer.core import Callback, State, get_precision_context
+from composer.core import Callback, DataSpec, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
@@ -83,6 +83,12 @@ def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None
     return save_file(data, folder, name.format(time=time))
 
 
+def evaluation_data(state: State) -> DataSpec | None:
+    """Return the data of the current evaluation, or None if no evaluator has its label."""
+    label = state.dataloader_label
+    return next((e.dataloader for e in state.evaluators if e.label == label), None)
+
+
 class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
@@ -113,11 +119,9 @@ class Pictures(Callback):
     def eval_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() != 0 or self.count == 0:
             return
-        label = state.dataloader_label
-        evaluator = next((e for e in state.evaluators if e.label == label), None)
-        if evaluator is None:
+        label, spec = state.dataloader_label, evaluation_data(state)
+        if spec is None:
             return
-        spec = evaluator.dataloader
         if label not in self._batches:
             loader = cast(DataLoader, spec.dataloader)
             dataset = cast(Sequence[Any], loader.dataset)
@@ -220,8 +224,8 @@ def _collected() -> Iterator[None]:
     collects only young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    # Disable automatic collections, because they would move objects out of the youngest generation,
-    # which is the only one collected below.
+    # Disable automatic collections, because they would move objects out of the youngest generation.
+    # The collection below covers only that generation.
     gc.disable()
     try:
         yield

@@ -30,7 +30,7 @@ from segmentation.classes import ClassInfo
 from segmentation.metrics import MIoU, class_table, confusion_matrix_of_predictions
 from training.config import network_label
 from training.error_analysis import ErrorAnalysis, draw_confusion, image_name
-from training.pictures import Curves, Pictures, save_to_run
+from training.pictures import Curves, Pictures, evaluation_data, save_to_run
 from training.precision import devices
 from training.schema import Config
 
@@ -79,8 +79,7 @@ class Report(Callback):
         model = cast(Any, state.model.module if state.is_model_ddp else state.model)
         # The metrics use the same predictions, so the logits are upsampled only once.
         predictions = model.score(state.outputs, targets).prediction
-        (evaluator,) = (e for e in state.evaluators if e.label == state.dataloader_label)
-        transform = evaluator.dataloader.microbatch_transforms
+        transform = cast(Any, evaluation_data(state)).microbatch_transforms
         for image, target, prediction in zip(images, targets, predictions, strict=True):
             # The ranks take turns, as in `dataset.sampler.EvalSampler`.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
