@@ -48,7 +48,7 @@ class Best:
             names = {f"IoU/{info.name}": index for index, info in enumerate(classes)}
             if metric not in names:
                 near = difflib.get_close_matches(metric, ["MIoU", *names], n=1, cutoff=0.0)[0]
-                raise ConfigError(f"best_metric: there is no metric {metric}; did you mean {near}?")
+                raise ConfigError(f"best_metric: no metric is named {metric}; did you mean {near}?")
             self._class = names[metric]
 
     def improved(self, state: State) -> bool:

@@ -71,7 +71,7 @@ def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] |
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # There is no config beside the file.
+    except (OSError, ValueError):  # The folder has no readable config.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

@@ -239,7 +239,9 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             ) from error
     else:
         if not os.path.isfile(weights):
-            raise ModelError(f"backbone_weights={weights}: there is no such file; check the path")
+            raise ModelError(
+                f"backbone_weights={weights}: this file does not exist; check the path"
+            )
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         # For a file that is not a state dict, torch raises many types of errors.

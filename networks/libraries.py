@@ -37,7 +37,7 @@ def foreign_arguments(
     Args:
         network: Name of the network, as given by the user.
         beside: Content of the `config.json` that `save_pretrained` wrote beside the file; empty if
-            there is no such file.
+            the file does not exist.
         state: Names of the tensors in the file.
         where: Path of the file.
 
@@ -83,7 +83,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(
-        f"model.name={kind}:{name}: there is no such network; use, for example, {' or '.join(near)}"
+        f"model.name={kind}:{name}: no network has this name; use, for example, {' or '.join(near)}"
     )
 
 

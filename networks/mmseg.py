@@ -101,8 +101,7 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
         known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ModelError(
-            f"model.name={whole}: there is no config or file with this name; did you mean "
-            f"mmseg:{near}?"
+            f"model.name={whole}: no config or file has this name; did you mean mmseg:{near}?"
         )
     config = call(whole, mmcv.Config.fromfile, str(path))
     if "model" not in config:

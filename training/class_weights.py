@@ -60,7 +60,7 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
             if str(name) not in names:
                 near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
                 raise ConfigError(
-                    f"model.class_weights: there is no class {name}; did you mean {near}?"
+                    f"model.class_weights: no class is named {name}; did you mean {near}?"
                 )
         by_name = {str(name): float(weight) for name, weight in given.items()}
         return [by_name.get(name, 1.0) for name in names]

@@ -117,7 +117,7 @@ def _check_loggers(config: Config, with_data: bool) -> None:
     for name, arguments in config.loggers.items():
         if name not in LOGGERS:
             near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"loggers.{name}: there is no such logger; did you mean {near}?")
+            raise ConfigError(f"loggers.{name}: no logger has this name; did you mean {near}?")
         if not isinstance(arguments, dict):
             raise ConfigError(
                 f"loggers.{name}: {arguments!r} must be a mapping of arguments, or {{}} for none"
@@ -165,7 +165,7 @@ def check_evaluates(config: Config) -> None:
         ConfigError: No checkpoint is given, so the evaluation would score random weights.
     """
     if not (config.is_train or config.load_path or config.autoresume):
-        raise ConfigError("is_train=false: there is no checkpoint to evaluate; set load_path")
+        raise ConfigError("is_train=false: an evaluation needs a checkpoint; set load_path")
 
 
 def _check_network(model: ModelConfig) -> None:

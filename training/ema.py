@@ -81,8 +81,8 @@ class EMA(composer.algorithms.EMA):
         floats = [name for name in names if stored[name].is_floating_point()]
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
-        # There are more than 100 BatchNorm counters, so average them in one operation. Round down
-        # as Composer does.
+        # There are more than 100 BatchNorm counters, so average them in one operation. Composer
+        # rounds down, so do the same here.
         others = [name for name in names if not stored[name].is_floating_point()]
         # An integer tensor with dimensions is a lookup table rather than a counter, so copy it.
         for name in [name for name in others if stored[name].ndim]:

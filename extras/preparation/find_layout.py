@@ -178,7 +178,7 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
 
 
 def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> Layout | None:
-    """Pair the files that match two patterns; return None if there is no pair."""
+    """Pair the files that match two patterns; return None if no files match."""
     masks, masks_twice = _fitting(sides[1], groups, mask_suffixes)
     paths = {mask.path for mask in masks.values()}
     images, images_twice = _fitting(sides[0], groups, IMAGE_SUFFIXES)

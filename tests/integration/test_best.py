@@ -121,7 +121,7 @@ def test_a_metric_that_is_not_there_is_named(
     names.write_text("\n".join(f"class{number}" for number in range(11)) + "\npole\n")
     tiny |= {"class_names": str(names), "best_metric": metric}
     with pytest.raises(
-        ConfigError, match=f"best_metric: there is no metric {metric}; did you mean "
+        ConfigError, match=f"best_metric: no metric is named {metric}; did you mean "
     ):
         main(saving(tiny, tmp_path / "saved"))
 

@@ -111,6 +111,6 @@ def test_an_evaluation_without_a_checkpoint_is_refused(
     file.write_text(json.dumps(tiny))  # which is YAML
     assert run([str(file), "is_train=false"]) == 2
     error = capsys.readouterr().err
-    assert error == "error: is_train=false: there is no checkpoint to evaluate; set load_path\n"
+    assert error == "error: is_train=false: an evaluation needs a checkpoint; set load_path\n"
     assert run([str(file), "is_train=false", "autoresume=true"]) == 2
     assert "contains no checkpoint to evaluate; set load_path" in capsys.readouterr().err

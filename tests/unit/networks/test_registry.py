@@ -20,13 +20,12 @@ from training.config import resolve
         (
             "mmseg:segformer/segformer_b0",
             {},
-            "there is no config or file with this name; did you mean "
-            "mmseg:segformer/segformer_mit-b",
+            "no config or file has this name; did you mean mmseg:segformer/segformer_mit-b",
         ),
         ("mmseg:hrnet/fcn_hr18s_512x512_160k_ade20k", {"backbone": {"x": 1}}, "cannot be built"),
-        ("torchvision:fcn_resnet5", {}, "no such network; use, for example, fcn_resnet50"),
-        ("smp:Unett", {}, "no such network; use, for example, Unet"),
-        ("timm:convnext_tin", {}, "no such network; use, for example, convnext_tiny"),
+        ("torchvision:fcn_resnet5", {}, "no network has this name; use, for example, fcn_resnet50"),
+        ("smp:Unett", {}, "no network has this name; use, for example, Unet"),
+        ("timm:convnext_tin", {}, "no network has this name; use, for example, convnext_tiny"),
         ("timm:vit_base_patch32_224", {}, "has no features of stride 4"),
         ("hf:/no/such/folder", {}, "found neither a folder nor a network on the hub"),
         ("no_module:build", {}, "No module named 'no_module'"),

@@ -53,7 +53,7 @@ def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
     by_name = class_weights(weighted(tiny, {"plain": 3, "waves": 0.5}), None)
     assert by_name == [3.0] + 10 * [1.0] + [0.5]
     assert class_weights(weighted(tiny, "auto", is_train=False), None) is None
-    with pytest.raises(ConfigError, match="there is no class wave; did you mean waves"):
+    with pytest.raises(ConfigError, match="no class is named wave; did you mean waves"):
         class_weights(weighted(tiny, {"wave": 3}), None)
     with pytest.raises(
         ConfigError, match=r"auto needs the masks of train_dataset, .*; give the weights as numbers"

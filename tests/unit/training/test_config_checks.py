@@ -60,7 +60,7 @@ WRONG = {
     "compile=maybe": "compile: maybe is unknown; use auto, true or false",
     "model.fused_loss=true": "model.fused_loss: True is unknown; use auto or false",
     "model.fused_loss=triton": "model.fused_loss: triton is unknown; use auto or false",
-    "loggers.wanb={}": "loggers.wanb: there is no such logger; did you mean wandb?",
+    "loggers.wanb={}": "loggers.wanb: no logger has this name; did you mean wandb?",
     "loggers.file=log.txt": "loggers.file: 'log.txt' must be a mapping of arguments",
     "loggers=wandb": "loggers: got 'wandb'; expected a section",
     "loggers.comet_ml={}": "comet_ml: a package is missing; run make install WITH=comet_ml",
@@ -169,7 +169,7 @@ def test_an_evaluation_names_a_checkpoint(
     typed = resolve({**tiny, "is_train": False, **keys})
     if is_refused:
         with pytest.raises(
-            ConfigError, match="is_train=false: there is no checkpoint to evaluate; set"
+            ConfigError, match="is_train=false: an evaluation needs a checkpoint; set"
         ):
             check_evaluates(typed)
     else:
