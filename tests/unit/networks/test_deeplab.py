@@ -119,7 +119,7 @@ def test_weights_that_do_not_fit_are_refused(backbone_file: Path, tmp_path: Path
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, partial)
     for weights, reason in {
         "IMAGENET1K_V7": "for resnet50, use IMAGENET1K_V1 or IMAGENET1K_V2",
-        str(tmp_path / "missing.pth"): "no such file",
+        str(tmp_path / "missing.pth"): "this file does not exist; check the path",
         str(broken): "cannot be read as a PyTorch state dict",
         str(partial): "does not match resnet50: 317 of 318 tensors",
     }.items():
