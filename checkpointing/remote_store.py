@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -228,7 +228,11 @@ class RemoteFolder:
             log.warning("%s; trying again in %.0f s", message, pause)
             time.sleep(pause)
             pause = min(2 * pause, 30)
-        for name in old:
+        self.remove(old)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove checkpoints; log an error if that fails."""
+        for name in names:
             self._delete(name)
 
     def _delete(self, name: str) -> None:

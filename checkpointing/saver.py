@@ -22,7 +22,7 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 
 from checkpointing.best import Best
 from checkpointing.signals import SignalListener
-from checkpointing.stores import LocalFolder, batch_of, is_in_folder
+from checkpointing.stores import LocalFolder, batch_of, is_in_folder, outdated
 from errors import ConfigError, RunError, Stopped, UserError, one_line
 from files import is_remote
 
@@ -206,19 +206,25 @@ class Checkpoints(CheckpointSaver):
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
+        if self._is_own and not self.evaluations.due:
+            # This batch's checkpoint is complete, so do not save it again when the epoch ends.
+            self.last_checkpoint_batch = self._loaded
         if state.dataloader_len is not None:
             self.best.batches_per_epoch = int(state.dataloader_len)
         if not (self.overwrite or self.autoresume):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
-        def point_best() -> str | None:
-            """Update the pointer to the resumed run's best checkpoint, or remove the pointer."""
-            if self.best_name not in self.target.names():
-                self.best_name = None
-            self.target.point_best(self.best_name)
-            return self.best_name
+        def tidy() -> str | None:
+            """Point to the resumed run's best checkpoint; finish an interrupted removal."""
+            names = self.target.names()
+            best = self.best_name if self.best_name in names else None
+            self.target.point_best(best)
+            if self._is_own and self.last:
+                newest = os.path.basename(self.last)
+                self.target.remove(outdated(names, newest, self.keep, best, self.own))
+            return best
 
-        self.best_name = on_first_process(point_best)
+        self.best_name = on_first_process(tidy)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._is_fitting = True
@@ -276,10 +282,9 @@ class Checkpoints(CheckpointSaver):
         command = "the same command"
         if not self.autoresume:
             command += f" with autoresume=true run_name={name}"
-        where = self.last or "no checkpoint yet"
         raise Stopped(
-            f"stopped after batch {batch} as requested; checkpoint: {where}; to resume, run "
-            f"{command}"
+            f"stopped after batch {batch} as requested; checkpoint: "
+            f"{self.last or 'no checkpoint yet'}; to resume, run {command}"
         )
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:

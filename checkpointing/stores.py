@@ -187,8 +187,12 @@ class LocalFolder:
             self.point_best(best)
         self._point(LATEST, name)
         self._sync()
-        for old in outdated(self.names(), name, keep, best, own):
-            os.remove(os.path.join(self.path, old))
+        self.remove(outdated(self.names(), name, keep, best, own))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove checkpoints."""
+        for name in names:
+            os.remove(os.path.join(self.path, name))
 
     def point_best(self, name: str | None) -> None:
         """Point `best-rank0.pt` at a checkpoint, or remove the pointer."""

@@ -15,7 +15,7 @@ import torch
 from composer.core import Callback, State
 
 from checkpointing.resume import newest_checkpoint
-from checkpointing.stores import checkpoint_in
+from checkpointing.stores import LocalFolder, checkpoint_in
 from errors import ConfigError, RunError, WeightsError
 from main import main
 from tests.support.run_helpers import save_whole
@@ -284,3 +284,23 @@ def test_a_run_without_save_folder_says_that_nothing_is_kept(
     caplog.clear()
     main({**tiny, "max_duration": "1ba", "eval_interval": "9ep", "save_folder": str(tmp_path)})
     assert line not in caplog.text
+
+
+def test_a_run_killed_before_a_removal_ends_with_the_same_files(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batch's checkpoint exists, but the older ones were not yet removed."""
+    tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba", "autoresume": True}
+    tiny |= {"save_num_checkpoints_to_keep": 1, "max_duration": "1ep"}  # an epoch has four batches
+
+    def die_at_last(folder: LocalFolder, names: list[str]) -> None:
+        if "ep0-ba4-rank0.pt" in folder.names():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "remove", die_at_last)
+        with pytest.raises(KeyboardInterrupt):
+            main(tiny)
+    assert len(checkpoints(tmp_path)) == 4
+    main(tiny)
+    assert list(checkpoints(tmp_path)) == ["ep0-ba4-rank0.pt"]

@@ -36,7 +36,7 @@ def test_kills_around_an_improvement_change_nothing(
 ) -> None:
     config, reference = killed
     config = {**config, "save_folder": str(tmp_path)}
-    for moment in ("eval", "best", "pointer", "write", "remove", "best"):
+    for moment in ("eval", "best", "pointer", "write", "remove"):
         assert run(config, f"{tmp_path}/log", Death(moment, 1)) == -signal.SIGKILL, moment
     assert run(config, f"{tmp_path}/log") == 0
     assert files(tmp_path) == files(reference)
