@@ -33,9 +33,10 @@ def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("use_plus", "upsample", "side"), [(True, True, 64), (True, False, 16), (False, False, 8)]
 )
 def test_logits_have_the_strides_of_the_paper(use_plus: bool, upsample: bool, side: int) -> None:
-    network = deeplabv3(5, "resnet50", use_plus=use_plus)
-    network.upsample = upsample
-    assert network(IMAGE).shape == (2, 5, side, side)
+    with torch.device("meta"):
+        network = deeplabv3(5, "resnet50", use_plus=use_plus)
+        network.upsample = upsample
+        assert network(torch.empty(2, 3, 64, 64)).shape == (2, 5, side, side)
 
 
 @pytest.mark.parametrize("arch", ["resnet101", "resnext50_32x4d", "wide_resnet50_2"])

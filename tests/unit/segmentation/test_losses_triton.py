@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from tests.support.losses import assert_gradients_close, gradient, make, make_we
 from tests.support.paths import ROOT
 
 
-def run_triton(mode: str, **environment: str) -> None:
+def run_triton(device: str, **environment: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, __file__, mode]
+    command = [sys.executable, __file__, device]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -28,17 +27,13 @@ def run_triton(mode: str, **environment: str) -> None:
     torch.__version__.startswith("2.7."), reason="Triton 3.3's interpreter fails with NumPy 2.5"
 )
 def test_triton_interpreted():
-    run_triton("interpret", TRITON_INTERPRET="1")
-
-
-def test_triton_compiles_without_a_gpu(tmp_path: Path):
-    run_triton("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    run_triton("cpu", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_triton_on_a_gpu():
-    run_triton("gpu", TRITON_INTERPRET="0")
+    run_triton("cuda", TRITON_INTERPRET="0")
 
 
 def compare_triton(device: str) -> None:
@@ -46,8 +41,8 @@ def compare_triton(device: str) -> None:
     from segmentation import losses_triton
 
     cases = [
-        ((1, 7, 3, 2), (12, 8), False, torch.float32),
-        ((1, 150, 2, 2), (8, 8), True, torch.float32),
+        ((1, 7, 3, 2), (6, 4), False, torch.float32),
+        ((1, 150, 2, 2), (4, 4), True, torch.float32),
         ((2, 5, 3, 2), (7, 5), True, torch.float32),
         ((1, 4, 5, 4), (3, 3), True, torch.float32),
         ((1, 2, 3, 3), (3, 3), False, torch.float32),
@@ -55,8 +50,8 @@ def compare_triton(device: str) -> None:
         ((1, 9, 2, 2), (4, 8), True, torch.bfloat16),
     ]
     weighted = [
-        ((1, 7, 3, 2), (12, 8), False, torch.float32),
-        ((2, 5, 3, 2), (7, 5), True, torch.float32),
+        ((1, 7, 3, 2), (6, 4), False, torch.float32),
+        ((2, 5, 2, 2), (3, 5), True, torch.float32),
         ((1, 9, 2, 2), (4, 8), True, torch.bfloat16),
     ]
     every = [(*case, False) for case in cases] + [(*case, True) for case in weighted]
@@ -78,7 +73,7 @@ def compare_triton(device: str) -> None:
         assert_gradients_close(result, wanted, 2e-6 if dtype == torch.float32 else half)
         if device == "cuda":  # the same each time
             assert torch.equal(gradient(actual["total"], logits), result)
-    logits, target = make((1, 3, 2, 2), (8, 8))
+    logits, target = make((1, 3, 2, 2), (4, 4))
     logits, target = logits.detach().to(device).requires_grad_(), target.to(device)
     ignored = segmentation_loss(logits, torch.full_like(target, -1))
     assert [value.item() for value in ignored.values()] == [0, 0, 0]
@@ -88,38 +83,5 @@ def compare_triton(device: str) -> None:
         assert wrong["cross_entropy"].isnan()
 
 
-def compile_triton() -> None:
-    """Compiles both kernels for ADE20K's 150 classes at stride 4 in bf16, for A100 to RTX 50."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from segmentation import losses_triton
-
-    logits = torch.empty(1, 150, 128, 128, device="meta", dtype=torch.bfloat16)
-    pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
-    pointers |= dict.fromkeys(
-        ("class_weights", "lse", "nll", "sums", "by_nll", "by_intersection", "by_predicted"),
-        "*fp32",
-    )
-    floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
-    for kernel in (losses_triton._forward_kernel, losses_triton._backward_kernel):
-        for targets, weights in ((1, None), (2, None), (2, logits)):
-            constants = losses_triton._constants(logits, targets, weights, 512)
-            constants |= {"ROWS": 4, "CELLS": 8}
-            options = {"num_warps": constants.pop("num_warps")}
-            constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-            types = dict.fromkeys(kernel.arg_names, "i32") | pointers | floats
-            types |= dict.fromkeys(constants, "constexpr")
-            types = {name: types[name] for name in kernel.arg_names}
-            source = ASTSource(kernel, types, constants)
-            for capability in (80, 90, 100, 120):
-                target = GPUTarget("cuda", capability, 32)
-                assert compile(source, target=target, options=options).asm["cubin"]
-
-
 if __name__ == "__main__":
-    mode = sys.argv[1]
-    if mode == "compile":
-        compile_triton()
-    else:
-        compare_triton("cuda" if mode == "gpu" else "cpu")
+    compare_triton(sys.argv[1])
