@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convert_ade20k import convert
 from extras.preparation import check_report
 from segmentation.classes import load_classes
-from tests.support.report import ROOT, labels_of, main, original, path, write  # noqa: F401
-from tests.support.waits import short_measurement  # noqa: F401
+from tests.support.report import (  # noqa: F401  # noqa: F401
+    ROOT,
+    cut,
+    labels_of,
+    main,
+    original,
+    path,
+    run,
+    sample,
+    write,
+    wrong_label,
+)
+from tests.support.waits import short_measurement  # noqa: F401  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -134,3 +146,48 @@ def test_draws_the_samples(path, tmp_path):
     assert sheet.shape[0] == 3 * 512 and sheet.shape[1] > 4 * 512
     shown = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
     assert shown & {info.color for info in load_classes(None, 12)}  # a legend at least
+
+
+def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
+    assert run(capsys, path)[0] == 0
+    assert run(capsys, path / ROOT)[0] == 0
+
+
+def test_background_and_ignored_labels(path, capsys):
+    """12 classes 1..12, or 13 classes 0..12, or 11 classes 1..11 and 12 ignored."""
+    arguments = [str(path), "--json", "--num-classes"]
+    assert main([*arguments, "13", "--keep-background"]) == 0
+    entries = json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]
+    assert [entry["label"] for entry in entries] == list(range(13)) and entries[0]["photos"] > 0
+    assert main([*arguments, "12", "--keep-background"]) == 1
+    assert "but the classes are labels 0 to 11" in capsys.readouterr().out
+    assert main([*arguments, "11"]) == 1
+    assert "but the classes are labels 1 to 11" in capsys.readouterr().out
+    assert main([*arguments, "11", "--ignore-label", "12"]) == 0
+
+
+def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
+    shards, cache = tmp_path / "shards", tmp_path / "cache"
+    convert(str(path), str(shards), size_limit="20kb", workers=1)
+    assert run(capsys, shards, cache)[0] == 0
+    for folder in (cache, shards):  # in the cache of good shards; at the source, of an empty cache
+        shard = folder / "train/shard.00001.mds"
+        content = bytearray(shard.read_bytes())
+        content[-100] ^= 255
+        shard.write_bytes(content)
+        status, report = run(capsys, shards, cache)
+        (problem,) = report["problems"]
+        assert status == 1
+        assert problem["path"].endswith("/shards/train/shard.00001.mds")
+        assert report["splits"]["val"]["good_pairs"] == 4
+        shutil.rmtree(cache)
+    (shards / "train/shard.00001.mds").unlink()
+    status, report = run(capsys, shards, cache)
+    assert status == 1 and report["problems"][0]["path"].endswith("/train/shard.00001.mds")
+    (shards / "val/index.json").unlink()
+    status, report = run(capsys, shards, tmp_path / "other cache")
+    assert {Path(problem["path"]).name for problem in report["problems"]} == {
+        "shard.00001.mds",
+        "val",
+    }

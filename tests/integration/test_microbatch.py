@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.plan import SIZE, footprint, network  # noqa: F401
+from tests.support.plan import SIZE, config, footprint, network, settings  # noqa: F401  # noqa: F401
 from training.microbatch import Footprint, count
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -18,3 +18,32 @@ def test_memory_grows_with_the_area_and_a_smaller_type_takes_less(
         4 * footprint.image, rel=0.03
     )
     assert count(network, SIZE, None).image > 1.5 * footprint.image
+
+
+def test_what_is_counted_is_what_a_real_pass_keeps(
+    network: torch.nn.Module, footprint: Footprint
+) -> None:
+    """The tensors that autograd keeps, over what it keeps for half as many images."""
+
+    def kept(images: int) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        photo = torch.randn(images, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            logits = network(photo)
+        assert logits.requires_grad
+        return sum(storages.values())
+
+    image = (kept(8) - kept(4)) / 4
+    assert footprint.saved == pytest.approx(image, rel=0.1)
+    assert footprint.saved < footprint.image < 1.5 * footprint.saved
+    weights = sum(p.numel() for p in network.parameters())
+    assert footprint.weights == 4 * weights <= 2.2 * footprint.fixed  # in bf16

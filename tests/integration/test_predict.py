@@ -15,8 +15,8 @@ from errors import ClassError
 from extras.prediction_files import save_index
 from predict import Segmenter, main
 from segmentation.classes import load_classes
-from tests.support.artifacts import CLASSES, random_weights
-from tests.support.predict import photo, segmenter, variant  # noqa: F401
+from tests.support.artifacts import CLASSES, random_network, random_weights
+from tests.support.predict import photo, segmenter, variant  # noqa: F401  # noqa: F401
 from tests.support.run_helpers import file_limit
 
 
@@ -168,3 +168,48 @@ def test_photo_longer_than_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 of 2 images segmented" in output.out and "1 without overlay" in output.out
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["long.png", "short.jpg", "short.png"]
+
+
+def test_it_is_the_network(segmenter: Segmenter, photo: np.ndarray):
+    """Step by step: resize, normalise, network, to the size it saw, to the photo's, argmax."""
+    height, width = segmenter.network_sizes(45, 60)[0]
+    assert (height, width) == (32, 43)
+    image = torch.from_numpy(photo).permute(2, 0, 1)[None]
+    image = F.interpolate(image, (height, width), mode="bilinear", antialias=True).float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network = random_network()
+    network.upsample = True
+    with torch.no_grad():
+        logits = network((image - mean[:, None, None]) / std[:, None, None])
+    logits = F.interpolate(logits, (45, 60), mode="bilinear")
+    # Resizing in parts may round a pixel of the photo the other way.
+    assert (logits.argmax(1)[0].numpy() == segmenter(photo)).mean() > 0.99
+
+
+def test_command_line(
+    tmp_path: Path,
+    photo: np.ndarray,
+    segmenter: Segmenter,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("in/deep").mkdir(parents=True)
+    Image.fromarray(photo).save("in/deep/good.png")
+    assert main([random_weights(), "in", "--write", "overlay,index"]) == 0
+    assert "1 of 1 images segmented into predictions/" in capsys.readouterr().out
+    index = np.array(Image.open("predictions/deep/good.png"))
+    assert np.array_equal(index, segmenter(photo))
+    assert Image.open("predictions/deep/good.jpg").height == segmenter.overlay(photo).height
+
+    Path("in/bad.jpg").write_bytes(b"\xff\xd8\xff junk")
+    assert main([random_weights(), "in", "gone.jpg", "--out", "out"]) == 1
+    output = capsys.readouterr()
+    assert "skipped in/bad.jpg: " in output.err and "skipped gone.jpg: " in output.err
+    assert "1 of 3 images segmented into out/, 2 skipped" in output.out
+    assert sorted(path.name for path in Path("out").rglob("*.*")) == ["good.jpg"]
+
+    assert main(["gone.pt", "in"]) == 2
+    assert capsys.readouterr().err == "error: gone.pt: no such file\n"
+    with pytest.raises(SystemExit):
+        main([random_weights(), "in", "--write", "video"])

@@ -10,11 +10,16 @@ import pytest
 import yaml
 from PIL import Image
 
+from segmentation.classes import load_classes
+from segmentation.metrics import MIoU, class_table
+from tests.support.paths import ROOT
 from tests.support.run_report import Page, run  # noqa: F401
 from training.callbacks import build_callbacks
 from training.config import resolve
 from training.error_analysis import draw_confusion
 from training.report import Report
+
+CLASSES = ROOT / "yamls" / "demo_classes.txt"
 
 
 def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
@@ -67,3 +72,16 @@ def test_an_evaluation_alone_leaves_pictures_and_tables(
         built = build_callbacks(config, None)
         folders.append({vars(c)["folder"] for c in built if vars(c).get("folder")})
     assert folders == [{save_folder}, {f"{save_folder}/evaluation"}]
+
+
+def test_the_table_has_the_scores_of_the_newest_evaluation(run: tuple[Any, str]) -> None:
+    trainer, folder = run
+    page = Page(Path(folder, "report.html").read_text(encoding="utf-8"))
+    metric = trainer.state.eval_metrics["eval"]["MIoU"]
+    assert isinstance(metric, MIoU) and metric.total_matrix is not None
+    _, rows = class_table(metric.total_matrix, load_classes(str(CLASSES), 12))
+    expected = [
+        [name, *("-" if v is None else f"{v:.2f}" for v in shares), f"{pixels:,}"]
+        for name, *shares, pixels in rows
+    ]
+    assert page.rows[0] == [] and page.rows[1:] == expected  # the first has the titles

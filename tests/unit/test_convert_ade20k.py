@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import cv2
@@ -59,12 +58,6 @@ def test_stock_streaming_reads_pictures(synthetic, out):
     assert shard.hashes == ["sha1", "xxh64"]
 
 
-def test_output_depends_on_nothing_but_the_input(synthetic, tmp_path):
-    for name, workers in (("one", 1), ("two", 2)):
-        write(synthetic, tmp_path / name, workers=workers)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-
-
 def test_compression_and_hashes(synthetic, out):
     write(synthetic, out, compression="zstd:3", hashes=("md5",))
     index = json.loads((out / "train/index.json").read_text())
@@ -107,28 +100,6 @@ def test_does_not_take_other_options_for_done(path, out):
     write(path, out)
     with pytest.raises(DataError, match="it has compression None and hashes"):
         write(path, out, compression="zstd")
-
-
-def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
-    """Finished shards are not written again; what comes out is as if nothing had happened."""
-    write(path, out.with_name("expected"))
-    counts = []
-
-    def interrupt(bar, count):
-        counts.append(count)
-        if sum(counts) >= 8:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr("dataset.workers.tqdm.update", interrupt)
-    arguments = ["--path", str(path), "--out", str(out), "--size-limit", "10kb", "--workers", "1"]
-    assert main(arguments) == 130
-    assert "run the command again" in capsys.readouterr().err
-    monkeypatch.undo()
-    done = {file: file.stat().st_mtime_ns for file in (out / "train").glob("*.mds")}
-    assert done and not (out / "train/index.json").exists()
-    assert main(arguments) == 0
-    assert {file: file.stat().st_mtime_ns for file in done} == done
-    assert files(out) == files(out.with_name("expected"))
 
 
 def test_a_shard_whose_files_changed_meanwhile_is_written_again(path, out):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -256,11 +255,6 @@ def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     assert reasons == {"folder is missing"}
 
 
-def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
-    assert run(capsys, path)[0] == 0
-    assert run(capsys, path / ROOT)[0] == 0
-
-
 def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
     monkeypatch.setattr(check_report, "SHOWN", 3)
     for number in range(1, 9):
@@ -304,19 +298,6 @@ def test_one_line_for_what_is_no_data_set(tmp_path, capsys):
         main([str(tmp_path), "--picture", "sheet.doc"])
 
 
-def test_background_and_ignored_labels(path, capsys):
-    """12 classes 1..12, or 13 classes 0..12, or 11 classes 1..11 and 12 ignored."""
-    arguments = [str(path), "--json", "--num-classes"]
-    assert main([*arguments, "13", "--keep-background"]) == 0
-    entries = json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]
-    assert [entry["label"] for entry in entries] == list(range(13)) and entries[0]["photos"] > 0
-    assert main([*arguments, "12", "--keep-background"]) == 1
-    assert "but the classes are labels 0 to 11" in capsys.readouterr().out
-    assert main([*arguments, "11"]) == 1
-    assert "but the classes are labels 1 to 11" in capsys.readouterr().out
-    assert main([*arguments, "11", "--ignore-label", "12"]) == 0
-
-
 def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
     kinds = ["label", "nothing labelled"]
     plant(path, kinds)
@@ -331,30 +312,3 @@ def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
     assert (
         oddity["path"].endswith("mask of 00000002") and "no pixel has a class" in oddity["reason"]
     )
-
-
-def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
-    shards, cache = tmp_path / "shards", tmp_path / "cache"
-    convert(str(path), str(shards), size_limit="20kb", workers=1)
-    assert run(capsys, shards, cache)[0] == 0
-    for folder in (cache, shards):  # in the cache of good shards; at the source, of an empty cache
-        shard = folder / "train/shard.00001.mds"
-        content = bytearray(shard.read_bytes())
-        content[-100] ^= 255
-        shard.write_bytes(content)
-        status, report = run(capsys, shards, cache)
-        (problem,) = report["problems"]
-        assert status == 1
-        assert problem["path"].endswith("/shards/train/shard.00001.mds")
-        assert report["splits"]["val"]["good_pairs"] == 4
-        shutil.rmtree(cache)
-    (shards / "train/shard.00001.mds").unlink()
-    status, report = run(capsys, shards, cache)
-    assert status == 1 and report["problems"][0]["path"].endswith("/train/shard.00001.mds")
-    (shards / "val/index.json").unlink()
-    status, report = run(capsys, shards, tmp_path / "other cache")
-    assert {Path(problem["path"]).name for problem in report["problems"]} == {
-        "shard.00001.mds",
-        "val",
-    }
