@@ -27,6 +27,8 @@ from predict import Segmenter
 from tests.support.artifacts import CLASSES, random_network, random_weights
 from tests.support.run_helpers import file_limit
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -19,6 +19,8 @@ from tests.support.artifacts import CLASSES, random_weights
 from tests.support.predict import photo, segmenter, variant  # noqa: F401
 from tests.support.run_helpers import file_limit
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def pooled(stride: int = 4) -> torch.nn.Module:
     """Stands in for a network that looks at no more than a cell of its own stride."""

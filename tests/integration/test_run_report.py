@@ -16,6 +16,8 @@ from training.config import resolve
 from training.error_analysis import draw_confusion
 from training.report import Report
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
     trainer, folder = run
