@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from extras.preparation.synthetic import make
 from tests.support.forked import shrink
+from tests.support.s3_server import stop_servers
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
@@ -35,6 +36,12 @@ settings.register_profile(
 )
 settings.register_profile("long", settings.get_profile("short"), max_examples=1000)
 settings.load_profile("short")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_is_left() -> Iterator[None]:
+    yield
+    stop_servers()
 
 
 @pytest.fixture(scope="session")
