@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extras.preparation import check_report
+from extras.preparation import check_command, check_report
 from segmentation.classes import load_classes
 from tests.support.report import ROOT, labels_of, main, original, path, write  # noqa: F401
-from tests.support.waits import short_measurement  # noqa: F401
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,8 @@ def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, ve
     assert len(leaks) == min(check_report.SHOWN, int(counted[1]) if counted else 0)
 
 
-def test_draws_the_samples(path, tmp_path):
+def test_draws_the_samples(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
     picture = tmp_path / "sheet.png"
     assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 0
     sheet = np.array(Image.open(picture))

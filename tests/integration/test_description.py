@@ -20,14 +20,14 @@ from dataset.labels import Labels
 from extras.preparation import check_command
 from tests.support.description import batches, check, laid_out, source, tiny_run  # noqa: F401
 from tests.support.layouts import LAYOUTS, NAMES
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 from training.config import resolve
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_checked(
-    layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: Any
+    layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     assert check([str(laid_out[layout]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["problems"] and not found["oddities"]
@@ -103,9 +103,7 @@ def test_a_suggestion_needs_no_edit(
     laid_out: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     file = tmp_path / "found.yaml"
     folder = laid_out[layout].parent
     assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0
