@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -39,6 +40,15 @@ settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Keeps the imported modules out of garbage collections, half a second each with them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_server_is_left() -> Iterator[None]:
     yield
     stop_servers()
@@ -57,6 +67,14 @@ def small_network() -> Iterator[None]:
     """Makes resnet50 a network that is quick to write, for modules that use this."""
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr, patch.setitem)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Leaves curves.png empty: a drawing takes as long as two steps of the small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.pictures.draw_curves", lambda *_: b"")
         yield
 
 
