@@ -31,7 +31,8 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
 def test_a_run_is_planned_here_and_nothing_is_left(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.2)
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
+    monkeypatch.setattr("extras.planning.measure.STEPS", 2)
     for recipe in (None, "medium"):
         override = [f"recipe_name={recipe}", "max_duration=3ep"] if recipe else []
         status, found = plan(capsys, str(config), *override, "--price", "2")
@@ -58,7 +59,8 @@ def test_a_run_is_planned_here_and_nothing_is_left(
 def test_the_screen(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.2)
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
+    monkeypatch.setattr("extras.planning.measure.STEPS", 2)
     assert program.run([str(config), "--plan"]) == 0
     screen = capsys.readouterr().out
     assert len(screen.splitlines()) < 24
