@@ -108,12 +108,12 @@ def test_what_does_not_fit(
         and "hours" not in found
     )
     monkeypatch.setattr("extras.planning.plan.measure", lambda *a: pytest.fail("was tried"))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**24}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**20}))
     status, found = plan(capsys, str(config))
-    assert status == 2 and found["memory"]["step"] > found["memory"]["device"] == 2**24
+    assert status == 2 and found["memory"]["step"] > found["memory"]["device"] == 2**20
     program.run([str(config), "--plan"])
     assert "DOES NOT FIT" in capsys.readouterr().out
-    usage = type("U", (), {"free": 2**20})
+    usage = type("U", (), {"free": 2**16})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     status, found = plan(capsys, str(config), "--gpu", "T4")
     assert status == 2 and "too little disk space for the checkpoints" in found["does_not_fit"]
