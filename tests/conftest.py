@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from extras.preparation.synthetic import make
 from tests.support.forked import shrink
+from tests.support.s3_server import stop_servers
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
@@ -37,6 +39,21 @@ settings.register_profile("long", settings.get_profile("short"), max_examples=10
 settings.load_profile("short")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Keeps the imported modules out of garbage collections, half a second each with them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_is_left() -> Iterator[None]:
+    yield
+    stop_servers()
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set of 16 training and 6 validation scenes of 48 x 48 pixels with 12 classes."""
@@ -50,6 +67,14 @@ def small_network() -> Iterator[None]:
     """Makes resnet50 a network that is quick to write, for modules that use this."""
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr, patch.setitem)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Leaves curves.png empty: a drawing takes as long as two steps of the small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.pictures.draw_curves", lambda *_: b"")
         yield
 
 

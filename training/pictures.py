@@ -183,6 +183,7 @@ class Curves(Callback):
         # For each evaluation: the batch number and the mIoU in percent.
         self.eval: list[tuple[int, float]] = []
         self.drawn: bytes | None = None
+        self._drawn_values = (0, 0)  # Number of batches and evaluations in `drawn`.
         self._learning_rate = float("nan")
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -211,8 +212,12 @@ class Curves(Callback):
 
     def _draw(self, state: State) -> None:
         if self.folder is not None and dist.get_global_rank() == 0 and self.train:
-            with _collected():
-                self.drawn = draw_curves(self.train, self.eval)
+            # An evaluation after the last batch has already drawn the picture of the run's end.
+            values = len(self.train), len(self.eval)
+            if self.drawn is None or values != self._drawn_values:
+                with _collected():
+                    self.drawn = draw_curves(self.train, self.eval)
+                self._drawn_values = values
             save_to_run(self.drawn, self.folder, "curves.png", state)
 
 

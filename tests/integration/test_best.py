@@ -16,7 +16,7 @@ from main import main
 from tests.support.best import Scores, files, record, saving, scores  # noqa: F401
 from training.callbacks import summary
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 def test_the_best_evaluations_checkpoint_stays(

@@ -27,6 +27,8 @@ from training import callbacks
 from training.callbacks import RunRecord
 from training.pictures import Curves, Pictures, draw_curves
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_pictures_are_of_the_evaluated_weights(run: tuple[Any, str]):
     """Drawn again by hand from the checkpoint, the last picture has the same pixels."""

@@ -189,7 +189,8 @@ def test_the_card_names_the_network_that_it_is_of(
 ) -> None:
     network = deeplabv3(12, "resnet50", sync_bn=False, use_plus=use_plus)
     path = tmp_path / "a.safetensors"
-    save_weights(path, network.state_dict(), None, load_classes(CLASSES, 12))
+    config = {"eval_dataset": {"final_size": 32}}
+    save_weights(path, network.state_dict(), config, load_classes(CLASSES, 12))
     assert export.main([str(path), "--card", "--photo", str(photo)]) == 0
     names = re.findall(r"DeepLabV3\+? on resnet50", (tmp_path / CARD).read_text())
     assert set(names) == {f"DeepLabV3{'+' if use_plus else ''} on resnet50"}

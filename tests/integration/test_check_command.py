@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from convert_ade20k import convert
-from extras.preparation import check_report
+from extras.preparation import check_command, check_report
 from segmentation.classes import load_classes
-from tests.support.report import (  # noqa: F401  # noqa: F401
+from tests.support.report import (  # noqa: F401
     ROOT,
     cut,
     labels_of,
@@ -26,7 +26,7 @@ from tests.support.report import (  # noqa: F401  # noqa: F401
     write,
     wrong_label,
 )
-from tests.support.waits import short_measurement  # noqa: F401  # noqa: F401
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,8 @@ def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, ve
     assert len(leaks) == min(check_report.SHOWN, int(counted[1]) if counted else 0)
 
 
-def test_draws_the_samples(path, tmp_path):
+def test_draws_the_samples(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
     picture = tmp_path / "sheet.png"
     assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 0
     sheet = np.array(Image.open(picture))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from training.composer_internals import train_data_spec
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def test_the_trainers_data(tiny: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ import os
 import signal
 
 from convert_ade20k import main
-from tests.support.convert_ade20k import check_shards, files, out, path, server, write  # noqa: F401  # noqa: F401
+from tests.support.convert_ade20k import check_shards, files, out, path, server, write  # noqa: F401
 from tests.support.s3_server import BUCKET
-from tests.support.waits import no_waiting  # noqa: F401  # noqa: F401
+from tests.support.waits import no_waiting  # noqa: F401
 
 
 def test_a_staging_folder_keeps_what_else_it_holds(server, path, tmp_path):

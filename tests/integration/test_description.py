@@ -20,14 +20,14 @@ from dataset.labels import Labels
 from extras.preparation import check_command
 from tests.support.description import batches, check, laid_out, source, tiny_run  # noqa: F401
 from tests.support.layouts import LAYOUTS, NAMES
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 from training.config import resolve
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_checked(
-    layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: Any
+    layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     assert check([str(laid_out[layout]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["problems"] and not found["oddities"]
@@ -35,45 +35,35 @@ def test_each_layout_is_checked(
     assert [entry["name"] for entry in found["splits"]["val"]["classes"]] == NAMES
 
 
-def test_every_layout_trains_evaluates_and_resumes_alike(
+def test_a_described_data_set_trains_and_evaluates_as_ade20ks_layout_does(
     source: Path, laid_out: dict[str, Path], tmp_path: Path, small_network: None
 ) -> None:
-    """Two epochs, one of them cut in the middle; the same bits as from ADE20K's layout."""
+    """The same bits; tests/unit/dataset/test_description.py compares the batches of each layout."""
     from evaluate import main as evaluate
 
-    def run(name: str, **more: Any) -> tuple[list[float], list[float], Path]:
-        folder = tmp_path / name
-        config = tiny_run(**more, save_folder=str(folder), save_interval="1ba", autoresume=True)
-        if more["description"] is not None:  # as if it were killed after the first batch
-            program.main({**config, "max_duration": "1ba"}).close()
-        trainer = program.main(config)
+    def run(**keys: Any) -> tuple[list[float], float]:
+        trainer = program.main(tiny_run(**keys, save_folder=str(tmp_path), save_overwrite=True))
         trainer.close()
         weights = [p.double().sum().item() for p in trainer.state.model.parameters()]
-        return weights, [float(trainer.state.eval_metric_values["MIoU"])], folder
+        return weights, float(trainer.state.eval_metric_values["MIoU"])
 
     plain = {"path": str(source), "base_size": 32, "final_size": 32, "batch_size": 4}
     plain["num_workers"] = 0
     model = {"backbone_arch": "resnet50", "backbone_weights": None, "num_classes": 12}
-    expected = run(
-        "plain", description=None, model=model, train_dataset=plain, eval_dataset=dict(plain)
-    )
-    for layout, file in laid_out.items():
-        found = run(layout, description=str(file))
-        assert found[:2] == expected[:2], layout
+    expected = run(description=None, model=model, train_dataset=plain, eval_dataset=dict(plain))
+    assert run(description=str(laid_out["colors"])) == expected
+    checkpoint, results = str(tmp_path / "latest-rank0.pt"), []
+    for data in ([], ["--data", str(laid_out["merged"])]):
         scores = tmp_path / "scores.json"
-        checkpoint = str(found[2] / "latest-rank0.pt")
-        assert evaluate([checkpoint, "--size", "32", "--json", str(scores)]) == 0
-        result = json.loads(scores.read_text())
-        assert result["photos"] == 4
-        assert [row["class"] for row in result["classes"]] == NAMES
-        # What predict.py and export.py draw with.
-        description = open_description(str(file))[1]
-        assert description is not None
-        assert load_weights(checkpoint).classes == list(description.classes)
-        by_itself = tmp_path / "by_itself.json"
-        arguments = ["--data", str(laid_out["merged"]), "--size", "32", "--json", str(by_itself)]
-        assert evaluate([checkpoint, *arguments]) == 0
-        assert json.loads(by_itself.read_text())["mIoU"] == result["mIoU"]
+        assert evaluate([checkpoint, *data, "--size", "32", "--json", str(scores)]) == 0
+        results.append(json.loads(scores.read_text()))
+        assert results[-1]["photos"] == 4
+        assert [row["class"] for row in results[-1]["classes"]] == NAMES
+    assert results[0]["mIoU"] == results[1]["mIoU"]
+    # What predict.py and export.py draw with.
+    description = open_description(str(laid_out["colors"]))[1]
+    assert description is not None
+    assert load_weights(checkpoint).classes == list(description.classes)
 
 
 def test_shards_hold_the_merged_labels(
@@ -113,9 +103,7 @@ def test_a_suggestion_needs_no_edit(
     laid_out: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     file = tmp_path / "found.yaml"
     folder = laid_out[layout].parent
     assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0

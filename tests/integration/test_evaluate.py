@@ -27,6 +27,8 @@ from tests.support.artifacts import CLASSES, finished_run, random_weights
 from tests.support.paths import ROOT
 from tests.support.run_helpers import file_limit
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -200,15 +202,15 @@ def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch)
     "options, message",
     [
         (["gone.pt"], "gone.pt: no such file"),
-        ([random_weights()], "give one with --path or --config"),
-        ([random_weights(), "--path", "nowhere"], "nowhere"),
-        ([random_weights(), "--path", "s3://bucket/x"], "set a cache folder with --local"),
-        ([random_weights(), "--config", "gone.yaml"], "gone.yaml"),
-        ([random_weights(), "--classes", "gone.txt"], "gone.txt"),
+        (["RANDOM"], "give one with --path or --config"),
+        (["RANDOM", "--path", "nowhere"], "nowhere"),
+        (["RANDOM", "--path", "s3://bucket/x"], "set a cache folder with --local"),
+        (["RANDOM", "--config", "gone.yaml"], "gone.yaml"),
+        (["RANDOM", "--classes", "gone.txt"], "gone.txt"),
     ],
 )
 def test_one_line_errors(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert main(options) == 2
+    assert main([random_weights() if word == "RANDOM" else word for word in options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 

@@ -27,6 +27,8 @@ from predict import Segmenter
 from tests.support.artifacts import CLASSES, random_network, random_weights
 from tests.support.run_helpers import file_limit
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -320,7 +322,10 @@ def test_half_weights_take_half_the_space(
     path = tmp_path / "m.onnx"
     options = ["--to", "onnx", "--half", "--out", str(path), "--photo", photo, "--size", "48"]
     assert main([random_weights(), *options]) == 0
-    assert path.stat().st_size < 0.52 * files["onnx"].stat().st_size
+    saved = files["onnx"].stat().st_size - path.stat().st_size
+    sizes = [weight.numel() for weight in random_network().parameters()]
+    # Two bytes of each weight, but for small tensors, which stay as they are.
+    assert saved == pytest.approx(2 * sum(size for size in sizes if size >= 1024), rel=0.05)
     half, full = Segmenter(path, size=48), Segmenter(files["onnx"], size=48)
     assert (half(photo) == full(photo)).mean() >= 0.99
 

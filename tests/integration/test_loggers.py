@@ -17,7 +17,7 @@ from training import loggers as loggers_module
 from training.config import resolve
 from training.loggers import REMEDIES
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "neptune", "tensorboard"])

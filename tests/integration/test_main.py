@@ -29,6 +29,8 @@ from training.config import resolve
 from training.pictures import Curves
 from transforms import resize_mask
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture
 def history() -> InMemoryLogger:

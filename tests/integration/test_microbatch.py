@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.plan import SIZE, config, footprint, network, settings  # noqa: F401  # noqa: F401
+from tests.support.plan import SIZE, config, footprint, network, settings  # noqa: F401
 from training.microbatch import Footprint, count
 
 pytestmark = pytest.mark.usefixtures("small_network")

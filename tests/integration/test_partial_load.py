@@ -57,6 +57,7 @@ def test_what_fits_is_loaded_and_the_rest_named():
         pytest.param(None, "classes with other names, newly initialised", id="not to be matched"),
     ],
 )
+@pytest.mark.usefixtures("small_network")
 def test_as_many_classes_that_are_not_the_same(names: list[str] | None, note: str):
     weights = load_weights(random_weights())
     network = deeplabv3(12, "resnet50", sync_bn=False)

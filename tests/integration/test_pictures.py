@@ -17,6 +17,8 @@ from tests.support.artifacts import CLASSES
 from tests.support.callbacks import run  # noqa: F401
 from training.pictures import Pictures, draw_curves
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_pictures_in_wandb(run: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Offline as well, where W&B leaves out the pictures in its tables."""

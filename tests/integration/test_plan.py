@@ -31,7 +31,8 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
 def test_a_run_is_planned_here_and_nothing_is_left(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.2)
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
+    monkeypatch.setattr("extras.planning.measure.STEPS", 2)
     for recipe in (None, "medium"):
         override = [f"recipe_name={recipe}", "max_duration=3ep"] if recipe else []
         status, found = plan(capsys, str(config), *override, "--price", "2")
@@ -58,7 +59,8 @@ def test_a_run_is_planned_here_and_nothing_is_left(
 def test_the_screen(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.2)
+    monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
+    monkeypatch.setattr("extras.planning.measure.STEPS", 2)
     assert program.run([str(config), "--plan"]) == 0
     screen = capsys.readouterr().out
     assert len(screen.splitlines()) < 24
@@ -106,12 +108,12 @@ def test_what_does_not_fit(
         and "hours" not in found
     )
     monkeypatch.setattr("extras.planning.plan.measure", lambda *a: pytest.fail("was tried"))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**24}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**20}))
     status, found = plan(capsys, str(config))
-    assert status == 2 and found["memory"]["step"] > found["memory"]["device"] == 2**24
+    assert status == 2 and found["memory"]["step"] > found["memory"]["device"] == 2**20
     program.run([str(config), "--plan"])
     assert "DOES NOT FIT" in capsys.readouterr().out
-    usage = type("U", (), {"free": 2**20})
+    usage = type("U", (), {"free": 2**16})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     status, found = plan(capsys, str(config), "--gpu", "T4")
     assert status == 2 and "too little disk space for the checkpoints" in found["does_not_fit"]

@@ -16,8 +16,10 @@ from extras.prediction_files import save_index
 from predict import Segmenter, main
 from segmentation.classes import load_classes
 from tests.support.artifacts import CLASSES, random_network, random_weights
-from tests.support.predict import photo, segmenter, variant  # noqa: F401  # noqa: F401
+from tests.support.predict import photo, segmenter, variant  # noqa: F401
 from tests.support.run_helpers import file_limit
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def pooled(stride: int = 4) -> torch.nn.Module:

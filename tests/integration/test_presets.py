@@ -21,6 +21,7 @@ from dataset.mask_decoder import Masks
 from dataset.matching import list_described
 from extras.preparation import check_command
 from tests.support.paths import ROOT
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 from training.config import resolve
 
 PRESETS = ROOT / "yamls" / "data"
@@ -192,9 +193,8 @@ def content(path: str) -> tuple[bytes, str]:
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_preset_is_checked(
-    name: str, sets: dict[str, Any], capsys: pytest.CaptureFixture, monkeypatch: Any
+    name: str, sets: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     root = sets[name][0]
     assert check([str(PRESETS / f"{name}.yaml"), str(root), "--workers", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -346,9 +346,7 @@ def test_what_is_wrong_is_named(
     sets: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     name, spoil, path, reason = WRONG[fault]
     root = Path(shutil.copytree(sets[name][0], tmp_path / "set"))
     spoil(root)

@@ -242,8 +242,21 @@ def scalars(thing: Any) -> dict[str, str]:
     return {k: str(v) for k, v in vars(thing).items() if isinstance(v, kinds) and k not in STATE}
 
 
+_settings: dict[str, dict[str, Any]] = {}
+
+
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return everything that a run with this config trains with, as a trainer holds it."""
+    """Return everything that a run with this config trains with, as a trainer holds it.
+
+    Most keys are changed in the same config, so a trainer is built once for each config.
+    """
+    key = json.dumps(config, sort_keys=True)
+    if key not in _settings:
+        _settings[key] = _read_settings(config, patch)
+    return _settings[key]
+
+
+def _read_settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     build_model = main_module.build_model
     build_dataspec = data_module.build_ade20k_dataspec
@@ -343,10 +356,11 @@ def test_a_resumed_run_with_another_value_is_refused(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, change = case(name)
     path = checkpoint(base)
-    build_trainer(resolve(configure(base, {"load_path": path})))
+    settings(configure(base, {"load_path": path}), monkeypatch)  # The old value is accepted.
     with pytest.raises(ConfigError) as caught:
         build_trainer(resolve(configure(base, change, {"load_path": path})))
     line = str(caught.value)

@@ -19,6 +19,8 @@ from training.config import resolve
 from training.error_analysis import draw_confusion
 from training.report import Report
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 CLASSES = ROOT / "yamls" / "demo_classes.txt"
 
 

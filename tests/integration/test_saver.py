@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import resource
@@ -20,7 +21,13 @@ from errors import ConfigError, RunError, WeightsError
 from main import main
 from tests.support.run_helpers import save_whole
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
+
+
+@pytest.fixture
+def tiny(tiny: dict[str, Any]) -> dict[str, Any]:
+    """The config of a short run without evaluations."""
+    return tiny | {"eval_interval": "9ep"}
 
 
 @pytest.mark.parametrize("folder", ["{node_rank}-{x", "lab:1"])
@@ -230,7 +237,6 @@ def test_what_was_saved_to_be_kept_stays_after_a_resume(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     tiny |= {"save_folder": str(tmp_path), "autoresume": True, "save_interval": "1ba"}
-    tiny |= {"eval_interval": "9ep"}
     main({**tiny, "max_duration": "3ba", "save_num_checkpoints_to_keep": -1})
     kept = checkpoints(tmp_path)
     assert len(kept) == 3
@@ -239,14 +245,15 @@ def test_what_was_saved_to_be_kept_stays_after_a_resume(
     assert kept.items() <= checkpoints(tmp_path).items()
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_symbolic_links(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     symlink = os.symlink
+    numbers = itertools.cycle([errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
 
     def no_links(source: str, target: str, **options: Any) -> None:
         if str(target).startswith(str(tmp_path)):
+            number = next(numbers)
             raise OSError(number, os.strerror(number))
         symlink(source, target, **options)
 
@@ -279,10 +286,10 @@ def test_a_run_without_save_folder_says_that_nothing_is_kept(
     tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = "save_folder is empty: this run saves no checkpoint, so it cannot be resumed"
-    main({**tiny, "max_duration": "1ba", "eval_interval": "9ep"})
+    main({**tiny, "max_duration": "1ba"})
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     caplog.clear()
-    main({**tiny, "max_duration": "1ba", "eval_interval": "9ep", "save_folder": str(tmp_path)})
+    main({**tiny, "max_duration": "1ba", "save_folder": str(tmp_path)})
     assert line not in caplog.text
 
 

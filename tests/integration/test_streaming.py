@@ -18,6 +18,8 @@ from errors import TRY_AGAIN, DataError
 from tests.support.data import batches, build, digests, on_rank, train
 from tests.support.streaming import expected, folder, mds, stream  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_evaluation_gives_what_folders_give(mds: str, folder: str, tmp_path: Path) -> None:
     spec = stream(mds, tmp_path, split="val", num_workers=1)

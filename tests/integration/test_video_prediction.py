@@ -20,6 +20,8 @@ from tests.support.artifacts import random_weights
 from tests.support.run_helpers import file_limit
 from tests.support.video import SIZE, camera, clip, opencv_frames, scenes, write  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def broken(folder: Path, clip: Path) -> dict[str, str]:
     """Files that are no videos, and what is said of them."""

@@ -23,6 +23,8 @@ from networks.deeplab import infer_architecture
 from tests.support.artifacts import finished_run, random_network
 from tests.support.weights import same
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture(scope="module")
 def checkpoint() -> str:

@@ -1,14 +1,19 @@
-"""A network and a short run that several test files look at; each is made once a session."""
+"""A network and a short run that several test files look at.
+
+Each is made at most twice a session: with ResNet-50, and with the network of `small_network`.
+"""
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torchvision.models import resnet
 
 from checkpointing.weights import save_weights
 from extras.preparation.synthetic import TEXTURES, make
@@ -17,14 +22,21 @@ from segmentation.classes import load_classes
 from tests.support.paths import ROOT
 
 CLASSES = list(TEXTURES)
+Result = TypeVar("Result")
 _folder = tempfile.TemporaryDirectory()
 
 
-@functools.cache
-def random_network(num_classes: int = 12) -> DeepLabV3:
-    """A ResNet-50 with random weights whose predictions vary within a photo."""
+def _once_per_network(make: Callable[[str], Result]) -> Callable[[], Result]:
+    """Call `make` once with ResNet-50, and once more while `small_network` replaces it."""
+    cached = functools.cache(make)
+    return functools.wraps(make)(lambda: cached(resnet.resnet50.__name__))
+
+
+@_once_per_network
+def random_network(network_name: str) -> DeepLabV3:
+    """A network with random weights whose predictions vary within a photo."""
     torch.manual_seed(0)
-    network = deeplabv3(num_classes, "resnet50", sync_bn=False)
+    network = deeplabv3(12, "resnet50", sync_bn=False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of the pass below
@@ -37,21 +49,22 @@ def random_network(num_classes: int = 12) -> DeepLabV3:
     return network
 
 
-@functools.cache
-def random_weights() -> str:
+@_once_per_network
+def random_weights(network_name: str) -> str:
     """`random_network` as a file of weights, with a configuration and class names inside."""
-    path = Path(_folder.name, "random.safetensors")
+    path = Path(_folder.name, f"random_{network_name}.safetensors")
     classes = load_classes(CLASSES, 12)
     save_weights(path, random_network().state_dict(), {"eval_dataset": {"final_size": 32}}, classes)
     return str(path)
 
 
-@functools.cache
-def finished_run() -> tuple[Any, str]:
+@_once_per_network
+def finished_run(network_name: str) -> tuple[Any, str]:
     """A trainer after four steps of the mild recipe on generated photos, and its folder."""
     from main import main
 
-    data, folder = Path(_folder.name, "data"), str(Path(_folder.name, "finished"))
+    place = Path(_folder.name, network_name)
+    data, folder = place / "data", str(place / "finished")
     make(str(data), training=8, validation=5, size=48)
     dataset = {"path": str(data), "base_size": 32, "final_size": 32, "batch_size": 4}
     config = {
@@ -69,7 +82,7 @@ def finished_run() -> tuple[Any, str]:
         "class_names": str(ROOT / "yamls" / "demo_classes.txt"),
         "precision": "fp32",
         "class_table_csv": True,
-        "save_folder": f"{_folder.name}/{{run_name}}",
+        "save_folder": f"{place}/{{run_name}}",
         "loggers": {"tensorboard": {"log_dir": folder, "flush_interval": 1}},
     }
     return main(config), folder

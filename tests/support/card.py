@@ -30,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, small_network: None, synth
         "recipe_name": "mild",
     }
     path = place / "first.safetensors"
-    state = random_network.__wrapped__(12).state_dict()
+    state = random_network().state_dict()
     save_weights(path, state, config, load_classes(CLASSES, 12), "ema")
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -55,6 +56,8 @@ class S3Server:
 
     def start(self, wait: float = 60) -> None:
         """Start or restart the server with its stored objects, and wait until it accepts writes."""
+        if self.gateway is not None:
+            return
         if self.store is None:
             command = ["server", f"-dir={self.folder}", "-filer", "-volume.max=0"]
             command += ["-master.volumeSizeLimitMB=64", *self._options("master", "volume", "filer")]
@@ -103,6 +106,13 @@ class S3Server:
             _kill(self.store)
             self.store = None
 
+    def empty(self) -> None:
+        """Remove all objects."""
+        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+            keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
+            if keys:
+                self.client.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
+
     def _wait_until_ready(self, deadline: float) -> None:
         client = self.client
         while True:
@@ -134,11 +144,28 @@ class S3Server:
         return f"s3://{BUCKET}/{prefix}"
 
 
+_shared: list[S3Server] = []
+
+
+def stop_servers() -> None:
+    """Stop the server that `s3_server` leaves running, if there is one."""
+    while _shared:
+        server = _shared.pop()
+        server.close()
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Run a server with an empty bucket, and point boto3, Streaming and Composer at it."""
-    folder = tempfile.mkdtemp(prefix="s3-")
-    server = S3Server(folder)
+    """Run a server with an empty bucket, and point boto3, Streaming and Composer at it.
+
+    A server takes up to 8 seconds to start, so it keeps running for the next call in this process,
+    until `stop_servers` or the end of the process.
+    """
+    if not _shared:
+        _shared.append(S3Server(tempfile.mkdtemp(prefix="s3-")))
+        atexit.register(stop_servers)
+    server = _shared[0]
     settings = {
         "S3_ENDPOINT_URL": server.url,
         "AWS_ACCESS_KEY_ID": "test",
@@ -149,15 +176,14 @@ def s3_server() -> Iterator[S3Server]:
     os.environ.update(settings)
     try:
         server.start()
+        server.empty()
         yield server
     finally:
-        server.close()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill(process: subprocess.Popen) -> None:

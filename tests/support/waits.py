@@ -1,13 +1,28 @@
 """Fixtures that shorten waits and measurements."""
 
+import functools
+from typing import Any
+
 import pytest
 
 from extras.preparation import check_command
+from extras.preparation.check_command import measure_loader
 
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def shortest_measurement(monkeypatch: pytest.MonkeyPatch, short_measurement: None) -> None:
+    """The check of a data set loads a few images, and starts no processes for that."""
+
+    def measure(build_dataspec: Any, *arguments: Any) -> Any:
+        return measure_loader(functools.partial(build_dataspec, num_workers=0), *arguments)
+
+    monkeypatch.setattr(check_command, "SPEED_BATCH", 4)
+    monkeypatch.setattr(check_command, "measure_loader", measure)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def folder(
     weights = place / "weights.safetensors"
     classes = load_classes(CLASSES, 12)
     config = {"eval_dataset": {"final_size": 64}}
-    save_weights(weights, random_network.__wrapped__(12).state_dict(), config, classes)
+    save_weights(weights, random_network().state_dict(), config, classes)
     options = ["--to", "web", "--out", str(place / "demo"), "--size", "48"]
     examples = [option for photo in photos for option in ("--photo", str(photo))]
     assert export.main([str(weights), *options, *examples]) == 0
