@@ -210,7 +210,7 @@ def _write_deployed(
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
-                f"{network.name} cannot be exported as {kind}: {one_line(error)[:300]}"
+                f"{network.name} cannot be exported as {kind}; change --to: {one_line(error)[:300]}"
             ) from error
         least, most = LIMITS_HALF if options.half else LIMITS
         good = agreement >= least and difference <= most

@@ -50,4 +50,5 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised features."""
-        return cast(Tensor, super().forward(input.movedim(1, -1))).movedim(-1, 1)
+        channels_last = input.permute(0, 2, 3, 1)
+        return cast(Tensor, super().forward(channels_last)).permute(0, 3, 1, 2)

@@ -79,7 +79,9 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
 
     With `layer_decay`, layer l of a transformer with L layers gets the learning rate `lr *
     layer_decay ** (L + 1 - l)`, as in BEiT (https://arxiv.org/abs/2106.08254, appendix). Layer 0 is
-    the patch embedding, and layer L + 1 is everything after the transformer's blocks.
+    the patch embedding, and layer L + 1 is everything after the transformer's blocks. The weight
+    decay has the same factor, because BEiT and MAE train with PyTorch's AdamW, which multiplies the
+    weight decay by the learning rate. `head_lr_scale` changes only the learning rate.
 
     Raises:
         ConfigError: `head_lr_scale` is set but the network has no known backbone, or `layer_decay`
@@ -106,14 +108,15 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
         kind = "norm" if weight in in_norms else "bias" if name.endswith("bias") else ""
         group = (-layers.get(weight, 0), is_head, kind in config.no_decay)
         groups.setdefault(group, []).append(weight)
+    lr, decay = config.lr, config.weight_decay
+    scales = {depth: config.layer_decay**-depth for depth, _, _ in groups}
     parameters: list[dict[str, Any]] = [
         {"params": weights}
-        | ({"lr": config.lr * config.head_lr_scale} if is_head else {})
-        | ({"lr": config.lr * config.layer_decay**-depth} if depth else {})
+        | ({"lr": lr * config.head_lr_scale} if is_head else {})
+        | ({"lr": lr * scales[depth], "weight_decay": decay * scales[depth]} if depth else {})
         | ({"weight_decay": 0.0} if is_spared else {})
         for (depth, is_head, is_spared), weights in sorted(groups.items())
     ]
-    lr, decay = config.lr, config.weight_decay
     if config.name == "adamw":
         beta1, beta2 = config.betas
         return composer.optim.DecoupledAdamW(parameters, lr, (beta1, beta2), weight_decay=decay)

@@ -172,7 +172,7 @@ class OptimizerConfig:
     layer_decay: float = key(
         COMPARED,
         1.0,
-        "vision transformers: learning rate of a layer, as a multiple of that of the next layer",
+        "vision transformers: rate and weight decay of a layer, as a multiple of the next layer's",
         "(0, 1]",
     )
     clip_norm: float | None = key(

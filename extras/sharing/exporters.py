@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import os
+import sys
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from files import write_file
 from networks.base import Network
@@ -128,7 +132,9 @@ def export(
         # later compared with the PyTorch model.
         warnings.simplefilter("ignore")
         # Export to memory, because torch's own file writers kill the process when the disk is full.
-        write_file(path, exporters[kind](model, example, metadata))
+        with _variable_sizes():
+            data = exporters[kind](model, example, metadata)
+        write_file(path, data)
         return loaders[kind](os.fspath(path))
 
 
@@ -138,23 +144,73 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str], hal
     data = io.BytesIO()
     any_size = {0: "batch", 2: "height", 3: "width"}
     grid = any_size if model.upsample else {0: "batch", 2: "rows", 3: "columns"}
-    torch.onnx.export(
-        model,
-        (example,),
-        # The type annotation omits open files, but the function accepts them.
-        data,  # pyright: ignore[reportArgumentType]
-        # The dynamo exporter needs onnxscript, and its files are neither smaller nor faster.
-        dynamo=False,
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_axes={"image": any_size, "logits": grid},
-    )
+    with _ResizingByMatrices():
+        torch.onnx.export(
+            model,
+            (example,),
+            # The type annotation omits open files, but the function accepts them.
+            data,  # pyright: ignore[reportArgumentType]
+            # The dynamo exporter needs onnxscript, and its files are neither smaller nor faster.
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_axes={"image": any_size, "logits": grid},
+        )
     exported = onnx.load_model_from_string(data.getvalue())
     onnx.helper.set_model_props(exported, metadata)
     if half:
         _store_as_half(exported.graph)
     return exported.SerializeToString()
+
+
+@contextlib.contextmanager
+def _variable_sizes() -> Iterator[None]:
+    """Let the rotary position embeddings of timm's DINOv3 follow the size of each image.
+
+    timm converts sizes with `float`, which would store the example's size in the exported graph.
+    """
+    module: Any = sys.modules.get("timm.layers.pos_embed_sincos", types.SimpleNamespace())
+    module.float = lambda size: size if isinstance(size, Tensor) else torch.sym_float(size)
+    try:
+        yield
+    finally:
+        del module.float
+
+
+class _ResizingByMatrices(TorchFunctionMode):
+    """A context that computes antialiased bicubic resizes as matrix products.
+
+    Vision transformers resize their position embeddings in this way. torch's exporter cannot write
+    this operation. Matrix products work in every ONNX runtime and for every image size.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_ours = kwargs.get("mode") == "bicubic" and kwargs.get("antialias")
+        size = kwargs.get("size")
+        if func is F.interpolate and is_ours and isinstance(size, Sequence):
+            image = args[0]
+            rows, columns = (_bicubic_weights(*sides) for sides in zip(image.shape[2:], size))
+            return rows @ image @ columns.T
+        return func(*args, **kwargs)
+
+
+def _bicubic_weights(old: int, new: int) -> Tensor:
+    """Return the weights (new, old) with which torch resizes a side, with antialiasing.
+
+    The filter is Pillow's: Keys' cubic convolution with a = -0.5, widened when the side shrinks
+    (R. Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981).
+    """
+    scale = torch.as_tensor(old / new)
+    centres = (torch.arange(new) + 0.5) * scale
+    offsets = torch.arange(old) + 0.5 - centres[:, None]
+    x = (offsets / scale.clamp(min=1)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _store_as_half(graph: Any) -> None:

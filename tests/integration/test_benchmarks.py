@@ -32,6 +32,7 @@ from benchmarks.studies import (
     masks,
     peers,
     rare_classes,
+    vits,
 )
 from data import build_ade20k_dataspec
 from dataset.description import parse_description
@@ -218,6 +219,44 @@ def test_camvid(synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert len(found["evaluations"]) >= 2 and 0 < last["miou"] < 100
         assert f"| {recipe} | {found['minutes']:.2f} |" in printed
         assert f"{last['miou']:.2f} |\n" in printed
+
+
+def test_vits_train_as_long_as_a_resnet(
+    synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+
+    def train(args: Any, recipe: str, **others: Any) -> dict[str, Any]:
+        config = camvid.config(args, recipe, 200, **others)
+        assert config.schedule.warmup == ("20ba" if "vit" in config.model.name else "0ba")
+        runs.append((config.model.name, config.seed, args.minutes, config.recipe_name))
+        found = {"minutes": 3.2, "batches": 200, "epochs": 1.5}
+        return found | {"evaluations": [{"miou": 20.0 + len(runs)}]}
+
+    monkeypatch.setattr(camvid, "train", train)
+    assert vits.main(["--camvid", synthetic, "--minutes", "3", "--seeds", "0", "4"]) == 0
+    names = ("deeplabv3", "timm:vit_tiny_patch16_224")
+    assert runs == [(name, seed, 3, None) for seed in (0, 4) for name in names]
+    assert "| timm:vit_tiny_patch16_224 | 4 | 3.20 | 200 | 1.5 | 24.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", ["", "no operator"])
+def test_vits_counts_networks_that_cannot_be_exported(
+    error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+
+    def export(deployed: Any, kind: str, *_: Any) -> Any:
+        if error and kind == "pt2":
+            raise RuntimeError(error)
+        return deployed
+
+    monkeypatch.setattr(vits, "export", export)
+    arguments = ["--names", "vit_tiny_patch16_224", "--size", "32"]
+    assert vits.main(arguments) == bool(error)
+    printed = capsys.readouterr().out
+    assert printed.count("100.000%, 0e+00 |") == 3 - bool(error)
+    assert ("| fails: no operator | works |" in printed) == bool(error)
 
 
 def test_auto_microbatch_needs_a_gpu() -> None:

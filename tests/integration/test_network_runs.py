@@ -136,7 +136,7 @@ def test_a_network_that_cannot_be_exported_is_one_line(
     path = str(run[1] / "latest-rank0.pt")
     assert export.main([path, "--to", "onnx", "--out", str(tmp_path / "m.onnx")]) == 1
     said = capsys.readouterr().err
-    assert f"error: {BISENET} cannot be exported as onnx: no such operator\n" in said
+    assert f"error: {BISENET} cannot be exported as onnx; change --to: no such operator\n" in said
     assert os.listdir(tmp_path) == []
 
 

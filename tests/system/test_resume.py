@@ -42,6 +42,17 @@ BISENET = {
     "model.backbone_weights": None,
     "train_dataset.final_size": 64,
 }
+VIT = {
+    "model": {"name": "timm:vit_tiny_patch16_224"},
+    "model.arguments": {"depth": 3, "embed_dim": 48, "drop_path_rate": 0.1},
+    "model.num_classes": 12,
+    "model.backbone_weights": None,
+    "train_dataset.final_size": 64,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1e-3,
+    "optimizer.layer_decay": 0.8,
+    "save_interval": "1ba",
+}
 # Statistics of BatchNorm are those of micro-batches of two, whichever process has them.
 ANY_RANKS = {
     "max_duration": "6ba",
@@ -131,6 +142,15 @@ def undisturbed(
         ),
         pytest.param("baseline", "folders", RARE, [(1, Death("batch", 3))], 1, id="rare classes"),
         pytest.param("hot", "folders", BISENET, [(1, Death("batch", 3))], 1, id="BiSeNet"),
+        pytest.param("hot", "folders", VIT, [(1, Death("batch", 3))], 1, id="ViT"),
+        pytest.param(
+            "baseline",
+            "folders",
+            VIT | ANY_RANKS,
+            [(2, Death("forward", 1, signal.SIGTERM))],
+            2,
+            id="ViT by two processes",
+        ),
         pytest.param(
             "baseline",
             "folders",

@@ -157,6 +157,31 @@ def test_layers_of_a_transformer_learn_at_decaying_rates(blocks: str) -> None:
     assert 0.0 in decays
 
 
+def test_layers_decay_as_with_pytorchs_adamw() -> None:
+    """BEiT and MAE train with PyTorch's AdamW, whose weight decay is multiplied by the rate."""
+    model = nn.Module()
+    model.backbone = Transformer("blocks")
+    nn.init.ones_(model.backbone.pos_embed)
+    theirs = copy.deepcopy(model)
+    config = OptimizerConfig(name="adamw", lr=0.1, weight_decay=0.1 * 0.5, layer_decay=0.5)
+    rates = {"pos_embed": 0.1 * 0.5**4, "patch_embed": 0.1 * 0.5**4, "norm": 0.1}
+    rates |= {f"blocks.{i}": 0.1 * 0.5 ** (3 - i) for i in range(3)}
+    groups = [
+        {"params": [weight], "lr": next(lr for n, lr in rates.items() if name.startswith(n))}
+        for name, weight in theirs.backbone.named_parameters()
+    ]
+    steps = (
+        (model, build_optimizer(config, model)),
+        (theirs, torch.optim.AdamW(groups, weight_decay=0.5)),
+    )
+    for network, optimizer in steps:
+        for weight in network.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    for weight, expected in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+
+
 @pytest.mark.parametrize("has_backbone", [True, False])
 def test_layer_decay_is_refused_without_layers(has_backbone: bool) -> None:
     model = network()

@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 
 from export import Deployed, compare
 from extras.sharing import exporters
 from networks.base import Network
+from networks.registry import named_network
 
 
 @pytest.mark.parametrize("upsample", [True, False])
@@ -45,3 +47,41 @@ def test_large_weights_are_stored_as_half(tmp_path: Path, weight: float, agrees:
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     agreement, difference = compare(model, exported, image, 64)
     assert (agreement >= 0.99 and 0 < difference < 1e-2) == agrees
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vit_tiny_patch16_224", id="resized position embeddings"),
+        pytest.param("vit_tiny_patch16_dinov3_qkvb", id="rotary position embeddings"),
+    ],
+)
+def test_a_vision_transformer_is_exported_for_every_size(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    small = {"depth": 3, "embed_dim": 32, "num_heads": 2}
+    network = named_network(f"timm:{name}", 5, small)
+    # The initial layer scales and position embeddings are near 0, and would hide differences.
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(torch.randn_like(weight) / 10)
+    model = Deployed(network).eval()
+    exported = exporters.export(model, kind, tmp_path / "file", {})
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    for size in (64, 256):  # smaller and larger than the grid of position embeddings
+        agreement, difference = compare(model, exported, image, size)
+        assert agreement >= 0.999 and difference < 1e-4
+
+
+@pytest.mark.parametrize("old", [1, 14, 37])
+@pytest.mark.parametrize("new", [1, 5, 14, 15, 64])
+def test_matrices_resize_as_torch_does(old: int, new: int) -> None:
+    image = torch.randn(1, 3, old, 16)
+    expected = F.interpolate(image, (new, 20), mode="bicubic", antialias=True)
+    with exporters._ResizingByMatrices():
+        found = F.interpolate(image, size=(new, 20), mode="bicubic", antialias=True)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
