@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from convert_ade20k import convert
+from dataset.workers import available_cores
 from extras.preparation import check_command, check_report
 from segmentation.classes import load_classes
 from tests.support.report import (  # noqa: F401
@@ -26,7 +27,7 @@ from tests.support.report import (  # noqa: F401
     write,
     wrong_label,
 )
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import measure_loader, short_measurement, shortest_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -192,3 +193,12 @@ def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys,
         "shard.00001.mds",
         "val",
     }
+
+
+def test_the_loader_of_training_is_measured(path, capsys, monkeypatch):
+    monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
+    monkeypatch.setattr(check_command, "measure_loader", measure_loader)
+    status, report = run(capsys, path)
+    assert status == 0
+    assert report["loader"]["workers"] == min(8, available_cores())
+    assert report["loader"]["batches"] == 3 * [[[16, 3, 512, 512], [16, 512, 512]]]

@@ -10,6 +10,8 @@ import export
 from export import main
 from tests.support.artifacts import random_weights
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_without_onnx_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,8 @@ from errors import WeightsError
 from predict import Segmenter
 from tests.support.predict import photo, segmenter, variant  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_sizes_are_mmsegmentations(segmenter: Segmenter):
     rng = np.random.default_rng(0)

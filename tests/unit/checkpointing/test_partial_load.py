@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from checkpointing.partial_load import load_fitting
@@ -11,6 +12,8 @@ from checkpointing.weights import (
 from model import deeplabv3
 from segmentation.classes import load_classes
 from tests.support.artifacts import random_network, random_weights
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def test_classes_of_the_same_name_keep_their_scores():

@@ -10,6 +10,8 @@ from checkpointing.rebuild import build_network
 from errors import WeightsError
 from tests.support.artifacts import random_network
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_builds_the_network():
     network = random_network()

@@ -22,6 +22,8 @@ from segmentation.classes import load_classes
 from tests.support.artifacts import random_network
 from tests.support.weights import same
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_reads_a_compiled_part(tmp_path: Path):
     state = random_network().state_dict()

@@ -14,6 +14,8 @@ from segmentation.drawing import tint
 from tests.support.artifacts import random_weights
 from tests.support.video import clip, scenes, write  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:

@@ -13,7 +13,7 @@ from PIL import Image
 from dataset.decoding import decode_image
 from extras.preparation.annotations import Shape, draw, photo_size
 from tests.support.convert_dataset import SIZE, shape  # noqa: F401
-from tests.support.waits import short_measurement  # noqa: F401
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
 def test_slanted_outlines_differ_at_the_edge_alone() -> None:

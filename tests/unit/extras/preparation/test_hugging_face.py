@@ -9,7 +9,7 @@ import pytest
 from errors import DataError
 from extras.preparation import hugging_face
 from tests.support.convert_dataset import COUNT, columns, convert, expected, masks_of, photos  # noqa: F401
-from tests.support.waits import short_measurement  # noqa: F401
+from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
 def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from extras.sharing.card import CARD, MARK
 from tests.support.artifacts import random_network
 from tests.support.card import exported, front_matter, photo, weights  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_what_the_card_says(exported: Path, weights: Path, photo: Path) -> None:
     card = (exported / CARD).read_text()

@@ -9,6 +9,8 @@ import pytest
 from tests.support.card import exported, photo, the_hub, weights  # noqa: F401
 from tests.support.hub_server import REPO, Hub
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_a_token_that_may_not_write(
     the_hub: Hub, exported: Path, capsys: pytest.CaptureFixture[str]
