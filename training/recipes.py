@@ -99,7 +99,7 @@ def recipe_table() -> str:
             recipe.max_duration,
             recipe.schedule,
             f"half-life {ema.half_life}, every {ema.update_interval}" if ema else "no",
-            f"rho {sam.rho}, every {sam.interval} steps" if sam else "no",
+            f"rho {sam.rho}, every {sam.interval}ba" if sam else "no",
             f"alpha {mixup.alpha}" if mixup else "no",
         )
         lines.append(f"| {' | '.join(cells)} |")

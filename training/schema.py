@@ -100,7 +100,11 @@ class DatasetConfig:
     min_resize_scale: float = key(APPLIED, 0.5, "smallest factor of the random resize", "(0, 100]")
     max_resize_scale: float = key(APPLIED, 2.0, "largest factor of the random resize", "(0, 100]")
     final_size: int = key(
-        APPLIED, 512, "side of the crop that the network gets, pixels", f"[16, {MAX_SIDE}]"
+        APPLIED,
+        512,
+        "side of the network's square input: a random crop in training, the resized image in "
+        "evaluation, pixels",
+        f"[16, {MAX_SIDE}]",
     )
     ignore_background: bool = key(COMPARED, True, "ignore label 0; label k is class k - 1")
     ignore_label: int | None = key(COMPARED, None, "one more label to ignore", "[0, 255]")

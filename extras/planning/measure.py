@@ -93,7 +93,7 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         build_trainer: The function `main.build_trainer`.
     """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        settings = _leaving_nothing(config, folder)
+        settings = _without_side_effects(config, folder)
         sam = getattr(getattr(settings, str(settings.recipe_name), None), "sam", None)
         interval = sam.interval if sam else 1
         cycle = min(interval, 2)
@@ -153,7 +153,7 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
     """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         watch = _Watch()
-        settings = _leaving_nothing(config, folder)
+        settings = _without_side_effects(config, folder)
         trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
         _without_label_check(trainer)
         start = seconds_since_start()
@@ -171,7 +171,7 @@ def _without_label_check(trainer: Trainer) -> None:
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
 
 
-def _leaving_nothing(config: Config, folder: str) -> Config:
+def _without_side_effects(config: Config, folder: str) -> Config:
     """Return a config for a run that writes only cached shards, in a subfolder of `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False

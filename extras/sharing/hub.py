@@ -26,7 +26,7 @@ def check_repo(repo: str) -> None:
 
     if get_token() is None:
         raise UserError(f"--repo {repo}: no token found; run hf auth login, or set HF_TOKEN")
-    with _told(repo):
+    with _explained_errors(repo):
         HfApi().repo_info(repo)
 
 
@@ -47,13 +47,13 @@ def push(folder: Path, names: Sequence[str], repo: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = [CommitOperationAdd(name, folder / name) for name in names]
-    with _told(repo):
+    with _explained_errors(repo):
         commit = HfApi().create_commit(repo, files, commit_message="Weights and model card")
     return commit.commit_url
 
 
 @contextmanager
-def _told(repo: str) -> Iterator[None]:
+def _explained_errors(repo: str) -> Iterator[None]:
     """Convert exceptions from the hub's client to one-line errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
