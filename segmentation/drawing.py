@@ -79,11 +79,16 @@ def draw_overlay(
         classes: One entry per class index.
     """
     factor = max(1, 320 // max(photo.shape[:2]))
-    photo = photo.repeat(factor, 0).repeat(factor, 1)
-    prediction = prediction.repeat(factor, 0).repeat(factor, 1)
+    photo, prediction = _enlarge(photo, factor), _enlarge(prediction, factor)
     picture = Image.fromarray(tint(photo, prediction, classes))
     _name_regions(picture, prediction, classes)
     return beside(picture, draw_legend([prediction], classes, photo.shape[0]))
+
+
+def _enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Enlarge an image or a mask by an integer factor."""
+    # numpy also copies the pixels for a factor of 1, which takes 5 ms for an image of 683 x 512.
+    return pixels if factor == 1 else pixels.repeat(factor, 0).repeat(factor, 1)
 
 
 class VideoOverlay:
@@ -113,8 +118,7 @@ class VideoOverlay:
             photo: (H, W, 3) uint8 frame.
             prediction: (H, W) class indices.
         """
-        photo = photo.repeat(self._factor, 0).repeat(self._factor, 1)
-        prediction = prediction.repeat(self._factor, 0).repeat(self._factor, 1)
+        photo, prediction = _enlarge(photo, self._factor), _enlarge(prediction, self._factor)
         share = np.bincount(_indices(prediction, len(self.classes)).ravel()) / prediction.size
         found = [int(i) for i in np.argsort(-share, kind="stable") if share[i] >= 0.001]
         new = [i for i in found if i < len(self.classes) and i not in self._seen]
