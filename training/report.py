@@ -80,14 +80,19 @@ class Report(Callback):
         # The metrics use the same predictions, so the logits are upsampled only once.
         predictions = model.score(state.outputs, targets).prediction
         transform = cast(Any, evaluation_data(state)).microbatch_transforms
-        for image, target, prediction in zip(images, targets, predictions, strict=True):
+        counts = [
+            confusion_matrix_of_predictions(prediction, target, len(self.classes))
+            for target, prediction in zip(targets, predictions, strict=True)
+        ]
+        # Copy all counts at once, because each copy makes the host wait for the device.
+        batch = zip(images, targets, predictions, torch.stack(counts).cpu(), strict=True)
+        for image, target, prediction, matrix in batch:
             # The ranks take turns, as in `dataset.sampler.EvalSampler`.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
             if number >= len(cast(Any, state.dataloader).dataset):
                 break  # The sampler repeats samples, so that all ranks have the same number.
-            counts = confusion_matrix_of_predictions(prediction, target, len(self.classes))
             photo = functools.partial(_photo, image, transform)
-            self._analysis.add(number, photo, target, prediction, counts)
+            self._analysis.add(number, photo, target, prediction, matrix)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if self._analysis is not None:
