@@ -474,8 +474,11 @@ def test_run_alls_commands_are_understood(
     assert sum(benchmark.seconds for benchmark in planned) < 60 * (9.5 if on_gpu else 20)
 
 
-def test_the_peers_are_trained_and_scored(synthetic: str, tmp_path: Path) -> None:
+def test_the_peers_are_trained_and_scored(
+    synthetic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="make install WITH=smp")
+    monkeypatch.setattr(peers, "WARM", 1)
     names = ["mmsegmentation 0.30", "plain loop, smp"]
     small = ["--size", "32", "--minutes", "0.01", "--rounds", "1", "--classes", "12"]
     small += ["--workers", "1", "--json", str(tmp_path / "peers.json")]

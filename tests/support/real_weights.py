@@ -112,7 +112,7 @@ def train(folder: Path, data: str, pretrained: bool, seed: int = 17) -> float:
         torch.save(lite0_state(), folder / "lite0.pt")
     names = folder / "names.txt"
     names.write_text("\n".join(SOURCES))
-    dataset = {"path": data, "final_size": TILE, "batch_size": 8, "num_workers": 0}
+    dataset = {"path": data, "final_size": TILE, "batch_size": 4, "num_workers": 0}
     crops = {"base_size": TILE, "min_resize_scale": 0.8, "max_resize_scale": 1.25}
     config = {
         "run_name": "real",
