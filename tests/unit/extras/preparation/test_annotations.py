@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 
 from dataset.decoding import decode_image
-from extras.preparation.annotations import Shape, draw, photo_size
+from extras.preparation.annotations import Shape, draw, is_sound, photo_size
 from tests.support.convert_dataset import SIZE, shape  # noqa: F401
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
@@ -42,3 +43,19 @@ def test_a_photos_size_is_that_of_a_viewer(suffix: str, orientation: int, tmp_pa
     photo = tmp_path / f"photo{suffix}"
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(photo, exif=exif)
     assert photo_size(photo) == decode_image(photo.read_bytes()).shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("outline", "is_drawn"),
+    [
+        pytest.param([0, 0, 9, 0, 9, 9], True, id="inside"),
+        pytest.param([-50, 0, 9, 0, 9, 60], True, id="near the image"),
+        pytest.param([0, 0, 2e9, 0, 9, 9], False, id="far outside"),
+        pytest.param([0, 0, 9, 0], False, id="two points"),
+        pytest.param([0, 0, 9, 0, 9, 9, 1], False, id="half a point"),
+        pytest.param([0, 0, float("nan"), 0, 9, 9], False, id="not a number"),
+        pytest.param([0, 0, "9", 0, 9, 9], False, id="text"),
+    ],
+)
+def test_only_outlines_near_the_image_are_drawn(outline: list[Any], is_drawn: bool) -> None:
+    assert is_sound(outline, (10, 10)) == is_drawn
