@@ -36,6 +36,7 @@ from tests.support.resumed_runs import largest_difference, make_config
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
 JOIN = 120  # Time in seconds that torchrun waits for a lost node.
+HEARTBEAT = 5  # Seconds between torchrun's heartbeats; a node is lost after three missing ones.
 
 NOBODY = "02:00:00:00:00:09"  # An Ethernet address that belongs to neither node.
 
@@ -121,6 +122,7 @@ class Nodes:
         command += ["--nproc-per-node=1", "--max-restarts=3", f"--local-addr={self.addresses[i]}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.addresses[0]}:{PORT}"]
         command += [f"--rdzv-conf=is_host={1 - i},join_timeout={JOIN},last_call_timeout=5"]
+        command[-1] += f",keep_alive_interval={HEARTBEAT}"
         command += ["-m", "benchmarks.cut_link", "--settings", settings]
         with open(output, "wb") as file:
             return subprocess.Popen(command, env=environment, stdout=file, stderr=file)

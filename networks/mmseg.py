@@ -22,7 +22,7 @@ from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 from networks.libraries import OF_NETWORK, call, without_own
 from networks.mmseg_heads import MMSegNetwork
-from networks.mmseg_operators import import_mmseg, lacks_operators, root_handlers_kept
+from networks.mmseg_operators import import_mmseg, lacks_operators, provide_timm, root_handlers_kept
 
 # These backbones contain a GroupNorm that crashes in the backward pass on a CPU if the input is
 # channels-last (torch 2.13.0).
@@ -75,6 +75,8 @@ def build(
     record |= {key: arguments[key] for key in OF_NETWORK if key in arguments}
     if "'mmcls." in repr(record):
         import mmcls.models  # noqa: F401 (registers them)
+    if "'TIMMBackbone'" in repr(record):
+        provide_timm()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         segmentor = call(whole, models.build_segmentor, _from_record(model))

@@ -81,7 +81,7 @@ def import_mmseg() -> Any:
     `_check_balance` to all modules named torch*. As a result, torch.ops lists this function as an
     operator namespace, and torch.compile fails.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), timm_left_out():
         warnings.simplefilter("ignore", UserWarning)
         provide_extension()
         from mmseg import models
@@ -90,6 +90,30 @@ def import_mmseg() -> Any:
         torch.ops._dir.remove("_check_balance")
         delattr(torch.ops, "_check_balance")
     return models
+
+
+@contextmanager
+def timm_left_out() -> Iterator[None]:
+    """Let `import timm` fail unless timm is loaded, because it takes up to two seconds.
+
+    mmsegmentation does not require timm. `provide_timm` loads it for the backbone that does.
+    """
+    if "timm" in sys.modules:
+        yield
+        return
+    sys.modules["timm"] = None  # pyright: ignore (This makes the import fail.)
+    try:
+        yield
+    finally:
+        del sys.modules["timm"]
+
+
+def provide_timm() -> None:
+    """Give mmsegmentation's TIMMBackbone the module timm, if it is installed."""
+    from mmseg.models.backbones import timm_backbone
+
+    if importlib.util.find_spec("timm") is not None:
+        timm_backbone.timm = importlib.import_module("timm")
 
 
 def provide_extension() -> None:

@@ -21,7 +21,9 @@ from tests.support.paths import ROOT
 
 IMPORTS = ["main", "model", "data"]
 IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
+IMPORTS += ["training.ema", "training.sam", "training.mixup", "training.report", "training.watch"]
 IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
+IMPORTS += ["tests.support.warm_up"]
 # The moments of a save are: half written, before each rename, before an old checkpoint is removed.
 MOMENTS = ("forward", "batch", "eval", "write", "rename", "best", "pointer", "remove")
 
@@ -102,6 +104,7 @@ def _child(
     os.dup2(output, 1)
     os.dup2(output, 2)
     shrink()
+    _skip_drawing()
     callbacks = [_plan_death(death)] if death else []
     loggers = [_make_logger(log)] if rank == 0 else []
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -115,15 +118,20 @@ def shrink(
     set_attribute: Callable[[Any, str, Any], None] = setattr,
     set_item: Callable[[Any, Any, Any], None] = dict.__setitem__,
 ) -> None:
-    """Shrink resnet50 to 4 million parameters, so that a run does not mainly write checkpoints."""
+    """Shrink resnet50 to 0.2 million parameters, so that runs do not mainly write checkpoints."""
     import torchvision.models.resnet as resnet
 
     from networks import deeplab
 
     head = deeplab.DepthwiseSeparableASPPHead
 
+    class SmallResNet(resnet.ResNet):
+        def _make_layer(self, block: Any, planes: int, *others: Any, **named: Any) -> Any:
+            # DeepLabV3+ expects the 256 channels of the first layer, so all layers have them.
+            return super()._make_layer(block, 64, *others, **named)
+
     def small_resnet(weights: None, **arguments: Any) -> resnet.ResNet:
-        return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments)
+        return SmallResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, **arguments)
 
     def small_head(**arguments: Any) -> Any:
         return head(**{**arguments, "channels": 32})
@@ -132,6 +140,13 @@ def shrink(
     set_attribute(deeplab, "DepthwiseSeparableASPPHead", small_head)
     set_item(deeplab.DEPTHS, (1, 1, 1, 1), "50")
     set_item(deeplab.FAMILIES, (16, 16), "resnet{}")
+
+
+def _skip_drawing() -> None:
+    """Leave the curves out of the report; drawing them takes as long as twelve training steps."""
+    from training import pictures
+
+    pictures.draw_curves = lambda train, evaluations: b""
 
 
 def _make_logger(path: str) -> Any:

@@ -104,7 +104,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def train(folder: Path, data: str, pretrained: bool, seed: int = 17) -> float:
+def train(
+    folder: Path, data: str, pretrained: bool, seed: int = 17, duration: str = "40ba"
+) -> float:
     """Train for 40 steps and save the run; return its mIoU in percent."""
     arguments: dict[str, Any] = {"output_stride": 16, "bn_momentum": 0.1}
     if pretrained:
@@ -126,9 +128,9 @@ def train(folder: Path, data: str, pretrained: bool, seed: int = 17) -> float:
         "train_dataset": dataset | crops,
         "eval_dataset": dataset,
         "optimizer": {"name": "adamw", "lr": 1e-3, "head_lr_scale": 3.0},
-        "max_duration": "40ba",
-        "eval_interval": "40ba",
-        "save_interval": "40ba",
+        "max_duration": duration,
+        "eval_interval": duration,
+        "save_interval": duration,
         "save_folder": str(folder),
         "class_names": str(names),
         "precision": "fp32",

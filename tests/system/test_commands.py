@@ -72,30 +72,3 @@ def test_the_command_line_answers_in_one_line_before_slow_imports(
     printed = [line for line in lines if not line.startswith("import")]
     assert printed == ["error: unknown key optimiser; did you mean optimizer?"]
     assert done.stdout == ""
-
-
-def test_importing_main_reads_no_arguments_and_changes_no_environment() -> None:
-    code = (
-        "import os, sys, cv2, composer, streaming\n"  # libraries change it
-        "before = dict(os.environ); sys.argv = ['x', 'no-such.yaml']\n"
-        "import main\n"
-        "changed = {k for k in os.environ if os.environ[k] != before.get(k)}\n"
-        "print(sorted(changed), main.main.__name__)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(main_module.__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (0, "[] main\n"), done.stderr
-
-
-def test_warnings_are_not_lost_to_mmcv() -> None:
-    """Its loggers have the handlers that they find drop warnings; so in a process that has none."""
-    script = "import logging; logging.basicConfig(); import model; logging.warning('retrying')"
-    folder = Path(main_module.__file__).parent
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "WARNING:root:retrying" in done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import cut_link
 from benchmarks.cut_link import Nodes, made_config, recorder, run, samples
 from main import main
 
@@ -31,8 +32,11 @@ def made() -> Iterator[tuple[str, dict[str, Any]]]:
         yield folder, config
 
 
-def test_the_other_node_goes_on_alone(made: tuple[str, dict[str, Any]]) -> None:
+def test_the_other_node_goes_on_alone(
+    made: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, config = made
+    monkeypatch.setattr(cut_link, "HEARTBEAT", 2)
     outcome = run(f"{folder}/alone", None, config, alone=True, **QUICK)
     assert outcome.statuses[0] == 0, outcome.outputs
     assert outcome.back is not None and outcome.back < 90

@@ -21,6 +21,7 @@ def test_make_demo_trains_and_draws_a_picture(tmp_path: Path) -> None:
     python.chmod(0o755)
     (tmp_path / ".venv" / ".train").touch()  # The set-up is done.
     small = "mild.max_duration=4ba eval_interval=4ba train_dataset.batch_size=4 precision=fp32"
+    small += " model.name=torchvision:lraspp_mobilenet_v3_large"
     done = subprocess.run(
         ["make", "demo", f"DEMO={small}"],
         cwd=tmp_path,

@@ -20,7 +20,9 @@ def test_two_processes(tiny: dict[str, Any], tmp_path: Path) -> None:
     """Weights without a gradient do not have DistributedDataParallel wait."""
     tiny |= {"recipe_name": "hot", "hot": {"max_duration": "4ba", "ema": EMA}}
     tiny |= {"save_folder": str(tmp_path / "run"), "save_interval": "4ba"}
-    name = "torchvision:fcn_resnet50"
-    tiny["model"] |= {"name": name, "arguments": {"aux_loss": True}, "freeze_backbone": "2ba"}
+    name = "mmseg:fastscnn/fast_scnn_lr0.12_8x4_160k_cityscapes"  # It has auxiliary heads.
+    tiny["model"] |= {"name": name, "freeze_backbone": "2ba"}
+    for dataset in ("train_dataset", "eval_dataset"):
+        tiny[dataset]["final_size"] = 64
     assert run_ranks(tiny, str(tmp_path / "log"), 2) == [0, 0]
     assert load_weights(tmp_path / "run" / "latest-rank0.pt").network[0] == name

@@ -21,7 +21,7 @@ def test_the_notebook_has_no_output_in_the_repository() -> None:
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    """In a copy of the project, on a few photos for two batches."""
+    """In a copy of the project, on a few photos for two batches, with a small network."""
     names = [
         "dataset",
         "extras",
@@ -40,6 +40,10 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     setup = notebook.cells[1]
     assert 'PHOTOS, DURATION = 128, "6ep"' in setup.source
     setup.source = setup.source.replace('128, "6ep"', '24, "2ba"')
+    training = notebook.cells[5]
+    assert "model.backbone_weights=null" in training.source
+    network = "model.name=torchvision:lraspp_mobilenet_v3_large"
+    training.source = training.source.replace("run_name=yard", f"run_name=yard {network}")
     resources = {"metadata": {"path": str(tmp_path / "docs")}}
     NotebookClient(notebook, timeout=300, resources=resources).execute()
 

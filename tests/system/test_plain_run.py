@@ -1,4 +1,4 @@
-"""What a plain training run imports."""
+"""A new process imports main without side effects, and a plain run imports few modules."""
 
 from __future__ import annotations
 
@@ -7,43 +7,75 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
 
 from extras.preparation.synthetic import make
 from tests.support.paths import ROOT
 
 LIMIT = 45
-# Runs yamls/deeplabv3.yaml on small images, and prints the project's modules that it imported.
+# Imports main, then runs yamls/deeplabv3.yaml with small images and a small network.
 PROGRAM = """
-import json, sys
+import json, logging, os, sys
+logging.basicConfig()
+import cv2, composer, streaming  # These change the environment.
+before, words = dict(os.environ), sys.argv[1:]
+sys.argv = ["x", "no-such.yaml"]
 import main
-keys = dict(path=sys.argv[1], base_size=32, final_size=32, batch_size=4, num_workers=0)
-words = [f"{s}.{k}={v}" for s in ("train_dataset", "eval_dataset") for k, v in keys.items()]
-words += ["max_duration=1ep", "model.backbone_arch=resnet50", "model.backbone_weights=null"]
-status = main.run(["yamls/deeplabv3.yaml", *words, *sys.argv[2:]])
+changed = sorted(key for key in os.environ if os.environ[key] != before.get(key))
+logging.warning("retrying")
+from tests.support.forked import shrink
+shrink()
+status = main.run(words)
 files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
-print(json.dumps([status, files]), file=sys.stderr)
+print(json.dumps([status, changed, files]), file=sys.stderr)
 """
 
 
-def imported(data: Path, *words: str) -> set[str]:
-    """Return the modules of the project, without packages, that a run imports."""
+class Outcome(NamedTuple):
+    """What a new process did: variables that `import main` changed, modules, and its stderr."""
+
+    changed: list[str]
+    modules: set[str]
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Run a plain run in a new process."""
+    data = tmp_path_factory.mktemp("data")
+    make(data, training=4, validation=2, size=32)
+    keys = dict(path=data, base_size=32, final_size=32, batch_size=4, num_workers=0)
+    words = [f"{s}.{k}={v}" for s in ("train_dataset", "eval_dataset") for k, v in keys.items()]
+    words += ["max_duration=1ep", "model.backbone_arch=resnet50", "model.backbone_weights=null"]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(data), *words],
+        [sys.executable, "-c", PROGRAM, "yamls/deeplabv3.yaml", *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    status, files = json.loads(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    status, changed, files = json.loads(done.stderr.splitlines()[-1])
     assert status == 0, done.stderr
     paths = [Path(file).relative_to(ROOT) for file in files if Path(file).is_relative_to(ROOT)]
-    inside = [path for path in paths if not path.parts[0].startswith(".")]
-    return {".".join(path.with_suffix("").parts) for path in inside if path.stem != "__init__"}
+    inside = [path for path in paths if not path.parts[0].startswith((".", "tests"))]
+    names = {".".join(path.with_suffix("").parts) for path in inside if path.stem != "__init__"}
+    return Outcome(changed, names, done.stderr)
 
 
-def test_a_plain_run_imports_few_modules(tmp_path: Path) -> None:
-    make(tmp_path, training=4, validation=2, size=32)
-    modules = imported(tmp_path)
+def test_importing_main_reads_no_arguments_and_changes_no_environment(outcome: Outcome) -> None:
+    assert outcome.changed == []
+
+
+def test_warnings_are_not_lost_to_mmcv(outcome: Outcome) -> None:
+    """When mmcv is imported, it stops the root logger's handlers from showing warnings."""
+    assert "WARNING:root:retrying" in outcome.stderr
+
+
+def test_a_plain_run_imports_few_modules(outcome: Outcome) -> None:
+    modules = outcome.modules
     assert len(modules) <= LIMIT, sorted(modules)
     assert {"main", "model", "data", "transforms", "training.seeding"} <= modules
     optional = {

@@ -19,13 +19,25 @@ from errors import UserError
 from extras.sharing import web
 from predict import Segmenter
 from tests.support.browser import CHROMIUM, browser, static_host
-from tests.support.real_weights import fine_tuned, images, scenes, small_head  # noqa: F401
+from tests.support.real_weights import images, scenes, small_head, train  # noqa: F401
 
 pytestmark = pytest.mark.weights
 
 
+@pytest.fixture(scope="module")
+def fine_tuned(
+    tmp_path_factory: pytest.TempPathFactory,
+    scenes: str,
+    small_head: None,
+) -> Path:
+    """Return the folder of a short run from ImageNet's weights."""
+    folder = tmp_path_factory.mktemp("fine_tuned")
+    train(folder, scenes, pretrained=True, duration="12ba")
+    return folder
+
+
 def test_the_page_gives_the_same_classes(
-    fine_tuned: tuple[Path, float], images: list[Path], tmp_path: Path
+    fine_tuned: Path, images: list[Path], tmp_path: Path
 ) -> None:
     try:
         web.fetch_runtime()
@@ -36,8 +48,8 @@ def test_the_page_gives_the_same_classes(
         missing("no Chromium (Debian: apt-get install chromium)")
     folder = tmp_path / "page"
     photos = [option for image in images for option in ("--photo", str(image))]
-    assert export.main([str(fine_tuned[0]), "--to", "web", "--out", str(folder), *photos]) == 0
-    segmenter = Segmenter(fine_tuned[0])
+    assert export.main([str(fine_tuned), "--to", "web", "--out", str(folder), *photos]) == 0
+    segmenter = Segmenter(fine_tuned)
     equal: list[np.ndarray] = []
     with static_host(folder) as address, browser() as page:
         page.screen(1200, 1200)

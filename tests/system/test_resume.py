@@ -35,9 +35,16 @@ ADAMW = {
     "schedule": {"name": "poly", "warmup": "5ba", "final": 0.1},
     "save_interval": "1ba",
 }
-RARE = {"model.class_weights": "auto", "train_dataset.rare_class_sampling": 0.5}
-BISENET = {
-    "model": {"name": "mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes"},
+RARE = {
+    "max_duration": "4ba",
+    "save_interval": "2ba",
+    "model.class_weights": "auto",
+    "train_dataset.rare_class_sampling": 0.5,
+}
+FASTSCNN = {
+    "model": {"name": "mmseg:fastscnn/fast_scnn_lr0.12_8x4_160k_cityscapes"},
+    "hot.max_duration": "6ba",
+    "save_interval": "2ba",
     "model.num_classes": 12,
     "model.backbone_weights": None,
     "train_dataset.final_size": 64,
@@ -140,8 +147,8 @@ def undisturbed(
             1,
             id="frozen backbone, and after it",
         ),
-        pytest.param("baseline", "folders", RARE, [(1, Death("batch", 3))], 1, id="rare classes"),
-        pytest.param("hot", "folders", BISENET, [(1, Death("batch", 3))], 1, id="BiSeNet"),
+        pytest.param("baseline", "folders", RARE, [(1, Death("batch", 2))], 1, id="rare classes"),
+        pytest.param("hot", "folders", FASTSCNN, [(1, Death("batch", 3))], 1, id="Fast-SCNN"),
         pytest.param("hot", "folders", VIT, [(1, Death("batch", 3))], 1, id="ViT"),
         pytest.param(
             "baseline",
