@@ -128,6 +128,7 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "photos",
         nargs="+",
+        metavar="image",
         help="images, videos, folders of them, glob patterns; or one camera: /dev/video0, "
         "rtsp://...",
     )

@@ -345,7 +345,7 @@ def _sheet_row(
     difference = np.where(wrong[..., None], WRONG, grey * labelled[..., None]).astype(np.uint8)
     right = 1 - wrong.sum() / max(labelled.sum(), 1)
     panels = {
-        "photo": photo,
+        "image": photo,
         "mask": colorize(target, classes),
         "prediction": colorize(prediction, classes),
         f"difference ({right:.1%} right)": difference,
@@ -355,7 +355,7 @@ def _sheet_row(
     row = Image.new("RGB", (4 * (width + gap), height + title_height), PAPER)
     for i, (title, panel) in enumerate(panels.items()):
         left = i * (width + gap)
-        smooth = Image.Resampling.BILINEAR if title == "photo" else Image.Resampling.NEAREST
+        smooth = Image.Resampling.BILINEAR if title == "image" else Image.Resampling.NEAREST
         row.paste(Image.fromarray(panel).resize((width, height), smooth), (left, title_height))
         ImageDraw.Draw(row).text((left + 2, title_height / 2), title, INK, font, "lm")
     return row
