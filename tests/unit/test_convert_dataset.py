@@ -136,7 +136,7 @@ def test_invalid_source_gives_a_one_line_error(
     check_error(coco, "out already exists; delete it, or use a different --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and 1.jpg"), ("categories", "road and car")):
-        content = json.loads(coco.read_text())  # as in files that were merged without new ids
+        content = json.loads(coco.read_text())  # files merged without new ids have equal ids
         content[key][1]["id"] = content[key][0]["id"]
         (tmp_path / "twice.json").write_text(json.dumps(content))
         check_error(tmp_path / "twice.json", f"{names} have the same id {content[key][0]['id']}")

@@ -44,7 +44,7 @@ def test_options_are_passed_to_the_dataloader(folder: str) -> None:
 
 
 def test_epochs_differ_and_are_reproducible(folder: str, expected: list[list[str]]) -> None:
-    assert len({digest for epoch in expected for digest in epoch}) == 60  # no sample twice alike
+    assert len({digest for epoch in expected for digest in epoch}) == 60  # all samples differ
     assert digests(batches(build(folder), 1)) == expected[1]
     assert digests(batches(build(folder, seed=18), 1)) != expected[1]
     order = build(folder, shuffle_seed=5)

@@ -26,5 +26,5 @@ def test_abandoned_upload_ends_the_run_and_keeps_the_checkpoint(
     ) as caught:
         target.wait(60)
     kept = Path(str(caught.value).rpartition(" ")[2])
-    del target  # also deletes its scratch folder
+    del target  # this deletes its scratch folder too
     assert kept.read_bytes() == b"checkpoint"

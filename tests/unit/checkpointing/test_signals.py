@@ -20,8 +20,8 @@ def test_signal_forwarded_by_the_launcher_counts_once(
     listener = SignalListener()
     before = signal.getsignal(number)
     with listener.listening():
-        signal.raise_signal(number)  # from the scheduler
-        signal.raise_signal(number)  # from the launcher
+        signal.raise_signal(number)  # the scheduler's signal
+        signal.raise_signal(number)  # the launcher's copy of it
         assert listener.received_signal == number.name
         assert callable(signal.getsignal(number))
         # The same signal ends the process if it arrives again some seconds later.

@@ -195,7 +195,7 @@ def oversized_png() -> bytes:
         (encode(MASK % 2 > 0), MASK % 2),
         (encode(np.stack([MASK] * 3, -1)), MASK),
         (encode(np.stack([MASK] * 3 + [MASK * 0], -1)), MASK),
-        (encode(np.stack([MASK, MASK * 0], -1)), MASK),  # with alpha
+        (encode(np.stack([MASK, MASK * 0], -1)), MASK),  # grey and alpha
         (encode_16_bit(MASK, ".png"), MASK),
         (encode(MASK, "TIFF"), MASK),
         (encode(np.float32(MASK), "TIFF"), MASK),

@@ -66,7 +66,7 @@ def test_description_sets_classes_colours_and_paths_of_the_config(
     infos = class_infos(config)
     assert [info.name for info in infos] == NAMES
     assert [list(info.color) for info in infos] == COLORS[1:13].tolist()
-    inline = resolve(tiny_run(config.data))  # as stored in a checkpoint
+    inline = resolve(tiny_run(config.data))  # checkpoints store this form
     assert inline.data == config.data and class_infos(inline) == infos
     assert json.loads(json.dumps(config.data)) == config.data
     elsewhere = tiny_run(str(laid_out["colors"]))

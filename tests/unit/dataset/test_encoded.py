@@ -73,7 +73,7 @@ def test_bad_file_is_named_in_a_one_line_error(tmp_path: Path, workers: int) -> 
         with pytest.raises(DataError, match=f"^{getattr(sample, kind)}: {reason}$"):
             next(iterator)
         if workers:
-            iterator._shutdown_workers()  # without waiting for the garbage collector
+            iterator._shutdown_workers()  # do not wait for the garbage collector
 
 
 def test_crop_depends_on_the_sample_name_not_its_position(folder: str) -> None:

@@ -143,7 +143,7 @@ def test_dotted_names_in_backticks_exist() -> None:
         ):
             first = code.partition(".")[0]
             is_key = code in keys or any(key.startswith(f"{code}.") for key in keys)
-            if code.endswith((".py", ".yaml", ".onnx")):  # a file, not a name
+            if code.endswith((".py", ".yaml", ".onnx")):  # file names
                 continue
             if first in sections | packages | modules and not is_key and not exists(code):
                 missing.append((path.name, code))

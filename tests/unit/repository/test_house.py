@@ -30,7 +30,7 @@ SHARED = {"command_lines", "files", "errors"}
 # The only front functions that may import extras: for `--plan`, and for `data.py PATH`.
 MAY_IMPORT_EXTRAS = {"main.run_plan", "data.check_dataloader"}
 
-MAX_LINES = 400  # of a module
+MAX_LINES = 400  # lines of a module
 MAX_BODY = 60  # lines of a function, without its signature and docstring
 # Exceptions from the limits, each with its reason.
 LARGE_MODULES = {

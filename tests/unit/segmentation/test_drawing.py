@@ -95,7 +95,7 @@ def test_prediction_sheet_marks_wrong_pixels():
     def share_wrong(prediction: np.ndarray) -> float:
         sheet = np.array(prediction_sheet([image], [target], [prediction], classes))
         panel = sheet[22:262, 3 * 246 : 3 * 246 + 240]
-        assert (panel[:, :60] == 0).all()  # not labelled
+        assert (panel[:, :60] == 0).all()  # unlabelled pixels
         return float((panel == WRONG).all(2).mean())
 
     assert share_wrong(prediction) == 0.375

@@ -206,10 +206,10 @@ def test_total_matrix_is_from_the_last_evaluation(batches):
     metric.update(*batches[1])
     assert torch.equal(
         total, confusion_matrix(*batches[0], CLASSES)
-    )  # not changed by later batches
+    )  # later batches do not change it
     metric.reset()
     metric.update(*batches[1])
-    assert metric.compute() != first  # not the cached value
+    assert metric.compute() != first  # the value is not cached
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
 
 

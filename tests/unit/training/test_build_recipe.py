@@ -51,7 +51,7 @@ class Progress:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recipe", "factors"),  # at batches 0, 10, 50 and 100 of 100
+    ("schedule", "recipe", "factors"),  # factors at batches 0, 10, 50 and 100 of 100
     [
         ({}, None, [1, (1 + math.cos(0.1 * math.pi)) / 2, 0.5, 0]),
         ({}, "mild", [1, 1, 1, 1]),

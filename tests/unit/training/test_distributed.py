@@ -132,7 +132,7 @@ def test_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
     [
         pytest.param(False, 1, 2, 2, "", True, id="all cores"),
         pytest.param(False, 1, 1, 2, "", False, id="half of the cores"),
-        pytest.param(False, 1, 1, 1, "", True, id="the only core"),
+        pytest.param(False, 1, 1, 1, "", True, id="only core"),
         pytest.param(False, 2, 2, 2, "", False, id="two ranks"),
         pytest.param(True, 1, 2, 2, "", False, id="GPU"),
         pytest.param(False, 1, 2, 2, "missing", False, id="no temporary folder"),

@@ -31,7 +31,7 @@ def test_missing_class_is_reported_at_the_end_of_the_epoch(
     callback, epoch = check(), state(torch.tensor([[[0, 1, -1]]]))
     callback.epoch_start(epoch, logger)
     callback.before_forward(epoch, logger)
-    callback.eval_end(epoch, logger)  # in the middle of the epoch
+    callback.eval_end(epoch, logger)  # evaluation in the middle of the epoch
     assert not warnings(caplog)
     # MixUp's target contains the classes of two images. Indices beyond the classes are ignored.
     target = torch.tensor([[[2, 2, 7]]])

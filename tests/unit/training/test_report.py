@@ -43,7 +43,7 @@ def test_images_with_the_lowest_scores_are_shown(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four images of 64 x 64 in two batches: right, half right, unlabelled and wrong."""
+    """Evaluate four images of 64 x 64: right, half right, unlabelled and wrong."""
     monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(dist, "get_global_rank", lambda: rank)
     monkeypatch.setattr(dist, "all_gather_object", lambda part: [part])
@@ -81,6 +81,6 @@ def test_images_with_the_lowest_scores_are_shown(
     page = Page(report._worst)
     captions = re.findall(r"(\S+): mIoU (\S+)%", "\n".join(page.texts["figcaption"]))
     assert captions == expected
-    # Each picture begins with the image itself.
+    # Each sheet begins with the image itself.
     grey = [np.array(image.convert("RGB"))[100, 100].tolist() for image in page.images]
     assert np.abs(np.array(grey) - [[160], [80]]).max() <= 3

@@ -70,7 +70,7 @@ def test_yolo_classes_are_ordered_by_number(photos: Path, tmp_path: Path) -> Non
     assert annotations.classes == ["road", "car", "pole", "lane", "bus", "sign"]
     names = [shape.name for shape in annotations.photos[1].shapes]
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
-    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # as saved by Windows
+    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # saved by Windows
     assert converters.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
     assert list(converters.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):
