@@ -30,7 +30,7 @@ def test_result_is_written_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("False", False), ("auto", "auto")])
-def test_switch_is_parsed(text: str, expected: bool | str) -> None:
+def test_true_false_auto_switch_is_parsed(text: str, expected: bool | str) -> None:
     assert harness.parse_switch(text) is expected or harness.parse_switch(text) == expected
 
 

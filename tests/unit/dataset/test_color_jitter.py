@@ -102,7 +102,7 @@ def test_random_numbers_depend_only_on_seed_epoch_and_pixels() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_matches_the_cpu() -> None:
+def test_colour_jitter_on_a_gpu_matches_the_cpu() -> None:
     raw, labels = batch_of(8)
     transform = DeviceTransform(Labels(20), distort=True)
     image, target = transform((raw, labels))

@@ -111,7 +111,7 @@ def test_mask_beside_its_image_is_not_listed_as_an_image(tmp_path: Path) -> None
     ]
 
 
-def test_lists_select_samples(tmp_path: Path) -> None:
+def test_list_files_select_samples(tmp_path: Path) -> None:
     touch(tmp_path, "img/1.jpg", "img/2.jpg", "img/3.jpg", "seg/1.png", "seg/2.png", "seg/3.png")
     source = {"images": "img", "masks": "seg", "list": "train.txt"}
     expected = [("1", "img/1.jpg", "seg/1.png"), ("3", "img/3.jpg", "seg/3.png")]

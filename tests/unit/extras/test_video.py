@@ -18,7 +18,7 @@ from segmentation.drawing import VideoOverlay
 from tests.support.video import SIZE, camera, clip, opencv_frames, scenes, write  # noqa: F401
 
 
-def test_frames_match_opencv(clip: Path) -> None:
+def test_video_frames_match_opencv(clip: Path) -> None:
     video = Video(clip)
     frames = list(video)
     assert (video.rate, video.length) == (5, 7)

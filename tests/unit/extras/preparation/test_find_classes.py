@@ -42,7 +42,7 @@ def test_blended_edge_values_are_not_classes(tmp_path: Path) -> None:
     assert [entry["labels"] for entry in raw["classes"].values()] == [[0], [100], [200]]
 
 
-def test_thin_class_is_found(tmp_path: Path) -> None:
+def test_one_pixel_wide_class_is_found(tmp_path: Path) -> None:
     for n in range(8):
         mask = blocks(n)
         mask[5 + n, :] = 3  # a line one pixel wide, with a value above the others
