@@ -18,20 +18,22 @@ COMMANDS += ["convert_ade20k", "convert_dataset", "download_ade20k"]
 @pytest.mark.parametrize(
     ("environment", "cores", "all_cores", "expected"),
     [
-        pytest.param({}, 8, 8, {"OMP_WAIT_POLICY": "PASSIVE"}, id="one process has all cores"),
-        pytest.param({}, 2, 8, {"OMP_NUM_THREADS": "2"}, id="a container or taskset"),
+        pytest.param({}, 8, 8, {"OMP_WAIT_POLICY": "PASSIVE"}, id="single process"),
+        pytest.param({}, 2, 8, {"OMP_NUM_THREADS": "2"}, id="container or taskset"),
         pytest.param({"LOCAL_WORLD_SIZE": "4"}, 8, 8, {"OMP_NUM_THREADS": "2"}, id="four ranks"),
-        pytest.param({"LOCAL_WORLD_SIZE": "4"}, 2, 2, {"OMP_NUM_THREADS": "1"}, id="more ranks"),
+        pytest.param(
+            {"LOCAL_WORLD_SIZE": "4"}, 2, 2, {"OMP_NUM_THREADS": "1"}, id="more ranks than cores"
+        ),
         pytest.param(
             {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"},
             8,
             8,
             {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"},
-            id="what the user has set",
+            id="settings of the user",
         ),
     ],
 )
-def test_cores_are_shared(
+def test_cores_are_divided_among_ranks(
     environment: dict[str, str],
     cores: int,
     all_cores: int,
@@ -40,9 +42,9 @@ def test_cores_are_shared(
 ) -> None:
     monkeypatch.setattr(command_lines, "available_cores", lambda: cores)
     monkeypatch.setattr("os.cpu_count", lambda: all_cores)
-    found = dict(environment)
-    share_cores(found)
-    assert found == {"OMP_WAIT_POLICY": "PASSIVE"} | environment | expected
+    actual = dict(environment)
+    share_cores(actual)
+    assert actual == {"OMP_WAIT_POLICY": "PASSIVE"} | environment | expected
 
 
 @pytest.mark.parametrize(
@@ -50,14 +52,14 @@ def test_cores_are_shared(
     [
         pytest.param("max 100000", 4, id="no limit"),
         pytest.param("200000 100000", 2, id="two cores"),
-        pytest.param("150000 100000", 2, id="one and a half"),
-        pytest.param("10000 100000", 1, id="a tenth"),
-        pytest.param("900000 100000", 4, id="more than there are"),
-        pytest.param("", 4, id="an empty file"),
+        pytest.param("150000 100000", 2, id="one and a half cores"),
+        pytest.param("10000 100000", 1, id="a tenth of a core"),
+        pytest.param("900000 100000", 4, id="more cores than exist"),
+        pytest.param("", 4, id="empty file"),
         pytest.param(None, 4, id="no file"),
     ],
 )
-def test_available_cores(
+def test_available_cores_respect_the_quota(
     quota: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
@@ -66,7 +68,9 @@ def test_available_cores(
     assert available_cores(tmp_path / "cpu.max") == cores
 
 
-def test_start_parses_before_it_touches_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_parses_arguments_before_setting_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "argv", ["command", "--flag"])
     monkeypatch.setattr(command_lines, "share_cores", lambda _: pytest.fail("not parsed yet"))
 
@@ -78,7 +82,7 @@ def test_start_parses_before_it_touches_the_environment(monkeypatch: pytest.Monk
         start(parse)
 
 
-def test_start_silences_torch_about_a_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_silences_the_cuda_toolkit_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("torch.utils.cpp_extension")
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     monkeypatch.setattr(command_lines, "share_cores", lambda _: None)
@@ -90,7 +94,7 @@ def test_start_silences_torch_about_a_cuda_toolkit(monkeypatch: pytest.MonkeyPat
     ("kind", "accepted"),
     [("onnx", True), ("web", True), ("torchscript", False), ("safetensors", False), ("hub", False)],
 )
-def test_half_is_for_onnx_files_and_pages(
+def test_half_is_accepted_only_for_onnx_and_web(
     kind: str, accepted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["model.pt", "--to", kind, "--half"]

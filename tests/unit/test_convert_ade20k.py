@@ -26,7 +26,7 @@ from tests.support.waits import no_waiting  # noqa: F401
 ROOT = "ADEChallengeData2016"
 
 
-def test_streaming_reads_the_files(synthetic, out):
+def test_written_shards_contain_the_original_files(synthetic, out):
     assert write(synthetic, out) == {"train": 16, "val": 6}
     for split in ("train", "val"):
         check_shards(synthetic, StreamingADE20k(None, str(out), split), split)
@@ -37,19 +37,19 @@ def test_streaming_reads_the_files(synthetic, out):
     assert {name for name in os.listdir(out / "val") if name.endswith(".mds")} == names
 
 
-def test_stock_streaming_reads_pictures(synthetic, out):
-    """With the columns of Streaming's own converter, and Streaming's own reader."""
+def test_stock_streaming_reads_the_shards(synthetic, out):
+    """Streaming's own reader finds the columns of Streaming's own converter."""
     write(synthetic, out)
     samples = list_samples(synthetic, "val")
     shards = streaming.StreamingDataset(
         local=str(out), split="val", shuffle=False, batch_size=1, validate_hash="xxh64"
     )
     assert len(shards) == 6
-    for sample, found in zip(samples, shards):
-        assert sorted(found) == ["uid", "x", "y"] and found["uid"] == sample.uid.encode()
-        assert (found["x"].format, found["y"].format) == ("JPEG", "PNG")
-        assert np.array_equal(found["x"], Image.open(sample.image_path))
-        assert np.array_equal(found["y"], Image.open(sample.mask_path))
+    for sample, row in zip(samples, shards):
+        assert sorted(row) == ["uid", "x", "y"] and row["uid"] == sample.uid.encode()
+        assert (row["x"].format, row["y"].format) == ("JPEG", "PNG")
+        assert np.array_equal(row["x"], Image.open(sample.image_path))
+        assert np.array_equal(row["y"], Image.open(sample.mask_path))
     shard = shards.shards[0]
     assert (shard.column_names, shard.column_encodings) == (
         ["uid", "x", "y"],
@@ -58,7 +58,7 @@ def test_stock_streaming_reads_pictures(synthetic, out):
     assert shard.hashes == ["sha1", "xxh64"]
 
 
-def test_compression_and_hashes(synthetic, out):
+def test_compression_and_hashes_are_applied(synthetic, out):
     write(synthetic, out, compression="zstd:3", hashes=("md5",))
     index = json.loads((out / "train/index.json").read_text())
     for entry in index["shards"]:
@@ -69,7 +69,7 @@ def test_compression_and_hashes(synthetic, out):
     check_shards(synthetic, StreamingADE20k(None, str(out), "train"), "train")
 
 
-def test_running_again_verifies_and_writes_nothing(path, out, caplog):
+def test_second_run_verifies_and_writes_nothing(path, out, caplog):
     write(path, out)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     caplog.set_level("INFO")
@@ -80,7 +80,7 @@ def test_running_again_verifies_and_writes_nothing(path, out, caplog):
     }
 
 
-def test_does_not_write_over_another_data_set(path, out):
+def test_shards_of_another_dataset_are_not_overwritten(path, out):
     write(path, out)
     before = files(out)
     mask = Path(list_samples(str(path), "train")[5].mask_path)
@@ -96,26 +96,26 @@ def test_does_not_write_over_another_data_set(path, out):
     assert files(out) == before
 
 
-def test_does_not_take_other_options_for_done(path, out):
+def test_shards_with_other_options_are_rejected(path, out):
     write(path, out)
     with pytest.raises(DataError, match="it has compression None and hashes"):
         write(path, out, compression="zstd")
 
 
-def test_a_shard_whose_files_changed_meanwhile_is_written_again(path, out):
-    photos = [Path(sample.image_path) for sample in list_samples(str(path), "train")]
-    last = photos[-1].read_bytes()
-    photos[-1].write_bytes(b"not a photo")
-    with pytest.raises(DataError, match=f"{photos[-1]}: unknown image format"):
+def test_shard_is_rewritten_if_its_files_have_changed(path, out):
+    images = [Path(sample.image_path) for sample in list_samples(str(path), "train")]
+    last = images[-1].read_bytes()
+    images[-1].write_bytes(b"not a photo")
+    with pytest.raises(DataError, match=f"{images[-1]}: unknown image format"):
         write(path, out)
     assert list((out / "train").glob("*.mds"))
-    photos[-1].write_bytes(last)
-    shutil.copy(photos[1], photos[0])
+    images[-1].write_bytes(last)
+    shutil.copy(images[1], images[0])
     write(path, out)
     check_shards(path, StreamingADE20k(None, str(out), "train"), "train")
 
 
-def test_one_line_for_bad_files_and_options(path, out, capsys):
+def test_bad_files_and_options_give_a_one_line_error(path, out, capsys):
     def error(*arguments: str) -> str:
         command = ["--path", str(path), "--out", str(out), *arguments]
         assert main(command) == 1
@@ -136,12 +136,12 @@ def test_one_line_for_bad_files_and_options(path, out, capsys):
     assert "its mask is missing" in error()
 
 
-def test_a_data_set_without_validation(path, out):
+def test_dataset_without_a_validation_split_is_converted(path, out):
     shutil.rmtree(path / ROOT / "images/validation")
     assert write(path, out) == {"train": 16}
 
 
-def test_a_full_disk_is_one_line(path, out, capsys):
+def test_full_disk_gives_a_one_line_error(path, out, capsys):
     with file_limit(2000):
         arguments = ["--path", str(path), "--out", str(out), "--workers", "1"]
         assert main(arguments) == 1
@@ -151,8 +151,8 @@ def test_a_full_disk_is_one_line(path, out, capsys):
     assert main(arguments) == 0
 
 
-def test_the_description_is_not_overwritten(tmp_path, capsys):
-    """Its name beside the shards is that of an input here."""
+def test_input_description_is_not_overwritten(tmp_path, capsys):
+    """Here the description written beside the shards would replace the input description."""
     file = tmp_path / "description.yaml"
     text = "root: .\ntrain: {images: a, masks: b}\nval: {fraction: 0.2}\n"
     file.write_text(text + "classes: {x: {labels: [1]}, y: {labels: [2]}}\nignore: [0]\n")

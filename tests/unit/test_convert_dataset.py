@@ -37,7 +37,7 @@ from tests.support.waits import short_measurement, shortest_measurement  # noqa:
 pytest.importorskip("pycocotools")
 
 
-def test_a_validation_file_of_its_own(photos: Path, tmp_path: Path) -> None:
+def test_separate_validation_file_is_converted(photos: Path, tmp_path: Path) -> None:
     train = write_coco(tmp_path / "train.json", numbers=range(5))
     val = write_coco(tmp_path / "val.json", numbers=range(5, COUNT))
     arguments = ["--images", photos, "--val", val, "--out", tmp_path / "out"]
@@ -46,11 +46,11 @@ def test_a_validation_file_of_its_own(photos: Path, tmp_path: Path) -> None:
     assert names == NAMES
     assert sorted(masks) == [f"train/{n}" for n in range(5)] + [f"val/{n}" for n in range(5, COUNT)]
     np.testing.assert_array_equal(masks["val/6"], expected(6).astype(int) - 1)
-    assert (tmp_path / "out/photos/train/0.jpg").stat().st_nlink > 1  # no copies
+    assert (tmp_path / "out/photos/train/0.jpg").stat().st_nlink > 1  # images are hard links
 
 
-def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
-    """CVAT writes them as they were before they were turned clockwise, by `rotation` degrees."""
+def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: Path) -> None:
+    """CVAT writes the unrotated shape and its clockwise `rotation` in degrees."""
     (tmp_path / "turned.xml").write_text(
         '<annotations><image name="0.jpg" width="64" height="48">'
         '<box label="road" xtl="4" ytl="20" xbr="28" ybr="26" rotation="30.00"/>'
@@ -58,7 +58,7 @@ def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
         "</image></annotations>"
     )
     arguments = ["--images", photos, "--out", tmp_path / "out"]
-    convert(tmp_path / "turned.xml", *arguments)  # one photo is too few to train on
+    convert(tmp_path / "turned.xml", *arguments)  # one image is too few for training
     _, description = open_description(str(tmp_path / "out/data.yaml"))
     assert description is not None
     names = [info.name for info in description.classes]
@@ -68,19 +68,19 @@ def test_cvats_turned_boxes_and_ellipses(photos: Path, tmp_path: Path) -> None:
         ("road", (16, 23), 30, lambda u, v: (abs(u) < 12) & (abs(v) < 3)),
         ("car", (48, 24), -30, lambda u, v: (u / 12) ** 2 + (v / 4) ** 2 < 1),
     ):
-        along = np.exp(1j * np.radians(degrees))  # the first axis, y being downwards
+        along = np.exp(1j * np.radians(degrees))  # the direction of the first axis; y points down
         at = (x - middle[0] + 1j * (y - middle[1])) / along
         expected = inside(at.real, at.imag)
         wrong = (drawn == names.index(name)) != expected
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
 
 
-def test_a_photo_is_found_by_its_whole_name(photos: Path, tmp_path: Path) -> None:
-    """Not what is beside it and called as it is, with one more extension."""
+def test_image_is_found_by_its_full_name(photos: Path, tmp_path: Path) -> None:
+    """Files that add an extension to the image's name are ignored."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    for photo in photos.iterdir():
-        cv2.imwrite(str(folder / f"{photo.name}.png"), np.zeros(SIZE, np.uint8))
+    for image in photos.iterdir():
+        cv2.imwrite(str(folder / f"{image.name}.png"), np.zeros(SIZE, np.uint8))
     source = write_coco(tmp_path / "instances.json")
     assert convert(source, "--images", folder, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out/photos/train").iterdir()) == sorted(
@@ -88,22 +88,22 @@ def test_a_photo_is_found_by_its_whole_name(photos: Path, tmp_path: Path) -> Non
     )
 
 
-def test_what_cannot_be_converted(
+def test_invalid_source_gives_a_one_line_error(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def refused(source: Any, reason: str, *more: Any) -> None:
+    def check_error(source: Any, reason: str, *more: Any) -> None:
         arguments = [source, "--images", photos, "--out", tmp_path / "out", *more]
         assert convert(*arguments) == 1
         (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
         assert line.startswith("error: ") and reason in line
 
     coco = write_coco(tmp_path / "instances.json")
-    refused(tmp_path / "none.json", "No such file")
-    refused(coco, "--images: cannot find the folder", "--images", tmp_path / "none")
+    check_error(tmp_path / "none.json", "No such file")
+    check_error(coco, "--images: cannot find the folder", "--images", tmp_path / "none")
     (tmp_path / "other.json").write_text('{"a": 1}')
-    refused(tmp_path / "other.json", "unknown format: the key 'categories' is missing")
+    check_error(tmp_path / "other.json", "unknown format: the key 'categories' is missing")
     (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
-    refused(tmp_path / "other.xml", "the file contains no <image>")
+    check_error(tmp_path / "other.xml", "the file contains no <image>")
     for tool, name, text, reason in (
         ("labelme", "3.json", '{"shapes"', "unknown format: Expecting"),
         (
@@ -117,36 +117,36 @@ def test_what_cannot_be_converted(
         (tmp_path / tool).mkdir(exist_ok=True)
         folder = SOURCES[tool](tmp_path / tool)
         (folder / name).write_text(text)
-        refused(folder, f"error: {folder / name}: {reason}")
+        check_error(folder, f"error: {folder / name}: {reason}")
         shutil.rmtree(tmp_path / tool)
-    found = json.loads(coco.read_text())
-    found["images"][0]["file_name"] = "elsewhere.jpg"
-    (tmp_path / "renamed.json").write_text(json.dumps(found))
-    refused(tmp_path / "renamed.json", "lists the image elsewhere.jpg, which is missing from")
-    found = json.loads(coco.read_text())
-    found["images"][2]["width"] = 65
-    (tmp_path / "wide.json").write_text(json.dumps(found))
-    refused(
+    content = json.loads(coco.read_text())
+    content["images"][0]["file_name"] = "elsewhere.jpg"
+    (tmp_path / "renamed.json").write_text(json.dumps(content))
+    check_error(tmp_path / "renamed.json", "lists the image elsewhere.jpg, which is missing from")
+    content = json.loads(coco.read_text())
+    content["images"][2]["width"] = 65
+    (tmp_path / "wide.json").write_text(json.dumps(content))
+    check_error(
         tmp_path / "wide.json",
         "2.jpg: the image is 64x48, but its annotations are for an image of 65x48",
     )
     assert not (tmp_path / "out").exists()  # a failed conversion leaves nothing
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
-    refused(coco, "out already exists; delete it, or use a different --out")
+    check_error(coco, "out already exists; delete it, or use a different --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and 1.jpg"), ("categories", "road and car")):
-        found = json.loads(coco.read_text())  # as files that were put together without new ids
-        found[key][1]["id"] = found[key][0]["id"]
-        (tmp_path / "twice.json").write_text(json.dumps(found))
-        refused(tmp_path / "twice.json", f"{names} have the same id {found[key][0]['id']}")
+        content = json.loads(coco.read_text())  # files merged without new ids have equal ids
+        content[key][1]["id"] = content[key][0]["id"]
+        (tmp_path / "twice.json").write_text(json.dumps(content))
+        check_error(tmp_path / "twice.json", f"{names} have the same id {content[key][0]['id']}")
 
 
 @pytest.mark.parametrize("other", ["3.png", "3.JPG"])
-def test_two_photos_with_one_mask_are_refused(
+def test_two_images_with_the_same_mask_name_are_rejected(
     other: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Their masks would both be 3.png."""
+    """Both masks would have the name 3.png."""
     shutil.copytree(photos, tmp_path / "photos")
     cv2.imwrite(str(tmp_path / "photos" / other.replace("JPG", "bmp")), np.zeros((48, 64, 3)))
     if other == "3.JPG":
@@ -166,7 +166,7 @@ def test_two_photos_with_one_mask_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_no_data_set(
+def test_full_disk_leaves_no_dataset(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     coco = write_coco(tmp_path / "instances.json")
@@ -178,15 +178,13 @@ def test_a_full_disk_leaves_no_data_set(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]
 
 
-def test_an_unknown_shape_of_labelme_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_unknown_labelme_shape_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
     source = labelme(tmp_path / "labelled", [shape("road", "star", square(*ROAD))])
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
     assert "unknown shape type star" in capsys.readouterr().err
 
 
-def test_an_image_that_may_be_either_of_two_is_refused(
-    photos: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_ambiguous_image_name_is_rejected(photos: Path, tmp_path: Path, capsys: Any) -> None:
     for folder in ("a", "b"):
         shutil.copytree(photos, tmp_path / "images" / folder)
     source = write_coco(tmp_path / "coco.json")
@@ -196,13 +194,13 @@ def test_an_image_that_may_be_either_of_two_is_refused(
 
 
 @pytest.mark.parametrize("number", [2**24, 2**25, 2**40, -1])
-def test_a_panoptic_id_beyond_three_bytes_is_refused(
+def test_panoptic_id_beyond_three_bytes_is_rejected(
     photos: Path, tmp_path: Path, capsys: Any, number: int
 ) -> None:
     source = write_panoptic(tmp_path / "panoptic.json")
-    found = json.loads(source.read_text())
-    found["annotations"][0]["segments_info"][0]["id"] = number
-    source.write_text(json.dumps(found))
+    content = json.loads(source.read_text())
+    content["annotations"][0]["segments_info"][0]["id"] = number
+    source.write_text(json.dumps(content))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
     assert (
         f"segment id {number} does not fit into an RGB pixel; use an id between 0 and 16777215"
@@ -210,7 +208,7 @@ def test_a_panoptic_id_beyond_three_bytes_is_refused(
     )
 
 
-def test_labelmes_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path: Path) -> None:
+def test_labelme_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path: Path) -> None:
     source = labelme(tmp_path / "labelled", [shape("pond", "circle", [[24, 24], [24, 36]])])
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
     rows, columns = np.indices(SIZE) + 0.5
@@ -220,7 +218,7 @@ def test_labelmes_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path
         assert (mask[distance > 13] == 0).all()
 
 
-def test_yolos_boxes_are_counted_and_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_yolo_boxes_are_counted_and_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
     source = write_yolo(tmp_path / "labels")
     with (source / "2.txt").open("a") as file:
         file.write("0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.2 0.2\n")

@@ -16,9 +16,9 @@ from tests.support.data import batches, build, digests, expected, folder, train 
 from transforms import build_ade20k_transformations
 
 
-def test_batches_of_training_and_evaluation(folder: str) -> None:
+def test_batches_have_the_expected_shapes_and_images(folder: str) -> None:
     train, val = build(folder), build(folder, split="val")
-    assert len(train.dataloader) == 5  # 22 samples: two are left out
+    assert len(train.dataloader) == 5  # two of 22 samples are left out
     assert len(val.dataloader) == 2
     image, target = next(iter(train.dataloader))
     assert image.shape == (4, 3, 32, 32) and target.shape == (4, 32, 32)
@@ -34,7 +34,7 @@ def test_batches_of_training_and_evaluation(folder: str) -> None:
         build(folder, batch_size=23)
 
 
-def test_options_reach_the_dataloader(folder: str) -> None:
+def test_options_are_passed_to_the_dataloader(folder: str) -> None:
     loader = build(folder, num_workers=1, prefetch_factor=3, pin_memory=False).dataloader
     assert (loader.num_workers, loader.prefetch_factor) == (1, 3)
     assert loader.persistent_workers
@@ -43,8 +43,8 @@ def test_options_reach_the_dataloader(folder: str) -> None:
         build(folder, num_classes=254)
 
 
-def test_epochs_differ_and_repeat(folder: str, expected: list[list[str]]) -> None:
-    assert len({digest for epoch in expected for digest in epoch}) == 60  # no sample twice alike
+def test_epochs_differ_and_are_reproducible(folder: str, expected: list[list[str]]) -> None:
+    assert len({digest for epoch in expected for digest in epoch}) == 60  # all samples differ
     assert digests(batches(build(folder), 1)) == expected[1]
     assert digests(batches(build(folder, seed=18), 1)) != expected[1]
     order = build(folder, shuffle_seed=5)
@@ -53,13 +53,13 @@ def test_epochs_differ_and_repeat(folder: str, expected: list[list[str]]) -> Non
     assert indices != [index for _, index, _ in build(folder).dataloader.sampler]
 
 
-def test_any_batch_size(folder: str, expected: list[list[str]]) -> None:
+def test_samples_do_not_depend_on_the_batch_size(folder: str, expected: list[list[str]]) -> None:
     for size in (1, 3, 7):
-        found = digests(batches(build(folder, batch_size=size), 1))
-        assert found[:20] == expected[1][: len(found)]
+        samples = digests(batches(build(folder, batch_size=size), 1))
+        assert samples[:20] == expected[1][: len(samples)]
 
 
-def test_no_global_random_numbers(folder: str) -> None:
+def test_loader_uses_no_global_random_numbers(folder: str) -> None:
     spec = build(folder)
     states = (random.getstate, lambda: pickle.dumps(np.random.get_state()), torch.get_rng_state)
     before = [state() for state in states]
@@ -81,5 +81,5 @@ def test_skipped_samples_are_not_read(folder: str) -> None:
     dataset.samples = list(dataset.samples)
     order = dataset.order(np.arange(len(dataset)), 17, 1)
     for place in range(16):
-        dataset.samples[order[place]] = None  # would raise if it were read
+        dataset.samples[order[place]] = None  # reading it would raise an error
     assert len(batches(spec, 1)) == 1

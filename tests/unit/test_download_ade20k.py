@@ -25,15 +25,15 @@ FILES = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `body` at any path. `faults` is used up one a request: an HTTP status to answer with,
-    or a number of bytes after which the connection is cut, given as ('cut', bytes)."""
+    """An HTTP server that serves `body` at any path. Each request takes one entry of `faults`: an
+    HTTP status for the response, or ('cut', bytes) to close the connection after some bytes."""
 
     daemon_threads = True
 
     def __init__(self, body: bytes):
         super().__init__(("127.0.0.1", 0), Handler)
         self.body, self.ranges, self.faults = body, True, []
-        self.requests = []  # the Range header of each
+        self.requests = []  # the Range header of each request
         self.sent = 0
         self.url = f"http://127.0.0.1:{self.server_port}/ADEChallengeData2016.zip"
 
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def archive(tmp_path):
-    """The bytes of a small archive laid out as the official one."""
+    """Return the bytes of a small archive with the layout of the official one."""
     file = tmp_path / "archive" / "archive.zip"
     file.parent.mkdir()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
@@ -90,7 +90,7 @@ def server(archive):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The waits between attempts, which are not waited."""
+    """Return a list that records the waits between attempts, and skip them."""
     waits = []
     monkeypatch.setattr(downloader.time, "sleep", waits.append)
     return waits
@@ -106,19 +106,19 @@ def sha1(content: bytes) -> str:
 
 
 def contents(path) -> dict[str, bytes]:
-    """Every file under `path` but the marker, by its name."""
+    """Return the content of each file below `path` by its name, except the marker."""
     files = [file for file in path.rglob("*") if file.is_file() and file.name != downloader.MARKER]
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-def test_downloads_and_unpacks_and_removes_the_archive(server, archive, path):
+def test_archive_is_downloaded_unpacked_and_removed(server, archive, path):
     folder = download_ade20k(path, server.url, sha1(archive))
     assert folder == path / FOLDER
     assert contents(path) == FILES
     assert server.requests == [None]
 
 
-def test_does_nothing_when_all_is_there(server, archive, path):
+def test_complete_folder_is_not_downloaded_again(server, archive, path):
     download_ade20k(path, server.url, sha1(archive))
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     server.requests.clear()
@@ -127,7 +127,7 @@ def test_does_nothing_when_all_is_there(server, archive, path):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
-def test_a_folder_unpacked_by_other_means_is_known_by_its_counts(server, path, monkeypatch):
+def test_folder_unpacked_by_hand_is_recognised_by_its_counts(server, path, monkeypatch):
     counts = dict.fromkeys(downloader.OFFICIAL_COUNTS, 1)
     monkeypatch.setattr(downloader, "OFFICIAL_COUNTS", counts)
     for name, content in FILES.items():
@@ -137,7 +137,7 @@ def test_a_folder_unpacked_by_other_means_is_known_by_its_counts(server, path, m
     assert server.requests == []
 
 
-def test_an_incomplete_folder_is_left_alone_and_named(server, archive, path):
+def test_incomplete_folder_is_kept_and_named(server, archive, path):
     download_ade20k(path, server.url, sha1(archive))
     (path / FOLDER / "objectInfo150.txt").unlink()
     with pytest.raises(DownloadError, match="contains 4 of 5 files; move it away"):
@@ -148,7 +148,7 @@ def test_an_incomplete_folder_is_left_alone_and_named(server, archive, path):
     assert len(contents(path)) == len(FILES) - 1
 
 
-def test_resumes_a_partial_download(server, archive, path):
+def test_partial_download_is_resumed(server, archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip.part").write_bytes(archive[:123_456])
     download_ade20k(path, server.url, sha1(archive))
@@ -157,8 +157,8 @@ def test_resumes_a_partial_download(server, archive, path):
     assert contents(path) == FILES
 
 
-@pytest.mark.parametrize("size", [123_456, None], ids=["part", "complete"])
-def test_an_archive_of_the_user_is_used_and_stays(server, archive, path, size):
+@pytest.mark.parametrize("size", [123_456, None], ids=["partial", "complete"])
+def test_archive_of_the_user_is_used_and_kept(server, archive, path, size):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive[:size])
     download_ade20k(path, server.url, sha1(archive))
@@ -166,7 +166,7 @@ def test_an_archive_of_the_user_is_used_and_stays(server, archive, path, size):
     assert contents(path) == FILES | {f"{FOLDER}.zip": archive[:size]}
 
 
-def test_starts_over_where_the_server_knows_no_ranges(server, archive, path):
+def test_download_restarts_if_the_server_does_not_support_ranges(server, archive, path):
     server.ranges = False
     path.mkdir()
     (path / f"{FOLDER}.zip.part").write_bytes(archive[:123_456])
@@ -177,7 +177,7 @@ def test_starts_over_where_the_server_knows_no_ranges(server, archive, path):
 @pytest.mark.parametrize(
     "partial", [b"of another version", b"x" * 2_000_000], ids=["short", "long"]
 )
-def test_starts_over_where_the_part_is_of_something_else(server, archive, path, partial, waits):
+def test_download_restarts_if_the_part_is_of_another_file(server, archive, path, partial, waits):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(partial)
     download_ade20k(path, server.url, sha1(archive))
@@ -185,23 +185,23 @@ def test_starts_over_where_the_part_is_of_something_else(server, archive, path, 
     assert contents(path) == FILES | {f"{FOLDER}.zip": partial}
 
 
-def test_a_whole_archive_put_there_needs_no_server(archive, path):
+def test_complete_archive_of_the_user_needs_no_server(archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive)
     download_ade20k(path, "http://127.0.0.1:9/none", sha1(archive))
     assert contents(path) == FILES | {f"{FOLDER}.zip": archive}
 
 
-def test_goes_on_after_cut_connections_and_server_errors(server, archive, path, waits):
+def test_download_continues_after_lost_connections(server, archive, path, waits):
     server.faults = [("cut", 100_000), 503, 429, ("cut", 0), ("cut", 200_000), 500]
     download_ade20k(path, server.url, sha1(archive))
     assert contents(path) == FILES
     assert server.requests == [None] + ["bytes=100000-"] * 4 + ["bytes=300000-"] * 2
-    assert server.sent == len(archive)  # no byte twice
-    assert waits == [1, 2, 4, 8, 1, 2]  # backs off while nothing comes, starts again when it does
+    assert server.sent == len(archive)  # no byte is sent twice
+    assert waits == [1, 2, 4, 8, 1, 2]  # waits grow until data arrives, then restart at 1 s
 
 
-def test_gives_up_and_keeps_the_part(server, archive, path, waits, capsys):
+def test_failed_download_keeps_its_part(server, archive, path, waits, capsys):
     server.faults = [("cut", 100_000)] + [503] * 50
     arguments = ["--path", str(path), "--url", server.url, "--sha1", sha1(archive)]
     assert main(arguments) == 1
@@ -213,14 +213,14 @@ def test_gives_up_and_keeps_the_part(server, archive, path, waits, capsys):
     assert server.sent == len(archive)
 
 
-def test_a_server_that_always_cuts_and_knows_no_ranges_is_given_up(server, archive, path, waits):
+def test_download_gives_up_without_ranges_and_progress(server, archive, path, waits):
     server.ranges = False
     server.faults = [("cut", 100_000)] * 50
     with pytest.raises(DownloadError, match="gave up"):
         download_ade20k(path, server.url, sha1(archive))
 
 
-def test_no_server_and_wrong_addresses(server, archive, path, waits):
+def test_unreachable_server_and_wrong_address_give_an_error(server, archive, path, waits):
     server.faults = [404]
     with pytest.raises(DownloadError, match="404 Not Found; check the address"):
         download_ade20k(path, server.url, sha1(archive))
@@ -231,7 +231,7 @@ def test_no_server_and_wrong_addresses(server, archive, path, waits):
         download_ade20k(path, "mirror/a.zip", sha1(archive))
 
 
-def test_a_wrong_hash_unpacks_nothing_and_leaves_nothing(server, path):
+def test_archive_with_a_wrong_hash_is_deleted(server, path):
     with pytest.raises(
         DownloadError, match=f"has SHA-1 {sha1(server.body)} instead of {downloader.SHA1}"
     ):
@@ -240,7 +240,7 @@ def test_a_wrong_hash_unpacks_nothing_and_leaves_nothing(server, path):
     assert server.requests == [None]
 
 
-def test_looks_for_room_before_it_downloads(server, archive, path, monkeypatch):
+def test_free_space_is_checked_before_the_download(server, archive, path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     free = int(2.1 * len(archive))  # the archive and its files take 2.2 times its size
     monkeypatch.setattr(downloader.shutil, "disk_usage", lambda path: usage(0, 0, free))
@@ -249,8 +249,8 @@ def test_looks_for_room_before_it_downloads(server, archive, path, monkeypatch):
     assert list(path.iterdir()) == []
 
 
-def test_looks_for_room_before_it_unpacks(archive, path, monkeypatch):
-    """Also what stops a zip bomb: sizes are what the archive announces, and reading ends there."""
+def test_free_space_is_checked_before_unpacking(archive, path, monkeypatch):
+    """This check also stops zip bombs, because extraction ends at the sizes in the archive."""
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive)
     usage = namedtuple("usage", "total used free")
@@ -260,17 +260,17 @@ def test_looks_for_room_before_it_unpacks(archive, path, monkeypatch):
     assert contents(path) == {f"{FOLDER}.zip": archive}
 
 
-def test_a_disk_that_fills_while_downloading(server, archive, path):
+def test_disk_full_during_the_download_gives_an_error(server, archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip.part").symlink_to("/dev/full")
     with pytest.raises(
         DownloadError, match=r"zip\.part: No space left on device; .* run the command again"
     ):
         download_ade20k(path, server.url, sha1(archive))
-    assert server.requests == [None]  # not taken for a network failure
+    assert server.requests == [None]  # a full disk is not a network failure
 
 
-def test_a_disk_that_fills_while_unpacking(archive, path):
+def test_disk_full_while_unpacking_leaves_only_the_archive(archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -286,7 +286,7 @@ def test_a_disk_that_fills_while_unpacking(archive, path):
     assert download_ade20k(path, sha1=sha1(archive)) == path / FOLDER
 
 
-def test_interrupted_while_unpacking_leaves_no_half_folder(archive, path, monkeypatch, capsys):
+def test_interrupted_unpacking_leaves_no_partial_folder(archive, path, monkeypatch, capsys):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive)
     copied = []
@@ -306,7 +306,7 @@ def test_interrupted_while_unpacking_leaves_no_half_folder(archive, path, monkey
     assert contents(path) == FILES | {f"{FOLDER}.zip": archive}
 
 
-def test_two_at_once_do_not_write_over_each_other(server, archive, path):
+def test_simultaneous_downloads_are_rejected(server, archive, path):
     path.mkdir()
     with downloader._only_one(path), pytest.raises(DownloadError, match="another download into"):
         download_ade20k(path, server.url, sha1(archive))
@@ -335,7 +335,7 @@ def member(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
     ids=lambda value: getattr(value, "filename", None),
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_hostile_archive_is_refused_whole(tmp_path, archive, info, reason):
+def test_malicious_archive_is_rejected_completely(tmp_path, archive, info, reason):
     hostile = tmp_path / "hostile.zip"
     hostile.write_bytes(archive)
     with zipfile.ZipFile(hostile, "a") as zipped:
@@ -346,8 +346,8 @@ def test_a_hostile_archive_is_refused_whole(tmp_path, archive, info, reason):
     assert contents(tmp_path) == before
 
 
-def test_an_archive_that_lies_about_its_sizes_is_refused(tmp_path):
-    """The directory says 10 bytes, the data goes on for a million: no more than 10 are written."""
+def test_archive_with_false_sizes_is_rejected(tmp_path):
+    """The directory states 10 bytes for a million bytes of data; at most 10 bytes are written."""
     file = tmp_path / "liar.zip"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr(f"{FOLDER}/bomb", bytes(1_000_000))
@@ -359,7 +359,7 @@ def test_an_archive_that_lies_about_its_sizes_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "no zip"])
-def test_a_damaged_archive_is_one_line(tmp_path, archive, damage):
+def test_damaged_archive_gives_a_one_line_error(tmp_path, archive, damage):
     file = tmp_path / "damaged.zip"
     if damage == "cut":
         file.write_bytes(archive[:-1000])
@@ -379,7 +379,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, archive, damage):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_says_where_to_train_from(server, archive, path, caplog):
+def test_path_for_training_is_logged(server, archive, path, caplog):
     caplog.set_level(logging.INFO)
     download_ade20k(path, server.url, sha1(archive))
     assert f"train with path={path}" in caplog.text

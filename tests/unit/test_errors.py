@@ -7,7 +7,7 @@ import pickle
 from errors import DataError, OutputError
 
 
-def test_a_data_error_stays_itself() -> None:
+def test_data_error_survives_pickling_and_the_dataloader() -> None:
     error = DataError("a.jpg: unknown image format")
     assert str(pickle.loads(pickle.dumps(error))) == "a.jpg: unknown image format"
     wrapped = (
@@ -16,6 +16,6 @@ def test_a_data_error_stays_itself() -> None:
     assert str(DataError(wrapped)) == "a.jpg: unknown image format"
 
 
-def test_the_error_passes_between_processes() -> None:
+def test_output_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(OutputError("out: No space left on device")))
     assert isinstance(error, OutputError) and str(error) == "out: No space left on device"

@@ -13,10 +13,10 @@ import evaluate
 from evaluate import group_by, main
 
 
-def test_groups_of_like_photos(monkeypatch: pytest.MonkeyPatch):
+def test_images_are_grouped_by_size_with_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(evaluate, "PENDING", 10)
     items = np.random.default_rng(0).integers(0, 50, 500).tolist()
-    taken, most, out = 0, 0, []
+    taken, largest, out = 0, 0, []
 
     def count() -> Any:
         nonlocal taken
@@ -27,17 +27,17 @@ def test_groups_of_like_photos(monkeypatch: pytest.MonkeyPatch):
     for group in group_by(count(), 4, lambda item: item % 7):
         assert 1 <= len(group) <= 4 and len({item % 7 for item in group}) == 1
         out += group
-        most = max(most, taken - len(out))
-    assert sorted(out) == sorted(items) and most <= 10
+        largest = max(largest, taken - len(out))
+    assert sorted(out) == sorted(items) and largest <= 10
 
 
-def test_what_does_not_go_together():
+def test_conflicting_options_are_rejected():
     with pytest.raises(SystemExit):
         main(["x.pt", "--protocol", "square", "--tta"])
 
 
-def test_several_processes_round_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composer's get_device allows TF32, which a process alone does not use."""
+def test_evaluation_on_several_ranks_keeps_tf32_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer's get_device enables TF32, which a single process does not use."""
     allowed = torch.backends.cuda.matmul.allow_tf32
 
     def get_device(name: str | None) -> None:

@@ -13,7 +13,7 @@ from tests.support.artifacts import random_weights
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_without_onnx_one_line_says_what_to_install(
+def test_missing_onnx_gives_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
@@ -22,13 +22,13 @@ def test_without_onnx_one_line_says_what_to_install(
     assert capsys.readouterr().err == error
 
 
-def test_a_photo_is_always_there():
+def test_sample_image_is_available():
     image = np.array(Image.open(export._sample_photo()))
     assert image.ndim == 3 and image.std() > 10
 
 
 @pytest.mark.parametrize("extra", [[], ["--photo", "gone.jpg"], ["--classes", "gone.txt"]])
-def test_one_line_errors(extra: list[str], capsys: pytest.CaptureFixture[str]):
+def test_missing_input_gives_a_one_line_error(extra: list[str], capsys: pytest.CaptureFixture[str]):
     assert main([random_weights() if extra else "gone.pt", "--to", "onnx", *extra]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "gone." in error and error.count("\n") == 1

@@ -55,8 +55,8 @@ WRITERS = [
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("before", [{}, {"out.jpg": b"before"}], ids=["new", "again"])
-def test_a_full_disk_leaves_what_was_there(
+@pytest.mark.parametrize("before", [{}, {"out.jpg": b"before"}], ids=["new file", "existing file"])
+def test_full_disk_keeps_the_old_file(
     tmp_path: Path, write: Callable[[Path], None], before: dict[str, bytes]
 ) -> None:
     for name, data in before.items():
@@ -69,19 +69,19 @@ def test_a_full_disk_leaves_what_was_there(
     assert len(contents(tmp_path)["out.jpg"]) > 1000
 
 
-def test_a_full_disk_leaves_no_folder(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_folder(tmp_path: Path) -> None:
     with file_limit(1000), pytest.raises(OutputError) as caught:
         fill_folder(tmp_path / "out")
-    # The file is named as the user knows it, not by its hidden place.
+    # The error names the user's path, not the hidden temporary path.
     assert str(caught.value).startswith(f"{tmp_path}/out/deep/large.bin: File too large")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_or_quota_that_is_full(
+def test_full_disk_or_quota_at_the_rename_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def replace(*_: object) -> None:  # some file systems find out late
+    def replace(*_: object) -> None:  # some file systems report a full disk only here
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.os, "replace", replace)
@@ -92,7 +92,7 @@ def test_a_disk_or_quota_that_is_full(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 @pytest.mark.parametrize("output", [output_file, output_folder])
-def test_an_interrupted_output_disappears(
+def test_interrupted_output_is_removed(
     tmp_path: Path, output: Callable, error: type[BaseException]
 ) -> None:
     with pytest.raises(error), output(tmp_path / "out") as unfinished:
@@ -101,7 +101,7 @@ def test_an_interrupted_output_disappears(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_keeps_what_else_it_holds(tmp_path: Path) -> None:
+def test_output_folder_keeps_other_files(tmp_path: Path) -> None:
     write_file(tmp_path / "out/deep/notes.txt", "mine")
     write_file(tmp_path / "out/small.txt", "older")
     fill_folder(tmp_path / "out")
@@ -110,7 +110,7 @@ def test_a_folder_keeps_what_else_it_holds(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_permissions_and_links_stay(tmp_path: Path) -> None:
+def test_permissions_and_symlinks_are_kept(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"before")
     (tmp_path / "real").chmod(0o640)
     (tmp_path / "link").symlink_to("real")
@@ -118,11 +118,11 @@ def test_permissions_and_links_stay(tmp_path: Path) -> None:
     write_file(tmp_path / "link", b"after")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"after"
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
-    # Another name of the older file, an image that was linked into a data set say, keeps its data.
+    # A hard link to the old file, such as an image linked into a dataset, keeps its data.
     assert (tmp_path / "hard").read_bytes() == b"before"
 
 
-def test_a_pipe_gets_the_finished_bytes(tmp_path: Path) -> None:
+def test_pipe_receives_the_complete_data(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_file(tmp_path / "pipe", b"data")
@@ -136,12 +136,12 @@ def test_a_pipe_gets_the_finished_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        pytest.param("file/out.txt", "cannot write {}, because of .*file: ", id="a file as folder"),
-        pytest.param("folder", "cannot write {}: Is a directory", id="a folder"),
-        pytest.param("x" * 300, "cannot write {}: File name too long", id="too long"),
+        pytest.param("file/out.txt", "cannot write {}, because of .*file: ", id="file as folder"),
+        pytest.param("folder", "cannot write {}: Is a directory", id="folder"),
+        pytest.param("x" * 300, "cannot write {}: File name too long", id="long name"),
     ],
 )
-def test_other_reasons_are_bad_input(tmp_path: Path, name: str, reason: str) -> None:
+def test_invalid_output_path_is_a_user_error(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=reason.format(tmp_path / name)) as caught:
@@ -150,7 +150,7 @@ def test_other_reasons_are_bad_input(tmp_path: Path, name: str, reason: str) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_an_error_of_an_input_keeps_its_name(tmp_path: Path) -> None:
+def test_input_error_inside_an_output_keeps_its_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone"), output_file(tmp_path / "out"):
         (tmp_path / "gone").read_bytes()
 
@@ -158,21 +158,21 @@ def test_an_error_of_an_input_keeps_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("outputs", "inputs", "reason"),
     [
-        pytest.param(["a", "b"], ["c"], None, id="apart"),
-        pytest.param(["a", "./a"], [], "two outputs have this name", id="twice"),
+        pytest.param(["a", "b"], ["c"], None, id="distinct paths"),
+        pytest.param(["a", "./a"], [], "two outputs have this name", id="duplicate output"),
         pytest.param(
             ["b", "deep/../c"],
             ["a", "c"],
             "would be overwritten, but it is an input",
-            id="an input",
+            id="input",
         ),
         pytest.param(
-            ["link"], ["c"], "would be overwritten, but it is an input", id="a link to an input"
+            ["link"], ["c"], "would be overwritten, but it is an input", id="link to an input"
         ),
-        pytest.param(["deep"], [], "it is a folder", id="a folder"),
+        pytest.param(["deep"], [], "it is a folder", id="folder"),
     ],
 )
-def test_outputs_overwrite_nothing(
+def test_outputs_must_not_overwrite_inputs_or_each_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     outputs: list[str],
@@ -189,7 +189,7 @@ def test_outputs_overwrite_nothing(
             check_outputs(outputs, inputs)
 
 
-def test_trying_leaves_nothing(tmp_path: Path) -> None:
+def test_write_check_leaves_no_file(tmp_path: Path) -> None:
     check_writable(tmp_path / "new.csv")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"gone/new.csv: No such file"):

@@ -19,7 +19,7 @@ from segmentation.losses import MixedTarget
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_state_dict_has_the_references_names() -> None:
+def test_state_dict_has_the_names_of_the_reference() -> None:
     names = set(build_composer_deeplabv3(5, "resnet50").state_dict())
     assert {
         "module.backbone.conv1.weight",
@@ -37,7 +37,7 @@ def test_the_state_dict_has_the_references_names() -> None:
 
 
 class WithAuxiliary(nn.Module):
-    """A network that has an auxiliary output beside its logits."""
+    """A network with an auxiliary output beside its logits."""
 
     def auxiliary_loss(self, outputs: Any, target: Any, ignore_index: int) -> torch.Tensor:
         first = target.target if isinstance(target, MixedTarget) else target
@@ -46,10 +46,10 @@ class WithAuxiliary(nn.Module):
 
 @pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize(("fused_loss", "kernels"), [("auto", 4), (False, 0)])
-def test_the_loss_without_hand_written_kernels(
+def test_fused_loss_matches_the_loss_in_pytorch(
     fused_loss: bool | str, kernels: int, mixes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the forward and the backward pass, of the main and of an auxiliary output."""
+    """The test covers forward and backward passes of the main and an auxiliary output."""
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(2, 5, 8, 8, generator=generator, requires_grad=True) for _ in range(2)]
     target: Any = torch.randint(-1, 5, (2, 32, 32), generator=generator)
@@ -64,18 +64,18 @@ def test_the_loss_without_hand_written_kernels(
     expected = compute(ComposerDeepLabV3(WithAuxiliary(), 5, dice_weight=1.0))
     calls = []
 
-    def counted(function: Any) -> Any:
+    def count_calls(function: Any) -> Any:
         return lambda *arguments: calls.append(function) or function(*arguments)
 
     kernel_module = types.ModuleType("segmentation.losses_triton")
     vars(kernel_module).update(
-        forward_sums=counted(losses.forward_sums), backward=counted(losses.backward)
+        forward_sums=count_calls(losses.forward_sums), backward=count_calls(losses.backward)
     )
     monkeypatch.setitem(sys.modules, "segmentation.losses_triton", kernel_module)
     monkeypatch.setattr(segmentation, "losses_triton", kernel_module, raising=False)
     monkeypatch.setattr(losses.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     model = ComposerDeepLabV3(WithAuxiliary(), 5, dice_weight=1.0, fused_loss=fused_loss)
-    found = compute(model)
+    actual = compute(model)
     assert len(calls) == kernels
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from tests.support.predict import photo, segmenter, variant  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_sizes_are_mmsegmentations(segmenter: Segmenter):
+def test_network_sizes_match_mmsegmentation(segmenter: Segmenter):
     rng = np.random.default_rng(0)
     plain = variant(segmenter, size=512)
     tta = variant(segmenter, size=512, scales=predict.TTA_SCALES)
@@ -31,7 +31,7 @@ def test_sizes_are_mmsegmentations(segmenter: Segmenter):
     assert variant(segmenter, size=0).network_sizes(30, 40) == ((30, 40),)
 
 
-def test_photos_of_like_size_together(segmenter: Segmenter, photo: np.ndarray):
+def test_batched_prediction_matches_single_images(segmenter: Segmenter, photo: np.ndarray):
     double = cv2.resize(photo, (120, 90))
     together = segmenter.predict([photo, double])
     alone = [segmenter(photo), segmenter(double)]
@@ -39,7 +39,7 @@ def test_photos_of_like_size_together(segmenter: Segmenter, photo: np.ndarray):
         assert a.shape == b.shape and (a.numpy() == b).mean() > 0.999
 
 
-def test_refuses_other_onnx_files(tmp_path: Path):
+def test_invalid_onnx_file_is_rejected(tmp_path: Path):
     (tmp_path / "other.onnx").write_bytes(b"no model")
     with pytest.raises(WeightsError, match=r"other\.onnx: onnxruntime cannot read the file"):
         Segmenter(tmp_path / "other.onnx")

@@ -26,7 +26,7 @@ from transforms import (
 
 @pytest.mark.parametrize("shape", [(67, 83), (200, 150), (64, 64), (30, 200), (1, 50), (1, 1)])
 @pytest.mark.parametrize("size", [(40, 40), (64, 90), (101, 33), (160, 160)])
-def test_resizes_as_pillow(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_resizing_matches_pillow(shape: tuple[int, int], size: tuple[int, int]) -> None:
     image, mask = photo(*shape), blobs(*shape)
     expected = Image.fromarray(image).resize(size[::-1], Image.BILINEAR)
     assert difference(resize_image(image, size), np.asarray(expected)).max() <= 1
@@ -35,7 +35,7 @@ def test_resizes_as_pillow(shape: tuple[int, int], size: tuple[int, int]) -> Non
     assert (resize_mask(mask, size, 3) == expected[::3, ::3]).all()
 
 
-def test_evaluation_resizes_and_nothing_else() -> None:
+def test_evaluation_transform_only_resizes() -> None:
     image, mask = photo(67, 150), blobs(67, 150)
     resized, labels = Resize(96)((Image.fromarray(image), Image.fromarray(mask)))
     assert (resized == resize_image(image, (96, 96))).all()
@@ -43,8 +43,8 @@ def test_evaluation_resizes_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("shape", [(67, 83), (301, 150), (40, 500), (1, 30), (1, 1)])
-def test_photo_and_mask_are_cropped_alike(shape: tuple[int, int]) -> None:
-    """A mask that has the photo's red channel has it afterwards."""
+def test_image_and_mask_get_the_same_crop(shape: tuple[int, int]) -> None:
+    """A mask equal to the image's red channel stays equal to it."""
     yy, xx = np.mgrid[: shape[0], : shape[1]]
     coordinates = (yy * 3 + xx) % 64 // 16 * 60 + 1  # diagonal stripes
     image = np.repeat(coordinates[..., None], 3, -1).astype(np.uint8)
@@ -53,21 +53,21 @@ def test_photo_and_mask_are_cropped_alike(shape: tuple[int, int]) -> None:
     for seed in range(30):
         crop, labels = transform.apply(lambda _: image, mask, np.random.default_rng(seed))
         inside = labels != PADDING
-        # Edges are smooth in the photo and sharp in the mask, but about nothing else differs.
+        # Edges are smooth in the image and sharp in the mask; otherwise both are nearly equal.
         close = np.abs(crop[..., 0].astype(int) - labels)[inside] <= 31
         shrink = max(1, max(shape) / 32)
         assert close.mean() > 1 - 0.08 * shrink or max(shape) > 200, (seed, close.mean())
         assert abs(crop[..., 0][inside].mean() - labels[inside].mean()) < 6 * shrink
 
 
-def test_a_photo_decoded_smaller_gives_about_the_same_crop() -> None:
-    # Odd: half a pixel is missing when halved
+def test_crop_of_a_reduced_image_is_nearly_the_same() -> None:
+    # With odd sizes, halving loses half a pixel.
     image, mask = photo(401, 533, detail=50), blobs(401, 533)
     data = encode(image, "JPEG", quality=97)
-    asked = []
+    reductions = []
 
     def load(reduction: int) -> np.ndarray:
-        asked.append(reduction)
+        reductions.append(reduction)
         return decode_photo(data, mask.shape, reduction)
 
     transform = RandomCrop(64, 0.7, 1.5, 48)
@@ -76,12 +76,12 @@ def test_a_photo_decoded_smaller_gives_about_the_same_crop() -> None:
         expected, same = transform.apply(lambda _: image, mask, np.random.default_rng(seed))
         assert (labels == same).all()
         assert difference(crop, expected).mean() < 4
-    assert set(asked) == {4, 8}
+    assert set(reductions) == {4, 8}
 
 
-def test_sizes_are_uniform() -> None:
+def test_crop_scales_are_uniformly_distributed() -> None:
     image, mask = photo(30, 40), blobs(30, 40)
-    transform = RandomCrop(64, 0.5, 2.0, 128)  # padding shows the size
+    transform = RandomCrop(64, 0.5, 2.0, 128)  # the padding reveals the size
     targets = [
         transform.apply(lambda _: image, mask, np.random.default_rng(seed))[1]
         for seed in range(2000)
@@ -92,39 +92,39 @@ def test_sizes_are_uniform() -> None:
     assert np.abs(count - 250).max() < 4 * 250**0.5
 
 
-def test_crops_are_drawn_again_ten_times() -> None:
-    drawn = []
+def test_uniform_crops_are_drawn_again_ten_times() -> None:
+    draws = []
 
     class Counting(RandomCrop):
         def _is_varied(self, labels: np.ndarray) -> bool:
-            drawn.append(labels)
+            draws.append(labels)
             return super()._is_varied(labels)
 
     one_class, nothing = np.full((90, 90), 3, np.uint8), np.zeros((90, 90), np.uint8)
     ignored = np.full((90, 90), IGNORED, np.uint8)
     ignored[:, ::2] = 1
     for mask in (one_class, nothing, ignored):
-        drawn.clear()
+        draws.clear()
         Counting(64, 2, 2, 64).apply(lambda _: photo(90, 90), mask, np.random.default_rng(0))
-        assert len(drawn) == 11
-    drawn.clear()
+        assert len(draws) == 11
+    draws.clear()
     Counting(64, 2, 2, 64).apply(lambda _: photo(90, 90), blobs(90, 90), np.random.default_rng(0))
-    assert len(drawn) == 1
-    drawn.clear()  # Where the crop has no room, drawing again is no use.
+    assert len(draws) == 1
+    draws.clear()  # A crop that cannot move is not drawn again.
     Counting(64, 1, 1, 64).apply(lambda _: photo(90, 90), one_class, np.random.default_rng(0))
-    assert not drawn
+    assert not draws
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (3, 200)])
-def test_small_photos_are_padded_evenly(shape: tuple[int, int]) -> None:
+def test_small_images_are_padded_evenly(shape: tuple[int, int]) -> None:
     image, target = RandomCrop(64, 0.5, 0.5, 65)((photo(*shape), np.ones(shape, np.uint8)))
     inside = np.zeros((65, 65), bool)
-    inside[16:48, 16:48] = True  # 33 too few: 16 before and 17 after
+    inside[16:48, 16:48] = True  # 33 pixels are missing: 16 before and 17 after
     assert (target[inside] == 1).all() and (target[~inside] == PADDING).all()
     assert (image[~inside] == PADDING_COLOR).all()
 
 
-def test_the_transforms_of_a_split() -> None:
+def test_each_split_gets_its_transforms() -> None:
     both, *others = build_ade20k_transformations("train", 40, 0.6, 1.7, 32)
     assert isinstance(both, RandomCrop) and others == [None, None]
     assert (both.base_size, both.min_resize_scale, both.max_resize_scale) == (40, 0.6, 1.7)
@@ -133,7 +133,7 @@ def test_the_transforms_of_a_split() -> None:
     assert isinstance(both, Resize) and others == [None, None]
 
 
-def test_normalises_and_makes_class_indices() -> None:
+def test_device_transform_normalises_and_makes_class_indices() -> None:
     raw, labels = batch_of(3)
     image, target = DeviceTransform(Labels(20))((raw, labels))
     mean, std = (
@@ -144,7 +144,7 @@ def test_normalises_and_makes_class_indices() -> None:
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(image[:, :, 4:], (raw[:, :, 4:] - mean) / std, atol=1e-5)
     assert (image[:, :, :4] == 0).all()
-    assert (image[:, :, 5] != 0).any()  # ignored, but there
+    assert (image[:, :, 5] != 0).any()  # ignored, but not black
     assert target.dtype == torch.int64
     expected = labels.long() - 1
     expected[:, :4] = expected[:, 5] = -1
@@ -154,36 +154,36 @@ def test_normalises_and_makes_class_indices() -> None:
     assert torch.equal(target, expected)
 
 
-def test_a_samples_colours_do_not_depend_on_its_batch() -> None:
+def test_colour_jitter_of_a_sample_does_not_depend_on_its_batch() -> None:
     raw, labels = batch_of(6)
     epoch = 0
     transform = DeviceTransform(Labels(20), distort=True, seed=5, epoch=lambda: epoch)
-    whole, _ = transform((raw, labels))
-    assert whole.is_contiguous(memory_format=torch.channels_last)
-    assert (whole[:, :, :4] == 0).all()
+    together, _ = transform((raw, labels))
+    assert together.is_contiguous(memory_format=torch.channels_last)
+    assert (together[:, :, :4] == 0).all()
     parts = torch.cat([transform((raw[i : i + 2], labels[i : i + 2]))[0] for i in range(0, 6, 2)])
-    assert torch.equal(whole, parts)
+    assert torch.equal(together, parts)
     plain, _ = DeviceTransform(Labels(20))((raw, labels))
-    changed = (whole != plain).flatten(1).any(1)
+    changed = (together != plain).flatten(1).any(1)
     epoch = 1
     again, _ = transform((raw, labels))
-    assert changed.any() and not torch.equal(whole, again)
-    assert torch.equal(raw, batch_of(6)[0])  # the batch itself is left alone
+    assert changed.any() and not torch.equal(together, again)
+    assert torch.equal(raw, batch_of(6)[0])  # the batch itself is unchanged
 
 
 @pytest.mark.parametrize(
     ("labels", "values", "share", "draws"),
     [
         pytest.param(Labels(2, ignore_background=False), (0, 1), 0.75, 1, id="0 is a class"),
-        pytest.param(Labels(2), (1, 2), 0.75, 1, id="0 is ignored and not there"),
-        pytest.param(Labels(2), (0, 1), 0.75, 11, id="0 is ignored, one class is left"),
+        pytest.param(Labels(2), (1, 2), 0.75, 1, id="0 is ignored and absent"),
+        pytest.param(Labels(2), (0, 1), 0.75, 11, id="0 is ignored, one class remains"),
         pytest.param(Labels(3, ignore_background=False), (0, 0), 0.75, 11, id="0 fills the crop"),
-        pytest.param(Labels(2), (0, 0), 0.75, 11, id="no label at all"),
-        pytest.param(Labels(2), (0, 0), 1.0, 1, id="1 never draws again, even without a label"),
-        pytest.param(Labels(2), (1, 1), 1.0, 1, id="1 never draws again"),
+        pytest.param(Labels(2), (0, 0), 0.75, 11, id="no label"),
+        pytest.param(Labels(2), (0, 0), 1.0, 1, id="share 1 without a label"),
+        pytest.param(Labels(2), (1, 1), 1.0, 1, id="share 1"),
     ],
 )
-def test_how_often_a_crop_is_drawn(
+def test_number_of_crop_draws_follows_the_class_share(
     labels: Labels, values: tuple[int, int], share: float, draws: int
 ) -> None:
     mask = np.array(values, np.uint8)[np.indices((64, 64)).sum(0) % 2]

@@ -12,7 +12,7 @@ import torch
 from benchmarks import harness
 
 
-def test_a_table_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_is_printed_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     table = harness.Table("name", "value")
     table.add("one", 1)
     assert capsys.readouterr().out == "| name | value |\n|---|---|\n| one | 1 |\n"
@@ -20,7 +20,7 @@ def test_a_table_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["rows"] == [("one", 1)] and result["machine"]["torch"] == torch.__version__
 
 
-def test_the_result_is_written_as_json(tmp_path: Path) -> None:
+def test_result_is_written_as_json(tmp_path: Path) -> None:
     parser = harness.make_parser("A benchmark.\n\nDetails.")
     assert parser.description == "A benchmark."
     path = tmp_path / "result.json"
@@ -30,12 +30,12 @@ def test_the_result_is_written_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("False", False), ("auto", "auto")])
-def test_a_switch(text: str, expected: bool | str) -> None:
+def test_true_false_auto_switch_is_parsed(text: str, expected: bool | str) -> None:
     assert harness.parse_switch(text) is expected or harness.parse_switch(text) == expected
 
 
 @pytest.mark.parametrize(("warm_up", "expected"), [(False, [1, 2]), (True, [2, 3])])
-def test_sides_are_measured_in_turn(warm_up: bool, expected: list[int]) -> None:
+def test_sides_are_measured_alternately(warm_up: bool, expected: list[int]) -> None:
     calls: list[str] = []
 
     def measure(name: str) -> float:
@@ -47,7 +47,7 @@ def test_sides_are_measured_in_turn(warm_up: bool, expected: list[int]) -> None:
     assert calls[:4] == ["a", "b", "a", "b"]
 
 
-def test_a_call_is_timed_once_after_a_warm_up() -> None:
+def test_call_is_timed_once_after_a_warm_up() -> None:
     calls: list[int] = []
 
     def call() -> None:
@@ -58,7 +58,7 @@ def test_a_call_is_timed_once_after_a_warm_up() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_the_peak_memory_of_a_block() -> None:
+def test_peak_memory_of_a_block_is_measured() -> None:
     # PyTorch may reuse memory that it has freed, so map new memory.
     with harness.PeakMemory(on_gpu=False) as peak, mmap.mmap(-1, 50_000_000) as memory:
         memory.write(bytes(1) * 50_000_000)

@@ -24,13 +24,13 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_the_files_of_a_commit_are_unpacked(repository: Path, tmp_path: Path) -> None:
+def test_files_of_a_commit_are_unpacked(repository: Path, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     numbers.unpack("HEAD", folder)
     assert (folder / "module.py").read_text() == "VALUE = 'before'\n"
 
 
-def test_an_unknown_commit_is_one_line(repository: Path, tmp_path: Path) -> None:
+def test_unknown_commit_gives_a_one_line_error(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: nope: not a commit in .*valid object name"):
         numbers.unpack("nope", tmp_path)

@@ -18,12 +18,12 @@ from segmentation.metrics import MIoU
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_the_best_of_a_class(tmp_path: Path) -> None:
+def test_best_tracks_the_iou_of_one_class(tmp_path: Path) -> None:
     best = Best("IoU/b", load_classes(["a", "b", "c"], 3), "2ep")
     best.batches_per_epoch = 10
     metric = MIoU(3)
 
-    def evaluated(matrix: list[list[int]], batch: int) -> tuple[bool, bool]:
+    def evaluate(matrix: list[list[int]], batch: int) -> tuple[bool, bool]:
         metric.reset()
         metric.matrix += torch.tensor(matrix)
         state: Any = types.SimpleNamespace(
@@ -33,18 +33,18 @@ def test_the_best_of_a_class(tmp_path: Path) -> None:
         )
         return best.improved(state), best.is_long_ago(state)
 
-    assert evaluated([[1, 0, 0], [0, 0, 0], [0, 0, 1]], 10) == (False, False)  # no b at all
+    assert evaluate([[1, 0, 0], [0, 0, 0], [0, 0, 1]], 10) == (False, False)  # no class b
     assert best.value is None
-    assert evaluated([[5, 0, 0], [1, 1, 0], [0, 0, 5]], 10) == (True, False)
+    assert evaluate([[5, 0, 0], [1, 1, 0], [0, 0, 5]], 10) == (True, False)
     assert best.value == 50
-    assert evaluated([[9, 0, 0], [1, 1, 0], [0, 0, 9]], 20) == (False, False)
-    assert evaluated([[0, 9, 0], [0, 9, 0], [0, 0, 0]], 30) == (False, True)
+    assert evaluate([[9, 0, 0], [1, 1, 0], [0, 0, 9]], 20) == (False, False)
+    assert evaluate([[0, 9, 0], [0, 9, 0], [0, 0, 0]], 30) == (False, True)
     other = Best("MIoU", [])
     other.load_state_dict(best.state_dict())
     assert other.value is None
 
 
-def test_patience_is_the_same_after_a_resume() -> None:
+def test_resumed_run_keeps_its_patience() -> None:
     def state(value: float, batch: int) -> Any:
         metric = MIoU(2)
         if not math.isnan(value):
@@ -56,11 +56,11 @@ def test_patience_is_the_same_after_a_resume() -> None:
         )
 
     best = Best("MIoU", [], "3ba")
-    ended = []
+    stops = []
     for batch, value in enumerate([50, math.nan, math.nan, 40, 30, 20], 1):
         best.improved(state(value, batch))
-        ended.append(best.is_long_ago(state(value, batch)))
+        stops.append(best.is_long_ago(state(value, batch)))
         resumed = Best("MIoU", [], "3ba")
         resumed.load_state_dict(best.state_dict())
         best = resumed
-    assert ended == [False] * 5 + [True]
+    assert stops == [False] * 5 + [True]

@@ -23,27 +23,32 @@ AVERAGED = {"a.weight": torch.zeros(2, 2), "n_averaged": torch.tensor(3)}
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param({"model_state_dict": STATE, "epoch": 1}, id="PyTorch's tutorial"),
+        pytest.param({"model_state_dict": STATE, "epoch": 1}, id="PyTorch tutorial"),
         pytest.param({"net": STATE, "acc": 0.5, "epoch": torch.tensor(3)}, id="net"),
-        pytest.param({"model_state": STATE, "optimizer_state": {"step": torch.ones(1)}}, id="more"),
+        pytest.param(
+            {"model_state": STATE, "optimizer_state": {"step": torch.ones(1)}}, id="optimizer state"
+        ),
         pytest.param({"model": STATE, "args": argparse.Namespace(out=Path("x"))}, id="torchvision"),
         pytest.param({"state": STATE}, id="state"),
-        pytest.param({"my own name": OrderedDict(STATE)}, id="a name of nobody's"),
-        pytest.param({"state_dict": STATE, "best": np.float64(0.5), "n": np.int32(3)}, id="NumPy"),
+        pytest.param({"my own name": OrderedDict(STATE)}, id="unknown key"),
         pytest.param(
-            {"net": STATE, "when": np.datetime64("2026"), "s": np.str_("x")}, id="NumPy's"
+            {"state_dict": STATE, "best": np.float64(0.5), "n": np.int32(3)}, id="NumPy scalars"
         ),
-        pytest.param(STATE | {"_extra": {"version": torch.ones(1)}}, id="itself"),
+        pytest.param(
+            {"net": STATE, "when": np.datetime64("2026"), "s": np.str_("x")},
+            id="NumPy date and string",
+        ),
+        pytest.param(STATE | {"_extra": {"version": torch.ones(1)}}, id="plain state dict"),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
-def test_weights_are_found_wherever_they_are_in_a_file(
+def test_weights_are_found_in_files_of_other_projects(
     tmp_path: Path, content: dict[str, Any], legacy: bool
 ) -> None:
     path = tmp_path / "a.pt"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    found = load_weights(path)
-    assert found.state.keys() == STATE.keys() and found.which == "training"
+    weights = load_weights(path)
+    assert weights.state.keys() == STATE.keys() and weights.which == "training"
 
 
 @pytest.mark.parametrize(
@@ -55,23 +60,23 @@ def test_weights_are_found_wherever_they_are_in_a_file(
         ("weights", "swa_state"),
     ],
 )
-def test_an_average_beside_the_training_weights(
+def test_averaged_weights_are_found_beside_training_weights(
     tmp_path: Path, training: str, average: str
 ) -> None:
     wrapped = {f"module.{name}": tensor for name, tensor in AVERAGED.items()}
     torch.save({training: STATE, average: wrapped}, tmp_path / "a.pt")
     for which, value in (("ema", 0), ("training", 1)):
-        found = load_weights(tmp_path / "a.pt", which)
-        assert (found.which, found.state.keys()) == (which, STATE.keys())
-        assert found.state["a.weight"].eq(value).all() and found.state["a.bias"].eq(1).all()
+        weights = load_weights(tmp_path / "a.pt", which)
+        assert (weights.which, weights.state.keys()) == (which, STATE.keys())
+        assert weights.state["a.weight"].eq(value).all() and weights.state["a.bias"].eq(1).all()
 
 
-def test_a_word_that_holds_ema_is_no_average(tmp_path: Path) -> None:
+def test_keys_that_contain_ema_in_a_word_are_not_averages(tmp_path: Path) -> None:
     torch.save({"semantic": STATE, "schema": {"b": torch.ones(1)}}, tmp_path / "a.pt")
     assert load_weights(tmp_path / "a.pt").which == "training"
 
 
-def test_two_networks_in_a_file_are_not_guessed_about(tmp_path: Path) -> None:
+def test_file_with_two_networks_is_rejected(tmp_path: Path) -> None:
     torch.save({"student": STATE, "teacher": STATE}, tmp_path / "a.pt")
     line = r"a\.pt: .* the file contains several networks \(student and teacher\); save the"
     with pytest.raises(WeightsError, match=line):
@@ -83,12 +88,12 @@ def test_two_networks_in_a_file_are_not_guessed_about(tmp_path: Path) -> None:
         load_weights(tmp_path / "a.pt")
 
 
-def test_numpys_scalars_do_not_stop_a_resume(tmp_path: Path) -> None:
+def test_checkpoint_with_numpy_scalars_can_be_resumed(tmp_path: Path) -> None:
     torch.save({"state": {"model": STATE, "best": np.float32(1)}}, tmp_path / "a.pt")
     check_checkpoint(tmp_path / "a.pt")
 
 
-def test_torchvisions_averages_are_read(tmp_path: Path) -> None:
+def test_averaged_weights_of_torchvision_are_loaded(tmp_path: Path) -> None:
     network = torchvision_network(3)
     average = AveragedModel(network)
     torch.save({"model": network.state_dict(), "model_ema": average.state_dict()}, tmp_path / "a")

@@ -23,10 +23,10 @@ from tests.support.lock import (
 )
 
 
-def test_a_file_lock_ends_with_its_process_and_not_with_its_loaders(tmp_path: Path) -> None:
+def test_file_lock_ends_with_its_process_not_its_loaders(tmp_path: Path) -> None:
     def write_and_fork() -> None:
         FileLock(str(tmp_path), describe_self("first"))
-        if os.fork() == 0:  # as a loader process, which may outlive the run
+        if os.fork() == 0:  # a stand-in for a loader process that outlives the run
             time.sleep(5)
             os._exit(0)
 
@@ -36,7 +36,7 @@ def test_a_file_lock_ends_with_its_process_and_not_with_its_loaders(tmp_path: Pa
     FileLock(str(tmp_path), describe_self("second"))
 
 
-def test_a_released_file_lock_leaves_nothing(tmp_path: Path) -> None:
+def test_released_file_lock_leaves_no_file(tmp_path: Path) -> None:
     FileLock(str(tmp_path), describe_self("first"))
     release_locks()
     assert os.listdir(tmp_path) == []
@@ -44,7 +44,7 @@ def test_a_released_file_lock_leaves_nothing(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == [lock.NAME]
 
 
-def test_a_record_that_is_renewed_refuses_another_run() -> None:
+def test_renewed_lock_record_rejects_another_run() -> None:
     place = Place()
     first = place.lock("first")
     with pytest.raises(ConfigError, match=r"run first \(process 1 on .*\) is writing to s3://x"):
@@ -53,7 +53,7 @@ def test_a_record_that_is_renewed_refuses_another_run() -> None:
     place.lock("second")
 
 
-def test_of_two_runs_that_start_together_one_goes_on() -> None:
+def test_exactly_one_of_two_simultaneous_runs_gets_the_lock() -> None:
     place, outcomes = Place(), []
 
     def start(name: str) -> None:
@@ -71,7 +71,7 @@ def test_of_two_runs_that_start_together_one_goes_on() -> None:
     assert sorted(outcomes) == ["goes on", "is refused"]
 
 
-def test_a_run_that_was_cut_off_stops_when_another_has_taken_over() -> None:
+def test_run_stops_if_another_run_has_taken_its_lock() -> None:
     place = Place()
     first = place.lock("first")
     place.content = b'{"run": "second", "pid": 7, "host": "b", "token": "other"}'
@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_off_stops_when_another_has_taken_over() -> None:
     assert b"second" in place.content
 
 
-def test_a_folder_without_locks_stops_a_run_that_was_taken_over(
+def test_lock_takeover_is_detected_without_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: Any) -> None:

@@ -13,13 +13,13 @@ from tests.support.artifacts import random_network
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_builds_the_network():
+def test_network_is_rebuilt_from_its_weights():
     network = random_network()
     state = {key: value.clone() for key, value in network.state_dict().items()}
-    photo = torch.randn(1, 3, 32, 32)
+    image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        rebuilt = build_network(weights_module.Weights(state))(photo)
-        expected = network.classifier(tuple(network.backbone(photo).values()))
+        rebuilt = build_network(weights_module.Weights(state))(image)
+        expected = network.classifier(tuple(network.backbone(image).values()))
     torch.testing.assert_close(rebuilt, expected)
     del state["classifier.bottleneck.bn.weight"]
     with pytest.raises(

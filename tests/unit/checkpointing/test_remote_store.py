@@ -14,7 +14,7 @@ from tests.support.stores import server  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_an_upload_that_is_given_up_ends_the_run(
+def test_abandoned_upload_ends_the_run_and_keeps_the_checkpoint(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
@@ -26,5 +26,5 @@ def test_an_upload_that_is_given_up_ends_the_run(
     ) as caught:
         target.wait(60)
     kept = Path(str(caught.value).rpartition(" ")[2])
-    del target  # and its scratch folder
+    del target  # this deletes its scratch folder too
     assert kept.read_bytes() == b"checkpoint"

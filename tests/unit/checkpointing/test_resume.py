@@ -14,24 +14,24 @@ from tests.support.run_helpers import save_whole
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "changed", "empty"])
-def test_the_newest_whole_checkpoint_is_found(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+@pytest.mark.parametrize("damage", ["truncated", "missing", "changed", "empty"])
+def test_newest_intact_checkpoint_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     _, good, bad = save_whole(tmp_path, 2, 4, 6)
     assert newest_checkpoint(str(tmp_path), "") == (str(bad), str(bad))
     content = bad.read_bytes()
     bad.unlink()
-    if harm != "missing":
+    if damage != "missing":
         changed = content.replace(bytes([6, 0, 0, 0]), bytes([7, 0, 0, 0]))
-        harmed = {"truncated": content[:-100], "changed": changed, "empty": b""}[harm]
-        assert harmed != content
-        bad.write_bytes(harmed)
+        damaged = {"truncated": content[:-100], "changed": changed, "empty": b""}[damage]
+        assert damaged != content
+        bad.write_bytes(damaged)
     assert newest_checkpoint(str(tmp_path), "") == (str(good), str(good))
     assert f"cannot resume from {bad}" in caplog.text
 
 
-def test_without_a_whole_checkpoint_the_run_begins_anew(
+def test_run_without_an_intact_checkpoint_starts_at_batch_0(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert newest_checkpoint(str(tmp_path / "nowhere"), "") is None
@@ -43,12 +43,12 @@ def test_without_a_whole_checkpoint_the_run_begins_anew(
     assert "no complete checkpoint, so the run starts at batch 0" in caplog.text
 
 
-def test_what_latest_names_comes_before_later_batches_of_an_earlier_run(tmp_path: Path) -> None:
+def test_latest_link_beats_later_batches_of_an_earlier_run(tmp_path: Path) -> None:
     save_whole(tmp_path, 100, 2, 4)
     assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba4-rank0.pt")
 
 
-def test_of_two_of_the_same_batch_the_later_is_found(tmp_path: Path) -> None:
+def test_later_epoch_wins_between_checkpoints_of_the_same_batch(tmp_path: Path) -> None:
     (first,) = save_whole(tmp_path, 8)
     second = tmp_path / "ep1-ba8-rank0.pt"
     shutil.copy(first, second)

@@ -16,7 +16,7 @@ def saver(tmp_path: Path) -> Checkpoints:
     return Checkpoints(str(tmp_path), "4ba", EvaluationSchedule("8ba"), keep=1)
 
 
-def at(batch: int) -> Any:
+def state_at(batch: int) -> Any:
     return SimpleNamespace(
         timestamp=Timestamp(batch=batch),
         previous_timestamp=Timestamp(batch=batch - 1),
@@ -25,16 +25,16 @@ def at(batch: int) -> Any:
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(3, False), (4, True), (6, False), (8, True)])
-def test_a_save_is_due_at_the_interval(saver: Checkpoints, batch: int, expected: bool) -> None:
-    assert saver.save_interval(at(batch), Event.BATCH_CHECKPOINT) is expected
+def test_save_is_due_at_the_interval(saver: Checkpoints, batch: int, expected: bool) -> None:
+    assert saver.save_interval(state_at(batch), Event.BATCH_CHECKPOINT) is expected
 
 
-def test_a_save_is_due_when_the_run_is_told_to_stop(saver: Checkpoints) -> None:
+def test_save_is_due_when_the_run_is_stopped(saver: Checkpoints) -> None:
     saver.evaluations.postponed = True
-    assert saver.save_interval(at(3), Event.BATCH_CHECKPOINT)
+    assert saver.save_interval(state_at(3), Event.BATCH_CHECKPOINT)
 
 
-def test_asking_whether_a_save_is_due_changes_nothing(saver: Checkpoints) -> None:
-    answers = [saver.save_interval(at(4), Event.BATCH_CHECKPOINT) for _ in range(3)]
+def test_checking_whether_a_save_is_due_changes_nothing(saver: Checkpoints) -> None:
+    answers = [saver.save_interval(state_at(4), Event.BATCH_CHECKPOINT) for _ in range(3)]
     assert answers == [True, True, True]
     assert saver.saved_checkpoints == [] and saver.last is None

@@ -13,18 +13,18 @@ from errors import SIGNALS
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_that_the_launcher_passes_on_counts_once(
+def test_signal_forwarded_by_the_launcher_counts_once(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     listener = SignalListener()
     before = signal.getsignal(number)
     with listener.listening():
-        signal.raise_signal(number)  # from the scheduler
-        signal.raise_signal(number)  # from the launcher
+        signal.raise_signal(number)  # the scheduler's signal
+        signal.raise_signal(number)  # the launcher's copy of it
         assert listener.received_signal == number.name
         assert callable(signal.getsignal(number))
-        # The same signal again, some seconds later, ends the process.
+        # The same signal ends the process if it arrives again some seconds later.
         ended: list[int] = []
         monkeypatch.setattr(signals, "ECHO", 0.0)
         monkeypatch.setattr(signals.time, "monotonic", lambda: float("inf"))
@@ -34,7 +34,7 @@ def test_a_signal_that_the_launcher_passes_on_counts_once(
     assert signal.getsignal(number) is before
 
 
-def test_a_run_under_nohup_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sighup_is_not_handled_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
     with SignalListener().listening():
         monkeypatch.undo()

@@ -21,12 +21,12 @@ NAMES = [f"ep0-ba{batch}-rank0.pt" for batch in (12, 10, 8, 6, 4)]
 @pytest.mark.parametrize(
     ("newest", "keep", "best", "own", "removed"),
     [
-        pytest.param(0, 2, None, NAMES, NAMES[2:], id="old ones"),
-        pytest.param(0, -1, None, NAMES, [], id="all are kept"),
-        pytest.param(2, 2, None, NAMES, NAMES[4:], id="later ones stay: they were damaged"),
-        pytest.param(0, 1, NAMES[3], NAMES, [NAMES[1], NAMES[2], NAMES[4]], id="the best stays"),
-        pytest.param(0, 1, None, [NAMES[0], NAMES[3]], [NAMES[3]], id="another run's stay"),
-        pytest.param(0, 2, None, [NAMES[0], NAMES[3]], [], id="another run's do not count"),
+        pytest.param(0, 2, None, NAMES, NAMES[2:], id="old checkpoints"),
+        pytest.param(0, -1, None, NAMES, [], id="unlimited"),
+        pytest.param(2, 2, None, NAMES, NAMES[4:], id="damaged later checkpoints"),
+        pytest.param(0, 1, NAMES[3], NAMES, [NAMES[1], NAMES[2], NAMES[4]], id="best checkpoint"),
+        pytest.param(0, 1, None, [NAMES[0], NAMES[3]], [NAMES[3]], id="checkpoints of another run"),
+        pytest.param(0, 2, None, [NAMES[0], NAMES[3]], [], id="another run not counted"),
     ],
 )
 def test_pruning_removes_only_old_checkpoints_of_the_run(
@@ -35,35 +35,35 @@ def test_pruning_removes_only_old_checkpoints_of_the_run(
     assert outdated(NAMES, NAMES[newest], keep, best, own) == removed
 
 
-def test_a_new_checkpoint_is_whole_before_an_old_one_goes(
+def test_old_checkpoint_stays_until_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (old,) = save_whole(tmp_path, 2)
     target, link = LocalFolder(str(tmp_path)), tmp_path / "latest-rank0.pt"
     (tmp_path / "new").write_bytes(b"new")
-    seen = []
+    calls = []
     replace, remove, sync = os.replace, os.remove, os.fsync
 
-    def look(function: Any) -> Any:
-        def looking(*arguments: Any) -> None:
+    def record(function: Any) -> Any:
+        def recorded(*arguments: Any) -> None:
             assert old.exists()
-            seen.append((function.__name__, os.readlink(link)))
+            calls.append((function.__name__, os.readlink(link)))
             function(*arguments)
 
-        return looking
+        return recorded
 
     for name, function in {"replace": replace, "remove": remove, "fsync": sync}.items():
-        monkeypatch.setattr(os, name, look(function))
+        monkeypatch.setattr(os, name, record(function))
     target.publish(
         str(tmp_path / "new"),
         "ep0-ba4-rank0.pt",
         keep=1,
         own=["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"],
     )
-    assert seen == [
+    assert calls == [
         ("replace", "ep0-ba2-rank0.pt"),
         ("fsync", "ep0-ba2-rank0.pt"),
-        ("remove", "ep0-ba2-rank0.pt"),  # a link that a killed run may have left
+        ("remove", "ep0-ba2-rank0.pt"),  # remove a link that a killed run may have left
         ("replace", "ep0-ba2-rank0.pt"),
         ("fsync", "ep0-ba4-rank0.pt"),
         ("remove", "ep0-ba4-rank0.pt"),
@@ -72,7 +72,7 @@ def test_a_new_checkpoint_is_whole_before_an_old_one_goes(
     assert link.read_bytes() == b"new"
 
 
-def test_the_best_stays_while_old_ones_go(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_while_old_ones_are_removed(tmp_path: Path) -> None:
     target, link = LocalFolder(str(tmp_path)), tmp_path / "best-rank0.pt"
 
     def publish(batch: int, best: int | None) -> list[str]:

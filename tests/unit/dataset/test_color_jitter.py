@@ -19,7 +19,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def uniform_for(*steps: tuple[int, float], contrast_first: bool = True) -> torch.Tensor:
-    """Random numbers that switch on the steps, with amounts of -1..1."""
+    """Return random numbers that enable the given steps, with amounts from -1 to 1."""
     uniform = torch.full((9, 1, 1, 1, 1), 0.9)
     for step, amount in steps:
         uniform[step], uniform[4 + step] = 0.1, (amount + 1) / 2
@@ -27,14 +27,14 @@ def uniform_for(*steps: tuple[int, float], contrast_first: bool = True) -> torch
     return uniform
 
 
-def distorted(image: np.ndarray, uniform: torch.Tensor) -> np.ndarray:
+def distort(image: np.ndarray, uniform: torch.Tensor) -> np.ndarray:
     batch = as_batch(image).float()
     out = distort_colors(batch, torch.ones(1, 1, *image.shape[:2]), uniform)
     return out[0].permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("amount", [-1.0, -0.4, 0.0, 0.3, 0.99])
-def test_each_step_is_torchvisions_on_pillow_images(amount: float) -> None:
+def test_each_colour_step_matches_torchvision_on_pillow_images(amount: float) -> None:
     image = photo(48, 64)
     picture = Image.fromarray(image)
     cases = {
@@ -44,29 +44,29 @@ def test_each_step_is_torchvisions_on_pillow_images(amount: float) -> None:
         HUE: TF.adjust_hue(picture, amount * 18 / 255),
     }
     for step, expected in cases.items():
-        error = np.abs(distorted(image, uniform_for((step, amount))) - np.asarray(expected))
-        # Pillow cuts fractions off, and has hue and saturation in 256 steps.
+        error = np.abs(distort(image, uniform_for((step, amount))) - np.asarray(expected))
+        # Pillow truncates fractions, and rounds hue and saturation to 256 steps.
         assert error.mean() < (2.5 if step == HUE else 0.7), (step, error.mean())
         assert error.max() < (16 if step == HUE else 1.6), (step, error.max())
 
 
 @pytest.mark.parametrize("contrast_first", [True, False])
-def test_steps_follow_each_other_and_clip_in_between(contrast_first: bool) -> None:
+def test_colour_steps_run_in_order_and_clip_in_between(contrast_first: bool) -> None:
     image = photo(48, 64)
     steps = [(BRIGHTNESS, 1.0), (CONTRAST, 1.0), (SATURATION, -1.0), (HUE, 0.7)]
-    found = distorted(image, uniform_for(*steps, contrast_first=contrast_first))
+    actual = distort(image, uniform_for(*steps, contrast_first=contrast_first))
     expected = TF.adjust_brightness(Image.fromarray(image), 1 + 32 / 255)
     if contrast_first:
         expected = TF.adjust_contrast(expected, 1.5)
     expected = TF.adjust_hue(TF.adjust_saturation(expected, 0.5), 0.7 * 18 / 255)
     if not contrast_first:
         expected = TF.adjust_contrast(expected, 1.5)
-    assert np.abs(found - np.asarray(expected)).mean() < 3
-    other = distorted(image, uniform_for(*steps, contrast_first=not contrast_first))
+    assert np.abs(actual - np.asarray(expected)).mean() < 3
+    other = distort(image, uniform_for(*steps, contrast_first=not contrast_first))
     assert np.abs(other - np.asarray(expected)).mean() > 6
 
 
-def test_contrast_does_not_see_the_padding() -> None:
+def test_contrast_ignores_the_padding() -> None:
     image, inside = np.full((40, 40, 3), 255, np.uint8), np.zeros((40, 40), bool)
     inside[5:30, 5:35] = True
     image[inside] = photo(25, 30).reshape(-1, 3)
@@ -76,11 +76,11 @@ def test_contrast_does_not_see_the_padding() -> None:
         uniform_for((CONTRAST, -0.8)),
     )
     expected = TF.adjust_contrast(Image.fromarray(photo(25, 30)), 0.6)
-    found = out[0].permute(1, 2, 0).numpy()[5:30, 5:35]
-    assert np.abs(found - np.asarray(expected)).max() < 1.6
+    actual = out[0].permute(1, 2, 0).numpy()[5:30, 5:35]
+    assert np.abs(actual - np.asarray(expected)).max() < 1.6
 
 
-def test_random_numbers_depend_on_seed_epoch_and_pixels_alone() -> None:
+def test_random_numbers_depend_only_on_seed_epoch_and_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (500, 3, 8, 8), dtype=torch.uint8, generator=generator)
     uniform = uniform_per_sample(batch, 17, 3, 9)
@@ -92,7 +92,7 @@ def test_random_numbers_depend_on_seed_epoch_and_pixels_alone() -> None:
         assert (uniform == uniform_per_sample(batch, seed, epoch, 9)).float().mean() < 0.01
     values = uniform.flatten(1)
     assert values.min() >= 0 and values.max() < 1
-    # Uniform, and independent of each other: within 4 standard deviations
+    # The values are uniform and independent, within 4 standard deviations.
     assert (values.mean(1) - 0.5).abs().max() < 4 * (1 / 12 / 500) ** 0.5
     assert (torch.corrcoef(values) - torch.eye(9)).abs().max() < 4 / 500**0.5
     near = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
@@ -102,7 +102,7 @@ def test_random_numbers_depend_on_seed_epoch_and_pixels_alone() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_what_the_cpu_gives() -> None:
+def test_colour_jitter_on_a_gpu_matches_the_cpu() -> None:
     raw, labels = batch_of(8)
     transform = DeviceTransform(Labels(20), distort=True)
     image, target = transform((raw, labels))
@@ -115,7 +115,7 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 17, 49, 50, 51, 321])
-def test_one_images_random_numbers_are_those_it_has_in_a_batch(size: int) -> None:
+def test_random_numbers_of_an_image_do_not_depend_on_its_batch(size: int) -> None:
     batch, _ = batch_of(3, size)
     together = uniform_per_sample(batch, 17, 2, 4)
     for layout in (batch, batch.contiguous(), batch.contiguous(memory_format=torch.channels_last)):

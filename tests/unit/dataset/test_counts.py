@@ -20,7 +20,7 @@ from tests.support.balance import folders, present  # noqa: F401
 from tests.support.layouts import lay_out
 
 
-def test_counts_of_folders_shards_and_descriptions(
+def test_counts_of_folders_shards_and_descriptions_are_equal(
     synthetic: str, present: np.ndarray, tmp_path: Path
 ) -> None:
     pixels = np.zeros(13, int)
@@ -31,28 +31,28 @@ def test_counts_of_folders_shards_and_descriptions(
     root, description = open_description(str(described))
     assert description is not None
     mds, twelve = str(tmp_path / "mds"), ade20k(Labels(12))
-    for found in (
+    for counts in (
         count_classes(folders(synthetic, Labels(12)), workers=1),
         count_classes(DataSource(mds, shards=ShardOptions(), description=twelve), workers=2),
         count_classes(DataSource(root, "train", description), workers=1),
     ):
-        np.testing.assert_array_equal(found.pixels, pixels[1:])
-        np.testing.assert_array_equal(found.present, present)
+        np.testing.assert_array_equal(counts.pixels, pixels[1:])
+        np.testing.assert_array_equal(counts.present, present)
     ignoring = count_classes(folders(synthetic, Labels(12, True, 5)), workers=1)
     assert ignoring.pixels[4] == 0 and ignoring.pixels[3] == pixels[4]
 
 
-def test_a_wrong_mask_is_named(synthetic: str) -> None:
+def test_mask_with_an_unknown_label_is_named(synthetic: str) -> None:
     with pytest.raises(
         DataError, match=r"ADE_train_\d+\.png: .* have labels .* classes are labels 1 to 5"
     ):
         count_classes(folders(synthetic, Labels(5)), workers=1)
 
 
-def test_pixels_of_two_photos_by_hand(tmp_path: Path) -> None:
+def test_counts_match_values_computed_by_hand(tmp_path: Path) -> None:
     for split in ("training", "validation"):
         for kind, name in (("images", "a.jpg"), ("annotations", "a.png")):
             (tmp_path / kind / split).mkdir(parents=True)
             cv2.imwrite(str(tmp_path / kind / split / name), np.array([[1, 2], [0, 2]], np.uint8))
-    found = count_classes(folders(str(tmp_path), Labels(3)), workers=1)
-    assert found.pixels.tolist() == [1, 2, 0] and found.present.tolist() == [[True, True, False]]
+    counts = count_classes(folders(str(tmp_path), Labels(3)), workers=1)
+    assert counts.pixels.tolist() == [1, 2, 0] and counts.present.tolist() == [[True, True, False]]

@@ -35,7 +35,7 @@ GRAY_16 = np.asarray(GRAY).astype(np.uint16) * 257
     [
         (encode(PHOTO, "JPEG", quality=95), PHOTO),
         (encode(PHOTO, "JPEG", quality=95, progressive=True), PHOTO),
-        (encode(PHOTO, "JPEG", quality=95) + bytes(20), PHOTO),  # cameras append things
+        (encode(PHOTO, "JPEG", quality=95) + bytes(20), PHOTO),  # cameras append extra bytes
         (encode(GRAY, "JPEG", quality=95), GRAY),
         (encode(PHOTO.convert("CMYK"), "JPEG", quality=95), PHOTO),
         (encode(PHOTO.convert("P", palette=Image.Palette.ADAPTIVE)), PHOTO.quantize(256)),
@@ -48,27 +48,27 @@ GRAY_16 = np.asarray(GRAY).astype(np.uint16) * 257
         (encode_16_bit(np.asarray(PHOTO)[..., ::-1].astype(int) * 257, ".png"), PHOTO),
         (encode_16_bit(GRAY_16, ".png"), GRAY),
         (encode_16_bit(GRAY_16, ".tif"), GRAY),
-        (encode_16_bit(np.asarray(GRAY), ".png"), GRAY),  # in 16 bits, but of eight
+        (encode_16_bit(np.asarray(GRAY), ".png"), GRAY),  # 16-bit file with 8-bit values
         (encode_16_bit(np.asarray(GRAY), ".tif"), GRAY),
         (encode(PHOTO.convert("RGBA"), "TIFF"), PHOTO),
         (encode(PHOTO.convert("LA"), "TIFF"), GRAY),
         (encode(PHOTO.convert("CMYK"), "TIFF"), PHOTO),
     ],
 )
-def test_decodes_photos_of_every_kind(data: bytes, expected: Image.Image) -> None:
+def test_images_of_every_format_are_decoded(data: bytes, expected: Image.Image) -> None:
     image = decode_image(data)
     assert image.dtype == np.uint8
     error = difference(image, np.asarray(expected.convert("RGB")))
-    assert error.mean() < 3  # what JPEG loses, mostly of the colours
+    assert error.mean() < 3  # JPEG's loss, mostly in the colours
 
 
-def test_opencv_5_takes_the_flags() -> None:
-    """It refuses IMREAD_COLOR beside COLOR_RGB."""
+def test_decoding_flags_work_with_opencv_5() -> None:
+    """OpenCV 5 rejects IMREAD_COLOR together with COLOR_RGB."""
     assert not any(flags & cv2.IMREAD_COLOR for flags in REDUCTIONS.values())
 
 
 def tiff(pixels: np.ndarray, photometric: int, *extra: int) -> bytes:
-    """A TIFF of any number of channels, which neither Pillow nor OpenCV writes."""
+    """Return a TIFF with any number of channels, which neither Pillow nor OpenCV can write."""
     height, width, channels = pixels.shape
     directory = TiffImagePlugin.ImageFileDirectory_v2()
     tags = {256: width, 257: height, 258: (8,) * channels, 259: 1, 262: photometric, 277: channels}
@@ -76,14 +76,16 @@ def tiff(pixels: np.ndarray, photometric: int, *extra: int) -> bytes:
         directory[tag] = value
     if extra:
         directory[338] = extra
-    # Pillow moves the pixels' place (273) to behind the tags.
+    # Pillow moves the offset of the pixels (tag 273) behind the tags.
     return b"II*\0" + (8).to_bytes(4, "little") + directory.tobytes(8) + pixels.tobytes()
 
 
 @pytest.mark.parametrize(
     ("channels", "photometric", "extra"), [(4, 2, (0,)), (5, 2, (0, 0)), (5, 2, (2, 0)), (8, 1, ())]
 )
-def test_more_channels_are_refused(channels: int, photometric: int, extra: tuple) -> None:
+def test_images_with_more_than_three_channels_are_rejected(
+    channels: int, photometric: int, extra: tuple
+) -> None:
     data = tiff(np.full((6, 5, channels), 9, np.uint8), photometric, *extra)
     with pytest.raises(ValueError, match=f"^the image has {channels} channels; export it"):
         decode_image(data)
@@ -91,14 +93,14 @@ def test_more_channels_are_refused(channels: int, photometric: int, extra: tuple
         read_photo(np.zeros((6, 5, channels), np.uint8))
 
 
-def test_an_alpha_channel_is_left_aside() -> None:
+def test_alpha_channel_is_ignored() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
     assert (decode_image(tiff(pixels, 2, 2)) == pixels[..., :3]).all()
     grey = decode_image(tiff(pixels[..., :1], 1))
     assert grey.shape == (6, 5, 3) and (grey == pixels[..., :1]).all()
 
 
-def test_sixteen_bits_keep_the_higher_eight() -> None:
+def test_sixteen_bit_images_keep_the_high_byte() -> None:
     pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
     assert (decode_image(encode_16_bit(pixels[..., ::-1], ".png")) == pixels >> 8).all()
     for suffix in (".png", ".tif"):
@@ -113,7 +115,7 @@ def test_sixteen_bits_keep_the_higher_eight() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turns_photos_as_exif_says_if_the_mask_is_so(orientation: int) -> None:
+def test_exif_rotation_is_applied_if_it_matches_the_mask(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(PHOTO, "JPEG", quality=95, exif=exif)
@@ -121,12 +123,12 @@ def test_turns_photos_as_exif_says_if_the_mask_is_so(orientation: int) -> None:
     stored = np.asarray(Image.open(io.BytesIO(data)))
     assert (decode_image(data) == upright).all()
     assert (decode_photo(data, upright.shape[:2]) == upright).all()
-    # A mask that only fits the photo as stored was drawn on that.
+    # A mask that fits only the stored image was drawn without the rotation.
     expected = upright if upright.shape == stored.shape else stored
     assert (decode_photo(data, stored.shape[:2]) == expected).all()
 
 
-def test_photo_and_mask_of_different_size() -> None:
+def test_image_and_mask_of_different_sizes_are_rejected() -> None:
     data = encode(PHOTO, "JPEG")
     with pytest.raises(ValueError, match="the image is 61x45, but its mask is 60x45"):
         decode_photo(data, (45, 60))
@@ -134,8 +136,10 @@ def test_photo_and_mask_of_different_size() -> None:
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(64, 96), (61, 43)])
-@pytest.mark.parametrize("more", [b"", b"SEFT\0"])  # as phones append, which leaves it to Pillow
-def test_decodes_jpegs_smaller(reduction: int, shape: tuple[int, int], more: bytes) -> None:
+@pytest.mark.parametrize("more", [b"", b"SEFT\0"])  # phones append this, so Pillow decodes the file
+def test_jpegs_are_decoded_at_reduced_size(
+    reduction: int, shape: tuple[int, int], more: bytes
+) -> None:
     image = photo(*shape)
     small = decode_photo(encode(image, "JPEG", quality=95) + more, shape, reduction)
     expected = Image.fromarray(image).reduce(reduction)  # means of blocks
@@ -152,8 +156,8 @@ def with_palette(mask: np.ndarray) -> Image.Image:
     return image
 
 
-def with_few_bits(mask: np.ndarray, bits: int) -> bytes:
-    """A grey PNG of 1, 2 or 4 bits, which Pillow does not write: one with a palette, without it."""
+def low_bit_png(mask: np.ndarray, bits: int) -> bytes:
+    """Return a grey PNG of 1, 2 or 4 bits: a palette PNG without its palette."""
     data = encode(with_palette(mask), bits=bits)
     assert data[24] == bits
     gray = bytearray(data)
@@ -171,8 +175,8 @@ def zlib_crc(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "big")
 
 
-def of_many_pixels() -> bytes:
-    """A grey PNG that says it is 100,000 pixels wide and high, more than OpenCV takes."""
+def oversized_png() -> bytes:
+    """Return a grey PNG with a header of 100,000 x 100,000 pixels, above OpenCV's limit."""
     data = bytearray(encode(np.zeros((2, 2), np.uint8)))
     data[16:24] = (100_000).to_bytes(4, "big") * 2
     data[29:33] = zlib_crc(data[12:29])
@@ -185,13 +189,13 @@ def of_many_pixels() -> bytes:
         (encode(MASK), MASK),
         (encode(with_palette(MASK)), MASK),
         (encode(with_palette(MASK), bits=4), MASK),
-        (with_few_bits(MASK, 4), MASK),
-        (with_few_bits(MASK % 4, 2), MASK % 4),
-        (with_few_bits(MASK % 2, 1), MASK % 2),
+        (low_bit_png(MASK, 4), MASK),
+        (low_bit_png(MASK % 4, 2), MASK % 4),
+        (low_bit_png(MASK % 2, 1), MASK % 2),
         (encode(MASK % 2 > 0), MASK % 2),
         (encode(np.stack([MASK] * 3, -1)), MASK),
         (encode(np.stack([MASK] * 3 + [MASK * 0], -1)), MASK),
-        (encode(np.stack([MASK, MASK * 0], -1)), MASK),  # with alpha
+        (encode(np.stack([MASK, MASK * 0], -1)), MASK),  # grey and alpha
         (encode_16_bit(MASK, ".png"), MASK),
         (encode(MASK, "TIFF"), MASK),
         (encode(np.float32(MASK), "TIFF"), MASK),
@@ -199,7 +203,7 @@ def of_many_pixels() -> bytes:
         (encode(with_palette(MASK), "GIF"), MASK),
     ],
 )
-def test_decodes_masks_of_every_kind(data: bytes, expected: np.ndarray) -> None:
+def test_masks_of_every_format_are_decoded(data: bytes, expected: np.ndarray) -> None:
     mask = decode_mask(data)
     assert mask.dtype == np.uint8
     assert mask.flags.c_contiguous
@@ -215,18 +219,18 @@ def test_decodes_masks_of_every_kind(data: bytes, expected: np.ndarray) -> None:
         (encode(GRAY)[:500], "truncated"),
         (encode(GRAY)[:500] + b"\0\0\0\0IEND\xaeB`\x82", "truncated"),
         (encode(GRAY)[:300] + b"damage" + encode(GRAY)[306:], "cannot be decoded"),
-        (of_many_pixels(), "exceeds limit"),
+        (oversized_png(), "exceeds limit"),
         (b"II*\0", "unknown image format"),
         (b"MM\0*\0\0", "unknown image format"),
     ],
 )
-def test_refuses_what_is_no_image(decode, data: bytes, reason: str) -> None:
+def test_invalid_image_file_gives_a_one_line_error(decode, data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as error:
         decode(data)
     assert "\n" not in str(error.value)
 
 
-def test_refuses_a_photo_that_is_cut_short() -> None:
+def test_truncated_jpeg_is_rejected() -> None:
     data = encode(PHOTO, "JPEG")
     with pytest.raises(ValueError, match=r"(?i)truncated"):
         decode_image(data[: len(data) // 2])
@@ -245,12 +249,12 @@ def test_refuses_a_photo_that_is_cut_short() -> None:
         ),
     ],
 )
-def test_refuses_masks_without_labels(data: bytes, reason: str) -> None:
+def test_masks_without_integer_labels_are_rejected(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         decode_mask(data)
 
 
-def wide(kind: str, labels: np.ndarray) -> bytes:
+def encode_wide(kind: str, labels: np.ndarray) -> bytes:
     """Encode labels as 16 bits in several channels."""
     three = np.stack([labels] * 3, -1).astype(np.uint16)
     if kind == "TIFF, RGB":
@@ -264,7 +268,7 @@ def wide(kind: str, labels: np.ndarray) -> bytes:
 
 
 def grey_with_alpha(labels: np.ndarray) -> bytes:
-    """Encode a PNG of 16-bit grey and alpha, which neither Pillow nor OpenCV writes."""
+    """Encode a PNG of 16-bit grey and alpha, which neither Pillow nor OpenCV can write."""
     height, width = labels.shape
     pixels = np.stack([labels, np.full_like(labels, 65535)], -1).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
@@ -279,15 +283,15 @@ def grey_with_alpha(labels: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG, RGB", "PNG, RGBA", "PNG, grey and alpha", "TIFF, RGB"])
-def test_masks_of_several_channels_in_16_bits_keep_their_labels(kind: str) -> None:
+def test_multichannel_16_bit_masks_keep_their_labels(kind: str) -> None:
     labels = np.arange(48).reshape(6, 8) % 12
-    assert (decode_mask(wide(kind, labels)) == labels).all()
-    assert (decode_mask(wide(kind, labels + 300), 1000) == labels + 300).all()
+    assert (decode_mask(encode_wide(kind, labels)) == labels).all()
+    assert (decode_mask(encode_wide(kind, labels + 300), 1000) == labels + 300).all()
     with pytest.raises(ValueError, match="the mask has 16-bit colours"):
-        decode_colors(wide(kind, labels))
+        decode_colors(encode_wide(kind, labels))
 
 
-def test_colours_of_16_bits_are_no_labels() -> None:
+def test_sixteen_bit_colour_masks_are_rejected_as_labels() -> None:
     pixels = np.zeros((6, 8, 3), np.uint16)
     pixels[2:, :, 1] = 7
     with pytest.raises(ValueError, match="the mask contains colours"):
@@ -295,7 +299,7 @@ def test_colours_of_16_bits_are_no_labels() -> None:
 
 
 @pytest.mark.parametrize("bands", [3, 4])
-def test_a_bigtiff_of_four_bands_is_refused(bands: int) -> None:
+def test_bigtiff_with_four_bands_is_rejected(bands: int) -> None:
     pixels = np.arange(6 * 8 * bands, dtype=np.uint8).reshape(6, 8, bands)
     tags = [(256, 8), (257, 6), (259, 1), (262, 2), (277, bands), (278, 6), (279, pixels.size)]
     start = 16 + 8 + 20 * (len(tags) + 2) + 8

@@ -48,7 +48,7 @@ from training.config import class_infos, load, resolve
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_batches_of_ade20ks(
+def test_every_layout_gives_the_same_batches_as_ade20k(
     layout: str, split: str, source: Path, laid_out: dict[str, Path]
 ) -> None:
     root, description = open_description(str(laid_out[layout]))
@@ -57,14 +57,16 @@ def test_a_layout_gives_the_batches_of_ade20ks(
     assert batches(root, split, description=description) == expected
 
 
-def test_the_description_gives_the_config_what_follows(laid_out: dict[str, Path]) -> None:
+def test_description_sets_classes_colours_and_paths_of_the_config(
+    laid_out: dict[str, Path],
+) -> None:
     config = resolve(tiny_run(str(laid_out["colors"])))
     assert config.model.num_classes == 12
     assert config.train_dataset.path == str(laid_out["colors"].parent)
     infos = class_infos(config)
     assert [info.name for info in infos] == NAMES
     assert [list(info.color) for info in infos] == COLORS[1:13].tolist()
-    inline = resolve(tiny_run(config.data))  # as a checkpoint holds it
+    inline = resolve(tiny_run(config.data))  # checkpoints store this form
     assert inline.data == config.data and class_infos(inline) == infos
     assert json.loads(json.dumps(config.data)) == config.data
     elsewhere = tiny_run(str(laid_out["colors"]))
@@ -72,7 +74,9 @@ def test_the_description_gives_the_config_what_follows(laid_out: dict[str, Path]
     assert resolve(elsewhere).train_dataset.path == str(laid_out["folders"].parent)
 
 
-def test_from_the_command_line(laid_out: dict[str, Path], tmp_path: Path) -> None:
+def test_description_can_be_set_on_the_command_line(
+    laid_out: dict[str, Path], tmp_path: Path
+) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tiny_run(None)))
     described = f"data={laid_out['folders']}"
@@ -81,8 +85,8 @@ def test_from_the_command_line(laid_out: dict[str, Path], tmp_path: Path) -> Non
     assert own.eval_dataset.path == str(laid_out["folders"].parent) and own.run_name == "own"
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """As an archive's from Windows are, unpacked on Linux."""
+def test_file_names_that_are_not_valid_text_work(tmp_path: Path) -> None:
+    """Archives from Windows contain such names when they are unpacked on Linux."""
     make(str(tmp_path / "made"), training=6, validation=2, size=32, seed=1)
     for path in sorted((tmp_path / "made").rglob("*_train_*")):
         target = tmp_path / path.parts[-3] / f"file\udce9 {path.name[-7:]}"
@@ -92,20 +96,22 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     raw |= {"val": {"fraction": 0.4}, **describe_labels(load_classes(None, len(TEXTURES)))}
     (tmp_path / "given.yaml").write_text(as_yaml(raw))
     root, description = open_description(str(tmp_path / "given.yaml"))
-    given = batches(root, "train", description=description)
+    expected = batches(root, "train", description=description)
     assert convert(str(tmp_path / "given.yaml"), str(tmp_path / "mds"), workers=1)["train"] >= 3
     options = {"batch_size": 3, "base_size": 32, "final_size": 32, "num_workers": 0}
     spec = build_ade20k_dataspec(
         str(tmp_path / "mds"), True, None, description=description, **options
     )
-    for ours, theirs in zip(spec.dataloader, given):
+    for ours, theirs in zip(spec.dataloader, expected):
         assert ours[0].contiguous().numpy().tobytes() == theirs[0]
 
 
 @pytest.mark.parametrize("decoder", ["kornia_rs", "torchvision"])
-def test_colors_are_decoded_as_pillow_does(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_masks_are_decoded_like_pillow(
+    decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fast = decoding._fast_decoder()
-    assert fast is not decoding._decode_png  # kornia-rs is among what the tests install
+    assert fast is not decoding._decode_png  # the tests install kornia-rs
     if decoder == "torchvision":
         monkeypatch.setitem(sys.modules, "kornia_rs.io", None)
         fast = decoding._fast_decoder.__wrapped__()
@@ -115,7 +121,7 @@ def test_colors_are_decoded_as_pillow_does(decoder: str, monkeypatch: pytest.Mon
     expected = picture.astype(int) @ [1, 256, 65536]
     np.testing.assert_array_equal(fast(encode(picture[..., ::-1])), picture)
     np.testing.assert_array_equal(decode_colors(encode(picture[..., ::-1])), expected)
-    file = io.BytesIO()  # one of its colours stands for transparent, which is left aside
+    file = io.BytesIO()  # the decoder ignores the transparent colour
     Image.fromarray(picture).save(file, "png", transparency=tuple(picture[0, 0].tolist()))
     np.testing.assert_array_equal(decode_colors(file.getvalue()), expected)
     alpha = np.concatenate([picture[..., ::-1], picture[..., :1]], -1)
@@ -183,13 +189,13 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_wrong_description_is_one_line(raw: dict[str, Any], reason: str) -> None:
+def test_invalid_description_gives_a_one_line_error(raw: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as error:
         parse_description(raw, "my.yaml")
     assert str(error.value).startswith("my.yaml: ") and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_description(tmp_path: Path) -> None:
+def test_invalid_description_file_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     for text, reason in [
         ("- a", "must be a mapping"),
@@ -206,7 +212,9 @@ def test_a_file_that_is_no_description(tmp_path: Path) -> None:
         open_description(str(file))
 
 
-def test_in_a_config(laid_out: dict[str, Path], tmp_path: Path) -> None:
+def test_config_that_conflicts_with_the_description_is_rejected(
+    laid_out: dict[str, Path], tmp_path: Path
+) -> None:
     file = str(laid_out["folders"])
     wrong = [
         ({"data": 7}, "data: 7 must be the path of a description"),
@@ -219,7 +227,7 @@ def test_in_a_config(laid_out: dict[str, Path], tmp_path: Path) -> None:
             resolve({**tiny_run(file), **change})
 
 
-def test_as_yaml_reads_back() -> None:
+def test_description_round_trips_through_yaml() -> None:
     described = describe_labels(parse_description(GOOD).classes)
     assert yaml.safe_load(as_yaml({**GOOD, **described})) == {**GOOD, **described}
 
@@ -235,8 +243,8 @@ def fault(name: str, layout: str = "folders") -> Callable:
 FAULTS: dict[str, tuple[str, Callable[[Path], tuple[str, str]]]] = {}
 
 
-@fault("a value that nothing names")
-def unnamed(root: Path) -> tuple[str, str]:
+@fault("unknown value")
+def unknown_value(root: Path) -> tuple[str, str]:
     mask = root / "labels/train/00000002.png"
     labels = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
     labels[:1, :2] = 77
@@ -244,8 +252,8 @@ def unnamed(root: Path) -> tuple[str, str]:
     return "labels/train/00000002.png", "0.09% of its pixels have value 77, which"
 
 
-@fault("a colour that nothing names", "colors")
-def unnamed_color(root: Path) -> tuple[str, str]:
+@fault("unknown colour", "colors")
+def unknown_color(root: Path) -> tuple[str, str]:
     mask = root / "masks/val/00000001.png"
     picture = cv2.imread(str(mask))
     picture[0, 0] = (3, 2, 1)
@@ -253,13 +261,13 @@ def unnamed_color(root: Path) -> tuple[str, str]:
     return "masks/val/00000001.png", "0.04% of its pixels have colour (1, 2, 3), which"
 
 
-@fault("no mask", "templates")
-def no_mask(root: Path) -> tuple[str, str]:
+@fault("missing mask", "templates")
+def missing_mask(root: Path) -> tuple[str, str]:
     (root / "train/00000003_mask.png").unlink()
     return "train/00000003_rgb.jpg", "its mask is missing; expected train/{stem}_mask.png"
 
 
-@fault("an unknown name in a list", "lists")
+@fault("unknown name in a list", "lists")
 def unknown_name(root: Path) -> tuple[str, str]:
     with open(root / "split/train.txt", "a") as file:
         file.write("00000099\n")
@@ -267,7 +275,7 @@ def unknown_name(root: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named(
+def test_data_fault_is_reported_with_its_path(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     layout, plant = FAULTS[name]

@@ -10,9 +10,7 @@ from errors import StoreError
 from tests.support.source import client_error
 
 
-def test_a_store_that_answers_again_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_downloads_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [ConnectionResetError("reset"), client_error("503")]
 
     def download(remote: str, local: str) -> None:
@@ -32,20 +30,22 @@ def test_a_store_that_answers_again_is_asked_again(
     ("error", "missing", "final"),
     [
         pytest.param(client_error("404"), True, True, id="404"),
-        pytest.param(client_error("NoSuchKey"), True, True, id="no key"),
-        pytest.param(client_error("403"), False, True, id="403, which hides missing keys"),
+        pytest.param(client_error("NoSuchKey"), True, True, id="NoSuchKey"),
+        pytest.param(client_error("403"), False, True, id="403"),
         pytest.param(client_error("503"), False, False, id="503"),
         pytest.param(ConnectionResetError("reset"), False, False, id="reset"),
-        pytest.param(FileNotFoundError("a"), True, True, id="a local file"),
-        pytest.param(OSError("object gs://b/a does not exist"), True, False, id="another store"),
+        pytest.param(FileNotFoundError("a"), True, True, id="local file"),
+        pytest.param(OSError("object gs://b/a does not exist"), True, False, id="other store"),
     ],
 )
-def test_what_an_error_of_a_store_means(error: Exception, missing: bool, final: bool) -> None:
+def test_store_errors_are_classified_as_missing_or_final(
+    error: Exception, missing: bool, final: bool
+) -> None:
     assert is_missing(error) is missing
     assert is_final(error) is final
 
 
-def test_a_local_file_beside_the_shards(tmp_path: Path) -> None:
+def test_local_file_beside_the_shards_is_found(tmp_path: Path) -> None:
     (tmp_path / "description.yaml").touch()
     assert fetch_beside(str(tmp_path), "description.yaml", "unused") == str(
         tmp_path / "description.yaml"

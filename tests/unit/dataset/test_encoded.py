@@ -19,7 +19,7 @@ from tests.support.data import build, folder, make_data, save, train  # noqa: F4
 from transforms import build_ade20k_transformations
 
 
-def test_transforms_of_ones_own_get_pillow_images(folder: str) -> None:
+def test_custom_transforms_receive_pillow_images(folder: str) -> None:
     def both(pair: tuple[Image.Image, Image.Image]) -> tuple[Image.Image, Image.Image]:
         assert [image.mode for image in pair] == ["RGB", "L"]
         return tuple(image.resize((30, 20), Image.NEAREST) for image in pair)
@@ -32,14 +32,14 @@ def test_transforms_of_ones_own_get_pillow_images(folder: str) -> None:
     assert isinstance(image, Image.Image) and isinstance(target, Image.Image)
 
 
-def test_own_transforms_can_follow_the_built_ones(folder: str) -> None:
+def test_custom_transforms_can_follow_the_built_in_ones(folder: str) -> None:
     both, *_ = build_ade20k_transformations("train", 32, final_size=32)
     image, target = ADE20k(folder, "train", both, lambda image: image / 255, lambda t: t.long())[3]
     assert image.shape == (3, 32, 32) and image.max() <= 1
     assert target.dtype == torch.int64
 
 
-def test_a_plain_dataloader_takes_the_data_set(folder: str) -> None:
+def test_dataset_works_with_a_plain_dataloader(folder: str) -> None:
     transforms = build_ade20k_transformations("train", 32, final_size=32)
     loader = DataLoader(ADE20k(folder, "train", *transforms), batch_size=4, shuffle=True)
     image, target = next(iter(loader))
@@ -48,7 +48,7 @@ def test_a_plain_dataloader_takes_the_data_set(folder: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, workers: int) -> None:
+def test_bad_file_is_named_in_a_one_line_error(tmp_path: Path, workers: int) -> None:
     make_data(tmp_path, 5, 1)
     spec = build(str(tmp_path), batch_size=1)
     images, masks = tmp_path / "images/training", tmp_path / "annotations/training"
@@ -73,10 +73,10 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, workers: int) -> N
         with pytest.raises(DataError, match=f"^{getattr(sample, kind)}: {reason}$"):
             next(iterator)
         if workers:
-            iterator._shutdown_workers()  # without waiting for the garbage collector
+            iterator._shutdown_workers()  # do not wait for the garbage collector
 
 
-def test_a_samples_crop_depends_on_its_name_not_on_its_place(folder: str) -> None:
+def test_crop_depends_on_the_sample_name_not_its_position(folder: str) -> None:
     spec, less = build(folder), build(folder)
     less.dataloader.dataset.samples = less.dataloader.dataset.samples[5:]
     for a, b in zip(spec.dataloader.dataset[(2, 8, -1)], less.dataloader.dataset[(2, 3, -1)]):

@@ -13,7 +13,7 @@ from errors import DataError
 from tests.support.data import batches, build, save, train  # noqa: F401
 
 
-def test_labels_become_classes(tmp_path: Path) -> None:
+def test_labels_become_class_indices(tmp_path: Path) -> None:
     mask = np.repeat(np.array([0, 1, 2, 7, 255], np.uint8), 8)[None].repeat(40, 0)
     save(tmp_path, "val", "a", np.zeros((40, 40, 3), np.uint8), mask)
 

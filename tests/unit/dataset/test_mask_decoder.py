@@ -18,17 +18,17 @@ from tests.support.description import described, encode
 from tests.support.layouts import COLORS
 
 
-def test_more_labels_than_a_byte_holds_are_merged() -> None:
+def test_thousands_of_labels_are_merged_into_classes() -> None:
     rng = np.random.default_rng(0)
-    assignment = rng.integers(0, 254, 5000)  # of each value: ignored, or one of 253 classes
+    assignment = rng.integers(0, 254, 5000)  # each value is ignored, or has one of 253 classes
     assignment[:254] = np.arange(254)
     classes = {f"c{k}": {"labels": np.flatnonzero(assignment == k).tolist()} for k in range(1, 254)}
     masks = described(classes, np.flatnonzero(assignment == 0).tolist())
     values = rng.integers(0, 5000, (64, 80)).astype(np.uint16)
     for suffix in (".png", ".tif"):
-        found = pickle.loads(pickle.dumps(masks)).decode(encode(values, suffix))
-        assert found.dtype == np.uint8
-        np.testing.assert_array_equal(found, assignment[values])
+        decoded = pickle.loads(pickle.dumps(masks)).decode(encode(values, suffix))
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, assignment[values])
     eight_bits = (values % 256).astype(np.uint8)
     np.testing.assert_array_equal(masks.decode(encode(eight_bits)), assignment[eight_bits])
     with pytest.raises(UnknownValues, match=r"^0\.02% of its pixels have value 5000, which"):
@@ -36,7 +36,7 @@ def test_more_labels_than_a_byte_holds_are_merged() -> None:
         masks.decode(encode(values))
 
 
-def test_every_colour_is_told_from_its_neighbours() -> None:
+def test_similar_colours_are_distinguished() -> None:
     rng = np.random.default_rng(1)
     colors = np.unique(rng.integers(0, 256, (300, 3)), axis=0)[:250]
     rng.shuffle(colors)
@@ -62,7 +62,7 @@ def test_every_colour_is_told_from_its_neighbours() -> None:
     )
 
 
-def test_a_palette_is_read_by_index_or_by_colour(tmp_path: Path) -> None:
+def test_palette_masks_are_read_by_index_or_by_colour(tmp_path: Path) -> None:
     index = np.random.default_rng(2).integers(0, 3, (9, 11)).astype(np.uint8)
     image = Image.fromarray(index)
     image.putpalette(COLORS.ravel().tolist())
@@ -86,6 +86,6 @@ def test_a_palette_is_read_by_index_or_by_colour(tmp_path: Path) -> None:
         (b"", "the file is empty"),
     ],
 )
-def test_masks_that_hold_no_colours_are_refused(data: bytes, reason: str) -> None:
+def test_masks_without_valid_colours_are_rejected(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         described({"a": [[1, 1, 1]], "b": [[2, 2, 2]]}, [[0, 0, 0]]).decode(data)

@@ -19,7 +19,7 @@ from tests.support.data import folder, make_data, save, train  # noqa: F401
 from tests.support.description import GOOD, source  # noqa: F401
 
 
-def test_finds_samples_with_any_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_with_any_names_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     image, mask = np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.uint8)
     for name in ("ADE_train_00000002", "b", "street/7", "a.b"):
         save(tmp_path, "train", name, image, mask)
@@ -38,13 +38,13 @@ def test_finds_samples_with_any_names(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "alone.png" in caplog.text
 
 
-def test_looks_into_ade20ks_own_folder(tmp_path: Path) -> None:
+def test_inner_ade20k_folder_is_searched(tmp_path: Path) -> None:
     make_data(tmp_path / "ADEChallengeData2016", 2, 1)
     assert len(list_samples(str(tmp_path), "train")) == 2
     assert len(list_samples(str(tmp_path / "ADEChallengeData2016"), "val")) == 1
 
 
-def test_names_what_is_missing(tmp_path: Path) -> None:
+def test_missing_files_are_reported_with_their_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images/training: folder is missing"):
         list_samples(str(tmp_path), "train")
     make_data(tmp_path, 5, 1)
@@ -66,7 +66,7 @@ def test_names_what_is_missing(tmp_path: Path) -> None:
         list_samples(str(tmp_path), "train")
 
 
-def tree(root: Path, *files: str) -> None:
+def touch(root: Path, *files: str) -> None:
     for name in files:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,18 +74,18 @@ def tree(root: Path, *files: str) -> None:
 
 
 def pairs(root: Path, train: dict[str, str], split: str = "train", **more: Any) -> list[tuple]:
-    """Name, photo and mask of each sample, the paths below the root; and what is wrong."""
+    """Return name, image and mask of each sample, relative to the root, and the problems."""
     raw = {**GOOD, "train": train, "val": train, **more}
     samples, problems = find_samples(parse_description(raw), split, str(root))
-    found: list[tuple] = [
+    rows: list[tuple] = [
         (uid, *(Path(path).relative_to(root).as_posix() for path in rest)) for uid, *rest in samples
     ]
-    return found + [(p.path.removeprefix(f"{root}/"), p.reason) for p in problems]
+    return rows + [(p.path.removeprefix(f"{root}/"), p.reason) for p in problems]
 
 
-def test_templates(tmp_path: Path) -> None:
-    tree(tmp_path, "left/a/1_left.png", "left/a/b/2_left.png", "left/3_left.png", "left/notes.txt")
-    tree(tmp_path, "fine/a/1_ids.png", "fine/a/b/2_ids.png", "fine/3_ids.png", "fine/3_color.png")
+def test_templates_pair_images_with_masks(tmp_path: Path) -> None:
+    touch(tmp_path, "left/a/1_left.png", "left/a/b/2_left.png", "left/3_left.png", "left/notes.txt")
+    touch(tmp_path, "fine/a/1_ids.png", "fine/a/b/2_ids.png", "fine/3_ids.png", "fine/3_color.png")
     expected = [
         ("3", "left/3_left.png", "fine/3_ids.png"),
         ("a/1", "left/a/1_left.png", "fine/a/1_ids.png"),
@@ -103,16 +103,16 @@ def test_templates(tmp_path: Path) -> None:
     assert pairs(tmp_path, absolute) == expected
 
 
-def test_a_mask_beside_its_photo_is_no_photo(tmp_path: Path) -> None:
-    tree(tmp_path, "1.png", "1_L.png", "2.PNG", "2_L.png")
+def test_mask_beside_its_image_is_not_listed_as_an_image(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "1_L.png", "2.PNG", "2_L.png")
     assert pairs(tmp_path, {"images": ".", "masks": "{stem}_L.png"}) == [
         ("1", "1.png", "1_L.png"),
         ("2", "2.PNG", "2_L.png"),
     ]
 
 
-def test_lists(tmp_path: Path) -> None:
-    tree(tmp_path, "img/1.jpg", "img/2.jpg", "img/3.jpg", "seg/1.png", "seg/2.png", "seg/3.png")
+def test_list_files_select_samples(tmp_path: Path) -> None:
+    touch(tmp_path, "img/1.jpg", "img/2.jpg", "img/3.jpg", "seg/1.png", "seg/2.png", "seg/3.png")
     source = {"images": "img", "masks": "seg", "list": "train.txt"}
     expected = [("1", "img/1.jpg", "seg/1.png"), ("3", "img/3.jpg", "seg/3.png")]
     for lines in (
@@ -146,10 +146,10 @@ def test_lists(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_wrong_with_names(tmp_path: Path) -> None:
-    tree(tmp_path, "img/1.jpg", "img/2.jpg", "img/a/1.jpg", "seg/1.png", "seg/7.png")
-    found = pairs(tmp_path, {"images": "img", "masks": "seg/{stem}.png"})
-    assert found == [
+def test_naming_problems_are_reported(tmp_path: Path) -> None:
+    touch(tmp_path, "img/1.jpg", "img/2.jpg", "img/a/1.jpg", "seg/1.png", "seg/7.png")
+    rows = pairs(tmp_path, {"images": "img", "masks": "seg/{stem}.png"})
+    assert rows == [
         ("1", "img/1.jpg", "seg/1.png"),
         ("img/2.jpg", "its mask is missing; expected seg/{stem}.png"),
         ("img/a/1.jpg", f"has the same mask as {tmp_path}/img/1.jpg; rename one of them"),
@@ -165,8 +165,8 @@ def test_what_is_wrong_with_names(tmp_path: Path) -> None:
         pairs(tmp_path, {"images": "{city}/{stem}.jpg", "masks": "seg"})
 
 
-def test_a_fraction_by_name_stays_as_photos_are_added(tmp_path: Path) -> None:
-    tree(tmp_path, *(f"img/{i}.jpg" for i in range(400)), *(f"seg/{i}.png" for i in range(400)))
+def test_fraction_split_stays_fixed_when_images_are_added(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"img/{i}.jpg" for i in range(400)), *(f"seg/{i}.png" for i in range(400)))
     raw = {**GOOD, "train": {"images": "img", "masks": "seg"}, "val": {"fraction": 0.2}}
     description = parse_description(raw)
 
@@ -179,7 +179,7 @@ def test_a_fraction_by_name_stays_as_photos_are_added(tmp_path: Path) -> None:
     train, val = split()
     assert not train & val and len(train | val) == 400
     assert 50 <= len(val) <= 110  # 80, give or take four standard deviations
-    tree(tmp_path, *(f"img/{i}.jpg" for i in range(400, 450)))
-    tree(tmp_path, *(f"seg/{i}.png" for i in range(400, 450)))
+    touch(tmp_path, *(f"img/{i}.jpg" for i in range(400, 450)))
+    touch(tmp_path, *(f"seg/{i}.png" for i in range(400, 450)))
     more_train, more_val = split()
     assert train < more_train and val < more_val

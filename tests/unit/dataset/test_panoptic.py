@@ -17,25 +17,25 @@ def write(folder: Path, *segments: tuple[int, int], name: str = "a.png") -> Path
     return file
 
 
-def test_segments_of_a_mask_by_its_file_name(tmp_path: Path) -> None:
+def test_segments_are_found_by_the_file_name_of_the_mask(tmp_path: Path) -> None:
     segments = Segments(write(tmp_path, (7, 1), (2**24 - 1, 90)))
     assert segments.of("some/folder/a.png") == [(7, 1), (2**24 - 1, 90)]
     with pytest.raises(ValueError, match="does not list this mask; add its segments"):
         segments.of("b.png")
 
 
-def test_a_part_holds_the_named_masks_alone(tmp_path: Path) -> None:
+def test_only_keeps_the_segments_of_the_named_masks(tmp_path: Path) -> None:
     annotations = [
         {"file_name": f"{i}.png", "segments_info": [{"id": i, "category_id": 10 * i}] * i}
         for i in range(4)
     ]
     file = tmp_path / "panoptic.json"
     file.write_text(json.dumps({"annotations": annotations}))
-    whole = Segments(file)
-    part = whole.only(["x/3.png", "1.png", "missing.png"])
+    segments = Segments(file)
+    part = segments.only(["x/3.png", "1.png", "missing.png"])
     assert part.places.keys() == {"1.png", "3.png"} and len(part.numbers) == 4
     for name in ("1.png", "3.png"):
-        assert part.of(name) == whole.of(name)
+        assert part.of(name) == segments.of(name)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_part_holds_the_named_masks_alone(tmp_path: Path) -> None:
         pytest.param({"annotations": [{"file_name": "a"}]}, "panoptic format", id="no segments"),
     ],
 )
-def test_an_unusable_file_is_named(tmp_path: Path, content: Any, error: str) -> None:
+def test_invalid_panoptic_file_is_named(tmp_path: Path, content: Any, error: str) -> None:
     file = tmp_path / "panoptic.json"
     if content is not None:
         file.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -56,6 +56,6 @@ def test_an_unusable_file_is_named(tmp_path: Path, content: Any, error: str) -> 
 
 
 @pytest.mark.parametrize("number", [-1, 2**24])
-def test_an_id_that_no_pixel_can_hold_is_refused(tmp_path: Path, number: int) -> None:
+def test_segment_id_beyond_24_bits_is_rejected(tmp_path: Path, number: int) -> None:
     with pytest.raises(DataError, match=f"segment id {number} "):
         Segments(write(tmp_path, (number, 1)))

@@ -18,7 +18,7 @@ from tests.support.waits import short_measurement  # noqa: F401
 from training.config import data_sources, resolve
 
 
-def test_a_link_to_itself_is_not_followed(path, capsys):
+def test_cyclic_symlinks_are_not_followed(path, capsys):
     folder = path / ROOT / "images/training"
     before = list_samples(str(path), "train")
     (folder / "again").symlink_to(folder)
@@ -28,7 +28,7 @@ def test_a_link_to_itself_is_not_followed(path, capsys):
     assert list_samples(str(path), "train") == before
 
 
-def test_folders_that_links_lead_to_are_read_once(path, tmp_path):
+def test_linked_folders_are_read_once(path, tmp_path):
     expected = [sample.uid for sample in list_samples(str(path), "train")]
     for kind in ("images", "annotations"):
         folder, elsewhere = path / ROOT / kind / "training", tmp_path / "elsewhere" / kind
@@ -38,12 +38,12 @@ def test_folders_that_links_lead_to_are_read_once(path, tmp_path):
         (folder / "one").symlink_to(elsewhere)
         (folder / "two").symlink_to(elsewhere)
         (elsewhere / "back").symlink_to(folder)
-    found = [sample.uid for sample in list_samples(str(path), "train")]
-    assert found == [f"one/ADE_train_{uid}" for uid in expected]
+    uids = [sample.uid for sample in list_samples(str(path), "train")]
+    assert uids == [f"one/ADE_train_{uid}" for uid in expected]
 
 
-@pytest.mark.parametrize("described", [False, True], ids=["ADE20K's layout", "a fraction"])
-def test_a_process_reads_each_folder_once(
+@pytest.mark.parametrize("described", [False, True], ids=["ADE20K layout", "fraction split"])
+def test_each_folder_is_read_once_per_process(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, described: bool
 ) -> None:
     make(str(tmp_path), training=12, validation=6, size=48)
@@ -57,11 +57,11 @@ def test_a_process_reads_each_folder_once(
     read: list[str] = []
     list_files = paths.list_files
 
-    def note(folder: str) -> list[str]:
+    def record(folder: str) -> list[str]:
         read.append(os.path.relpath(folder, root))
         return list_files(folder)
 
-    monkeypatch.setattr(paths, "list_files", note)
+    monkeypatch.setattr(paths, "list_files", record)
     config = resolve(tiny)
     sources = data_sources(config)
     for split, source in sources.items():
@@ -70,7 +70,7 @@ def test_a_process_reads_each_folder_once(
     assert read == [f"{kind}/{split}" for split in splits for kind in ("images", "annotations")]
 
 
-def test_folders_are_read_anew_by_a_new_source(tmp_path: Path) -> None:
+def test_new_source_reads_the_folders_again(tmp_path: Path) -> None:
     make(str(tmp_path), training=2, validation=1, size=48)
     before = list_samples(str(tmp_path), "train")
     Path(before[0].mask_path).unlink()

@@ -10,7 +10,7 @@ from dataset.sampler import EpochSampler, EvalSampler, length_of_repeated, repea
 from tests.support.data import batches, build, digests, expected, folder, on_rank  # noqa: F401
 
 
-def test_takes_are_whole_and_right_on_average() -> None:
+def test_repeats_are_integers_with_the_right_mean() -> None:
     rng = np.random.default_rng(1)
     factors = np.where(rng.random(50) < 0.3, 1 + 3 * rng.random(50), 1.0)
     length, epochs = length_of_repeated(factors), 2000
@@ -22,7 +22,7 @@ def test_takes_are_whole_and_right_on_average() -> None:
         times = np.bincount(items % 50, minlength=50)
         stretched = factors * length / factors.sum()
         assert (times >= np.floor(stretched)).all() and (times <= np.ceil(stretched)).all()
-        assert (items // 50 < times[items % 50]).all()  # the k-th take follows the others
+        assert (items // 50 < times[items % 50]).all()  # repeats are numbered from 0
         total += times
     chance = stretched % 1
     deviation = np.sqrt(chance * (1 - chance) / epochs)
@@ -32,14 +32,16 @@ def test_takes_are_whole_and_right_on_average() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_any_number_of_ranks(folder: str, expected: list[list[str]], ranks: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_ranks(
+    folder: str, expected: list[list[str]], ranks: int
+) -> None:
     sides = [batches(on_rank(build(folder), rank, ranks), 2) for rank in range(ranks)]
     assert {len(side) for side in sides} == {5}
-    together = [parts for step in zip(*sides) for parts in step]  # a batch's parts, rank by rank
+    together = [parts for step in zip(*sides) for parts in step]  # each batch, rank by rank
     assert digests(together) == expected[2]
 
 
-def test_every_order_is_a_permutation() -> None:
+def test_every_epoch_order_is_an_independent_permutation() -> None:
     class Numbers:
         def __len__(self) -> int:
             return 1000
@@ -51,12 +53,12 @@ def test_every_order_is_a_permutation() -> None:
     first[1].set_epoch(1)
     orders = [[index for _, index, _ in sampler] for sampler in first]
     assert [sorted(order) for order in orders] == [list(range(1000))] * 2
-    # Neither near its place nor near the other epoch's: correlations within 4 standard deviations
+    # The orders correlate neither with the index nor with each other (4 standard deviations).
     matrix = np.corrcoef([*orders, np.arange(1000)])
     assert np.abs(matrix - np.eye(3)).max() < 4 / 1000**0.5
 
 
-def test_incomplete_batches_are_shared_out(folder: str) -> None:
+def test_incomplete_batches_are_divided_among_ranks(folder: str) -> None:
     dataset = build(folder).dataloader.dataset  # 22 samples
     options = dict(shuffle=False, drop_last=False, num_replicas=4)
     parts = [EpochSampler(dataset, 2, rank=rank, **options) for rank in range(4)]
@@ -68,7 +70,7 @@ def test_incomplete_batches_are_shared_out(folder: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_evaluation_sees_every_sample_once(
+def test_evaluation_covers_every_sample_once(
     folder: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = build(folder, split="val").dataloader.dataset
@@ -80,7 +82,7 @@ def test_evaluation_sees_every_sample_once(
         items = list(sampler)
         seen.append([index for _, index, _ in items])
         assert [later for *_, later in items] == [*seen[-1][2:], -1, -1]
-    # As Composer does: the last sample of the last ranks is padding.
+    # As in Composer, the last sample of the last ranks is padding.
     padding = sampler.total_size - len(dataset)
     kept = [each[:-1] if rank >= ranks - padding else each for rank, each in enumerate(seen)]
     assert sorted(index for each in kept for index in each) == list(range(7))

@@ -23,7 +23,7 @@ from tests.support.source import client_error, tree
         pytest.param(FileNotFoundError("Object gs://b/x not found."), False, id="no such object"),
         pytest.param(client_error("404"), False, id="404"),
         pytest.param(client_error("NoSuchKey"), False, id="NoSuchKey"),
-        pytest.param(RuntimeError("The specified blob does not exist."), False, id="words"),
+        pytest.param(RuntimeError("The specified blob does not exist."), False, id="blob message"),
         pytest.param(client_error("403"), True, id="403"),
         pytest.param(client_error("500"), True, id="500"),
         pytest.param(client_error("SlowDown"), True, id="SlowDown"),
@@ -33,7 +33,7 @@ from tests.support.source import client_error, tree
         pytest.param(TimeoutError("timed out"), True, id="timeout"),
     ],
 )
-def test_only_a_store_that_says_so_has_no_description(
+def test_only_a_not_found_error_means_no_description(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_error: bool
 ) -> None:
     def download(*_: Any) -> None:
@@ -53,6 +53,6 @@ def test_only_a_store_that_says_so_has_no_description(
         find()
     with pytest.raises(DataError, match=r"s3://b/set/description\.yaml: "):
         shard_classes(source)
-    # A run whose cache has the split goes on without the store.
+    # A run with a cached split continues without the store.
     tree(tmp_path, ["cache/train/index.json"])
     assert shard_classes(source) is None

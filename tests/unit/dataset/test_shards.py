@@ -21,7 +21,7 @@ from tests.support.streaming import COLUMNS, expected, folder, mds, stream, writ
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
-def test_shards_give_what_folders_give(
+def test_shards_give_the_same_batches_as_folders(
     mds: str, expected: list[list[str]], tmp_path: Path, workers: int
 ) -> None:
     spec = stream(mds, tmp_path, num_workers=workers)
@@ -31,14 +31,14 @@ def test_shards_give_what_folders_give(
 @pytest.mark.parametrize(
     "options",
     [
-        {"columns": {"uid": "bytes", "x": "jpeg", "y": "png"}},  # as Streaming's own converter has
+        {"columns": {"uid": "bytes", "x": "jpeg", "y": "png"}},  # Streaming's columns
         {"columns": {"uid": "str", "x": "bytes", "y": "bytes", "more": "int"}},
         {"uid": "ADE_train_{}"},
         {"compression": "zstd"},
         {"hashes": []},
     ],
 )
-def test_shards_of_others(
+def test_shards_of_other_writers_are_read(
     folder: str, expected: list[list[str]], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     path = write(folder, tmp_path / "mds", **options)
@@ -46,14 +46,14 @@ def test_shards_of_others(
     assert digests(batches(stream(path, None))) == expected[0]
 
 
-def test_reads_a_folder_in_place(mds: str, expected: list[list[str]]) -> None:
+def test_local_shards_are_read_in_place(mds: str, expected: list[list[str]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path(mds).rglob("*")}
     for spec in (stream(mds, None), stream(mds, mds, cache_limit="1gb")):
         assert digests(batches(spec)) == expected[0]
     assert {path: path.stat().st_mtime_ns for path in Path(mds).rglob("*")} == before
 
 
-def test_fetches_ahead(mds: str, tmp_path: Path) -> None:
+def test_shards_are_downloaded_ahead(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
     last = dataset.shards.path(len(dataset.shards.shards) - 1)
     assert not os.path.exists(last)
@@ -67,19 +67,19 @@ def test_fetches_ahead(mds: str, tmp_path: Path) -> None:
     assert [later for *_, later in items] == [index for _, index, _ in items[6:]] + [-1] * 6
 
 
-def test_the_shard_that_was_not_read_for_longest_makes_room(mds: str, tmp_path: Path) -> None:
+def test_least_recently_read_shard_is_evicted(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path, cache_limit="1gb").dataloader.dataset
     shards = dataset.shards
     for shard in range(4):
         shards.fetch(shard)
         os.utime(shards.path(shard), (shard + 1, shard + 1))
-    dataset.read(0)  # the oldest, which is then the newest
+    dataset.read(0)  # the oldest shard becomes the newest
     shards.cache_limit = sum(os.path.getsize(shards.path(shard)) for shard in range(4))
     shards.fetch(4)
     assert os.path.exists(shards.path(0)) and not os.path.exists(shards.path(1))
 
 
-def test_a_cache_of_other_data_is_refused(folder: str, mds: str, tmp_path: Path) -> None:
+def test_cache_of_another_dataset_is_rejected(folder: str, mds: str, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mds, tmp_path / "mds"))
     stream(str(path), tmp_path / "cache")
     stream(str(path), tmp_path / "cache")
@@ -90,7 +90,7 @@ def test_a_cache_of_other_data_is_refused(folder: str, mds: str, tmp_path: Path)
     assert sorted(os.listdir(tmp_path / "cache/train")) == ["index.json", "index.json.lock"]
 
 
-def spoil(path: Path, offset: int = 2000) -> None:
+def damage(path: Path, offset: int = 2000) -> None:
     data = bytearray(path.read_bytes())
     data[offset : offset + 20] = bytes(20)
     path.write_bytes(bytes(data))
@@ -98,23 +98,23 @@ def spoil(path: Path, offset: int = 2000) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
-def test_a_damaged_shard_is_named(
+def test_damaged_shard_is_named(
     folder: str, tmp_path: Path, options: dict[str, Any], workers: int
 ) -> None:
     path = write(folder, tmp_path / "mds", **options)
     name = "shard.00001.mds" + (".zstd" if options else "")
-    spoil(tmp_path / "mds/train" / name)
+    damage(tmp_path / "mds/train" / name)
     spec = stream(path, tmp_path / "cache", num_workers=workers)
     with pytest.raises(DataError, match=f"^{path}/train/{name}: is damaged: Checksum failure.*$"):
         batches(spec)
     if workers:
         spec.dataloader._iterator._shutdown_workers()
-    assert not list((tmp_path / "cache/train").glob("shard.00001.mds*[!k]"))  # but its lock
+    assert not list((tmp_path / "cache/train").glob("shard.00001.mds*[!k]"))  # except its lock file
     shutil.copy(Path(write(folder, tmp_path / "good", **options), "train", name), path + "/train")
-    assert len(batches(stream(path, tmp_path / "cache"))) == 11  # nothing of it was kept
+    assert len(batches(stream(path, tmp_path / "cache"))) == 11  # the damaged shard was deleted
 
 
-def test_a_shard_that_went_bad_in_the_cache_is_named(mds: str, tmp_path: Path) -> None:
+def test_shard_damaged_in_the_cache_is_named(mds: str, tmp_path: Path) -> None:
     batches(stream(mds, tmp_path))
     path = tmp_path / "train/shard.00001.mds"
     path.write_bytes(path.read_bytes()[:200])
@@ -124,7 +124,7 @@ def test_a_shard_that_went_bad_in_the_cache_is_named(mds: str, tmp_path: Path) -
     assert len(batches(stream(mds, tmp_path))) == 11
 
 
-def test_what_is_missing_is_named(mds: str, folder: str, tmp_path: Path) -> None:
+def test_missing_shards_and_columns_are_named(mds: str, folder: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"/nowhere/train/index\.json: "):
         stream("/nowhere", None)
     with pytest.raises(DataError, match=r"/nowhere/train/index\.json: "):
@@ -150,7 +150,7 @@ def test_what_is_missing_is_named(mds: str, folder: str, tmp_path: Path) -> None
         batches(stream(mds, tmp_path / "e", validate_hash="md5"))
 
 
-def test_a_bad_photo_in_a_shard_is_named(mds: str, folder: str, tmp_path: Path) -> None:
+def test_invalid_image_in_a_shard_is_named(mds: str, folder: str, tmp_path: Path) -> None:
     with MDSWriter(out=str(tmp_path / "train"), columns=COLUMNS) as writer:
         sample = list_samples(folder, "train")[0]
         mask = Path(sample.mask_path).read_bytes()
@@ -161,7 +161,7 @@ def test_a_bad_photo_in_a_shard_is_named(mds: str, folder: str, tmp_path: Path) 
         dataset[0]
 
 
-def test_tries_again_and_says_so(
+def test_failed_shard_downloads_are_retried_and_logged(
     mds: str,
     expected: list[list[str]],
     tmp_path: Path,

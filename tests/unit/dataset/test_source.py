@@ -14,14 +14,14 @@ from tests.support.source import describe, tree
 
 
 @pytest.mark.parametrize("exclude", [3, [""], [["a"]], [{"a": 1}]])
-def test_exclude_is_a_list_of_paths(exclude: Any) -> None:
+def test_exclude_must_be_a_list_of_paths(exclude: Any) -> None:
     with pytest.raises(ConfigError, match=r"exclude: got .*; expected paths of files or folders"):
         describe(exclude=exclude)
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.15, 0.5, 0.999])
 @pytest.mark.parametrize("names", ["{}", "ADE_train_{:08}", "street/{}", "é {}"])
-def test_a_fraction_leaves_no_split_empty(tmp_path: Path, names: str, fraction: float) -> None:
+def test_fraction_split_leaves_no_split_empty(tmp_path: Path, names: str, fraction: float) -> None:
     description = describe(train={"images": "img", "masks": "seg"}, val={"fraction": fraction})
     for count in range(1, 13):
         name = names.format(count)
@@ -35,18 +35,18 @@ def test_a_fraction_leaves_no_split_empty(tmp_path: Path, names: str, fraction: 
 @pytest.mark.parametrize(
     ("files", "reasons"),
     [
-        pytest.param(["img/5.jpg"], {"its mask is missing; expected seg"}, id="no mask"),
-        pytest.param(["seg/5.png"], {"its image is missing"}, id="no image"),
-        pytest.param(["img/1.png"], {"has the same name as"}, id="the same name twice"),
-        pytest.param(["seg/1.bmp"], {"has the same name as"}, id="two masks"),
+        pytest.param(["img/5.jpg"], {"its mask is missing; expected seg"}, id="missing mask"),
+        pytest.param(["seg/5.png"], {"its image is missing"}, id="missing image"),
+        pytest.param(["img/1.png"], {"has the same name as"}, id="duplicate image name"),
+        pytest.param(["seg/1.bmp"], {"has the same name as"}, id="duplicate mask name"),
         pytest.param(
             ["img/5.jpg", "seg/6.png"],
             {"its mask is missing; expected seg", "its image is missing"},
-            id="one of each",
+            id="missing mask and image",
         ),
     ],
 )
-def test_one_fault_of_a_fraction_is_one_finding(
+def test_fault_in_a_fraction_split_is_reported_once(
     tmp_path: Path, files: list[str], reasons: set[str]
 ) -> None:
     pairs = [
@@ -54,9 +54,9 @@ def test_one_fault_of_a_fraction_is_one_finding(
     ]
     tree(tmp_path, pairs + files)
     description = describe(train={"images": "img", "masks": "seg"}, val={"fraction": 0.5})
-    found = [f for s in ("train", "val") for f in find_samples(description, s, str(tmp_path))[1]]
-    assert len(found) == len(reasons)
-    assert all(any(finding.reason.startswith(reason) for finding in found) for reason in reasons)
+    findings = [f for s in ("train", "val") for f in find_samples(description, s, str(tmp_path))[1]]
+    assert len(findings) == len(reasons)
+    assert all(any(finding.reason.startswith(reason) for finding in findings) for reason in reasons)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 from tests.support.waits import short_measurement  # noqa: F401
 
 
-def test_the_number_of_cores_is_asked_for_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sched_getaffinity_is_used_only_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has no os.sched_getaffinity."""
     from dataset.workers import available_cores
 
@@ -29,12 +29,12 @@ def test_the_number_of_cores_is_asked_for_in_one_place(monkeypatch: pytest.Monke
     assert [f.name for f in files if "sched_getaffinity" in f.read_text()] == ["workers.py"]
 
 
-def test_a_process_that_dies_is_one_line():
+def test_dead_worker_process_gives_a_one_line_error():
     with pytest.raises(DataError, match="a worker process died"):
         list(in_processes({0: (os._exit, 1)}, workers=1))
 
 
-def test_cores_are_counted_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_counted_without_sched_getaffinity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers.available_cores() >= 1
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)

@@ -1,4 +1,4 @@
-"""Tests of extras/evaluation_data.py; integration/test_evaluate.py evaluates whole sets."""
+"""Tests of extras/evaluation_data.py; integration/test_evaluate.py evaluates complete datasets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,23 @@ from segmentation.classes import load_classes
 @pytest.mark.parametrize(
     ("ours", "recorded", "outcome"),
     [
-        pytest.param(True, {}, "fine", id="nothing is recorded"),
-        pytest.param(True, {"ignore_background": True}, "fine", id="the same"),
-        pytest.param(False, {"ignore_background": True, "path": "a"}, "refused", id="the same set"),
-        pytest.param(False, {"ignore_background": True, "path": "b"}, "warned", id="another set"),
+        pytest.param(True, {}, "fine", id="no record"),
+        pytest.param(True, {"ignore_background": True}, "fine", id="same setting"),
+        pytest.param(
+            False,
+            {"ignore_background": True, "path": "a"},
+            "refused",
+            id="other setting, same dataset",
+        ),
+        pytest.param(
+            False,
+            {"ignore_background": True, "path": "b"},
+            "warned",
+            id="other setting, other dataset",
+        ),
     ],
 )
-def test_label_0_means_what_it_meant_in_the_run(
+def test_label_0_has_the_same_meaning_as_in_training(
     ours: bool, recorded: dict[str, Any], outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = {"ignore_background": ours, "path": "a"}
@@ -36,18 +46,18 @@ def test_label_0_means_what_it_meant_in_the_run(
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    """The command line without options, and some changes."""
+    """Return the default command-line options with some changes."""
     names = ("config", "data", "path", "local", "ignore_background")
     return argparse.Namespace(**{**dict.fromkeys(names), "batch_size": 8, **changes})
 
 
 def model(path: str | None = None) -> Any:
-    """A model of three classes, whose run was validated on a folder."""
+    """Return a model with three classes and the validation folder of its run."""
     config = {"eval_dataset": {"path": path, "ignore_background": False}} if path else {}
     return SimpleNamespace(config=config, classes=load_classes(["a", "b", "c"], 3))
 
 
-def test_the_validation_set_is_that_of_the_run_or_of_the_command_line(tmp_path: Path) -> None:
+def test_command_line_overrides_the_validation_set_of_the_run(tmp_path: Path) -> None:
     source, arguments = data_source(options(), model("recorded"))
     assert source.path == "recorded" and source.split == "val"
     assert arguments["ignore_background"] is False and not arguments["shuffle"]
@@ -61,12 +71,12 @@ def test_the_validation_set_is_that_of_the_run_or_of_the_command_line(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        pytest.param({}, "does not name a validation set", id="none"),
+        pytest.param({}, "does not name a validation set", id="no dataset"),
         pytest.param(
-            {"path": "s3://bucket/set"}, "set a cache folder with --local", id="a remote set"
+            {"path": "s3://bucket/set"}, "set a cache folder with --local", id="remote dataset"
         ),
     ],
 )
-def test_a_missing_validation_set_is_one_line(changes: dict[str, Any], error: str) -> None:
+def test_missing_validation_set_gives_an_error(changes: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         data_source(options(**changes), model())

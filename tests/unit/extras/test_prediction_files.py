@@ -10,12 +10,12 @@ from predict import find_photos
 from tests.support.predict import photo  # noqa: F401
 
 
-def test_finds_photos(tmp_path: Path, photo: np.ndarray):
+def test_images_are_found_with_output_names(tmp_path: Path, photo: np.ndarray):
     for name in ("a/x.jpg", "a/b/x.png", "x.png", "x.jpg", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = list(find_photos([f"{tmp_path}/a", f"{tmp_path}/*.png", f"{tmp_path}/x.*", "gone.jpg"]))
-    assert [(str(path).removeprefix(f"{tmp_path}/"), name) for path, name in found] == [
+    files = list(find_photos([f"{tmp_path}/a", f"{tmp_path}/*.png", f"{tmp_path}/x.*", "gone.jpg"]))
+    assert [(str(path).removeprefix(f"{tmp_path}/"), name) for path, name in files] == [
         ("a/b/x.png", "b/x"),
         ("a/x.jpg", "x"),
         ("x.png", "x_2"),
@@ -24,20 +24,20 @@ def test_finds_photos(tmp_path: Path, photo: np.ndarray):
     ]
 
 
-def test_videos_and_images_have_outputs_of_their_own(tmp_path: Path):
-    """The indices of a video's frames go to a folder, which may be that of images."""
+def test_videos_and_images_get_distinct_output_names(tmp_path: Path):
+    """The masks of a video's frames go to a folder, which may have the name of an image folder."""
     names = ("drive/000001.jpg", "drive.mp4", "Yard.jpg", "yard.png", "b.mov", "b/c/d.png")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     for order in (1, -1):
-        found = dict(find_photos([f"{tmp_path}/{name.split('/')[0]}" for name in names][::order]))
-        # A folder that is named gives its images their names inside.
-        assert len({name.casefold() for name in found.values()}) == len(names)
-        found = {
+        files = dict(find_photos([f"{tmp_path}/{name.split('/')[0]}" for name in names][::order]))
+        # Images of an input folder are named relative to that folder.
+        assert len({name.casefold() for name in files.values()}) == len(names)
+        files = {
             str(path.relative_to(tmp_path)): name for path, name in find_photos([str(tmp_path)])
         }
-        assert found == {
+        assert files == {
             "Yard.jpg": "Yard",
             "b/c/d.png": "b/c/d",
             "b.mov": "b_2",

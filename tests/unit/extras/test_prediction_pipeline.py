@@ -19,7 +19,7 @@ from extras.prediction_pipeline import segment_images
 
 
 class Brightness:
-    """A model whose class of a pixel is its red value divided by 64; it notes its batches."""
+    """A model that predicts a pixel's red value divided by 64, and records its batch sizes."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = SimpleNamespace(type=device)
@@ -62,19 +62,19 @@ def test_every_image_gets_its_own_prediction(tmp_path: Path, device: str) -> Non
     assert (max(model.batches) == 1) is (device == "cpu")
 
 
-def test_files_appear_in_the_order_of_the_images(tmp_path: Path, monkeypatch: Any) -> None:
+def test_files_are_written_in_the_order_of_the_images(tmp_path: Path, monkeypatch: Any) -> None:
     written = []
 
-    def note(path: str, content: bytes) -> None:
+    def record(path: str, content: bytes) -> None:
         written.append(Path(path).name)
 
-    monkeypatch.setattr(prediction_pipeline, "write_file", note)
+    monkeypatch.setattr(prediction_pipeline, "write_file", record)
     files = write(tmp_path, [(300, 400) if i % 3 == 0 else (4, 4) for i in range(30)])
     list(segment_images(Brightness("cuda"), files, ["index"]))
     assert written == [f"{number:03}.png" for number in range(30)]
 
 
-def test_a_file_that_is_not_an_image_is_skipped_in_its_place(tmp_path: Path, capsys: Any) -> None:
+def test_invalid_image_is_skipped_in_its_place(tmp_path: Path, capsys: Any) -> None:
     files = write(tmp_path, [(8, 8)] * 3)
     files[1][0].write_bytes(b"no image")
     files.append((tmp_path / "missing.png", tmp_path / "out" / "missing"))
@@ -86,7 +86,7 @@ def test_a_file_that_is_not_an_image_is_skipped_in_its_place(tmp_path: Path, cap
     ]
 
 
-def test_the_first_error_ends_the_work(tmp_path: Path, monkeypatch: Any) -> None:
+def test_first_output_error_stops_the_pipeline(tmp_path: Path, monkeypatch: Any) -> None:
     written = []
 
     def fail_at_third(path: str, content: bytes) -> None:
@@ -104,24 +104,24 @@ def test_the_first_error_ends_the_work(tmp_path: Path, monkeypatch: Any) -> None
 
 
 @pytest.mark.parametrize(("limit", "most"), [(1, 2), (2**28, 100)])
-def test_few_images_are_held_at_once(
+def test_number_of_images_in_memory_is_limited(
     tmp_path: Path, monkeypatch: Any, limit: int, most: int
 ) -> None:
     monkeypatch.setattr(prediction_pipeline, "MAX_BYTES", limit)
-    held, largest, lock = 0, 0, threading.Lock()
+    in_memory, largest, lock = 0, 0, threading.Lock()
 
     def read(path: Path) -> np.ndarray:
-        nonlocal held, largest
+        nonlocal in_memory, largest
         with lock:
-            held += 1
-            largest = max(largest, held)
+            in_memory += 1
+            largest = max(largest, in_memory)
         return np.array(Image.open(path))
 
     monkeypatch.setattr(prediction_pipeline, "read_photo", read)
     files = write(tmp_path, [(8, 8)] * 60)
     for _ in segment_images(Brightness(), files, ["index"]):
         with lock:
-            held -= 1
-    # Before its first image is read, the pipeline does not know its size.
+            in_memory -= 1
+    # The pipeline does not know the image size before it has read the first image.
     assert largest <= max(most, 2 + prediction_pipeline.BATCH + 16)
     assert largest < 60

@@ -18,7 +18,7 @@ from segmentation.drawing import VideoOverlay
 from tests.support.video import SIZE, camera, clip, opencv_frames, scenes, write  # noqa: F401
 
 
-def test_frames_are_what_opencv_reads(clip: Path) -> None:
+def test_video_frames_match_opencv(clip: Path) -> None:
     video = Video(clip)
     frames = list(video)
     assert (video.rate, video.length) == (5, 7)
@@ -31,8 +31,8 @@ def test_frames_are_what_opencv_reads(clip: Path) -> None:
     assert all(np.array_equal(one.photo, frames[one.number].photo) for one in every)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    times = [0, 0.1, 0.5, 0.5, 2]  # unevenly, and two at once
+def test_written_video_can_be_read_again(tmp_path: Path) -> None:
+    times = [0, 0.1, 0.5, 0.5, 2]  # uneven times, and two equal ones
     pictures = write(tmp_path / "out.mp4", times)
     frames = list(Video(tmp_path / "out.mp4"))
     assert [float(frame.time) for frame in frames] == pytest.approx(times, abs=1e-4)
@@ -40,14 +40,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         frames, pictures, opencv_frames(tmp_path / "out.mp4"), strict=True
     ):
         assert np.abs(frame.photo.astype(int) - picture).mean() < 4
-        assert np.abs(opencv.astype(int) - picture).mean() < 12  # it takes BT.709 for BT.601
+        assert np.abs(opencv.astype(int) - picture).mean() < 12  # OpenCV decodes BT.709 as BT.601
     with av.open(str(tmp_path / "out.mp4")) as container:
         context = container.streams.video[0].codec_context
         assert (context.name, context.pix_fmt, context.colorspace) == ("h264", "yuv420p", 1)
 
 
 @pytest.mark.parametrize("name", ["late.ts", "late.mkv"])
-def test_a_clock_that_has_long_gone(tmp_path: Path, name: str) -> None:
+def test_frame_times_start_at_0_for_any_stream_start(tmp_path: Path, name: str) -> None:
     write(tmp_path / "part.mp4", [0, 0.1, 0.5])
     with av.open(f"{tmp_path}/part.mp4") as part, av.open(f"{tmp_path}/{name}", "w") as late:
         stream = late.add_stream_from_template(part.streams.video[0])
@@ -57,12 +57,12 @@ def test_a_clock_that_has_long_gone(tmp_path: Path, name: str) -> None:
                 packet.stream = stream
                 late.mux(packet)
     times = [float(frame.time) for frame in Video(tmp_path / name)]
-    assert times == pytest.approx([0, 0.1, 0.5], abs=2e-3)  # Matroska's are milliseconds
+    assert times == pytest.approx([0, 0.1, 0.5], abs=2e-3)  # Matroska stores milliseconds
 
 
-def test_a_video_is_turned_as_the_telephone_was_held(tmp_path: Path) -> None:
+def test_video_rotation_is_applied(tmp_path: Path) -> None:
     (picture,) = write(tmp_path / "upright.mp4", [0])
-    # The track's matrix (ISO/IEC 14496-12: a, b, u, c, d, v, x, y, w): a quarter turn clockwise.
+    # The track matrix (ISO/IEC 14496-12: a, b, u, c, d, v, x, y, w) is a clockwise quarter turn.
     matrix = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, SIZE[0] << 16, 0, 1 << 30)
     content = bytearray((tmp_path / "upright.mp4").read_bytes())
     place = content.index(b"tkhd") + 44
@@ -73,7 +73,7 @@ def test_a_video_is_turned_as_the_telephone_was_held(tmp_path: Path) -> None:
     assert np.abs(frame.photo.astype(int) - clockwise).mean() < 4
 
 
-def test_colours_and_legend_are_steady() -> None:
+def test_colours_and_legend_do_not_change_between_frames() -> None:
     classes = [
         ClassInfo(name, color)
         for name, color in zip("abc", [(200, 0, 0), (0, 200, 0), (0, 0, 200)])
@@ -87,22 +87,22 @@ def test_colours_and_legend_are_steady() -> None:
     assert all(side % 2 == 0 for side in pages[0].shape[:2])
     assert np.array_equal(pages[0][:321, :401], pages[2][:321, :401])
     legends = [page[:, 401:] for page in pages]
-    assert np.array_equal(legends[1], legends[2])  # a class stays when it is not to be seen
+    assert np.array_equal(legends[1], legends[2])  # invisible classes stay
     changed = np.flatnonzero((legends[0] != legends[1]).any((1, 2)))
     kept = np.flatnonzero((legends[0] != 255).any((1, 2)))
-    assert changed.min() > kept.max()  # and new ones come below
+    assert changed.min() > kept.max()  # new classes are added below
 
 
-def test_a_camera_shows_its_newest_frame() -> None:
+def test_camera_returns_its_newest_frame() -> None:
     numbers, times = [], []
     ends = pytest.raises(
         DataError, match="the video is cut short after 40 frames: Input/output error"
     )
     with camera(scenes(40), 20) as address, ends:
         for frame in Camera(address):
-            time.sleep(0.25)  # five frames
+            time.sleep(0.25)  # the time of five frames
             numbers.append(frame.number)
             times.append(float(frame.time))
     assert len(numbers) < 20 and min(np.diff(numbers)) > 0 and max(np.diff(numbers)) > 2
-    assert numbers[-1] >= 38  # the decoder may keep one
+    assert numbers[-1] >= 38  # the decoder may keep one frame
     assert min(np.diff(times)) > 0.2 and times[-1] > 1

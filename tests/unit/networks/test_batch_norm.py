@@ -13,7 +13,7 @@ from networks.batch_norm import (
 from tests.support.batch_norm import make_batch, make_network
 
 
-def test_evaluation_and_names_are_batch_norms() -> None:
+def test_sync_batch_norm_keeps_names_and_evaluation_results() -> None:
     network, (images, _) = make_network(), make_batch()
     expected, names = network.eval()(images), list(network.state_dict())
     share_statistics(network, type("Group", (), {"group_name": "0"})())
@@ -22,13 +22,13 @@ def test_evaluation_and_names_are_batch_norms() -> None:
     assert torch.equal(network(images), expected)
 
 
-def test_batches_are_counted_as_torch_does() -> None:
+def test_batches_are_counted_like_pytorch() -> None:
     network, theirs, (images, _) = make_network(), make_network(), make_batch()
     layers = stop_counting(network)
     for frozen in (False, True):
         if frozen:
-            for each in (network, theirs):
-                each[1].eval()
+            for model in (network, theirs):
+                model[1].eval()
         count_batches(layers)
         assert torch.equal(network(images), theirs(images))
     state = theirs.state_dict()

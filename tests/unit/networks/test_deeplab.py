@@ -27,25 +27,25 @@ def test_logits_have_the_strides_of_the_paper(use_plus: bool, upsample: bool, si
 
 
 @pytest.mark.parametrize("arch", ["resnet101", "resnext50_32x4d", "wide_resnet50_2"])
-def test_every_bottleneck_resnet_is_a_backbone(arch: str) -> None:
+def test_every_bottleneck_resnet_works_as_a_backbone(arch: str) -> None:
     with torch.device("meta"):
         network = deeplabv3(3, arch)
         assert network(torch.empty(2, 3, 64, 64)).shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
-def test_a_resnet_of_basic_blocks_is_refused(arch: str) -> None:
+def test_resnet_with_basic_blocks_is_rejected(arch: str) -> None:
     with pytest.raises(ModelError, match=f"{arch} has basic blocks"):
         deeplabv3(3, arch)
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet999", "ResNet", "conv1x1"])
-def test_what_is_no_resnet_is_refused(arch: str) -> None:
+def test_unknown_backbone_arch_is_rejected(arch: str) -> None:
     with pytest.raises(ModelError, match=f"backbone_arch={arch}: torchvision has no such ResNet"):
         deeplabv3(3, arch)
 
 
-def test_without_a_network_the_error_names_the_file_and_its_place(
+def test_failed_download_names_the_weights_file_and_its_cache_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
@@ -59,18 +59,20 @@ def test_without_a_network_the_error_names_the_file_and_its_place(
     assert f"copy it to {tmp_path}/checkpoints/resnet101-cd907fc2.pth" in str(caught.value)
 
 
-def test_pooling_to_one_pixel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values of an interpolation, and a gradient that bf16 does not lose in a long sum."""
+def test_image_pool_on_a_gpu_matches_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values match an interpolation, and bf16 gradients keep their precision in a long sum."""
     pool = ImagePool(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 5, 1))
     image, weight = torch.randn(2, 3, 40, 48), torch.rand(2, 5, 40, 48)
-    found = []
+    results = []
     for on_gpu in (False, True):
         monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
         pooled = pool(image)
         assert pooled.shape[2:] == ((40, 48) if on_gpu else (1, 1))
         spread = nn.functional.interpolate(pooled, (40, 48), mode="bilinear")
-        found.append((spread, *torch.autograd.grad((spread * weight).sum(), [*pool.parameters()])))
-    for ours, theirs in zip(*found, strict=True):
+        results.append(
+            (spread, *torch.autograd.grad((spread * weight).sum(), [*pool.parameters()]))
+        )
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     pixel = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.rand(1, 1, 64, 64).to(torch.bfloat16)
@@ -93,8 +95,8 @@ def test_pooling_to_one_pixel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "wide_resnet101_2",
     ],
 )
-def test_infers_every_architecture(arch: str, use_plus: bool):
+def test_every_architecture_is_inferred_from_its_weights(arch: str, use_plus: bool):
     with torch.device("meta"):
         network = deeplabv3(7, arch, sync_bn=False, use_plus=use_plus)
-    found = infer_architecture(network.state_dict())
-    assert found == {"num_classes": 7, "backbone_arch": arch, "use_plus": use_plus}
+    architecture = infer_architecture(network.state_dict())
+    assert architecture == {"num_classes": 7, "backbone_arch": arch, "use_plus": use_plus}

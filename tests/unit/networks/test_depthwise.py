@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from networks import depthwise
 from networks.depthwise import DilatedDepthwiseConv2d
 
-CHANNELS = 80  # a chunk of 64 and a rest
+CHANNELS = 80  # one chunk of 64 and a remainder
 
 
 def layer(dilation: int) -> DilatedDepthwiseConv2d:
@@ -16,7 +16,7 @@ def layer(dilation: int) -> DilatedDepthwiseConv2d:
 
 
 def reference(conv, image, grad):
-    """Output and gradients of `F.conv2d` in fp64."""
+    """Return the output and the gradients of `F.conv2d` in fp64."""
     image, weight = image.detach().double(), conv.weight.detach().double()
     image.requires_grad_()
     weight.requires_grad_()
@@ -30,34 +30,34 @@ def reference(conv, image, grad):
 @pytest.mark.parametrize(
     ("dilation", "size"), [(12, (40, 30)), (12, (12, 13)), (36, (9, 50)), (36, (4, 4)), (1, (5, 3))]
 )
-def test_equals_pytorchs_convolution(monkeypatch, dilation, size, layout, dtype):
+def test_depthwise_convolution_matches_pytorch(monkeypatch, dilation, size, layout, dtype):
     monkeypatch.setattr(depthwise, "CHUNK", 1)
     conv = layer(dilation)
     image = torch.randn(2, CHANNELS, *size).to(dtype).contiguous(memory_format=layout)
     grad = torch.randn_like(image)
     image.requires_grad_()
     output = conv(image)
-    found = (output, *torch.autograd.grad(output, (image, conv.weight), grad))
+    results = (output, *torch.autograd.grad(output, (image, conv.weight), grad))
     assert output.dtype == dtype and output.stride() == image.stride()
-    assert found[2].stride() == conv.weight.stride()
-    for ours, exact in zip(found, reference(conv, image, grad), strict=True):
+    assert results[2].stride() == conv.weight.stride()
+    for ours, exact in zip(results, reference(conv, image, grad), strict=True):
         tolerance = 1e-5 if ours.dtype == torch.float32 else 2**-8  # bf16 keeps 8 bits
         assert (ours - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-def test_bf16_weight_gradient_at_full_size():
-    """What oneDNN gets wrong."""
+def test_bf16_weight_gradient_is_accurate_at_full_size():
+    """oneDNN's own gradient is too inaccurate here."""
     conv = layer(12)
     image = (
         torch.randn(1, CHANNELS, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
     )
     grad = torch.randn_like(image)
-    (found,) = torch.autograd.grad(conv(image), conv.weight, grad)
+    (actual,) = torch.autograd.grad(conv(image), conv.weight, grad)
     exact = reference(conv, image, grad)[2]
-    assert (found - exact).norm() < 1e-3 * exact.norm()
+    assert (actual - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_is_exported_as_a_convolution():
+def test_depthwise_convolution_is_exported_as_a_convolution():
     conv = layer(12).eval()
     image = torch.randn(1, CHANNELS, 16, 16)
     traced = torch.jit.trace(conv, image)

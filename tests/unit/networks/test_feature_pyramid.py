@@ -6,14 +6,14 @@ import torch
 from networks.feature_pyramid import ChannelNorm, SimpleFeaturePyramid
 
 
-def test_two_feature_maps_of_four_and_two_times_the_size() -> None:
+def test_pyramid_upsamples_the_last_features_by_four_and_two() -> None:
     pyramid = SimpleFeaturePyramid(16)
     maps = pyramid([torch.zeros(2, 16, 7, 7), torch.randn(2, 16, 3, 5)])
     assert [tuple(m.shape) for m in maps] == [(2, 4, 12, 20), (2, 8, 6, 10)]
     assert pyramid.channels == (4, 8)
 
 
-def test_each_position_is_normalised_by_itself() -> None:
+def test_channel_norm_normalises_each_position_by_itself() -> None:
     image = torch.randn(2, 8, 3, 3) * 5 + 2
     result = ChannelNorm(8)(image)
     expected = (image - image.mean(1, True)) / (
@@ -24,7 +24,7 @@ def test_each_position_is_normalised_by_itself() -> None:
     torch.testing.assert_close(alone, result[:, :, :1, :1])
 
 
-def test_every_weight_learns() -> None:
+def test_every_pyramid_weight_gets_a_gradient() -> None:
     pyramid = SimpleFeaturePyramid(16)
     weights = [torch.randn(m.shape) for m in pyramid([torch.zeros(1, 16, 2, 2)])]
     maps = pyramid([torch.randn(1, 16, 2, 2)])
@@ -33,5 +33,5 @@ def test_every_weight_learns() -> None:
 
 
 @pytest.mark.parametrize("channels", [192, 384, 768])
-def test_channels_of_common_transformers_divide(channels: int) -> None:
+def test_pyramid_channels_divide_for_common_transformers(channels: int) -> None:
     assert SimpleFeaturePyramid(channels).channels == (channels // 4, channels // 2)

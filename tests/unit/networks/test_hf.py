@@ -17,18 +17,18 @@ from networks.registry import named_network
 from tests.support.networks import hf_folder  # noqa: F401
 
 
-def test_hf_weights_of_a_folder_are_loaded_and_the_classes_left_new(hf_folder: str) -> None:
+def test_hf_folder_weights_are_loaded_except_the_classifier(hf_folder: str) -> None:
     network = named_network(f"hf:{hf_folder}", 3, {}, "any")
-    # transformers writes the names of its version 4.
+    # save_pretrained writes the names of transformers 4.
     saved = current_names(network, load_weights(Path(hf_folder, "model.safetensors")).state)
     own = network.network.state_dict()
-    differ = [name for name in own if own[name].shape != saved[name].shape]
-    assert differ == ["decode_head.classifier.weight", "decode_head.classifier.bias"]
-    assert all(torch.equal(own[name], saved[name]) for name in own if name not in differ)
+    mismatched = [name for name in own if own[name].shape != saved[name].shape]
+    assert mismatched == ["decode_head.classifier.weight", "decode_head.classifier.bias"]
+    assert all(torch.equal(own[name], saved[name]) for name in own if name not in mismatched)
 
 
-def test_hf_weights_of_transformers_4_fit(hf_folder: str) -> None:
-    """Its names are those that save_pretrained still writes."""
+def test_hf_weights_of_transformers_4_are_loaded(hf_folder: str) -> None:
+    """save_pretrained still writes the names of transformers 4."""
     weights = load_weights(Path(hf_folder, "model.safetensors"))
     network = named_network(f"hf:{hf_folder}", 5, {})
     if weights.state.keys() == network.network.state_dict().keys():
@@ -42,7 +42,7 @@ def test_hf_weights_of_transformers_4_fit(hf_folder: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mask2former", "maskformer", "eomt", "oneformer", "detr", "bert"])
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_network_that_predicts_other_things_is_refused(
+def test_hf_network_for_another_task_is_rejected(
     tmp_path: Path, kind: str, from_file: bool
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))

@@ -18,19 +18,19 @@ from networks.libraries import (
 )
 
 
-def test_plain_drops_what_loads_weights_and_keeps_the_rest() -> None:
-    stated = {
+def test_plain_removes_only_arguments_that_load_weights() -> None:
+    arguments_in_file = {
         "hidden": 8,
         "pretrained": "imagenet",
         "backbone": {"use_pretrained_backbone": True, "sizes": [1, 2], "name": "resnet-18.a1"},
         "encoder_weights": "x",
     }
     expected = {"hidden": 8, "backbone": {"sizes": [1, 2], "name": "resnet-18.a1"}}
-    assert plain(stated, "file.pt") == expected
+    assert plain(arguments_in_file, "file.pt") == expected
 
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "http://host/x", "a b", "~/x", "nvidia/mit-b0"])
-def test_plain_refuses_what_could_be_a_path_or_an_address(value: str) -> None:
+def test_plain_rejects_paths_and_addresses(value: str) -> None:
     with pytest.raises(ModelError, match=r"file\.pt: rejected, because a\.b is"):
         plain({"a": {"b": [value]}}, "file.pt")
 
@@ -45,29 +45,29 @@ def test_plain_refuses_what_could_be_a_path_or_an_address(value: str) -> None:
                      ({"aux_loss": True}, "torchvision:fcn_resnet50"), id="torchvision, aux"),
         pytest.param("torchvision:fcn_resnet50", {}, ["classifier.0.weight"],
                      ({}, "torchvision:fcn_resnet50"), id="torchvision"),
-        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="others"),
+        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="other"),
     ],
 )  # fmt: skip
-def test_arguments_of_a_library_s_own_file(
+def test_arguments_are_read_from_a_library_checkpoint(
     tmp_path: Any, network: str, config: dict[str, Any], state: list[str], expected: Any
 ) -> None:
-    found = foreign_arguments(network, config, state, str(tmp_path))
-    assert found == (expected[0], expected[1].replace("FOLDER", str(tmp_path)))
+    actual = foreign_arguments(network, config, state, str(tmp_path))
+    assert actual == (expected[0], expected[1].replace("FOLDER", str(tmp_path)))
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_unknown_network_name_suggests_the_nearest() -> None:
     error = unknown("smp", "Unett", ["FPN", "Unet", "Linknet"])
     assert str(error).startswith("model.name=smp:Unett: ") and "Unet" in str(error)
 
 
-def test_a_package_that_is_missing_is_named_with_its_group() -> None:
+def test_missing_package_is_named_with_its_install_group() -> None:
     with pytest.raises(ModelError, match="needs not_installed; run make install WITH=group"):
         require("not_installed", "x:y", "group")
     assert require("json", "x:y").loads("1") == 1
 
 
 @pytest.mark.parametrize("function", [call, fetch])
-def test_an_error_of_a_library_is_one_line(function: Any) -> None:
+def test_library_error_gives_a_one_line_error(function: Any) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise KeyError("no\nsuch layer")
 
@@ -76,7 +76,7 @@ def test_an_error_of_a_library_is_one_line(function: Any) -> None:
     assert "model.name=smp:Unet" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_arguments_of_the_network_itself_do_not_reach_the_library() -> None:
+def test_own_arguments_are_not_passed_to_the_library() -> None:
     arguments = {"mean": [0], "std": [1], "size_divisor": 32, "channels_last": False, "depth": 3}
     assert without_own(arguments) == {"depth": 3}
 
@@ -91,7 +91,7 @@ def not_a_module(num_classes: int) -> int:
     return num_classes
 
 
-def test_a_function_of_the_user_builds_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_function_builds_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import ModuleType
 

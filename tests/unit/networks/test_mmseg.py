@@ -11,8 +11,8 @@ from networks.registry import named_network
 from tests.support.networks import HEAD
 
 
-def test_class_weights_by_path_are_never_read(tmp_path: Path) -> None:
-    """mmcv would unpickle such a file, or fetch it."""
+def test_class_weight_files_are_never_read(tmp_path: Path) -> None:
+    """mmcv would unpickle or download such a file."""
     loss = {"type": "CrossEntropyLoss", "class_weight": "weights.pkl"}
     head = {**HEAD, "in_channels": 1280, "in_index": 6, "loss_decode": loss}
     config = {"type": "EncoderDecoder", "backbone": {"type": "MobileNetV2"}, "decode_head": head}
@@ -20,12 +20,12 @@ def test_class_weights_by_path_are_never_read(tmp_path: Path) -> None:
     assert "weights.pkl" not in json.dumps(network.arguments)
 
 
-def test_pretrained_weights_that_a_file_names_are_not_loaded(
+def test_pretrained_weights_named_in_a_file_are_not_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    called = []
+    calls = []
     for place in ("torch.hub.load_state_dict_from_url", "timm.models._builder.load_pretrained"):
-        monkeypatch.setattr(place, lambda *args, **kwargs: called.append(args))
+        monkeypatch.setattr(place, lambda *args, **kwargs: calls.append(args))
     head = {**HEAD, "in_channels": 512, "in_index": 4}
     backbone = {"type": "TIMMBackbone", "model_name": "resnet18", "features_only": True}
     mmseg = {"type": "EncoderDecoder", "backbone": backbone, "decode_head": head}
@@ -38,6 +38,6 @@ def test_pretrained_weights_that_a_file_names_are_not_loaded(
     named_network("timm:convnext_atto", 3, {"pretrained": True}, None, True)
     named_network("mmseg:x", 3, {"config": mmseg}, None, True)
     named_network("hf:x", 3, {"config": upernet}, None, True)
-    assert not called
+    assert not calls
     named_network("timm:convnext_atto", 3, {"pretrained": True})
-    assert called  # what was replaced is what loads
+    assert calls  # the replaced functions do load weights

@@ -20,7 +20,7 @@ from networks.registry import named_network
         "ocrnet/ocrnet_hr18s_512x512_80k_ade20k",
     ],
 )
-def test_auxiliary_losses_are_mmsegmentations_own(name: str) -> None:
+def test_auxiliary_losses_match_mmsegmentation(name: str) -> None:
     torch.manual_seed(0)
     network = named_network(f"mmseg:{name}", 5, {})
     segmentor = network.network
@@ -28,17 +28,17 @@ def test_auxiliary_losses_are_mmsegmentations_own(name: str) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # two passes
+            module.momentum = 0.0  # the test runs two passes
     image, target = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
     with torch.no_grad():
         logits, *auxiliary = network.train()(image)
-        found = network.auxiliary_loss(auxiliary, target, -1)
+        auxiliary_loss = network.auxiliary_loss(auxiliary, target, -1)
         theirs = segmentor.forward_train(image, None, target[:, None])
     upsampled = nn.functional.interpolate(logits, (64, 64), mode="bilinear")
     main_loss = nn.functional.cross_entropy(upsampled, target)
-    own = {key: float(loss) for key, loss in theirs.items() if "loss" in key}
-    if name.startswith("stdc"):  # whose main head has a sampler
-        own = {key: loss for key, loss in own.items() if key.startswith("aux")}
+    expected = {key: float(loss) for key, loss in theirs.items() if "loss" in key}
+    if name.startswith("stdc"):  # its main head has a sampler
+        expected = {key: loss for key, loss in expected.items() if key.startswith("aux")}
         main_loss = torch.zeros(())
     assert len(auxiliary) >= 1
-    assert float(found + main_loss) == pytest.approx(sum(own.values()), rel=1e-3)
+    assert float(auxiliary_loss + main_loss) == pytest.approx(sum(expected.values()), rel=1e-3)

@@ -28,7 +28,7 @@ from networks.mmseg_operators import (
 from networks.registry import named_network
 
 SHAPES = [
-    pytest.param((1, 1), (1, 1), id="one place"),
+    pytest.param((1, 1), (1, 1), id="one position"),
     pytest.param((4, 5), (3, 3), id="window inside the map"),
     pytest.param((5, 4), (7, 9), id="window over the map's edges"),
     pytest.param((4, 4), (7, 7), id="window of PSANet: 2n - 1"),
@@ -38,8 +38,8 @@ SHAPES = [
 KINDS = [pytest.param(COLLECT, id="collect"), pytest.param(DISTRIBUTE, id="distribute")]
 
 
-def loops(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
-    """The definition of PSAMask, one value at a time."""
+def reference_psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
+    """Compute a PSAMask value by value, following its definition."""
     batch, _, height, width = mask.shape
     rows, columns = mask_size
     result = mask.new_zeros(batch, height * width, height, width)
@@ -58,8 +58,8 @@ def loops(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     return result
 
 
-def outcome(function: Any, size: tuple[int, int], window: tuple[int, int], kind: int) -> Any:
-    """What a PSAMask gives for seeded values, and their gradient for a seeded one of the output."""
+def run_psa_mask(function: Any, size: tuple[int, int], window: tuple[int, int], kind: int) -> Any:
+    """Return a PSAMask's output and input gradient for seeded values."""
     random = torch.Generator().manual_seed(0)
     mask = torch.randn(2, window[0] * window[1], *size, generator=random, requires_grad=True)
     output = function(mask, kind, window)
@@ -69,9 +69,11 @@ def outcome(function: Any, size: tuple[int, int], window: tuple[int, int], kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "window"), SHAPES)
-def test_psa_mask(size: tuple[int, int], window: tuple[int, int], kind: int) -> None:
-    expected, gradient = outcome(loops, size, window, kind)
-    output, own_gradient = outcome(psa_mask, size, window, kind)
+def test_psa_mask_matches_its_definition(
+    size: tuple[int, int], window: tuple[int, int], kind: int
+) -> None:
+    expected, gradient = run_psa_mask(reference_psa_mask, size, window, kind)
+    output, own_gradient = run_psa_mask(psa_mask, size, window, kind)
     assert torch.equal(output, expected)
     assert torch.equal(own_gradient, gradient)
 
@@ -83,25 +85,25 @@ def test_psa_mask(size: tuple[int, int], window: tuple[int, int], kind: int) -> 
 )
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "window"), SHAPES)
-def test_psa_mask_is_the_compiled_one(
+def test_psa_mask_matches_the_compiled_operator(
     size: tuple[int, int], window: tuple[int, int], kind: int
 ) -> None:
     from mmcv.ops.psa_mask import PSAMaskFunction
 
-    expected, gradient = outcome(PSAMaskFunction.apply, size, window, kind)
-    output, own_gradient = outcome(psa_mask, size, window, kind)
+    expected, gradient = run_psa_mask(PSAMaskFunction.apply, size, window, kind)
+    output, own_gradient = run_psa_mask(psa_mask, size, window, kind)
     assert torch.equal(output, expected) and torch.equal(own_gradient, gradient)
 
 
-def test_values_outside_of_the_map_have_no_part() -> None:
-    """Not even as a product with 0, which would be NaN."""
+def test_psa_mask_ignores_values_outside_the_map() -> None:
+    """The product of infinity and 0 would be NaN."""
     mask = torch.full((1, 9, 1, 1), float("inf"))
     mask[:, 4] = 2.0
     assert psa_mask(mask, COLLECT, (3, 3)).tolist() == [[[[2.0]]]]
 
 
 @pytest.mark.parametrize("operator", ["deform_conv_forward", "sigmoid_focal_loss_forward", "nms"])
-def test_a_missing_operator_is_one_line(operator: str) -> None:
+def test_missing_operator_gives_a_one_line_error(operator: str) -> None:
     extension = MissingOperators()
     with pytest.raises(ModelError, match=f"operator {operator} is missing.*build mmcv-full") as e:
         getattr(extension, operator)(torch.zeros(1), scale=2)
@@ -109,7 +111,7 @@ def test_a_missing_operator_is_one_line(operator: str) -> None:
     assert not hasattr(extension, "__path__")
 
 
-def test_a_compiled_extension_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_extension_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = types.ModuleType(EXTENSION)
     monkeypatch.setitem(sys.modules, EXTENSION, compiled)
     provide_extension()
@@ -125,17 +127,17 @@ SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
 @pytest.fixture
 def mmcv_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which Python looks for mmcv's modules that are not imported yet."""
+    """Return a folder that Python searches for mmcv's unimported modules."""
     import mmcv
 
     monkeypatch.setattr(mmcv, "__path__", [str(tmp_path)])
-    # The first line has the old entry, or its absence, restored after the test.
+    # The next line makes monkeypatch restore the old state of the entry after the test.
     monkeypatch.setitem(sys.modules, EXTENSION, types.ModuleType(EXTENSION))
     del sys.modules[EXTENSION]
     return tmp_path
 
 
-def test_an_installed_extension_is_kept(mmcv_folder: Path) -> None:
+def test_installed_extension_is_kept(mmcv_folder: Path) -> None:
     (mmcv_folder / "_ext.py").write_text("def nms():\n    return 'compiled'\n")
     provide_extension()
     assert sys.modules[EXTENSION].nms() == "compiled"
@@ -159,15 +161,15 @@ def test_an_installed_extension_is_kept(mmcv_folder: Path) -> None:
         pytest.param(f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged"),
     ],
 )
-def test_an_extension_that_does_not_load_is_one_line(
+def test_broken_extension_gives_a_one_line_warning(
     mmcv_folder: Path, caplog: pytest.LogCaptureFixture, file: str, content: str, cause: str
 ) -> None:
     (mmcv_folder / file).write_text(content)
     provide_extension()
     (line,) = caplog.messages
     assert "\n" not in line and re.search(cause, line)
-    what = f"compiled operators of this mmcv-full do not load with torch {torch.__version__}"
-    assert what in line and "build mmcv-full 1.7.2 from source against this torch" in line
+    reason = f"compiled operators of this mmcv-full do not load with torch {torch.__version__}"
+    assert reason in line and "build mmcv-full 1.7.2 from source against this torch" in line
     assert lacks_operators()
     with pytest.raises(
         ModelError, match=f"operator nms is missing, because .* do not load.*{cause}"
@@ -176,7 +178,7 @@ def test_an_extension_that_does_not_load_is_one_line(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_psa_mask_is_replaced_only_where_the_operator_is_missing(
+def test_psa_mask_is_replaced_only_if_the_operator_is_missing(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmcv.ops import psa_mask as module
@@ -193,12 +195,10 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        pytest.param(DCN, "deform_conv_forward is missing", id="called by the backbone"),
+        pytest.param(DCN, "deform_conv_forward is missing", id="backbone"),
     ],
 )
-def test_a_network_that_needs_an_operator_is_refused_before_training(
-    arguments: dict[str, Any], where: str
-) -> None:
+def test_network_with_a_missing_operator_is_rejected(arguments: dict[str, Any], where: str) -> None:
     mmseg_operators.import_mmseg()
     if not isinstance(sys.modules[EXTENSION], MissingOperators):
         pytest.skip("this mmcv-full has compiled operators")

@@ -34,13 +34,13 @@ from training.config import resolve
         ("own_networks:build", {"height": 2}, "cannot be built: TypeError: .*height"),
     ],
 )
-def test_what_cannot_be_built_is_one_line(name: str, arguments: Any, reason: str) -> None:
+def test_unbuildable_network_gives_a_one_line_error(name: str, arguments: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as caught:
         named_network(name, 3, arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_package_names_its_group(
+def test_missing_package_is_named_with_its_install_group(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -51,7 +51,7 @@ def test_a_missing_package_names_its_group(
         named_network("timm:convnext_tiny", 3, {})
 
 
-def test_a_malformed_record_is_one_line(tmp_path: Path) -> None:
+def test_malformed_network_arguments_give_an_error(tmp_path: Path) -> None:
     path = planted(tmp_path, "torchvision:lraspp_mobilenet_v3_large", {"mean": "abc"})
     with pytest.raises(ModelError, match="cannot be built: ValueError"):
         predict.Segmenter(path)

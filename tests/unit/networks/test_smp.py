@@ -9,32 +9,32 @@ from networks.smp import build
 smp = pytest.importorskip("segmentation_models_pytorch")
 
 
-def test_it_is_smps_network_with_our_number_of_classes() -> None:
+def test_smp_network_is_built_with_our_number_of_classes() -> None:
     network = build("FPN", 5, {"encoder_name": "mobilenet_v2"}, None, False).eval()
     assert isinstance(network.network, smp.FPN) and network.size_divisor == 32
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 64)).shape[:2] == (1, 5)
 
 
-def test_pretrained_weights_bring_their_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+def test_pretrained_smp_weights_set_their_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_options = {}
 
     def create(**options: object) -> torch.nn.Module:
-        seen.update(options)
+        build_options.update(options)
         return torch.nn.Conv2d(3, 5, 1)
 
     create_network = type("FPN", (smp.FPN,), {"__new__": lambda cls, **options: create(**options)})
     monkeypatch.setattr(smp, "FPN", create_network)
-    stated = {"input_range": [0, 1], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda *_: stated)
+    params = {"input_range": [0, 1], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda *_: params)
     network = build("FPN", 5, {"encoder_name": "resnet34"}, "imagenet", False)
-    assert seen["encoder_weights"] == "imagenet" and seen["classes"] == 5
+    assert build_options["encoder_weights"] == "imagenet" and build_options["classes"] == 5
     assert network.mean == pytest.approx([123.675, 116.28, 103.53])
     assert network.std == pytest.approx([58.395, 57.12, 57.375])
     build("FPN", 5, {"encoder_name": "resnet34"}, "imagenet", True)
-    assert seen["encoder_weights"] is None
+    assert build_options["encoder_weights"] is None
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_unknown_smp_name_is_rejected() -> None:
     with pytest.raises(ModelError, match=r"smp:Unett.*Unet"):
         build("Unett", 5, {}, None, False)

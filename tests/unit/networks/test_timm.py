@@ -14,11 +14,11 @@ pytest.importorskip("timm")
 @pytest.mark.parametrize(
     ("name", "stride"),
     [
-        pytest.param("resnet10t", 8, id="stride 8 where timm can dilate"),
-        pytest.param("ghostnet_100", None, id="its own stride elsewhere"),
+        pytest.param("resnet10t", 8, id="dilated to stride 8"),
+        pytest.param("ghostnet_100", None, id="own stride"),
     ],
 )
-def test_features_of_stride_4_and_of_the_last_stage(name: str, stride: int | None) -> None:
+def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: int | None) -> None:
     network = build(name, 5, {}, None, False).eval()
     assert network.arguments.get("output_stride") == stride
     with torch.no_grad():
@@ -28,13 +28,15 @@ def test_features_of_stride_4_and_of_the_last_stage(name: str, stride: int | Non
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        pytest.param("resnet10", "resnet10: .*resnet", id="unknown"),
+        pytest.param("resnet10", "resnet10: .*resnet", id="unknown name"),
         pytest.param("vit_base_patch32_224", "patches of 14 or 16 pixels", id="large patches"),
         pytest.param("vit_base_patch8_224", "has no features of stride 4", id="no stride 4"),
-        pytest.param("beit_base_patch16_224", "accepts only one image size", id="one size alone"),
+        pytest.param(
+            "beit_base_patch16_224", "accepts only one image size", id="single image size"
+        ),
     ],
 )
-def test_a_network_that_cannot_be_used_is_refused(name: str, error: str) -> None:
+def test_unsuitable_timm_network_is_rejected(name: str, error: str) -> None:
     with torch.device("meta"), pytest.raises(ModelError, match=error):
         build(name, 5, {}, None, False)
 
@@ -49,7 +51,7 @@ def test_a_network_that_cannot_be_used_is_refused(name: str, error: str) -> None
         pytest.param("vit_base_patch16_224.mae", 16, id="MAE"),
     ],
 )
-def test_a_vision_transformer_takes_images_of_any_size(name: str, patch: int) -> None:
+def test_vision_transformer_accepts_images_of_any_size(name: str, patch: int) -> None:
     with torch.device("meta"):
         network = build(name, 5, {}, None, False).eval()
         assert network.size_divisor == patch
@@ -58,7 +60,7 @@ def test_a_vision_transformer_takes_images_of_any_size(name: str, patch: int) ->
             assert network(image).shape == (1, 5, 4 * rows, 4 * columns)
 
 
-def test_a_vision_transformer_sees_its_position_embeddings_at_every_size() -> None:
+def test_vision_transformer_uses_position_embeddings_at_any_size() -> None:
     network = build("vit_tiny_patch16_224", 5, {}, None, False).eval()
     image = torch.zeros(1, 3, 48, 64)
     with torch.no_grad():
@@ -67,7 +69,7 @@ def test_a_vision_transformer_sees_its_position_embeddings_at_every_size() -> No
         assert not torch.equal(network(image), before)
 
 
-def test_normalisation_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normalisation_matches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     network: Any = build("mobilenetv3_small_050", 5, {}, None, False)
     assert network.mean == pytest.approx([123.675, 116.28, 103.53], rel=1e-3)
     inception: Any = build("tf_mobilenetv3_small_minimal_100", 5, {}, None, False)

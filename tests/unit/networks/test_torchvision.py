@@ -7,19 +7,19 @@ from errors import ModelError
 from networks.torchvision import build
 
 
-def test_it_is_torchvisions_network_with_our_number_of_classes() -> None:
+def test_torchvision_network_is_built_with_our_number_of_classes() -> None:
     network = build("lraspp_mobilenet_v3_large", 5, {}, None, False).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 32)).shape[:2] == (1, 5)
     assert type(network.network).__name__ == "LRASPP"
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_unknown_torchvision_name_is_rejected() -> None:
     with pytest.raises(ModelError, match="torchvision:lrasp"):
         build("lrasp", 5, {}, None, False)
 
 
-def test_a_file_loads_no_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_named_in_a_file_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a file must not download weights")
 

@@ -1,4 +1,4 @@
-"""The documentation: generated pages are up to date; links, keys, options and commands exist."""
+"""Tests of the documentation: pages are up to date; links, keys, options and commands exist."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def configuration_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_page_of_keys_is_that_of_the_schema() -> None:
-    """To write it anew: python -c "import test_docs; test_docs.write()", in tests/."""
+def test_configuration_page_matches_the_schema() -> None:
+    """To regenerate it: python -c "from tests.unit.repository import test_docs as t; t.write()"."""
     assert (ROOT / "docs/configuration.md").read_text() == configuration_page()
 
 
@@ -61,7 +61,7 @@ def write() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_point_to_existing_targets(page: Path) -> None:
     text = page.read_text()
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     local = [target for target in targets if "://" not in target and not target.startswith("#")]
@@ -83,7 +83,7 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_commands_exist_and_take_their_options(page: Path) -> None:
+def test_documented_commands_and_options_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     keys = flatten(Config())
     sections = {name.rpartition(".")[0] for name in keys} | {
@@ -128,10 +128,10 @@ def exists(dotted: str) -> bool:
 
 
 def test_dotted_names_in_backticks_exist() -> None:
-    """In pages, docstrings and comments: keys of the YAML, modules, and what modules define."""
+    """Check pages, docstrings and comments for YAML keys, modules and names in modules."""
     keys = {*flatten(Config())}
     sections = {key.partition(".")[0] for key in keys if "." in key}
-    files = [path for path in PAGES if path.name != "changelog.md"]  # it names what is gone
+    files = [path for path in PAGES if path.name != "changelog.md"]  # it mentions removed names
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     files += [ROOT / name for name in listed.stdout.split() if not name.startswith("tests/")]
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"extras", "benchmarks"}
@@ -143,7 +143,7 @@ def test_dotted_names_in_backticks_exist() -> None:
         ):
             first = code.partition(".")[0]
             is_key = code in keys or any(key.startswith(f"{code}.") for key in keys)
-            if code.endswith((".py", ".yaml", ".onnx")):  # a file, not a name
+            if code.endswith((".py", ".yaml", ".onnx")):  # file names
                 continue
             if first in sections | packages | modules and not is_key and not exists(code):
                 missing.append((path.name, code))
@@ -151,16 +151,16 @@ def test_dotted_names_in_backticks_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_yaml_blocks_are_yaml(page: Path) -> None:
+def test_yaml_blocks_can_be_parsed(page: Path) -> None:
     for block in re.findall(r"(?ms)^```yaml\n(.*?)^```", page.read_text()):
         yaml.safe_load(block)
 
 
-def test_the_readme_is_one_page() -> None:
+def test_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
+def test_readme_links_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
     pages = [path.name for path in (ROOT / "docs").glob("*.md")]
     assert not [name for name in pages if f"docs/{name}" not in readme]

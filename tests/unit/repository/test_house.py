@@ -1,4 +1,4 @@
-"""The house: the root's files, and imports that go one way."""
+"""Tests of the project's structure: files in the root, import directions, and lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 FRONT = {"main", "model", "data", "transforms"}
 COMMANDS = {"convert_ade20k", "convert_dataset", "download_ade20k", "evaluate", "export", "predict"}
-# From top to bottom. A module imports its own package and lower layers, not its layer's others.
+# Layers from top to bottom. A module may import its own package and lower layers only.
 LAYERS = (
     FRONT | COMMANDS,
     {"extras"},
@@ -27,14 +27,14 @@ LAYERS = (
 )
 PACKAGES = {"extras", "training", "checkpointing", "dataset", "networks", "segmentation"}
 SHARED = {"command_lines", "files", "errors"}
-# The functions of the training path that hand over to extras: for `--plan`, and for `data.py PATH`.
-HANDING_OVER = {"main.run_plan", "data.check_dataloader"}
+# The only front functions that may import extras: for `--plan`, and for `data.py PATH`.
+MAY_IMPORT_EXTRAS = {"main.run_plan", "data.check_dataloader"}
 
-MAX_LINES = 400  # of a module
+MAX_LINES = 400  # lines of a module
 MAX_BODY = 60  # lines of a function, without its signature and docstring
-# Over a limit, each for a reason of its own.
+# Exceptions from the limits, each with its reason.
 LARGE_MODULES = {
-    "segmentation.losses_triton",  # two kernels, each with a pass of its own
+    "segmentation.losses_triton",  # two kernels, each with its own pass
 }
 LONG_FUNCTIONS = {
     # Triton compiles a kernel from one function. Its values live in registers.
@@ -82,17 +82,17 @@ def find_imports(module: str, tree: ast.Module, known: set[str]) -> set[Import]:
     package = module.removesuffix(".__init__")
     package = package if package != module else module.rpartition(".")[0]
     known = known | PACKAGES
-    found = set()
+    imports = set()
 
     def visit(node: ast.AST, function: str) -> None:
-        found.update(Import(name, function) for name in names_of(node, package) if name in known)
+        imports.update(Import(name, function) for name in names_of(node, package) if name in known)
         if not function and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             function = node.name
         for child in ast.iter_child_nodes(node):
             visit(child, function)
 
     visit(tree, "")
-    return found
+    return imports
 
 
 def layer_of(module: str) -> int:
@@ -103,12 +103,12 @@ def layer_of(module: str) -> int:
 def is_allowed(module: str, used: Import) -> bool:
     home, other = module.partition(".")[0], used.name.partition(".")[0]
     if other == "extras" and home in FRONT:
-        return f"{module}.{used.function}" in HANDING_OVER
+        return f"{module}.{used.function}" in MAY_IMPORT_EXTRAS
     return home == other or home in LAYERS[0] or layer_of(other) > layer_of(home)
 
 
-def find_circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return what is left when modules that import or are imported by none are taken away."""
+def find_import_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules that remain after removing all modules outside of import cycles."""
     left = dict(graph)
     while left:
         imported = set().union(*left.values())
@@ -126,7 +126,7 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (statements[-1].end_lineno or 0) - statements[0].lineno + 1 if statements else 0
 
 
-def find_long_ones(root: Path) -> set[str]:
+def find_long_code(root: Path) -> set[str]:
     """Return the modules and functions that are longer than the limits."""
     long = set()
     for name, tree in parse_modules(root).items():
@@ -141,7 +141,7 @@ def find_long_ones(root: Path) -> set[str]:
 
 
 def find_faults(root: Path) -> list[str]:
-    """Return a line for each module that breaks a rule of the house."""
+    """Return a line for each violation of the rules."""
     trees = parse_modules(root)
     faults = [
         f"{name}: not a command; it belongs into a package"
@@ -155,27 +155,27 @@ def find_faults(root: Path) -> list[str]:
     for name, tree in trees.items():
         if name.partition(".")[0] not in set().union(*LAYERS):
             continue
-        found = find_imports(name, tree, set(trees))
+        imports = find_imports(name, tree, set(trees))
         faults += [
-            f"{name}: must not import {used.name}" for used in found if not is_allowed(name, used)
+            f"{name}: must not import {used.name}" for used in imports if not is_allowed(name, used)
         ]
-        graph[name] = {used.name for used in found} - {name}
-    if circle := find_circle(graph):
-        faults.append(f"{' and '.join(circle)}: import each other")
+        graph[name] = {used.name for used in imports} - {name}
+    if cycle := find_import_cycle(graph):
+        faults.append(f"{' and '.join(cycle)}: import each other")
     return sorted(faults)
 
 
-def test_the_project_keeps_the_rules() -> None:
+def test_project_follows_the_import_rules() -> None:
     assert not find_faults(ROOT)
 
 
 def test_modules_and_functions_are_short() -> None:
-    assert find_long_ones(ROOT) == LARGE_MODULES | LONG_FUNCTIONS
+    assert find_long_code(ROOT) == LARGE_MODULES | LONG_FUNCTIONS
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """Lay out a project that keeps the rules, with a module `room` in each package."""
+def project(tmp_path: Path) -> Path:
+    """Create a project that follows the rules, with a module `room` in each package."""
     for name in LAYERS[0] | SHARED:
         (tmp_path / f"{name}.py").write_text('"""A module."""\n')
     for name in (*PACKAGES, "extras/planning"):
@@ -189,49 +189,55 @@ def house(tmp_path: Path) -> Path:
 
 
 WRONG_IMPORTS = [
-    pytest.param("segmentation/room.py", "import networks.room", id="up"),
-    pytest.param("networks/room.py", "import networks, dataset", id="a package"),
-    pytest.param("dataset/room.py", "from checkpointing import room", id="across"),
-    pytest.param("checkpointing/room.py", "from dataset.room import x", id="across, a name"),
-    pytest.param("checkpointing/room.py", "def f():\n    import training.room", id="in a function"),
+    pytest.param("segmentation/room.py", "import networks.room", id="upwards"),
+    pytest.param("networks/room.py", "import networks, dataset", id="package"),
+    pytest.param("dataset/room.py", "from checkpointing import room", id="same layer"),
+    pytest.param("checkpointing/room.py", "from dataset.room import x", id="same layer, name"),
+    pytest.param(
+        "checkpointing/room.py", "def f():\n    import training.room", id="inside a function"
+    ),
     pytest.param("training/room.py", "from extras.planning import room", id="core to extras"),
     pytest.param(
-        "dataset/room.py", "def run():\n    import extras.room", id="core to extras, in a function"
+        "dataset/room.py",
+        "def run():\n    import extras.room",
+        id="core to extras, inside a function",
     ),
     pytest.param("extras/planning/room.py", "import main", id="extras to a command"),
     pytest.param("training/room.py", "class A:\n    from data import x", id="core to the front"),
     pytest.param("main.py", "import extras.room", id="front to extras"),
     pytest.param("main.py", "def f():\n    import extras.room", id="another function to extras"),
-    pytest.param("data.py", "if x:\n    from extras import room", id="front to extras, if"),
+    pytest.param("data.py", "if x:\n    from extras import room", id="front to extras, inside if"),
     pytest.param("errors.py", "import files", id="errors to files"),
     pytest.param("files.py", "from segmentation.room import x", id="files to a package"),
     pytest.param("command_lines.py", "import training.room", id="command_lines to training"),
-    pytest.param("dataset/room.py", "from ..checkpointing import room", id="relative"),
+    pytest.param("dataset/room.py", "from ..checkpointing import room", id="relative import"),
     pytest.param(
-        "training/room.py", "importlib.import_module('extras.room')", id="by a name in a string"
+        "training/room.py", "importlib.import_module('extras.room')", id="name in a string"
     ),
-    pytest.param("networks/room.py", "import_module(f'dataset.{x}')", id="by a part of a name"),
+    pytest.param(
+        "networks/room.py", "import_module(f'dataset.{x}')", id="part of a name in a string"
+    ),
     pytest.param(
         "segmentation/room.py",
         "if TYPE_CHECKING:\n    from networks.room import x",
-        id="for types alone",
+        id="types only",
     ),
     pytest.param("segmentation/__init__.py", "import torch", id="more than a docstring"),
-    pytest.param("helpers.py", "x = 1", id="a module of the root"),
+    pytest.param("helpers.py", "x = 1", id="module in the root"),
 ]
 
 
 @pytest.mark.parametrize(("file", "source"), WRONG_IMPORTS)
-def test_a_planted_fault_is_found(house: Path, file: str, source: str) -> None:
-    (house / file).write_text(f'"""A module."""\n{source}\n')
+def test_forbidden_import_or_file_is_found(project: Path, file: str, source: str) -> None:
+    (project / file).write_text(f'"""A module."""\n{source}\n')
     module = file.removesuffix(".py").replace("/", ".")
-    assert any(fault.startswith(f"{module}: ") for fault in find_faults(house))
+    assert any(fault.startswith(f"{module}: ") for fault in find_faults(project))
 
 
-def test_a_circle_is_found(house: Path) -> None:
-    (house / "dataset" / "room.py").write_text("def f():\n    import dataset.other\n")
-    (house / "dataset" / "other.py").write_text("from dataset import room\n")
-    assert find_faults(house) == ["dataset.other and dataset.room: import each other"]
+def test_import_cycle_is_found(project: Path) -> None:
+    (project / "dataset" / "room.py").write_text("def f():\n    import dataset.other\n")
+    (project / "dataset" / "other.py").write_text("from dataset import room\n")
+    assert find_faults(project) == ["dataset.other and dataset.room: import each other"]
 
 
 @pytest.mark.parametrize(
@@ -239,19 +245,19 @@ def test_a_circle_is_found(house: Path) -> None:
     [
         pytest.param("x = 1\n" * 400, set(), id="400 lines"),
         pytest.param("x = 1\n" * 401, {"dataset.room"}, id="401 lines"),
-        pytest.param("def f():\n" + "    x = 1\n" * 60, set(), id="a body of 60 lines"),
+        pytest.param("def f():\n" + "    x = 1\n" * 60, set(), id="body of 60 lines"),
         pytest.param(
             "class A:\n    async def f():\n" + "        x = 1\n" * 61,
             {"dataset.room.f"},
-            id="a method of 61 lines",
+            id="method of 61 lines",
         ),
         pytest.param(
             "def f():\n    '''" + "line\n" * 80 + "'''\n" + "    x = 1\n" * 60,
             set(),
-            id="a long docstring",
+            id="long docstring",
         ),
     ],
 )
-def test_what_is_too_long_is_found(house: Path, source: str, expected: set[str]) -> None:
-    (house / "dataset" / "room.py").write_text(source)
-    assert find_long_ones(house) == expected
+def test_long_module_or_function_is_found(project: Path, source: str, expected: set[str]) -> None:
+    (project / "dataset" / "room.py").write_text(source)
+    assert find_long_code(project) == expected

@@ -1,4 +1,4 @@
-"""The files for schedulers: what they run is what test_cut_link.py's two nodes run."""
+"""Tests of launch/: schedulers start torchrun with the options that test_cut_link.py tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 from tests.support.paths import ROOT
 
 LAUNCH = ROOT / "launch"
-# What each scheduler sets on the second of two nodes with eight GPUs each.
+# The variables that each scheduler sets on the second of two nodes with eight GPUs each.
 SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "4321"}
 SLURM |= {"SLURM_GPUS_ON_NODE": "8"}
 KUBEFLOW = {"MASTER_ADDR": "n1", "MASTER_PORT": "14321", "WORLD_SIZE": "2", "RANK": "1"}
@@ -42,7 +42,7 @@ STUBS = {
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> dict[str, str]:
-    """An environment whose torchrun and Slurm only write down how they are called."""
+    """Return an environment in which torchrun and Slurm only record their arguments."""
     (tmp_path / "bin").mkdir()
     for name, script in STUBS.items():
         path = tmp_path / "bin" / name
@@ -54,16 +54,16 @@ def stubs(tmp_path: Path) -> dict[str, str]:
 
 
 def call(command: list[str], stubs: dict[str, str], **environment: str) -> tuple[list[str], int]:
-    """The lines that a command prints, and its status."""
-    done = subprocess.run(
+    """Return the lines that a command prints, and its exit status."""
+    completed = subprocess.run(
         command, env={**stubs, **environment}, cwd=stubs["HOME"], capture_output=True, text=True
     )
-    assert done.stderr == ""
-    return done.stdout.splitlines(), done.returncode
+    assert completed.stderr == ""
+    return completed.stdout.splitlines(), completed.returncode
 
 
 def check_torchrun(stubs: dict[str, str], job: str, port: int) -> list[str]:
-    """Check what torchrun got, by its own parser; return what main.py gets."""
+    """Check torchrun's arguments with its own parser; return the arguments of main.py."""
     folder = Path(stubs["HOME"])
     options = get_args_parser().parse_args((folder / "arguments").read_text().splitlines())
     assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("2", "8", 10)
@@ -75,20 +75,22 @@ def check_torchrun(stubs: dict[str, str], job: str, port: int) -> list[str]:
     return options.training_script_args
 
 
-def test_the_script_is_sound() -> None:
+def test_slurm_script_passes_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
     assert shellcheck, "make install WITH=dev"
-    done = subprocess.run([shellcheck, LAUNCH / "slurm.sbatch"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    completed = subprocess.run(
+        [shellcheck, LAUNCH / "slurm.sbatch"], capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stdout
 
 
-def test_slurm(stubs: dict[str, str]) -> None:
+def test_slurm_script_starts_torchrun(stubs: dict[str, str]) -> None:
     script = str(LAUNCH / "slurm.sbatch")
     command = ["bash", script, "yamls/deeplabv3.yaml", "run_name=a b"]
     assert call(command, stubs, **SLURM) == ([], 0)
-    given = check_torchrun(stubs, "4321", 14321)
-    assert given == ["yamls/deeplabv3.yaml", "run_name=a b", "autoresume=true"]
-    # torchrun has used up its restarts, or the config is wrong.
+    arguments = check_torchrun(stubs, "4321", 14321)
+    assert arguments == ["yamls/deeplabv3.yaml", "run_name=a b", "autoresume=true"]
+    # The job fails if torchrun has used up its restarts, or if the config is wrong.
     assert call(command, stubs, **SLURM, STATUS="1") == ([], 1)
 
 
@@ -111,16 +113,16 @@ def test_slurm_saves_a_checkpoint_and_queues_the_job_again(stubs: dict[str, str]
 
 def test_slurm_options_leave_time_for_a_checkpoint() -> None:
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
-    # B: to the script. torchrun starts one process for each GPU.
+    # B: sends the signal to the script. torchrun starts one process for each GPU.
     for option in ("signal=B:TERM@120", "nodes=2", "ntasks-per-node=1", "requeue"):
         assert f"#SBATCH --{option}" in lines
 
 
-def test_kubernetes(stubs: dict[str, str]) -> None:
+def test_kubernetes_job_starts_torchrun(stubs: dict[str, str]) -> None:
     job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert set(job["spec"]) == {"runPolicy", "pytorchReplicaSpecs"}
-    assert job["spec"]["runPolicy"] == {"backoffLimit": 3}  # a wrong config is not tried for ever
+    assert job["spec"]["runPolicy"] == {"backoffLimit": 3}  # limits retries of a wrong config
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert list(replicas) == ["Master", "Worker"]
     assert sum(replica["replicas"] for replica in replicas.values()) == 2
@@ -136,18 +138,18 @@ def test_kubernetes(stubs: dict[str, str]) -> None:
         assert volumes == {mount["name"] for mount in container["volumeMounts"]}
     environment = KUBEFLOW | {entry["name"]: entry["value"] for entry in container["env"]}
     command = container["command"] + container["args"]
-    for name, value in environment.items():  # as Kubernetes does before it starts a container
+    for name, value in environment.items():  # Kubernetes substitutes variables like this
         command = [argument.replace(f"$({name})", value) for argument in command]
     assert call(command, stubs, **environment) == ([], 0)
-    given = check_torchrun(stubs, "deeplabv3", 14321)
-    assert given[0] == "yamls/deeplabv3.yaml"
-    assert given[-1] == "save_folder=s3://my-bucket/runs/{run_name}"
+    arguments = check_torchrun(stubs, "deeplabv3", 14321)
+    assert arguments[0] == "yamls/deeplabv3.yaml"
+    assert arguments[-1] == "save_folder=s3://my-bucket/runs/{run_name}"
 
 
-def test_skypilot(stubs: dict[str, str]) -> None:
+def test_skypilot_task_starts_torchrun(stubs: dict[str, str]) -> None:
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert set(task) == {"name", "num_nodes", "workdir", "resources", "envs", "setup", "run"}
     assert call(["bash", "-c", task["run"]], stubs, **SKYPILOT, **task["envs"]) == ([], 0)
-    given = check_torchrun(stubs, "deeplabv3", 7501)
-    assert given[0] == "yamls/deeplabv3.yaml"
-    assert given[-1] == "save_folder=s3://my-bucket/runs/{run_name}"
+    arguments = check_torchrun(stubs, "deeplabv3", 7501)
+    assert arguments[0] == "yamls/deeplabv3.yaml"
+    assert arguments[-1] == "save_folder=s3://my-bucket/runs/{run_name}"

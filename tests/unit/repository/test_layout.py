@@ -1,4 +1,4 @@
-"""Tests of the layout of the tests: each module has a file of unit tests."""
+"""Tests of the layout of tests/: each module has a unit test file."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def modules_without_tests(root: Path) -> list[str]:
     return sorted(str(p) for p in paths if not (unit / p.parent / f"test_{p.name}").is_file())
 
 
-def test_every_module_has_a_file_of_unit_tests() -> None:
+def test_every_module_has_a_unit_test_file() -> None:
     assert modules_without_tests(ROOT) == []
 
 
-def test_a_module_without_tests_is_found(tmp_path: Path) -> None:
+def test_module_without_tests_is_found(tmp_path: Path) -> None:
     for name in ("main.py", "extras/a/b.py", "tests/unit/test_main.py", "extras/a/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

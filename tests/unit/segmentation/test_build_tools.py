@@ -30,26 +30,26 @@ def provide(machine: Path, *tools: str) -> None:
         pytest.param(["gcc", "Python.h"], False, r"a C\+\+ .*install g\+\+", id="no g++"),
         pytest.param(["Python.h"], True, "a C compiler .*install gcc", id="no compiler"),
         pytest.param(["gcc"], True, "^Python's headers .*install python3-dev", id="no headers"),
-        pytest.param([], True, "C compiler .* and Python's .*gcc python3-dev", id="neither"),
-        # Triton looks for gcc and clang alone.
+        pytest.param([], True, "C compiler .* and Python's .*gcc python3-dev", id="no tools"),
+        # Triton looks only for gcc and clang.
         pytest.param(["cc", "Python.h"], True, "a C compiler", id="only cc"),
     ],
 )
-def test_missing_build_tools(
+def test_missing_build_tools_are_named(
     machine: Path, tools: list[str], gpu: bool, missing: str | None
 ) -> None:
     provide(machine, *tools)
-    found = missing_build_tools(gpu)
+    message = missing_build_tools(gpu)
     if missing is None:
-        assert found is None
+        assert message is None
     else:
-        assert found and re.search(missing, found)
+        assert message and re.search(missing, message)
 
 
 @pytest.mark.parametrize(
     ("variable", "fits"), [("my-cc -O1", True), ("/no/such/compiler", False), ("gcc", False)]
 )
-def test_the_compiler_that_a_variable_names(
+def test_compiler_in_cc_is_used_if_it_exists(
     machine: Path, monkeypatch: pytest.MonkeyPatch, variable: str, fits: bool
 ) -> None:
     provide(machine, "my-cc", "clang", "Python.h")
@@ -57,7 +57,7 @@ def test_the_compiler_that_a_variable_names(
     assert (missing_build_tools(gpu=True) is None) == fits
 
 
-def test_the_loss_does_without_triton(machine: Path) -> None:
+def test_loss_without_build_tools_does_not_use_triton(machine: Path) -> None:
     class OnGPU:
         is_cuda, dtype = True, torch.float32
 

@@ -22,7 +22,7 @@ from segmentation.classes import (
 NAMES = ["sky", "road", "Straßenlaterne", "tree"]
 
 
-def test_ade20k_is_mmsegmentations():
+def test_ade20k_classes_match_mmsegmentation():
     from mmseg.datasets import ADE20KDataset
 
     classes = load_classes(None, 150)
@@ -44,7 +44,7 @@ def test_ade20k_is_mmsegmentations():
         ),
     ],
 )
-def test_reads_files(tmp_path: Path, text: str, colors: tuple | None):
+def test_class_names_are_read_from_files(tmp_path: Path, text: str, colors: tuple | None):
     path = tmp_path / "classes.txt"
     path.write_text(text, encoding="utf-8")
     classes = load_classes(str(path), 4)
@@ -56,7 +56,7 @@ def test_reads_files(tmp_path: Path, text: str, colors: tuple | None):
 
 
 @pytest.mark.parametrize("content", [b"sky,red\n", b"sky,1,2,300\n", b"\xff\xfe\x00", None])
-def test_refuses_bad_files(tmp_path: Path, content: bytes | None):
+def test_invalid_class_file_gives_a_one_line_error(tmp_path: Path, content: bytes | None):
     path = tmp_path / "classes.csv"
     if content is not None:
         path.write_bytes(content)
@@ -65,7 +65,7 @@ def test_refuses_bad_files(tmp_path: Path, content: bytes | None):
     assert "\n" not in str(error.value)
 
 
-def test_json_round_trip():
+def test_classes_round_trip_through_json():
     classes = load_classes(None, 150)
     assert classes_from_json(classes_to_json(classes)) == classes
     for bad in ("", "[1]", '[{"name": "sky"}]'):
@@ -73,7 +73,7 @@ def test_json_round_trip():
             classes_from_json(bad)
 
 
-def test_generated_colors_differ():
+def test_generated_colours_are_distinct():
     assert len(set(distinct_colors(254))) == 254
     for count, least in ((12, 40), (40, 20), (150, 10)):
         colors = np.array([[(0, 0, 0), (255, 255, 255), *distinct_colors(count)]], np.float32)
@@ -82,27 +82,27 @@ def test_generated_colors_differ():
     assert distinct_colors(5) == distinct_colors(12)[:5]
 
 
-def named(names: str | None) -> list[ClassInfo] | None:
+def classes_named(names: str | None) -> list[ClassInfo] | None:
     return None if names is None else load_classes(names.split(","), names.count(",") + 1)
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "order"),
     [
-        pytest.param("sky,road,tree", "sky,road,tree", None, id="same"),
+        pytest.param("sky,road,tree", "sky,road,tree", None, id="same order"),
         pytest.param("tree,sky,road", "sky,road,tree", [2, 0, 1], id="other order"),
         pytest.param("Traffic_Light,sky", "sky,traffic light", [1, 0], id="other spelling"),
         pytest.param("class 1,class 0", "sky,road", None, id="placeholders"),
-        pytest.param("sky,road", "class_7,class_9", None, id="placeholders of a converted set"),
+        pytest.param("sky,road", "class_7,class_9", None, id="placeholders of a converted dataset"),
         pytest.param("1,0", "0,1", None, id="numbers"),
-        pytest.param(None, "sky,road", None, id="unknown"),
-        pytest.param("sky,road", None, None, id="the other is unknown"),
-        pytest.param("sky,sky", "sky,sky", None, id="twice, in the same order"),
-        pytest.param("a", "1,2,3", None, id="another number, without names"),
+        pytest.param(None, "sky,road", None, id="own names unknown"),
+        pytest.param("sky,road", None, None, id="other names unknown"),
+        pytest.param("sky,sky", "sky,sky", None, id="duplicate name, same order"),
+        pytest.param("a", "1,2,3", None, id="other number, placeholders"),
     ],
 )
 def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order: list[int] | None):
-    assert match_classes(named(ours), named(theirs), "B.yaml") == order
+    assert match_classes(classes_named(ours), classes_named(theirs), "B.yaml") == order
 
 
 @pytest.mark.parametrize(
@@ -112,44 +112,46 @@ def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order
             "sky,bicyclist",
             "sky,road",
             "B.yaml: class 1 is bicyclist, but in x.pt it is road",
-            id="one",
+            id="one class",
         ),
         pytest.param(
             "road,bus,sky",
             "sky,road,tree",
             "B.yaml: class 1 is bus, but in x.pt it is road",
-            id="moved",
+            id="moved class",
         ),
         pytest.param(
-            "cat,dog", "sky,road", "B.yaml: class 0 is cat, but in x.pt it is sky", id="all"
+            "cat,dog", "sky,road", "B.yaml: class 0 is cat, but in x.pt it is sky", id="all classes"
         ),
-        pytest.param("sky", "sky,road", "B.yaml has 1 classes, but x.pt has 2", id="number"),
+        pytest.param(
+            "sky", "sky,road", "B.yaml has 1 classes, but x.pt has 2", id="number of classes"
+        ),
         pytest.param(
             "sky,road,sky",
             "sky,sky,road",
             "the name sky occurs twice, .*class 1 is road, ",
-            id="twice",
+            id="duplicate name",
         ),
     ],
 )
-def test_classes_that_cannot_be_matched_are_named(ours: str, theirs: str, message: str):
+def test_unmatched_classes_are_named(ours: str, theirs: str, message: str):
     with pytest.raises(ClassError, match=message) as error:
-        match_classes(named(ours), named(theirs), "B.yaml", "x.pt")
+        match_classes(classes_named(ours), classes_named(theirs), "B.yaml", "x.pt")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("names", "is_refused"),
+    ("names", "is_rejected"),
     [
         pytest.param(["Himmel", "Strasse", "Baum"], False, id="translated"),
-        pytest.param(["sky", "street", "tree"], False, id="one renamed"),
-        pytest.param(["road", "sky", "tree"], True, id="two swapped"),
+        pytest.param(["sky", "street", "tree"], False, id="renamed class"),
+        pytest.param(["road", "sky", "tree"], True, id="swapped classes"),
         pytest.param(["sky", "tree", "shrub"], True, id="shifted by one"),
     ],
 )
-def test_new_names_may_not_move_old_ones(names: list[str], is_refused: bool):
-    recorded = named("sky,road,tree")
-    if is_refused:
+def test_renaming_must_not_reorder_classes(names: list[str], is_rejected: bool):
+    recorded = classes_named("sky,road,tree")
+    if is_rejected:
         with pytest.raises(ClassError, match=r"class \d is \w+, but in x.pt it is \w+; give"):
             rename_classes(names, 3, recorded, "x.pt")
     else:
@@ -161,26 +163,28 @@ def test_new_names_may_not_move_old_ones(names: list[str], is_refused: bool):
 @pytest.mark.parametrize(
     ("occurs", "unlabelled", "line"),
     [
-        pytest.param([1, 1, 1], 0.4, None, id="all"),
-        pytest.param([1, 0, 1], 0.1, "no mask has class road", id="one missing"),
+        pytest.param([1, 1, 1], 0.4, None, id="all classes"),
+        pytest.param([1, 0, 1], 0.1, "no mask has class road", id="missing class"),
         pytest.param(
             [1, 0, 0],
             None,
             "no mask has the classes road, tree; every labelled pixel is class sky",
-            id="a single one",
+            id="single class",
         ),
-        pytest.param([0, 0, 0], 1.0, "no mask has a labelled pixel; try X", id="none"),
-        pytest.param([1, 1, 1], 0.83, "83% of the pixels have no class; try X", id="few pixels"),
+        pytest.param([0, 0, 0], 1.0, "no mask has a labelled pixel; try X", id="no labels"),
+        pytest.param(
+            [1, 1, 1], 0.83, "83% of the pixels have no class; try X", id="few labelled pixels"
+        ),
     ],
 )
-def test_labels_that_teach_nothing_are_named(
+def test_missing_classes_and_labels_are_reported(
     occurs: list[int], unlabelled: float | None, line: str | None
 ):
     classes = load_classes(["sky", "road", "tree"], 3)
     assert label_warning([bool(o) for o in occurs], classes, "mask", unlabelled, "try X") == line
 
 
-def test_many_missing_classes_are_counted():
+def test_long_list_of_missing_classes_is_shortened():
     classes = load_classes([f"kind {letter}" for letter in "abcdefgh"], 8)
     line = label_warning([True] + [False] * 7, classes, "mask")
     assert line is not None and "kind b, kind c, kind d, kind e, kind f and 2 more" in line

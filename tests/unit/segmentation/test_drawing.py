@@ -22,22 +22,22 @@ from segmentation.drawing import (
 NAMES = ["sky", "road", "Straßenlaterne", "tree"]
 
 
-def test_colors_of_masks():
+def test_masks_are_drawn_in_class_colours():
     classes = load_classes(NAMES, 4)
     mask = np.array([[0, 3, -1, 255]])
     expected = [classes[0].color, classes[3].color, (0, 0, 0), (0, 0, 0)]
     assert colorize(mask, classes)[0].tolist() == [list(color) for color in expected]
-    # Where nothing is labelled the photo shows, and where two classes meet there is a line.
-    photo = np.full((4, 8, 3), 100, np.uint8)
+    # Unlabelled pixels show the image, and a line separates two classes.
+    image = np.full((4, 8, 3), 100, np.uint8)
     mask = np.full((4, 8), -1)
-    assert (tint(photo, mask, classes) == 100).all()
+    assert (tint(image, mask, classes) == 100).all()
     mask[:, :4], mask[:, 4:] = 0, 1
-    tinted = tint(photo, mask, classes, alpha=0.5)
+    tinted = tint(image, mask, classes, alpha=0.5)
     assert (tinted[:, 4] == 255).all()
     assert np.abs(tinted[0, 0] - (100 + np.array(classes[0].color)) / 2).max() <= 1
 
 
-def test_legend_goes_by_area():
+def test_legend_is_sorted_by_area():
     classes = load_classes(NAMES, 4)
     mask = np.repeat([2, 0, 3], [60, 39, 1])[None]  # class 1 does not occur
     panel = np.array(draw_legend([mask], classes, 100))
@@ -51,17 +51,17 @@ def test_legend_goes_by_area():
 
 @pytest.mark.parametrize("height", [3, 30, 400, 3000])
 @pytest.mark.parametrize("count", [1, 7, 150])
-def test_legend_cuts_no_text(height: int, count: int):
+def test_legend_text_is_not_cut(height: int, count: int):
     classes = [ClassInfo(f"a class with a rather long name, {i}", (0, 0, 0)) for i in range(count)]
     panel = np.array(draw_legend([np.arange(count)[None]], classes, height))
     assert panel.shape[0] >= height
     for edge in (panel[:2], panel[-2:], panel[:, :2], panel[:, -2:]):
         assert (edge == PAPER).all()
-    # Every entry has its box, and none is over another: there are as many frames as entries.
+    # Each entry has its own box, and boxes do not overlap.
     assert (panel == 0).all(2).sum() > 50 * count
 
 
-def test_legend_gathers_what_is_tiny():
+def test_legend_groups_tiny_classes():
     classes = load_classes(None, 150)
     mask = np.zeros((200, 200), int)
     mask[0, :100] = np.arange(100)
@@ -71,52 +71,52 @@ def test_legend_gathers_what_is_tiny():
 
 
 @pytest.mark.parametrize("shape", [(30, 40), (2, 500), (1, 1), (480, 640), (2000, 3000)])
-def test_overlay_of_any_size(shape: tuple[int, int]):
+def test_overlay_can_be_drawn_at_any_size(shape: tuple[int, int]):
     classes = load_classes(NAMES, 4)
     rng = np.random.default_rng(0)
-    photo = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     prediction = np.zeros(shape, np.uint8)
     prediction[: shape[0] // 2] = 2
-    overlay = draw_overlay(photo, prediction, classes)
+    overlay = draw_overlay(image, prediction, classes)
     factor = max(1, 320 // max(shape))
     assert overlay.width > shape[1] * factor and overlay.height >= shape[0] * factor
     assert max(overlay.size) >= 320
     assert (np.array(overlay)[-1, -2:] == PAPER).all()
 
 
-def test_sheet_shows_where_they_differ():
+def test_prediction_sheet_marks_wrong_pixels():
     classes = load_classes(NAMES, 4)
-    photo = np.full((240, 240, 3), 128, np.uint8)
+    image = np.full((240, 240, 3), 128, np.uint8)
     target = np.zeros((240, 240), int)
     target[:, :60] = -1
     prediction = np.zeros((240, 240), int)
     prediction[:120] = 1
 
     def share_wrong(prediction: np.ndarray) -> float:
-        sheet = np.array(prediction_sheet([photo], [target], [prediction], classes))
+        sheet = np.array(prediction_sheet([image], [target], [prediction], classes))
         panel = sheet[22:262, 3 * 246 : 3 * 246 + 240]
-        assert (panel[:, :60] == 0).all()  # not labelled
+        assert (panel[:, :60] == 0).all()  # unlabelled pixels
         return float((panel == WRONG).all(2).mean())
 
     assert share_wrong(prediction) == 0.375
     assert share_wrong(np.zeros((240, 240), int)) == 0
-    two = prediction_sheet([photo] * 2, [target] * 2, [prediction] * 2, classes)
+    two = prediction_sheet([image] * 2, [target] * 2, [prediction] * 2, classes)
     assert two.height == 2 * 262
 
 
 @pytest.mark.parametrize(("side", "is_named"), [(200, True), (12, False)])
-def test_a_region_with_room_has_the_name_of_its_class(side: int, is_named: bool):
+def test_large_region_shows_its_class_name(side: int, is_named: bool):
     classes = [ClassInfo("floor", (10, 20, 30)), ClassInfo("door", (200, 120, 90))]
     mask = np.zeros((320, 320), int)
     mask[60 : 60 + side, 60 : 60 + side] = 1
     picture = np.array(draw_overlay(np.full((320, 320, 3), 128, np.uint8), mask, classes))
-    inside = picture[63 : 57 + side, 63 : 57 + side]  # without its outline
+    inside = picture[63 : 57 + side, 63 : 57 + side]  # without the outline
     colors = {tuple(color) for color in inside.reshape(-1, 3).tolist()}
     assert ({PAPER, INK} <= colors) is is_named
     assert (len(colors) == 1) is not is_named
 
 
-def test_a_long_legend_of_a_video_says_how_many_are_left_out():
+def test_long_video_legend_counts_the_omitted_classes():
     pages = []
     for count in (100, 101):
         classes = [ClassInfo(f"class {i:03}", (0, i, 0)) for i in range(count)]

@@ -14,7 +14,7 @@ from segmentation import losses
 from segmentation.losses import MixedTarget, segmentation_loss
 from tests.support.losses import assert_gradients_close, gradient, make, make_weights
 
-# (N, C, h, w), (H, W): strides 4 and 8, more than one tile, equal, uneven and smaller sizes.
+# (N, C, h, w), (H, W) with strides 4 and 8, several tiles, and equal, uneven and smaller sizes.
 SHAPES = [
     ((2, 7, 8, 6), (32, 24)),
     ((1, 150, 16, 20), (64, 80)),
@@ -28,7 +28,7 @@ SHAPES = [
 
 
 def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> dict[str, Tensor]:
-    """Composer's losses, on upsampled logits and, of a mixed target, on its dense mixture."""
+    """Return Composer's losses of the upsampled logits; a mixed target becomes a dense one."""
     from composer.loss import DiceLoss, soft_cross_entropy
     from composer.loss.utils import ensure_targets_one_hot
 
@@ -46,7 +46,7 @@ def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> 
 @pytest.mark.filterwarnings("ignore::UserWarning:composer")
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
-def test_equals_composer(shape: tuple, size: tuple, mixed: bool):
+def test_loss_matches_composer(shape: tuple, size: tuple, mixed: bool):
     logits, target = make(shape, size, mixed)
     exact = logits.detach().double().requires_grad_()  # Composer's own roundings reach 4e-5
     expected = composer_loss(exact, target, size)
@@ -55,13 +55,13 @@ def test_equals_composer(shape: tuple, size: tuple, mixed: bool):
     for name, value in actual.items():
         assert value.shape == () and value.dtype == torch.float32
         torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=0)
-        # Each part has its gradient, scaled by what comes from above.
+        # Each part has its own gradient, scaled by the incoming gradient.
         wanted = gradient(1000 * expected[name], exact).float()
         assert_gradients_close(gradient(1000 * value, logits), wanted)
 
 
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
-def test_class_weights_equal_pytorch(shape: tuple, size: tuple):
+def test_class_weights_match_pytorch(shape: tuple, size: tuple):
     logits, target = make(shape, size)
     weights = make_weights(shape[1])
     exact = logits.detach().double().requires_grad_()
@@ -75,8 +75,8 @@ def test_class_weights_equal_pytorch(shape: tuple, size: tuple):
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(("shape", "size"), SHAPES[:3])
-def test_class_weights_of_dense_targets(shape: tuple, size: tuple, mixed: bool):
-    """Dice is the weighted mean of the classes' own; a mixture weighs as its parts do."""
+def test_class_weights_match_dense_targets(shape: tuple, size: tuple, mixed: bool):
+    """Dice is the weighted mean over classes; each part of a mixed target keeps its weight."""
     logits, target = make(shape, size, mixed)
     weights = make_weights(shape[1]).double()
     exact = logits.detach().double().requires_grad_()
@@ -103,18 +103,18 @@ def test_class_weights_of_dense_targets(shape: tuple, size: tuple, mixed: bool):
         assert_gradients_close(gradient(actual[name], logits), wanted)
 
 
-def test_equal_class_weights_are_none():
+def test_equal_class_weights_change_nothing():
     logits, target = make((2, 5, 4, 4), (16, 16))
-    plain = segmentation_loss(logits, target)
+    unweighted = segmentation_loss(logits, target)
     weighted = segmentation_loss(logits, target, class_weights=torch.full((5,), 7.0))
-    torch.testing.assert_close(weighted, plain)
-    wanted = gradient(plain["total"], logits)
+    torch.testing.assert_close(weighted, unweighted)
+    wanted = gradient(unweighted["total"], logits)
     assert_gradients_close(gradient(weighted["total"], logits), wanted)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_gradcheck(mixed: bool, weighted: bool):
+def test_loss_gradients_pass_gradcheck(mixed: bool, weighted: bool):
     logits, target = make((2, 3, 3, 4), (9, 10), mixed)
     logits = logits.detach().double().requires_grad_()
     weights = make_weights(3).double() if weighted else None
@@ -125,19 +125,19 @@ def test_gradcheck(mixed: bool, weighted: bool):
     assert torch.autograd.gradcheck(parts, logits)
 
 
-def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch):
+def test_loss_does_not_depend_on_the_tile_size(monkeypatch: pytest.MonkeyPatch):
     logits, target = make((1, 3, 40, 50), (150, 200))
     logits = logits.detach().double().requires_grad_()
-    whole = segmentation_loss(logits, target)["total"]
-    expected = gradient(whole, logits)
+    untiled = segmentation_loss(logits, target)["total"]
+    expected = gradient(untiled, logits)
     monkeypatch.setattr(losses, "CPU_TILE", 3 * 64 * 7)
     tiled = segmentation_loss(logits, target)["total"]
-    torch.testing.assert_close(tiled, whole)
+    torch.testing.assert_close(tiled, untiled)
     torch.testing.assert_close(gradient(tiled, logits), expected)
 
 
 @pytest.mark.parametrize("mixing", [0.0, 1.0])
-def test_a_weight_of_0_is_no_target(mixing: float):
+def test_target_with_weight_0_is_ignored(mixing: float):
     logits, (first, second, _) = make((2, 5, 4, 4), (16, 16), mixed=True)
     mixed = segmentation_loss(logits, MixedTarget(first, second, mixing))
     alone = segmentation_loss(logits, second if mixing else first)
@@ -145,7 +145,7 @@ def test_a_weight_of_0_is_no_target(mixing: float):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_all_ignored(mixed: bool):
+def test_loss_and_gradient_of_ignored_pixels_are_0(mixed: bool):
     logits, target = make((2, 5, 4, 4), (16, 16))
     target.fill_(-1)
     target = MixedTarget(target, target, 0.5) if mixed else target
@@ -155,14 +155,14 @@ def test_all_ignored(mixed: bool):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_target_types_and_ignore_index(dtype: torch.dtype):
+def test_loss_accepts_target_dtypes_and_an_ignore_index(dtype: torch.dtype):
     logits, target = make((2, 5, 4, 4), (16, 16))
     expected = segmentation_loss(logits, target)
     other = target.masked_fill(target == -1, 200).to(dtype)
     assert segmentation_loss(logits, other, ignore_index=200) == expected
 
 
-def test_memory_format_of_logits():
+def test_loss_gradient_keeps_the_memory_format_of_the_logits():
     logits, target = make((2, 5, 4, 6), (16, 24))
     last = logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     expected, actual = segmentation_loss(logits, target), segmentation_loss(last, target)
@@ -182,12 +182,12 @@ def test_half_precision_logits_accumulate_in_fp32(dtype: torch.dtype):
         result = gradient(actual["total"], half)
     expected = segmentation_loss(same, target)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    # Nothing is lost but by rounding the gradient itself.
+    # The only loss of precision is the rounding of the gradient itself.
     wanted = gradient(expected["total"], same).to(dtype)
     assert_gradients_close(result, wanted, torch.finfo(dtype).eps)
 
 
-def test_weights_choose_the_parts():
+def test_loss_weights_select_the_parts():
     logits, target = make((1, 5, 4, 4), (16, 16))
     both = segmentation_loss(logits, target, cross_entropy_weight=2.0, dice_weight=3.0)
     torch.testing.assert_close(both["total"], 2 * both["cross_entropy"] + 3 * both["dice"])
@@ -207,7 +207,7 @@ def test_extreme_logits_stay_finite():
     assert_gradients_close(gradient(actual, logits), gradient(expected, logits))
 
 
-def test_errors():
+def test_loss_rejects_invalid_shapes_and_weights():
     logits, target = make((2, 5, 4, 4), (16, 16))
     for bad in (target[0], target.float(), target[:1], F.one_hot(target + 1)):
         with pytest.raises(ValueError, match=r"got logits of shape .* expected logits"):
@@ -221,7 +221,7 @@ def test_errors():
 
 
 class LargestFloat(TorchDispatchMode):
-    """Records the size of the largest floating-point storage any operation returns."""
+    """A dispatch mode that records the largest floating-point storage of any operation."""
 
     elements = 0
 
@@ -235,19 +235,19 @@ class LargestFloat(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_no_full_size_tensor(mixed: bool, monkeypatch: pytest.MonkeyPatch):
+def test_loss_allocates_no_tensor_of_full_size(mixed: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(losses, "CPU_TILE", 2**14)
     logits, target = make((4, 64, 32, 32), (128, 128), mixed)
     with LargestFloat() as largest:
         gradient(segmentation_loss(logits, target)["total"], logits)
-    # The gradient by the logits is the largest: 1/16 of what the upsampled logits would be.
+    # The largest tensor is the gradient of the logits, 1/16 of the upsampled logits.
     assert largest.elements == logits.numel()
 
 
-def test_keeps_two_numbers_per_pixel_for_the_backward_pass():
+def test_loss_saves_two_numbers_per_pixel_for_the_backward_pass():
     logits, target = make((2, 30, 16, 16), (64, 64))
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         segmentation_loss(logits, target)
-    floats = [t for t in kept if t.is_floating_point() and t.data_ptr() != logits.data_ptr()]
+    floats = [t for t in saved if t.is_floating_point() and t.data_ptr() != logits.data_ptr()]
     assert sum(t.numel() for t in floats) <= 2 * target.numel() + 3 * 30

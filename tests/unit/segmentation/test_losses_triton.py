@@ -26,18 +26,18 @@ def run_triton(device: str, **environment: str) -> None:
 @pytest.mark.skipif(
     torch.__version__.startswith("2.7."), reason="Triton 3.3's interpreter fails with NumPy 2.5"
 )
-def test_triton_interpreted():
+def test_triton_kernels_match_pytorch_in_the_interpreter():
     run_triton("cpu", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_on_a_gpu():
+def test_triton_kernels_match_pytorch_on_a_gpu():
     run_triton("cuda", TRITON_INTERPRET="0")
 
 
 def compare_triton(device: str) -> None:
-    """The kernels' loss and gradient against those of the PyTorch passes, case by case."""
+    """Compare loss and gradient of the kernels with those of PyTorch, case by case."""
     from segmentation import losses_triton
 
     cases = [
@@ -54,8 +54,8 @@ def compare_triton(device: str) -> None:
         ((2, 5, 2, 2), (3, 5), True, torch.float32),
         ((1, 9, 2, 2), (4, 8), True, torch.bfloat16),
     ]
-    every = [(*case, False) for case in cases] + [(*case, True) for case in weighted]
-    for shape, size, mixed, dtype, is_weighted in every:
+    all_cases = [(*case, False) for case in cases] + [(*case, True) for case in weighted]
+    for shape, size, mixed, dtype, is_weighted in all_cases:
         logits, target = make(shape, size, mixed)
         weights = make_weights(shape[1]).to(device) if is_weighted else None
         logits = logits.detach().to(device, dtype, memory_format=torch.channels_last)
@@ -69,9 +69,9 @@ def compare_triton(device: str) -> None:
         actual = segmentation_loss(logits, target, class_weights=weights)
         result = gradient(actual["total"], logits)
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
-        half = torch.finfo(dtype).eps  # the interpreter cuts off what a GPU rounds
+        half = torch.finfo(dtype).eps  # the interpreter truncates, a GPU rounds
         assert_gradients_close(result, wanted, 2e-6 if dtype == torch.float32 else half)
-        if device == "cuda":  # the same each time
+        if device == "cuda":  # deterministic
             assert torch.equal(gradient(actual["total"], logits), result)
     logits, target = make((1, 3, 2, 2), (4, 4))
     logits, target = logits.detach().to(device).requires_grad_(), target.to(device)

@@ -29,9 +29,9 @@ CLASSES = 12
 
 @pytest.fixture
 def batches():
-    """Three batches of stride-4 logits and their target, with ignored pixels and absent classes.
+    """Return three batches of stride-4 logits and targets, with ignored pixels and absent classes.
 
-    Class 3 is only ever predicted, class 5 only ever the target, class 7 neither.
+    Class 3 occurs only in predictions, class 5 only in targets, and class 7 nowhere.
     """
     generator = torch.Generator().manual_seed(0)
     pairs = []
@@ -49,17 +49,17 @@ def upsample(logits, target):
     return F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False)
 
 
-def test_miou_equals_composer(batches):
+def test_miou_matches_composer(batches):
     ours, theirs = MIoU(CLASSES), composer.metrics.MIoU(CLASSES, ignore_index=-1)
     for logits, target in batches:
         ours.update(logits, target)
         theirs.update(upsample(logits, target), target)
     assert ours.compute().item() == pytest.approx(theirs.compute().item(), abs=1e-9)
-    assert iou_per_class(ours.matrix)[3] == 0  # only predicted: counts in the mean
-    assert iou_per_class(ours.matrix)[7].isnan()  # does not occur: left out
+    assert iou_per_class(ours.matrix)[3] == 0  # a class that is only predicted counts in the mean
+    assert iou_per_class(ours.matrix)[7].isnan()  # a class that does not occur is left out
 
 
-def test_miou_equals_mmseg(batches):
+def test_miou_matches_mmsegmentation(batches):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mmseg.core.evaluation import mean_iou as mmseg_mean_iou
@@ -78,7 +78,7 @@ def test_miou_equals_mmseg(batches):
     np.testing.assert_allclose(pixel_accuracy(matrix), theirs["aAcc"], **close)
 
 
-def test_confusion_matrix_by_hand():
+def test_confusion_matrix_matches_values_computed_by_hand():
     target = torch.tensor([[[0, 0, 1, -1]]])
     prediction = torch.tensor([[[0, 1, 1, 1]]])
     matrix = confusion_matrix_of_predictions(prediction, target, 3)
@@ -91,7 +91,7 @@ def test_confusion_matrix_by_hand():
     assert pixel_accuracy(matrix) == pytest.approx(2 / 3)
 
 
-def test_nothing_labelled():
+def test_metrics_without_labelled_pixels_are_nan():
     logits, target = torch.randn(1, 3, 4, 4), torch.full((1, 8, 8), -1)
     miou, cross_entropy = MIoU(3), CrossEntropy()
     miou.update(logits, target)
@@ -101,12 +101,12 @@ def test_nothing_labelled():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_narrow_targets_and_other_ignore_index(batches, dtype):
+def test_metrics_accept_narrow_dtypes_and_an_ignore_index(batches, dtype):
     logits, target = batches[0]
     expected = confusion_matrix(logits, target, CLASSES)
     narrow = torch.where(target < 0, 99, target).to(dtype)
     assert torch.equal(confusion_matrix(logits, narrow, CLASSES, ignore_index=99), expected)
-    # Beyond the last class is ignored as well: transforms mark padding with 255.
+    # Labels beyond the last class are ignored too, because transforms mark padding with 255.
     outside = torch.where(target < 0, 255, target)
     assert torch.equal(confusion_matrix(logits, outside, CLASSES), expected)
     wide, thin = CrossEntropy(), CrossEntropy(ignore_index=99)
@@ -118,8 +118,8 @@ def test_narrow_targets_and_other_ignore_index(batches, dtype):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(32, 40), (37, 51), (8, 10), (5, 7)])
-def test_predictions_are_those_of_fp32_logits(monkeypatch, layout, dtype, size):
-    """At any ratio, however many rows are upsampled at once."""
+def test_predictions_match_upsampled_fp32_logits(monkeypatch, layout, dtype, size):
+    """The ratio and the number of rows upsampled at once make no difference."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, CLASSES, 8, 10, generator=generator).to(dtype)
     target = torch.randint(0, CLASSES, (2, *size), generator=generator)
@@ -140,7 +140,7 @@ def test_first_of_equal_logits_wins():
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, rows):
     monkeypatch.setattr(views, "CPU_ROWS", rows)
-    batches[0][1][0] = -1  # batches of unequal numbers of labels
+    batches[0][1][0] = -1  # batches with unequal numbers of labels
     metric = CrossEntropy()
     for logits, target in batches:
         metric.update(logits, target)
@@ -150,7 +150,7 @@ def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, rows):
     assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_autocast_changes_nothing(batches):
+def test_autocast_does_not_change_metrics(batches):
     plain, autocast = (MIoU(CLASSES), CrossEntropy()), (MIoU(CLASSES), CrossEntropy())
     for batch in batches:
         for metric in plain:
@@ -169,16 +169,16 @@ def largest_allocation(function):
 
 
 @pytest.mark.parametrize("metric", [MIoU(150), CrossEntropy()])
-def test_no_tensor_of_full_size(metric):
+def test_metrics_allocate_no_tensor_of_full_size(metric):
     logits, target = torch.randn(2, 150, 32, 32), torch.zeros(2, 256, 256, dtype=torch.int64)
     full = upsample(logits, target)
     assert largest_allocation(lambda: metric.update(logits, target)) < full.nbytes / 4
-    # The measure sees such a tensor where there is one.
+    # The profiler does see a tensor of full size.
     assert largest_allocation(lambda: upsample(logits, target)) >= full.nbytes
 
 
-def test_ranks_are_summed_once(batches):
-    """With a second rank that counted twice what this one did."""
+def test_metrics_sum_over_ranks_once(batches):
+    """The second rank counted twice as many pixels as this rank."""
     metric = MIoU(CLASSES)
     gathered = []
 
@@ -198,22 +198,22 @@ def test_ranks_are_summed_once(batches):
     assert value == 100 * mean_iou(metric.total_matrix)
 
 
-def test_total_matrix_is_the_last_evaluations(batches):
-    metric = copy.deepcopy(MIoU(CLASSES))  # as Composer does with a model's metrics
+def test_total_matrix_is_from_the_last_evaluation(batches):
+    metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies a model's metrics like this
     metric.update(*batches[0])
     first = metric.compute()
     total = metric.total_matrix
     metric.update(*batches[1])
     assert torch.equal(
         total, confusion_matrix(*batches[0], CLASSES)
-    )  # not changed by later batches
+    )  # later batches do not change it
     metric.reset()
     metric.update(*batches[1])
-    assert metric.compute() != first  # not the cached value
+    assert metric.compute() != first  # the value is not cached
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
 
 
-def test_confused_pairs_by_hand():
+def test_confused_pairs_match_values_computed_by_hand():
     matrix = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 1, 0]])
     assert confused_pairs(matrix, 2) == [(1, 0, 5, 50.0), (0, 1, 2, 20.0)]
     assert confused_pairs(matrix, 9)[2:] == [(2, 1, 1, 100.0)]

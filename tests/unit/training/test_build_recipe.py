@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
-def test_a_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: str | None) -> None:
+def test_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: str | None) -> None:
     config = resolve({**tiny, "recipe_name": recipe})
     algorithms, scheduler = build_algorithms(config), build_schedule(config)
     kinds, schedule = EXPECTED[recipe]
@@ -39,7 +39,7 @@ def test_a_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: 
 
 
 class Progress:
-    """As much of a State as a schedule reads: ten batches an epoch, ten epochs."""
+    """A training state with ten epochs of ten batches, reduced to what schedules read."""
 
     def __init__(self, batch: int):
         self.timestamp = Timestamp(batch=batch, epoch=batch // 10, batch_in_epoch=batch % 10)
@@ -51,7 +51,7 @@ class Progress:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recipe", "factors"),  # at batches 0, 10, 50 and 100 of 100
+    ("schedule", "recipe", "factors"),  # factors at batches 0, 10, 50 and 100 of 100
     [
         ({}, None, [1, (1 + math.cos(0.1 * math.pi)) / 2, 0.5, 0]),
         ({}, "mild", [1, 1, 1, 1]),
@@ -66,16 +66,16 @@ class Progress:
         ({"name": "cosine", "warmup": "20ba", "final": 0.5}, "mild", [0, 0.5, 0.84567086, 0.5]),
     ],
 )
-def test_the_schedule_is_the_recipes_or_what_the_config_says(
+def test_config_schedule_overrides_the_recipe_schedule(
     tiny: dict[str, Any], schedule: dict[str, Any], recipe: str | None, factors: list[float]
 ) -> None:
     tiny |= {"schedule": schedule, "recipe_name": recipe, "max_duration": "10ep"}
     scheduler = build_schedule(resolve(tiny))
-    found = [scheduler(cast(State, Progress(batch))) for batch in (0, 10, 50, 100)]
-    assert found == pytest.approx(factors)
+    actual = [scheduler(cast(State, Progress(batch))) for batch in (0, 10, 50, 100)]
+    assert actual == pytest.approx(factors)
 
 
-def test_clipping_is_part_of_any_recipe(tiny: dict[str, Any]) -> None:
+def test_gradient_clipping_works_with_any_recipe(tiny: dict[str, Any]) -> None:
     tiny |= {"optimizer": {"lr": 0.1, "clip_norm": 2.5}, "recipe_name": "mild"}
     algorithms = build_algorithms(resolve(tiny))
     assert [type(a) for a in algorithms] == [SeedMicrobatch, GradientClipping, EMA]
@@ -84,7 +84,7 @@ def test_clipping_is_part_of_any_recipe(tiny: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("warmup", ["3ep", "30ba"])
-def test_a_warm_up_ends_before_the_run(tiny: dict[str, Any], warmup: str) -> None:
+def test_warmup_as_long_as_the_run_is_rejected(tiny: dict[str, Any], warmup: str) -> None:
     tiny |= {"max_duration": "30ba", "schedule": {"warmup": warmup}}
     with pytest.raises(
         ConfigError, match=f"schedule.warmup: {warmup} is at least as long as .*30ba"
@@ -96,7 +96,7 @@ def test_a_warm_up_ends_before_the_run(tiny: dict[str, Any], warmup: str) -> Non
     ("duration", "half_life", "warned"),
     [("2ep", "21ba", True), ("2ep", "20ba", False), ("30ba", "4ep", True), ("80sp", "10ba", False)],
 )
-def test_an_average_that_outlasts_the_run_is_warned_about(
+def test_ema_half_life_longer_than_the_run_is_warned_about(
     tiny: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
     duration: str,
@@ -114,17 +114,17 @@ def test_an_average_that_outlasts_the_run_is_warned_about(
 @pytest.mark.parametrize(
     ("done", "images", "batch_size", "duration", "factors"),
     [
-        # Epochs of 24 images in batches of 6, and then of another kind; linear from 1 to 0.
-        pytest.param((1, 4, 0, 0), 24, 6, "4ep", [0.75, 0.6875], id="nothing changed"),
+        # The run began with 24 images in batches of 6. The schedule is linear, from 1 to 0.
+        pytest.param((1, 4, 0, 0), 24, 6, "4ep", [0.75, 0.6875], id="no change"),
         pytest.param((1, 4, 0, 0), 24, 12, "4ep", [0.75, 0.625], id="larger batches"),
         pytest.param((1, 4, 0, 0), 24, 3, "4ep", [0.75, 0.71875], id="smaller batches"),
         pytest.param((1, 4, 0, 0), 240, 6, "4ep", [0.75, 0.74375], id="more images"),
-        pytest.param((1, 6, 2, 12), 24, 12, "4ep", [0.625, 0.5], id="in an epoch"),
-        pytest.param((1, 4, 0, 0), 24, 12, "8ep", [0.875, 0.8125], id="a longer run too"),
-        pytest.param((1, 4, 0, 0), 24, 12, "16ba", [0.75, 0.6875], id="a run of batches"),
+        pytest.param((1, 6, 2, 12), 24, 12, "4ep", [0.625, 0.5], id="middle of an epoch"),
+        pytest.param((1, 4, 0, 0), 24, 12, "8ep", [0.875, 0.8125], id="larger batches, longer run"),
+        pytest.param((1, 4, 0, 0), 24, 12, "16ba", [0.75, 0.6875], id="duration in batches"),
     ],
 )
-def test_the_schedule_follows_the_epochs_done(
+def test_resumed_schedule_continues_from_the_completed_epochs(
     tiny: dict[str, Any],
     done: tuple[int, int, int, int],
     images: int,
@@ -147,15 +147,15 @@ def test_the_schedule_follows_the_epochs_done(
         max_duration=Time.from_timestring(duration),
         dataloader_len=Time(images // batch_size, TimeUnit.BATCH),
     )
-    found = [schedule(cast(State, state))]
+    actual = [schedule(cast(State, state))]
     state.timestamp = state.timestamp.to_next_batch(samples=batch_size)
-    found.append(schedule(cast(State, state)))
-    assert found == pytest.approx(factors)
-    # The next step's learning rate, as Composer sets it after the batch before.
+    actual.append(schedule(cast(State, state)))
+    assert actual == pytest.approx(factors)
+    # Composer sets the learning rate of a step after the batch before it.
     assert schedule.before_last_batch(cast(State, state)) == pytest.approx(factors[0])
 
 
-def test_a_recorded_config_can_be_read_again(tiny: dict[str, Any]) -> None:
+def test_recorded_config_resolves_to_the_same_config(tiny: dict[str, Any]) -> None:
     """A run records None for the algorithms that a recipe lacks."""
     config = resolve({**tiny, "recipe_name": "medium"})
     assert resolve(asdict(config)) == config

@@ -14,14 +14,14 @@ from training.callbacks import TrainMIoU, main_target
 
 
 @pytest.mark.parametrize("mixing, expected", [(0.0, 1), (0.5, 1), (0.9, 2)])
-def test_target_that_weighs_more(mixing: float, expected: int):
+def test_main_target_is_the_target_with_the_larger_weight(mixing: float, expected: int):
     first, second = torch.tensor([[[1]]]), torch.tensor([[[2]]])
     assert main_target(MixedTarget(first, second, mixing)).item() == expected
     assert main_target(first).item() == 1
 
 
-def test_training_miou_every_other_batch():
-    """Two micro-batches count, a second pass (SAM's) does not, every other batch is left out."""
+def test_train_miou_is_logged_every_second_batch():
+    """Both micro-batches count. SAM's second pass and every other batch do not."""
     torch.manual_seed(0)
     logged: dict[int, float] = {}
     callback = TrainMIoU(2, 3)

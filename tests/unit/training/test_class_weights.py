@@ -18,7 +18,7 @@ from training.class_weights import auto_weights, class_weights, repeat_factors
 from training.config import resolve
 
 
-def test_repeat_factors_are_those_of_the_paper() -> None:
+def test_repeat_factors_match_the_paper() -> None:
     rng = np.random.default_rng(0)
     present = rng.random((200, 6)) < [0.9, 0.5, 0.1, 0.02, 0.005, 0.0]
     present[7] = False
@@ -34,35 +34,37 @@ def test_repeat_factors_are_those_of_the_paper() -> None:
     assert repeat_factors(present, 0.3)[7] == 1
 
 
-def test_auto_weights_are_enets() -> None:
+def test_auto_weights_match_enet() -> None:
     pixels = np.array([400, 590, 10, 0])
     expected = [1 / math.log(1.02 + share) for share in (0.4, 0.59, 0.01, 0.0)]
     assert auto_weights(pixels) == pytest.approx(expected, rel=1e-12)
     assert auto_weights(pixels)[3] == pytest.approx(50.4983, abs=1e-3)
 
 
-def weighted(tiny: dict[str, Any], given: Any, **more: Any) -> Any:
+def config_with_weights(tiny: dict[str, Any], weights: Any, **more: Any) -> Any:
     names = str(ROOT / "yamls" / "demo_classes.txt")
-    model = {**tiny["model"], "class_weights": given}
+    model = {**tiny["model"], "class_weights": weights}
     return resolve({**tiny, "class_names": names, **more, "model": model})
 
 
-def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
-    assert class_weights(weighted(tiny, None), None) is None
-    assert class_weights(weighted(tiny, list(range(12))), None) == [float(i) for i in range(12)]
-    by_name = class_weights(weighted(tiny, {"plain": 3, "waves": 0.5}), None)
+def test_class_weights_are_read_from_lists_and_names(tiny: dict[str, Any]) -> None:
+    assert class_weights(config_with_weights(tiny, None), None) is None
+    assert class_weights(config_with_weights(tiny, list(range(12))), None) == [
+        float(i) for i in range(12)
+    ]
+    by_name = class_weights(config_with_weights(tiny, {"plain": 3, "waves": 0.5}), None)
     assert by_name == [3.0] + 10 * [1.0] + [0.5]
-    assert class_weights(weighted(tiny, "auto", is_train=False), None) is None
+    assert class_weights(config_with_weights(tiny, "auto", is_train=False), None) is None
     with pytest.raises(ConfigError, match="no class is named wave; did you mean waves"):
-        class_weights(weighted(tiny, {"wave": 3}), None)
+        class_weights(config_with_weights(tiny, {"wave": 3}), None)
     with pytest.raises(
         ConfigError, match=r"auto needs the masks of train_dataset, .*; give the weights as numbers"
     ):
-        class_weights(weighted(tiny, "auto"), None)
+        class_weights(config_with_weights(tiny, "auto"), None)
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("weights", "reason"),
     [
         ("some", "'some' must be auto, a list, or {name: weight}"),
         ([1, 2], "got 2 weights for 12 classes; give one weight per class"),
@@ -71,12 +73,14 @@ def test_weights_by_list_and_by_name(tiny: dict[str, Any]) -> None:
         ([0] * 12, "all weights are 0; set at least one above 0"),
     ],
 )
-def test_wrong_weights_are_one_line(tiny: dict[str, Any], given: Any, reason: str) -> None:
+def test_invalid_class_weights_give_a_one_line_error(
+    tiny: dict[str, Any], weights: Any, reason: str
+) -> None:
     with pytest.raises(ConfigError, match=f"model.class_weights: {reason}"):
-        weighted(tiny, given)
+        config_with_weights(tiny, weights)
 
 
-def test_the_model_hands_them_to_the_loss() -> None:
+def test_model_passes_class_weights_to_the_loss() -> None:
     weights = [3.0, 1.0, 0.5]
     model = ComposerDeepLabV3(torch.nn.Identity(), 3, -1, 0.375, 1.125, weights)
     logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

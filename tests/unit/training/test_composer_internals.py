@@ -36,25 +36,25 @@ PRIVATE_MODULES = ("composer.algorithms.ema.ema",)
 
 
 def private_names(source: str) -> list[str]:
-    """The private names of Composer and Streaming that a file imports, and of a trainer it uses."""
-    found = []
+    """Return the private names of Composer, Streaming and trainers that a file uses."""
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
             foreign = parts[0] in ("composer", "streaming")
             if foreign and (node.module in PRIVATE_MODULES or any(p[0] == "_" for p in parts)):
-                found.append(".".join(parts))
+                names.append(".".join(parts))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             private = node.attr.startswith("_") and not node.attr.startswith("__")
             if private and node.value.id == "trainer":
-                found.append(f"trainer.{node.attr}")
-    return found
+                names.append(f"trainer.{node.attr}")
+    return names
 
 
-def test_private_names_are_in_one_module() -> None:
+def test_private_composer_names_are_used_in_one_module_only() -> None:
     assert len(FILES) > 100
     names = {path.name: private_names(path.read_text()) for path in FILES}
-    assert not {file: found for file, found in names.items() if found}
+    assert not {file: private for file, private in names.items() if private}
     assert private_names(Path(composer_internals.__file__).read_text())
 
 
@@ -67,16 +67,16 @@ def test_private_names_are_in_one_module() -> None:
         ("trainer._train_data_spec", "trainer._train_data_spec"),
     ],
 )
-def test_a_private_name_is_found(source: str, name: str) -> None:
+def test_private_name_is_detected(source: str, name: str) -> None:
     (found,) = private_names(source)
     assert found.startswith(name)
 
 
-def test_the_trainer_has_its_methods() -> None:
+def test_composer_trainer_has_the_methods_that_we_call() -> None:
     assert all(callable(getattr(Trainer, name)) for name in TRAINER_METHODS)
 
 
-def test_ema_parameters_hold_and_swap_a_networks_tensors() -> None:
+def test_ema_parameters_hold_and_swap_network_tensors() -> None:
     network = nn.BatchNorm1d(2)
     average = EMAParameters(network)
     assert average.named_parameters_dict.keys() == dict(network.named_parameters()).keys()
@@ -91,6 +91,6 @@ def test_ema_parameters_hold_and_swap_a_networks_tensors() -> None:
     ]
 
 
-def test_the_closure_scaler_steps_with_a_closure() -> None:
+def test_closure_scaler_step_has_the_expected_signature() -> None:
     signature = inspect.signature(composer_internals.ClosureGradScaler.step)
     assert list(signature.parameters) == ["self", "optimizer", "args", "kwargs"]

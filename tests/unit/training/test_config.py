@@ -15,20 +15,20 @@ from training.config import load, resolve
 @pytest.mark.parametrize(
     ("recipe", "duration"), [("mild", "25ep"), ("medium", "90ep"), ("hot", "240ep")]
 )
-def test_a_recipe_sets_its_duration_and_the_command_line_beats_it(
+def test_command_line_duration_overrides_the_recipe_duration(
     tiny: dict[str, Any], tmp_path: Path, recipe: str, duration: str
 ) -> None:
     path = tmp_path / "run.yaml"
     OmegaConf.save(tiny, path)
     assert resolve(load(str(path), [])).max_duration == "4ba"
     assert resolve(load(str(path), [f"recipe_name={recipe}"])).max_duration == duration
-    given = [f"recipe_name={recipe}", "max_duration=2ep"]
-    assert resolve(load(str(path), given)).max_duration == "2ep"
-    given = [f"recipe_name={recipe}", f"{recipe}.max_duration=30"]
-    assert resolve(load(str(path), given)).max_duration == "30ep"
+    overrides = [f"recipe_name={recipe}", "max_duration=2ep"]
+    assert resolve(load(str(path), overrides)).max_duration == "2ep"
+    overrides = [f"recipe_name={recipe}", f"{recipe}.max_duration=30"]
+    assert resolve(load(str(path), overrides)).max_duration == "30ep"
 
 
-def test_a_logger_is_taken_out_by_null(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_null_on_the_command_line_removes_a_logger(tiny: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     OmegaConf.save(tiny | {"loggers": {"progress_bar": {}, "wandb": None}}, path)
     assert resolve(load(str(path), ["loggers.wandb=null"])).loggers == {"progress_bar": {}}
@@ -49,7 +49,7 @@ INTERPOLATIONS = {
 
 @pytest.mark.parametrize("overrides", INTERPOLATIONS)
 @pytest.mark.parametrize("where", ["override", "file"])
-def test_an_interpolation_that_fails_is_one_line(
+def test_failed_interpolation_gives_a_one_line_error(
     tiny: dict[str, Any], tmp_path: Path, overrides: str, where: str
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -66,15 +66,15 @@ def test_an_interpolation_that_fails_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_duration_may_be_taken_from_the_recipe(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_duration_can_refer_to_the_recipe(tiny: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     OmegaConf.save(tiny | {"mild": {"max_duration": "7ep"}}, path)
-    given = ["recipe_name=mild", "max_duration=${mild.max_duration}"]
-    assert resolve(load(str(path), given)).max_duration == "7ep"
+    overrides = ["recipe_name=mild", "max_duration=${mild.max_duration}"]
+    assert resolve(load(str(path), overrides)).max_duration == "7ep"
 
 
 @pytest.mark.parametrize("text", [None, "a: [1", "- just\n- a list\n"])
-def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None) -> None:
+def test_invalid_config_file_gives_a_one_line_error(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "broken.yaml"
     if text is not None:
         path.write_text(text)

@@ -120,7 +120,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("overrides", WRONG)
-def test_a_wrong_config_is_answered_in_one_line(
+def test_invalid_config_gives_a_one_line_error(
     tiny: dict[str, Any], tmp_path: Path, overrides: str
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -136,11 +136,11 @@ def test_a_wrong_config_is_answered_in_one_line(
 @pytest.mark.parametrize(
     "labels",
     [
-        pytest.param({"ignore_background": False, "ignore_label": 3}, id="the same in both"),
-        pytest.param({}, id="255, which is ignored in any case"),
+        pytest.param({"ignore_background": False, "ignore_label": 3}, id="same label in both"),
+        pytest.param({}, id="label 255, always ignored"),
     ],
 )
-def test_labels_that_mean_the_same_are_accepted(
+def test_equal_label_settings_of_both_datasets_are_accepted(
     tiny: dict[str, Any], labels: dict[str, Any]
 ) -> None:
     for section in ("train_dataset", "eval_dataset"):
@@ -154,29 +154,29 @@ def test_labels_that_mean_the_same_are_accepted(
 
 
 @pytest.mark.parametrize(
-    ("keys", "is_refused"),
+    ("keys", "is_rejected"),
     [
         pytest.param({}, True, id="no checkpoint"),
-        pytest.param({"save_folder": "runs/x"}, True, id="a folder that is not looked into"),
+        pytest.param({"save_folder": "runs/x"}, True, id="save_folder without autoresume"),
         pytest.param({"load_path": __file__}, False, id="load_path"),
         pytest.param({"autoresume": True, "save_folder": "runs/x"}, False, id="autoresume"),
         pytest.param({"is_train": True}, False, id="training"),
     ],
 )
-def test_an_evaluation_names_a_checkpoint(
-    tiny: dict[str, Any], keys: dict[str, Any], is_refused: bool
+def test_evaluation_without_a_checkpoint_is_rejected(
+    tiny: dict[str, Any], keys: dict[str, Any], is_rejected: bool
 ) -> None:
-    typed = resolve({**tiny, "is_train": False, **keys})
-    if is_refused:
+    config = resolve({**tiny, "is_train": False, **keys})
+    if is_rejected:
         with pytest.raises(
             ConfigError, match="is_train=false: an evaluation needs a checkpoint; set"
         ):
-            check_evaluates(typed)
+            check_evaluates(config)
     else:
-        check_evaluates(typed)
+        check_evaluates(config)
 
 
-def test_class_names_in_another_order_than_the_descriptions_are_refused(
+def test_class_names_in_another_order_are_rejected(
     synthetic: str, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
@@ -192,9 +192,7 @@ def test_class_names_in_another_order_than_the_descriptions_are_refused(
         resolve(tiny)
 
 
-def test_a_data_set_may_be_the_folder_in_ade20ks_folder(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_dataset_path_may_be_the_inner_ade20k_folder(tiny: dict[str, Any], tmp_path: Path) -> None:
     root = Path(tiny["train_dataset"]["path"], "ADEChallengeData2016")
     for section in ("train_dataset", "eval_dataset"):
         tiny[section]["path"] = str(root)
@@ -204,7 +202,7 @@ def test_a_data_set_may_be_the_folder_in_ade20ks_folder(
         resolve(tiny)
 
 
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+def test_batch_that_does_not_divide_among_ranks_is_rejected(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -220,7 +218,9 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
         ("arguments", {"a": 1}, "deeplabv3 has no arguments; set keys under model"),
     ],
 )
-def test_wrong_keys(tiny: dict[str, Any], key: str, value: Any, reason: str) -> None:
+def test_invalid_model_keys_are_rejected(
+    tiny: dict[str, Any], key: str, value: Any, reason: str
+) -> None:
     tiny["model"][key] = value
     with pytest.raises(ConfigError, match=f"model.{key}: .*{reason}"):
         resolve(tiny)

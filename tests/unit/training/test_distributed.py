@@ -17,7 +17,7 @@ from training.distributed import CoreTurns, core_turns, explain
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_a_loader_process_lost_during_a_save_is_explained_too() -> None:
+def test_loader_process_lost_during_a_save_is_explained() -> None:
     text = "cannot save ep0-ba2-rank0.pt: DataLoader worker (pid 5) is killed by signal: Killed."
     lost = explain(RunError(text))
     assert isinstance(lost, Lost) and lost.status == 75
@@ -46,15 +46,17 @@ KILLED = "DataLoader worker (pid 5) is killed by signal: Killed."
         ),
         pytest.param(RuntimeError(NCCL), 64, 60, "/dev/shm is full (64 MB); use docker", id="NCCL"),
         pytest.param(RuntimeError(BUS), 64, 60, "/dev/shm is full (64 MB)", id="SIGBUS"),
-        pytest.param(RuntimeError(BUS), 9999, 60, "a loader process ended", id="SIGBUS, but large"),
+        pytest.param(
+            RuntimeError(BUS), 9999, 60, "a loader process ended", id="SIGBUS with a large /dev/shm"
+        ),
         pytest.param(RuntimeError(KILLED), 64, 0, "a loader process ended", id="SIGKILL"),
-        pytest.param(OSError(28, "No space left"), 64, 0, "/dev/shm is full", id="a semaphore"),
-        pytest.param(OSError(28, "No space left"), 64, 9, None, id="a disk"),
-        pytest.param(OSError(28, "No space left", "a.pt"), 64, 0, None, id="a file"),
-        pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="a bug"),
+        pytest.param(OSError(28, "No space left"), 64, 0, "/dev/shm is full", id="semaphore"),
+        pytest.param(OSError(28, "No space left"), 64, 9, None, id="full disk"),
+        pytest.param(OSError(28, "No space left", "a.pt"), 64, 0, None, id="full disk, named file"),
+        pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="other error"),
     ],
 )
-def test_a_full_dev_shm_is_told_from_other_losses(
+def test_full_dev_shm_is_distinguished_from_other_errors(
     monkeypatch: pytest.MonkeyPatch,
     error: RuntimeError | OSError,
     megabytes: int,
@@ -67,7 +69,7 @@ def test_a_full_dev_shm_is_told_from_other_losses(
     assert (known is None) is (line is None)
     if line is not None:
         assert str(known).startswith(line)
-        assert isinstance(known, Lost) is line.startswith("a loader")  # which is tried again
+        assert isinstance(known, Lost) is line.startswith("a loader")  # Lost is retried
 
 
 def train(turns: CoreTurns, name: str, steps: list[str]) -> None:
@@ -87,7 +89,7 @@ def train(turns: CoreTurns, name: str, steps: list[str]) -> None:
         pytest.param(60.0, ["a", "a", "a", "b", "b", "b"], id="until the first run has ended"),
     ],
 )
-def test_runs_take_turns(tmp_path: Path, length: float, expected: list[str]) -> None:
+def test_runs_take_turns_on_the_cores(tmp_path: Path, length: float, expected: list[str]) -> None:
     runs = [CoreTurns(str(tmp_path), length) for _ in range(2)]
     steps: list[str] = []
     runs[0].batch_start(None, None)  # The first run has the turn when the second run starts.
@@ -112,7 +114,7 @@ def is_locked(turns: CoreTurns) -> bool:
         return False
 
 
-def test_a_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
+def test_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
     stopped, run = CoreTurns(str(tmp_path)), CoreTurns(str(tmp_path), patience=0.05)
     stopped.batch_start(None, None)
     for _ in range(2):
@@ -130,13 +132,13 @@ def test_a_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
     [
         pytest.param(False, 1, 2, 2, "", True, id="all cores"),
         pytest.param(False, 1, 1, 2, "", False, id="half of the cores"),
-        pytest.param(False, 1, 1, 1, "", True, id="the only core"),
+        pytest.param(False, 1, 1, 1, "", True, id="only core"),
         pytest.param(False, 2, 2, 2, "", False, id="two ranks"),
-        pytest.param(True, 1, 2, 2, "", False, id="a GPU"),
+        pytest.param(True, 1, 2, 2, "", False, id="GPU"),
         pytest.param(False, 1, 2, 2, "missing", False, id="no temporary folder"),
     ],
 )
-def test_which_runs_take_turns(
+def test_only_single_rank_cpu_runs_on_all_cores_take_turns(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     gpu: bool,
@@ -151,7 +153,7 @@ def test_which_runs_take_turns(
     monkeypatch.setattr("training.distributed.dist.get_world_size", lambda: ranks)
     monkeypatch.setattr("training.distributed.available_cores", lambda: cores)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / folder))
-    found = core_turns()
-    assert len(found) == takes_turns
-    for turns in found:
+    callbacks = core_turns()
+    assert len(callbacks) == takes_turns
+    for turns in callbacks:
         turns.close(None, None)

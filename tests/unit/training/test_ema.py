@@ -13,7 +13,7 @@ from training.ema import EMA
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_ema_keeps_its_names_from_ddp():
+def test_ema_loads_a_state_saved_under_ddp():
     inner, outer = EMA("8ba"), EMA("8ba")
     state = types.SimpleNamespace(model=Segmenter(), is_model_ddp=False)
     inner.apply(Event.INIT, state, None)
@@ -31,7 +31,7 @@ def test_ema_keeps_its_names_from_ddp():
         assert all(torch.equal(loaded[kind][name], stored[name] + 1) for name in stored)
 
 
-def test_ema_update_equals_composer():
+def test_ema_update_matches_composer():
     torch.manual_seed(1)
     model, ours, theirs = Segmenter(), EMA("3ba"), composer.algorithms.EMA("3ba")
     state = types.SimpleNamespace(model=model, is_model_ddp=False)
@@ -49,8 +49,8 @@ def test_ema_update_equals_composer():
     assert counter.dtype == torch.int64 and counter > 0
 
 
-def test_ema_leaves_tables_of_integers_alone():
-    """Swin's indices of relative positions, rounded down at each update, would be other ones."""
+def test_ema_does_not_average_integer_tables():
+    """Averaging would round Swin's relative position indices down at each update."""
     model = torch.nn.BatchNorm2d(2)
     model.register_buffer("table", torch.arange(100).view(10, 10))
     model.register_buffer("mask", torch.tensor([True, False]))

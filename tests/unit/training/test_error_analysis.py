@@ -20,7 +20,7 @@ CLASSES = load_classes(["road", "car", "tree"], 3)
 def analyse(keep: int = 0) -> ErrorAnalysis:
     """Score four images of 10 x 10: right, half right, without a label, and wrong."""
     analysis = ErrorAnalysis(CLASSES, lambda index: f"images/{index}.png", keep)
-    photo = np.zeros((10, 10, 3), np.uint8)
+    image = np.zeros((10, 10, 3), np.uint8)
     road, car, none = (torch.full((10, 10), value) for value in (0, 1, -1))
     half = road.clone()
     half[:5] = 1
@@ -31,11 +31,11 @@ def analyse(keep: int = 0) -> ErrorAnalysis:
         (2, none, road),
     ):
         counts = confusion_matrix_of_predictions(prediction, target, 3)
-        analysis.add(index, lambda: photo, target, prediction, counts)
+        analysis.add(index, lambda: image, target, prediction, counts)
     return analysis
 
 
-def test_scores_of_images_by_hand() -> None:
+def test_image_scores_match_values_computed_by_hand() -> None:
     scores = analyse().gather()
     assert [score.index for score in scores] == [0, 1, 2, 3]
     assert [score.miou for score in scores] == [100, 25, None, 0]
@@ -49,7 +49,7 @@ def test_scores_of_images_by_hand() -> None:
     ]
 
 
-def test_the_file_has_a_row_per_image() -> None:
+def test_scores_file_has_a_row_per_image() -> None:
     rows = list(csv.reader(scores_as_csv(analyse().gather(), CLASSES).splitlines()))
     assert rows == [
         list(COLUMNS),
@@ -68,7 +68,7 @@ def test_the_file_has_a_row_per_image() -> None:
         (9, ["01_3.jpg", "02_1.jpg", "03_0.jpg"]),
     ],
 )
-def test_the_images_with_the_lowest_scores_are_drawn(
+def test_images_with_the_lowest_scores_are_drawn(
     tmp_path: Path, keep: int, expected: list[str]
 ) -> None:
     analysis = analyse(keep)
@@ -79,7 +79,7 @@ def test_the_images_with_the_lowest_scores_are_drawn(
 
 
 @pytest.mark.parametrize("count", [2, 12, 150])
-def test_a_confusion_matrix_shows_the_shares_of_each_row(count: int):
+def test_confusion_matrix_shows_the_shares_of_each_row(count: int):
     classes = load_classes([f"class {i}" for i in range(count)], count)
     matrix = np.eye(count, dtype=int)
     matrix[1] = 0

@@ -1,4 +1,4 @@
-"""Tests of training/initial_weights.py; integration/test_class_order.py takes whole runs."""
+"""Tests of training/initial_weights.py; integration/test_class_order.py tests complete runs."""
 
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ def network(classes: int = 3) -> nn.Module:
     return create_network(num_classes=classes, backbone_arch="resnet50", backbone_weights=None)
 
 
-def begin(names: list[str] | None, classes: int = 3) -> Start:
-    """A file whose rows of scores hold 0, 1, 2, ..., and the names of its classes."""
+def make_start(names: list[str] | None, classes: int = 3) -> Start:
+    """Return a checkpoint with classifier rows of 0, 1, 2, ... and these class names."""
     state = dict(network(classes).state_dict())
     state[SCORES] = torch.arange(classes).float()[:, None, None, None].expand_as(state[SCORES])
     infos = names and [ClassInfo(name, (0, 0, 0)) for name in names]
@@ -47,42 +47,42 @@ def rows(network: nn.Module) -> list[float]:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        pytest.param(["a", "b", "c"], [0, 1, 2], id="the same classes"),
-        pytest.param(["c", "a", "b"], [1, 2, 0], id="another order goes by name"),
+        pytest.param(["a", "b", "c"], [0, 1, 2], id="same classes"),
+        pytest.param(["c", "a", "b"], [1, 2, 0], id="another order"),
         pytest.param(None, [0, 1, 2], id="no names"),
     ],
 )
 @pytest.mark.usefixtures("small_network")
-def test_rows_of_scores_follow_the_classes(
+def test_classifier_rows_follow_the_class_names(
     config: Config, names: list[str] | None, expected: list[float]
 ) -> None:
     ours = network()
-    load_initial_weights(config, begin(names), ours)
+    load_initial_weights(config, make_start(names), ours)
     assert rows(ours) == expected
 
 
 @pytest.mark.usefixtures("small_network")
-def test_classes_of_another_name_are_learned_anew(
+def test_classes_with_new_names_keep_their_initial_weights(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours = network()
     before = rows(ours)
-    load_initial_weights(config, begin(["x", "y", "z"]), ours)
+    load_initial_weights(config, make_start(["x", "y", "z"]), ours)
     assert rows(ours) == before and "old.pt" in caplog.text
     config.load_classes_by_name = True
-    load_initial_weights(config, begin(["x", "b", "z", "a"], 4), ours)
+    load_initial_weights(config, make_start(["x", "b", "z", "a"], 4), ours)
     assert rows(ours)[:2] == [3, 1] and rows(ours)[2] == before[2]
 
 
 @pytest.mark.usefixtures("small_network")
-def test_an_evaluation_refuses_other_classes(config: Config) -> None:
+def test_evaluation_rejects_other_classes(config: Config) -> None:
     config.is_train = False
     with pytest.raises(ClassError, match="load_path: "):
-        load_initial_weights(config, begin(["x", "y", "z"]), network())
+        load_initial_weights(config, make_start(["x", "y", "z"]), network())
 
 
 @pytest.mark.usefixtures("small_network")
-def test_classes_without_names_cannot_be_matched_by_name(config: Config) -> None:
+def test_loading_by_name_rejects_classes_without_names(config: Config) -> None:
     config.load_classes_by_name = True
     with pytest.raises(ConfigError, match=r"load_classes_by_name: old\.pt"):
-        load_initial_weights(config, begin(None), network())
+        load_initial_weights(config, make_start(None), network())

@@ -10,7 +10,7 @@ from training import config
 YAMLS = ROOT / "yamls"
 
 
-def test_help_names_every_key_of_the_yaml() -> None:
+def test_help_lists_every_key_of_the_yaml() -> None:
     lines = config.help_text()
     for section, values in OmegaConf.to_container(OmegaConf.load(YAMLS / "deeplabv3.yaml")).items():
         names = values if isinstance(values, dict) and section != "loggers" else [None]

@@ -24,14 +24,16 @@ def check(classes: int = 4) -> LabelCheck:
     return LabelCheck(load_classes(["sky", "road", "tree", "car"][:classes], classes), True)
 
 
-def test_a_class_may_come_until_the_epoch_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_class_is_reported_at_the_end_of_the_epoch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     logger: Any = None
     callback, epoch = check(), state(torch.tensor([[[0, 1, -1]]]))
     callback.epoch_start(epoch, logger)
     callback.before_forward(epoch, logger)
-    callback.eval_end(epoch, logger)  # in the middle of the epoch
+    callback.eval_end(epoch, logger)  # evaluation in the middle of the epoch
     assert not warnings(caplog)
-    # MixUp's target has the classes of two images; every index beyond the classes is ignored.
+    # MixUp's target contains the classes of two images. Indices beyond the classes are ignored.
     target = torch.tensor([[[2, 2, 7]]])
     callback.before_forward(state(MixedTarget(target, target, 0.3)), logger)
     callback.epoch_end(epoch, logger)
@@ -41,7 +43,7 @@ def test_a_class_may_come_until_the_epoch_ends(caplog: pytest.LogCaptureFixture)
     assert len(warnings(caplog)) == 1
 
 
-def test_part_of_an_epoch_after_a_resume_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
+def test_resumed_part_of_an_epoch_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     logger: Any = None
     callback, part = check(), state(torch.tensor([[[0, 1]]]))
     callback.before_forward(part, logger)
@@ -53,7 +55,7 @@ def test_part_of_an_epoch_after_a_resume_is_not_judged(caplog: pytest.LogCapture
     assert not warnings(caplog)
 
 
-def test_crops_of_one_class_are_reported_at_the_first_evaluation(
+def test_single_class_crops_are_reported_at_the_first_evaluation(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     callback, batch = check(2), state(torch.tensor([[[1, 1, -1]]]))
@@ -65,7 +67,9 @@ def test_crops_of_one_class_are_reported_at_the_first_evaluation(
     assert warnings(caplog) == [line]
 
 
-def test_validation_says_how_many_pixels_have_no_class(caplog: pytest.LogCaptureFixture) -> None:
+def test_share_of_unlabelled_validation_pixels_is_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     callback, batch = check(2), state(torch.tensor([[[0, 1, -1, -1, -1]]]))
     callback.eval_before_forward(batch, None)  # pyright: ignore[reportArgumentType]
     callback.eval_end(batch, None)  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ from training import launcher
 
 @pytest.fixture
 def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Change to a process of an attempt of torchrun on this node."""
+    """Return a function that sets the environment of one process in an attempt of torchrun."""
 
     def change(number: int, local_rank: int, rank: int | None = None) -> None:
         folder = tmp_path / f"attempt_{number}" / str(local_rank)
@@ -29,18 +29,18 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return change
 
 
-def test_the_node_has_the_name_that_composer_reads() -> None:
+def test_node_rank_is_set_from_the_group_rank() -> None:
     for before, name in (({}, None), ({"GROUP_RANK": "1"}, "1"), ({"NODE_RANK": "2"}, "2")):
         environment = dict(before)
         name_node(environment)
         assert environment.get("NODE_RANK") == name
 
 
-def test_a_refusal_is_printed_once_a_node_and_not_tried_again(
+def test_config_error_is_printed_once_per_node(
     attempt: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(4):
-        for local_rank in (1, 0):  # the first to end is the one to say so, whatever its rank
+        for local_rank in (1, 0):  # the first process to end prints the error, whatever its rank
             attempt(number, local_rank)
             assert main_module.run(["yamls/deeplabv3.yaml", "no_such_key=1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -50,13 +50,15 @@ def test_a_refusal_is_printed_once_a_node_and_not_tried_again(
 @pytest.mark.parametrize(
     ("number", "errors", "printed", "is_final"),
     [
-        pytest.param(0, [ConfigError("disk 0"), ConfigError("disk 1")] * 2, 2, True, id="two"),
-        # The config ran before, so that a store may be away.
-        pytest.param(1, [ConfigError("cannot read")] * 2, 1, False, id="a later attempt"),
-        pytest.param(0, [Lost("process 1 ended")], 1, False, id="a lost process"),
+        pytest.param(
+            0, [ConfigError("disk 0"), ConfigError("disk 1")] * 2, 2, True, id="two config errors"
+        ),
+        # The config worked before, so a store may be unavailable.
+        pytest.param(1, [ConfigError("cannot read")] * 2, 1, False, id="later attempt"),
+        pytest.param(0, [Lost("process 1 ended")], 1, False, id="lost process"),
     ],
 )
-def test_only_errors_of_the_first_attempt_are_final(
+def test_only_config_errors_of_the_first_attempt_are_final(
     attempt: Any,
     capsys: pytest.CaptureFixture[str],
     number: int,
@@ -71,7 +73,7 @@ def test_only_errors_of_the_first_attempt_are_final(
     assert launcher.was_refused() is is_final
 
 
-def test_a_batch_that_does_not_divide_waits_for_another_node(
+def test_uneven_batch_waits_for_another_node_after_a_restart(
     attempt: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[str] = []
@@ -81,5 +83,5 @@ def test_a_batch_that_does_not_divide_waits_for_another_node(
         attempt(number, 0, rank)
         launcher.wait_for_nodes(error)
         launcher.wait_for_nodes(ConfigError("unknown key"))
-    assert waited == ["0", "1", "0"]  # and not in the first attempt
+    assert waited == ["0", "1", "0"]  # no wait in the first attempt
     assert capsys.readouterr().out == f"waiting for another node: {error}\n" * 2

@@ -23,16 +23,20 @@ pytestmark = pytest.mark.usefixtures("small_network")
         pytest.param(
             ImportError("cannot import name 'A' from 'sqlalchemy.pool'"),
             r"its packages are incompatible \(cannot import .*\); run make install WITH=mlflow",
-            id="a package of another version",
+            id="incompatible package",
         ),
-        pytest.param(ValueError("no 'x'"), "no 'x'; check its arguments", id="arguments"),
+        pytest.param(ValueError("no 'x'"), "no 'x'; check its arguments", id="invalid argument"),
         pytest.param(
-            OSError(13, "Permission denied", "/a"), "Permission denied: '/a'; ", id="disk"
+            OSError(13, "Permission denied", "/a"),
+            "Permission denied: '/a'; ",
+            id="permission denied",
         ),
-        pytest.param(ServiceError("x" * 2000), r"x{240} \.\.\.; check tracking_uri", id="long"),
+        pytest.param(
+            ServiceError("x" * 2000), r"x{240} \.\.\.; check tracking_uri", id="long message"
+        ),
     ],
 )
-def test_what_to_do_follows_from_the_error(
+def test_logger_error_says_what_to_do(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
     monkeypatch.setitem(
@@ -43,13 +47,13 @@ def test_what_to_do_follows_from_the_error(
         build_loggers(config)
 
 
-def test_a_run_that_the_user_names_comes_first() -> None:
-    named = WandBLogger(server_run="old", init_kwargs={"id": "mine"})
-    assert named._init_kwargs["id"] == "mine"
-    assert isinstance(named, loggers.WandBLogger)
+def test_run_id_of_the_user_takes_precedence() -> None:
+    logger = WandBLogger(server_run="old", init_kwargs={"id": "mine"})
+    assert logger._init_kwargs["id"] == "mine"
+    assert isinstance(logger, loggers.WandBLogger)
 
 
-def test_a_logger_says_which_of_its_arguments_is_wrong(tiny: dict[str, Any]) -> None:
+def test_invalid_logger_argument_is_named(tiny: dict[str, Any]) -> None:
     tiny["loggers"] = {"tensorboard": {"directory": "x"}}
     with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
         main(tiny)

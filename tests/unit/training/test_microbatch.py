@@ -18,15 +18,15 @@ from training.schema import Config, TrainDatasetConfig
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_operations_are_pytorch_s(network: torch.nn.Module, footprint: Footprint) -> None:
+def test_operation_count_matches_pytorch(network: torch.nn.Module, footprint: Footprint) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(2, 3, SIZE, SIZE, device="cpu"))
     assert 2 * footprint.operations == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
-    assert next(network.parameters()).grad is None  # the network itself was left alone
+    assert next(network.parameters()).grad is None  # the network itself is unchanged
 
 
-def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And `auto` then begins as Composer's does."""
+def test_network_that_cannot_be_traced_falls_back_to_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting `auto` then starts like Composer's automatic micro-batching."""
 
     class Thresholds(torch.nn.Conv2d):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -42,9 +42,9 @@ def test_what_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose_microbatch(config, Thresholds(3, 5, 1), Precision("fp32"), device) == ("auto", 24)
     monkeypatch.undo()
     frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
-    whole = count(frozen, SIZE, None)
+    unfrozen = count(frozen, SIZE, None)
     frozen[0].requires_grad_(False)
-    assert count(frozen, SIZE, None).image <= whole.image
+    assert count(frozen, SIZE, None).image <= unfrozen.image
 
 
 FOOTPRINT = Footprint(100, 0, 50, 1000, 900, 1e9, 1e6, 1e5, 10)
@@ -57,12 +57,12 @@ FOOTPRINT = Footprint(100, 0, 50, 1000, 900, 1e9, 1e6, 1e5, 10)
         (130_000, {}, 1, (64, True)),
         (5_000, {}, 1, (4, True)),
         (1_000, {}, 1, (2, False)),
-        (1_700, {}, 2, (1, True)),  # sync_bn shares the statistics of one image a process
+        (1_700, {}, 2, (1, True)),  # sync_bn needs only one image per rank
         (5_000, {"device_train_microbatch_size": 8}, 1, (8, False)),
         (5_000, {"activation_memory_budget": 0.5}, 1, (8, True)),
     ],
 )
-def test_images_at_once(
+def test_microbatch_is_the_largest_that_fits(
     free: float, changes: dict[str, Any], ranks: int, expected: tuple[int, bool]
 ) -> None:
     config = settings(**changes)
@@ -71,13 +71,13 @@ def test_images_at_once(
     assert fits == (FOOTPRINT.step(at_once, config, ranks) <= free)
 
 
-def test_a_cpu_does_not_adapt() -> None:
+def test_cpu_run_keeps_its_microbatch() -> None:
     assert fitting(FOOTPRINT, settings(), 128, 5_000, adapts=False) == (128, False)
 
 
-def test_recipes_take_their_copies_of_the_weights() -> None:
-    taken = [
+def test_recipe_memory_includes_copies_of_the_weights() -> None:
+    memory = [
         FOOTPRINT.step(1, settings(recipe_name=name)) for name in (None, "mild", "medium", "hot")
     ]
-    steps = [round((after - before) / 1.05) for before, after in itertools.pairwise(taken)]
+    steps = [round((after - before) / 1.05) for before, after in itertools.pairwise(memory)]
     assert steps == [FOOTPRINT.weights, FOOTPRINT.weights, 0]

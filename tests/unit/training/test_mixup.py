@@ -20,7 +20,7 @@ def mix(image, target, alpha=0.5):
     return state.batch
 
 
-def test_mixup_mixes_photos_and_names_both_targets():
+def test_mixup_mixes_images_and_returns_both_targets():
     np.random.seed(0)
     torch.manual_seed(1)
     image = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
@@ -35,7 +35,7 @@ def test_mixup_mixes_photos_and_names_both_targets():
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_mixup_of_one_photo_and_of_none():
+def test_mixup_keeps_a_single_image_and_rejects_negative_alpha():
     image, target = torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
     assert torch.equal(mix(image, target)[0], image)
     image, target = torch.randn(4, 3, 8, 8), torch.zeros(4, 8, 8, dtype=torch.int64)

@@ -23,7 +23,7 @@ def network() -> nn.Sequential:
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Steps of made-up gradients under a falling learning rate; the linear layer joins late."""
+    """Run steps with random gradients and a falling learning rate; the linear layer joins late."""
     for number in range(first, last):
         generator = torch.Generator().manual_seed(number)
         for group in optimizer.param_groups:
@@ -45,7 +45,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
     ],
     ids=str,
 )
-def test_steps_equal_composers(arguments):
+def test_sgdw_steps_match_composer(arguments):
     ours, theirs = network(), network()
     optimizer = DecoupledSGDW(ours.parameters(), lr=0.1, **arguments)
     reference = composer.optim.DecoupledSGDW(theirs.parameters(), lr=0.1, **arguments)
@@ -54,10 +54,10 @@ def test_steps_equal_composers(arguments):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **ROUNDING)
     ours_state, theirs_state = optimizer.state_dict(), reference.state_dict()
     torch.testing.assert_close(ours_state, theirs_state, **ROUNDING)
-    assert type(optimizer).__qualname__ == type(reference).__qualname__  # its name in a checkpoint
+    assert type(optimizer).__qualname__ == type(reference).__qualname__  # stored in checkpoints
 
 
-def test_goes_on_from_a_checkpoint_of_composers_in_another_memory_format():
+def test_sgdw_resumes_composer_state_in_another_memory_format():
     theirs = network().to(memory_format=torch.contiguous_format)
     reference = composer.optim.DecoupledSGDW(theirs.parameters(), lr=0.1, momentum=0.9)
     steps(theirs, reference, 0, 4)
@@ -66,14 +66,14 @@ def test_goes_on_from_a_checkpoint_of_composers_in_another_memory_format():
     optimizer = DecoupledSGDW(ours.parameters(), lr=0.1, momentum=0.9)
     optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
     buffer = optimizer.state[ours[0].weight]["momentum_buffer"]
-    assert buffer.stride() != ours[0].weight.stride()  # else this shows nothing
+    assert buffer.stride() != ours[0].weight.stride()  # otherwise the test shows nothing
     steps(ours, optimizer, 4, 8)
     steps(theirs, reference, 4, 8)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **ROUNDING)
 
 
 class Network(torch.nn.Module):
-    """A backbone and a head, each with norms and biases, and a weight that both have."""
+    """A network with norms and biases in backbone and head, which share one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Network(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["sgdw", "adamw"])
-def test_groups_are_what_the_config_asks_for(name):
+def test_parameter_groups_follow_the_config(name):
     network = Network()
     weights = dict(network.named_parameters())
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1)
@@ -94,13 +94,13 @@ def test_groups_are_what_the_config_asks_for(name):
     assert all(a is b for a, b in zip(group["params"], network.parameters(), strict=True))
     config.head_lr_scale, config.no_decay, config.betas = 10.0, ["norm", "bias"], [0.8, 0.99]
     optimizer = build_optimizer(config, network)
-    found = {
+    actual = {
         key: (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for key, weight in weights.items()
         if any(weight is other for other in group["params"])
     }
-    assert found == {
+    assert actual == {
         "backbone.0.weight": (0.01, 0.1),
         "backbone.0.bias": (0.01, 0.0),
         "backbone.1.weight": (0.01, 0.0),
@@ -113,12 +113,12 @@ def test_groups_are_what_the_config_asks_for(name):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(weights)
     if name == "adamw":
         assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
-    config.no_decay = ["bias"]  # those of norms are a norm's
+    config.no_decay = ["bias"]  # the bias of a norm layer counts as norm
     decays = [group["weight_decay"] for group in build_optimizer(config, network).param_groups]
     assert decays == [0.1, 0.0, 0.1, 0.0]
 
 
-def test_without_a_backbone_there_is_no_head():
+def test_head_lr_scale_without_a_backbone_is_rejected():
     with pytest.raises(ConfigError, match=r"head_lr_scale: this network has no known backbone"):
         build_optimizer(OptimizerConfig(head_lr_scale=10.0), network())
 
@@ -140,8 +140,8 @@ class Transformer(nn.Module):
 
 
 @pytest.mark.parametrize("blocks", ["blocks", "layers", "encoder.layer"])
-def test_layers_of_a_transformer_learn_at_decaying_rates(blocks: str) -> None:
-    """As in BEiT: layer l of L has lr * decay ** (L + 1 - l), and the embeddings are layer 0."""
+def test_transformer_layers_get_decaying_learning_rates(blocks: str) -> None:
+    """Layer l of L has lr * decay ** (L + 1 - l), as in BEiT. The embeddings are layer 0."""
     model = nn.Module()
     model.backbone = Transformer(blocks)
     model.head = nn.Linear(4, 2)
@@ -150,15 +150,15 @@ def test_layers_of_a_transformer_learn_at_decaying_rates(blocks: str) -> None:
     )
     optimizer = build_optimizer(config, model)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    found = {name: rates[id(p)] for name, p in model.named_parameters() if name.endswith("weight")}
-    assert list(found.values()) == [0.0625, 0.125, 0.25, 0.5, 1.0, 4.0]
+    actual = {name: rates[id(p)] for name, p in model.named_parameters() if name.endswith("weight")}
+    assert list(actual.values()) == [0.0625, 0.125, 0.25, 0.5, 1.0, 4.0]
     assert rates[id(model.backbone.pos_embed)] == 0.0625
     decays = {g["weight_decay"] for g in optimizer.param_groups for p in g["params"] if p.ndim == 1}
     assert 0.0 in decays
 
 
-def test_layers_decay_as_with_pytorchs_adamw() -> None:
-    """BEiT and MAE train with PyTorch's AdamW, whose weight decay is multiplied by the rate."""
+def test_layer_weight_decay_matches_pytorch_adamw() -> None:
+    """BEiT and MAE use PyTorch's AdamW, which multiplies the weight decay by the learning rate."""
     model = nn.Module()
     model.backbone = Transformer("blocks")
     nn.init.ones_(model.backbone.pos_embed)
@@ -183,7 +183,7 @@ def test_layers_decay_as_with_pytorchs_adamw() -> None:
 
 
 @pytest.mark.parametrize("has_backbone", [True, False])
-def test_layer_decay_is_refused_without_layers(has_backbone: bool) -> None:
+def test_layer_decay_without_transformer_layers_is_rejected(has_backbone: bool) -> None:
     model = network()
     if has_backbone:
         model.backbone = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ModuleList([nn.Conv2d(3, 3, 1)]))

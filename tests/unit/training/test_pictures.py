@@ -19,12 +19,12 @@ from training import pictures
 from training.pictures import Curves, save_file
 
 
-def test_drawn_curves_leave_nothing_behind(tmp_path: Path) -> None:
-    """Their figures refer to themselves, and only a collection frees what does."""
+def test_drawing_curves_leaks_no_figures(tmp_path: Path) -> None:
+    """Figures contain reference cycles, so only the garbage collector would free them."""
     curves = Curves(str(tmp_path))
     curves.train, curves.eval = [(1, 0.5, 0.1)], [(1, 20.0)]
     state: Any = SimpleNamespace(run_name="name", timestamp=Timestamp())
-    curves._draw(state)  # what the first imports stays
+    curves._draw(state)  # the first call imports modules, which stay in memory
     gc.collect()
     gc.disable()
     try:
@@ -37,22 +37,22 @@ def test_drawn_curves_leave_nothing_behind(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").exists()
 
 
-def test_one_client_writes_all_of_a_runs_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a file, each some MB that refer to themselves, would pile up."""
-    made, written = [], []
+def test_one_object_store_client_writes_all_files_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client per file would leak some MB each, because clients contain reference cycles."""
+    clients, uploads = [], []
 
     def make(uri: str) -> SimpleNamespace:
-        made.append(uri)
-        return SimpleNamespace(upload_object=lambda name, file: written.append(name))
+        clients.append(uri)
+        return SimpleNamespace(upload_object=lambda name, file: uploads.append(name))
 
     monkeypatch.setattr(pictures, "maybe_create_object_store_from_uri", make)
     for name in ("curves.png", "pictures/ep1-ba2.png"):
         assert save_file(b"data", "s3://one-client/run", name) == f"s3://one-client/run/{name}"
-    assert made == ["s3://one-client/"]
-    assert written == ["run/curves.png", "run/pictures/ep1-ba2.png"]
+    assert clients == ["s3://one-client/"]
+    assert uploads == ["run/curves.png", "run/pictures/ep1-ba2.png"]
 
 
-def test_files_appear_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_files_are_written_atomically(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = save_file(b"one", str(tmp_path), "a/b.png")
     assert Path(path).read_bytes() == b"one"
     save_file(b"two", str(tmp_path), "a/b.png")
@@ -68,7 +68,7 @@ def test_files_appear_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_files_go_to_object_stores(
+def test_files_are_uploaded_to_object_stores(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     stored = {}

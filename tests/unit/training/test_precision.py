@@ -31,7 +31,7 @@ from training.precision import check_build_tools, compiles
         pytest.param(False, False, False, None, id="false on a CPU"),
     ],
 )
-def test_a_run_goes_on_without(
+def test_run_without_build_tools_continues_uncompiled(
     machine: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny: dict[str, Any],
@@ -43,16 +43,16 @@ def test_a_run_goes_on_without(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     config = resolve(tiny | {"compile": setting})
     assert compiles(config) is compiled
-    said = check_build_tools(config)
-    assert said is None if line is None else said and said.startswith(line)
-    assert "\n" not in (said or "")
+    message = check_build_tools(config)
+    assert message is None if line is None else message and message.startswith(line)
+    assert "\n" not in (message or "")
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_compile_true_is_refused(
+def test_compile_true_without_build_tools_is_rejected(
     machine: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any], gpu: bool
 ) -> None:
-    """Before anything is built."""
+    """The check runs before the trainer builds anything."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("training.precision.check_kernels", lambda: None)
     with pytest.raises(

@@ -13,7 +13,7 @@ from training.config import help_text, resolve
 from training.recipes import recipe_table
 
 
-def test_the_numbers_of_a_recipe_are_keys_of_the_yaml(tiny: dict[str, Any]) -> None:
+def test_recipe_settings_can_be_set_in_the_yaml(tiny: dict[str, Any]) -> None:
     tiny["recipe_name"] = "hot"
     tiny["hot"] = {
         "ema": {"half_life": "7ba", "update_interval": "2ba"},
@@ -25,13 +25,13 @@ def test_the_numbers_of_a_recipe_are_keys_of_the_yaml(tiny: dict[str, Any]) -> N
     assert (sam.rho, sam.interval, mixup.alpha) == (0.5, 3, 0.9)
 
 
-def test_a_recipe_has_no_keys_of_algorithms_that_it_lacks(tiny: dict[str, Any]) -> None:
+def test_keys_of_algorithms_outside_the_recipe_are_rejected(tiny: dict[str, Any]) -> None:
     tiny |= {"recipe_name": "mild", "mild": {"sam": {"rho": 0.1}}}
     with pytest.raises(ConfigError, match=r"unknown key mild\.sam"):
         resolve(tiny)
     assert "mild.sam.rho" not in help_text() and "hot.sam.rho" in help_text()
 
 
-def test_the_documentation_shows_the_table_of_recipes() -> None:
+def test_documentation_contains_the_recipe_table() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
     assert recipe_table() in page

@@ -20,7 +20,7 @@ from training.report import Report, _table
 from transforms import DeviceTransform
 
 
-def test_a_name_is_text_whatever_it_is() -> None:
+def test_html_in_a_class_name_is_escaped() -> None:
     name = "<script>alert(1)</script>&"
     classes = load_classes([name, "b"], 2)
     text = _table((["class", "IoU", "pixels"], [[name, 1.5, 2], ["b", None, 0]]), classes)
@@ -33,17 +33,17 @@ def test_a_name_is_text_whatever_it_is() -> None:
     ("rank", "ranks", "expected"),
     [
         pytest.param(0, 1, [("3.jpg", "0.00"), ("1.jpg", "25.00")], id="one rank"),
-        pytest.param(1, 2, [("3.jpg", "0.00"), ("1.jpg", "25.00")], id="two ranks, the second"),
+        pytest.param(1, 2, [("3.jpg", "0.00"), ("1.jpg", "25.00")], id="second of two ranks"),
     ],
 )
-def test_the_images_with_the_lowest_scores_are_shown(
+def test_images_with_the_lowest_scores_are_shown(
     rank: int,
     ranks: int,
     expected: list[tuple[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four images of 64 x 64 in two batches: right, half right, unlabelled and wrong."""
+    """Evaluate four images of 64 x 64: right, half right, unlabelled and wrong."""
     monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(dist, "get_global_rank", lambda: rank)
     monkeypatch.setattr(dist, "all_gather_object", lambda part: [part])
@@ -51,7 +51,7 @@ def test_the_images_with_the_lowest_scores_are_shown(
     logits = nn.functional.one_hot(targets.long(), 3).permute(0, 3, 1, 2).float()
     logits[1, :, :32] = logits[1, :, :32].roll(1, 0)  # The upper half is predicted as class 1.
     targets[2], targets[3] = 254, 1
-    photos = torch.arange(40, 200, 40, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 64, 64)
+    images = torch.arange(40, 200, 40, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 64, 64)
 
     transform, samples = DeviceTransform(), [SimpleNamespace(image_path=f"{i}.jpg") for i in "0123"]
     transform.first = 0
@@ -75,12 +75,12 @@ def test_the_images_with_the_lowest_scores_are_shown(
     # The sampler repeats an image for the last rank, which must not count.
     own = [*range(rank, 4, ranks), 0]
     for part in (own[:1], own[1:]):
-        state.batch, state.outputs = transform((photos[part], targets[part])), logits[part]
+        state.batch, state.outputs = transform((images[part], targets[part])), logits[part]
         report.eval_after_forward(state, cast(Any, None))
     report.eval_end(state, cast(Any, None))
     page = Page(report._worst)
-    found = re.findall(r"(\S+): mIoU (\S+)%", "\n".join(page.texts["figcaption"]))
-    assert found == expected
-    # Each picture begins with the image itself.
+    captions = re.findall(r"(\S+): mIoU (\S+)%", "\n".join(page.texts["figcaption"]))
+    assert captions == expected
+    # Each sheet begins with the image itself.
     grey = [np.array(image.convert("RGB"))[100, 100].tolist() for image in page.images]
     assert np.abs(np.array(grey) - [[160], [80]]).max() <= 3

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Point:
-    """Two weights, a loss |w|^2 / 2 * factor, and SAM's step for them outside of a trainer."""
+    """A problem with two weights and the loss |w|^2 / 2 * factor, for SAM without a trainer."""
 
     def __init__(self, sam, batch=0, factor=1.0):
         self.weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -36,31 +36,31 @@ class Point:
         return loss.item()
 
 
-def test_sam_climbs_and_returns():
+def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     point = Point(SAM(rho=1.0))
     assert point.optimizer.step(point.closure) == 12.5
     assert point.calls == [{"ddp_sync": False}, {"loss_dict": {}}]
-    torch.testing.assert_close(point.seen[1], torch.tensor([3.6, 4.8]))  # 1 along (3, 4) / 5
-    # Stepped by half the gradient at the top, (3.6, 4.8), from where it started.
+    torch.testing.assert_close(point.seen[1], torch.tensor([3.6, 4.8]))  # rho = 1 along (3, 4) / 5
+    # The step goes half the gradient at (3.6, 4.8) from the original weights.
     torch.testing.assert_close(point.weight.detach(), torch.tensor([1.2, 1.6]))
 
 
 @pytest.mark.parametrize(
     "batch, climbs", [(0, False), (1, False), (2, True), (3, False), (5, True)]
 )
-def test_sam_takes_its_turn_by_the_batchs_number(batch, climbs):
+def test_sam_interval_counts_batches(batch, climbs):
     point = Point(SAM(rho=1.0, interval=3), batch)
     point.optimizer.step(point.closure)
     assert point.calls == ([{"ddp_sync": False}, {"loss_dict": {}}] if climbs else [{}])
 
 
-def test_sam_steps_at_a_loss_of_zero():
+def test_sam_steps_at_zero_loss():
     point = Point(SAM(rho=1.0))
     point.optimizer.step(lambda **kwargs: 0 * point.closure(**kwargs))
     torch.testing.assert_close(point.weight.detach(), torch.tensor([1.2, 1.6]))
 
 
-def test_sam_returns_from_a_pass_that_fails():
+def test_sam_restores_weights_after_a_failed_pass():
     point = Point(SAM(rho=1.0))
 
     def out_of_memory(**kwargs):
@@ -75,8 +75,8 @@ def test_sam_returns_from_a_pass_that_fails():
 
 
 @pytest.mark.parametrize("overflows", [None, 0, 1])
-def test_sam_with_a_gradient_scaler(overflows):
-    """As the trainer drives it in fp16: an overflow in either pass skips the step."""
+def test_sam_skips_the_step_if_a_scaled_gradient_overflows(overflows):
+    """In fp16, an overflow in either pass skips the step."""
     scaler = ClosureGradScaler("cpu", init_scale=8.0)
     point = Point(SAM(rho=1.0))
     start = point.weight.detach().clone()
@@ -106,12 +106,12 @@ def test_sam_gives_no_warning(recwarn):
 
 
 @pytest.mark.parametrize("rho, interval", [(0, 1), (-1, 1), (0.3, 0)])
-def test_sam_refuses(rho, interval):
+def test_sam_rejects_invalid_settings(rho, interval):
     with pytest.raises(ValueError, match="rho > 0 and interval >= 1"):
         SAM(rho, interval)
 
 
-def test_sam_itself_does_not_synchronise():
+def test_sam_does_not_synchronise_the_gpu():
     point = Point(SAM(rho=1.0))
     gradient = torch.tensor([3.0, 4.0])
 

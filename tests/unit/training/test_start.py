@@ -23,28 +23,28 @@ from training.start import (
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_without_save_folder_nothing_is_saved(
+def test_run_without_a_save_folder_has_no_saver(
     tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert build_saver(resolve(tiny), EvaluationSchedule("1ep")) is None
     assert "save_folder is empty" in caplog.text
 
 
-def test_an_evaluation_saves_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluation_has_no_saver(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = resolve({**tiny, "save_folder": str(tmp_path)})
     config.is_train = False
     assert build_saver(config, EvaluationSchedule("1ep")) is None
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_with_a_folder_has_a_saver(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_a_save_folder_has_a_saver(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = resolve({**tiny, "save_folder": str(tmp_path), "save_num_checkpoints_to_keep": 3})
     saver = build_saver(config, EvaluationSchedule("1ep"))
     assert isinstance(saver, Checkpoints) and saver.keep == 3 and saver.run_name == "tiny"
     release_save_folder(config)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_unwritable_save_folder_is_rejected(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = resolve({**tiny, "save_folder": str(tmp_path / "file")})
     with pytest.raises(ConfigError, match="save_folder: "):
@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tiny: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_weights_alone_are_a_start_without_a_state(
+def test_run_start_from_weights_has_no_training_state(
     tiny: dict[str, Any], tmp_path: Path, is_train: bool
 ) -> None:
     file = str(tmp_path / "weights.pt")
@@ -64,12 +64,14 @@ def test_weights_alone_are_a_start_without_a_state(
     assert isinstance(guarded_loading(start), nullcontext)
 
 
-def test_a_new_run_starts_from_its_config(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_autoresume_without_checkpoints_starts_a_new_run(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     config = resolve({**tiny, "save_folder": str(tmp_path / "none"), "autoresume": True})
     assert find_run_start(config, None, str(tmp_path)) == RunStart()
 
 
-def test_an_evaluation_needs_a_checkpoint(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluation_without_a_checkpoint_is_rejected(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = resolve({**tiny, "save_folder": str(tmp_path), "autoresume": True})
     config.is_train = False
     with pytest.raises(ConfigError, match="contains no checkpoint to evaluate; set load_path"):

@@ -24,7 +24,7 @@ def wait_for_exits(exits: list[int], number: int) -> list[int]:
     return exits
 
 
-def test_all_end_with_the_status_of_the_first_that_fails(
+def test_all_processes_exit_with_the_status_of_the_first_failure(
     three: list[Watch], exits: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     three[2].close(2)
@@ -34,28 +34,30 @@ def test_all_end_with_the_status_of_the_first_that_fails(
     assert capsys.readouterr().err == f"error: {line}\n" * 2
 
 
-def test_all_end_when_one_is_killed(three: list[Watch], exits: list[int]) -> None:
+def test_all_processes_end_when_one_is_killed(three: list[Watch], exits: list[int]) -> None:
     (connection,) = three[1]._peers
     connection.shutdown(socket.SHUT_RDWR)
     line = "process 1 at 127.0.0.1 ended without a message: it was killed, or its machine went down"
     assert causes([three[0], three[2]]) == [(line, 75)] * 2
 
 
-def test_a_loader_that_lives_on_hides_nothing(three: list[Watch]) -> None:
+def test_surviving_loader_process_does_not_hide_a_lost_rank(three: list[Watch]) -> None:
     loader = os.fork()
     if loader == 0:
         time.sleep(30)
         os._exit(0)
     try:
         (connection,) = three[1]._peers
-        connection.close()  # as when the kernel does it
+        connection.close()  # the kernel does this for a killed process
         assert "ended without a message" in causes(three[:1])[0][0]
     finally:
         os.kill(loader, signal.SIGKILL)
         os.waitpid(loader, 0)
 
 
-def test_one_that_ends_by_itself_is_left_to(three: list[Watch], exits: list[int]) -> None:
+def test_processes_that_close_by_themselves_are_not_ended(
+    three: list[Watch], exits: list[int]
+) -> None:
     three[1].close(1)
     assert (
         causes([three[0], three[2]])
@@ -67,7 +69,7 @@ def test_one_that_ends_by_itself_is_left_to(three: list[Watch], exits: list[int]
     assert exits == []
 
 
-def test_silence_is_a_lost_machine(three: list[Watch]) -> None:
+def test_silent_peer_is_reported_as_a_lost_machine(three: list[Watch]) -> None:
     class Silent:
         def recv(self, size: int) -> bytes:
             raise OSError(errno.EHOSTUNREACH, "No route to host")
@@ -83,8 +85,8 @@ def test_silence_is_a_lost_machine(three: list[Watch]) -> None:
     assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [4, 4, 4]
 
 
-def test_an_attempt_does_not_meet_an_earlier_one(exits: list[int]) -> None:
-    """torchrun keeps one store for all attempts: it has the port and the keys of an earlier one."""
+def test_watch_ignores_store_keys_of_an_earlier_attempt(exits: list[int]) -> None:
+    """torchrun keeps one store for all attempts, with the port and keys of earlier attempts."""
     store = torch_dist.HashStore()
     with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor(2) as threads:
         closed = socket.create_server(("127.0.0.1", 0))
@@ -100,17 +102,17 @@ def test_an_attempt_does_not_meet_an_earlier_one(exits: list[int]) -> None:
     store.set("rank", "of the first attempt")
     watches[0].store.set("rank", "of this one")
     assert watches[1].store.get("rank") == b"of this one"
-    for one in watches:
-        one.close(0)
+    for member in watches:
+        member.close(0)
 
 
-def test_what_all_processes_find_is_said_once_a_node(
+def test_error_of_all_processes_is_printed_once_per_node(
     three: list[Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [one.is_first_to_say("no weights: a") for one in three] == [True, False, False]
-    assert [one.is_first_to_say(f"disk {rank}") for rank, one in enumerate(three)] == [True] * 3
+    assert [peer.is_first_to_say("no weights: a") for peer in three] == [True, False, False]
+    assert [peer.is_first_to_say(f"disk {rank}") for rank, peer in enumerate(three)] == [True] * 3
     monkeypatch.setenv("NODE_RANK", "1")
-    assert [one.is_first_to_say("no weights: a") for one in three] == [True, False, False]
+    assert [peer.is_first_to_say("no weights: a") for peer in three] == [True, False, False]
 
     class Gone:
         def add(self, name: str, amount: int) -> int:

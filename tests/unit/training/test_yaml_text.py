@@ -25,7 +25,7 @@ def config_with(tmp_path: Path, text: str, overrides: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_name_is_the_text_that_was_written(tmp_path: Path, text: str) -> None:
+def test_run_name_keeps_its_written_text(tmp_path: Path, text: str) -> None:
     assert config_with(tmp_path, f"run_name: {text}  # a name\n", []).run_name == text
     assert config_with(tmp_path, "seed: 1\n", [f"run_name={text}"]).run_name == text
     assert config_with(tmp_path, f"{{seed: 1, run_name: &a {text}}}\n", []).run_name == text
@@ -33,7 +33,7 @@ def test_a_name_is_the_text_that_was_written(tmp_path: Path, text: str) -> None:
     assert config_with(tmp_path, f"run_name: '{quoted}'\n", []).run_name == text
 
 
-def test_class_names_and_tags_are_text(tmp_path: Path) -> None:
+def test_class_names_and_tags_are_read_as_text(tmp_path: Path) -> None:
     text = """
     model: {class_weights: {no: 2.0, 007: 1, 12:30: 3}, num_classes: 3}
     loggers:
@@ -53,7 +53,7 @@ def test_class_names_and_tags_are_text(tmp_path: Path) -> None:
         assert config.loggers["file"] == {"flush_interval": 3}
 
 
-def test_class_names_of_a_description_are_text(tmp_path: Path) -> None:
+def test_class_names_of_a_description_are_read_as_text(tmp_path: Path) -> None:
     path = tmp_path / "data.yaml"
     path.write_text(
         "train: &train {images: a, masks: b}\n"
@@ -73,7 +73,7 @@ def test_class_names_of_a_description_are_text(tmp_path: Path) -> None:
     ["seed: 017", "train_dataset: {batch_size: 08}", "seed: 1:30", "optimizer: {lr: 1:30.5}"]
     + ["loggers: {file: {flush_interval: 010}}", "hot: {sam: {interval: 02}}"],
 )
-def test_a_number_that_yaml_reads_otherwise_is_refused(tmp_path: Path, line: str) -> None:
+def test_ambiguous_yaml_number_is_rejected(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=r"YAML reads .* as a different number; write it without"):
         config_with(tmp_path, line, [])
     key, _, rest = line.partition(": ")
@@ -85,14 +85,14 @@ def test_a_number_that_yaml_reads_otherwise_is_refused(tmp_path: Path, line: str
     ("text", "value"),
     [("1e-3", 1e-3), ("0.010", 0.01), ("1E-3", 1e-3), ("5.0e-2", 0.05), ("0.5", 0.5)],
 )
-def test_a_number_stays_a_number(tmp_path: Path, text: str, value: float) -> None:
+def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
     assert config_with(tmp_path, f"optimizer: {{lr: {text}}}", []).optimizer.lr == value
     assert config_with(tmp_path, "seed: 0", [f"optimizer.lr={text}"]).optimizer.lr == value
     assert config_with(tmp_path, "run_name:\nseed: 0", []).run_name is None
     assert config_with(tmp_path, "run_name: x", ["run_name=null"]).run_name is None
 
 
-def test_paths_are_found_from_the_working_directory_from_home_or_beside_the_yaml(
+def test_paths_are_resolved_against_working_directory_home_and_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
@@ -116,17 +116,19 @@ def test_paths_are_found_from_the_working_directory_from_home_or_beside_the_yaml
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")), ids=str)
-def test_the_shipped_yamls_work_from_any_folder(
+def test_shipped_yamls_work_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
-    if path.name in ("mcloud_run.yaml", "own.yaml"):  # a job's, and one that names a user's file
+    if path.name in ("mcloud_run.yaml", "own.yaml"):  # a job's YAML, and a YAML with a user's path
         return
     monkeypatch.chdir(tmp_path)
     config = resolve(load(str(path), []), with_data=False)
     assert config.class_names is None or Path(config.class_names).is_file()
 
 
-def test_a_config_is_taken_by_value(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_of_the_caller_is_not_modified(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import main
 
     seen = []
@@ -141,9 +143,9 @@ def test_a_config_is_taken_by_value(tiny: dict[str, Any], monkeypatch: pytest.Mo
     tiny["loggers"] = {"file": {"filename": "log"}}
     before = copy.deepcopy(tiny)
     for config in (tiny, OmegaConf.create(tiny), resolve(copy.deepcopy(tiny))):
-        kept = copy.deepcopy(config)
+        original = copy.deepcopy(config)
         with pytest.raises(KeyError):
             main.main(config)
-        assert config == kept
+        assert config == original
     assert tiny == before
     assert yaml.safe_dump(tiny) == yaml.safe_dump(before)

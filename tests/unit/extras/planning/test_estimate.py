@@ -14,12 +14,12 @@ from training.microbatch import GIB, Footprint
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_estimates_go_with_the_hardware() -> None:
+def test_estimates_follow_the_speed_of_the_hardware() -> None:
     def speed(name: str, gpus: int, **changes: Any) -> float:
         config = settings(**changes)
-        found = estimate(FULL, config, name, gpus, passes(config), "amp_bf16", True)
-        assert found.fastest < found.step
-        return 128 / found.step
+        estimated = estimate(FULL, config, name, gpus, passes(config), "amp_bf16", True)
+        assert estimated.fastest < estimated.step
+        return 128 / estimated.step
 
     FULL = Footprint(*(int(0.22 * GIB), 0, 0), 1.2 * GIB, GIB, 1.5e12, 8e9, 6e8, 118)
     order = [speed(name, 8) for name in ("T4", "L4", "A100-40GB", "A100", "H100", "H200", "B200")]

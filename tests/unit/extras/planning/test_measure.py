@@ -15,12 +15,14 @@ from training.config import resolve
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_the_store_is_timed(synthetic: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_download_speed_of_the_store_is_measured(
+    synthetic: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
     remote = write(synthetic, tmp_path / "remote")
     for name in ("train_dataset", "eval_dataset"):
         tiny[name] |= {"is_streaming": True, "path": remote, "local": str(tmp_path / "local")}
     spec = build_data(resolve(tiny), "train")
-    found = _store(spec.dataloader, str(tmp_path))  # pyright: ignore[reportArgumentType]
-    assert found is not None and found[1] > 0
+    measurement = _store(spec.dataloader, str(tmp_path))  # pyright: ignore[reportArgumentType]
+    assert measurement is not None and measurement[1] > 0
     files = (tmp_path / "remote/train").glob("*.mds")
-    assert found[0] == sum(file.stat().st_size for file in files)
+    assert measurement[0] == sum(file.stat().st_size for file in files)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
         (["activation_memory_budget=0.5", "compile=false"], "needs a compiled network"),
     ],
 )
-def test_a_wrong_command_is_a_line(
+def test_invalid_plan_command_gives_a_one_line_error(
     config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
 ) -> None:
     assert program.run([str(config), "--plan", *arguments]) == 2

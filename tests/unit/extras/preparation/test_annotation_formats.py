@@ -30,45 +30,47 @@ from tests.support.convert_dataset import (  # noqa: F401
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
-def test_labelmes_masks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """What LabelMe's AI draws: a picture of the box between two corners, both within it."""
+def test_labelme_masks_are_converted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """LabelMe's AI stores a mask image of the box between two corners, both inclusive."""
     source = write_labelme(tmp_path / "labelled")
     for number in range(COUNT):
         file = source / f"{number}.json"
-        found = json.loads(file.read_text())
-        (pole, *_) = found["shapes"]
+        content = json.loads(file.read_text())
+        (pole, *_) = content["shapes"]
         left, top, right, bottom = dict(scene(number))["pole"]
         picture = io.BytesIO()
         Image.fromarray(np.ones((bottom - top, right - left), np.uint8)).save(picture, "PNG")
         pole["mask"] = base64.b64encode(picture.getvalue()).decode()
         pole |= {"shape_type": "mask", "points": [[left, top], [right - 1.0, bottom - 1.0]]}
-        found["shapes"][2]["shape_type"] = None  # a polygon, as in old files
-        file.write_text(json.dumps(found))
+        content["shapes"][2]["shape_type"] = None  # old files store polygons like this
+        file.write_text(json.dumps(content))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
     assert f"because they have no area: {COUNT} (" in capsys.readouterr().err
     names, masks = masks_of(tmp_path / "out")
     ours = np.array([names.index(name) for name in ["background", *NAMES]])
     for number in range(COUNT):
         np.testing.assert_array_equal(masks[f"train/{number}"], ours[expected(number)])
-    found["shapes"][0]["mask"] = "none"
-    file.write_text(json.dumps(found))
+    content["shapes"][0]["mask"] = "none"
+    file.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"7\.json: cannot identify image file"):
         read_annotations(str(source))
 
 
-def test_yolos_classes_go_by_their_numbers(photos: Path, tmp_path: Path) -> None:
+def test_yolo_classes_are_ordered_by_number(photos: Path, tmp_path: Path) -> None:
     source = write_yolo(tmp_path / "labels")
     for line in (source / "0.txt").read_text().splitlines():
         with (source / "1.txt").open("a") as file:
             file.write(f"{int(line[0]) + 3}{line[1:]}\n")
     with (source / "1.txt").open("a") as file:
-        file.write("\n \n")  # blank lines are none
+        file.write("\n \n")  # blank lines are ignored
     (source / "data.yaml").write_text("names: {4: bus, 5: sign, 2: pole, 0: road, 3: lane, 1: car}")
-    found = read_annotations(str(source))
-    assert found.classes == ["road", "car", "pole", "lane", "bus", "sign"]
-    names = [shape.name for shape in found.photos[1].shapes]
+    annotations = read_annotations(str(source))
+    assert annotations.classes == ["road", "car", "pole", "lane", "bus", "sign"]
+    names = [shape.name for shape in annotations.photos[1].shapes]
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
-    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # as Windows' editor writes it
+    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # saved by Windows
     assert converters.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
     assert list(converters.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):

@@ -17,8 +17,8 @@ from tests.support.convert_dataset import SIZE, shape  # noqa: F401
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
-def test_slanted_outlines_differ_at_the_edge_alone() -> None:
-    """COCO's rule and a point's being inside: the same but for pixels that the outline touches."""
+def test_polygons_differ_from_matplotlib_only_at_the_edge() -> None:
+    """COCO's rule and a point-in-polygon test differ only for pixels that the outline touches."""
     rng = np.random.default_rng(0)
     for _ in range(5):
         angles = np.sort(rng.uniform(0, 2 * np.pi, 7))
@@ -37,12 +37,14 @@ def test_slanted_outlines_differ_at_the_edge_alone() -> None:
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_photos_size_is_that_of_a_viewer(suffix: str, orientation: int, tmp_path: Path) -> None:
+def test_image_size_includes_the_exif_rotation(
+    suffix: str, orientation: int, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    photo = tmp_path / f"photo{suffix}"
-    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(photo, exif=exif)
-    assert photo_size(photo) == decode_image(photo.read_bytes()).shape[:2]
+    image = tmp_path / f"photo{suffix}"
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(image, exif=exif)
+    assert photo_size(image) == decode_image(image.read_bytes()).shape[:2]
 
 
 @pytest.mark.parametrize(

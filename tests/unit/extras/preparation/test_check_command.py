@@ -38,25 +38,25 @@ from tests.support.waits import short_measurement, shortest_measurement  # noqa:
         (None, "the image is 9x9, but its mask is 24x24; export both at the same size"),
     ],
 )
-def test_a_photo_that_cannot_be_drawn_is_one_line(
+def test_unreadable_image_gives_a_one_line_error(
     photo: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     rng = np.random.default_rng(0)
     for number in range(6):
         cv2.imwrite(str(tmp_path / f"{number}.jpg"), rng.integers(0, 256, (24, 24, 3), np.uint8))
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.eye(24, dtype=np.uint8))
-    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)  # with alpha, and of no mask
+    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)  # an image with alpha and without a mask
     (tmp_path / "brand").mkdir()
     Image.fromarray(grey).save(tmp_path / "brand/logo.png")
     broken = tmp_path / "1.jpg"
     broken.write_bytes(cv2.imencode(".jpg", grey[..., 0])[1].tobytes() if photo is None else photo)
-    given = [str(tmp_path), str(tmp_path / "found.yaml"), "--suggest", "--workers", "1"]
-    assert check(given) == 1
+    arguments = [str(tmp_path), str(tmp_path / "found.yaml"), "--suggest", "--workers", "1"]
+    assert check(arguments) == 1
     assert capsys.readouterr().err == f"error: {broken}: {reason}\n"
 
 
 def damage_inside(photo: Path, mask: Path) -> None:
-    """Zeros within the compressed data: it decodes, to rubbish from there on."""
+    """Overwrite compressed data with zeros, so that the rest of the image decodes to garbage."""
     content = bytearray(photo.read_bytes())
     start = content.rindex(b"\xff\xda") + 200
     content[start : start + 200] = bytes(200)
@@ -68,7 +68,7 @@ def dangling_link(photo: Path, mask: Path) -> None:
     photo.symlink_to("nowhere.jpg")
 
 
-# kind: (what is done, which file is to be named, what is said of it, whether training would fail)
+# kind: (fault to plant, file to report, reason to report, whether training would fail)
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     "no mask": (lambda p, m: m.unlink(), "photo", "its mask is missing", True),
     "no photo": (lambda p, m: p.unlink(), "mask", "its image is missing", False),
@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
 
 
 def plant(path: Path, kinds: list[str]) -> dict[str, str]:
-    """Plants faults, one a sample; returns what is to be said of which file."""
+    """Plant one fault per sample; return the expected reason for each file."""
     expected = {}
     for number, kind in enumerate(kinds, 1):
         photo, mask = sample(path, number)
@@ -144,26 +144,26 @@ def plant(path: Path, kinds: list[str]) -> dict[str, str]:
     return expected
 
 
-def check_findings(found: list[dict], expected: dict[str, str]) -> None:
-    reasons = {finding["path"]: finding["reason"] for finding in found}
-    assert reasons.keys() == expected.keys() and len(found) == len(expected)
+def check_findings(findings: list[dict], expected: dict[str, str]) -> None:
+    reasons = {finding["path"]: finding["reason"] for finding in findings}
+    assert reasons.keys() == expected.keys() and len(findings) == len(expected)
     for file, reason in expected.items():
         assert reason in reasons[file]
 
 
-def test_finds_every_kind_of_fault_and_nothing_else(path, capsys):
+def test_every_fault_is_found_and_nothing_else(path, capsys):
     fatal = [kind for kind, fault in FAULTS.items() if fault[3]]
-    odd = [kind for kind, fault in FAULTS.items() if not fault[3]]
-    expected = plant(path, fatal + odd)
+    harmless = [kind for kind, fault in FAULTS.items() if not fault[3]]
+    expected = plant(path, fatal + harmless)
     status, report = run(capsys, path)
     assert status == 1
     check_findings(report["problems"], dict(list(expected.items())[: len(fatal)]))
     check_findings(report["oddities"], dict(list(expected.items())[len(fatal) :]))
-    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1  # same name is good
+    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1  # "same name" is good
     assert report["loader"] is None
 
 
-def test_training_works_with_what_is_only_odd(path, capsys):
+def test_oddities_alone_do_not_fail_the_check(path, capsys):
     expected = plant(path, [kind for kind, fault in FAULTS.items() if not fault[3]])
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
@@ -171,8 +171,8 @@ def test_training_works_with_what_is_only_odd(path, capsys):
     assert report["loader"]["batches"]
 
 
-def test_odd_files_that_are_handled_are_not_reported(path, capsys):
-    """Each of them gives the pixels and labels that a person would expect (see test_transforms)."""
+def test_supported_unusual_files_are_not_reported(path, capsys):
+    """Each file gives the pixels and labels that a person would expect (see test_decoding)."""
     pictures = [Image.open(sample(path, number)[0]) for number in range(1, 5)]
     pictures[0].convert("L").save(sample(path, 1)[0])
     pictures[1].convert("CMYK").save(sample(path, 2)[0])
@@ -204,7 +204,7 @@ def test_odd_files_that_are_handled_are_not_reported(path, capsys):
     assert report["splits"]["train"]["size"]["shortest_side"] == 1
 
 
-def test_figures_are_those_of_the_files(path, capsys):
+def test_reported_statistics_match_the_files(path, capsys):
     photo, mask = sample(path, 1)
     Image.open(photo).resize((96, 24)).save(photo)
     Image.fromarray(np.full((24, 96), 5, np.uint8)).save(mask)
@@ -229,7 +229,7 @@ def test_figures_are_those_of_the_files(path, capsys):
     assert report["splits"]["val"]["photos"] == 4
 
 
-def test_text_names_classes_faults_and_verdict(path, capsys):
+def test_text_report_shows_classes_faults_and_verdict(path, capsys):
     names = path / "names.txt"
     names.write_text("".join(f"kind {number}\n" for number in range(12)))
     arguments = [str(path), "--num-classes", "12", "--class-names", str(names)]
@@ -244,7 +244,7 @@ def test_text_names_classes_faults_and_verdict(path, capsys):
     assert text.endswith("training would fail; fix the problems above\n")
 
 
-def test_a_folder_that_is_missing_is_a_problem(path, capsys):
+def test_missing_folder_is_a_problem(path, capsys):
     shutil.rmtree(path / ROOT / "annotations/validation")
     status, report = run(capsys, path)
     assert status == 1
@@ -252,7 +252,7 @@ def test_a_folder_that_is_missing_is_a_problem(path, capsys):
     assert reasons == {"folder is missing"}
 
 
-def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
+def test_many_findings_of_one_kind_are_shortened(path, capsys, monkeypatch):
     monkeypatch.setattr(check_report, "SHOWN", 3)
     for number in range(1, 9):
         sample(path, number)[1].unlink()
@@ -264,7 +264,7 @@ def test_many_findings_of_one_kind_are_summed_up(path, capsys, monkeypatch):
     assert len(run(capsys, path)[1]["problems"]) == 9
 
 
-def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
+def test_picture_does_not_overwrite_a_sample(path, tmp_path, capsys):
     target = Path(sample(path, 1)[1])
     before = target.read_bytes()
     for picture, reason in (
@@ -281,7 +281,7 @@ def test_the_picture_overwrites_no_sample(path, tmp_path, capsys):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["set"]
 
 
-def test_one_line_for_what_is_no_data_set(tmp_path, capsys):
+def test_path_without_a_dataset_gives_a_one_line_error(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 1
     assert (
         capsys.readouterr().err
@@ -295,7 +295,7 @@ def test_one_line_for_what_is_no_data_set(tmp_path, capsys):
         main([str(tmp_path), "--picture", "sheet.doc"])
 
 
-def test_shards_are_checked_as_folders_are(path, tmp_path, capsys):
+def test_shards_are_checked_like_folders(path, tmp_path, capsys):
     kinds = ["label", "nothing labelled"]
     plant(path, kinds)
     shards = tmp_path / "shards"

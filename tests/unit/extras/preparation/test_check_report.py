@@ -1,4 +1,4 @@
-"""Tests of extras/preparation/check_report.py; unit test_check_command.py prints whole reports."""
+"""Tests of extras/preparation/check_report.py; test_check_command.py tests complete reports."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from extras.preparation.check_report import SHOWN, as_text, count
     ("number", "noun", "expected"),
     [(1, "image", "1 image"), (0, "image", "0 images"), (12345, "file", "12,345 files")],
 )
-def test_numbers_of_things(number: int, noun: str, expected: str) -> None:
+def test_count_formats_number_and_noun(number: int, noun: str, expected: str) -> None:
     assert count(number, noun) == expected
 
 
-def test_findings_of_one_kind_are_cut_short() -> None:
+def test_findings_of_one_kind_are_shortened() -> None:
     findings = [{"path": f"{i}.png", "reason": "label 7 is unknown"} for i in range(SHOWN + 3)]
     report: dict[str, Any] = {
         "path": "set",

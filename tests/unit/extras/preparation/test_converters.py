@@ -1,4 +1,4 @@
-"""Tests of extras/preparation/converters.py; unit/test_convert_dataset.py converts whole sets."""
+"""Tests of extras/preparation/converters.py; test_convert_dataset.py converts full datasets."""
 
 from pathlib import Path
 
@@ -13,24 +13,30 @@ from extras.preparation.converters import link, read_names, write_mask
     ("name", "text", "expected"),
     [
         pytest.param("names.txt", "road\n\ncar\n", ["road", "car"], id="lines"),
-        pytest.param("data.yaml", "names: [road, car]", {0: "road", 1: "car"}, id="a list"),
-        pytest.param("data.yaml", "names: {3: road, 1: car}", {3: "road", 1: "car"}, id="numbers"),
+        pytest.param("data.yaml", "names: [road, car]", {0: "road", 1: "car"}, id="list"),
+        pytest.param(
+            "data.yaml", "names: {3: road, 1: car}", {3: "road", 1: "car"}, id="numbered names"
+        ),
     ],
 )
-def test_names_of_classes(tmp_path: Path, name: str, text: str, expected: object) -> None:
+def test_class_names_are_read_from_files(
+    tmp_path: Path, name: str, text: str, expected: object
+) -> None:
     (tmp_path / name).write_text(text)
     assert read_names(str(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize(("largest", "mode"), [(255, "L"), (256, "I;16")])
-def test_masks_have_as_many_bits_as_they_need(tmp_path: Path, largest: int, mode: str) -> None:
+def test_masks_use_8_bits_if_the_labels_fit(tmp_path: Path, largest: int, mode: str) -> None:
     mask = np.array([[0, largest]], np.uint8 if largest < 256 else np.uint16)
     write_mask(mask, tmp_path / "out" / "mask.png")
     with Image.open(tmp_path / "out" / "mask.png") as image:
         assert image.mode == mode and np.array_equal(np.array(image), mask)
 
 
-def test_an_image_is_linked_or_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_copied_if_it_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.jpg").write_bytes(b"image")
     link(tmp_path / "a.jpg", tmp_path / "out" / "a.jpg")
     assert (tmp_path / "out" / "a.jpg").read_bytes() == b"image"

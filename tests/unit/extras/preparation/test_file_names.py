@@ -11,7 +11,7 @@ from extras.preparation.suggest import suggest
 from tests.support.suggest import blocks, photo, save
 
 
-def test_names_that_have_little_in_common_are_no_pairs(tmp_path: Path) -> None:
+def test_dissimilar_file_names_are_not_paired(tmp_path: Path) -> None:
     for n, name in enumerate(("street", "yard", "wood", "lake")):
         save(tmp_path / f"a/{name}.jpg", photo(n))
         save(tmp_path / f"b/mask{n}of_street{n}.png", blocks(n))

@@ -26,7 +26,7 @@ from tests.support.suggest import (
 )
 
 
-def test_instance_masks_are_told_by_their_values(tmp_path: Path) -> None:
+def test_instance_masks_are_detected_by_their_values(tmp_path: Path) -> None:
     for n in range(8):
         save(tmp_path / f"images/{n}.jpg", photo(n))
         save(tmp_path / f"a/{n}.png", blocks(n, tuple(range(1, 9 + n % 4))))
@@ -34,7 +34,7 @@ def test_instance_masks_are_told_by_their_values(tmp_path: Path) -> None:
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"]["masks"] == "b/{stem}.png"
 
 
-def test_edges_in_all_masks_are_no_classes(tmp_path: Path) -> None:
+def test_blended_edge_values_are_not_classes(tmp_path: Path) -> None:
     for n in range(6):
         save(tmp_path / f"i/{n}.jpg", cv2.resize(photo(n), (256, 256)))
         save(tmp_path / f"m/{n}.png", drawn_large(n, "grey", smooth))
@@ -42,10 +42,10 @@ def test_edges_in_all_masks_are_no_classes(tmp_path: Path) -> None:
     assert [entry["labels"] for entry in raw["classes"].values()] == [[0], [100], [200]]
 
 
-def test_a_thin_class_is_a_class(tmp_path: Path) -> None:
+def test_one_pixel_wide_class_is_found(tmp_path: Path) -> None:
     for n in range(8):
         mask = blocks(n)
-        mask[5 + n, :] = 3  # a line one pixel wide, beyond the other values
+        mask[5 + n, :] = 3  # a line one pixel wide, with a value above the others
         save(tmp_path / f"i/{n}.jpg", photo(n))
         save(tmp_path / f"m/{n}.png", mask)
     assert len(yaml.safe_load(suggest(str(tmp_path), 1).text)["classes"]) == 4
@@ -60,7 +60,7 @@ GREY_VALUES = [
 
 
 @pytest.mark.parametrize(("values", "rare", "classes", "ignored"), GREY_VALUES)
-def test_rare_values(
+def test_rare_values_are_classes_or_ignored(
     values: tuple, rare: int, classes: list, ignored: list, tmp_path: Path
 ) -> None:
     for n in range(6):
@@ -73,12 +73,12 @@ def test_rare_values(
     assert raw["ignore"] == ignored
 
 
-def test_palettes_that_differ_are_read_by_colour(tmp_path: Path) -> None:
+def test_masks_with_different_palettes_are_read_by_colour(tmp_path: Path) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
-    drawn = {}
+    masks_by_path = {}
     for n, path in enumerate(sorted((tmp_path / "m").iterdir())):
-        drawn[str(path)] = mask = np.array(Image.open(path))
-        order = np.roll(np.arange(3), n)  # where each value is in this file's palette
+        masks_by_path[str(path)] = mask = np.array(Image.open(path))
+        order = np.roll(np.arange(3), n)  # the position of each value in this file's palette
         palette = np.zeros((3, 3), int)
         palette[order] = COLORED
         save(path, order.astype(np.uint8)[mask], palette.ravel().tolist())
@@ -91,15 +91,15 @@ def test_palettes_that_differ_are_read_by_colour(tmp_path: Path) -> None:
         labels = masks.decode(Path(sample.mask_path).read_bytes())
         for value, name in enumerate(names):
             label = 1 + [c.name for c in description.classes].index(name)
-            assert ((labels == label) == (drawn[sample.mask_path] == value)).all()
+            assert ((labels == label) == (masks_by_path[sample.mask_path] == value)).all()
 
 
-def test_one_bit_and_255_mean_the_same(tmp_path: Path) -> None:
-    drawn = {}
+def test_masks_with_1_and_255_share_a_class(tmp_path: Path) -> None:
+    masks_by_name = {}
     for n in range(8):
         save(tmp_path / f"i/{n}.jpg", photo(n))
         mask = blocks(n, (0, 1)).astype(bool)
-        drawn[f"{n}.png"] = mask
+        masks_by_name[f"{n}.png"] = mask
         save(tmp_path / f"m/{n}.png", mask if n % 2 else mask.astype(np.uint8) * 255)
     text = suggest(str(tmp_path), 1).text
     assert yaml.safe_load(text)["classes"] == {
@@ -110,14 +110,14 @@ def test_one_bit_and_255_mean_the_same(tmp_path: Path) -> None:
     masks = Masks.of(description, "train", str(tmp_path))
     for sample in [*samples["train"], *samples["val"]]:
         labels = masks.decode(Path(sample.mask_path).read_bytes())
-        assert ((labels == 2) == drawn[Path(sample.mask_path).name]).all()
+        assert ((labels == 2) == masks_by_name[Path(sample.mask_path).name]).all()
 
 
-def test_values_are_counted_with_thin_pixels(tmp_path: Path) -> None:
+def test_values_are_counted_with_their_edge_pixels(tmp_path: Path) -> None:
     mask = np.zeros((100, 100), np.uint8)
     mask[:, 50:] = 9
     mask[:20, 50] = 5  # between 0 and 9
-    mask[99, 99] = 3  # nothing lies below or above
+    mask[99, 99] = 3  # no value lies below or above
     save(tmp_path / "a.png", mask)
     (file,) = read_values([str(tmp_path / "a.png")])
     assert file == FileValues(

@@ -12,7 +12,7 @@ from tests.support.convert_dataset import COUNT, columns, convert, expected, mas
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
-def test_only_a_data_set_without_names_goes_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_of_class_names_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

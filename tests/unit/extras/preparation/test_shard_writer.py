@@ -16,7 +16,7 @@ from tests.support.convert_ade20k import check_shards, out, path, write  # noqa:
 from tests.support.waits import no_waiting  # noqa: F401
 
 
-def test_shards_are_filled_to_the_limit(synthetic, out):
+def test_shards_are_filled_to_the_size_limit(synthetic, out):
     samples = list_samples(synthetic, "train")
     shards = plan_shards(samples, 10_240)
     assert [sample for shard in shards for sample in shard] == samples
@@ -25,10 +25,10 @@ def test_shards_are_filled_to_the_limit(synthetic, out):
     assert len(sizes) == len(shards)
     largest = max(os.stat(s.image_path).st_size + os.stat(s.mask_path).st_size for s in samples)
     assert all(10_240 - largest - 500 < size < 10_240 + 500 for size in sizes[:-1])
-    assert [len(shard) for shard in plan_shards(samples, 1)] == [1] * 16  # larger than the limit
+    assert [len(shard) for shard in plan_shards(samples, 1)] == [1] * 16  # samples above the limit
 
 
-def test_files_of_an_interrupted_run_with_other_options_are_removed(path, out, monkeypatch):
+def test_shards_of_an_interrupted_run_are_removed(path, out, monkeypatch):
     def fail(*arguments):
         raise DataError("interrupted here")
 
@@ -42,8 +42,8 @@ def test_files_of_an_interrupted_run_with_other_options_are_removed(path, out, m
     assert len(index["shards"]) == len(list((out / "train").glob("*.mds"))) < count
 
 
-def test_what_a_bad_disk_did_is_found_and_repaired_by_the_next_run(path, out, monkeypatch):
-    """A shard that is not what was written fails the verification, and no index is written."""
+def test_damaged_shards_are_detected_and_rewritten(path, out, monkeypatch):
+    """A damaged shard fails the verification, so the converter writes no index."""
     write_shards = shard_writer._write_shards
 
     def write_and_damage(*arguments):
@@ -66,8 +66,8 @@ def test_what_a_bad_disk_did_is_found_and_repaired_by_the_next_run(path, out, mo
     check_shards(path, StreamingADE20k(None, str(out), "train"), "train")
 
 
-def test_files_of_others_stay(path, out, monkeypatch):
-    """Shards without a note are of another program, and a folder is not ours for its name."""
+def test_files_of_other_programs_are_kept(path, out, monkeypatch):
+    """Shards without our note belong to another program, and so do other files in our folder."""
     (out / "train").mkdir(parents=True)
     shard = out / "train/shard.00000.mds"
     shard.write_bytes(b"mine")

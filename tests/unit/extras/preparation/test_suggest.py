@@ -23,14 +23,14 @@ from tests.support.layouts import lay_out
 from tests.support.suggest import N, check, lay_out
 
 
-def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
+def test_suggestion_contains_names_splits_and_guesses(tmp_path: Path) -> None:
     colors = np.array([[128, 0, 0], [0, 128, 0], [0, 0, 0]], np.uint8)
     rng = np.random.default_rng(0)
     for number in range(12):
-        photo = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        image = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
         index = rng.integers(0, 2, (3, 3)).repeat(8, 0).repeat(8, 1)
         index[0, :4] = 2
-        cv2.imwrite(str(tmp_path / f"img_{number:03}.png"), photo)
+        cv2.imwrite(str(tmp_path / f"img_{number:03}.png"), image)
         cv2.imwrite(str(tmp_path / f"img_{number:03}_L.png"), colors[index][..., ::-1])
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nwood shed,128,0,0\npond,0,128,0\n")
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
@@ -41,20 +41,22 @@ def test_suggestions_of_names_splits_and_guesses(tmp_path: Path) -> None:
     assert text.count("# A guess") == 2 and "0.694% of the pixels" in text
 
 
-def test_a_suggestion_of_any_name_reads_back(tmp_path: Path) -> None:
+def test_suggestion_with_unusual_file_names_can_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "Hof ü 字 \U0001f600 \"#'"
     for number in range(6):
         for kind in ("\U0001f4f7", "ids"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
-        photo = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
-        Image.fromarray(photo).save(folder / f"\U0001f4f7/{number}.jpg")
+        image = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(image).save(folder / f"\U0001f4f7/{number}.jpg")
         Image.fromarray(np.eye(24, dtype=np.uint8)).save(folder / f"ids/{number}.png")
     file = tmp_path / "found.yaml"
     assert check([str(folder), str(file), "--suggest", "--workers", "1"]) == 0
     assert open_description(str(file))[0] == str(folder)
 
 
-def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_impossible_suggestion_gives_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(DataError, match="none does not exist"):
         suggest(str(tmp_path / "none"), 1)
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((9, 9, 3), np.uint8))
@@ -69,7 +71,7 @@ def test_what_cannot_be_suggested(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert reason in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out(tmp_path / "set", [("i/{}.jpg", "m/{}.png", N)])
 
     def fail(path: Path, text: str) -> None:
@@ -84,7 +86,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_description(str(tmp_path / "set.yaml"))[0] == str(tmp_path / "set")
 
 
-def test_a_suggestion_that_finds_other_pairs_is_refused(
+def test_suggestion_that_finds_other_pairs_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])

@@ -32,36 +32,36 @@ def case(
 @pytest.mark.parametrize(
     ("layout", "more", "keys", "expected"),
     [
-        case([], {}, "nothing is left"),
-        case(["img/test/3.jpg", "img/test/4.jpg"], {"images": 2}, "a third split"),
+        case([], {}, "no unused files"),
+        case(["img/test/3.jpg", "img/test/4.jpg"], {"images": 2}, "third split"),
         case(["old/3.jpeg", "3.WEBP"], {"images": 2}, "anywhere below the root"),
-        case(["old/3.png"], {"either": 1}, "a PNG may be either"),
-        case(["seg/train/color/1.png"], {"orphans": 1}, "a mask without image"),
+        case(["old/3.png"], {"either": 1}, "PNG, image or mask"),
+        case(["seg/train/color/1.png"], {"orphans": 1}, "mask without image"),
         case(["img/train/.3.jpg", ".cache/3.jpg"], {}, "hidden files"),
-        case(["img/train/3.heic", "3.AVIF"], {"images": 2}, "formats that are not read"),
-        case(["img/train/3.docx", "notes.docx"], {"others": 1}, "another kind of file"),
-        case(["img/train/1.json", "seg/val/README"], {}, "files that lie beside images"),
-        case(["a/3.jpg", "b/4.jpg"], {"images": 1}, "a folder excluded", exclude="a"),
-        case(["a/3.jpg", "a/4.jpg"], {"images": 1}, "a file excluded", exclude=["a/3.jpg"]),
+        case(["img/train/3.heic", "3.AVIF"], {"images": 2}, "unsupported formats"),
+        case(["img/train/3.docx", "notes.docx"], {"others": 1}, "other file types"),
+        case(["img/train/1.json", "seg/val/README"], {}, "text files beside images"),
+        case(["a/3.jpg", "b/4.jpg"], {"images": 1}, "excluded folder", exclude="a"),
+        case(["a/3.jpg", "a/4.jpg"], {"images": 1}, "excluded file", exclude=["a/3.jpg"]),
         case(
             ["a/3.jpg", "b/4_old.jpg", "b/4.jpg"],
             {"images": 1},
-            "templates excluded",
+            "excluded templates",
             exclude=["a/*.jpg", "**/*_old.jpg"],
         ),
         case(
             ["train/3.png", "train/1_color.png"],
             {},
-            "side by side, and both are images without a mask",
+            "masks beside images, unused images",
             BESIDE,
         ),
-        case(["other/1_L.png"], {"either": 1}, "side by side, and elsewhere", BESIDE),
+        case(["other/1_L.png"], {"either": 1}, "masks beside images, file elsewhere", BESIDE),
         case(["img/3.jpg", "seg/3.png", "old/4.jpg"], {"unlisted": 2, "images": 1}, "list", LISTED),
         case(["x/3.jpg"], {"unlisted": 1}, "lists of pairs", COLUMNS),
-        case(["img/train/3.jpg"], {}, "an image without mask is a problem already"),
+        case(["img/train/3.jpg"], {}, "image without mask"),
     ],
 )
-def test_what_no_split_uses(
+def test_files_that_no_split_uses_are_found(
     tmp_path: Path, layout: Any, more: list[str], keys: Any, expected: dict[str, int]
 ) -> None:
     pairs = BESIDE_PAIRS if layout is BESIDE else PAIRS
@@ -74,12 +74,12 @@ def test_what_no_split_uses(
     source = DataSource(str(tmp_path), "train", describe(**layout, **keys))
     unused = find_unused(source)
     assert {name: count for name, count in unused.counts.items() if count} == expected
-    named = " ".join(finding.path + finding.reason for finding in unused.findings())
-    assert all(Path(file).name in named for file in unused.images + unused.either)
+    report = " ".join(finding.path + finding.reason for finding in unused.findings())
+    assert all(Path(file).name in report for file in unused.images + unused.either)
     assert len(source.listing().samples) == 1
 
 
-def test_links_are_no_further_images(tmp_path: Path) -> None:
+def test_linked_images_are_not_counted_as_unused(tmp_path: Path) -> None:
     tree(tmp_path, ["all/1.jpg", "all/2.jpg", "masks/1.png", "masks/2.png"])
     for split, name in (("train", "1"), ("val", "2")):
         for kind, folder, suffix in (("img", "all", "jpg"), ("seg", "masks", "png")):
@@ -90,14 +90,14 @@ def test_links_are_no_further_images(tmp_path: Path) -> None:
     assert not any(unused.counts.values())
 
 
-def test_a_picture_that_a_command_drew_is_not_of_the_data_set(tmp_path: Path) -> None:
+def test_picture_drawn_by_a_command_is_not_reported(tmp_path: Path) -> None:
     tree(tmp_path, [*PAIRS, "set.png"])
     source = DataSource(str(tmp_path), "train", describe())
     assert find_unused(source).either == [str(tmp_path / "set.png")]
     assert not any(find_unused(source, [str(tmp_path / "set.png")]).counts.values())
 
 
-def test_masks_of_both_splits_in_one_folder_are_no_orphans(
+def test_masks_of_both_splits_in_one_folder_are_not_orphans(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tree(tmp_path, ["img/train/1.jpg", "img/val/2.jpg", "seg/1.png", "seg/2.png", "seg/3.png"])

@@ -12,7 +12,7 @@ from tests.support.report import cut, original, path, sample, wrong_label  # noq
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
-def test_quick_check_before_training(path):
+def test_label_check_before_training_finds_bad_masks(path):
     def source(labels: Labels) -> DataSource:
         return DataSource(str(path), "train", ade20k(labels))
 
@@ -23,10 +23,10 @@ def test_quick_check_before_training(path):
         check_labels(source(Labels(11)))
     with pytest.raises(DataError, match=r"have label 12, .* labels 0 to 11; set"):
         check_labels(source(Labels(12, False)))
-    photo, mask = sample(path, 24)
-    wrong_label(photo, mask)
+    image, mask = sample(path, 24)
+    wrong_label(image, mask)
     with pytest.raises(DataError, match=f"{mask}: .* of its pixels have label 77, .*; set model"):
-        check_labels(source(Labels(12)), max_masks=4)  # the last is one of any number
+        check_labels(source(Labels(12)), max_masks=4)  # the check always includes the last mask
     cut(mask, 0.5)
     with pytest.raises(DataError, match=f"{mask}: cannot be decoded"):
         check_labels(source(Labels(12)))

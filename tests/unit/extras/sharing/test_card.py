@@ -14,7 +14,7 @@ from tests.support.card import exported, front_matter, photo, weights  # noqa: F
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_what_the_card_says(exported: Path, weights: Path, photo: Path) -> None:
+def test_model_card_describes_the_export(exported: Path, weights: Path, photo: Path) -> None:
     card = (exported / CARD).read_text()
     assert card.startswith("---\n") and MARK in card
     parameters = sum(p.numel() for p in random_network().parameters()) / 1e6

@@ -16,9 +16,10 @@ from networks.base import Network
 
 
 @pytest.mark.parametrize(
-    ("weight", "agrees"), [pytest.param(1.0, True, id="normal"), pytest.param(1e6, False, id="inf")]
+    ("weight", "agrees"),
+    [pytest.param(1.0, True, id="small weights"), pytest.param(1e6, False, id="overflow")],
 )
-def test_large_weights_are_stored_as_half(tmp_path: Path, weight: float, agrees: bool):
+def test_half_precision_weights_match_the_network(tmp_path: Path, weight: float, agrees: bool):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, 8, 1), torch.nn.Conv2d(64, 5, 1))
     with torch.no_grad():
@@ -36,10 +37,10 @@ def test_large_weights_are_stored_as_half(tmp_path: Path, weight: float, agrees:
 
 @pytest.mark.parametrize("old", [1, 14, 37])
 @pytest.mark.parametrize("new", [1, 5, 14, 15, 64])
-def test_matrices_resize_as_torch_does(old: int, new: int) -> None:
+def test_matrix_resizing_matches_torch(old: int, new: int) -> None:
     image = torch.randn(1, 3, old, 16)
     expected = F.interpolate(image, (new, 20), mode="bicubic", antialias=True)
     with exporters._ResizingByMatrices():
-        found = F.interpolate(image, size=(new, 20), mode="bicubic", antialias=True)
-    assert not torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual = F.interpolate(image, size=(new, 20), mode="bicubic", antialias=True)
+    assert not torch.equal(actual, expected)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

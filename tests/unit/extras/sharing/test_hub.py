@@ -12,7 +12,7 @@ from tests.support.hub_server import REPO, Hub
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_a_token_that_may_not_write(
+def test_token_without_write_access_gives_a_one_line_error(
     the_hub: Hub, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from errors import UserError

@@ -17,7 +17,7 @@ from tests.support.web import photos  # noqa: F401
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """An npm that packs these files, as dist/ of whatever it is asked for."""
+    """Replace npm by a function that packs these files as dist/; return the files."""
     files = {name: name.encode() for name in web.SHA256}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(web, "SHA256", hashes)
@@ -36,16 +36,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]
     return files
 
 
-def test_the_runtime_is_fetched_once(
+def test_web_runtime_is_downloaded_once(
     package: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = web.fetch_runtime(tmp_path)
-    assert {path.name: path.read_bytes() for path in found.iterdir()} == package
+    folder = web.fetch_runtime(tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == package
     monkeypatch.setattr(web, "_npm", lambda where: pytest.fail("fetched again"))
-    assert web.fetch_runtime(tmp_path) == found
+    assert web.fetch_runtime(tmp_path) == folder
 
 
-def test_other_files_are_refused(package: dict[str, bytes], tmp_path: Path) -> None:
+def test_web_runtime_with_a_wrong_hash_is_rejected(
+    package: dict[str, bytes], tmp_path: Path
+) -> None:
     package["ort.wasm.bundle.min.mjs"] = b"changed on the way"
     with pytest.raises(
         UserError, match=r"ort\.wasm\.bundle\.min\.mjs: this file is not from onnxruntime-web"
@@ -60,7 +62,7 @@ def test_other_files_are_refused(package: dict[str, bytes], tmp_path: Path) -> N
         ([sys.executable, "-c", "import sys; sys.exit('npm error: no network')"], "no network"),
     ],
 )
-def test_without_npm_or_network_one_line_says_so(
+def test_missing_npm_or_network_gives_a_one_line_error(
     program: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if program:
@@ -77,6 +79,6 @@ def test_without_npm_or_network_one_line_says_so(
     ("names", "reason"),
     [(["a.tif"], "browsers cannot show .tif"), (["a.png", "b/a.png"], "two images are named a")],
 )
-def test_examples_that_cannot_be_shown(names: list[str], reason: str) -> None:
+def test_unsupported_example_images_are_rejected(names: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         web.check_examples(names)
