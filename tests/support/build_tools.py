@@ -1,4 +1,4 @@
-"""What the tests of build_tools share."""
+"""A fixture for the tests of missing build tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from segmentation.build_tools import missing_build_tools
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A machine without compilers and headers: a folder that is its whole PATH."""
+    """Return an empty folder that is the PATH of a machine without compilers and headers."""
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

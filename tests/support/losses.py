@@ -1,4 +1,4 @@
-"""What the tests of losses share."""
+"""Inputs and comparisons for the tests of losses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from segmentation.losses import MixedTarget
 
 
 def make(shape: tuple, size: tuple, mixed: bool = False, absent: int = 1, seed: int = 0) -> tuple:
-    """Logits and a target with ignored pixels in which the last classes do not occur."""
+    """Return logits and a target with ignored pixels in which the last classes do not occur."""
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(shape, generator=generator)).requires_grad_()
     first, second = torch.randint(
         -1, max(shape[1] - absent, 1), (2, len(logits), *size), generator=generator
     )
-    first[..., 0] = second[..., :1, 0] = -1  # rows ignored in one, in the other and in both
+    first[..., 0] = second[..., :1, 0] = -1  # ignored in one target, in the other, in both
     return logits, MixedTarget(first, second, 0.3) if mixed else first
 
 
@@ -32,5 +32,5 @@ def assert_gradients_close(actual: Tensor, expected: Tensor, tolerance: float = 
 
 
 def make_weights(classes: int, seed: int = 3) -> Tensor:
-    """Class weights from 0.1 to 5."""
+    """Return class weights from 0.1 to 5."""
     return 0.1 + 4.9 * torch.rand(classes, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""What the tests of source share."""
+"""Helpers for the tests of data sources."""
 
 from __future__ import annotations
 
