@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Waiting threads that spin slow each other down where cores are few; set before torch is imported.
+# Spinning threads slow each other down on few cores. This must be set before importing torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, as make test starts them
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` starts several processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -40,8 +40,8 @@ settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Keeps the imported modules out of garbage collections, half a second each with them."""
+def freeze_imported_modules() -> Iterator[None]:
+    """Exclude the imported modules from garbage collections, which take 0.5 s each with them."""
     gc.collect()
     gc.freeze()
     yield
@@ -49,14 +49,14 @@ def quick_collections() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_server_is_left() -> Iterator[None]:
+def stop_shared_server() -> Iterator[None]:
     yield
     stop_servers()
 
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A data set of 16 training and 6 validation scenes of 48 x 48 pixels with 12 classes."""
+    """Return a data set of 16 training and 6 validation scenes of 48 x 48 pixels, 12 classes."""
     path = tmp_path_factory.mktemp("synthetic")
     make(str(path), training=16, validation=6, size=48)
     return str(path)
@@ -64,7 +64,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def small_network() -> Iterator[None]:
-    """Makes resnet50 a network that is quick to write, for modules that use this."""
+    """Replace resnet50 by a network that is quick to write, for modules that use this."""
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr, patch.setitem)
         yield
@@ -72,7 +72,7 @@ def small_network() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """Leaves curves.png empty: a drawing takes as long as two steps of the small network."""
+    """Leave curves.png empty: drawing it takes as long as two steps of the small network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.pictures.draw_curves", lambda *_: b"")
         yield
@@ -80,7 +80,7 @@ def no_curves() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_config(synthetic: str) -> dict[str, Any]:
-    """A run of four steps of ResNet-50 at 32 pixels; not to be changed."""
+    """The config of a run of four steps of ResNet-50 at 32 pixels. Do not change it."""
     dataset = {
         "path": synthetic,
         "base_size": 32,
@@ -103,5 +103,5 @@ def tiny_config(synthetic: str) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny(tiny_config: dict[str, Any]) -> dict[str, Any]:
-    """`tiny_config` as a fresh dict that a test may change."""
+    """Return `tiny_config` as a new dict that a test may change."""
     return copy.deepcopy(tiny_config)

@@ -1,7 +1,7 @@
-"""Whatever a stranger hands in is read, or refused in one line: configs, flags and files.
+"""Random and damaged configs, flags and files are read, or rejected with a one-line error.
 
-A short profile runs with the other tests; `pytest tests/fuzz --hypothesis-profile=long`
-takes twenty times as many cases. Both are seeded.
+A short profile runs with the other tests. `pytest tests/fuzz --hypothesis-profile=long` tries
+twenty times as many cases. Both are seeded.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def one_line(error: BaseException) -> None:
-    """An error of ours is a line that says something."""
+    """Assert that an error message is one short line."""
     assert str(error).strip()
     assert "\n" not in str(error), str(error)
     assert len(str(error)) < 2000
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
-    """Yield each key with the ends of its bounds, but not the paths of data."""
+    """Yield each key with its bounds, except the paths of data."""
     for field, value in fields_of(section):
         if is_section(value):
             yield from keys(value, f"{prefix}{field.name}.")
@@ -80,7 +80,7 @@ KEYS = dict(keys(Config()))
 
 
 def near(bounds: list[float]) -> SearchStrategy[Any]:
-    """At, and just beside, the bounds of a key."""
+    """Return a strategy for values at a key's bounds and just beside them."""
     finite = [bound for bound in bounds if abs(bound) < float("inf")] or [0.0]
     steps = [0, 1, -1, 1e-9, -1e-9]
     values = [bound + step for bound in finite for step in steps]
@@ -102,14 +102,16 @@ ANYTHING = st.one_of(
 
 @settings(max_examples=6 * settings.default.max_examples)
 @given(st.data())
-def test_any_value_of_any_key_is_taken_or_refused(tiny: dict[str, Any], data: Any) -> None:
+def test_any_value_of_any_config_key_is_accepted_or_rejected(
+    tiny: dict[str, Any], data: Any
+) -> None:
     names = data.draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=3, unique=True))
     config = OmegaConf.create(tiny)
     for name in names:
         value = data.draw(st.one_of(near(KEYS[name]), ANYTHING))
         try:
             OmegaConf.update(config, name, value, force_add=True)
-        except Exception:  # what no YAML could hold
+        except Exception:  # YAML cannot hold this value
             assume(False)
     try:
         typed = resolve(config)
@@ -119,22 +121,24 @@ def test_any_value_of_any_key_is_taken_or_refused(tiny: dict[str, Any], data: An
     except UserError as error:
         one_line(error)
         return
-    json.dumps(dataclasses.asdict(typed))  # as it is recorded
+    json.dumps(dataclasses.asdict(typed))  # the run record stores this JSON
 
 
 @given(st.one_of(st.text(max_size=60), st.binary(max_size=60)), st.lists(st.text(max_size=12)))
 @example("a: &x [*x]", [])
 @example("${oops}: 1\nb: ${c}", ["b=${b}"])
 @example("", ["="])
-def test_any_text_as_a_config(tmp_path: Path, text: str | bytes, overrides: list[str]) -> None:
+def test_any_text_as_config_is_rejected(
+    tmp_path: Path, text: str | bytes, overrides: list[str]
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError) as caught:  # none of them says where the data are
+    with pytest.raises(ConfigError) as caught:  # no text sets the path of the data
         resolve(load(str(path), overrides))
     one_line(caught.value)
 
 
-def test_help_shows_every_key() -> None:
+def test_help_shows_every_config_key() -> None:
     text = help_text()
     assert all(f"  {name} " in text for name in KEYS)
 
@@ -169,7 +173,7 @@ WORDS = st.one_of(
 
 @pytest.mark.parametrize("command", COMMANDS)
 @given(words=st.lists(WORDS, max_size=5))
-def test_any_flags_of_any_command(
+def test_any_flags_of_any_command_give_one_line_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -179,7 +183,7 @@ def test_any_flags_of_any_command(
     monkeypatch.chdir(tmp_path)
     try:
         status = COMMANDS[command](words)
-    except SystemExit as exit:  # argparse's
+    except SystemExit as exit:  # raised by argparse
         assert exit.code in (0, 2)
         return
     error = capsys.readouterr().err
@@ -188,7 +192,7 @@ def test_any_flags_of_any_command(
     assert error.startswith("error: ") or "error: " in error or "skipped " in error
 
 
-# Of each command: what makes it run, and its other options.
+# For each command: the arguments that make it run, and its other options.
 BASE: dict[str, str] = {
     "data": "{data} --num-classes 12",
     "convert_ade20k": "--path {data} --out made",
@@ -219,7 +223,7 @@ OPTION_VALUES = st.one_of(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dict[str, str]:
-    """What the commands take, sound and small."""
+    """Return valid, small inputs for the commands."""
     folder = tmp_path_factory.mktemp("inputs")
     make(str(folder / "data"), training=2, validation=2, size=48)
     photos = folder / "data/ADEChallengeData2016/images/training"
@@ -249,7 +253,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dic
 
 
 def call(command: str, words: list[str]) -> int:
-    """Run a command here; return its exit status."""
+    """Run a command in this process; return its exit status."""
     run: dict[str, Callable[[list[str]], int]] = COMMANDS | {
         "data": lambda words: check_command.main(words, build_ade20k_dataspec),
         "convert_dataset": convert_dataset.main,
@@ -258,14 +262,14 @@ def call(command: str, words: list[str]) -> int:
     escape_names()
     try:
         return run[command](words)
-    except SystemExit as exit:  # argparse's
+    except SystemExit as exit:  # raised by argparse
         return int(exit.code or 0)
 
 
 @pytest.mark.parametrize("command", BASE)
 @settings(max_examples=max(settings.default.max_examples // 4, 1))
 @given(data=st.data())
-def test_any_value_of_any_option(
+def test_any_value_of_any_option_is_accepted_or_rejected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -273,8 +277,8 @@ def test_any_value_of_any_option(
     command: str,
     data: Any,
 ) -> None:
-    """Given what it needs, a command does it or says in a line why not."""
-    place = Path(tempfile.mkdtemp(dir=tmp_path))  # a place for each case
+    """With valid inputs, a command succeeds or reports the problem in one line."""
+    place = Path(tempfile.mkdtemp(dir=tmp_path))  # a separate folder for each case
     monkeypatch.chdir(place)
     monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     words = BASE[command].split()
@@ -285,14 +289,14 @@ def test_any_value_of_any_option(
     out, error = capsys.readouterr()
     assert status in (0, 1, 2), (words, status, error)
     assert "Traceback" not in error, (words, error)
-    in_report = "problem" in out.lower()  # of a data set
+    in_report = "problem" in out.lower()  # the report of data.py
     if status == 2 or (status == 1 and not in_report):
         assert "error: " in error or "skipped " in error, (words, error)
 
 
 @st.composite
-def harm(draw: Any) -> Callable[[bytes], bytes]:
-    """Flip, cut, repeat, swap or overwrite bytes of a file."""
+def damage(draw: Any) -> Callable[[bytes], bytes]:
+    """Return a function that flips, cuts, repeats, swaps or overwrites bytes of a file."""
     kind = draw(st.sampled_from(["flip", "cut", "repeat", "swap", "overwrite", "head"]))
     place, other = draw(st.floats(0, 1)), draw(st.floats(0, 1))
     bits = draw(st.integers(1, 255))
@@ -321,12 +325,12 @@ def harm(draw: Any) -> Callable[[bytes], bytes]:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """A photo and masks as people have them."""
+    """Return an image and masks in common file formats."""
     make(str(folder), training=1, validation=1, size=48)
     root = folder / "ADEChallengeData2016"
     photo = next(root.rglob("images/**/*.jpg")).read_bytes()
     mask = next(root.rglob("annotations/**/*.png")).read_bytes()
-    found = {"jpeg": photo, "png": mask}
+    content_by_name = {"jpeg": photo, "png": mask}
     image = Image.open(io.BytesIO(photo))
     for name, mode in {
         "palette.png": "P",
@@ -336,8 +340,8 @@ def small_files(folder: Path) -> dict[str, bytes]:
     }.items():
         data = io.BytesIO()
         image.convert(mode).save(data, name.rpartition(".")[2])
-        found[name] = data.getvalue()
-    return found
+        content_by_name[name] = data.getvalue()
+    return content_by_name
 
 
 @pytest.fixture(scope="module")
@@ -346,16 +350,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @settings(max_examples=4 * settings.default.max_examples)
-@given(st.data(), harm(), st.sampled_from([1, 2, 8]))
-def test_harmed_pictures(
+@given(st.data(), damage(), st.sampled_from([1, 2, 8]))
+def test_damaged_images_and_masks_are_decoded_or_rejected(
     pictures: dict[str, bytes], data: Any, change: Callable[[bytes], bytes], reduction: int
 ) -> None:
-    harmed = change(pictures[data.draw(st.sampled_from(sorted(pictures)))])
+    damaged = change(pictures[data.draw(st.sampled_from(sorted(pictures)))])
     for decode in (
-        lambda: decode_image(harmed, reduction),
-        lambda: decode_photo(harmed, (48, 48), reduction),
-        lambda: decode_mask(harmed),
-        lambda: decode_colors(harmed),
+        lambda: decode_image(damaged, reduction),
+        lambda: decode_photo(damaged, (48, 48), reduction),
+        lambda: decode_mask(damaged),
+        lambda: decode_colors(damaged),
     ):
         try:
             decode()
@@ -367,7 +371,7 @@ def test_harmed_pictures(
 def weights(
     tmp_path_factory: pytest.TempPathFactory, small_network: None
 ) -> dict[str, tuple[str, bytes]]:
-    """Files of weights, each with its extension."""
+    """Return weights files, each with its extension."""
     folder = tmp_path_factory.mktemp("weights")
     network = deeplabv3(12, "resnet50", None, False, True)
     state = network.state_dict()
@@ -378,8 +382,8 @@ def weights(
     return {path.name: (path.suffix, path.read_bytes()) for path in folder.iterdir()}
 
 
-@given(st.data(), harm())
-def test_harmed_weights(
+@given(st.data(), damage())
+def test_damaged_weights_are_loaded_or_rejected(
     tmp_path: Path, weights: dict[str, Any], data: Any, change: Callable[[bytes], bytes]
 ) -> None:
     suffix, content = weights[data.draw(st.sampled_from(sorted(weights)))]
@@ -392,11 +396,11 @@ def test_harmed_weights(
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder / "ep0-ba2-rank0.pt")
-    newest_checkpoint(str(folder), str(tmp_path))  # passed over where it is damaged
+    newest_checkpoint(str(folder), str(tmp_path))  # a damaged checkpoint is skipped
 
 
 @pytest.mark.parametrize("size", [2**62, 2**33, -1])
-def test_a_declared_size_is_not_believed(tmp_path: Path, size: int) -> None:
+def test_wrong_tensor_size_in_header_is_rejected(tmp_path: Path, size: int) -> None:
     path = tmp_path / "huge.safetensors"
     header = json.dumps(
         {"backbone.conv1.weight": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}
@@ -408,8 +412,10 @@ def test_a_declared_size_is_not_believed(tmp_path: Path, size: int) -> None:
 
 
 @settings(max_examples=settings.default.max_examples // 2)
-@given(change=harm())
-def test_harmed_onnx(tmp_path: Path, onnx_file: bytes, change: Callable[[bytes], bytes]) -> None:
+@given(change=damage())
+def test_damaged_onnx_file_is_loaded_or_rejected(
+    tmp_path: Path, onnx_file: bytes, change: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / "harmed.onnx"
     path.write_bytes(change(onnx_file))
     try:
@@ -446,8 +452,8 @@ def read_all(path: Path, cache: Path | None) -> None:
         shards.read(index)
 
 
-@given(st.data(), harm(), st.booleans())
-def test_harmed_shards(
+@given(st.data(), damage(), st.booleans())
+def test_damaged_shards_are_read_or_rejected(
     tmp_path_factory: pytest.TempPathFactory,
     shards: Path,
     data: Any,
@@ -478,7 +484,7 @@ PLACES += ["column_sizes", "format", "version", "raw_data", "hashes", "compressi
     ),
     st.booleans(),
 )
-def test_an_index_that_lies(
+def test_wrong_shard_index_writes_only_into_the_cache(
     tmp_path_factory: pytest.TempPathFactory, shards: Path, place: str, value: Any, cached: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("lies") / "deep" / "down"
@@ -522,7 +528,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=2 * settings.default.max_examples)
 @given(VALUES, VALUES, VALUES)
-def test_any_description(train: Any, classes: Any, anything: Any) -> None:
+def test_any_description_is_accepted_or_rejected(train: Any, classes: Any, anything: Any) -> None:
     good = {"train": {"images": "a", "masks": "b"}, "val": {"fraction": 0.5}}
     for raw in (
         {**good, "classes": classes},
@@ -537,8 +543,10 @@ def test_any_description(train: Any, classes: Any, anything: Any) -> None:
             one_line(error)
 
 
-@given(harm())
-def test_a_harmed_description(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+@given(damage())
+def test_damaged_description_is_accepted_or_rejected(
+    tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
     example = ROOT / "yamls" / "own.yaml"
     path = tmp_path / "harmed.yaml"
     path.write_bytes(change(example.read_bytes()))
@@ -549,7 +557,7 @@ def test_a_harmed_description(tmp_path: Path, change: Callable[[bytes], bytes]) 
 
 
 @pytest.mark.parametrize("argument", ["/nowhere", "nothing.yaml", "s3://", "\x01", ""])
-def test_any_data_set_to_check(
+def test_any_data_set_argument_is_rejected_without_traceback(
     argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -562,7 +570,7 @@ def test_any_data_set_to_check(
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each labelling tool writes of the same two photos."""
+    """Write the annotations of the same two images in the format of each labelling tool."""
     folder = tmp_path_factory.mktemp("annotations")
     (folder / "photos").mkdir()
     for number in range(2):
@@ -577,8 +585,8 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["coco.json", "labelme", "cvat.xml", "yolo", "panoptic.json"])
 @settings(max_examples=max(settings.default.max_examples // 3, 1))
-@given(data=st.data(), change=harm())
-def test_harmed_annotations(
+@given(data=st.data(), change=damage())
+def test_damaged_annotations_are_converted_or_rejected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -587,7 +595,7 @@ def test_harmed_annotations(
     data: Any,
     change: Callable[[bytes], bytes],
 ) -> None:
-    """They are converted to masks that can be trained on, or a line says why not."""
+    """The annotations become masks for training, or one line reports the problem."""
     monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     place = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(annotations, place, dirs_exist_ok=True)
@@ -624,9 +632,9 @@ NAMES += [
         min_size=1,
         max_size=3,
     ),
-    st.one_of(st.none(), harm()),
+    st.one_of(st.none(), damage()),
 )
-def test_any_archive(
+def test_any_archive_extracts_only_into_its_folder(
     tmp_path_factory: pytest.TempPathFactory,
     members: list[tuple[str, int, bytes]],
     change: Callable[[bytes], bytes] | None,
@@ -648,21 +656,25 @@ def test_any_archive(
     except download_ade20k.DownloadError as error:
         one_line(error)
         assert not target.exists()
-    left = {path.name for path in folder.parent.iterdir()} | {p.name for p in folder.iterdir()}
-    assert left <= {"below", "ade20k.zip", "ADEChallengeData2016"}
+    written_names = {path.name for path in folder.parent.iterdir()} | {
+        p.name for p in folder.iterdir()
+    }
+    assert written_names <= {"below", "ade20k.zip", "ADEChallengeData2016"}
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     shutil.rmtree(folder.parent)
 
 
 @pytest.mark.parametrize("declared", [100, 10**7])
-def test_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: int) -> None:
-    """Ten megabytes of zeros that are said to be less, and that do not fit the disk."""
+def test_archive_larger_than_the_disk_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: int
+) -> None:
+    """Extract ten megabytes of zeros with a correct and with a smaller declared size."""
     archive = tmp_path / "bomb.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("ADEChallengeData2016/zeros", bytes(10**7))
     assert archive.stat().st_size < 20_000
-    size, said = (number.to_bytes(4, "little") for number in (10**7, declared))
-    archive.write_bytes(archive.read_bytes().replace(size, said))
+    size, declared_size = (number.to_bytes(4, "little") for number in (10**7, declared))
+    archive.write_bytes(archive.read_bytes().replace(size, declared_size))
     room = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
     with pytest.raises(download_ade20k.DownloadError) as caught:

@@ -1,4 +1,4 @@
-"""Algorithms of the recipes against Composer's, and resumed runs against uninterrupted ones."""
+"""The recipes' algorithms compared with Composer's, and resumed runs with uninterrupted ones."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ RECIPES = ["none", "mild", "medium", "hot"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_ten_steps_equal_composer(name):
+def test_ten_steps_of_recipe_equal_composers_algorithms(name):
     ours, theirs = train(name), train(name, theirs=True)
     assert len(ours.losses) == STEPS
     assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
@@ -38,7 +38,7 @@ def assert_equal_runs(left, right):
 
 
 class SaveAfter(Callback):
-    """Saves after a batch without asking any interval, as on a preemption."""
+    """Saves after one batch regardless of the save interval, like a preemption does."""
 
     def __init__(self, batch, path):
         self.batch, self.path = batch, path
@@ -48,26 +48,26 @@ class SaveAfter(Callback):
             save_checkpoint(state, str(self.path))
 
 
-def test_resumed_after_every_step(tmp_path):
-    """Ten runs of one step each are one run of ten."""
-    straight = train("medium")
+def test_run_resumed_after_every_step_equals_uninterrupted_run(tmp_path):
+    """Compare ten resumed runs of one step each with one run of ten steps."""
+    uninterrupted = train("medium")
     path = None
     for step in range(1, STEPS + 1):
-        hop = train(
+        resumed = train(
             "medium",
             callbacks=[SaveAfter(step, tmp_path / f"{step}.pt")],
             steps=step,
             load_path=path,
         )
         path = str(tmp_path / f"{step}.pt")
-    assert_equal_runs(hop, straight)
+    assert_equal_runs(resumed, uninterrupted)
 
 
 def saved_state(path):
     return torch.load(path, weights_only=False)["state"]
 
 
-def test_checkpoint_holds_the_average_as_model_and_the_plain_optimizer(tmp_path):
+def test_checkpoint_has_ema_weights_and_unwrapped_optimizer(tmp_path):
     trainer = train("hot", steps=5, save_folder=str(tmp_path), save_interval=save_at(5))
     state = saved_state(tmp_path / "ep1-ba5-rank0.pt")
     assert list(state["optimizers"]) == ["DecoupledSGDW"]
@@ -75,7 +75,7 @@ def test_checkpoint_holds_the_average_as_model_and_the_plain_optimizer(tmp_path)
     assert {key for entry in momentum.values() for key in entry} == {"momentum_buffer"}
     ema = dict(state["algorithms"])["EMA"]
     assert ema["ema_weights_active"] and ema["ema_started"]
-    # What was evaluated after the same step is what was saved as the model ...
+    # The model in the checkpoint equals the model that an evaluation after the same step sees ...
     evaluated = {}
 
     class Keep(Callback):
@@ -85,7 +85,7 @@ def test_checkpoint_holds_the_average_as_model_and_the_plain_optimizer(tmp_path)
     again = train("hot", steps=5, callbacks=[Keep()], eval_dataloader=loader(), eval_interval="5ba")
     for key, value in evaluated.items():
         assert torch.equal(value, state["model"][key])
-    # ... and not what is trained on, which the evaluation puts back.
+    # ... and differs from the training weights, which the evaluation puts back.
     training = again.state.model.state_dict()
     assert not torch.equal(training["module.0.weight"], evaluated["module.0.weight"])
     stored = ema["ema_model"]["named_parameters_dict"]["module.0.weight"]
@@ -94,20 +94,20 @@ def test_checkpoint_holds_the_average_as_model_and_the_plain_optimizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mild", "hot"])
-def test_continues_from_a_checkpoint_of_composer(name, tmp_path):
+def test_run_resumes_from_composer_checkpoint(name, tmp_path):
     train(name, theirs=True, steps=5, save_folder=str(tmp_path), save_interval=save_at(5))
     path = str(tmp_path / "ep1-ba5-rank0.pt")
     if name == "mild":
         ours, theirs = train(name, load_path=path), train(name, theirs=True, load_path=path)
         assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
-    else:  # whose SAM does not save the momentum
+    else:  # Composer's SAM does not save the momentum.
         with pytest.warns(UserWarning, match="DecoupledSGDW is not in the state_dict"):
             ours = train(name, load_path=path)
     assert len(ours.losses) == 5
 
 
-def test_ema_by_epochs_beside_checkpoints_by_batches(tmp_path):
-    """Saving an epoch's last batch leaves the average in the model, and the update comes next."""
+def test_ema_by_epochs_with_checkpoints_by_batches_is_unchanged(tmp_path):
+    """Save after an epoch's last batch, just before the EMA is updated."""
 
     def run(**kwargs):
         return train("none", algorithms=[SeedMicrobatch(17), EMA("2ep", "1ep")], **kwargs)
@@ -120,7 +120,7 @@ def test_ema_by_epochs_beside_checkpoints_by_batches(tmp_path):
 
 
 class CountSyncs(Callback):
-    """How often each training step reads a number from the device."""
+    """Counts how often each training step reads a number from the device."""
 
     def __init__(self):
         self.steps = []
@@ -141,11 +141,11 @@ def syncs(name, **kwargs):
     return count.steps
 
 
-def test_algorithms_add_no_synchronisation():
-    plain = syncs("none")
-    assert syncs("mild") == plain
-    # A second pass over the batch adds the trainer's own two: the batch size and the loss.
-    one, both = plain[0], plain[0] + 2
+def test_algorithms_add_no_device_synchronisation():
+    baseline = syncs("none")
+    assert syncs("mild") == baseline
+    # A second pass over the batch adds the trainer's own two reads: the batch size and the loss.
+    one, both = baseline[0], baseline[0] + 2
     assert syncs("medium") == [one, both]
     assert syncs("hot") == [both, both]
     assert min(syncs("hot", theirs=True)) > both

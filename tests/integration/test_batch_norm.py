@@ -1,4 +1,4 @@
-"""Statistics shared by processes: the numbers of one process, in one graph."""
+"""Compiled training with synchronised batch norm has no graph breaks and no recompilations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(small_network: None) -> ComposerDeepLabV3:
 
 @pytest.fixture
 def one_of_eight(model: ComposerDeepLabV3) -> Iterator[dist.ProcessGroup]:
-    """The group of eight processes, of which this one takes itself for the first."""
+    """A process group of eight ranks; this process is rank 0."""
     torch._dynamo.reset()
     counters.clear()
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
@@ -37,7 +37,7 @@ def one_of_eight(model: ComposerDeepLabV3) -> Iterator[dist.ProcessGroup]:
     torch._dynamo.reset()
 
 
-def test_training_has_no_breaks_and_evaluation_one_graph(
+def test_sync_batch_norm_compiles_without_graph_breaks(
     model: ComposerDeepLabV3, one_of_eight: dist.ProcessGroup
 ) -> None:
     share_statistics(model.module, one_of_eight)
@@ -51,7 +51,7 @@ def test_training_has_no_breaks_and_evaluation_one_graph(
     model.module.compile(backend=backend, dynamic=False)
     ddp = nn.parallel.DistributedDataParallel(model)
 
-    def no_reduction(state, bucket):  # with annotations torch wants its own types
+    def no_reduction(state, bucket):  # unannotated: torch would require its own types
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
@@ -68,20 +68,20 @@ def test_training_has_no_breaks_and_evaluation_one_graph(
         return len(graphs) - before
 
     assert step(target) >= 1
-    new = {"again": step(target)}
+    new_graphs = {"again": step(target)}
     for mixing in (0.1, 0.3):
-        new[f"MixUp {mixing}"] = step(MixedTarget(target, target.flip(0), mixing))
-    new["SAM"] = step(target, is_first_of_two=True) + step(target)
+        new_graphs[f"MixUp {mixing}"] = step(MixedTarget(target, target.flip(0), mixing))
+    new_graphs["SAM"] = step(target, is_first_of_two=True) + step(target)
     ddp.eval()
     model.eval_batch_size = 2
     with torch.no_grad():
         for name, count in (("evaluation", 2), ("a short last batch", 1)):
             before = len(graphs)
             model.eval_forward((image[:count], target[:count]))
-            new[name] = len(graphs) - before
+            new_graphs[name] = len(graphs) - before
     ddp.train()
-    new["training after it"] = step(target)
-    assert new.pop("evaluation") == 1
-    assert new == dict.fromkeys(new, 0)
+    new_graphs["training after it"] = step(target)
+    assert new_graphs.pop("evaluation") == 1
+    assert new_graphs == dict.fromkeys(new_graphs, 0)
     assert sum(counters["graph_break"].values()) == 0
-    assert sum(graphs) == layers > 10  # every layer's is in a graph
+    assert sum(graphs) == layers > 10  # Each layer's all-reduce is in a graph.

@@ -1,4 +1,4 @@
-"""The benchmarks run, at a size at which their figures mean nothing, and compare like with like."""
+"""The benchmarks run at tiny sizes, and their sides train, score and compute the same."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ from training.schema import Config
 
 
 class ShortTimer(harness.Timer):
-    """A timer that repeats a call for a hundredth of the time."""
+    """A timer that repeats a call for 1% of the requested time."""
 
     def blocked_autorange(self, min_run_time: float) -> object:
         return super().blocked_autorange(min_run_time=min_run_time / 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def trainers_are_given_back() -> Iterator[None]:
+def release_trainers() -> Iterator[None]:
     yield
     harness.release()
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A network of a few layers, and short measurements."""
+    """Use a network of a few layers, and short measurements."""
     shrink(monkeypatch.setattr, monkeypatch.setitem)
     monkeypatch.setattr(harness, "Timer", ShortTimer)
     threads = torch.get_num_threads()
@@ -67,7 +67,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def step(synthetic: str) -> list[str]:
-    """Arguments of train_step for two steps a run."""
+    """Arguments of train_step for two steps per run."""
     text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
     return f"{text} --warmup 1 --steps 2 --rounds 2".split()
 
@@ -81,20 +81,20 @@ class FirstLoss(Callback):
 
 
 @pytest.mark.parametrize("recipe", ["none", "mild"])
-def test_both_sides_of_train_step_train_the_same(step: list[str], recipe: str) -> None:
+def test_train_step_has_equal_first_loss_on_both_sides(step: list[str], recipe: str) -> None:
     args = train_step.arguments([*step, "--precision", "fp32"])
     losses = []
     for build in (program.build_trainer, plain.build_trainer):
         first = FirstLoss()
         trainer = build(train_step.config(args, recipe), callbacks=[first])
-        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded otherwise
+        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded differently
         trainer.fit(duration="1ba")
         trainer.close()
         losses.append(first.value)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_plain_side_is_pytorch_in_fp32(step: list[str]) -> None:
+def test_plain_side_uses_only_pytorch_layers_in_fp32(step: list[str]) -> None:
     trainer = plain.build_trainer(train_step.config(train_step.arguments(step), "none"))
     layers = list(trainer.state.model.modules())
     assert not any(isinstance(layer, DilatedDepthwiseConv2d) for layer in layers)
@@ -104,7 +104,7 @@ def test_the_plain_side_is_pytorch_in_fp32(step: list[str]) -> None:
     trainer.close()
 
 
-def test_train_step(
+def test_train_step_prints_and_saves_consistent_figures(
     step: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -118,23 +118,23 @@ def test_train_step(
     for recipe in ("none", "hot"):
         entry = result["recipes"][recipe]
         for side in ("plain", "ours"):
-            found = entry[side]
-            assert len(found["runs"]) == 2
-            assert found["milliseconds"] == pytest.approx(500 * sum(found["runs"]))
-            assert found["images_per_second"] == pytest.approx(2000 / found["milliseconds"])
-            assert 0 < found["utilisation"] < 1
-            assert found["bytes"] == 5 * 2**28
-            assert set(found["parts"]) == set(PARTS)
-            assert all(found["parts"][part] > 0 for part in ("backbone", "head", "loss"))
-            assert f"| {recipe} | {side} | {found['images_per_second']:.1f} |" in printed
+            measured = entry[side]
+            assert len(measured["runs"]) == 2
+            assert measured["milliseconds"] == pytest.approx(500 * sum(measured["runs"]))
+            assert measured["images_per_second"] == pytest.approx(2000 / measured["milliseconds"])
+            assert 0 < measured["utilisation"] < 1
+            assert measured["bytes"] == 5 * 2**28
+            assert set(measured["parts"]) == set(PARTS)
+            assert all(measured["parts"][part] > 0 for part in ("backbone", "head", "loss"))
+            assert f"| {recipe} | {side} | {measured['images_per_second']:.1f} |" in printed
         ratio = entry["plain"]["milliseconds"] / entry["ours"]["milliseconds"]
         assert train_step.ratio(entry) == pytest.approx(ratio)
         assert f"| {ratio:.2f} |" in printed
     hot = result["recipes"]["hot"]
     assert hot["ours"]["waits"] < hot["plain"]["waits"]
     assert hot["plain"]["parts"]["metrics"] > 0
-    for found in result["evaluation"].values():
-        assert min(found.values()) > 0
+    for measured in result["evaluation"].values():
+        assert min(measured.values()) > 0
     assert "optimizer" in printed and "| evaluation |" in printed
     longest = max(result["kernels"], key=result["kernels"].__getitem__)
     of_one_step = result["recipes"]["none"]["ours"]["milliseconds"]
@@ -146,24 +146,24 @@ def test_train_step(
     assert last.startswith("| hot | ours |") and "| 1.25 GiB |" in last
 
 
-def test_train_step_shows_a_recipe_before_the_next(
+def test_train_step_prints_each_recipe_before_starting_the_next(
     step: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever stops it early, as run_all does, has what came before."""
+    """A benchmark that is stopped early, as by run_all, has printed its finished recipes."""
 
-    class Enough(Exception):
+    class Stopped(Exception):
         pass
 
     def build(config: Config, **arguments: Any) -> Any:
         if config.recipe_name == "mild":
-            raise Enough
+            raise Stopped
         return program.build_trainer(config, **arguments)
 
     monkeypatch.setattr(train_step, "resident_bytes", lambda *about: 0)
     monkeypatch.setattr(train_step.Contender, "fit", lambda self, steps: None)
     monkeypatch.setattr(train_step.Contender, "time", lambda self: 0.5)
     monkeypatch.setitem(train_step.BUILDERS, "ours", build)
-    with pytest.raises(Enough):
+    with pytest.raises(Stopped):
         train_step.main([*step, "--recipes", "none", "mild"])
     printed = capsys.readouterr().out
     assert "| none | ours |" in printed and "mild" not in printed
@@ -181,15 +181,15 @@ def test_train_step_shows_a_recipe_before_the_next(
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_the_data_sheet_of_a_gpu(name: str, expected: str | None) -> None:
+def test_gpu_name_selects_data_sheet(name: str, expected: str | None) -> None:
     assert train_step.data_sheet(name) == expected
 
 
-def test_estimates_stand_beside_what_was_measured(step: list[str]) -> None:
+def test_train_step_tabulates_estimates_beside_measurements(step: list[str]) -> None:
     args = train_step.arguments([*step, "--recipes", "none", "hot"])
-    found = train_step.estimates(args, "H100", "amp_bf16")
-    assert found["none"]["images_per_second"] > found["hot"]["images_per_second"] > 0
-    assert found["hot"]["bytes"] > found["none"]["bytes"] > 2**20
+    estimated = train_step.estimates(args, "H100", "amp_bf16")
+    assert estimated["none"]["images_per_second"] > estimated["hot"]["images_per_second"] > 0
+    assert estimated["hot"]["bytes"] > estimated["none"]["bytes"] > 2**20
     measured = {"images_per_second": 40.0, "bytes": 2**32}
     estimates = {"none": {"images_per_second": 50.0, "bytes": 2**31}}
     result = {"estimates": estimates, "recipes": {"none": {"ours": measured}}}
@@ -198,14 +198,18 @@ def test_estimates_stand_beside_what_was_measured(step: list[str]) -> None:
     ]
 
 
-def test_operations_are_three_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the network as it is
+def test_training_step_counts_operations_of_three_forward_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()  # Use the full network.
     args = train_step.arguments(["--size", "64", "--arch", "resnet101", "--classes", "150"])
-    # 255 G multiply-adds a forward pass at 512 px, of which 64 px take a 64th.
+    # A forward pass at 512 pixels takes 255 G multiply-adds; 64 pixels need 1/64 of them.
     assert train_step.operations(args) == pytest.approx(3 * 2 * 255e9 / 64, rel=0.05)
 
 
-def test_camvid(synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_camvid_benchmark_prints_and_saves_evaluations(
+    synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "result.json"
     text = f"--path {synthetic} --classes 12 --size 32 --batch 4 --workers 0 --minutes 0.01"
     text += f" --evaluations 2 --probe 1 --recipes none medium --json {path}"
@@ -213,15 +217,15 @@ def test_camvid(synthetic: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     recipes = json.loads(path.read_text())["recipes"]
     printed = capsys.readouterr().out
     assert list(recipes) == ["none", "medium"]
-    for recipe, found in recipes.items():
-        last = found["evaluations"][-1]
-        assert last["batches"] == found["batches"] and last["minutes"] == found["minutes"]
-        assert len(found["evaluations"]) >= 2 and 0 < last["miou"] < 100
-        assert f"| {recipe} | {found['minutes']:.2f} |" in printed
+    for recipe, row in recipes.items():
+        last = row["evaluations"][-1]
+        assert last["batches"] == row["batches"] and last["minutes"] == row["minutes"]
+        assert len(row["evaluations"]) >= 2 and 0 < last["miou"] < 100
+        assert f"| {recipe} | {row['minutes']:.2f} |" in printed
         assert f"{last['miou']:.2f} |\n" in printed
 
 
-def test_vits_train_as_long_as_a_resnet(
+def test_vits_benchmark_trains_vit_and_resnet_equally_long(
     synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
@@ -230,8 +234,8 @@ def test_vits_train_as_long_as_a_resnet(
         config = camvid.config(args, recipe, 200, **others)
         assert config.schedule.warmup == ("20ba" if "vit" in config.model.name else "0ba")
         runs.append((config.model.name, config.seed, args.minutes, config.recipe_name))
-        found = {"minutes": 3.2, "batches": 200, "epochs": 1.5}
-        return found | {"evaluations": [{"miou": 20.0 + len(runs)}]}
+        row = {"minutes": 3.2, "batches": 200, "epochs": 1.5}
+        return row | {"evaluations": [{"miou": 20.0 + len(runs)}]}
 
     monkeypatch.setattr(camvid, "train", train)
     assert vits.main(["--camvid", synthetic, "--minutes", "3", "--seeds", "0", "4"]) == 0
@@ -241,7 +245,7 @@ def test_vits_train_as_long_as_a_resnet(
 
 
 @pytest.mark.parametrize("error", ["", "no operator"])
-def test_vits_counts_networks_that_cannot_be_exported(
+def test_vits_benchmark_reports_failed_exports(
     error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("timm")
@@ -259,20 +263,22 @@ def test_vits_counts_networks_that_cannot_be_exported(
     assert ("| fails: no operator | works |" in printed) == bool(error)
 
 
-def test_auto_microbatch_needs_a_gpu() -> None:
+def test_auto_microbatch_benchmark_rejects_machine_without_gpu() -> None:
     with pytest.raises(SystemExit, match="this benchmark needs a GPU"):
         auto_microbatch.main([])
 
 
-def test_auto_microbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a CPU, as far as that can: all at once is what fits."""
+def test_auto_microbatch_benchmark_measures_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The full batch fits on a CPU, so the micro-batch equals the batch."""
     device = types.SimpleNamespace(total_memory=80 * 2**30)
     fractions = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    resets: list[int] = []  # of the peak that the search left
+    resets: list[int] = []  # One entry for each reset of the peak after the search.
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
-    arguments = auto_microbatch.step_arguments  # loader processes take seconds to end
+    arguments = auto_microbatch.step_arguments  # Loader processes would take seconds to end.
     monkeypatch.setattr(
         auto_microbatch, "step_arguments", lambda argv: arguments([*argv, "--workers", "0"])
     )
@@ -286,13 +292,15 @@ def test_auto_microbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def run_main(
     main: Callable[[], object], text: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict:
-    """The JSON of a benchmark that reads the command line."""
+    """Return the JSON of a benchmark that reads its arguments from sys.argv."""
     monkeypatch.setattr(sys, "argv", ["benchmark", *text.split(), "--json", str(path)])
     main()
     return json.loads(path.read_text())
 
 
-def test_dataloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataloader_benchmark_compares_images_per_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run_main(dataloader.main, "--images 16 --repeats 1", tmp_path / "r", monkeypatch)
     assert result["images"] == 16
     rates = result["images_per_second"]
@@ -301,7 +309,7 @@ def test_dataloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert result["ratio"][name] == pytest.approx(rate[0] / rates["Pillow"][0])
 
 
-def test_device_transform(
+def test_device_transform_benchmark_prints_training_and_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main, text = device_transform.main, "--batch 2 --size 32"
@@ -315,27 +323,31 @@ def test_device_transform(
         assert row["images_per_second"] == pytest.approx(2000 / row["ms"])
 
 
-def test_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: both sides agree, or it says so."""
+def test_loss_benchmark_measures_index_and_mixed_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run it in this process; the benchmark fails if its two sides disagree."""
     monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     text = "--batch 1 --classes 5 --size 64 --repeats 2 --threads 1 --device cpu"
     rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
     assert [row["target"] for row in rows] == ["index", "mixed"]
     for row in rows:
-        assert set(row["bytes"]) == set(loss.SIDES)  # too little to tell apart at this size
+        assert set(row["bytes"]) == set(loss.SIDES)  # too few bytes to compare
         for side in loss.SIDES:
             assert len(row["seconds"][side]) == 2 and min(row["seconds"][side]) > 0
 
 
-def test_loss_with_class_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights that are all alike, which the benchmark takes, both sides agree."""
+def test_loss_benchmark_measures_class_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark's weights are all equal, so its two sides agree."""
     monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     text = "--batch 1 --classes 5 --size 64 --repeats 1 --threads 1 --device cpu --class-weights"
     rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
     assert [list(row["seconds"]) for row in rows] == 2 * [list(loss.WEIGHTED)]
 
 
-def test_predict(tmp_path: Path) -> None:
+def test_predict_benchmark_compares_images_per_second(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="make install WITH=hf")
     options = ["--images", "2", "--rounds", "1", "--size", "48", "--device", "cpu"]
     result = predict.main([*options, "--json", str(tmp_path / "r")])
@@ -347,13 +359,13 @@ def test_predict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", predict.NETWORKS.values())
-def test_predict_compares_programs_that_predict_the_same(build: str, tmp_path: Path) -> None:
+def test_predict_benchmark_programs_draw_equal_overlays(build: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="make install WITH=hf")
     dataloader.make_data(tmp_path, 1, "val", (48, 64))
     (path,) = (tmp_path / "images/validation").iterdir()
     args = argparse.Namespace(size=48, device="cpu")
     programs = predict.build_contenders(build, tmp_path, args)
-    # The pictures are half the image and half the colours of the classes, here of predict.py's.
+    # An overlay is half the image and half the colours of the classes that predict.py finds.
     segmenter = predict.Segmenter(
         tmp_path / f"{build}.safetensors",
         network=f"benchmarks.predict:{build}",
@@ -369,13 +381,13 @@ def test_predict_compares_programs_that_predict_the_same(build: str, tmp_path: P
 
 
 def _blocks(picture: np.ndarray) -> np.ndarray:
-    """Return the mean colours of blocks of 8 x 8 pixels, which a JPEG keeps."""
+    """Return the mean colours of blocks of 8 x 8 pixels, which JPEG compression keeps."""
     height, width = (side // 8 for side in picture.shape[:2])
     return picture.reshape(height, 8, width, 8, 3).mean((1, 3))
 
 
-def test_masks(tmp_path: Path) -> None:
-    """Each way of storing the masks gives the same batches."""
+def test_masks_benchmark_gets_equal_batches_from_all_mask_formats(tmp_path: Path) -> None:
+    """Build batches from each mask format, then run the benchmark."""
     dataloader.make_data(tmp_path / "data", 8)
     samples = masks.list_samples(str(tmp_path / "data"), "train")
     batches = []
@@ -396,7 +408,9 @@ def test_masks(tmp_path: Path) -> None:
     assert result["ratio"]["index"] == 1 and result["images"] == 8
 
 
-def test_rare_classes(synthetic: str, tmp_path: Path, small_network: None) -> None:
+def test_rare_classes_benchmark_reports_iou_of_every_class(
+    synthetic: str, tmp_path: Path, small_network: None
+) -> None:
     text = (
         f"--path {synthetic} --minutes 0.001 --size 32 --batch 4 --probe 1 --seeds 5 --classes 12"
     )
@@ -407,7 +421,7 @@ def test_rare_classes(synthetic: str, tmp_path: Path, small_network: None) -> No
         assert len(run["iou"]) == 12
 
 
-def test_what_is_gained_and_lost_is_a_mean_over_the_seeds() -> None:
+def test_rare_classes_table_averages_over_seeds() -> None:
     nan = float("nan")
     runs = {"neither": [{"iou": [10.0, 20.0, 30.0]}, {"iou": [20.0, 40.0, 60.0]}]}
     rows = rare_classes.table(runs, ["sky", "pole", "bicyclist"]).splitlines()
@@ -417,7 +431,7 @@ def test_what_is_gained_and_lost_is_a_mean_over_the_seeds() -> None:
 
 
 def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules that print, fail, and print and then hang."""
+    """Write three benchmarks: one prints, one fails, one prints and then hangs."""
     (root / "benchmarks").mkdir()
     sources = {
         "good": "print('| good |')",
@@ -431,7 +445,7 @@ def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_all, "plan", lambda on_gpu: plan)
 
 
-def test_run_all_goes_on_after_what_fails_or_takes_too_long(
+def test_run_all_continues_after_failed_and_slow_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_benchmarks(tmp_path, monkeypatch)
@@ -446,7 +460,7 @@ def test_run_all_goes_on_after_what_fails_or_takes_too_long(
     assert "slow" not in file.read_text()
 
 
-def test_run_all_gives_camvid_the_time_that_is_left() -> None:
+def test_run_all_gives_camvid_the_remaining_time() -> None:
     minutes = []
     for seconds in (300, 600):
         benchmark = run_all.camvid("some where", seconds, on_gpu=True)
@@ -460,10 +474,10 @@ def test_run_all_gives_camvid_the_time_that_is_left() -> None:
 @pytest.mark.parametrize(
     ("on_gpu", "bf16", "trained"), [(True, True, 1), (False, True, 2), (False, False, 1)]
 )
-def test_run_alls_commands_are_understood(
+def test_run_all_plans_valid_commands_within_time_limit(
     on_gpu: bool, bf16: bool, trained: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each benchmark that is planned takes its arguments, and all together have time left."""
+    """Every planned benchmark accepts its arguments, and the plan fits its time limit."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr("training.precision._cpu_has_bf16", lambda: bf16)
     planned = run_all.plan(on_gpu)
@@ -474,15 +488,15 @@ def test_run_alls_commands_are_understood(
     assert sum(benchmark.seconds for benchmark in planned) < 60 * (9.5 if on_gpu else 20)
 
 
-def test_the_peers_are_trained_and_scored(
+def test_peers_benchmark_trains_and_scores_each_peer(
     synthetic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="make install WITH=smp")
     monkeypatch.setattr(peers, "WARM", 1)
     names = ["mmsegmentation 0.30", "plain loop, smp"]
-    small = ["--size", "32", "--minutes", "0.01", "--rounds", "1", "--classes", "12"]
-    small += ["--workers", "1", "--json", str(tmp_path / "peers.json")]
-    result = peers.main(["--path", synthetic, *small, "--only", *names])
+    options = ["--size", "32", "--minutes", "0.01", "--rounds", "1", "--classes", "12"]
+    options += ["--workers", "1", "--json", str(tmp_path / "peers.json")]
+    result = peers.main(["--path", synthetic, *options, "--only", *names])
     assert list(result["contenders"]) == names
     for row in result["contenders"].values():
         assert 0 < row["images_per_second"][0] < 1000
@@ -491,11 +505,11 @@ def test_the_peers_are_trained_and_scored(
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_kernels_are_read(backward: bool) -> None:
-    found = kernels.read(kernels.compile_for(80, backward, 1), backward)
-    assert found.stack == 0 and 32 < found.registers <= 255
-    # 4 pixels of 160 classes on 32 threads, besides what each pixel takes.
-    assert 20 <= found.loop["MUFU"] <= 32 and found.loop.total() > 200
+def test_kernels_benchmark_counts_registers_and_instructions(backward: bool) -> None:
+    counts = kernels.read(kernels.compile_for(80, backward, 1), backward)
+    assert counts.stack == 0 and 32 < counts.registers <= 255
+    # A thread handles 4 pixels x 160 classes / 32 threads, plus a constant cost per pixel.
+    assert 20 <= counts.loop["MUFU"] <= 32 and counts.loop.total() > 200
     cells, rows = kernels.LOW + 1, kernels.SIZE
     fewest = kernels.IMAGES * cells * rows
-    assert fewest <= found.rounds < 1.5 * fewest
+    assert fewest <= counts.rounds < 1.5 * fewest

@@ -1,4 +1,4 @@
-"""The best checkpoint stays, through kills and resumes, and a run ends when none is better."""
+"""`save_best` keeps the best checkpoint through resumes; `stop_after` ends a run early."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.callbacks import summary
 pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
-def test_the_best_evaluations_checkpoint_stays(
+def test_save_best_keeps_checkpoint_of_best_evaluation(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores
 ) -> None:
     scores([5, 10, 30, 20, 25])
@@ -31,11 +31,11 @@ def test_the_best_evaluations_checkpoint_stays(
         assert record(tmp_path / name)["best"] == best
     line = f"best MIoU: 30.00 after batch 2, {tmp_path}/ep0-ba2-rank0.pt"
     assert line in summary(trainer).splitlines()
-    # The same command evaluates the complete run, which is no better.
+    # The same command evaluates the finished run; its score is not better.
     scores([25])
     main(saving(tiny, tmp_path))
     assert files(tmp_path)["best-rank0.pt"] == 2
-    # It goes on, first with no better one, then with one; and another run begins anew.
+    # The run resumes, first without and then with a better score. Then another run starts again.
     scores([29, 31])
     main(saving(tiny, tmp_path, max_duration="6ba"))
     assert [*files(tmp_path).values()] == [6, 6, 6]
@@ -45,10 +45,10 @@ def test_the_best_evaluations_checkpoint_stays(
     assert (files(tmp_path)["best-rank0.pt"], files(tmp_path)["latest-rank0.pt"]) == (1, 2)
 
 
-def test_an_evaluation_at_the_very_end_and_one_after_its_checkpoint(
+def test_best_follows_evaluations_that_come_after_the_checkpoint(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores
 ) -> None:
-    # Evaluated when the run has ended, and by epochs where checkpoints go by batches.
+    # Evaluate at the end of the run, and by epochs while checkpoints are saved by batches.
     for folder, keys in {
         "end": {"eval_interval": "3ba"},
         "epochs": {"eval_interval": "1ep", "save_interval": "1ba"},
@@ -62,7 +62,7 @@ def test_an_evaluation_at_the_very_end_and_one_after_its_checkpoint(
         assert not state["evaluation_due"]
 
 
-def test_a_run_ends_when_it_gets_no_better(
+def test_stop_after_ends_run_without_improvement(
     tiny: dict[str, Any],
     tmp_path: Path,
     scores: Scores,
@@ -75,20 +75,20 @@ def test_a_run_ends_when_it_gets_no_better(
     assert "ended early: MIoU did not improve for 2ba" in summary(trainer)
     assert files(tmp_path) == {"ep0-ba4-rank0.pt": 4, "latest-rank0.pt": 4}
     assert record(tmp_path / "latest-rank0.pt")["ended"] == "2ba"
-    # It is complete, unless more patience is asked for.
+    # The run is complete until a longer stop_after is set.
     scores([19])
     trainer = main(saving(tiny, tmp_path, **keys))
     assert trainer.state.timestamp.batch == 4
     assert "nothing is left to train: the run did not improve for stop_after=2ba" in caplog.text
     scores([19, 21, 20, 19, 18, 17])
     trainer = main(saving(tiny, tmp_path, **keys | {"stop_after": "1ep"}))
-    assert trainer.state.timestamp.batch == 10  # an epoch has four
+    assert trainer.state.timestamp.batch == 10  # An epoch has four batches.
 
 
-def test_an_end_at_an_epochs_end_of_which_there_was_a_checkpoint(
+def test_early_stop_at_epoch_end_keeps_one_checkpoint(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listdir = os.listdir  # in the order of an object store
+    listdir = os.listdir  # Sort the names as an object store does.
     monkeypatch.setattr(os, "listdir", lambda folder: sorted(listdir(folder)))
     scores([20, 10])
     keys = {"max_duration": "3ep", "eval_interval": "1ep", "save_interval": "4ba"}
@@ -97,12 +97,12 @@ def test_an_end_at_an_epochs_end_of_which_there_was_a_checkpoint(
     assert record(tmp_path / "latest-rank0.pt")["ended"] == "1ep"
 
 
-def test_a_best_that_is_not_the_kept_one_is_not_told_as_that(
+def test_summary_omits_best_score_whose_checkpoint_is_not_kept(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores([20])
     main(saving(tiny, tmp_path, max_duration="1ba"))
-    scores([30])  # no longer kept
+    scores([30])  # save_best is off, so this checkpoint does not become the best one.
     trainer = main(saving(tiny, tmp_path, max_duration="2ba", save_best=False))
     assert files(tmp_path)["best-rank0.pt"] == 1
     assert "best MIoU" not in summary(trainer)
@@ -114,7 +114,7 @@ def test_a_best_that_is_not_the_kept_one_is_not_told_as_that(
 
 
 @pytest.mark.parametrize("metric", ["IoU/sky", "mIoU"])
-def test_a_metric_that_is_not_there_is_named(
+def test_unknown_best_metric_is_named_in_error(
     tiny: dict[str, Any], tmp_path: Path, metric: str
 ) -> None:
     names = tmp_path / "names.txt"
@@ -129,12 +129,14 @@ def test_a_metric_that_is_not_there_is_named(
 @pytest.mark.parametrize(
     ("values", "last"),
     [
-        pytest.param([math.nan] * 8, 8, id="never a score"),
-        pytest.param([math.nan, math.nan, 10, 9, 8], 5, id="a late first score"),
-        pytest.param([10, math.nan, math.nan, 9, math.nan, 8], 6, id="between scores"),
+        pytest.param([math.nan] * 8, 8, id="no score"),
+        pytest.param([math.nan, math.nan, 10, 9, 8], 5, id="late first score"),
+        pytest.param(
+            [10, math.nan, math.nan, 9, math.nan, 8], 6, id="missing scores between scores"
+        ),
     ],
 )
-def test_an_evaluation_without_a_score_does_not_count(
+def test_stop_after_ignores_evaluations_without_score(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores, values: list[float], last: int
 ) -> None:
     scores(values)

@@ -1,4 +1,4 @@
-"""The callbacks draw and count what the run really did, from the weights that were evaluated."""
+"""Callbacks draw and count the evaluated weights, and their state is in the checkpoint."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from training.pictures import Curves, Pictures, draw_curves
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_pictures_are_of_the_evaluated_weights(run: tuple[Any, str]):
-    """Drawn again by hand from the checkpoint, the last picture has the same pixels."""
+def test_pictures_show_predictions_of_evaluated_weights(run: tuple[Any, str]):
+    """Draw the last picture again from the checkpoint and compare the pixels."""
     trainer, folder = run
     assert sorted(os.listdir(os.path.join(folder, "pictures"))) == ["ep0-ba2.png", "ep1-ba4.png"]
     spec = trainer.state.evaluators[0].dataloader
     checkpoint = os.path.join(folder, "latest-rank0.pt")
     photos, targets, predictions = [], [], []
     network = build_network(load_weights(checkpoint, "ema"))
-    for index in (1, 3):  # evenly spread over five
+    for index in (1, 3):  # Two images, evenly spread over five.
         image, labels = spec.dataloader.collate_fn([spec.dataloader.dataset[index]])
         photos.append(image[0].permute(1, 2, 0).numpy())
         image, target = spec.microbatch_transforms((image, labels))
@@ -53,21 +53,21 @@ def test_pictures_are_of_the_evaluated_weights(run: tuple[Any, str]):
     assert np.array_equal(np.array(Image.open(drawn.latest)), expected)
 
 
-def test_pictures_and_tables_go_to_loggers(run: tuple[Any, str]):
+def test_pictures_are_sent_to_tensorboard(run: tuple[Any, str]):
     trainer, folder = run
     trainer.logger.destinations[0].writer.flush()
-    found = []
+    steps = []
     for parent, _, names in os.walk(folder):
         for name in names:
             if "tfevents" in name:
                 events = EventAccumulator(os.path.join(parent, name))
                 events.Reload()
                 if "pictures/eval" in events.Tags()["images"]:
-                    found += [event.step for event in events.Images("pictures/eval")]
-    assert sorted(found) == [2, 4]
+                    steps += [event.step for event in events.Images("pictures/eval")]
+    assert sorted(steps) == [2, 4]
 
 
-def test_table_of_classes(run: tuple[Any, str]):
+def test_class_table_agrees_with_metrics(run: tuple[Any, str]):
     trainer, folder = run
     assert sorted(os.listdir(os.path.join(folder, "classes"))) == ["ep0-ba2.csv", "ep1-ba4.csv"]
     text = Path(folder, "classes", "ep1-ba4.csv").read_text()
@@ -80,8 +80,10 @@ def test_table_of_classes(run: tuple[Any, str]):
     assert [int(row["pixels"]) for row in rows] == matrix.sum(1).tolist()
 
 
-def test_tables_without_pandas(run: tuple[Any, str], monkeypatch: pytest.MonkeyPatch):
-    """Composer's file logger makes tables with pandas, which need not be there."""
+def test_class_table_is_logged_without_pandas(
+    run: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+):
+    """Composer's file logger needs pandas for tables, so it is skipped if pandas is missing."""
     trainer, _ = run
 
     class Table(LoggerDestination):
@@ -104,7 +106,7 @@ def test_tables_without_pandas(run: tuple[Any, str], monkeypatch: pytest.MonkeyP
     assert [row[0] for row in table.rows] == CLASSES
 
 
-def test_curves_go_on_after_a_resume(run: tuple[Any, str], tmp_path: Path):
+def test_curves_continue_after_resume(run: tuple[Any, str], tmp_path: Path):
     trainer, folder = run
     curves = next(c for c in trainer.state.callbacks if isinstance(c, Curves))
     assert [batch for batch, _, _ in curves.train] == [1, 2, 3, 4]
@@ -121,7 +123,7 @@ def test_curves_go_on_after_a_resume(run: tuple[Any, str], tmp_path: Path):
     assert draw_curves(resumed.train, curves.eval) == draw_curves(curves.train, curves.eval)
 
 
-def test_record_is_in_the_checkpoint(run: tuple[Any, str]):
+def test_checkpoint_contains_run_record(run: tuple[Any, str]):
     _, folder = run
     content = torch.load(os.path.join(folder, "latest-rank0.pt"), weights_only=False)
     record = content["state"]["callbacks"]["RunRecord"]

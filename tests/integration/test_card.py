@@ -1,4 +1,4 @@
-"""The model card, and that nothing but what was asked for reaches the hub."""
+"""The model card, and the files that `export.py --to hub` uploads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.hub_server import REPO, TOKEN, Hub
 from training.config import load, resolve
 
 
-def test_its_scores_are_evaluates(
+def test_card_scores_equal_evaluate_scores(
     exported: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import evaluate
@@ -42,7 +42,7 @@ def test_its_scores_are_evaluates(
         assert f"| {row['class']} | {iou} |" in card
 
 
-def test_it_loads_in_three_lines(
+def test_card_examples_load_uploaded_model_and_predict(
     the_hub: Hub, exported: Path, weights: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--to", "hub", "--out", str(exported), "--photo", str(photo), "--size", "48"]
@@ -66,7 +66,7 @@ def test_it_loads_in_three_lines(
     assert load_weights(exported / "model.safetensors").config == yaml.safe_load(config.read_text())
 
 
-def test_nothing_is_pushed_without_a_repository(
+def test_hub_export_without_repo_uploads_nothing(
     the_hub: Hub, weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--to", "hub", "--out", str(tmp_path), "--photo", str(photo), "--size", "48"]
@@ -76,7 +76,7 @@ def test_nothing_is_pushed_without_a_repository(
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that a command which cannot be done ends with."""
+    """Return the one-line error of a command that fails."""
     assert export.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -96,7 +96,7 @@ def to_hub(weights: Path, folder: Path, repo: str = REPO) -> list[str]:
         (TOKEN, "a/b/c", "expected user/name"),
     ],
 )
-def test_what_the_hub_refuses_is_said_before_anything_is_written(
+def test_hub_rejection_is_reported_before_writing_files(
     token: str,
     repo: str,
     reason: str,
@@ -111,7 +111,7 @@ def test_what_the_hub_refuses_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_no_network(
+def test_unreachable_hub_is_named_in_error(
     weights: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,7 +122,7 @@ def test_no_network(
     assert "cannot reach http://127.0.0.1:9 (" in run(to_hub(weights, tmp_path), capsys)
 
 
-def test_the_card_alone_lies_beside_the_weights(
+def test_card_option_writes_card_beside_weights(
     weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "run"
@@ -130,7 +130,7 @@ def test_the_card_alone_lies_beside_the_weights(
     copy = place / weights.name
     copy.write_bytes(weights.read_bytes())
     options = [str(copy), "--card", "--photo", str(photo)]
-    for _ in range(2):  # its own card is replaced
+    for _ in range(2):  # The second call replaces the card of the first.
         assert export.main(options) == 0
     assert {path.name for path in place.iterdir()} == {"README.md", "overlay.jpg", copy.name}
     card = (place / CARD).read_text()
@@ -141,7 +141,7 @@ def test_the_card_alone_lies_beside_the_weights(
     assert (place / CARD).read_text() == "mine"
 
 
-def test_scores_of_another_are_refused(
+def test_card_rejects_scores_of_other_weights(
     weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"class": name, "IoU": 50.0, "accuracy": None, "pixels": 9} for name in CLASSES]
@@ -171,12 +171,14 @@ def test_scores_of_another_are_refused(
         assert reason in run(options, capsys)
 
 
-def test_without_a_validation_set_the_card_says_so(
+def test_card_without_validation_set_says_not_measured(
     weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = load_weights(weights)
+    original = load_weights(weights)
     copy = tmp_path / "alone.safetensors"
-    save_weights(copy, found.state, {"eval_dataset": {"final_size": 32}}, found.classes, "ema")
+    save_weights(
+        copy, original.state, {"eval_dataset": {"final_size": 32}}, original.classes, "ema"
+    )
     assert export.main([str(copy), "--card", "--photo", str(photo)]) == 0
     assert "give --scores FILE from evaluate.py --json FILE" in capsys.readouterr().err
     card = (tmp_path / CARD).read_text()
@@ -184,7 +186,7 @@ def test_without_a_validation_set_the_card_says_so(
 
 
 @pytest.mark.parametrize("use_plus", [True, False])
-def test_the_card_names_the_network_that_it_is_of(
+def test_card_names_network(
     photo: Path, tmp_path: Path, small_network: None, use_plus: bool
 ) -> None:
     network = deeplabv3(12, "resnet50", sync_bn=False, use_plus=use_plus)

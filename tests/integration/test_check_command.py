@@ -1,4 +1,4 @@
-"""`python data.py PATH`: planted faults are found, nothing else is, and the figures are right."""
+"""`python data.py PATH` finds planted faults, reports nothing else, and counts correctly."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from tests.support.waits import measure_loader, short_measurement, shortest_meas
             lambda labels: np.where(labels == 5, 0, labels),
             ["--num-classes", "12"],
             "training would work, but no training mask has class 4",
-            id="one in the middle",
+            id="class missing in the middle",
         ),
         pytest.param(
             lambda labels: labels,
             ["--num-classes", "15"],
             "training would work, but no training mask has the classes 12, 13, 14; "
             "use --num-classes 12 if there are no other classes",
-            id="fewer than asked for",
+            id="fewer classes than num_classes",
         ),
         pytest.param(
             lambda labels: labels == 3,
@@ -63,13 +63,11 @@ from tests.support.waits import measure_loader, short_measurement, shortest_meas
             lambda labels: labels * 0,
             ["--num-classes", "12"],
             "training would work but learn nothing: no training mask has a labelled pixel",
-            id="no label at all",
+            id="no labelled pixel",
         ),
     ],
 )
-def test_the_verdict_names_classes_that_training_never_shows(
-    path, capsys, rule, arguments, verdict
-):
+def test_verdict_names_classes_missing_from_training_masks(path, capsys, rule, arguments, verdict):
     for file in (path / ROOT / "annotations").rglob("*.png"):
         write(file, rule(labels_of(file)).astype(np.uint8))
     assert main([str(path), *arguments]) == 0
@@ -97,33 +95,40 @@ FOLDERS = {
 @pytest.mark.parametrize(
     ("change", "keys", "verdict"),
     [
-        pytest.param(leave_out, None, "but 2 images are left out", id="a folder left out"),
-        pytest.param(leave_out, {}, "but 2 images are left out", id="the same, described"),
-        pytest.param(leave_out, {"exclude": "images/testing"}, "no problems found", id="excluded"),
+        pytest.param(leave_out, None, "but 2 images are left out", id="unused folder"),
         pytest.param(
-            copy_to_validation, None, "but 1 image is in both splits", id="in both by content"
+            leave_out, {}, "but 2 images are left out", id="unused folder with description"
+        ),
+        pytest.param(
+            leave_out, {"exclude": "images/testing"}, "no problems found", id="excluded folder"
+        ),
+        pytest.param(
+            copy_to_validation,
+            None,
+            "but 1 image is in both splits",
+            id="same content in both splits",
         ),
         pytest.param(
             lambda root: None,
             {"val": FOLDERS["train"], "exclude": ["images/validation", "annotations/validation"]},
             "but 24 images are in both splits",
-            id="in both by path",
+            id="same path in both splits",
         ),
         pytest.param(
             lambda root: (leave_out(root), copy_to_validation(root)),
             None,
             "but 2 images are left out; 1 image is in both splits",
-            id="both faults",
+            id="unused and in both splits",
         ),
         pytest.param(
             lambda root: (root / "a.gif").write_bytes(b""),
             None,
             "but 1 file may be an image that is left out",
-            id="it cannot be told",
+            id="file of unknown type",
         ),
     ],
 )
-def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, verdict):
+def test_verdict_counts_unused_and_leaked_images(path, tmp_path, capsys, change, keys, verdict):
     root = path / ROOT
     change(root)
     arguments = [str(path), "--num-classes", "12"]
@@ -140,23 +145,23 @@ def test_the_verdict_counts_every_image(path, tmp_path, capsys, change, keys, ve
     assert len(leaks) == min(check_report.SHOWN, int(counted[1]) if counted else 0)
 
 
-def test_draws_the_samples(path, tmp_path, monkeypatch):
+def test_picture_option_draws_sample_sheet(path, tmp_path, monkeypatch):
     monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
     picture = tmp_path / "sheet.png"
     assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 0
     sheet = np.array(Image.open(picture))
     assert sheet.shape[0] == 3 * 512 and sheet.shape[1] > 4 * 512
-    shown = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
-    assert shown & {info.color for info in load_classes(None, 12)}  # a legend at least
+    shown_colors = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
+    assert shown_colors & {info.color for info in load_classes(None, 12)}  # the legend at least
 
 
-def test_both_forms_of_a_data_set_can_be_trained_on(path, capsys):
+def test_check_accepts_data_set_root_and_its_parent_folder(path, capsys):
     assert run(capsys, path)[0] == 0
     assert run(capsys, path / ROOT)[0] == 0
 
 
-def test_background_and_ignored_labels(path, capsys):
-    """12 classes 1..12, or 13 classes 0..12, or 11 classes 1..11 and 12 ignored."""
+def test_background_and_ignore_options_change_the_classes(path, capsys):
+    """The labels are 0 to 12, read as 12 classes 1-12, 13 classes 0-12, or 11 classes 1-11."""
     arguments = [str(path), "--json", "--num-classes"]
     assert main([*arguments, "13", "--keep-background"]) == 0
     entries = json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]
@@ -168,12 +173,14 @@ def test_background_and_ignored_labels(path, capsys):
     assert main([*arguments, "11", "--ignore-label", "12"]) == 0
 
 
-def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)  # between attempts
+def test_damaged_shard_is_named(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "dataset.downloads.time.sleep", lambda seconds: None
+    )  # no pause between attempts
     shards, cache = tmp_path / "shards", tmp_path / "cache"
     convert(str(path), str(shards), size_limit="20kb", workers=1)
     assert run(capsys, shards, cache)[0] == 0
-    for folder in (cache, shards):  # in the cache of good shards; at the source, of an empty cache
+    for folder in (cache, shards):  # damage the cached shard, then the source with an empty cache
         shard = folder / "train/shard.00001.mds"
         content = bytearray(shard.read_bytes())
         content[-100] ^= 255
@@ -195,7 +202,7 @@ def test_a_damaged_shard_is_named_wherever_the_damage_is(path, tmp_path, capsys,
     }
 
 
-def test_the_loader_of_training_is_measured(path, capsys, monkeypatch):
+def test_check_measures_training_loader(path, capsys, monkeypatch):
     monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
     monkeypatch.setattr(check_command, "measure_loader", measure_loader)
     status, report = run(capsys, path)

@@ -1,4 +1,4 @@
-"""Classes in another order are matched by name, or refused: in runs, evaluations and shards."""
+"""Runs, evaluations and shards match classes by name or reject them if their order differs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def described(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reordered(file: Path, names: list[str]) -> str:
-    """Write a description beside another, with its classes in a new order and with new names."""
+    """Write a description next to `file` with classes reordered and renamed; return its path."""
     raw = yaml.safe_load(file.read_text())
     old = [*raw["classes"]]
     renamed = iter([name for name in old if name not in names])
@@ -63,7 +63,7 @@ def trained(
     small_network: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, float]:
-    """The checkpoint of a run that tells classes apart, and its mIoU."""
+    """The checkpoint and the mIoU of a run whose network distinguishes classes."""
     folder = tmp_path_factory.mktemp("trained")
     config = on(tiny_config, described, save_folder=str(folder), max_duration="4ep")
     config["optimizer"], config["eval_interval"] = {"lr": 0.05}, "4ep"
@@ -86,7 +86,7 @@ PARTLY = ["lorry", *NAMES[1:]]
 OTHERS = [f"thing {letter}" for letter in "abcdefghijkl"]
 
 
-def test_evaluate_matches_a_description_by_name(
+def test_evaluate_matches_classes_of_description_by_name(
     trained: tuple[str, float], described: Path, tmp_path: Path
 ) -> None:
     path, miou = trained
@@ -106,11 +106,11 @@ def test_evaluate_matches_a_description_by_name(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        pytest.param(PARTLY, "class 0 is lorry, but in .* it is sky", id="one other"),
-        pytest.param(OTHERS, "class 0 is thing a, but in .* it is sky", id="all others"),
+        pytest.param(PARTLY, "class 0 is lorry, but in .* it is sky", id="one other name"),
+        pytest.param(OTHERS, "class 0 is thing a, but in .* it is sky", id="all other names"),
     ],
 )
-def test_other_names_are_refused(
+def test_evaluation_rejects_other_class_names(
     trained: tuple[str, float],
     tiny: dict[str, Any],
     described: Path,
@@ -127,7 +127,7 @@ def test_other_names_are_refused(
         main(on(tiny, data, is_train=False, load_path=path))
 
 
-def test_an_evaluation_by_main_matches_by_name(
+def test_main_evaluation_matches_classes_by_name(
     trained: tuple[str, float], tiny: dict[str, Any], described: Path, caplog: Any
 ) -> None:
     path, miou = trained
@@ -138,7 +138,7 @@ def test_an_evaluation_by_main_matches_by_name(
 
 
 @pytest.mark.parametrize(
-    ("names", "by_name", "taken"),
+    ("names", "by_name", "num_loaded"),
     [
         pytest.param(REVERSED, False, 12, id="another order"),
         pytest.param(PARTLY, False, 0, id="one other name"),
@@ -147,14 +147,14 @@ def test_an_evaluation_by_main_matches_by_name(
         pytest.param([str(k) for k in range(12)], False, 12, id="numbers"),
     ],
 )
-def test_weights_of_as_many_classes(
+def test_loaded_weights_match_class_rows_by_name(
     trained: tuple[str, float],
     tiny: dict[str, Any],
     described: Path,
     caplog: pytest.LogCaptureFixture,
     names: list[str],
     by_name: bool,
-    taken: int,
+    num_loaded: int,
 ) -> None:
     path, _ = trained
     config = on(tiny, reordered(described, names), load_path=path, load_weights_only=True)
@@ -164,12 +164,12 @@ def test_weights_of_as_many_classes(
     theirs = load_weights(path).state[LAYER]
     place = {name: NAMES.index(name) if name in NAMES else k for k, name in enumerate(names)}
     same = [torch.equal(rows[k], theirs[place[name]]) for k, name in enumerate(names)]
-    assert sum(same) == taken
-    is_said = "classifier.conv_seg: classes " in caplog.text
-    assert is_said == (names != [str(k) for k in range(12)])
+    assert sum(same) == num_loaded
+    is_logged = "classifier.conv_seg: classes " in caplog.text
+    assert is_logged == (names != [str(k) for k in range(12)])
 
 
-def test_classes_by_name_need_names(
+def test_load_classes_by_name_rejects_weights_without_names(
     trained: tuple[str, float], tiny: dict[str, Any], described: Path, tmp_path: Path
 ) -> None:
     unnamed = tmp_path / "unnamed.safetensors"
@@ -179,7 +179,7 @@ def test_classes_by_name_need_names(
         main({**config, "load_classes_by_name": True})
 
 
-def test_another_network_has_its_layers_of_classes_matched(
+def test_torchvision_network_classifier_rows_are_matched_by_name(
     tiny: dict[str, Any], described: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = on(tiny, described, max_duration="1ba", save_folder=str(tmp_path))
@@ -197,7 +197,7 @@ def test_another_network_has_its_layers_of_classes_matched(
         assert f"classifier.{layer}: classes in another order, matched by name" in caplog.text
 
 
-def test_shards_keep_the_order_they_were_written_in(
+def test_shards_keep_class_order(
     trained: tuple[str, float],
     tiny: dict[str, Any],
     described: Path,
@@ -207,9 +207,9 @@ def test_shards_keep_the_order_they_were_written_in(
     path, miou = trained
     shards = str(tmp_path / "shards")
     convert(reordered(described, REVERSED), shards, workers=1)
-    # evaluate.py matches them by name.
+    # evaluate.py matches the classes by name.
     assert score(path, "--path", shards, folder=tmp_path)["mIoU"] == pytest.approx(miou, abs=1e-4)
-    # A run cannot change what shards hold.
+    # A run cannot change the labels in shards, so it rejects another order.
     config = on(tiny, described)
     for section in ("train_dataset", "eval_dataset"):
         config[section] |= {"path": shards, "is_streaming": True}
@@ -219,7 +219,7 @@ def test_shards_keep_the_order_they_were_written_in(
     build_data(resolve({**config, "data": reordered(described, REVERSED)}), "val")
 
 
-def test_a_list_of_names_in_another_order_is_refused(
+def test_reordered_class_list_is_rejected_and_translated_accepted(
     trained: tuple[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names, translated = tmp_path / "names.txt", tmp_path / "translated.txt"
@@ -234,7 +234,7 @@ def test_a_list_of_names_in_another_order_is_refused(
 
 
 @pytest.mark.parametrize("is_same_set", [True, False])
-def test_label_0_means_what_it_meant_in_the_run(
+def test_evaluate_checks_ignore_background_against_the_run(
     tiny: dict[str, Any],
     synthetic: str,
     tmp_path: Path,

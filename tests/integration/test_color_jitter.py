@@ -1,4 +1,4 @@
-"""Transforms against plain Pillow and torchvision: pixel by pixel, or statistics where random."""
+"""The colour distortion has the same statistics as torchvision's ColorJitter on Pillow images."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def color_statistics(image: np.ndarray) -> np.ndarray:
     return np.array([red, green, blue, image.std(), saturation, clipped * 100])
 
 
-def test_colours_are_distributed_as_plain_ones() -> None:
+def test_distorted_colours_have_torchvisions_distribution() -> None:
     count, image = 1200, photo(24, 32, seed=3)
-    image[..., 0] = np.minimum(image[..., 0] // 2 + 128, 255)  # not grey on the whole
+    image[..., 0] = np.minimum(image[..., 0] // 2 + 128, 255)  # shift the mean away from grey
     torch.manual_seed(0)
     rng = random.Random(0)
     picture = Image.fromarray(image)
@@ -44,14 +44,14 @@ def test_colours_are_distributed_as_plain_ones() -> None:
     uniform = torch.rand(9, count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     batch = as_batch(image).expand(count, -1, -1, -1).float()
     out = distort_colors(batch, torch.ones(count, 1, 24, 32), uniform)
-    found = np.array([color_statistics(each) for each in out.permute(0, 2, 3, 1).numpy()])
-    error = np.sqrt(expected.std(0) ** 2 / count + found.std(0) ** 2 / count)
-    # Pillow cuts off half a level each step.
-    assert (np.abs(expected.mean(0) - found.mean(0)) < 3.5 * error + 1).all()
-    assert np.allclose(expected.std(0), found.std(0), rtol=0.1)
+    actual = np.array([color_statistics(each) for each in out.permute(0, 2, 3, 1).numpy()])
+    error = np.sqrt(expected.std(0) ** 2 / count + actual.std(0) ** 2 / count)
+    # Pillow truncates half a level per step.
+    assert (np.abs(expected.mean(0) - actual.mean(0)) < 3.5 * error + 1).all()
+    assert np.allclose(expected.std(0), actual.std(0), rtol=0.1)
 
 
-def test_each_step_is_taken_half_of_the_time() -> None:
+def test_each_distortion_is_applied_with_probability_half() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8, generator=generator)
     uniform = uniform_per_sample(batch, 17, 0, 9)

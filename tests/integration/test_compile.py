@@ -1,4 +1,4 @@
-"""The compiled model: its graphs, and that it trains and scores as the plain one does."""
+"""The compiled model has few graphs, and trains and scores like the uncompiled one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Losses(Callback):
 
 @pytest.fixture(autouse=True)
 def small_and_compiled_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A network of a few layers, and a backend that makes graphs but no C++ of them."""
+    """Use a network of a few layers, and a backend that captures graphs but compiles no C++."""
     shrink(monkeypatch.setattr, monkeypatch.setitem)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
@@ -52,31 +52,32 @@ def build(tiny: dict[str, Any], recipe: str, compile: bool) -> tuple[Trainer, Lo
     return program.build_trainer(config, callbacks=[losses]), losses
 
 
-def test_one_graph_for_training_and_one_for_evaluation(
+def test_training_and_evaluation_compile_one_graph_each(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The recipe `medium` has MixUp, EMA, and steps with SAM's second pass and steps without it."""
-    # Dynamo makes the graphs; a backend that runs them as they are suffices to count them.
+    """The recipe `medium` has MixUp, EMA, and steps with and without SAM's second pass."""
+    # Dynamo makes the graphs; the eager backend is enough to count them.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     tiny["precision"] = "amp_bf16"
     for recipe in ("none", "medium"):
         trainer, _ = build(tiny, recipe, compile=True)
         for _ in range(2):
             trainer.fit(duration="2ba")
-            trainer.eval()  # of 6 photos in batches of 4
+            trainer.eval()  # The validation set has 6 images in batches of 4.
         trainer.close()
         assert not counters["graph_break"]
         assert counters["stats"]["unique_graphs"] == 2
         assert not counters["recompile_limit"]
 
 
-def test_trains_and_scores_as_without(
+def test_compiled_model_trains_and_scores_like_uncompiled(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bilinear interpolation is left out: a graph computes it in other operations than a kernel.
+    """Compare a compiled run with an uncompiled one, without bilinear interpolation.
 
-    With it, outputs differ by 2e-7 of their size; where that decided a ReLU, the third loss
-    differed by 4e-4. Without it, torch 2.15 gives the same bits, torch 2.7 was 1.4e-5 apart.
+    A graph computes bilinear interpolation with other operations than the kernel. With it, outputs
+    differ by a relative 2e-7. Where that flipped a ReLU, the third loss differed by 4e-4. Without
+    it, torch 2.15 gives the same bits, and torch 2.7 differed by 1.4e-5.
     """
 
     def nearest(input: Tensor, size: Any, **_: Any) -> Tensor:
@@ -86,52 +87,54 @@ def test_trains_and_scores_as_without(
         monkeypatch.setattr(f"mmseg.models.decode_heads.{module}.resize", nearest)
     scores, losses = [], []
     for compile in (True, False):
-        trainer, found = build(tiny, "hot", compile)
+        trainer, recorded = build(tiny, "hot", compile)
         trainer.fit(duration="3ba")
         trainer.eval()
         scores.append({k: float(v) for k, v in trainer.state.eval_metric_values.items()})
-        losses.append(found.values)
+        losses.append(recorded.values)
         trainer.close()
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-def test_inductor_makes_what_it_is_given() -> None:
-    """PyTorch's own backend, which writes C++ here and Triton on a GPU: gradients of one step."""
+def test_inductor_gradients_equal_eager_gradients() -> None:
+    """Compare one step's gradients; Inductor writes C++ on a CPU and Triton on a GPU."""
     torch.manual_seed(0)
     network = model.deeplabv3(12, "resnet50").to(memory_format=torch.channels_last)
-    # A branch of the head, with the operator of depthwise.py.
+    # A branch of the head contains the operator of depthwise.py.
     layers = network.classifier.aspp_modules[1]
     channels = next(layers.parameters()).shape[0]
     features = torch.randn(2, channels, 8, 8).contiguous(memory_format=torch.channels_last)
-    found = []
+    results = []
     for forward in (layers, torch.compile(layers, backend="inductor", fullgraph=True)):
         loss = forward(features).square().mean()
-        found.append((loss, *torch.autograd.grad(loss, list(layers.parameters()))))
-    for plain, compiled in zip(*found, strict=True):
+        results.append((loss, *torch.autograd.grad(loss, list(layers.parameters()))))
+    for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
 
 
-def test_mmcv_leaves_torch_ops_as_it_was() -> None:
+def test_mmcv_does_not_modify_torch_ops() -> None:
     namespaces = [getattr(torch.ops, name) for name in torch.ops._dir]
     assert all(isinstance(namespace, torch._ops._OpNamespace) for namespace in namespaces)
 
 
-def test_convolutions_see_channels_last(tiny: dict[str, Any]) -> None:
+def test_convolutions_receive_channels_last_tensors(tiny: dict[str, Any]) -> None:
     trainer, _ = build(tiny, "none", compile=False)
-    seen, other = [], []
+    shapes, wrong_layouts = [], []
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         for tensor in (inputs[0], output, module.weight):
-            seen.append(tensor.shape)
+            shapes.append(tensor.shape)
             if not tensor.is_contiguous(memory_format=torch.channels_last):
-                other.append((module, tuple(tensor.shape)))
+                wrong_layouts.append((module, tuple(tensor.shape)))
 
     for module in trainer.state.model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(look)
     trainer.fit(duration="1ba")
     trainer.eval()
-    # Image pooling's single pixel has no layout, and what it is joined to takes the default.
+    # Image pooling's single pixel has no layout, and its concatenation takes the default layout.
     bottleneck = trainer.state.model.module.classifier.bottleneck.conv
-    assert seen and all(module is bottleneck and shape[1] == 160 for module, shape in other)
+    assert shapes and all(
+        module is bottleneck and shape[1] == 160 for module, shape in wrong_layouts
+    )

@@ -1,4 +1,4 @@
-"""Composer's private names: that they are what the project takes them for, and in one module."""
+"""Composer's private names that the project uses still mean what the project expects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.composer_internals import train_data_spec
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_the_trainers_data(tiny: dict[str, Any]) -> None:
+def test_train_data_spec_returns_trainers_data_spec(tiny: dict[str, Any]) -> None:
     import main
     from training.config import resolve
 

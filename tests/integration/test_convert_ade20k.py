@@ -1,4 +1,4 @@
-"""convert_ade20k.py: shards that Streaming reads and that equal the files, whatever happened."""
+"""convert_ade20k.py writes shards that equal the files, also after an interruption."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from tests.support.s3_server import BUCKET
 from tests.support.waits import no_waiting  # noqa: F401
 
 
-def test_a_staging_folder_keeps_what_else_it_holds(server, path, tmp_path):
+def test_staging_folder_keeps_unrelated_files(server, path, tmp_path):
     staging = tmp_path / "staging"
     (staging / "train").mkdir(parents=True)
     for name in ("notes.txt", "train/notes.txt"):
         (staging / name).write_text("mine")
     write(path, f"s3://{BUCKET}/staged", staging=str(staging))
-    left = sorted(str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file())
-    assert left == ["notes.txt", "train/notes.txt"]
+    remaining_files = sorted(
+        str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()
+    )
+    assert remaining_files == ["notes.txt", "train/notes.txt"]
 
 
-def test_output_depends_on_nothing_but_the_input(synthetic, tmp_path):
+def test_shards_are_equal_for_any_number_of_workers(synthetic, tmp_path):
     for name, workers in (("one", 1), ("two", 2)):
         write(synthetic, tmp_path / name, workers=workers)
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
-    """Finished shards are not written again; what comes out is as if nothing had happened."""
+def test_interrupted_conversion_continues(path, out, monkeypatch, capsys):
+    """Finished shards are not rewritten, and the output equals an uninterrupted conversion's."""
     write(path, out.with_name("expected"))
     counts = []
 
@@ -42,8 +44,8 @@ def test_goes_on_after_an_interruption(path, out, monkeypatch, capsys):
     assert main(arguments) == 130
     assert "run the command again" in capsys.readouterr().err
     monkeypatch.undo()
-    done = {file: file.stat().st_mtime_ns for file in (out / "train").glob("*.mds")}
-    assert done and not (out / "train/index.json").exists()
+    finished_shards = {file: file.stat().st_mtime_ns for file in (out / "train").glob("*.mds")}
+    assert finished_shards and not (out / "train/index.json").exists()
     assert main(arguments) == 0
-    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert {file: file.stat().st_mtime_ns for file in finished_shards} == finished_shards
     assert files(out) == files(out.with_name("expected"))

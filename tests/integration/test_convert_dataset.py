@@ -1,4 +1,4 @@
-"""What labelling tools write becomes masks that are those drawn independently."""
+"""Files of labelling tools become masks that equal independently drawn masks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.waits import short_measurement, shortest_measurement  # noqa:
 
 @pytest.mark.parametrize("overlap", ["area", "order"])
 @pytest.mark.parametrize("tool", SOURCES)
-def test_masks_are_those_drawn_independently(
+def test_converted_masks_equal_independently_drawn_masks(
     tool: str, overlap: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source, out = SOURCES[tool](tmp_path), tmp_path / "out"
@@ -53,7 +53,9 @@ def test_masks_are_those_drawn_independently(
         np.testing.assert_array_equal(masks[f"train/{number}"], ours[drawn])
 
 
-def test_panoptic(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_coco_panoptic_masks_equal_drawn_masks(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = write_panoptic(tmp_path / "panoptic.json")
     arguments = ["--images", photos, "--val", source, "--out"]
     assert convert(source, *arguments, tmp_path / "out") == 0
@@ -76,10 +78,10 @@ def yolo_line(kind: int, box: tuple[int, int, int]) -> str:
     return f"{kind} {' '.join(f'{share:.8f}' for share in shares)}\n"
 
 
-@pytest.mark.parametrize("given", ["folder", "labels", "data.yaml", "names"])
+@pytest.mark.parametrize("source_kind", ["folder", "labels", "data.yaml", "names"])
 @pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])
-def test_yolo_as_others_lay_it_out(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str, given: str
+def test_yolo_layouts_are_converted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str, source_kind: str
 ) -> None:
     root = tmp_path / "set"
     for number in range(COUNT):
@@ -91,14 +93,14 @@ def test_yolo_as_others_lay_it_out(
         for folder in folders:
             (root / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / f"{number}.jpg", root / folders[0] / f"{number}.jpg")
-        text = yolo_line(0, ROAD) + yolo_line(1, CAR) if number else ""  # the first is empty
+        text = yolo_line(0, ROAD) + yolo_line(1, CAR) if number else ""  # image 0 has no label
         (root / folders[1] / f"{number}.txt").write_text(text)
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: [road, car]\n")
     (root / "README.roboflow.txt").write_text("This data set was exported on a Monday\n")
     (root / "train.txt").write_text("./images/train/0.jpg\n./images/train/1.jpg\n")
-    has_labels = layout == "ultralytics" and given in ("labels", "names")
-    source = root / {"data.yaml": "data.yaml"}.get(given, "labels" if has_labels else "")
-    more = ["--names", root / "data.yaml"] if given == "names" else []
+    has_labels = layout == "ultralytics" and source_kind in ("labels", "names")
+    source = root / {"data.yaml": "data.yaml"}.get(source_kind, "labels" if has_labels else "")
+    more = ["--names", root / "data.yaml"] if source_kind == "names" else []
     out = tmp_path / "out"
     assert convert(source, "--images", root, "--out", out, *more) == 0
     left_out = capsys.readouterr().err
@@ -106,13 +108,13 @@ def test_yolo_as_others_lay_it_out(
         assert "README.roboflow.txt: a text file without labels" in left_out
     names, masks = masks_of(out)
     assert names == ["background", "road", "car"]
-    whole = drawn((ROAD, 1), (CAR, 2))
+    labelled = drawn((ROAD, 1), (CAR, 2))
     for split, numbers in {"train": range(5), "val": range(5, COUNT)}.items():
         stems = sorted(path.stem for path in (out / "photos" / split).rglob("*.jpg"))
         assert stems == [str(number) for number in numbers]
     assert len(masks) == COUNT
     for name, mask in masks.items():
-        np.testing.assert_array_equal(mask, np.zeros(SIZE) if name.endswith("/0") else whole)
+        np.testing.assert_array_equal(mask, np.zeros(SIZE) if name.endswith("/0") else labelled)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_yolo_as_others_lay_it_out(
             ],
             ["background", "car", "road"],
             drawn((ROAD, 2), (CAR, 1)),
-            id="four corners, a rotated box and a line",
+            id="four corners, rotated box and line",
         ),
         pytest.param(
             [
@@ -145,17 +147,17 @@ def test_yolo_as_others_lay_it_out(
             ],
             ["background", "road"],
             drawn((ROAD, 1)),
-            id="a box from its lower corner, and an outline of two points",
+            id="box from lower corner, two-point outline",
         ),
     ],
 )
-def test_shapes_of_labelme(
+def test_labelme_shapes_become_masks(
     photos: Path, tmp_path: Path, shapes: list[dict[str, Any]], names: list[str], mask: np.ndarray
 ) -> None:
     source = labelme(tmp_path / "labelled", shapes)
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
-    found, masks = masks_of(tmp_path / "out")
-    assert found == names
+    found_names, masks = masks_of(tmp_path / "out")
+    assert found_names == names
     for one in masks.values():
         np.testing.assert_array_equal(one, np.where(mask == 255, -1, mask.astype(int)))
 
@@ -163,28 +165,39 @@ def test_shapes_of_labelme(
 @pytest.mark.parametrize(
     ("change", "names", "left_out"),
     [
-        pytest.param({"segmentation": [[1, 1]]}, ["road", "car"], ["annotation 7"], id="a point"),
-        pytest.param({"segmentation": [1, 1, 9, 1, 9, 9]}, ["road", "car"], [], id="a flat list"),
         pytest.param(
-            {"segmentation": [[1, 1, 9, 1, 9]]}, ["road", "car"], ["annotation 7"], id="odd"
+            {"segmentation": [[1, 1]]}, ["road", "car"], ["annotation 7"], id="single point"
+        ),
+        pytest.param({"segmentation": [1, 1, 9, 1, 9, 9]}, ["road", "car"], [], id="flat list"),
+        pytest.param(
+            {"segmentation": [[1, 1, 9, 1, 9]]},
+            ["road", "car"],
+            ["annotation 7"],
+            id="odd number of coordinates",
         ),
         pytest.param(
-            {"segmentation": [[1, 1, 9, 1, 9, 1e9]]}, ["road", "car"], ["annotation 7"], id="far"
+            {"segmentation": [[1, 1, 9, 1, 9, 1e9]]},
+            ["road", "car"],
+            ["annotation 7"],
+            id="far outside",
         ),
-        pytest.param({"root": True}, ["road", "car"], [], id="the root of the categories"),
-        pytest.param({"windows": True}, ["road", "car"], [], id="separators of Windows"),
+        pytest.param({"root": True}, ["road", "car"], [], id="root category"),
+        pytest.param({"windows": True}, ["road", "car"], [], id="Windows separators"),
         pytest.param(
             {"category_id": 9},
             "annotation 7: category 9 is not listed under categories",
             [],
-            id="a category",
+            id="unlisted category",
         ),
         pytest.param(
-            {"image_id": 99}, "annotation 7: image 99 is not listed under images", [], id="an image"
+            {"image_id": 99},
+            "annotation 7: image 99 is not listed under images",
+            [],
+            id="unlisted image",
         ),
     ],
 )
-def test_files_of_coco(
+def test_coco_files_become_masks_or_errors(
     photos: Path, tmp_path: Path, capsys: Any, change: dict[str, Any], names: Any, left_out: Any
 ) -> None:
     separator = "\\" if change.pop("windows", False) else "/"
@@ -217,8 +230,8 @@ def test_files_of_coco(
         assert names in errors
         return
     assert status == 0
-    found, masks = masks_of(tmp_path / "out")
-    assert found == ["background", *names]
+    found_names, masks = masks_of(tmp_path / "out")
+    assert found_names == ["background", *names]
     for name in left_out:
         assert f"{name}: no outline of at least three points" in errors
     for name, mask in masks.items():
@@ -244,20 +257,22 @@ CVAT_LABELS = "".join(
 @pytest.mark.parametrize(
     ("body", "outcome"),
     [
-        pytest.param('<tag label="rainy"/>', ["background", "road"], id="a tag"),
+        pytest.param('<tag label="rainy"/>', ["background", "road"], id="tag"),
         pytest.param('<points label="knee" points="1,1"/>', ["background", "road"], id="points"),
-        pytest.param('<skeleton label="leg"/>', ["background", "road"], id="a skeleton"),
+        pytest.param('<skeleton label="leg"/>', ["background", "road"], id="skeleton"),
         pytest.param(
             '<polygon label="" points="1,1;2,1;2,2"/>',
             "3.jpg: a polygon has no label",
             id="no name",
         ),
         pytest.param(
-            None, "the file contains video tracks; export the task as CVAT for images", id="a video"
+            None, "the file contains video tracks; export the task as CVAT for images", id="video"
         ),
     ],
 )
-def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any) -> None:
+def test_cvat_files_become_masks_or_errors(
+    photos: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any
+) -> None:
     points = ";".join(f"{x},{y}" for x, y in square(*ROAD))
     road = f'<polygon label="road" points="{points}" z_order="0"/>'
     images = "".join(
@@ -286,17 +301,32 @@ def test_files_of_cvat(photos: Path, tmp_path: Path, capsys: Any, body: Any, out
     [
         pytest.param([0, 255], None, [], [0, 255], "value 255 is a class (", id="binary"),
         pytest.param(
-            [0, 127, 255], None, [], [0, 127, 255], "to ignore it, add --ignore 255", id="three"
+            [0, 127, 255],
+            None,
+            [],
+            [0, 127, 255],
+            "to ignore it, add --ignore 255",
+            id="three values",
         ),
         pytest.param(
-            [0, 1, 255], None, ["--ignore", "255"], [0, 1], "value 255 is ignored (", id="asked for"
+            [0, 1, 255],
+            None,
+            ["--ignore", "255"],
+            [0, 1],
+            "value 255 is ignored (",
+            id="ignored by option",
         ),
         pytest.param(
-            [0, 1, 9], {0: "a", 1: "b", 9: "void"}, [], [0, 1], "value 9 is ignored (", id="by name"
+            [0, 1, 9],
+            {0: "a", 1: "b", 9: "void"},
+            [],
+            [0, 1],
+            "value 9 is ignored (",
+            id="ignored by name",
         ),
     ],
 )
-def test_what_hugging_faces_masks_ignore(
+def test_hugging_face_ignored_values_are_left_out(
     photos: Path,
     tmp_path: Path,
     capsys: Any,
@@ -325,15 +355,15 @@ def test_what_hugging_faces_masks_ignore(
     expected_index = np.full(mask.shape, -1)
     for index, value in enumerate(classes):
         expected_index[mask == value] = index
-    for found in masks.values():
-        np.testing.assert_array_equal(found, expected_index)
+    for converted in masks.values():
+        np.testing.assert_array_equal(converted, expected_index)
 
 
 @pytest.mark.parametrize("overlap", ["area", "order"])
-def test_cvats_levels_decide_and_not_the_files_order(
+def test_cvat_overlap_is_decided_by_z_order_not_file_order(
     photos: Path, tmp_path: Path, overlap: str
 ) -> None:
-    # In the file the small box comes first, and lies on the higher level.
+    # The small box comes first in the file, but has the higher z_order.
     shapes = ""
     for label, (left, top, side), level in (("car", CAR, 5), ("road", ROAD, 2)):
         sides = f'xtl="{left}" ytl="{top}" xbr="{left + side}" ybr="{top + side}"'

@@ -1,4 +1,4 @@
-"""Data sets in folders: what is found, what is refused, and that nothing but the seed decides."""
+"""Data sets in folders: batches depend only on the seed, for any workers, ranks and resumes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from transforms import RandomCrop
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_any_number_of_workers(folder: str, expected: list[list[str]], workers: int) -> None:
+def test_batches_are_equal_for_any_number_of_workers(
+    folder: str, expected: list[list[str]], workers: int
+) -> None:
     spec = build(folder, num_workers=workers)
     assert [digests(batches(spec, epoch)) for epoch in range(3)] == expected
 
 
-def test_a_resumed_run_sees_the_rest(
+def test_resumed_run_loads_remaining_samples(
     folder: str, expected: list[list[str]], tmp_path: Path
 ) -> None:
-    options = dict(max_duration="3ep", spin_dataloaders=False)  # as main.py sets it
-    whole, trainer = train(build(folder), tmp_path, **options)
+    options = dict(max_duration="3ep", spin_dataloaders=False)  # main.py sets this too.
+    uninterrupted, trainer = train(build(folder), tmp_path, **options)
     everything = [digest for epoch in expected for digest in epoch]
-    assert whole.seen == everything
-    for batch in (3, 5, 7):  # in mid-epoch, at the end of one, and in a later one
+    assert uninterrupted.seen == everything
+    for batch in (3, 5, 7):  # In mid-epoch, at the end of an epoch, and in a later epoch.
         model, trainer = train(
             build(folder, num_workers=2),
             tmp_path / str(batch),
@@ -35,7 +37,7 @@ def test_a_resumed_run_sees_the_rest(
         assert trainer.state.timestamp.epoch == 3 and trainer.state.timestamp.batch == 15
 
 
-def test_a_run_that_ends_and_goes_on_in_mid_epoch(
+def test_run_extended_in_mid_epoch_loads_remaining_samples(
     folder: str, expected: list[list[str]], tmp_path: Path
 ) -> None:
     train(build(folder), tmp_path, max_duration="7ba")
@@ -43,12 +45,12 @@ def test_a_run_that_ends_and_goes_on_in_mid_epoch(
         build(folder), tmp_path / "b", load_path=str(tmp_path / "7.pt"), max_duration="10ba"
     )
     assert model.seen == expected[1][8:]
-    # Ten batches are two epochs of five: the epoch's end is noticed though only 3 were loaded.
+    # Ten batches are two epochs of five, although only three were loaded after the resume.
     assert trainer.state.timestamp.epoch == 2
 
 
 @pytest.mark.parametrize(("ranks", "seen"), [(1, 8), (2, 8), (4, 8), (2, 12)])
-def test_resuming_with_another_number_of_ranks(
+def test_resume_with_another_number_of_ranks_loads_remaining_samples(
     folder: str, expected: list[list[str]], ranks: int, seen: int
 ) -> None:
     state = build(folder).dataloader.dataset.state_dict(seen, True)
@@ -56,14 +58,14 @@ def test_resuming_with_another_number_of_ranks(
     for rank in range(ranks):
         spec = on_rank(build(folder), rank, ranks)
         spec.dataloader.dataset.load_state_dict(state)
-        assert len(spec.dataloader) == 5  # the whole epoch's, which Composer compares with
+        assert len(spec.dataloader) == 5  # full epoch, for Composer
         sides.append(batches(spec, 0))
         assert digests(batches(spec, 1))[:1] == [expected[1][rank * 4 // ranks]]
     together = [parts for step in zip(*sides) for parts in step]
     assert digests(together) == expected[0][seen:]
 
 
-def test_data_sets_can_be_sent_to_spawned_workers(folder: str) -> None:
+def test_data_set_can_be_pickled(folder: str) -> None:
     dataset = pickle.loads(pickle.dumps(build(folder).dataloader.dataset))
     assert isinstance(dataset.both_transforms, RandomCrop)
     assert len(dataset) == 22

@@ -1,4 +1,4 @@
-"""Tests of networks/deeplab.py that take longer than unit tests."""
+"""Slow tests of networks/deeplab.py."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from model import deeplabv3, weight_init
 
 @pytest.fixture(scope="module")
 def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """torchvision's ResNet-50 with random weights, as a state dict in a file."""
+    """A file with the state dict of torchvision's ResNet-50 with random weights."""
     path = tmp_path_factory.mktemp("weights") / "resnet50-random.pth"
     torch.save(torchvision.models.resnet50().state_dict(), path)
     return path
 
 
-def test_weights_of_a_file_go_to_the_backbone_and_only_the_head_is_initialised(
+def test_weights_file_fills_backbone_and_head_is_initialised(
     backbone_file: Path,
 ) -> None:
     saved = torch.load(backbone_file, weights_only=True)
@@ -37,7 +37,7 @@ def test_weights_of_a_file_go_to_the_backbone_and_only_the_head_is_initialised(
 
 @pytest.fixture
 def server(backbone_file: Path) -> Iterator[str]:
-    """The weights' folder over HTTP on this machine."""
+    """The folder of the weights file, served over HTTP on this machine."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:
@@ -52,7 +52,7 @@ def server(backbone_file: Path) -> Iterator[str]:
         http_server.shutdown()
 
 
-def test_weights_are_fetched_from_a_url_and_then_kept(
+def test_weights_url_is_downloaded_and_cached(
     server: str, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
@@ -65,7 +65,7 @@ def test_weights_are_fetched_from_a_url_and_then_kept(
         deeplabv3(5, "resnet50", f"{server}/missing.pth")
 
 
-def test_weights_that_do_not_fit_are_refused(backbone_file: Path, tmp_path: Path) -> None:
+def test_unusable_backbone_weights_are_rejected(backbone_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.pth"
     broken.write_bytes(backbone_file.read_bytes()[:1000])
     partial = tmp_path / "partial.pth"

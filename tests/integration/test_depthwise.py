@@ -1,4 +1,4 @@
-"""Tests of networks/depthwise.py that take longer than unit tests."""
+"""Slow tests of networks/depthwise.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.library import opcheck
 from networks import depthwise
 from networks.depthwise import DilatedDepthwiseConv2d
 
-CHANNELS = 80  # a chunk of 64 and a rest
+CHANNELS = 80  # a chunk of 64 channels and a remainder
 
 
 def layer(dilation: int) -> DilatedDepthwiseConv2d:
@@ -16,11 +16,11 @@ def layer(dilation: int) -> DilatedDepthwiseConv2d:
     return DilatedDepthwiseConv2d(CHANNELS, dilation).to(memory_format=torch.channels_last)
 
 
-def test_is_an_operator_that_compiles_without_a_graph_break():
+def test_depthwise_operator_compiles_without_graph_break():
     conv = layer(12)
     image = torch.randn(2, CHANNELS, 16, 16, requires_grad=True)
     opcheck(depthwise.convolution, (image, conv.weight, 12))
     compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
-    (found,) = torch.autograd.grad(compiled(image).sum(), conv.weight)
+    (actual,) = torch.autograd.grad(compiled(image).sum(), conv.weight)
     (expected,) = torch.autograd.grad(conv(image).sum(), conv.weight)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)

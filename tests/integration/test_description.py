@@ -1,4 +1,4 @@
-"""Data sets as they are: each layout gives the batches of ADE20K's, and what is wrong is named."""
+"""Described data sets: each layout trains like ADE20K's layout and needs no manual edits."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from training.config import resolve
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_is_checked(
+def test_check_accepts_each_layout(
     layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture
 ) -> None:
     assert check([str(laid_out[layout]), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert not found["problems"] and not found["oddities"]
-    assert found["splits"]["train"]["good_pairs"] == 9
-    assert [entry["name"] for entry in found["splits"]["val"]["classes"]] == NAMES
+    report = json.loads(capsys.readouterr().out)
+    assert not report["problems"] and not report["oddities"]
+    assert report["splits"]["train"]["good_pairs"] == 9
+    assert [entry["name"] for entry in report["splits"]["val"]["classes"]] == NAMES
 
 
-def test_a_described_data_set_trains_and_evaluates_as_ade20ks_layout_does(
+def test_described_data_set_trains_and_scores_like_ade20k_layout(
     source: Path, laid_out: dict[str, Path], tmp_path: Path, small_network: None
 ) -> None:
-    """The same bits; tests/unit/dataset/test_description.py compares the batches of each layout."""
+    """Compare bits; tests/unit/dataset/test_description.py compares the batches of each layout."""
     from evaluate import main as evaluate
 
     def run(**keys: Any) -> tuple[list[float], float]:
@@ -60,13 +60,13 @@ def test_a_described_data_set_trains_and_evaluates_as_ade20ks_layout_does(
         assert results[-1]["photos"] == 4
         assert [row["class"] for row in results[-1]["classes"]] == NAMES
     assert results[0]["mIoU"] == results[1]["mIoU"]
-    # What predict.py and export.py draw with.
+    # predict.py and export.py draw with these classes.
     description = open_description(str(laid_out["colors"]))[1]
     assert description is not None
     assert load_weights(checkpoint).classes == list(description.classes)
 
 
-def test_shards_hold_the_merged_labels(
+def test_shards_contain_merged_labels(
     source: Path, laid_out: dict[str, Path], tmp_path: Path
 ) -> None:
     for layout in ("merged", "colors"):
@@ -76,12 +76,12 @@ def test_shards_hold_the_merged_labels(
         assert beside.path == str(out) and beside.shards is not None
         assert [info.name for info in beside.description.classes] == NAMES
         spec = {"is_streaming": True, "path": str(out)}
-        config = tiny_run(str(laid_out[layout]))  # the original's serves as well
+        config = tiny_run(str(laid_out[layout]))  # the original description works as well
         for section in ("train_dataset", "eval_dataset"):
             config[section] |= spec
-        given = build_data(resolve(config), "train")
+        data_spec = build_data(resolve(config), "train")
         config["data"] = str(out / "description.yaml")
-        assert next(iter(given.dataloader))[1].equal(
+        assert next(iter(data_spec.dataloader))[1].equal(
             next(iter(build_data(resolve(config), "train").dataloader))[1]
         )
         plain = tiny_run(None)
@@ -89,15 +89,15 @@ def test_shards_hold_the_merged_labels(
         for section in ("train_dataset", "eval_dataset"):
             plain[section] |= {"path": str(source)}
         for ours, theirs in zip(
-            given.dataloader, build_data(resolve(plain), "train").dataloader, strict=True
+            data_spec.dataloader, build_data(resolve(plain), "train").dataloader, strict=True
         ):
             assert ours[0].equal(theirs[0]) and ours[1].equal(theirs[1])
-        # Verified against the description, and done.
+        # A second conversion only verifies the shards.
         assert convert(str(laid_out[layout]), str(out), workers=1) == {"train": 9, "val": 4}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_suggestion_needs_no_edit(
+def test_suggested_description_needs_no_edit(
     layout: str,
     source: Path,
     laid_out: dict[str, Path],
@@ -111,18 +111,18 @@ def test_a_suggestion_needs_no_edit(
     with Image.open(tmp_path / "found.png") as picture:
         assert picture.width > 1000
     assert check([str(file), "--workers", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["splits"]["train"]["good_pairs"] == 9
-    assert found["splits"]["val"]["good_pairs"] == 4
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["train"]["good_pairs"] == 9
+    assert report["splits"]["val"]["good_pairs"] == 4
     root, description = open_description(str(file))
     assert description is not None
-    if layout == "merged":  # nothing tells what is to be merged
+    if layout == "merged":  # the folder does not tell which classes to merge
         assert len(description.classes) == 25
         return
     theirs = open_description(str(laid_out[layout]))[1]
     assert theirs is not None and description.values.keys() == theirs.values.keys()
     assert [v for v, label in description.values.items() if label == 0] == [0]
-    if layout not in ("colors", "lists"):  # whose classes, or names, are in another order
+    if layout not in ("colors", "lists"):  # their classes or names are in another order
         assert batches(root, "train", description=description) == batches(
             source, "train", num_classes=12
         )

@@ -1,4 +1,4 @@
-"""The scores are mmsegmentation's of the same predictions, whatever the batches and processes."""
+"""evaluate.py's scores equal mmsegmentation's for any batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Seven validation photos of five sizes; labels 0 (other) to 11 (12 never occurs), and 255."""
+    """Seven images of five sizes; labels 0 (background) to 11 and 255; class 12 never occurs."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for kind in ("images", "annotations"):
@@ -48,9 +48,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-def test_equals_mmsegmentation(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_paper_scores_equal_mmsegmentation(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     files = ["--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")]
-    # One photo at a time: in a batch a score may be rounded the other way.
+    # Use batches of one image: in a larger batch, a score may be rounded differently.
     assert main([random_weights(), "--path", data, "--batch-size", "1", *files]) == 0
     scores = json.loads((tmp_path / "s.json").read_text())
 
@@ -71,9 +73,11 @@ def test_equals_mmsegmentation(data: str, tmp_path: Path, capsys: pytest.Capture
     assert scores["mIoU"] == pytest.approx(100 * np.nanmean(expected["IoU"]), abs=1e-9)
     assert scores["mean_accuracy"] == pytest.approx(100 * np.nanmean(expected["Acc"]), abs=1e-9)
     for row, iou, accuracy in zip(scores["classes"], expected["IoU"], expected["Acc"]):
-        for found, value in ((row["IoU"], iou), (row["accuracy"], accuracy)):
+        for actual, value in ((row["IoU"], iou), (row["accuracy"], accuracy)):
             assert (
-                found is None if np.isnan(value) else found == pytest.approx(100 * value, abs=1e-9)
+                actual is None
+                if np.isnan(value)
+                else actual == pytest.approx(100 * value, abs=1e-9)
             )
 
     assert scores["photos"] == 7 and scores["protocol"] == "paper"
@@ -86,7 +90,7 @@ def test_equals_mmsegmentation(data: str, tmp_path: Path, capsys: pytest.Capture
 
 
 class Stripes:
-    """Stands in for a Segmenter: predicts from a photo's own values, whatever the batch."""
+    """A stand-in for a Segmenter that predicts from each image's own values, whatever the batch."""
 
     device = torch.device("cpu")
 
@@ -113,23 +117,23 @@ def pairs(data: str, count: int | None = None) -> list[tuple[Image.Image, Image.
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_every_photo_counts_once(
+def test_every_image_is_counted_once_on_any_number_of_ranks(
     data: str, world: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ):
     index = torch.from_numpy(Labels(12).index())
-    whole = evaluate_paper(Stripes(12), pairs(data), index, 3)
-    total = torch.zeros_like(whole)
+    single = evaluate_paper(Stripes(12), pairs(data), index, 3)
+    total = torch.zeros_like(single)
     for rank in range(world):
         monkeypatch.setattr(dist, "get_world_size", lambda: world)
         monkeypatch.setattr(dist, "get_global_rank", lambda rank=rank: rank)
         total += evaluate_paper(Stripes(12), pairs(data), index, batch_size)
-    assert torch.equal(total, whole)
+    assert torch.equal(total, single)
     masks = [np.array(mask) for _, mask in pairs(data)]
-    assert whole.sum() == sum(((mask > 0) & (mask < 13)).sum() for mask in masks)
+    assert single.sum() == sum(((mask > 0) & (mask < 13)).sum() for mask in masks)
 
 
-def test_background_as_a_class(data: str):
-    """Without ignore_background, label 0 is class 0 and label k class k."""
+def test_background_is_class_0_without_ignore_background(data: str):
+    """Without ignore_background, label k is class k."""
     stripes = Stripes(13)
     index = torch.from_numpy(Labels(13, False).index())
     matrix = evaluate_paper(stripes, pairs(data), index, 2)
@@ -141,11 +145,11 @@ def test_background_as_a_class(data: str):
     assert expected[0].sum() > 0 and matrix.tolist() == expected.tolist()
 
 
-def test_square_is_the_evaluation_of_training(tmp_path: Path):
+def test_square_protocol_equals_evaluation_during_training(tmp_path: Path):
     trainer, folder = finished_run()
     path = str(tmp_path / "s.json")
     checkpoint = f"{folder}/latest-rank0.pt"
-    # The checkpoint says where its validation set is, and that photos become 32 x 32 pixels there.
+    # The checkpoint stores the path of its validation set and the size of 32 x 32 pixels.
     assert main([checkpoint, "--protocol", "square", "--batch-size", "3", "--json", path]) == 0
     scores = json.loads(Path(path).read_text())
     assert scores["mIoU"] == pytest.approx(
@@ -157,8 +161,8 @@ def test_square_is_the_evaluation_of_training(tmp_path: Path):
 
 
 @pytest.mark.parametrize("protocol", ["paper", "square"])
-def test_an_onnx_file_scores_as_its_checkpoint(tmp_path: Path, protocol: str):
-    """It too says where the validation set is, and the size that photos have there."""
+def test_onnx_file_scores_like_its_checkpoint(tmp_path: Path, protocol: str):
+    """The ONNX file also stores the path of the validation set and the image size."""
     _, folder = finished_run()
     checkpoint, exported = f"{folder}/latest-rank0.pt", str(tmp_path / "model.onnx")
     assert export.main([checkpoint, "--to", "onnx", "--out", exported, "--size", "48"]) == 0
@@ -174,8 +178,8 @@ def test_an_onnx_file_scores_as_its_checkpoint(tmp_path: Path, protocol: str):
     assert [c["pixels"] for c in theirs["classes"]] == [c["pixels"] for c in ours["classes"]]
 
 
-def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch):
-    """Of five photos for three processes the sampler hands out six."""
+def test_square_protocol_skips_padding_of_distributed_sampler(monkeypatch: pytest.MonkeyPatch):
+    """For three ranks, the sampler pads five images to six."""
     trainer, _ = finished_run()
     spec = trainer.state.evaluators[0].dataloader
     segmenter = SimpleNamespace(
@@ -185,8 +189,8 @@ def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch)
             torch.nn.functional.one_hot(image[:, 0].long() % 12, 12).permute(0, 3, 1, 2).float()
         ),
     )
-    whole = evaluate.evaluate_square(segmenter, spec)
-    total = torch.zeros_like(whole)
+    single = evaluate.evaluate_square(segmenter, spec)
+    total = torch.zeros_like(single)
     for rank in range(3):
         order = [(rank + 3 * i) % 5 for i in range(2)]
         loader = [spec.dataloader.collate_fn([spec.dataloader.dataset[i] for i in order])]
@@ -195,7 +199,7 @@ def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(dist, "get_world_size", lambda: 3)
         monkeypatch.setattr(dist, "get_global_rank", lambda rank=rank: rank)
         total += evaluate.evaluate_square(segmenter, share)
-    assert torch.equal(total, whole)
+    assert torch.equal(total, single)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +213,9 @@ def test_square_leaves_out_the_samplers_padding(monkeypatch: pytest.MonkeyPatch)
         (["RANDOM", "--classes", "gone.txt"], "gone.txt"),
     ],
 )
-def test_one_line_errors(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_options_give_one_line_errors(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
     assert main([random_weights() if word == "RANDOM" else word for word in options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -218,14 +224,16 @@ def test_one_line_errors(options: list[str], message: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        pytest.param({"csv": "x.csv", "json": "x.json"}, "gone", id="the evaluation fails"),
-        pytest.param({"json": "no/x.json"}, "cannot write no/x.json: No such", id="no folder"),
-        pytest.param({"csv": "x", "json": "./x"}, "./x: two outputs have", id="one name for two"),
-        pytest.param({"csv": "classes.txt"}, "classes.txt would be over", id="the class names"),
-        pytest.param({"json": "."}, "cannot write .: it is a folder", id="a folder"),
+        pytest.param({"csv": "x.csv", "json": "x.json"}, "gone", id="evaluation fails"),
+        pytest.param({"json": "no/x.json"}, "cannot write no/x.json: No such", id="missing folder"),
+        pytest.param(
+            {"csv": "x", "json": "./x"}, "./x: two outputs have", id="same file for two outputs"
+        ),
+        pytest.param({"csv": "classes.txt"}, "classes.txt would be over", id="class names file"),
+        pytest.param({"json": "."}, "cannot write .: it is a folder", id="existing folder"),
     ],
 )
-def test_a_failed_evaluation_leaves_nothing(
+def test_failed_evaluation_writes_no_file(
     outputs: dict[str, str],
     message: str,
     tmp_path: Path,
@@ -241,7 +249,7 @@ def test_a_failed_evaluation_leaves_nothing(
     assert Path("classes.txt").read_text() == "\n".join(CLASSES)
 
 
-def test_scores_on_a_full_disk_are_still_printed(
+def test_full_disk_does_not_prevent_printing_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     table, scores = tmp_path / "classes.csv", tmp_path / "scores.json"
@@ -256,8 +264,8 @@ def test_scores_on_a_full_disk_are_still_printed(
     assert [path.name for path in tmp_path.iterdir()] == ["classes.csv"]
 
 
-def test_a_config_needs_only_its_validation_set(data: str, tmp_path: Path) -> None:
-    """Training data, loggers and checkpoints of the machine that trained are not looked for."""
+def test_evaluation_with_config_needs_only_validation_set(data: str, tmp_path: Path) -> None:
+    """Training data, loggers and checkpoints of the training machine are not opened."""
     config = {
         "model": {"num_classes": 12},
         "class_names": str(ROOT / "yamls" / "demo_classes.txt"),
@@ -276,7 +284,7 @@ def test_a_config_needs_only_its_validation_set(data: str, tmp_path: Path) -> No
     assert json.loads(scores.read_text())["photos"] == 7
 
 
-def test_a_full_dev_shm_is_one_line(
+def test_full_dev_shm_gives_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(options: Any) -> None:

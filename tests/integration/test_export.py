@@ -1,4 +1,4 @@
-"""Exported files give PyTorch's answer for any batch and size, and need nothing of this project."""
+"""Exported files compute PyTorch's logits for any batch and size, without this project."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Pat
 
 @functools.cache
 def loaded(path: Path) -> tuple[Any, dict[str, str]]:
-    """What runs an exported file, and its metadata."""
+    """Return a callable or session that runs an exported file, and the file's metadata."""
     extra = dict.fromkeys(("classes", "config", "which", "size", "mean", "std"), "")
     if path.suffix == ".onnx":
         run = onnxruntime.InferenceSession(path)
@@ -72,7 +72,9 @@ def expected(image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 41, 77), (1, 3, 200, 33)])
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
-def test_any_batch_and_size(files: dict[str, Path], kind: str, shape: tuple[int, ...]):
+def test_exported_file_equals_pytorch_for_any_batch_and_size(
+    files: dict[str, Path], kind: str, shape: tuple[int, ...]
+):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     run, _ = loaded(files[kind])
     if kind == "onnx":
@@ -85,8 +87,8 @@ def test_any_batch_and_size(files: dict[str, Path], kind: str, shape: tuple[int,
     assert (logits.argmax(1) == reference.argmax(1)).mean() >= 0.999
 
 
-def test_convolutions_stay_convolutions(files: dict[str, Path]):
-    """Also those that this project computes otherwise on a CPU; see depthwise.py."""
+def test_exported_convolutions_are_standard_operators(files: dict[str, Path]):
+    """Include the convolutions that depthwise.py computes differently on a CPU."""
     count = sum(isinstance(module, torch.nn.Conv2d) for module in random_network().modules())
     graph = onnx.load(files["onnx"], load_external_data=False).graph
     assert [node.op_type for node in graph.node].count("Conv") == count
@@ -98,7 +100,7 @@ def test_convolutions_stay_convolutions(files: dict[str, Path]):
     assert not any("deeplab" in target for target in targets)
 
 
-def test_metadata(files: dict[str, Path]):
+def test_exported_file_contains_metadata(files: dict[str, Path]):
     for path in files.values():
         _, metadata = loaded(path)
         classes = json.loads(metadata["classes"])
@@ -110,7 +112,7 @@ def test_metadata(files: dict[str, Path]):
         assert json.loads(metadata["std"]) == list(IMAGENET_CHANNEL_STD)
 
 
-def test_onnx_needs_nothing_of_this_project(files: dict[str, Path], tmp_path: Path):
+def test_onnx_file_runs_without_this_project(files: dict[str, Path], tmp_path: Path):
     program = """
 import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
@@ -129,17 +131,17 @@ print(*{"torch", "mmseg", "mmcv", "composer", "predict"} & set(sys.modules))
     assert run.stdout == "(1, 12, 40, 30)\n\n"
 
 
-def test_predict_takes_onnx(files: dict[str, Path], photo: str):
+def test_onnx_file_predicts_like_pytorch(files: dict[str, Path], photo: str):
     torch_one, onnx_one = Segmenter(random_weights(), size=48), Segmenter(files["onnx"], size=48)
     assert onnx_one.classes == torch_one.classes
     assert len(np.unique(torch_one(photo))) > 2
     assert (onnx_one(photo) == torch_one(photo)).mean() >= 0.999
 
 
-def test_all_formats_of_a_network_have_the_same_defaults(
+def test_all_formats_keep_size_classes_and_config(
     files: dict[str, Path], photo: str, tmp_path: Path
 ):
-    """The size that the run was validated at, class names, colours and configuration."""
+    """Compare the validation size, class names, colours and configuration."""
     safetensors = tmp_path / "weights.safetensors"
     assert main([random_weights(), "--weights-only", "--out", str(safetensors)]) == 0
     one, *others = (Segmenter(path) for path in (random_weights(), safetensors, files["onnx"]))
@@ -147,7 +149,7 @@ def test_all_formats_of_a_network_have_the_same_defaults(
         assert (other.size, other.which, other.config) == (32, one.which, one.config)
         assert other.classes == one.classes
         assert (other(photo) == one(photo)).mean() >= 0.999
-    # A file that does not say is looked at in 512 pixels, whatever its format.
+    # Without a stored size, every format defaults to 512 pixels.
     plain = tmp_path / "plain.pt"
     torch.save(random_network().state_dict(), plain)
     assert (
@@ -156,7 +158,7 @@ def test_all_formats_of_a_network_have_the_same_defaults(
     assert Segmenter(plain).size == Segmenter(tmp_path / "p.onnx").size == 512
 
 
-def test_a_file_that_differs_is_refused(
+def test_export_that_differs_from_pytorch_is_rejected(
     photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     model, image = Deployed(random_network()), np.array(Image.open(photo))
@@ -176,7 +178,9 @@ def test_a_file_that_differs_is_refused(
 
 
 @pytest.mark.parametrize("kind", [["--to", "safetensors"], ["--weights-only"]])
-def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: list[str]):
+def test_safetensors_file_equals_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: list[str]
+):
     path = tmp_path / "weights.safetensors"
     assert main([random_weights(), *kind, "--out", str(path)]) == 0
     assert f"{path}: 12 classes" in capsys.readouterr().out
@@ -185,7 +189,7 @@ def test_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: l
     assert all(torch.equal(written.state[key], value) for key, value in original.state.items())
 
 
-def test_a_fault_of_an_exporter_is_not_taken_for_the_users(
+def test_exporter_bug_is_raised_and_not_reported_as_user_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def fail(*arguments: Any) -> None:
@@ -196,21 +200,21 @@ def test_a_fault_of_an_exporter_is_not_taken_for_the_users(
         export.main([random_weights(), "--to", "onnx", "--out", str(tmp_path / "a.onnx")])
 
 
-def test_a_photo_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unreadable_image_gives_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.jpg").write_text("text")
     assert export.main([random_weights(), "--card", "--photo", str(tmp_path / "a.jpg")]) == 2
     assert capsys.readouterr().err == f"error: --photo {tmp_path}/a.jpg: unknown image format\n"
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2", "safetensors", "web", "hub"])
-def test_a_full_disk_leaves_no_export(
+def test_full_disk_leaves_no_exported_file(
     kind: str,
     photo: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """torch's own writers end the process, so this test would not return."""
+    """torch's own writers end the process on a full disk, so this test would not return."""
     monkeypatch.setattr(export, "fetch_runtime", lambda: tmp_path)
     monkeypatch.setattr(export, "_scores", lambda *_: None)
     out = tmp_path / "out"
@@ -226,14 +230,14 @@ def test_a_full_disk_leaves_no_export(
 @pytest.mark.parametrize(
     ("kind", "existing", "named"),
     [
-        pytest.param("safetensors", "in/w.safetensors", "in/w.safetensors", id="the weights"),
-        pytest.param("onnx", "in/classes.txt", "in/classes.txt", id="the class names"),
-        pytest.param("web", "in/index.html", "in", id="another page"),
-        pytest.param("hub", "in/config.yaml", "in", id="a config"),
-        pytest.param("card", "in/overlay.jpg", "in", id="an image"),
+        pytest.param("safetensors", "in/w.safetensors", "in/w.safetensors", id="weights file"),
+        pytest.param("onnx", "in/classes.txt", "in/classes.txt", id="class names file"),
+        pytest.param("web", "in/index.html", "in", id="other web page"),
+        pytest.param("hub", "in/config.yaml", "in", id="config file"),
+        pytest.param("card", "in/overlay.jpg", "in", id="image file"),
     ],
 )
-def test_an_export_overwrites_no_input_and_nothing_of_others(
+def test_export_refuses_to_overwrite_inputs_and_foreign_files(
     kind: str, existing: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "in").mkdir()
@@ -252,11 +256,11 @@ def test_an_export_overwrites_no_input_and_nothing_of_others(
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
-    """What evaluate.py answers about the weights and about an ONNX file: an mIoU, or None."""
-    found: dict[str, float | None] = {"weights": 50.0, "onnx": 50.0}
+    """The mIoU that evaluate.py reports for the weights and for an ONNX file; None fails."""
+    miou_by_kind: dict[str, float | None] = {"weights": 50.0, "onnx": 50.0}
 
     def evaluate(arguments: list[str]) -> int:
-        miou = found["onnx" if arguments[0].endswith(".onnx") else "weights"]
+        miou = miou_by_kind["onnx" if arguments[0].endswith(".onnx") else "weights"]
         if miou is None:
             return 2
         result = {"mIoU": miou, "photos": 3, "data": "camvid"}
@@ -264,7 +268,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
         return 0
 
     monkeypatch.setattr(export.evaluate, "main", evaluate)
-    return found
+    return miou_by_kind
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
             0,
             "out",
             "mIoU 49.95 with float16 weights, 50.00 without, on 3 images of camvid",
-            id="as good",
+            id="equal score",
         ),
         pytest.param(
             50.0,
@@ -285,7 +289,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
             "err",
             "error: --half lowers the mIoU too much (mIoU 49.50 with float16 weights, 50.00 "
             "without); export without it",
-            id="worse",
+            id="lower score",
         ),
         pytest.param(
             None,
@@ -297,7 +301,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
         ),
     ],
 )
-def test_a_file_with_half_weights_is_scored(
+def test_half_weights_export_is_scored_against_full_weights(
     scores: dict[str, float | None],
     model: float | None,
     half: float | None,
@@ -316,7 +320,7 @@ def test_a_file_with_half_weights_is_scored(
     assert [file.name for file in tmp_path.iterdir()] == (["m.onnx"] if status == 0 else [])
 
 
-def test_half_weights_take_half_the_space(
+def test_half_weights_halve_the_file_size(
     files: dict[str, Path], scores: dict[str, float | None], photo: str, tmp_path: Path
 ):
     path = tmp_path / "m.onnx"
@@ -324,13 +328,13 @@ def test_half_weights_take_half_the_space(
     assert main([random_weights(), *options]) == 0
     saved = files["onnx"].stat().st_size - path.stat().st_size
     sizes = [weight.numel() for weight in random_network().parameters()]
-    # Two bytes of each weight, but for small tensors, which stay as they are.
+    # Each weight saves two bytes, except small tensors, which stay in float32.
     assert saved == pytest.approx(2 * sum(size for size in sizes if size >= 1024), rel=0.05)
     half, full = Segmenter(path, size=48), Segmenter(files["onnx"], size=48)
     assert (half(photo) == full(photo)).mean() >= 0.99
 
 
-def test_a_file_with_half_weights_that_differs_is_refused(
+def test_half_weights_export_that_differs_is_rejected(
     photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(export, "compare", lambda *_: (0.98, 1e-3))

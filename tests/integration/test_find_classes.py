@@ -1,4 +1,4 @@
-"""`data.py --suggest` on folders that people have: every image is used, or named as left out."""
+"""`data.py --suggest` does not take the blurred edges of masks for classes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def scale(mask: np.ndarray) -> np.ndarray:
     return cv2.resize(small, mask.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def sharpen(mask: np.ndarray) -> np.ndarray:  # leaves values beyond those of the classes as well
+def sharpen(mask: np.ndarray) -> np.ndarray:  # creates values outside the classes' range
     large = Image.fromarray(mask).resize((384, 384), Image.Resampling.LANCZOS)
     return np.array(large.resize((256, 256), Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("of", ["grey", "colours"])
 @pytest.mark.parametrize("blur", [smooth, scale, sharpen])
-def test_blurred_edges_are_no_classes(blur: Callable, of: str, tmp_path: Path) -> None:
+def test_suggestion_ignores_blurred_mask_edges(blur: Callable, of: str, tmp_path: Path) -> None:
     for n in range(24):
         save(tmp_path / f"i/{n:02}.jpg", cv2.resize(photo(n), (256, 256)))
         save(tmp_path / f"m/{n:02}.png", drawn_large(n, of, blur if n == 13 else None))
-    found = suggest(str(tmp_path), 1)
-    raw = yaml.safe_load(found.text)
+    suggestion = suggest(str(tmp_path), 1)
+    raw = yaml.safe_load(suggestion.text)
     assert len(raw["classes"]) == 3 and len(raw["ignore"]) > 3
-    assert "suspected edges" in found.text and "in 1 files: m/13.png." in found.text
-    # The picture begins with that mask: ignored pixels are drawn along its edges.
-    description, samples = described(tmp_path, found.text)
+    assert "suspected edges" in suggestion.text and "in 1 files: m/13.png." in suggestion.text
+    # The picture begins with that mask, and ignored pixels are drawn along its edges.
+    description, samples = described(tmp_path, suggestion.text)
     every = [*samples["train"], *samples["val"]]
     first = [sample for sample in every if sample.mask_path.endswith("13.png")]
     only = suggestions.draw(description, first, str(tmp_path), [])
-    assert (np.array(found.picture)[:300, :600] == np.array(only)[:300, :600]).all()
+    assert (np.array(suggestion.picture)[:300, :600] == np.array(only)[:300, :600]).all()

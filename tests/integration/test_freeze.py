@@ -1,4 +1,4 @@
-"""The backbone stays as it is for as long as the config says, also through a resume."""
+"""model.freeze_backbone keeps the backbone's weights for the configured time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ EMA = {"half_life": "2ba", "update_interval": "1ba"}
 
 
 @pytest.mark.parametrize("optimizer", ["sgdw", "adamw"])
-def test_frozen_then_trained(tiny: dict[str, Any], tmp_path: Path, optimizer: str) -> None:
+def test_backbone_is_frozen_and_then_trained(
+    tiny: dict[str, Any], tmp_path: Path, optimizer: str
+) -> None:
     tiny["optimizer"]["name"] = optimizer
     tiny |= {"recipe_name": "hot", "hot": {"max_duration": "4ba", "ema": EMA}}
     tiny |= {"save_interval": "1ba", "save_num_checkpoints_to_keep": -1}
@@ -39,7 +41,9 @@ def test_frozen_then_trained(tiny: dict[str, Any], tmp_path: Path, optimizer: st
         assert sum(torch.equal(second[n], fourth[n]) for n in floats) < 0.1 * len(floats)
 
 
-def test_without_a_backbone_it_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_freeze_backbone_rejects_network_without_backbone(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "flat_network.py").write_text(
         "from torch import nn\n\ndef build(num_classes):\n    return nn.Conv2d(3, num_classes, 1)\n"
     )

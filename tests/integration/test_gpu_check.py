@@ -1,4 +1,4 @@
-"""Tests of benchmarks/gpu_check.py on a CPU, at sizes at which its figures mean nothing."""
+"""Tests of benchmarks/gpu_check.py on a CPU, at tiny sizes where its figures mean nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks import gpu_check, harness, loss, numerics, train_step
 
 SMALL = "--check-size 32 --check-batch 4 --check-steps 2 --resumed-steps 2 --size 32 --batch 2"
 SMALL += " --timed-steps 2"
-CORRECTNESS = 8  # Rows of the first table.
+CORRECTNESS = 8  # rows of the first table
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes a CPU for the GPU")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, small_network: None) -> Iterator[None]:
-    """A tenth of the classes, no loader processes, and a wide limit for so few steps."""
+    """Use a tenth of the classes, no loader processes, and a wide limit for so few steps."""
     monkeypatch.setattr(numerics, "CLASSES", 15)
     monkeypatch.setattr(gpu_check, "CURVE", 0.5)
     arguments = train_step.arguments
@@ -28,7 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch, small_network: None) -> Iterator[None
     harness.release()
 
 
-def test_a_machine_that_computes_correctly(
+def test_gpu_check_passes_on_correct_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "result.json"
@@ -47,7 +47,7 @@ def test_a_machine_that_computes_correctly(
         assert batch == "2" and float(rate) > 0
 
 
-def test_a_wrong_kernel_and_a_step_that_raises_fail(
+def test_gpu_check_fails_on_wrong_kernel_and_raising_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = loss.Case._ours
@@ -66,7 +66,7 @@ def test_a_wrong_kernel_and_a_step_that_raises_fail(
     assert "2 steps, resumed after 1; " in last and last.endswith("; baseline")
 
 
-def test_the_batch_is_halved_if_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_check_halves_batch_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
 
     class Contender:
@@ -81,7 +81,7 @@ def test_the_batch_is_halved_if_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     assert batches == [8, 4, 2]
 
 
-def test_rows_that_come_too_late_are_left_out(
+def test_gpu_check_lists_rows_left_out_by_time_limit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_check, "steps", lambda *_: iter(()))

@@ -1,7 +1,7 @@
-"""What Composer and this project do on a GPU alone, with a GPU that is pretended.
+"""GPU code paths of Composer and this project, tested with a simulated GPU.
 
-To Composer there is one, whose tensors lie on the CPU. That catches what a new release of torch
-renames, moves or refuses there.
+Composer sees a GPU whose tensors are on the CPU. These tests fail if a new release of torch
+renames, moves or rejects something that only the GPU code paths use.
 """
 
 from __future__ import annotations
@@ -64,28 +64,28 @@ pytestmark = [
 
 
 class PretendedGPU(DeviceGPU):
-    """A GPU to Composer; its tensors lie on the CPU."""
+    """A device that is a GPU to Composer but has its tensors on the CPU."""
 
     def __init__(self) -> None:
         self._device = torch.device("cpu")
 
 
 def documented_statistics() -> set[str]:
-    """The names in `torch.cuda.memory_stats`, as its documentation has them."""
+    """Return the names in `torch.cuda.memory_stats` according to its documentation."""
     text = re.sub(r"\s", "", torch.cuda.memory_stats.__doc__ or "")
     result = set()
     for name in re.findall(r'``"([^"]*)"``', text):
         expanded = [""]
         for part in re.split(r"(\{[^}]*\})", name):
             choices = part.strip("{}").split(",")
-            expanded = [begun + choice for begun in expanded for choice in choices]
+            expanded = [prefix + choice for prefix in expanded for choice in choices]
         result |= set(expanded)
     return result
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What asks whether there is a GPU, and what it has, is told that there is one."""
+    """Make torch and Composer report a GPU with 80 GiB."""
     statistics = dict.fromkeys(documented_statistics(), 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
@@ -100,7 +100,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Watch(Callback):
-    """What the steps of a run were computed with."""
+    """Records the autocast settings, losses and batch sizes of a run's steps."""
 
     def __init__(self, fails_above: int | None = None) -> None:
         self.autocast: set[tuple[bool, torch.dtype]] = set()
@@ -125,7 +125,7 @@ class Watch(Callback):
 def train(tiny: dict[str, Any], watch: Watch, duration: str, **changes: Any) -> Any:
     config = tiny | {"compile": False, "eval_interval": "1000ba"} | changes
     trainer = program.build_trainer(resolve(config), callbacks=[watch])
-    trainer.fit(duration=duration)  # a recipe has one of its own
+    trainer.fit(duration=duration)  # a recipe has its own duration
     trainer.close()
     return trainer
 
@@ -133,95 +133,95 @@ def train(tiny: dict[str, Any], watch: Watch, duration: str, **changes: Any) -> 
 @pytest.mark.parametrize(
     ("recipe", "scaler"),
     [(None, GradScaler), ("hot", ClosureGradScaler)],
-    ids=["plain", "closures"],
+    ids=["without closures", "with closures"],
 )
-def test_fp16_scales_its_gradients_and_learns_the_same(
+def test_fp16_with_gradient_scaling_learns_like_fp32(
     tiny: dict[str, Any], recipe: str | None, scaler: type, request: pytest.FixtureRequest
 ) -> None:
-    """A scale is a power of two, so nothing changes where nothing overflows."""
+    """A scale is a power of two, so it changes nothing unless a value overflows."""
     tiny["recipe_name"] = recipe
-    plain = train(tiny, expected := Watch(), "3ba")
+    reference = train(tiny, expected := Watch(), "3ba")
     request.getfixturevalue("gpu")
-    trainer = train(tiny, found := Watch(), "3ba", precision="amp_fp16")
+    trainer = train(tiny, watch := Watch(), "3ba", precision="amp_fp16")
     assert type(trainer.state.scaler) is scaler
     assert trainer.state.scaler.is_enabled() and trainer.state.scaler.get_scale() >= 2**16
-    assert found.autocast == {(True, torch.float16)} and expected.autocast != found.autocast
-    torch.testing.assert_close(found.losses, expected.losses)
+    assert watch.autocast == {(True, torch.float16)} and expected.autocast != watch.autocast
+    torch.testing.assert_close(watch.losses, expected.losses)
     for ours, theirs in zip(
-        trainer.state.model.parameters(), plain.state.model.parameters(), strict=True
+        trainer.state.model.parameters(), reference.state.model.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_bf16_is_autocast(gpu: None, tiny: dict[str, Any]) -> None:
+def test_auto_precision_autocasts_to_bf16(gpu: None, tiny: dict[str, Any]) -> None:
     assert choose_precision("auto") == ("amp_bf16", None)
-    train(tiny, found := Watch(), "1ba", precision="auto")
-    assert found.autocast == {(True, torch.bfloat16)}
+    train(tiny, watch := Watch(), "1ba", precision="auto")
+    assert watch.autocast == {(True, torch.bfloat16)}
 
 
-def test_auto_microbatch_halves_until_it_fits(gpu: None, tiny: dict[str, Any]) -> None:
-    found = Watch(fails_above=2)
+def test_auto_microbatch_halves_until_batch_fits(gpu: None, tiny: dict[str, Any]) -> None:
+    watch = Watch(fails_above=2)
     changes = {"device_train_microbatch_size": "auto", "precision": "amp_bf16"}
-    trainer = train(tiny, found, "2ba", **changes)
-    assert found.sizes == [4, 2, 2, 2, 2]
+    trainer = train(tiny, watch, "2ba", **changes)
+    assert watch.sizes == [4, 2, 2, 2, 2]
     assert trainer.state.device_train_microbatch_size == 2
 
 
-def test_auto_microbatch_begins_where_it_fits(
+def test_auto_microbatch_starts_at_estimated_size(
     gpu: None, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the count, before anything was tried: nothing is compiled in vain."""
+    """The memory estimate gives the first size, so no larger size is compiled in vain."""
     network = create_meta_network(**asdict(resolve(tiny).model))
     footprint = count(network, 32, torch.bfloat16)
     room = footprint.step(2, resolve(tiny)) + CONTEXT + 1
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (room, 80 * 2**30))
-    found = Watch()
+    watch = Watch()
     changes = {"device_train_microbatch_size": "auto", "precision": "amp_bf16"}
-    trainer = train(tiny, found, "2ba", **changes)
-    assert found.sizes == [2, 2, 2, 2]
+    trainer = train(tiny, watch, "2ba", **changes)
+    assert watch.sizes == [2, 2, 2, 2]
     assert trainer.state.device_train_microbatch_size == 2
 
 
-def test_memory_is_logged_under_the_names_that_torch_gives() -> None:
+def test_memory_monitor_keys_are_names_of_torch_statistics() -> None:
     assert len(documented_statistics()) > 50
     assert set(memory_monitor._MEMORY_KEYS) <= documented_statistics()
 
 
 @pytest.fixture
 def one_process(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Composer's process group for a GPU, of this process alone; the backends it asked for."""
-    asked = []
+    """Start Composer's process group for a GPU with one process; return the requested backends."""
+    requested = []
     initialize = torch.distributed.init_process_group
 
     def with_gloo(backend: str, **arguments: Any) -> None:
-        asked.append(backend)
+        requested.append(backend)
         initialize("gloo", **arguments)
 
     monkeypatch.setattr(torch.distributed, "init_process_group", with_gloo)
     before = dict(os.environ)
     dist.initialize_dist(PretendedGPU())
-    yield asked
+    yield requested
     torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
 
-def test_ddp(one_process: list[str]) -> None:
+def test_ddp_gradients_equal_single_process_gradients(one_process: list[str]) -> None:
     assert one_process == ["nccl"] and dist.is_initialized()
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
-    wrapped = prepare_ddp_module(plain, find_unused_parameters=False)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    wrapped = prepare_ddp_module(network, find_unused_parameters=False)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
     state: Any = type("S", (), {"model": wrapped, "optimizers": [None]})()
     image = torch.randn(4, 3, 8, 8)
     gradients = []
-    for model_, halves in ((plain, [image]), (wrapped, image.chunk(2))):
-        plain.zero_grad()
+    for model_, halves in ((network, [image]), (wrapped, image.chunk(2))):
+        network.zero_grad()
         for index, half in enumerate(halves):
             with ddp_sync_context(state, index == len(halves) - 1, "single_auto_sync"):
                 model_.eval()
                 model_(half).sum().backward()
-        gradients.append([p.grad.clone() for p in plain.parameters() if p.grad is not None])
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
@@ -250,7 +250,7 @@ WHEELS = {
         (["sm_90", "compute_90"], (8, 6), "no kernels"),
     ],
 )
-def test_a_gpu_without_kernels_is_refused(
+def test_gpu_without_kernels_is_rejected(
     gpu: None,
     monkeypatch: pytest.MonkeyPatch,
     tiny: dict[str, Any],
@@ -258,7 +258,7 @@ def test_a_gpu_without_kernels_is_refused(
     capability: tuple[int, int],
     advice: str | None,
 ) -> None:
-    """In a line, before the model is built."""
+    """The error is one line and comes before the model is built."""
     monkeypatch.setattr(torch, "__version__", wheel if isinstance(wheel, str) else "x")
     built = WHEELS[wheel] if isinstance(wheel, str) else wheel
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
@@ -278,30 +278,32 @@ def test_a_gpu_without_kernels_is_refused(
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was to be compiled, and is not: Dynamo would ask the GPU for its streams."""
-    found: list[Any] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: found.append(self))
-    monkeypatch.setattr(DeviceTransform, "compile", lambda self: found.append(self))
-    return found
+    """Record the modules to compile, but do not compile them: Dynamo needs a real GPU."""
+    modules: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: modules.append(self))
+    monkeypatch.setattr(DeviceTransform, "compile", lambda self: modules.append(self))
+    return modules
 
 
-def test_a_config_left_to_itself(gpu: None, compiled: list[Any], tiny: dict[str, Any]) -> None:
+def test_automatic_settings_train_on_a_gpu(
+    gpu: None, compiled: list[Any], tiny: dict[str, Any]
+) -> None:
     settings = {"compile": "auto", "device_train_microbatch_size": "auto", "precision": "auto"}
     settings |= {"recipe_name": "hot", "activation_memory_budget": 0.5}
     before = functorch.activation_memory_budget
     try:
-        trainer = train(tiny, found := Watch(), "2ba", eval_interval="2ba", **settings)
+        trainer = train(tiny, watch := Watch(), "2ba", eval_interval="2ba", **settings)
         assert functorch.activation_memory_budget == 0.5
     finally:
         functorch.activation_memory_budget = before
-    assert found.autocast == {(True, torch.bfloat16)}
-    assert found.sizes == [4] * 4
-    # The network, and the transforms of training and evaluation.
+    assert watch.autocast == {(True, torch.bfloat16)}
+    assert watch.sizes == [4] * 4
+    # Three modules are compiled: the network and the transforms of training and evaluation.
     assert compiled[0] is trainer.state.model.module and len(compiled) == 3
-    assert found.losses[0] > 0 and trainer.state.eval_metric_values["MIoU"] >= 0
+    assert watch.losses[0] > 0 and trainer.state.eval_metric_values["MIoU"] >= 0
 
 
-def test_a_plan_measures_a_gpu(
+def test_plan_measures_memory_of_a_gpu(
     gpu: None,
     compiled: list[Any],
     tiny: dict[str, Any],
@@ -318,12 +320,13 @@ def test_a_plan_measures_a_gpu(
     monkeypatch.setattr("extras.planning.plan.get_device", lambda _: PretendedGPU())
     monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
     file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(tiny | {"precision": "auto"}))  # which is YAML
+    file.write_text(json.dumps(tiny | {"precision": "auto"}))  # JSON is also YAML
     assert program.run([str(file), "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["device"] == "NVIDIA H100 80GB HBM3" and plan["precision"] == "amp_bf16"
     assert plan["compiled"] and plan["batch"]["at_once"] == 4 and len(resets) == 1
-    # The most that tensors took, and what CUDA has besides: 10 GiB in use, of which 9 are ours.
+    # The step needs 3 GiB of tensors plus 1 GiB outside them: 10 GiB are in use, 9 of them by
+    # torch.
     assert plan["memory"]["step"] == 4 * 2**30
     assert plan["memory"]["device"] == 79 * 2**30 - CONTEXT
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
@@ -366,20 +369,20 @@ def on_cuda(network: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("mixes", [False, True])
-def test_a_step_stays_on_its_gpu(
+def test_training_step_keeps_tensors_on_the_gpu(
     fake_cuda: FakeTensorMode, tiny: dict[str, Any], mixes: bool
 ) -> None:
-    """All of it but autograd's engine, which asks for a real context."""
+    """Cover the full step except autograd's engine, which needs a real CUDA context."""
     network = create_meta_network(**asdict(resolve(tiny).model))
     with fake_cuda:
         _take_a_step(on_cuda(network), mixes)
 
 
 @pytest.mark.parametrize("upsampled", [True, False])
-def test_an_onnx_files_logits_come_back_to_the_gpu(
+def test_onnx_logits_return_to_the_gpu(
     fake_cuda: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, upsampled: bool
 ) -> None:
-    """onnxruntime gives arrays, and evaluate.py counts them with masks that are on the GPU."""
+    """onnxruntime returns arrays, and evaluate.py counts them with masks that are on the GPU."""
     logits = np.zeros((2, 12, 64, 64) if upsampled else (2, 12, 16, 16), np.float32)
 
     class Session:
@@ -396,14 +399,14 @@ def test_an_onnx_files_logits_come_back_to_the_gpu(
     monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     monkeypatch.setattr("predict.find_device", lambda _: torch.device("cuda", 0))
     segmenter = Segmenter("model.onnx")
-    image = types.SimpleNamespace(numpy=lambda: None)  # what a pretended tensor cannot give
+    image = types.SimpleNamespace(numpy=lambda: None)  # a fake tensor has no values
     with fake_cuda:
         batch = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="cuda")
         target = torch.empty(2, 64, 64, dtype=torch.int64, device="cuda")
         monkeypatch.setattr(torch.Tensor, "cpu", lambda _: image)
-        found = segmenter.network(batch)
-        assert found.is_cuda and found.shape == logits.shape
-        assert confusion_matrix(found, target, 12, -1).is_cuda
+        output = segmenter.network(batch)
+        assert output.is_cuda and output.shape == logits.shape
+        assert confusion_matrix(output, target, 12, -1).is_cuda
         for window in (0, 32):
             segmenter.window = window
             view = segmenter._logits(batch)[0], (64, 64)
@@ -450,7 +453,7 @@ def _take_a_step(network: nn.Module, mixes: bool) -> None:
 
 
 class OnTheCPU(TorchFunctionMode):
-    """What is to be made on "cuda", or brought there, is on the CPU."""
+    """A mode that moves to the CPU every tensor that the code creates on or moves to "cuda"."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         args = [self.place(argument) for argument in args]
@@ -462,7 +465,7 @@ class OnTheCPU(TorchFunctionMode):
 
 
 class HostTimer(harness.Timer):
-    """A timer that does not wait for the GPU, and repeats a call for a hundredth of the time."""
+    """A timer that does not wait for the GPU, and repeats a call for 1% of the requested time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, timer=time.perf_counter)
@@ -475,11 +478,11 @@ class HostTimer(harness.Timer):
 def calls(
     gpu: None, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[collections.Counter[str]]:
-    """How often `torch.cuda` was asked for what; 7 MiB were held, at most 12."""
-    found: collections.Counter[str] = collections.Counter()
+    """Count calls of functions in `torch.cuda`; 7 MiB are allocated, 12 MiB at the peak."""
+    counter: collections.Counter[str] = collections.Counter()
 
     def count(name: str, value: Any = None) -> None:
-        monkeypatch.setattr(torch.cuda, name, lambda *a: found.update([name]) or value)
+        monkeypatch.setattr(torch.cuda, name, lambda *a: counter.update([name]) or value)
 
     count("synchronize")
     count("empty_cache")
@@ -491,12 +494,12 @@ def calls(
     monkeypatch.setattr(harness, "Timer", HostTimer)
     threads = torch.get_num_threads()
     with OnTheCPU():
-        yield found
+        yield counter
     torch.set_num_threads(threads)
     harness.release()
 
 
-def test_train_step_measures_a_gpu(
+def test_train_step_benchmark_measures_a_gpu(
     calls: collections.Counter[str], synthetic: str, tmp_path: Path
 ) -> None:
     text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
@@ -505,13 +508,13 @@ def test_train_step_measures_a_gpu(
     assert result["machine"]["gpu"] == "NVIDIA H100 80GB HBM3"
     assert result["types"] == {"plain": "float16", "ours": "bfloat16"}
     assert min(calls.values()) > 0
-    for found in result["recipes"]["none"].values():
-        assert found["bytes"] > 5 * 2**20  # what stands is added to what a step took
-        assert all(found["parts"][part] > 0 for part in ("backbone", "head", "loss"))
+    for row in result["recipes"]["none"].values():
+        assert row["bytes"] > 5 * 2**20  # the baseline is added to the peak of a step
+        assert all(row["parts"][part] > 0 for part in ("backbone", "head", "loss"))
     assert json.loads((tmp_path / "result").read_text())["recipes"].keys() == {"none"}
 
 
-def test_camvid_trains_on_a_gpu(calls: collections.Counter[str], synthetic: str) -> None:
+def test_camvid_benchmark_trains_on_a_gpu(calls: collections.Counter[str], synthetic: str) -> None:
     default = camvid.arguments(["--path", synthetic])
     assert (default.size, default.batch) == (512, 16)
     text = f"--path {synthetic} --classes 12 --size 32 --batch 4 --workers 0 --minutes 0.005"
@@ -520,12 +523,12 @@ def test_camvid_trains_on_a_gpu(calls: collections.Counter[str], synthetic: str)
     assert 0 <= result["recipes"]["hot"]["evaluations"][-1]["miou"] <= 100
 
 
-class AtOnce:
-    """An executor that calls at once, in this thread."""
+class ImmediateExecutor:
+    """An executor that runs each call immediately in this thread."""
 
     def __init__(self, *args: Any) -> None: ...
 
-    def __enter__(self) -> AtOnce:
+    def __enter__(self) -> ImmediateExecutor:
         return self
 
     def __exit__(self, *args: Any) -> None: ...
@@ -536,10 +539,10 @@ class AtOnce:
         return future
 
 
-def test_loss_measures_a_gpu(
+def test_loss_benchmark_measures_a_gpu(
     calls: collections.Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loss, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", ImmediateExecutor)
     path = tmp_path / "result"
     text = f"benchmark --batch 1 --classes 5 --size 64 --repeats 2 --json {path}"
     monkeypatch.setattr(sys, "argv", text.split())
@@ -553,7 +556,7 @@ def test_loss_measures_a_gpu(
     assert calls["reset_peak_memory_stats"] == sides * len(result["rows"])
 
 
-def test_device_transform_measures_a_gpu(calls: collections.Counter[str]) -> None:
+def test_device_transform_benchmark_measures_a_gpu(calls: collections.Counter[str]) -> None:
     rows = list(device_transform.measure("cuda", 1, 2, 32))
     assert [row["transform"] for row in rows] == ["training", "evaluation"]
     assert all(row["device"].startswith("NVIDIA") and row["peak_mib"] == 5 for row in rows)

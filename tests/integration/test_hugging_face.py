@@ -1,4 +1,4 @@
-"""Tests of extras/preparation/hugging_face.py that take longer than unit tests."""
+"""Slow tests of extras/preparation/hugging_face.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from tests.support.convert_dataset import COUNT, columns, convert, expected, mas
 from tests.support.waits import short_measurement  # noqa: F401
 
 
-def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_hugging_face_data_set_is_converted_with_its_class_names(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     datasets = pytest.importorskip("datasets")
 
     def rows(numbers: range) -> Any:
@@ -31,28 +33,28 @@ def test_hugging_face(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         )
 
     saved = tmp_path / "saved"
-    whole = datasets.DatasetDict({"train": rows(range(5)), "validation": rows(range(5, COUNT))})
-    whole.save_to_disk(str(saved))
+    splits = datasets.DatasetDict({"train": rows(range(5)), "validation": rows(range(5, COUNT))})
+    splits.save_to_disk(str(saved))
     names = {0: "background", 1: "road", 2: "car", 3: "pole"}
     (saved / "id2label.json").write_text(json.dumps(names))
     assert convert(f"hf://{saved}", "--out", tmp_path / "out") == 0
     assert "no problems found" in capsys.readouterr().out
-    found, masks = masks_of(tmp_path / "out")
-    assert found == list(names.values()) and len(masks) == COUNT
+    converted_names, masks = masks_of(tmp_path / "out")
+    assert converted_names == list(names.values()) and len(masks) == COUNT
     for number in range(COUNT):
         split, row = ("train", number) if number < 5 else ("val", number - 5)
         np.testing.assert_array_equal(masks[f"{split}/{row:08}"], expected(number))
-        kept = tmp_path / f"out/photos/{split}/{row:08}.jpg"
-        assert kept.read_bytes() == (photos / f"{number}.jpg").read_bytes()
+        image_file = tmp_path / f"out/photos/{split}/{row:08}.jpg"
+        assert image_file.read_bytes() == (photos / f"{number}.jpg").read_bytes()
 
-    # Both become validation, and neither may overwrite the other's files.
+    # Both splits become validation, and neither may overwrite the other's files.
     shared = tmp_path / "shared"
     halves = {"validation": rows(range(5)), "test": rows(range(5, COUNT))}
     datasets.DatasetDict(halves).save_to_disk(str(shared))
     options = argparse.Namespace(source=f"hf://{shared}", names=None, columns=None, ignore=set())
     hugging_face.convert_hugging_face(options, tmp_path / "both")
-    kept = sorted((tmp_path / "both/photos/val").iterdir())
-    assert [file.read_bytes() for file in kept] == [
+    image_files = sorted((tmp_path / "both/photos/val").iterdir())
+    assert [file.read_bytes() for file in image_files] == [
         (photos / f"{number}.jpg").read_bytes() for number in range(COUNT)
     ]
 

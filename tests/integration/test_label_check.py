@@ -1,4 +1,4 @@
-"""A run says which classes its masks never show; an evaluation without a label is null in JSON."""
+"""Runs warn about classes that no mask contains; scores without labels are null in JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rule = Callable[[np.ndarray], np.ndarray]
 
 @pytest.fixture
 def changed(synthetic: str, tmp_path: Path) -> Callable[[str, Rule], str]:
-    """Copy the data set with the labels of every mask changed."""
+    """Return a function that copies the data set and changes the labels of every mask."""
 
     def copy(name: str, rule: Rule) -> str:
         root = Path(shutil.copytree(synthetic, tmp_path / name))
@@ -37,7 +37,7 @@ def changed(synthetic: str, tmp_path: Path) -> Callable[[str, Rule], str]:
 
 
 @pytest.mark.parametrize(
-    ("rule", "classes", "said"),
+    ("rule", "classes", "expected"),
     [
         pytest.param(
             lambda labels: labels == 3,
@@ -50,18 +50,18 @@ def changed(synthetic: str, tmp_path: Path) -> Callable[[str, Rule], str]:
             lambda labels: np.where(labels == 7, 8, labels),
             12,
             [r"has (class|the classes).* 6\b"],
-            id="one missing",
+            id="one class missing",
         ),
     ],
 )
 @pytest.mark.parametrize("section", ["train_dataset", "eval_dataset"])
-def test_a_run_says_which_labels_teach_nothing(
+def test_run_warns_about_classes_without_labels(
     tiny: dict[str, Any],
     changed: Callable[[str, Rule], str],
     caplog: pytest.LogCaptureFixture,
     rule: Rule,
     classes: int,
-    said: list[str],
+    expected: list[str],
     section: str,
 ) -> None:
     for name in ("train_dataset", "eval_dataset") if classes == 2 else (section,):
@@ -69,11 +69,13 @@ def test_a_run_says_which_labels_teach_nothing(
     tiny["model"]["num_classes"] = classes
     main({**tiny, "max_duration": "2ep", "eval_interval": "1ep"})
     (line,) = (line for line in warnings(caplog) if line.startswith(section))
-    patterns = said[:1] if section == "train_dataset" else said  # crops are padded, masks are not
+    patterns = (
+        expected[:1] if section == "train_dataset" else expected
+    )  # crops are padded, masks are not
     assert all(re.search(pattern, line) for pattern in patterns)
 
 
-def test_a_run_with_every_class_says_nothing(
+def test_run_with_labels_of_every_class_does_not_warn(
     tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny["eval_dataset"]["final_size"] = 48
@@ -83,7 +85,7 @@ def test_a_run_with_every_class_says_nothing(
     assert not [line for line in warnings(caplog) if line.startswith("train_dataset")]
 
 
-def test_a_score_without_any_label_is_null(
+def test_scores_without_labels_are_null_in_json(
     tiny: dict[str, Any],
     changed: Callable[[str, Rule], str],
     tmp_path: Path,
@@ -103,12 +105,12 @@ def test_a_score_without_any_label_is_null(
     assert f"{empty}: no validation mask has a labelled pixel" in caplog.text
 
 
-def test_an_evaluation_without_a_checkpoint_is_refused(
+def test_evaluation_without_checkpoint_is_rejected(
     tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
     tiny |= {"save_folder": str(tmp_path / "run")}
-    file.write_text(json.dumps(tiny))  # which is YAML
+    file.write_text(json.dumps(tiny))  # JSON is also YAML
     assert run([str(file), "is_train=false"]) == 2
     error = capsys.readouterr().err
     assert error == "error: is_train=false: an evaluation needs a checkpoint; set load_path\n"

@@ -1,4 +1,4 @@
-"""One live run writes into a folder; a dead one does not keep the next from it."""
+"""A folder has one live run; the lock of a dead run does not block the next run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from tests.support.lock import (
 @pytest.mark.parametrize(
     ("changes", "most"),
     [
-        pytest.param({}, 5.0, id="a run of another host, after a silence"),
-        pytest.param({"machine": lock._machine(), "pid": 2**22}, 0.5, id="one of this host"),
+        pytest.param({}, 5.0, id="other host after a silence"),
+        pytest.param(
+            {"machine": lock._machine(), "pid": 2**22}, 0.5, id="dead process of this host"
+        ),
         pytest.param({"machine": lock._machine(), "pid": os.getpid()}, 0.5, id="this process"),
     ],
 )
-def test_the_record_of_a_dead_run_is_taken_over(changes: dict[str, Any], most: float) -> None:
+def test_lock_record_of_dead_run_is_taken_over(changes: dict[str, Any], most: float) -> None:
     place = Place()
-    place.lock("first", **changes)._stopping.set()  # without a word, as a killed one
+    place.lock("first", **changes)._stopping.set()  # like a killed run
     time.sleep(0.2)
     began = time.monotonic()
     second = place.lock("second")
@@ -40,7 +42,7 @@ def test_the_record_of_a_dead_run_is_taken_over(changes: dict[str, Any], most: f
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_has_a_record(
+def test_file_system_without_locks_uses_lock_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def no_locks(*_: Any) -> None:

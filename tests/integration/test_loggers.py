@@ -1,4 +1,4 @@
-"""A logger that cannot start is one line; a resumed run keeps its W&B and MLflow runs."""
+"""Logger errors are one line; a resumed run continues its W&B and MLflow runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "neptune", "tensorboard"])
 @pytest.mark.parametrize("step", ["__init__", "init", "after_load", "log_hyperparameters"])
-def test_a_logger_that_cannot_start_is_one_line_before_training(
+def test_logger_that_cannot_start_gives_one_line_error(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, step: str
 ) -> None:
     error = ServiceError("503\nService Unavailable.")
@@ -34,7 +34,9 @@ def test_a_logger_that_cannot_start_is_one_line_before_training(
     assert str(caught.value) == f"loggers.{name}: 503 Service Unavailable; {REMEDIES[name]}"
 
 
-def test_wandb_without_a_key(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_key_suggests_login(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init(**arguments: Any) -> None:
         raise wandb.errors.UsageError("api_key not configured (no-tty)")
 
@@ -45,7 +47,7 @@ def test_wandb_without_a_key(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPat
         build_trainer(resolve({**tiny, "loggers": {"wandb": {"project": "p"}}}))
 
 
-def test_a_resumed_run_goes_on_in_its_runs_elsewhere(
+def test_resumed_run_continues_its_wandb_and_mlflow_runs(
     tiny: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -78,7 +80,7 @@ def test_a_resumed_run_goes_on_in_its_runs_elsewhere(
     assert record.info.run_id == first["mlflow"]
     assert len(client.get_metric_history(first["mlflow"], "loss/train/total")) == 2
 
-    # A run that is gone, and another run from this one's checkpoint, have runs of their own.
+    # A deleted run, and another run that loads this run's checkpoint, start new server runs.
     client.delete_run(first["mlflow"])
     third = run(max_duration="3ba")
     assert third["wandb"] == first["wandb"] and third["mlflow"] != first["mlflow"]

@@ -1,4 +1,4 @@
-"""Runs through main(): every recipe, checkpoints, evaluation, loggers, the command line."""
+"""Runs through main(): recipes, checkpoints, evaluation, loggers and the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture
 def history() -> InMemoryLogger:
-    """Everything that the runs of a test log, if they are given it."""
+    """A logger that keeps everything that the runs of a test log to it."""
     return InMemoryLogger()
 
 
@@ -44,14 +44,14 @@ def values(history: InMemoryLogger, name: str) -> list[float]:
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 @pytest.mark.parametrize("recipe", [None, "mild", "medium", "hot"])
-def test_every_recipe_trains(
+def test_every_recipe_trains_with_correct_losses_and_metrics(
     tiny: dict[str, Any],
     history: InMemoryLogger,
     monkeypatch: pytest.MonkeyPatch,
     recipe: str | None,
     precision: str,
 ) -> None:
-    if precision == "amp_bf16":  # three minutes with ResNet-50 on a CPU without it
+    if precision == "amp_bf16":  # Without native bf16, ResNet-50 takes three minutes.
         shrink(monkeypatch.setattr, monkeypatch.setitem)
     tiny |= {"recipe_name": recipe, "precision": precision, "train_metrics_interval": 2}
     if recipe:
@@ -83,7 +83,7 @@ def test_every_recipe_trains(
     assert weights.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_auto_microbatch_is_the_whole_batch_on_a_cpu(tiny: dict[str, Any]) -> None:
+def test_auto_microbatch_is_the_full_batch_on_cpu(tiny: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         pytest.skip("asks what happens on a CPU")
     trainer = main({**tiny, "max_duration": "1ba", "eval_interval": "1ep"})
@@ -92,7 +92,7 @@ def test_auto_microbatch_is_the_whole_batch_on_a_cpu(tiny: dict[str, Any]) -> No
 
 @pytest.fixture(scope="module")
 def trained(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The checkpoint of a short mild run, and the mIoU that the run had at its end."""
+    """Return the checkpoint folder of a short mild run and the run's final mIoU."""
     folder = tmp_path_factory.mktemp("trained")
     dataset = {
         "path": synthetic,
@@ -118,7 +118,7 @@ def trained(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "trained", float(trainer.state.eval_metric_values["MIoU"])
 
 
-def test_a_run_leaves_its_checkpoint_and_pictures(trained: tuple[Path, float]) -> None:
+def test_run_saves_checkpoint_curves_and_pictures(trained: tuple[Path, float]) -> None:
     folder, _ = trained
     assert sorted(file.name for file in folder.glob("*.pt")) == [
         "ep2-ba8-rank0.pt",
@@ -129,12 +129,12 @@ def test_a_run_leaves_its_checkpoint_and_pictures(trained: tuple[Path, float]) -
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
-def test_a_checkpoint_is_evaluated_alike_in_batches_of_any_size(
+def test_evaluation_score_is_equal_for_any_batch_size(
     tiny: dict[str, Any], trained: tuple[Path, float], batch_size: int
 ) -> None:
     folder, miou = trained
     tiny |= {"is_train": False, "load_path": str(folder / "ep2-ba8-rank0.pt")}
-    tiny |= {"max_duration": "2ep"}  # in epochs, of whose length nobody knows
+    tiny |= {"max_duration": "2ep"}  # the epoch length is unknown here
     tiny["eval_dataset"]["batch_size"] = batch_size
     del tiny["train_dataset"]
     trainer = main(tiny)
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_evaluated_alike_in_batches_of_any_size(
     assert matrix.sum() <= 6 * 32 * 32
 
 
-def test_a_run_goes_on_from_a_checkpoint(
+def test_run_resumes_from_load_path(
     tiny: dict[str, Any], trained: tuple[Path, float], history: InMemoryLogger
 ) -> None:
     folder, _ = trained
@@ -156,7 +156,9 @@ def test_a_run_goes_on_from_a_checkpoint(
     assert len(values(history, "loss/train/total")) == 2
 
 
-def test_weights_alone_begin_a_new_run(tiny: dict[str, Any], trained: tuple[Path, float]) -> None:
+def test_load_weights_only_starts_a_new_run(
+    tiny: dict[str, Any], trained: tuple[Path, float]
+) -> None:
     folder, _ = trained
     tiny |= {"load_path": str(folder / "ep2-ba8-rank0.pt"), "load_weights_only": True}
     tiny |= {"max_duration": "1ba", "optimizer": {"lr": 1e-30, "weight_decay": 0}}
@@ -168,7 +170,7 @@ def test_weights_alone_begin_a_new_run(tiny: dict[str, Any], trained: tuple[Path
     assert torch.equal(weight, saved[f"module.{name}"])
 
 
-def test_weights_where_a_checkpoint_is_wanted_are_named(
+def test_weights_file_is_rejected_as_checkpoint(
     tiny: dict[str, Any], trained: tuple[Path, float], tmp_path: Path
 ) -> None:
     weights = load_weights(trained[0]).state
@@ -191,7 +193,7 @@ def test_weights_where_a_checkpoint_is_wanted_are_named(
         main(tiny)
 
 
-def test_weights_of_other_classes_begin_a_new_run(
+def test_weights_of_other_classes_start_run_with_new_classifier(
     tiny: dict[str, Any], trained: tuple[Path, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(trained[0] / "ep2-ba8-rank0.pt")
@@ -205,14 +207,14 @@ def test_weights_of_other_classes_begin_a_new_run(
     state = trainer.state.model.module.state_dict()
     for name in ("backbone.layer4.0.conv1.weight", "classifier.bottleneck.conv.weight"):
         assert torch.equal(state[name], saved[f"module.{name}"])
-    # An evaluation scores what it is given, or nothing.
+    # An evaluation rejects weights of other classes.
     with pytest.raises(
         ValueError, match=r"model.num_classes: the config sets 13, but .* was trained with 12"
     ):
         main({**tiny, "is_train": False})
 
 
-def test_a_checkpoint_of_another_model_is_refused(
+def test_checkpoint_of_other_model_is_rejected(
     tiny: dict[str, Any], trained: tuple[Path, float]
 ) -> None:
     folder, _ = trained
@@ -237,26 +239,26 @@ def test_a_checkpoint_of_another_model_is_refused(
         pytest.param(
             {"batch_size": 5, "drop_last": False},
             "train_dataset.drop_last: false leaves a process with one image .* use true",
-            id="an epoch's last batch",
+            id="last batch of an epoch",
         ),
         pytest.param(
             {"batch_size": 6, "drop_last": False, "micro": 3},
             "device_train_microbatch_size: 3 leaves a process with one image .* use 2",
-            id="an epoch's last micro-batch",
+            id="last micro-batch of an epoch",
         ),
         pytest.param(
             {"batch_size": 7, "micro": 2},
             "device_train_microbatch_size: 2 leaves a process with one image .* use 4",
-            id="a micro-batch",
+            id="micro-batch",
         ),
         pytest.param(
             {"batch_size": 1},
             "train_dataset.batch_size: 1 leaves a process with one image .* use 2",
-            id="a batch",
+            id="batch",
         ),
     ],
 )
-def test_one_image_alone_is_refused_where_the_network_cannot_take_it(
+def test_batch_of_one_image_is_rejected_with_batch_norm(
     tiny: dict[str, Any], keys: dict[str, Any], line: str
 ) -> None:
     tiny["device_train_microbatch_size"] = keys.pop("micro", None)
@@ -274,16 +276,18 @@ def test_one_image_alone_is_refused_where_the_network_cannot_take_it(
         ("tests.support.lone_network:build", 51),
     ],
 )
-def test_batches_of_one_image_of_any_size(tiny: dict[str, Any], name: str, size: int) -> None:
+def test_networks_without_batch_norm_train_on_single_images(
+    tiny: dict[str, Any], name: str, size: int
+) -> None:
     tiny["model"] |= {"name": name}
     tiny["train_dataset"] |= {"batch_size": 1, "final_size": size, "base_size": size}
-    tiny["eval_dataset"] |= {"batch_size": 5, "final_size": size}  # of 6 images, one is alone
+    tiny["eval_dataset"] |= {"batch_size": 5, "final_size": size}  # the last of 6 is alone
     trainer = main({**tiny, "max_duration": "2ba", "eval_interval": "2ba"})
     assert math.isfinite(trainer.state.total_loss_dict["loss/train/total"])
     assert trainer.state.eval_metrics["eval"]["MIoU"].total_matrix is not None
 
 
-def test_loggers_write_what_the_run_logs(
+def test_loggers_write_loss_and_miou(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -306,8 +310,8 @@ def test_loggers_write_what_the_run_logs(
     events.Reload()
 
     def last(name: str) -> float:
-        # Not the last in the list: Composer begins a file at each flush, their names end with the
-        # second and an unpadded number, and they are read in the order of their names.
+        # Choose the last step, not the last list entry: Composer starts a file at each flush, the
+        # names end with the second and an unpadded number, and TensorBoard sorts by name.
         return max(events.Scalars(name), key=lambda event: event.step).value
 
     assert last("loss/train/total") == pytest.approx(loss, rel=1e-5)
@@ -322,7 +326,7 @@ def test_loggers_write_what_the_run_logs(
     assert record.data.params["seed"] == "17"  # the resolved config
 
     wandb_log = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    deadline = time.monotonic() + 30  # a process of W&B's writes it, on a busy machine later
+    deadline = time.monotonic() + 30  # A W&B process writes the file later on a busy machine.
     while b"metrics/eval/MIoU" not in wandb_log.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert b"loss/train/total" in wandb_log.read_bytes()
@@ -330,7 +334,7 @@ def test_loggers_write_what_the_run_logs(
     assert "loss/train/total" in (tmp_path / "log.txt").read_text()
 
 
-def test_data_of_the_callers_own_take_the_place_of_the_configs(tiny: dict[str, Any]) -> None:
+def test_data_argument_replaces_the_configs_data_sets(tiny: dict[str, Any]) -> None:
     typed = resolve(tiny)
     data = build_data(typed, "train"), build_data(typed, "val")
     for section in ("train_dataset", "eval_dataset"):
@@ -341,13 +345,13 @@ def test_data_of_the_callers_own_take_the_place_of_the_configs(tiny: dict[str, A
         main(tiny)
 
 
-def test_a_caller_may_add_curves(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_callbacks_argument_accepts_curves(tiny: dict[str, Any], tmp_path: Path) -> None:
     trainer = main({**tiny, "max_duration": "1ba"}, callbacks=[Curves(str(tmp_path))])
     trainer.eval()
     assert summary(trainer).startswith("mIoU: ")
 
 
-def test_one_error_of_all_processes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_all_ranks_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     class First:
         def __init__(self, is_first: bool) -> None:
             self.is_first = is_first
@@ -363,7 +367,7 @@ def test_one_error_of_all_processes_is_one_line(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_that_goes_on_adds_to_its_log(
+def test_resumed_run_appends_to_its_log_file(
     tiny: dict[str, Any], tmp_path: Path, overwrite: bool
 ) -> None:
     log = tmp_path / "logs/log.txt"
@@ -375,7 +379,7 @@ def test_a_run_that_goes_on_adds_to_its_log(
     assert batches == (["1"] if overwrite else ["0", "1"])
 
 
-def test_the_console_has_its_arguments(
+def test_console_logger_uses_its_arguments(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny |= {"max_duration": "1ba", "loggers": {"console": {"stream": "stdout"}}}
@@ -383,7 +387,7 @@ def test_the_console_has_its_arguments(
     assert "loss/train/total" in capsys.readouterr().out
 
 
-def test_the_command_line_trains_and_sums_up(
+def test_command_line_trains_and_prints_summary(
     tiny: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -402,13 +406,13 @@ def test_the_command_line_trains_and_sums_up(
     assert Path(pictures.removeprefix("pictures: ")).is_file()
     assert report == f"report: {tmp_path}/saved/report.html"
 
-    assert run([str(path), *overrides]) == 2  # what is there is not overwritten
+    assert run([str(path), *overrides]) == 2  # existing checkpoints are not overwritten
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "saved" in error
 
 
-def test_the_resolved_config_is_in_the_checkpoint(trained: tuple[Path, float]) -> None:
+def test_checkpoint_contains_resolved_config(trained: tuple[Path, float]) -> None:
     state = torch.load(trained[0] / "ep2-ba8-rank0.pt", weights_only=False)["state"]
     record = json.loads(state["callbacks"]["RunRecord"]["config"])
     assert record["mild"]["ema"] == {"half_life": "2ba", "update_interval": "1ba"}

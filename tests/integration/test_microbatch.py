@@ -1,4 +1,4 @@
-"""What a run is said to take, beside what it takes."""
+"""The memory estimate agrees with the memory that a real forward pass keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.microbatch import Footprint, count
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_memory_grows_with_the_area_and_a_smaller_type_takes_less(
+def test_memory_estimate_grows_with_image_area_and_type_size(
     network: torch.nn.Module, footprint: Footprint
 ) -> None:
     assert count(network, 2 * SIZE, torch.bfloat16).image == pytest.approx(
@@ -20,12 +20,12 @@ def test_memory_grows_with_the_area_and_a_smaller_type_takes_less(
     assert count(network, SIZE, None).image > 1.5 * footprint.image
 
 
-def test_what_is_counted_is_what_a_real_pass_keeps(
+def test_memory_estimate_equals_tensors_kept_by_forward_pass(
     network: torch.nn.Module, footprint: Footprint
 ) -> None:
-    """The tensors that autograd keeps, over what it keeps for half as many images."""
+    """Compare the tensors that autograd keeps for 8 images and for 4 images."""
 
-    def kept(images: int) -> int:
+    def kept_bytes(images: int) -> int:
         storages: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,8 +42,8 @@ def test_what_is_counted_is_what_a_real_pass_keeps(
         assert logits.requires_grad
         return sum(storages.values())
 
-    image = (kept(8) - kept(4)) / 4
+    image = (kept_bytes(8) - kept_bytes(4)) / 4
     assert footprint.saved == pytest.approx(image, rel=0.1)
     assert footprint.saved < footprint.image < 1.5 * footprint.saved
     weights = sum(p.numel() for p in network.parameters())
-    assert footprint.weights == 4 * weights <= 2.2 * footprint.fixed  # in bf16
+    assert footprint.weights == 4 * weights <= 2.2 * footprint.fixed  # weights are kept in bf16 too

@@ -1,4 +1,4 @@
-"""mmcv's operators: PSAMask in torch operations, and the stand-in for what is not compiled."""
+"""mmcv's operators without its compiled extension: replacements and errors on a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
         pytest.param("ccnet/ccnet_r50-d8_512x512_80k_ade20k", {}, None, id="CCNet"),
     ],
 )
-def test_operators_that_mmcv_lacks_on_gpus(
+def test_missing_mmcv_operators_are_named_on_a_gpu(
     name: str, arguments: dict[str, Any], part: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert named_network(f"mmseg:{name}", 3, arguments).name == f"mmseg:{name}"

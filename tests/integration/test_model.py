@@ -1,4 +1,4 @@
-"""The network and the ComposerModel around it: shapes, names, weights, initialisation, errors."""
+"""The network and its ComposerModel: initialisation, batch norm, losses, metrics, bf16."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from networks.batch_norm import SyncBatchNorm2d
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_initialisation_is_the_references() -> None:
+def test_initialisation_equals_reference() -> None:
     network = deeplabv3(150, "resnet50", init_fn=weight_init)
     convolution = network.backbone.layer3[0].conv2.weight
-    expected = math.sqrt(2 / convolution[0].numel())  # He et al. 2015, fan-in
+    expected = math.sqrt(2 / convolution[0].numel())  # fan-in initialisation of He et al. 2015
     assert convolution.std().item() == pytest.approx(expected, rel=0.01)
     head = network.classifier.conv_seg.weight
     assert head.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.02)
@@ -31,14 +31,14 @@ def test_initialisation_is_the_references() -> None:
 
 
 @pytest.mark.usefixtures("small_network")
-def test_a_process_alone_on_its_node_shares_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_bn_is_off_with_one_rank_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     network = deeplabv3(5, "resnet50", sync_bn=True)
     assert not any(isinstance(module, SyncBatchNorm2d) for module in network.modules())
 
 
 @pytest.mark.usefixtures("small_network")
-def test_sync_bn_has_one_process_group_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_bn_has_one_process_group_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = []
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
@@ -61,7 +61,7 @@ def test_sync_bn_has_one_process_group_a_node(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("small_network")
-def test_the_composer_model_loses_and_scores() -> None:
+def test_composer_model_computes_losses_and_metrics() -> None:
     model = build_composer_deeplabv3(
         5, "resnet50", cross_entropy_weight=0.5, dice_weight=2.0, upsample=False
     )
@@ -82,7 +82,7 @@ def test_the_composer_model_loses_and_scores() -> None:
 
 
 @pytest.mark.usefixtures("small_network")
-def test_a_cpu_computes_in_bf16_where_asked() -> None:
+def test_cpu_autocast_computes_in_bf16() -> None:
     model = build_composer_deeplabv3(5, "resnet50").eval()
     with torch.no_grad():
         exact = model((IMAGE, None))

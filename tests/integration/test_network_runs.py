@@ -1,4 +1,4 @@
-"""Runs of a network that is not DeepLabV3+, and weights that other projects wrote."""
+"""Runs of networks other than DeepLabV3+, and weights from other projects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BISENET = "mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes"
 
 @pytest.fixture(scope="module")
 def run(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
-    """A config, the folder of its run of four steps with hot, and the trainer."""
+    """Return a config, the folder of its run of four steps with the hot recipe, and the trainer."""
     folder = tmp_path_factory.mktemp("run")
     dataset = {"path": synthetic, "base_size": 64, "final_size": 64, "batch_size": 4}
     dataset["num_workers"] = 0
@@ -55,7 +55,7 @@ def run(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     return config, folder, main.main(config)
 
 
-def test_the_auxiliary_losses_are_logged_and_the_photos_normalised(run: Any) -> None:
+def test_auxiliary_loss_is_logged_and_images_are_normalised(run: Any) -> None:
     _, _, trainer = run
     assert trainer.state.total_loss_dict["loss/train/auxiliary"] > 0
     transform = trainer.state.train_dataloader  # a DataLoader; its DataSpec has the transform
@@ -65,7 +65,7 @@ def test_the_auxiliary_losses_are_logged_and_the_photos_normalised(run: Any) -> 
     assert trainer.state.model.module.mean == (100.0,) * 3
 
 
-def test_another_network_or_other_arguments_do_not_go_on(run: Any, tmp_path: Path) -> None:
+def test_resume_rejects_other_network_and_other_arguments(run: Any, tmp_path: Path) -> None:
     config, folder, _ = run
     path = str(folder / "latest-rank0.pt")
     other = {**config, "load_path": path, "save_folder": None}
@@ -80,7 +80,7 @@ def test_another_network_or_other_arguments_do_not_go_on(run: Any, tmp_path: Pat
         main.main(other)
 
 
-def test_the_checkpoint_needs_no_yaml(run: Any, tmp_path: Path) -> None:
+def test_checkpoint_is_evaluated_and_exported_without_its_yaml(run: Any, tmp_path: Path) -> None:
     _, folder, trainer = run
     path = str(folder / "latest-rank0.pt")
     network = build_network(load_weights(path))
@@ -98,35 +98,35 @@ def test_the_checkpoint_needs_no_yaml(run: Any, tmp_path: Path) -> None:
         target = tmp_path / "scores.json"
         assert evaluate.main([path, "--protocol", protocol, "--json", str(target)]) == 0
         scores[protocol] = json.loads(target.read_text())["mIoU"]
-    found = float(trainer.state.eval_metric_values["MIoU"])
-    assert scores["square"] == pytest.approx(found, abs=1e-3)
+    expected_miou = float(trainer.state.eval_metric_values["MIoU"])
+    assert scores["square"] == pytest.approx(expected_miou, abs=1e-3)
 
     script = str(tmp_path / "model.ts")
     assert export.main([path, "--to", "torchscript", "--out", script, "--size", "96"]) == 0
     exported, weights = tmp_path / "model.onnx", tmp_path / "model.safetensors"
     assert export.main([path, "--to", "onnx", "--out", str(exported), "--size", "96"]) == 0
-    said = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
-    assert json.loads(said["mean"]) == [100.0] * 3
+    metadata = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
+    assert json.loads(metadata["mean"]) == [100.0] * 3
     assert export.main([path, "--weights-only", "--out", str(weights)]) == 0
     for file in (exported, weights):
         assert np.mean(predict.Segmenter(file)(photo) == expected) > 0.99
     assert not any(name.startswith("network.") for name in load_weights(weights).state)
 
 
-def test_pt2_pads_images_of_any_size(tmp_path: Path) -> None:
-    """A small network, because symbolic sizes take PyTorch ten seconds for BiSeNet."""
+def test_pt2_file_pads_images_of_any_size(tmp_path: Path) -> None:
+    """Use a small network: PyTorch needs ten seconds for BiSeNet with symbolic sizes."""
     name = "own_networks:build"
     network = named_network(name, 3, {"width": 8})
     assert network.size_divisor == 8
     weights, file = tmp_path / "own.safetensors", str(tmp_path / "own.pt2")
     config = {"model": {"name": name, "arguments": network.arguments, "num_classes": 3}}
     save_weights(weights, network.network.state_dict(), config)
-    # Neither of the sizes at which the command compares the file is a multiple of 8.
+    # The command compares the file at two sizes; neither is a multiple of 8.
     options = ["--network", name, "--to", "pt2", "--out", file, "--size", "97"]
     assert export.main([str(weights), *options]) == 0
 
 
-def test_a_network_that_cannot_be_exported_is_one_line(
+def test_failed_export_gives_one_line_error(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
@@ -135,8 +135,8 @@ def test_a_network_that_cannot_be_exported_is_one_line(
     monkeypatch.setattr("extras.sharing.exporters._export_onnx", fail)
     path = str(run[1] / "latest-rank0.pt")
     assert export.main([path, "--to", "onnx", "--out", str(tmp_path / "m.onnx")]) == 1
-    said = capsys.readouterr().err
-    assert f"error: {BISENET} cannot be exported as onnx; change --to: no such operator\n" in said
+    error = capsys.readouterr().err
+    assert f"error: {BISENET} cannot be exported as onnx; change --to: no such operator\n" in error
     assert os.listdir(tmp_path) == []
 
 
@@ -147,7 +147,7 @@ def mmseg_file(network: Any, path: Path, classes: list[str]) -> None:
     save_checkpoint(network, str(path), optimizer, meta)
 
 
-def test_a_checkpoint_of_mmsegmentation_goes_into_its_network(tmp_path: Path) -> None:
+def test_mmsegmentation_checkpoint_loads_into_its_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     zoo = named_network(FASTSCNN, 3, {})
     mmseg_file(zoo.network, tmp_path / "zoo.pth", ["sky", "tree", "road"])
@@ -157,15 +157,15 @@ def test_a_checkpoint_of_mmsegmentation_goes_into_its_network(tmp_path: Path) ->
     classes = load_classes(["road", "house"], 2)
     before = network.network.decode_head.conv_seg.weight[1].clone()
     line = load_fitting(network, weights, "zoo.pth", 0.5, classes, 2)
-    taken = "3 -> 2 classes, 1 loaded by name, the others newly initialised"
+    note = "3 -> 2 classes, 1 loaded by name, the others newly initialised"
     heads = ("decode_head", "auxiliary_head.0", "auxiliary_head.1")
-    assert line == "zoo.pth: " + "; ".join(f"{head}.conv_seg: {taken}" for head in heads)
+    assert line == "zoo.pth: " + "; ".join(f"{head}.conv_seg: {note}" for head in heads)
     own, theirs = network.network.state_dict(), zoo.network.state_dict()
     assert all(torch.equal(own[n], theirs[n]) for n in own if ".conv_seg." not in n)
     rows = network.network.decode_head.conv_seg.weight
     assert torch.equal(rows[0], theirs["decode_head.conv_seg.weight"][2])
     assert torch.equal(rows[1], before)
-    # A file that says nothing of its network is used where the user names it.
+    # The file does not name its network, so the user must name it.
     with pytest.raises(WeightsError, match="do not belong to a DeepLabV3"):
         build_network(weights)
     again = build_network(weights, "zoo.pth", FASTSCNN)
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_mmsegmentation_goes_into_its_network(tmp_path: Path) ->
     assert torch.equal(again(image), zoo.eval()(image))
 
 
-def test_deeplabv3plus_of_mmsegmentation_is_the_same_network(tmp_path: Path) -> None:
+def test_deeplabv3plus_computes_mmsegmentations_logits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     name = "mmseg:deeplabv3plus/deeplabv3plus_r50b-d8_512x1024_80k_cityscapes"
     zoo = named_network(name, 3, {})
@@ -187,7 +187,7 @@ def test_deeplabv3plus_of_mmsegmentation_is_the_same_network(tmp_path: Path) -> 
         torch.testing.assert_close(network.eval()(image), zoo.eval()(image))
 
 
-def test_torchvisions_weights_and_prefixes(tmp_path: Path) -> None:
+def test_torchvision_weights_load_with_any_prefix(tmp_path: Path) -> None:
     name = "torchvision:lraspp_mobilenet_v3_large"
     network, other = named_network(name, 3, {}), named_network(name, 2, {})
     for prefix in ("", "model.", "module."):

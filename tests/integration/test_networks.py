@@ -1,4 +1,4 @@
-"""Networks by name: each kind trains, is recorded and built again; a file has no code run."""
+"""Networks by name: each kind trains and is rebuilt from its record; files cannot run code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: list[tuple[str, dict[str, Any] | None]] = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), KINDS, ids=[name for name, _ in KINDS])
-def test_each_kind_takes_a_step_and_is_built_again_from_its_record(
+def test_each_network_kind_trains_and_is_rebuilt_from_its_record(
     name: str, arguments: dict[str, Any] | None, hf_folder: str
 ) -> None:
     name = name.replace("FOLDER", hf_folder)
@@ -57,8 +57,8 @@ def test_each_kind_takes_a_step_and_is_built_again_from_its_record(
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
     record = json.loads(json.dumps(network.arguments))
-    vouched = name if name.startswith("own") else None
-    again = named_network(name, 7, record, None, True, vouched)
+    trusted_name = name if name.startswith("own") else None
+    again = named_network(name, 7, record, None, True, trusted_name)
     assert again.arguments == network.arguments
     again.load_state_dict(network.state_dict())
     again.to(memory_format=again.memory_format)
@@ -68,10 +68,10 @@ def test_each_kind_takes_a_step_and_is_built_again_from_its_record(
         assert torch.equal(again.eval()(image), expected)
     assert expected.shape[:2] == (1, 7)
     if network.size_divisor == 32:
-        assert expected.shape[2:] == (72, 64)  # it was padded
+        assert expected.shape[2:] == (72, 64)  # the image was padded
 
 
-def test_a_network_says_how_its_photos_are_normalised(hf_folder: str) -> None:
+def test_network_defines_image_normalisation(hf_folder: str) -> None:
     network = named_network("own_networks:build", 3, {})
     assert (network.mean, network.std, network.size_divisor) == ((127.5,) * 3, (127.5,) * 3, 8)
     network = named_network("own_networks:build", 3, {"mean": [1, 2, 3], "size_divisor": 4})
@@ -80,7 +80,7 @@ def test_a_network_says_how_its_photos_are_normalised(hf_folder: str) -> None:
     assert (network.mean, network.std) == ((127.5,) * 3, (63.75,) * 3)
 
 
-def test_every_kind_has_a_backbone(hf_folder: str) -> None:
+def test_backbone_of_each_network_kind_is_identified(hf_folder: str) -> None:
     for name, _ in KINDS:
         if not name.startswith("own"):
             network = named_network(name.replace("FOLDER", hf_folder), 3, {})
@@ -125,7 +125,7 @@ def test_every_kind_has_a_backbone(hf_folder: str) -> None:
         ("hf:x", {"config": {"model_type": "upernet", "backbone": "someone/something"}}),
     ],
 )
-def test_a_file_runs_no_code_and_loads_nothing(
+def test_weights_file_cannot_run_code_or_download(
     tmp_path: Path, name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -140,7 +140,7 @@ def test_a_file_runs_no_code_and_loads_nothing(
     assert not (tmp_path / "marker").exists() and not called
 
 
-def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> None:
+def test_network_function_in_file_must_be_named_by_the_user(tmp_path: Path) -> None:
     network = named_network("own_networks:build", 3, {"width": 8})
     config = {
         "model": {"name": network.name, "arguments": network.arguments, "num_classes": 3},
@@ -161,7 +161,7 @@ def test_a_function_is_called_where_the_user_names_it_too(tmp_path: Path) -> Non
     assert segmenter(photo).shape == (40, 30)
 
 
-def test_a_network_of_one_size_says_so_and_takes_windows(
+def test_fixed_size_network_suggests_slide_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = named_network("own_networks:fixed", 3, {})
@@ -171,8 +171,8 @@ def test_a_network_of_one_size_says_so_and_takes_windows(
     Image.new("RGB", (96, 64)).save(photo)
     arguments = [path, photo, "--network", network.name, "--size", "64", "--out", str(tmp_path)]
     assert predict.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert said.endswith(
+    error = capsys.readouterr().err
+    assert error.endswith(
         "error: own_networks:fixed fails on images of 96 x 64 pixels (not 64 pixels); "
         "use --slide --size N to process squares of N pixels\n"
     )

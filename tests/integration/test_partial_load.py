@@ -1,4 +1,4 @@
-"""Any checkpoint's weights are read, whatever wraps their names; what would run code is refused."""
+"""Loading weights into a network whose layers or classes differ."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tests.support.artifacts import CLASSES, random_weights
 from tests.support.weights import same  # noqa: F401
 
 
-def test_what_fits_is_loaded_and_the_rest_named():
+def test_matching_tensors_are_loaded_and_others_counted():
     weights = load_weights(random_weights())
     torch.manual_seed(1)
     network = deeplabv3(7, "resnet101", sync_bn=False)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     line = load_fitting(network, weights, "file.pt")
-    left = [
+    unmatched = [
         n for n, t in before.items() if n not in weights.state or t.shape != weights.state[n].shape
     ]
     assert line == (
         "file.pt: classifier.conv_seg: 12 -> 7 classes, newly initialised; "
-        f"{len(left) - 2} tensors newly initialised, starting with {left[0]}"
+        f"{len(unmatched) - 2} tensors newly initialised, starting with {unmatched[0]}"
     )
-    assert 100 < len(left) < len(before) / 2
+    assert 100 < len(unmatched) < len(before) / 2
     for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name] if name in left else weights.state[name])
+        assert torch.equal(tensor, before[name] if name in unmatched else weights.state[name])
     with pytest.raises(
         WeightsError, match=r"^file.pt: only \d+ of the network's \d+ .*load_least=0.9"
     ):
@@ -54,11 +54,11 @@ def test_what_fits_is_loaded_and_the_rest_named():
             "classes with other names, none with the same name, all newly initialised",
             id="all other names",
         ),
-        pytest.param(None, "classes with other names, newly initialised", id="not to be matched"),
+        pytest.param(None, "classes with other names, newly initialised", id="no names to match"),
     ],
 )
 @pytest.mark.usefixtures("small_network")
-def test_as_many_classes_that_are_not_the_same(names: list[str] | None, note: str):
+def test_classifier_rows_are_matched_by_class_name(names: list[str] | None, note: str):
     weights = load_weights(random_weights())
     network = deeplabv3(12, "resnet50", sync_bn=False)
     before = network.classifier.conv_seg.weight.detach().clone()

@@ -1,4 +1,4 @@
-"""The callbacks draw and count what the run really did, from the weights that were evaluated."""
+"""Pictures of evaluations in W&B, and curves of any length."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from training.pictures import Pictures, draw_curves
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_pictures_in_wandb(run: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Offline as well, where W&B leaves out the pictures in its tables."""
+def test_pictures_are_saved_in_wandb(
+    run: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Log offline, where W&B omits pictures in tables."""
     trainer, _ = run
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # as build_loggers does
-    monkeypatch.setattr(wandb.Run, "get_url", lambda run: run.url, raising=False)  # likewise
+    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # set by build_loggers
+    monkeypatch.setattr(
+        wandb.Run, "get_url", lambda run: run.url, raising=False
+    )  # also from build_loggers
     destination = WandBLogger(project="tests", init_kwargs={"dir": str(tmp_path)})
     destination.init(trainer.state, trainer.logger)
     trainer.state.set_dataloader(trainer.state.evaluators[0].dataloader.dataloader, "eval")
@@ -34,12 +38,14 @@ def test_pictures_in_wandb(run: tuple[Any, str], tmp_path: Path, monkeypatch: py
     pictures = Pictures(load_classes(CLASSES, 12), 2, str(tmp_path / "own"))
     pictures.eval_start(trainer.state, Logger(trainer.state, [destination]))
     wandb.finish()
-    (found,) = (tmp_path / "wandb").rglob("*.png")
-    assert np.array_equal(np.array(Image.open(found)), np.array(Image.open(pictures.latest)))
+    (saved_picture,) = (tmp_path / "wandb").rglob("*.png")
+    assert np.array_equal(
+        np.array(Image.open(saved_picture)), np.array(Image.open(pictures.latest))
+    )
 
 
 @pytest.mark.parametrize("batches, evaluations", [(0, 0), (1, 0), (1, 1), (500, 5)])
-def test_curves_of_any_length(batches: int, evaluations: int):
+def test_curves_are_drawn_for_any_length(batches: int, evaluations: int):
     train = [(i + 1, float("nan") if i == 7 else 1 / (i + 1), 0.1) for i in range(batches)]
     picture = draw_curves(train, [(i * 100, 10.0 * i) for i in range(evaluations)])
     assert Image.open(io.BytesIO(picture)).size == (900, 800)

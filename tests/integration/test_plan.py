@@ -1,4 +1,4 @@
-"""What a run is said to take, beside what it takes."""
+"""`main.py --plan` predicts the memory, time and cost of a run and writes nothing."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
     return status, json.loads(capsys.readouterr().out)
 
 
-def test_a_run_is_planned_here_and_nothing_is_left(
+def test_plan_measures_this_machine_and_writes_no_file(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
     monkeypatch.setattr("extras.planning.measure.STEPS", 2)
     for recipe in (None, "medium"):
         override = [f"recipe_name={recipe}", "max_duration=3ep"] if recipe else []
-        status, found = plan(capsys, str(config), *override, "--price", "2")
+        status, planned_run = plan(capsys, str(config), *override, "--price", "2")
         assert status == 0 and [*config.parent.iterdir()] == [config]
-        assert found["batch"] == {"images": 4, "a_process": 4, "at_once": 4}
-        assert found["length"] == dict(epoch=4, steps=12, evaluations=3, checkpoints=3)
-        assert found["hours"] == pytest.approx(sum(found["hours_of"].values()))
-        assert found["cost"] == 2 * found["hours"] > 0
-        speed = found["speed"]
+        assert planned_run["batch"] == {"images": 4, "a_process": 4, "at_once": 4}
+        assert planned_run["length"] == dict(epoch=4, steps=12, evaluations=3, checkpoints=3)
+        assert planned_run["hours"] == pytest.approx(sum(planned_run["hours_of"].values()))
+        assert planned_run["cost"] == 2 * planned_run["hours"] > 0
+        speed = planned_run["speed"]
         assert 4 / speed["step"] == speed["images_per_second"] < speed["loader"]
         assert speed["limit"] in ("network", "loader")
-        # A checkpoint is what a run of this recipe holds, but for its gradients.
+        # A checkpoint contains what the run keeps in memory, except the gradients.
         run = resolve(load(str(config), override))
-        run.save_folder, run.loggers = None, {}  # the bar wants a real standard output
+        run.save_folder, run.loggers = None, {}  # the progress bar needs a real standard output
         trainer = program.build_trainer(run)
         trainer.fit(duration="1ba")
         trainer.state.model.zero_grad()
-        held = standing_bytes(trainer)
+        standing = standing_bytes(trainer)
         trainer.close()
-        assert found["checkpoint"]["bytes"] == held
+        assert planned_run["checkpoint"]["bytes"] == standing
     release()
 
 
-def test_the_screen(
+def test_plan_prints_memory_speed_and_time(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
@@ -68,58 +68,68 @@ def test_the_screen(
         assert f"\n{name} " in screen
 
 
-def test_an_evaluation_is_planned_as_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It needs neither a checkpoint nor the training data."""
+def test_plan_of_evaluation_has_no_training_steps(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan of an evaluation needs neither a checkpoint nor the training data."""
     overrides = ["is_train=false", "train_dataset.path=nowhere"]
     length = dict(images=6, epoch=0, steps=0, evaluations=1, checkpoints=0)
     for machine in ([], ["--gpu", "H100", "--gpus", "2"]):
-        status, found = plan(capsys, str(config), *overrides, *machine, "--price", "2")
+        status, planned_run = plan(capsys, str(config), *overrides, *machine, "--price", "2")
         assert status == 0 and [*config.parent.iterdir()] == [config]
-        assert found["length"] == length and found["does_not_fit"] is None
-        assert set(found["hours_of"]) - {"start"} == {"evaluation"}
-        assert found["hours"] == pytest.approx(sum(found["hours_of"].values()))
-        assert found["cost"] == 2 * found["hours"] > 0
+        assert planned_run["length"] == length and planned_run["does_not_fit"] is None
+        assert set(planned_run["hours_of"]) - {"start"} == {"evaluation"}
+        assert planned_run["hours"] == pytest.approx(sum(planned_run["hours_of"].values()))
+        assert planned_run["cost"] == 2 * planned_run["hours"] > 0
     assert program.run([str(config), *overrides, "--plan", "--gpu", "H100"]) == 0
     screen = capsys.readouterr().out
     assert "length        1 evaluation of 6 images" in screen
     assert "step" not in screen.replace("ms per step", "")
 
 
-def test_another_machine(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = plan(capsys, str(config), "--gpu", "H100", "--gpus", "2", "--price", "10")
-    assert status == 0 and found["length"]["epoch"] == 4 and found["batch"]["a_process"] == 2
-    assert found["hours"] > 0 and len(found["assumed"]) > 3
+def test_plan_estimates_other_gpus_and_missing_data(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, planned_run = plan(capsys, str(config), "--gpu", "H100", "--gpus", "2", "--price", "10")
+    assert (
+        status == 0
+        and planned_run["length"]["epoch"] == 4
+        and planned_run["batch"]["a_process"] == 2
+    )
+    assert planned_run["hours"] > 0 and len(planned_run["assumed"]) > 3
     assert [*config.parent.iterdir()] == [config]
     missing = ["train_dataset.path=nowhere", "eval_dataset.path=nowhere"]
     images = ("--images", "800", "100")
-    status, found = plan(capsys, str(config), *missing, "--gpu", "H100", *images)
-    assert status == 0 and found["length"]["epoch"] == 200
+    status, planned_run = plan(capsys, str(config), *missing, "--gpu", "H100", *images)
+    assert status == 0 and planned_run["length"]["epoch"] == 200
 
 
-def test_what_does_not_fit(
+def test_plan_reports_too_little_memory_and_disk_space(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory, of another machine and of this one, before a step is tried; on the disk."""
+    """Check memory of another GPU and of this machine before measuring, then the disk."""
     large = "train_dataset.final_size=8192"
-    status, found = plan(capsys, str(config), large, "--gpu", "T4")
+    status, planned_run = plan(capsys, str(config), large, "--gpu", "T4")
     assert (
         status == 2
-        and "even a micro-batch of 2 is too large" in found["does_not_fit"]
-        and "hours" not in found
+        and "even a micro-batch of 2 is too large" in planned_run["does_not_fit"]
+        and "hours" not in planned_run
     )
     monkeypatch.setattr("extras.planning.plan.measure", lambda *a: pytest.fail("was tried"))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 2**20}))
-    status, found = plan(capsys, str(config))
-    assert status == 2 and found["memory"]["step"] > found["memory"]["device"] == 2**20
+    status, planned_run = plan(capsys, str(config))
+    assert status == 2 and planned_run["memory"]["step"] > planned_run["memory"]["device"] == 2**20
     program.run([str(config), "--plan"])
     assert "DOES NOT FIT" in capsys.readouterr().out
     usage = type("U", (), {"free": 2**16})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    status, found = plan(capsys, str(config), "--gpu", "T4")
-    assert status == 2 and "too little disk space for the checkpoints" in found["does_not_fit"]
+    status, planned_run = plan(capsys, str(config), "--gpu", "T4")
+    assert (
+        status == 2 and "too little disk space for the checkpoints" in planned_run["does_not_fit"]
+    )
 
 
-def test_the_network_of_a_plan_is_that_of_a_run(tiny: dict[str, Any]) -> None:
+def test_planned_network_has_the_runs_parameters(tiny: dict[str, Any]) -> None:
     config = resolve(tiny)
     planned = create_meta_network(**asdict(config.model))
     assert all(p.is_meta for p in planned.parameters())
@@ -128,7 +138,7 @@ def test_the_network_of_a_plan_is_that_of_a_run(tiny: dict[str, Any]) -> None:
     assert {name: value.shape for name, value in planned.state_dict().items()} == shapes
 
 
-def test_described_data_and_rare_classes_are_planned_for(
+def test_plan_counts_epoch_of_rare_class_sampling(
     synthetic: str, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
@@ -140,9 +150,9 @@ def test_described_data_and_rare_classes_are_planned_for(
         tiny["train_dataset"]["rare_class_sampling"] = rare
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(tiny))
-        status, found = plan(capsys, str(file), "--gpu", "H100")
+        status, planned_run = plan(capsys, str(file), "--gpu", "H100")
         assert status == 0
-        epochs.append(found["length"]["epoch"])
-        # It is what the run's own loader has.
+        epochs.append(planned_run["length"]["epoch"])
+        # The plan equals the length of the run's own loader.
         assert epochs[-1] == len(build_data(resolve(tiny), "train").dataloader)
     assert epochs[0] == 4 < epochs[1]

@@ -1,4 +1,4 @@
-"""Photos of any size, kind and number become class indices, resized as mmsegmentation does."""
+"""Segmentation of images of any size, kind and number, resized as in mmsegmentation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def pooled(stride: int = 4) -> torch.nn.Module:
-    """Stands in for a network that looks at no more than a cell of its own stride."""
+    """Return a stand-in for a network whose receptive field is one cell of its stride."""
 
     def network(batch: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(batch.float(), stride, ceil_mode=True)
@@ -31,10 +31,12 @@ def pooled(stride: int = 4) -> torch.nn.Module:
     return network
 
 
-def test_photo_in_any_form(segmenter: Segmenter, photo: np.ndarray, tmp_path: Path):
+def test_path_array_and_pil_image_give_equal_predictions(
+    segmenter: Segmenter, photo: np.ndarray, tmp_path: Path
+):
     prediction = segmenter(photo)
     assert prediction.shape == (45, 60) and prediction.dtype == np.uint8
-    assert len(np.unique(prediction)) > 2  # else the comparisons below would say little
+    assert len(np.unique(prediction)) > 2  # otherwise, the rest proves little
     Image.fromarray(photo).save(tmp_path / "photo.png")
     Image.fromarray(photo).convert("RGBA").save(tmp_path / "alpha.png")
     for form in (
@@ -49,7 +51,7 @@ def test_photo_in_any_form(segmenter: Segmenter, photo: np.ndarray, tmp_path: Pa
         segmenter(photo.astype(float))
 
 
-def test_tta_averages_probabilities(segmenter: Segmenter, photo: np.ndarray):
+def test_tta_averages_probabilities_of_scales_and_flips(segmenter: Segmenter, photo: np.ndarray):
     tta = Segmenter(random_weights(), size=32, tta=True)
     total = 0
     for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
@@ -66,25 +68,27 @@ def test_tta_averages_probabilities(segmenter: Segmenter, photo: np.ndarray):
 
 
 @pytest.mark.parametrize("shape", [(45, 60), (300, 210), (64, 64)])
-def test_windows_add_up_to_the_whole(segmenter: Segmenter, shape: tuple[int, int]):
-    """A network that looks no further than its stride gives the same in windows as at once."""
+def test_sliding_windows_equal_full_image_prediction(segmenter: Segmenter, shape: tuple[int, int]):
+    """A network that sees no further than its stride predicts the same in windows and at once."""
     photo = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     windows = variant(segmenter, size=0, window=64, network=pooled())
     (size,) = windows.network_sizes(*shape)
     assert all(side % 8 == 0 for side in size)
-    whole = variant(windows, window=10**6)  # a multiple of 8, so that the sizes are the same
-    assert np.array_equal(windows(photo), whole(photo))
+    single_window = variant(windows, window=10**6)  # a multiple of 8 gives equal sizes
+    assert np.array_equal(windows(photo), single_window(photo))
     assert Segmenter(random_weights(), size=0, slide=True).window == 512
 
 
 @pytest.mark.parametrize("shape", [(30, 40), (2000, 3000), (1, 700), (1, 1)])
 @pytest.mark.parametrize("slide", [False, True])
-def test_any_size(segmenter: Segmenter, shape: tuple[int, int], slide: bool):
+def test_prediction_has_image_size_for_any_size(
+    segmenter: Segmenter, shape: tuple[int, int], slide: bool
+):
     photo = np.full((*shape, 3), 90, np.uint8)
     assert variant(segmenter, window=64 * slide)(photo).shape == shape
 
 
-def test_classes_given(segmenter: Segmenter):
+def test_classes_argument_replaces_class_names(segmenter: Segmenter):
     assert Segmenter(random_weights(), classes=list("abcdefghijkl")).classes[1].name == "b"
     with pytest.raises(ClassError, match="2 classes, but the model predicts 12"):
         Segmenter(random_weights(), classes=["a", "b"])
@@ -92,7 +96,7 @@ def test_classes_given(segmenter: Segmenter):
 
 @pytest.mark.parametrize("write", ["overlay", "index"])
 @pytest.mark.parametrize("existing", ["x", "camera"])
-def test_only_its_own_outputs_are_replaced(
+def test_predict_overwrites_only_its_own_files(
     existing: str,
     write: str,
     photo: np.ndarray,
@@ -122,7 +126,7 @@ def test_only_its_own_outputs_are_replaced(
             assert main([random_weights(), argument, "--write", write, "--out", "out"]) == 0
 
 
-def test_a_full_disk_ends_the_work(
+def test_full_disk_stops_prediction_with_one_line_error(
     photo: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     for number in range(3):
@@ -140,28 +144,30 @@ def test_a_full_disk_ends_the_work(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.jpg"]
 
 
-def test_more_classes_than_a_byte_holds(photo: np.ndarray, tmp_path: Path):
-    """Class 290 is written as 290, and not as 290 - 256."""
+def test_more_than_256_classes_are_written_as_uint16(photo: np.ndarray, tmp_path: Path):
+    """Class 290 is written as 290, not as 290 - 256."""
 
     def network(batch: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(batch), 300, *batch.shape[2:])
         logits[:, 290, :, :20], logits[:, 5, :, 20:] = 1, 1
         return logits
 
-    many = variant(Segmenter(random_weights()), network=network)
-    many.classes = load_classes([f"class {number}" for number in range(300)], 300)
-    prediction = many(photo)
+    segmenter = variant(Segmenter(random_weights()), network=network)
+    segmenter.classes = load_classes([f"class {number}" for number in range(300)], 300)
+    prediction = segmenter(photo)
     assert prediction.dtype == np.uint16 and set(np.unique(prediction)) == {5, 290}
     save_index(prediction, tmp_path / "index.png")
     assert np.array_equal(np.array(Image.open(tmp_path / "index.png")), prediction)
-    legend = many.overlay(photo, prediction)
-    assert legend.size == many.overlay(photo).size
-    few = variant(many, classes=many.classes[:256], network=lambda batch: network(batch)[:, :256])
-    assert few(photo).dtype == np.uint8
+    legend = segmenter.overlay(photo, prediction)
+    assert legend.size == segmenter.overlay(photo).size
+    byte_segmenter = variant(
+        segmenter, classes=segmenter.classes[:256], network=lambda batch: network(batch)[:, :256]
+    )
+    assert byte_segmenter(photo).dtype == np.uint8
 
 
-def test_photo_longer_than_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for name, width in (("long", 65_500), ("short", 60)):  # the legend makes it wider
+def test_image_too_long_for_jpeg_has_no_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, width in (("long", 65_500), ("short", 60)):  # the legend widens the overlay
         Image.new("RGB", (width, 2)).save(tmp_path / f"{name}.png")
     arguments = [str(tmp_path), "--out", f"{tmp_path}/out", "--write", "overlay,index"]
     assert main([random_weights(), *arguments]) == 1
@@ -172,8 +178,8 @@ def test_photo_longer_than_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert written == ["long.png", "short.jpg", "short.png"]
 
 
-def test_it_is_the_network(segmenter: Segmenter, photo: np.ndarray):
-    """Step by step: resize, normalise, network, to the size it saw, to the photo's, argmax."""
+def test_prediction_equals_network_output_step_by_step(segmenter: Segmenter, photo: np.ndarray):
+    """Resize, normalise, run the network, upsample to the image's size, take the argmax."""
     height, width = segmenter.network_sizes(45, 60)[0]
     assert (height, width) == (32, 43)
     image = torch.from_numpy(photo).permute(2, 0, 1)[None]
@@ -184,11 +190,11 @@ def test_it_is_the_network(segmenter: Segmenter, photo: np.ndarray):
     with torch.no_grad():
         logits = network((image - mean[:, None, None]) / std[:, None, None])
     logits = F.interpolate(logits, (45, 60), mode="bilinear")
-    # Resizing in parts may round a pixel of the photo the other way.
+    # Resizing in parts may round a pixel of the image differently.
     assert (logits.argmax(1)[0].numpy() == segmenter(photo)).mean() > 0.99
 
 
-def test_command_line(
+def test_command_line_writes_predictions_and_skips_bad_images(
     tmp_path: Path,
     photo: np.ndarray,
     segmenter: Segmenter,

@@ -1,4 +1,4 @@
-"""The descriptions in yamls/data on tiny sets laid out as the real ones are: right, and wrong."""
+"""The descriptions in yamls/data on tiny data sets with the layouts of the real ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def photo(path: Path) -> None:
 
 
 def blocks(classes: int) -> np.ndarray:
-    """Class indices, -1 on the border."""
+    """Return random class indices with -1 on the border."""
     index = RNG.integers(0, classes, (5, 5)).repeat(SIZE // 5, 0).repeat(SIZE // 5, 1)
     index[:2] = -1
     return index
@@ -52,7 +52,7 @@ def write(path: Path, mask: np.ndarray, palette: np.ndarray | None = None) -> No
 
 
 def cityscapes(root: Path, kind: str = "labelIds") -> dict[str, np.ndarray]:
-    """`leftImg8bit` beside `gtFine`, a folder a city, several kinds of masks."""
+    """Write `leftImg8bit` and `gtFine`, with a folder per city and several kinds of masks."""
     ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33, 1])
     expected = {}
     for split, cities in (("train", ("aachen", "bochum")), ("val", ("munster",))):
@@ -71,7 +71,7 @@ def cityscapes(root: Path, kind: str = "labelIds") -> dict[str, np.ndarray]:
 
 
 def voc2012(root: Path) -> dict[str, np.ndarray]:
-    """`JPEGImages`, of which the lists name some; palette masks with borders of 255."""
+    """Write `JPEGImages`, lists that name some images, and palette masks with borders of 255."""
     expected = {}
     palette = RNG.integers(0, 256, (256, 3))
     for number in range(12):
@@ -89,7 +89,7 @@ def voc2012(root: Path) -> dict[str, np.ndarray]:
 
 
 def camvid(root: Path) -> dict[str, np.ndarray]:
-    """Masks of 32 colours, `NAME_L.png`."""
+    """Write masks named `NAME_L.png` with 32 colours."""
     classes = read_description(str(PRESETS / "camvid.yaml"))["classes"]
     colors = [entry["labels"] for entry in classes.values()]
     expected = {}
@@ -106,7 +106,7 @@ def camvid(root: Path) -> dict[str, np.ndarray]:
 
 
 def coco_stuff(root: Path) -> dict[str, np.ndarray]:
-    """Categories less one, 255 where there is none."""
+    """Write masks with the category minus one, and 255 for unlabelled pixels."""
     classes = read_description(str(PRESETS / "coco_stuff.yaml"))["classes"]
     values = np.array([entry["labels"] for entry in classes.values()] + [255])
     expected = {}
@@ -120,7 +120,7 @@ def coco_stuff(root: Path) -> dict[str, np.ndarray]:
 
 
 def coco_panoptic(root: Path) -> dict[str, np.ndarray]:
-    """Segments' numbers as colours, and a JSON a split that says what each is of."""
+    """Write segment ids as colours, and for each split a JSON that gives each segment's class."""
     classes = read_description(str(PRESETS / "coco_panoptic.yaml"))["classes"]
     ids = [entry["labels"] for entry in classes.values()]
     expected = {}
@@ -132,7 +132,7 @@ def coco_panoptic(root: Path) -> dict[str, np.ndarray]:
             index = blocks(133)
             segments = np.zeros(index.shape, np.int64)
             infos = []
-            # Two segments of a class, as of two things: its left half and its right.
+            # Split each class into two segments, its left and its right half.
             left = np.arange(SIZE) < SIZE // 2
             for k in np.unique(index[index >= 0]).tolist():
                 for half in (left, ~left):
@@ -161,17 +161,17 @@ SETS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
-    """Root and expected class indices of each."""
+    """Return the root and the expected class indices of each data set."""
     roots = {name: tmp_path_factory.mktemp(name) for name in SETS}
     return {name: (root, SETS[name](root)) for name, root in roots.items()}
 
 
-def test_every_preset_is_tried() -> None:
+def test_every_preset_has_a_test_data_set() -> None:
     assert {file.stem for file in PRESETS.glob("*.yaml")} == set(SETS)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_masks_are_read_as_they_were_drawn(name: str, sets: dict[str, Any]) -> None:
+def test_preset_decodes_masks_to_drawn_class_indices(name: str, sets: dict[str, Any]) -> None:
     root, expected = sets[name]
     description = parse_description(read_description(str(PRESETS / f"{name}.yaml")))
     seen = set()
@@ -192,19 +192,19 @@ def content(path: str) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_preset_is_checked(
+def test_check_accepts_preset(
     name: str, sets: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     root = sets[name][0]
     assert check([str(PRESETS / f"{name}.yaml"), str(root), "--workers", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert not found["problems"]
-    assert found["splits"]["train"]["good_pairs"] == 6
-    assert found["splits"]["val"]["good_pairs"] == 3
+    report = json.loads(capsys.readouterr().out)
+    assert not report["problems"]
+    assert report["splits"]["train"]["good_pairs"] == 6
+    assert report["splits"]["val"]["good_pairs"] == 3
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "voc2012", "coco_panoptic", "coco_stuff"])
-def test_a_preset_trains(name: str, sets: dict[str, Any], small_network: None) -> None:
+def test_preset_trains_and_evaluates(name: str, sets: dict[str, Any], small_network: None) -> None:
     root = str(sets[name][0])
     dataset = {"path": root, "base_size": 32, "final_size": 32, "batch_size": 2, "num_workers": 0}
     config = {
@@ -220,15 +220,15 @@ def test_a_preset_trains(name: str, sets: dict[str, Any], small_network: None) -
     trainer = program.main(resolve(config))
     trainer.close()
     matrix = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
-    labelled = SIZE * (SIZE - 2) / SIZE**2  # but for the ignored border
+    labelled = SIZE * (SIZE - 2) / SIZE**2  # all but the ignored border
     assert abs(matrix.sum().item() - 3 * 32 * 32 * labelled) <= 3 * 32
     assert trainer.state.timestamp.batch == 3
 
 
 def rewrite(path: Path, change: Callable[[dict], Any]) -> None:
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
+    annotations = json.loads(path.read_text())
+    change(annotations)
+    path.write_text(json.dumps(annotations))
 
 
 def as_rgb(path: Path) -> None:
@@ -244,84 +244,86 @@ VOC = "SegmentationClass/2007_000003.png"
 JSON = "annotations/panoptic_train2017.json"
 PANOPTIC = "annotations/panoptic_train2017/000000000002.png"
 WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
-    "no mask": (
+    "missing mask": (
         "cityscapes",
         lambda root: (root / AACHEN).unlink(),
         "leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.png",
         "its mask is missing; expected gtFine/train/{dir}/{stem}_gtFine_labelIds.png",
     ),
-    "train ids in place of ids": (
+    "train ids instead of ids": (
         "cityscapes",
         lambda root: shutil.copy(root / AACHEN.replace("labelIds", "labelTrainIds"), root / AACHEN),
         AACHEN,
         "5.00% of its pixels have value 255, which the description does not name",
     ),
-    "colours in place of ids": (
+    "colours instead of ids": (
         "cityscapes",
         lambda root: shutil.copy(root / AACHEN.replace("labelIds", "color"), root / AACHEN),
         AACHEN,
         "the mask contains colours (RGB), but labels are expected",
     ),
-    "half unpacked": (
+    "half unpacked archive": (
         "cityscapes",
         lambda root: shutil.rmtree(root / "gtFine"),
         "gtFine/train/",
         "folder is missing",
     ),
-    "the palette lost": (
+    "lost palette": (
         "voc2012",
         lambda root: as_rgb(root / VOC),
         VOC,
         "the mask contains colours (RGB), but labels are expected",
     ),
-    "a list with a name too many": (
+    "list with unknown name": (
         "voc2012",
         lambda root: (root / "ImageSets/Segmentation/val.txt").write_text("2007_000007\n2009_1\n"),
         "ImageSets/Segmentation/val.txt:2",
         "has no image named 2009_1",
     ),
-    "no list": (
+    "missing list": (
         "voc2012",
         lambda root: (root / "ImageSets/Segmentation/train.txt").unlink(),
         "ImageSets/Segmentation/train.txt",
         "cannot read the list: No such file or directory",
     ),
-    "another size": (
+    "mask of other size": (
         "voc2012",
         lambda root: resize(root / VOC),
         "JPEGImages/2007_000003.jpg",
         "the image is 40x40, but its mask is 40x20",
     ),
-    "an image that the JSON leaves out": (
+    "image missing in JSON": (
         "coco_panoptic",
-        lambda root: rewrite(root / JSON, lambda found: found["annotations"].pop(2)),
+        lambda root: rewrite(root / JSON, lambda annotations: annotations["annotations"].pop(2)),
         PANOPTIC,
         "does not list this mask; add its segments",
     ),
-    "a category of another JSON": (
+    "category of other JSON": (
         "coco_panoptic",
         lambda root: rewrite(
             root / JSON,
-            lambda found: found["annotations"][2]["segments_info"][0].update(category_id=12),
+            lambda annotations: annotations["annotations"][2]["segments_info"][0].update(
+                category_id=12
+            ),
         ),
         PANOPTIC,
         "has a segment of category 12, which the description does not name",
     ),
-    "a segment that the JSON leaves out": (
+    "segment missing in JSON": (
         "coco_panoptic",
         lambda root: rewrite(
-            root / JSON, lambda found: found["annotations"][2]["segments_info"].pop(0)
+            root / JSON, lambda annotations: annotations["annotations"][2]["segments_info"].pop(0)
         ),
         PANOPTIC,
         "segment ",
     ),
-    "a JSON of instances": (
+    "JSON of instances": (
         "coco_panoptic",
         lambda root: (root / JSON).write_text('{"annotations": [{"bbox": [1, 2, 3, 4]}]}'),
         JSON,
         "cannot be read as JSON in COCO's panoptic format",
     ),
-    "stuff of another archive": (
+    "value of other archive": (
         "coco_stuff",
         lambda root: write(
             root / "stuffthingmaps/val2017/000000000001.png", np.full((SIZE, SIZE), 183)
@@ -329,7 +331,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         "stuffthingmaps/val2017/000000000001.png",
         "100.00% of its pixels have value 183, which the description does not name",
     ),
-    "a colour of none": (
+    "colour of no class": (
         "camvid",
         lambda root: write(
             root / "LabeledApproved_full/0001TP_000002_L.png", np.full((SIZE, SIZE, 3), 7)
@@ -341,7 +343,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_what_is_wrong_is_named(
+def test_faulty_file_of_data_set_is_named(
     fault: str,
     sets: dict[str, Any],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Rare classes: counts, weights, and photos that come up more often, whatever the processes."""
+"""Rare classes: counts, weights, and images that are repeated, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(path: str, **options: Any) -> Any:
 
 
 def digests(spec: Any, epoch: int) -> list[str]:
-    """A word for each sample of an epoch, as the model gets it."""
+    """Return a digest of each sample of an epoch as the model receives it."""
     spec.dataloader.sampler.set_epoch(epoch)
     words = []
     for batch in spec.dataloader:
@@ -38,18 +38,18 @@ def digests(spec: Any, epoch: int) -> list[str]:
     return words
 
 
-def test_any_number_of_workers_and_ranks_and_a_resume(
+def test_repeated_samples_are_equal_for_any_workers_and_ranks(
     synthetic: str, present: np.ndarray, tmp_path: Path
 ) -> None:
     counts = count_classes(folders(synthetic, Labels(12)), workers=1)
     factors = repeat_factors(present, 0.5)
-    whole = length_of_repeated(factors)
-    assert whole > 16 + 4  # some are taken again
+    epoch_length = length_of_repeated(factors)
+    assert epoch_length > 16 + 4  # some images are repeated
     spec = build(synthetic, counts=counts)
-    assert len(spec.dataloader) == whole // 4
+    assert len(spec.dataloader) == epoch_length // 4
     expected = [digests(spec, epoch) for epoch in range(2)]
-    assert len(set(expected[0] + expected[1])) == 2 * (whole // 4 * 4)  # no two crops alike
-    assert [digests(build(synthetic), epoch) for epoch in range(2)] == expected  # counts by itself
+    assert len(set(expected[0] + expected[1])) == 2 * (epoch_length // 4 * 4)  # all crops differ
+    assert [digests(build(synthetic), epoch) for epoch in range(2)] == expected  # own counts
     several = build(synthetic, counts=counts, num_workers=2)
     assert [digests(several, epoch) for epoch in range(2)] == expected
     convert(synthetic, str(tmp_path), workers=1)
@@ -78,26 +78,30 @@ def test_any_number_of_workers_and_ranks_and_a_resume(
         assert steps == expected[1][8:]
 
 
-def test_rare_photos_come_up_more_often(synthetic: str, present: np.ndarray) -> None:
+def test_images_of_rare_classes_are_sampled_more_often(synthetic: str, present: np.ndarray) -> None:
     counts = Counts(np.zeros(12), present)
     spec = build(synthetic, counts=counts)
-    taken = np.zeros(16)
+    sample_counts = np.zeros(16)
     for epoch in range(40):
         spec.dataloader.sampler.set_epoch(epoch)
-        taken += np.bincount([item.index % 16 for item in spec.dataloader.sampler], minlength=16)
+        sample_counts += np.bincount(
+            [item.index % 16 for item in spec.dataloader.sampler], minlength=16
+        )
     factors = repeat_factors(present, 0.5)
-    assert np.corrcoef(taken, factors)[0, 1] > 0.9
+    assert np.corrcoef(sample_counts, factors)[0, 1] > 0.9
     off = build(synthetic, rare_class_sampling=None)
     assert off.dataloader.sampler.repeat_factors is None
 
 
-def test_max_class_share_reaches_the_crop(synthetic: str) -> None:
+def test_max_class_share_is_passed_to_the_crop(synthetic: str) -> None:
     for share in (0.4, 1.0):
         spec = build(synthetic, rare_class_sampling=None, max_class_share=share)
         assert spec.dataloader.dataset.both_transforms.max_class_share == share
 
 
-def test_a_run_counts_and_logs(tiny: dict[str, Any], synthetic: str, small_network: None) -> None:
+def test_run_logs_class_weights_of_its_pixel_counts(
+    tiny: dict[str, Any], synthetic: str, small_network: None
+) -> None:
     from composer.loggers import InMemoryLogger
 
     tiny["model"]["class_weights"] = "auto"

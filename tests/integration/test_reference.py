@@ -1,4 +1,4 @@
-"""The names, arguments and configs of MosaicML's reference example keep working."""
+"""The names, arguments and configs of MosaicML's reference example still work."""
 
 from __future__ import annotations
 
@@ -73,11 +73,13 @@ SIGNATURES: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("function", "expected"), SIGNATURES, ids=lambda x: getattr(x, "__name__", "")
 )
-def test_arguments_and_defaults_in_their_order(function: Any, expected: dict[str, Any]) -> None:
+def test_functions_keep_reference_arguments_and_defaults(
+    function: Any, expected: dict[str, Any]
+) -> None:
     parameters = inspect.signature(function).parameters
     assert list(parameters)[: len(expected)] == list(expected)
     assert {name: parameters[name].default for name in expected} == expected
-    # What is new has a default.
+    # Each additional parameter has a default.
     assert all(
         parameter.default is not EMPTY or parameter.kind is parameter.VAR_KEYWORD
         for name, parameter in parameters.items()
@@ -85,14 +87,14 @@ def test_arguments_and_defaults_in_their_order(function: Any, expected: dict[str
     )
 
 
-def test_streaming_ade20k_takes_the_references_arguments() -> None:
+def test_streaming_ade20k_keeps_reference_arguments() -> None:
     parameters = list(inspect.signature(data.StreamingADE20k).parameters)
     assert parameters[:9] == ["remote", "local", "split", "shuffle", *SIZES, "batch_size"]
 
 
 @pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize("dice_weight", [0.0, 1.25])
-def test_the_model_is_a_composer_classifier(dice_weight: float) -> None:
+def test_model_is_a_composer_classifier(dice_weight: float) -> None:
     built = model.build_composer_deeplabv3(10, "resnet50", dice_weight=dice_weight)
     assert isinstance(built, ComposerClassifier)
     batch = torch.randn(2, 3, 64, 64), torch.randint(0, 10, (2, 64, 64))
@@ -100,12 +102,12 @@ def test_the_model_is_a_composer_classifier(dice_weight: float) -> None:
     assert output.shape == (2, 10, 64, 64) and output.dtype == torch.float32
     loss = built.loss(output, batch)
     assert set(loss) == {"total", "cross_entropy"} | ({"dice"} if dice_weight else set())
-    # A training step is not scored at full size, an evaluation is.
+    # Only evaluations compute metrics.
     assert built.get_metrics(is_train=True) == {}
     assert set(built.get_metrics(is_train=False)) == {"MIoU", "CrossEntropy"}
 
 
-def test_check_dataloader_returns_when_all_is_well(
+def test_check_dataloader_accepts_valid_and_rejects_missing_data(
     synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("extras.preparation.check_command.SPEED_SECONDS", 0.01)
@@ -118,7 +120,7 @@ def test_check_dataloader_returns_when_all_is_well(
     assert ended.value.code == 1
 
 
-def test_transforms_of_the_pair_photo_and_mask(synthetic: str) -> None:
+def test_reference_transforms_resize_image_and_mask(synthetic: str) -> None:
     built = transforms.build_ade20k_transformations("val", 32, 0.5, 2.0, 32)
     dataset = data.ADE20k(synthetic, "val", *built)
     assert len(dataset) == 6
@@ -126,8 +128,7 @@ def test_transforms_of_the_pair_photo_and_mask(synthetic: str) -> None:
     assert image.shape == (3, 32, 32) and target.shape == (32, 32)
 
 
-# The reference's deeplabv3.yaml, but for the values of `path`, as it is read: what is left empty
-# there means none.
+# The reference's deeplabv3.yaml with other paths. An empty value there means none.
 REFERENCE = """
 run_name: deeplabv3_ade20k
 is_train: true
@@ -175,14 +176,14 @@ python_log_level:
 """
 
 
-def test_the_references_yaml_is_taken_as_it_is(synthetic: str) -> None:
+def test_reference_yaml_is_accepted_unchanged(synthetic: str) -> None:
     config = resolve(OmegaConf.create(REFERENCE.format(path=synthetic)))
     assert config.device_train_microbatch_size is None
     assert (config.load_path, config.recipe_name, config.save_folder) == (None, None, None)
     assert config.loggers == {"progress_bar": {}}
 
 
-def test_other_spellings_of_the_references_yamls(synthetic: str, tmp_path: Path) -> None:
+def test_older_reference_keys_are_translated(synthetic: str, tmp_path: Path) -> None:
     reference = OmegaConf.create(REFERENCE.format(path=synthetic))
     (tmp_path / "latest-rank0.pt").touch()
     changes = {"load_path": f"{tmp_path}/latest-rank{{rank}}.pt", "grad_accum": "auto"}
@@ -191,12 +192,12 @@ def test_other_spellings_of_the_references_yamls(synthetic: str, tmp_path: Path)
     assert config.device_train_microbatch_size == "auto"
     assert config.model.backbone_weights is None
     config = resolve(OmegaConf.merge(reference, {"grad_accum": 3}))
-    assert config.device_train_microbatch_size == 43  # of 128
+    assert config.device_train_microbatch_size == 43  # a third of 128, rounded up
     with pytest.raises(ConfigError, match="grad_accum: 0 must be auto or an integer of at least 1"):
         resolve(OmegaConf.merge(reference, {"grad_accum": 0}))
 
 
 @pytest.mark.usefixtures("small_network")
-def test_a_run_without_micro_batches_takes_the_whole_batch(tiny: dict[str, Any]) -> None:
+def test_run_without_micro_batches_uses_the_full_batch(tiny: dict[str, Any]) -> None:
     trainer = main.main({**tiny, "device_train_microbatch_size": None, "max_duration": "1ba"})
     assert trainer.state.device_train_microbatch_size == 4

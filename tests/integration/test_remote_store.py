@@ -1,4 +1,4 @@
-"""Folders and object stores of checkpoints: each is whole or not there, and the rest goes."""
+"""Checkpoint uploads to an object store during outages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.stores import server  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_a_store_that_is_away_while_a_checkpoint_is_uploaded(
+def test_newest_checkpoint_is_uploaded_after_an_outage(
     server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = RemoteFolder("s3://data/outage")
@@ -42,7 +42,7 @@ def test_a_store_that_is_away_while_a_checkpoint_is_uploaded(
     assert not any(path.exists() for path in paths)
 
 
-def test_the_best_is_uploaded_although_newer_ones_wait(
+def test_best_and_newest_checkpoints_are_uploaded_after_outage(
     server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = RemoteFolder("s3://data/best")
@@ -58,7 +58,7 @@ def test_the_best_is_uploaded_although_newer_ones_wait(
     deadline = time.monotonic() + 60
     while "cannot upload" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.1)
-    publish(2, 2)  # once more, with what its evaluation says
+    publish(2, 2)  # published again after its evaluation
     for batch, best in ((4, 2), (5, 5), (6, 5), (7, 5)):
         publish(batch, best)
     assert [item.name for item in target._waiting] == ["ep0-ba5-rank0.pt", "ep0-ba7-rank0.pt"]

@@ -1,4 +1,4 @@
-"""What a resumed run does with each key of the config. The cases come from the schema."""
+"""A resumed run applies, compares or ignores each config key. The cases come from the schema."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 KINDS = on_resume(Config())
 Changes = dict[str, Any]
 
-# What a plain change of the value cannot show: changes to the first run, and to the resumed one.
+# Cases that a change of one value cannot express: changes to the first and to the resumed run.
 LRASPP = {"model.name": "torchvision:lraspp_mobilenet_v3_large", "model.arguments": {}}
 ADAMW = {"optimizer.name": "adamw"}
 SPECIAL: dict[str, tuple[Changes, Changes]] = {
@@ -99,7 +99,7 @@ SPECIAL: dict[str, tuple[Changes, Changes]] = {
         }.items()
     },
 }
-# Resumed runs train: `is_train=false` only evaluates. A run's name is compared by autoresume.
+# Resumed runs train, and `is_train=false` only evaluates. Autoresume compares run_name.
 ELSEWHERE = {"is_train", "run_name"}
 
 
@@ -120,8 +120,8 @@ def changed(name: str, value: Any, bounds: str) -> Any:
     if name.endswith("batch_size"):
         candidates = [8]
     for candidate in candidates:
-        whole = isinstance(value, int) and candidate != int(candidate)
-        if low < candidate < high and candidate != value and not whole:
+        is_fractional = isinstance(value, int) and candidate != int(candidate)
+        if low < candidate < high and candidate != value and not is_fractional:
             return candidate
     raise AssertionError(f"SPECIAL needs a case for {name}")
 
@@ -147,7 +147,7 @@ def case(name: str) -> tuple[Changes, Changes]:
 
 @pytest.fixture(scope="module")
 def places(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what names in `SPECIAL` stand for."""
+    """Return the values that stand for the names used in `SPECIAL`."""
     from convert_ade20k import main as convert
 
     folder = tmp_path_factory.mktemp("places")
@@ -182,7 +182,7 @@ def places(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def configure(
     tiny_config: dict[str, Any], places: dict[str, Any], tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """Return a function that gives the tiny config with changes by dotted names."""
+    """Return a function that applies changes by dotted names to the tiny config."""
     counter = itertools.count()
 
     def configured(*changes: Changes) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def checkpoint(
     places: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Changes], str]:
-    """Return a function that gives the checkpoint of a run of one batch."""
+    """Return a function that returns the checkpoint of a run of one batch."""
 
     def trained(changes: Changes) -> str:
         changes = {k: v for k, v in changes.items() if not k.startswith(("load", "save", "auto"))}
@@ -246,7 +246,7 @@ _settings: dict[str, dict[str, Any]] = {}
 
 
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return everything that a run with this config trains with, as a trainer holds it.
+    """Return every setting that a run with this config trains with, read from its trainer.
 
     Most keys are changed in the same config, so a trainer is built once for each config.
     """
@@ -314,17 +314,17 @@ def _read_settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[st
 
 
 def names_of(kind: str) -> list[str]:
-    return [name for name, found in KINDS.items() if found == kind and name not in ELSEWHERE]
+    return [name for name, key_kind in KINDS.items() if key_kind == kind and name not in ELSEWHERE]
 
 
-def test_every_key_says_what_a_resumed_run_does_with_it() -> None:
+def test_every_config_key_has_a_resume_kind() -> None:
     assert set(KINDS.values()) == {APPLIED, COMPARED, FREE}
     assert KINDS.keys() == flatten(Config()).keys()
     assert SPECIAL.keys() <= KINDS.keys()
 
 
 @pytest.mark.parametrize("name", names_of(APPLIED))
-def test_a_resumed_run_trains_with_the_new_value(
+def test_resumed_run_applies_new_value_of_applied_key(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
@@ -339,7 +339,7 @@ def test_a_resumed_run_trains_with_the_new_value(
 
 
 @pytest.mark.parametrize("name", names_of(FREE))
-def test_a_free_key_does_not_enter_the_training(
+def test_free_key_does_not_change_training(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
@@ -352,7 +352,7 @@ def test_a_free_key_does_not_enter_the_training(
 
 
 @pytest.mark.parametrize("name", names_of(COMPARED))
-def test_a_resumed_run_with_another_value_is_refused(
+def test_resumed_run_rejects_new_value_of_compared_key(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
@@ -369,7 +369,7 @@ def test_a_resumed_run_with_another_value_is_refused(
     assert line.endswith("start a new run from its weights with load_weights_only=true")
 
 
-def test_another_runs_name_is_refused_by_autoresume(
+def test_autoresume_rejects_other_run_name(
     configure: Callable[..., dict[str, Any]], checkpoint: Callable[[Changes], str]
 ) -> None:
     folder = str(Path(checkpoint({})).parent)
@@ -379,10 +379,10 @@ def test_another_runs_name_is_refused_by_autoresume(
         build_trainer(resolve(config | {"run_name": "other"}))
 
 
-def test_the_documentation_lists_every_key_where_it_belongs() -> None:
+def test_documentation_lists_every_key_under_its_kind() -> None:
     text = ROOT.joinpath("docs", "resume.md").read_text()
     for kind in (APPLIED, COMPARED, FREE):
         part = text.partition(f"\n### {kind.title()}\n")[2].partition("\n### ")[0]
         rows = [row for row in part.splitlines() if row.startswith("|")]
         named = re.findall(r"`([\w.]+)`", "".join(rows))
-        assert sorted(named) == sorted(name for name, found in KINDS.items() if found == kind)
+        assert sorted(named) == sorted(name for name, key_kind in KINDS.items() if key_kind == kind)

@@ -1,4 +1,4 @@
-"""A run's report.html: all on one page, and nothing in it but what the run says."""
+"""A run's report.html contains its curves, pictures, scores and config in one file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 CLASSES = ROOT / "yamls" / "demo_classes.txt"
 
 
-def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
+def test_report_contains_scores_curves_pictures_and_config(run: tuple[Any, str]) -> None:
     trainer, folder = run
     (report,) = (c for c in trainer.state.callbacks if isinstance(c, Report))
     assert report.latest == f"{folder}/report.html"
@@ -35,14 +35,14 @@ def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
     assert facts["mIoU"].startswith(f"{miou:.2f}%; best ")
     assert facts["Progress"].startswith(f"batch {trainer.state.timestamp.batch.value}, ")
     assert facts["Images per second"].endswith("including loading")
-    # The curves, the newest picture and the confusion matrix, whole and inside.
-    drawn = [Image.open(io.BytesIO(report.curves.drawn or b"")).size]
+    # The page embeds the curves, the newest picture and the confusion matrix.
+    image_sizes = [Image.open(io.BytesIO(report.curves.drawn or b"")).size]
     assert report.pictures is not None and report.pictures.sheet is not None
-    drawn.append(report.pictures.sheet.size)
+    image_sizes.append(report.pictures.sheet.size)
     metric = trainer.state.eval_metrics["eval"]["MIoU"]
-    drawn.append(draw_confusion(metric.total_matrix.numpy(), report.classes).size)
-    assert [image.size for image in page.images[:3]] == drawn
-    # The two images with the lowest mIoU of the newest evaluation, the lowest first.
+    image_sizes.append(draw_confusion(metric.total_matrix.numpy(), report.classes).size)
+    assert [image.size for image in page.images[:3]] == image_sizes
+    # Then come the newest evaluation's two images with the lowest mIoU, worst first.
     captions = [text.partition(": mIoU ") for text in page.texts["figcaption"]]
     assert len(page.images) == 3 + len(captions) == 5
     assert all(Path(name).is_file() and "/validation/" in name for name, _, _ in captions)
@@ -56,7 +56,7 @@ def test_everything_is_on_the_page(run: tuple[Any, str]) -> None:
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_an_evaluation_alone_leaves_the_page(tiny: dict[str, Any], is_train: bool) -> None:
+def test_evaluation_alone_writes_no_report(tiny: dict[str, Any], is_train: bool) -> None:
     config = resolve(tiny | {"save_folder": "runs/x"})
     config.is_train = is_train
     built = build_callbacks(config, None)
@@ -64,10 +64,10 @@ def test_an_evaluation_alone_leaves_the_page(tiny: dict[str, Any], is_train: boo
 
 
 @pytest.mark.parametrize("save_folder", ["runs/x", "s3://bucket/x"])
-def test_an_evaluation_alone_leaves_pictures_and_tables(
+def test_evaluation_alone_keeps_the_runs_pictures_and_tables(
     tiny: dict[str, Any], save_folder: str
 ) -> None:
-    """Each name of a training run's first evaluation is one of an evaluation alone as well."""
+    """Both write files of the same names, so an evaluation has its own folder."""
     config = resolve(tiny | {"save_folder": save_folder, "pictures": 2, "class_table_csv": True})
     folders = []
     for config.is_train in (True, False):
@@ -76,7 +76,7 @@ def test_an_evaluation_alone_leaves_pictures_and_tables(
     assert folders == [{save_folder}, {f"{save_folder}/evaluation"}]
 
 
-def test_the_table_has_the_scores_of_the_newest_evaluation(run: tuple[Any, str]) -> None:
+def test_report_table_has_scores_of_newest_evaluation(run: tuple[Any, str]) -> None:
     trainer, folder = run
     page = Page(Path(folder, "report.html").read_text(encoding="utf-8"))
     metric = trainer.state.eval_metrics["eval"]["MIoU"]
@@ -86,4 +86,4 @@ def test_the_table_has_the_scores_of_the_newest_evaluation(run: tuple[Any, str])
         [name, *("-" if v is None else f"{v:.2f}" for v in shares), f"{pixels:,}"]
         for name, *shares, pixels in rows
     ]
-    assert page.rows[0] == [] and page.rows[1:] == expected  # the first has the titles
+    assert page.rows[0] == [] and page.rows[1:] == expected  # the first row has the titles

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, what is refused, and what a failing save leaves."""
+"""Saving and resuming: chosen checkpoints, rejected checkpoints, failed saves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("folder", ["{node_rank}-{x", "lab:1"])
-def test_a_folders_name_may_look_like_something_else(
+def test_save_folder_with_special_characters_works(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -45,7 +45,7 @@ def test_a_folders_name_may_look_like_something_else(
 
 
 class Planted:
-    """Runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -54,17 +54,19 @@ class Planted:
         return (os.mkdir, (str(self.mark),))
 
 
-@pytest.mark.parametrize("by", ["load_path", "load_weights_only", "autoresume", "evaluation"])
-def test_a_planted_checkpoint_does_not_run(tiny: dict[str, Any], tmp_path: Path, by: str) -> None:
+@pytest.mark.parametrize("source", ["load_path", "load_weights_only", "autoresume", "evaluation"])
+def test_planted_code_in_checkpoint_does_not_run(
+    tiny: dict[str, Any], tmp_path: Path, source: str
+) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()
     path, mark = folder / "ep0-ba2-rank0.pt", tmp_path / "it ran"
     network = {"backbone.conv1.weight": torch.zeros(1)}
     torch.save({"state": {"model": network, "callbacks": Planted(mark)}, "rng": []}, path)
     os.symlink(path.name, folder / "latest-rank0.pt")
-    tiny |= {"save_folder": str(folder), "autoresume": by == "autoresume"}
-    tiny |= {"load_weights_only": by == "load_weights_only", "is_train": by != "evaluation"}
-    if by != "autoresume":
+    tiny |= {"save_folder": str(folder), "autoresume": source == "autoresume"}
+    tiny |= {"load_weights_only": source == "load_weights_only", "is_train": source != "evaluation"}
+    if source != "autoresume":
         tiny |= {"load_path": str(path), "save_overwrite": True}
     with pytest.raises(WeightsError, match=r"it contains posix.mkdir, .* could run code") as caught:
         main(tiny)
@@ -73,7 +75,7 @@ def test_a_planted_checkpoint_does_not_run(tiny: dict[str, Any], tmp_path: Path,
     with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError):
         torch.load(file)
     torch.load(path, weights_only=False)
-    assert mark.exists()  # it would have
+    assert mark.exists()  # without the check, the code runs
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def tiny_checkpoint(
     return folder / "ep0-ba2-rank0.pt"
 
 
-def test_a_full_state_with_code_beside_the_weights_does_not_run(
+def test_planted_code_beside_weights_does_not_run(
     tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     mark = tmp_path / "it ran"
@@ -99,7 +101,7 @@ def test_a_full_state_with_code_beside_the_weights_does_not_run(
     assert not mark.exists()
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(
+def test_damaged_newest_checkpoint_is_skipped_and_replaced(
     tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(tiny_checkpoint, tmp_path)
@@ -118,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(
 
 
 @pytest.mark.parametrize("room", [0, 1_000_000])
-def test_a_full_disk_while_saving(
+def test_full_disk_keeps_last_good_checkpoint(
     tiny: dict[str, Any],
     tmp_path: Path,
     tiny_checkpoint: Path,
@@ -128,7 +130,7 @@ def test_a_full_disk_while_saving(
 
     class FullDisk(Callback):
         def fit_start(self, state: State, logger: Any) -> None:
-            if room:  # not an empty disk's error, but at the same place, within the file
+            if room:  # another error, but also within the file
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
             else:
                 os.symlink("/dev/full", tmp_path / "ep0-ba3-rank0.pt.unfinished")
@@ -149,9 +151,7 @@ def test_a_full_disk_while_saving(
     assert list(tmp_path.glob("ep*")) == [tmp_path / tiny_checkpoint.name]
 
 
-def test_another_runs_checkpoints_are_not_replaced_by_accident(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_save_folder_of_other_run_is_rejected(tiny: dict[str, Any], tmp_path: Path) -> None:
     save_whole(tmp_path, 100)
     with pytest.raises(ConfigError, match=r"contains ep0-ba100-rank0.pt from a different run"):
         main({**tiny, "save_folder": str(tmp_path)})
@@ -160,9 +160,7 @@ def test_another_runs_checkpoints_are_not_replaced_by_accident(
     assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba1-rank0.pt")
 
 
-def test_weights_that_are_not_finite_do_not_replace_good_ones(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_are_not_saved(tiny: dict[str, Any], tmp_path: Path) -> None:
     class Poison(Callback):
         def batch_end(self, state: State, logger: Any) -> None:
             if state.timestamp.batch == 2:
@@ -185,30 +183,30 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        pytest.param({}, "contains ep0-ba2-rank0.pt from a different run", id="a new run"),
+        pytest.param({}, "contains ep0-ba2-rank0.pt from a different run", id="new run"),
         pytest.param(
             {"load_path": "{first}/ep0-ba2-rank0.pt", "run_name": "b"},
             "contains ep0-ba2-rank0.pt from a different run",
-            id="a run from elsewhere, whose batches are later",
+            id="run from checkpoint of other folder",
         ),
         pytest.param(
             {"load_path": "{other}/ep0-ba2-rank0.pt", "run_name": "b"},
             "contains ep0-ba2-rank0.pt from a different run",
-            id="another run from the checkpoint that lies there",
+            id="other run from checkpoint in this folder",
         ),
         pytest.param(
             {"load_path": "{other}/latest-rank0.pt", "load_weights_only": True},
             "contains ep0-ba2-rank0.pt from a different run",
-            id="a new run from the weights that lie there",
+            id="new run from weights in this folder",
         ),
         pytest.param(
             {"autoresume": True, "run_name": "b"},
             "belongs to run tiny, not to b; use a different save_folder, or set run_name=tiny",
-            id="autoresume by another name",
+            id="autoresume with other run name",
         ),
     ],
 )
-def test_a_folder_of_another_run_stays_as_it_is(
+def test_checkpoints_of_other_run_are_kept_without_overwrite(
     tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path, changes: Any, line: str
 ) -> None:
     other = tmp_path / "other"
@@ -224,7 +222,7 @@ def test_a_folder_of_another_run_stays_as_it_is(
     assert list(checkpoints(other)) == ["ep0-ba4-rank0.pt"]
 
 
-def test_the_same_run_goes_on_from_a_checkpoint_in_its_folder(
+def test_run_resumes_from_load_path_in_its_own_folder(
     tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     shutil.copytree(tiny_checkpoint.parent, tmp_path / "own", symlinks=True)
@@ -233,19 +231,19 @@ def test_the_same_run_goes_on_from_a_checkpoint_in_its_folder(
     assert list(checkpoints(tmp_path / "own")) == ["ep0-ba4-rank0.pt"]
 
 
-def test_what_was_saved_to_be_kept_stays_after_a_resume(
+def test_kept_checkpoints_stay_after_resume_with_other_limit(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     tiny |= {"save_folder": str(tmp_path), "autoresume": True, "save_interval": "1ba"}
     main({**tiny, "max_duration": "3ba", "save_num_checkpoints_to_keep": -1})
-    kept = checkpoints(tmp_path)
-    assert len(kept) == 3
+    kept_checkpoints = checkpoints(tmp_path)
+    assert len(kept_checkpoints) == 3
     main({**tiny, "max_duration": "6ba", "save_num_checkpoints_to_keep": 1})
-    assert list(checkpoints(tmp_path)) == [*kept, "ep1-ba6-rank0.pt"]
-    assert kept.items() <= checkpoints(tmp_path).items()
+    assert list(checkpoints(tmp_path)) == [*kept_checkpoints, "ep1-ba6-rank0.pt"]
+    assert kept_checkpoints.items() <= checkpoints(tmp_path).items()
 
 
-def test_a_file_system_without_symbolic_links(
+def test_file_system_without_symbolic_links_is_supported(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     symlink = os.symlink
@@ -271,7 +269,7 @@ def test_a_file_system_without_symbolic_links(
     assert main({**tiny, "load_path": load_path}).state.timestamp.batch == 3
 
 
-def test_a_file_system_that_cannot_rename_is_refused_first(
+def test_file_system_without_rename_is_rejected_before_training(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_rename(source: str, target: str) -> None:
@@ -282,7 +280,7 @@ def test_a_file_system_that_cannot_rename_is_refused_first(
         main({**tiny, "save_folder": str(tmp_path)})
 
 
-def test_a_run_without_save_folder_says_that_nothing_is_kept(
+def test_run_without_save_folder_logs_that_it_cannot_resume(
     tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = "save_folder is empty: this run saves no checkpoint, so it cannot be resumed"
@@ -293,7 +291,7 @@ def test_a_run_without_save_folder_says_that_nothing_is_kept(
     assert line not in caplog.text
 
 
-def test_a_run_killed_before_a_removal_ends_with_the_same_files(
+def test_run_killed_before_removal_ends_with_same_files(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last batch's checkpoint exists, but the older ones were not yet removed."""

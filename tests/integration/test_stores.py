@@ -1,4 +1,4 @@
-"""Folders and object stores of checkpoints: each is whole or not there, and the rest goes."""
+"""Save folders and object stores that cannot be written are rejected before training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.stores import server  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_a_store_that_cannot_be_written_is_found_first(
+def test_unwritable_object_store_is_rejected_before_training(
     tiny: dict[str, Any], server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"cannot write to s3://no-such-bucket/x: .*NoSuchBucket"):
@@ -30,7 +30,7 @@ def test_a_store_that_cannot_be_written_is_found_first(
             main({**tiny, "save_folder": "s3://data/x"})
 
 
-def test_a_save_folder_that_cannot_be_written_is_found_first(
+def test_unwritable_save_folder_is_rejected_before_training(
     tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("no folder")

@@ -1,4 +1,4 @@
-"""Data sets in shards: the samples of the folders, from anywhere, in spite of what goes wrong."""
+"""Data sets in shards give the samples of the folders, also after resumes and outages."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.streaming import expected, folder, mds, stream  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_evaluation_gives_what_folders_give(mds: str, folder: str, tmp_path: Path) -> None:
+def test_shards_give_folder_samples_in_evaluation(mds: str, folder: str, tmp_path: Path) -> None:
     spec = stream(mds, tmp_path, split="val", num_workers=1)
     assert digests(batches(spec)) == digests(batches(build(folder, split="val")))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_resumes_in_mid_epoch_with_any_number_of_ranks(
+def test_stream_resumes_in_mid_epoch_with_any_number_of_ranks(
     mds: str, expected: list[list[str]], tmp_path: Path, ranks: int
 ) -> None:
     state = stream(mds, tmp_path).dataloader.dataset.state_dict(12, True)
@@ -40,10 +40,12 @@ def test_resumes_in_mid_epoch_with_any_number_of_ranks(
     assert digests(together) == expected[0][12:]
 
 
-def test_a_resumed_run_sees_the_rest(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
+def test_resumed_run_streams_remaining_samples(
+    mds: str, expected: list[list[str]], tmp_path: Path
+) -> None:
     train(stream(mds, tmp_path / "a"), tmp_path, max_duration="7ba")
     model, _ = train(
-        stream(mds, tmp_path / "b", num_workers=1),  # as on another machine
+        stream(mds, tmp_path / "b", num_workers=1),  # a new cache, like on another machine
         tmp_path / "resumed",
         load_path=str(tmp_path / "7.pt"),
         max_duration="2ep",
@@ -51,14 +53,14 @@ def test_a_resumed_run_sees_the_rest(mds: str, expected: list[list[str]], tmp_pa
     assert model.seen == [*expected[0][28:], *expected[1]]
 
 
-def test_a_stream_can_be_sent_to_spawned_workers(mds: str, tmp_path: Path) -> None:
+def test_stream_can_be_pickled(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
     dataset.prefetch(40)
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(a, b) for a, b in zip(copy[5], dataset[5]))
 
 
-def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
+def test_cache_stays_below_cache_limit(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
     sizes = [shard.raw_data.bytes for shard in stream(mds, None).dataloader.dataset.shards.shards]
     limit = 4 * max(sizes)
     assert limit < sum(sizes) / 1.5
@@ -76,35 +78,35 @@ def test_stays_below_its_limit(mds: str, expected: list[list[str]], tmp_path: Pa
     seen = digests(batches(spec))
     assert 0 < most <= limit
     assert len(seen) == len(set(seen)) == 44
-    assert set(seen) == set(expected[0])  # another order, no other samples
-    # The order goes through two shards at a time, so that each is fetched once.
+    assert set(seen) == set(expected[0])  # another order of the same samples
+    # The order visits two shards at a time, so that each shard is fetched once.
     assert fetched == len(sizes)
     spec = stream(mds, tmp_path / "b", cache_limit=limit, num_workers=2)
     assert digests(batches(spec)) == seen
     assert digests(batches(spec, 1)) != seen
-    # With room for all of it, it is the order without a limit.
+    # If the cache holds all shards, the order is that without a limit.
     spec = stream(mds, tmp_path / "c", cache_limit=sum(sizes))
     assert digests(batches(spec)) == expected[0]
     with pytest.raises(DataError, match=r"cache_limit 1kb is too small for .*/train; use at least"):
         stream(mds, tmp_path, cache_limit="1kb")
 
 
-def test_processes_share_a_cache(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
-    found: dict[int, list[str]] = {}
+def test_streams_share_a_cache(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
+    digests_by_number: dict[int, list[str]] = {}
 
     def run(number: int) -> None:
-        found[number] = digests(batches(stream(mds, tmp_path, predownload=9)))
+        digests_by_number[number] = digests(batches(stream(mds, tmp_path, predownload=9)))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert list(found.values()) == [expected[0]] * 3
+    assert list(digests_by_number.values()) == [expected[0]] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_whose_store_stays_away_is_to_be_begun_again(
+def test_run_ends_with_retry_status_when_store_is_down(
     mds: str,
     tiny: dict[str, Any],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Data sets as they are: each layout gives the batches of ADE20K's, and what is wrong is named."""
+"""`data.py --suggest` pairs images and masks in many layouts and names unusable masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.layouts import LAYOUTS, lay_out
 from tests.support.suggest import COLORED, N, check, described, lay_out, save
 
 
-def test_a_suggestion_takes_photos_of_every_extension(tmp_path: Path) -> None:
+def test_suggestion_pairs_images_of_every_extension(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number, suffix in enumerate([".jpg", ".JPG", ".png"] * 4):
         for folder in ("photos", "masks"):
@@ -27,31 +27,31 @@ def test_a_suggestion_takes_photos_of_every_extension(tmp_path: Path) -> None:
         Image.fromarray(np.eye(24, dtype=np.uint8)).save(tmp_path / f"masks/{number}.png")
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"] == {"images": "photos/{stem}", "masks": "masks/{stem}.png"}
-    photo.save(tmp_path / "photos/logo.jpeg")  # which has no mask
+    photo.save(tmp_path / "photos/logo.jpeg")  # an image without a mask
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"] == raw["train"]
-    photo.save(tmp_path / "photos/0.png")  # which of the two is it?
+    photo.save(tmp_path / "photos/0.png")  # two images with the same name
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"]["images"] in [f"photos/{{stem}}{suffix}" for suffix in (".jpg", ".png")]
 
 
 M = [f"{n:03}" for n in range(8, 12)]
 
-# Layout: templates of images and masks with names; the masks of train and val that are expected;
-# the numbers of training and validation pairs; texts in the comments.
+# Each layout has: templates of images and masks with names; the expected masks of train and val;
+# the number of pairs of train and val; texts in the comments.
 LAYOUTS = {
-    "words first, masks with a tail": (
+    "words first, masks with a suffix": (
         [("images/{}.jpg", "masks/{}_mask.png", [f"{w}_{n}" for n in N for w in ("cat", "dog")])],
         ("masks/{stem}_mask.png", None),
         (16, None),
         (),
     ),
-    "words alone": (
+    "words only": (
         [("a/{}.jpg", "b/{}.png", ["alpha", "beta", "gamma one", "Delta", "train car", "epsilon"])],
         ("b/{stem}.png", None),
         (6, None),
         (),
     ),
-    "words of both": (
+    "words in both names": (
         [("image{}.jpg", "label{}.png", N)],
         ("label{stem}.png", None),
         (8, None),
@@ -104,19 +104,19 @@ LAYOUTS = {
         (8, 4),
         (),
     ),
-    "train beside train_masks, test without": (
+    "train and train_masks, test without masks": (
         [("train/{}.jpg", "train_masks/{}_mask.gif", N), ("test/{}.jpg", "", M)],
         ("train_masks/{stem}_mask.gif", None),
         (8, None),
         ("# 4 images are left out, such as test/008.jpg.",),
     ),
-    "test as val": (
+    "test used as val": (
         [("train/a/{}.jpg", "train/b/{}.png", N), ("test/a/{}.jpg", "test/b/{}.png", M)],
         ("train/b/{stem}.png", "test/b/{stem}.png"),
         (8, 4),
         ("# A guess: test serves as val",),
     ),
-    "test beside val": (
+    "test and val": (
         [
             ("train/a/{}.jpg", "train/b/{}.png", N),
             ("val/a/{}.jpg", "val/b/{}.png", M),
@@ -126,7 +126,7 @@ LAYOUTS = {
         (8, 4),
         ("# 3 images and 3 masks are left out, such as test/a/x1.jpg and test/b/x1.png.",),
     ),
-    "a hash in the names": (
+    "hash in the names": (
         [("train/{}.jpg", "train/{}_mask.png", [f"shot_{n}_jpg.rf.{int(n):05x}ab9" for n in N])],
         ("train/{stem}_mask.png", None),
         (8, None),
@@ -138,13 +138,13 @@ LAYOUTS = {
         (24, None),
         (),
     ),
-    "a folder for each image": (
+    "folder per image": (
         [("{}/img.png", "{}/label.png", [f"{n}_json" for n in N])],
         ("{name}/label.png", None),
         (8, None),
         (),
     ),
-    "grown together": (
+    "split and kind in one word": (
         [
             ("train/{}.png", "trainannot/{}.png", N),
             ("val/{}.png", "valannot/{}.png", M),
@@ -191,7 +191,7 @@ LAYOUTS = {
         (8, None),
         (),
     ),
-    "a folder left out": (
+    "unused folder": (
         [("x/{}.jpg", "y/{}.png", N), ("extra/{}-a.jpg", "other/{}-b.png", M)],
         ("y/{stem}.png", None),
         (8, None),
@@ -201,7 +201,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_all_images_are_paired_or_named(name: str, tmp_path: Path) -> None:
+def test_every_image_is_paired_or_listed_as_left_out(name: str, tmp_path: Path) -> None:
     templates, masks, counts, comments = LAYOUTS[name]
     lay_out(tmp_path, templates)
     text = suggest(str(tmp_path), 1).text
@@ -219,12 +219,12 @@ def test_all_images_are_paired_or_named(name: str, tmp_path: Path) -> None:
     assert ("left out, such as" in text) == any(
         "left out, such as" in comment for comment in comments
     )
-    for sample in [*samples["train"], *samples["val"]]:  # each mask is the one drawn for the image
-        drawn = Image.open(sample.mask_path)
+    for sample in [*samples["train"], *samples["val"]]:  # each mask was drawn for its image
+        mask = Image.open(sample.mask_path)
         labels = Masks.of(description, "train", str(tmp_path)).decode(
             Path(sample.mask_path).read_bytes()
         )
-        assert (labels - 1 == np.array(drawn)).all()  # values 0, 1, 2 are classes 0, 1, 2
+        assert (labels - 1 == np.array(mask)).all()  # values 0, 1, 2 are classes 0, 1, 2
 
 
 def spoil(root: Path, change: Callable[[np.ndarray, int, Path], None]) -> None:
@@ -261,11 +261,11 @@ def as_text(mask: np.ndarray, n: int, path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1")
 
 
-def of_both_kinds(mask: np.ndarray, n: int, path: Path) -> None:
+def with_mixed_modes(mask: np.ndarray, n: int, path: Path) -> None:
     save(path, mask if n % 2 else np.array(COLORED, np.uint8)[mask] + np.uint8(9))
 
 
-def of_many_values(mask: np.ndarray, n: int, path: Path) -> None:
+def with_many_values(mask: np.ndarray, n: int, path: Path) -> None:
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) + 64 * n
     cv2.imwrite(str(path), values.repeat(4, 0).repeat(4, 1))
 
@@ -278,25 +278,27 @@ REFUSED = [
     pytest.param(as_jpeg, "8 masks are JPEGs, first m/000.jpg; JPEG changes", id="JPEGs"),
     pytest.param(as_grey_jpeg, "8 masks are JPEGs, first m/000.jpeg; JPEG", id="grey JPEGs"),
     pytest.param(as_webp, "8 masks are WebPs, first m/000.webp; masks must be", id="WebPs"),
-    pytest.param(cut_short, "8 masks cannot be decoded, first m/000.png", id="cut short"),
+    pytest.param(cut_short, "8 masks cannot be decoded, first m/000.png", id="truncated"),
     pytest.param(
         as_text, "8 masks cannot be decoded, first m/000.png (unknown image format)", id="text"
     ),
-    pytest.param(some_cut_short, " (2 of 8 masks cannot be read); copy ", id="some cut short"),
-    pytest.param(of_both_kinds, "is in colours, but ", id="of both kinds"),
+    pytest.param(some_cut_short, " (2 of 8 masks cannot be read); copy ", id="some truncated"),
+    pytest.param(with_mixed_modes, "is in colours, but ", id="labels and colours mixed"),
     pytest.param(
-        of_many_values,
+        with_many_values,
         "too many values (512 for at most 253 classes)",
-        id="many values",
+        id="too many values",
     ),
     pytest.param(
-        with_wild_palettes, "in different colours, so its meaning is unknown", id="palettes"
+        with_wild_palettes,
+        "in different colours, so its meaning is unknown",
+        id="different palettes",
     ),
 ]
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED)
-def test_masks_that_cannot_be_used_are_named_and_nothing_is_left(
+def test_unusable_masks_are_named_and_no_file_is_written(
     change: Callable[[np.ndarray, int, Path], None],
     reason: str,
     tmp_path: Path,

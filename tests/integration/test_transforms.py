@@ -1,4 +1,4 @@
-"""Transforms against plain Pillow and torchvision: pixel by pixel, or statistics where random."""
+"""Transforms compared with Pillow and torchvision, and compiled transforms with eager ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transforms import (
 
 
 class PlainCrop:
-    """The augmentation with Pillow and torchvision, step by step, as the reference has it."""
+    """The reference's augmentation, step by step with Pillow and torchvision."""
 
     def __init__(self, base_size: int, low: float, high: float, final_size: int):
         self.base_size, self.low, self.high, self.final_size = base_size, low, high, final_size
@@ -51,7 +51,7 @@ class PlainCrop:
 
 
 def describe(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Numbers that a change of scale, place, class share, flip or padding would change."""
+    """Return numbers that depend on the scale, position, class share, flip and padding."""
     inside = target != PADDING
     count = np.bincount(target[inside], minlength=2)[1:]
     columns = np.arange(target.shape[1]) - (target.shape[1] - 1) / 2
@@ -67,30 +67,30 @@ def describe(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
     }
 
 
-def test_crops_are_distributed_as_plain_ones() -> None:
-    # One class has the left side, so that many crops have too much of one, and flips show.
+def test_crops_have_the_distribution_of_torchvision_crops() -> None:
+    # One class covers the left side, so that flips are visible and many crops have too much of it.
     image, mask = photo(90, 120), blobs(90, 120)
     mask[:, :90], mask[:10], mask[40:45, 10:50] = 1, 0, 2
     plain, ours = PlainCrop(64, 0.5, 2.0, 64), RandomCrop(64, 0.5, 2.0, 64)
     pictures = Image.fromarray(image), Image.fromarray(mask)
     rng = random.Random(0)
     expected = [describe(*plain(*pictures, rng)) for _ in range(1500)]
-    found = [
+    actual = [
         describe(*ours.apply(lambda _: image, mask, np.random.default_rng(seed)))
         for seed in range(1500)
     ]
     for name in expected[0]:
-        a, b = (np.array([each[name] for each in side]) for side in (expected, found))
+        a, b = (np.array([each[name] for each in side]) for side in (expected, actual))
         error = (a.std() ** 2 / len(a) + b.std() ** 2 / len(b)) ** 0.5
         assert abs(a.mean() - b.mean()) < 3.5 * error + 1e-9, (name, a.mean(), b.mean())
-        # and the spread, whose own spread is about this for these
+        # The standard deviation must agree too; 10% is about its own error here.
         assert abs(a.std() - b.std()) < 0.1 * a.std() + 1e-9, (name, a.std(), b.std())
-    assert 0.1 < np.mean([each["too large"] for each in found]) < 0.9
+    assert 0.1 < np.mean([each["too large"] for each in actual]) < 0.9
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing depends on values that the host would have to wait for."""
+def without_host_decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make no computation depend on values that the host would have to wait for, as on a GPU."""
     monkeypatch.setattr(color_jitter, "_any", lambda change: True)
     torch._dynamo.reset()
     counters.clear()
@@ -98,14 +98,14 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_one_graph_for_all_seeds_and_epochs(
-    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+def test_device_transform_compiles_one_graph_for_all_epochs(
+    without_host_decisions: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     epochs = iter([0, 1, 2])
     compiled = DeviceTransform(Labels(20), distort=True, epoch=lambda: next(epochs))
     compiled.compile()
-    # The compiled one is for GPUs.
+    # A CPU would use the eager transform.
     monkeypatch.setattr(compiled, "_transform", compiled._on_gpu)
     for epoch in range(3):
         expected = DeviceTransform(Labels(20), distort=True, epoch=[epoch].pop)(batch_of(2))
@@ -115,12 +115,14 @@ def test_one_graph_for_all_seeds_and_epochs(
 
 
 @pytest.mark.parametrize("distort", [False, True])
-def test_inductor_makes_the_same_of_it(as_on_a_gpu: None, distort: bool) -> None:
+def test_inductor_transform_equals_eager_transform(
+    without_host_decisions: None, distort: bool
+) -> None:
     raw, labels = batch_of(1, 16)
     transform = DeviceTransform(Labels(20), distort=distort)
     expected = transform((raw, labels))
     arguments = [torch.full((), number) for number in (17, 0)]
     metrics.reset()
-    found = torch.compile(transform._transform, fullgraph=True)(raw, labels, *arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual = torch.compile(transform._transform, fullgraph=True)(raw, labels, *arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert 0 < metrics.generated_kernel_count < 20

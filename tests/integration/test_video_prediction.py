@@ -1,4 +1,4 @@
-"""Videos in and out, compared with what OpenCV reads and writes."""
+"""Segmentation of videos and camera streams, compared with what OpenCV reads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.support.video import SIZE, camera, clip, opencv_frames, scenes, write
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def broken(folder: Path, clip: Path) -> dict[str, str]:
-    """Files that are no videos, and what is said of them."""
+def write_broken_videos(folder: Path, clip: Path) -> dict[str, str]:
+    """Write files that are not valid videos; return the expected reason for each."""
     (folder / "junk.mp4").write_bytes(b"junk" * 100)
     (folder / "empty.mp4").write_bytes(b"")
     with wave.open(f"{folder}/sound.mp4", "wb") as sound:
@@ -36,33 +36,33 @@ def broken(folder: Path, clip: Path) -> dict[str, str]:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         container.start_encoding()
-    (folder / "header.mkv").rename(folder / "header.mp4")  # its content tells what it is
+    (folder / "header.mkv").rename(folder / "header.mp4")  # PyAV reads the content
     (folder / "half.mp4").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
-    said = "Invalid data found when processing input"
+    invalid = "Invalid data found when processing input"
     return {
-        "junk": said,
-        "empty": said,
+        "junk": invalid,
+        "empty": invalid,
         "sound": "the file contains no video stream; choose a different file",
         "header": "the video has no frames",
-        "half": said,
+        "half": invalid,
         "gone": "No such file or directory",
     }
 
 
-def test_what_is_no_video_is_skipped_with_a_line(
+def test_file_that_is_not_a_video_is_skipped_with_reason(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = broken(tmp_path, clip)
-    files = [f"{tmp_path}/{name}.mp4" for name in said]
+    reasons = write_broken_videos(tmp_path, clip)
+    files = [f"{tmp_path}/{name}.mp4" for name in reasons]
     assert main([random_weights(), *files, str(clip), "--out", f"{tmp_path}/out"]) == 1
     output = capsys.readouterr()
-    for name, line in said.items():
+    for name, line in reasons.items():
         assert f"skipped {tmp_path}/{name}.mp4: {line}\n" in output.err
     assert "1 of 7 images and videos segmented" in output.out and "6 skipped" in output.out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.mp4"]
 
 
-def test_a_video_that_breaks_off_is_written_up_to_there(
+def test_truncated_video_is_written_up_to_its_last_frame(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "clip.mp4", [0, 1, 2])
@@ -80,7 +80,7 @@ def test_a_video_that_breaks_off_is_written_up_to_there(
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
 
 
-def test_a_camera_until_it_ends_or_is_stopped(
+def test_camera_is_recorded_until_it_ends_or_is_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with camera(scenes(6), 10) as address:
@@ -111,17 +111,17 @@ def test_a_camera_until_it_ends_or_is_stopped(
         assert f"error: camera: {reason}" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_no_part_of_a_video(
+def test_full_disk_leaves_no_partial_video(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [random_weights(), str(clip), "--out", f"{tmp_path}/out"]
-    for limit in (10, 3000):  # at the header and in the middle
+    for limit in (10, 3000):  # full at the header and in the middle
         with file_limit(limit):
             assert main(arguments) == 1
         error = f"error: {tmp_path}/out/clip.mp4: File too large"
         assert error in capsys.readouterr().err
         assert list((tmp_path / "out").iterdir()) == []
-    for _ in range(2):  # the second call replaces the first one's video
+    for _ in range(2):  # The second call replaces the video of the first.
         assert main(arguments) == 0
     shutil.copy(clip, tmp_path / "out/clip.mp4")
     assert main(arguments) == 2
@@ -130,8 +130,8 @@ def test_a_full_disk_leaves_no_part_of_a_video(
     )
 
 
-def test_ctrl_c_completes_a_cameras_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composer's handler of the signal ends the process."""
+def test_ctrl_c_completes_the_camera_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer's signal handler would end the process."""
     calls = []
 
     def segment(*_: object) -> np.ndarray:
@@ -150,7 +150,7 @@ def test_ctrl_c_completes_a_cameras_video(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(opencv_frames(tmp_path / "camera.mp4")) == 2
 
 
-def test_what_cannot_be_done_is_one_line(
+def test_video_output_problems_give_one_line_errors(
     clip: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

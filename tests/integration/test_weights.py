@@ -1,4 +1,4 @@
-"""Any checkpoint's weights are read, whatever wraps their names; what would run code is refused."""
+"""Weights of any checkpoint are read; checkpoints that would run code are rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checkpoint() -> str:
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "module.module.", "module._orig_mod.module.", "model."]
 )
-def test_reads_state_dicts(tmp_path: Path, prefix: str):
+def test_state_dicts_are_read_with_any_prefix(tmp_path: Path, prefix: str):
     state = random_network().state_dict()
     named = {prefix + key: value for key, value in state.items()}
     named["metric.matrix"] = torch.zeros(2)
@@ -46,25 +46,25 @@ def test_reads_state_dicts(tmp_path: Path, prefix: str):
         assert same(load_weights(path).state, state)
 
 
-def test_average_and_training_weights(checkpoint: str):
-    """At a checkpoint Composer's EMA has its weights in the model, and the others in its state."""
+def test_ema_and_training_weights_are_told_apart(checkpoint: str):
+    """In Composer's checkpoint, the model has the EMA weights, and EMA's state the others."""
     trainer, _ = finished_run()
     content = torch.load(checkpoint, weights_only=False)
     assert dict(content["state"]["algorithms"])["EMA"]["ema_weights_active"] is True
     ema = next(a for a in trainer.state.algorithms if type(a).__name__ == "EMA")
-    kept = {**ema.ema_model.named_parameters_dict, **ema.ema_model.named_buffers_dict}
-    kept = {key.removeprefix("module."): value for key, value in kept.items()}
+    ema_weights = {**ema.ema_model.named_parameters_dict, **ema.ema_model.named_buffers_dict}
+    ema_weights = {key.removeprefix("module."): value for key, value in ema_weights.items()}
     model = trainer.state.model.module.state_dict()
-    training, average = (kept, model) if ema.ema_weights_active else (model, kept)
+    training, average = (ema_weights, model) if ema.ema_weights_active else (model, ema_weights)
     for which, expected in (("ema", average), ("training", training)):
-        found = load_weights(checkpoint, which)
-        assert found.which == which
-        assert same(found.state, dict(expected))
+        weights = load_weights(checkpoint, which)
+        assert weights.which == which
+        assert same(weights.state, dict(expected))
     assert not same(load_weights(checkpoint, "ema").state, dict(training))
 
 
-def test_the_other_way_round(checkpoint: str, tmp_path: Path):
-    """A checkpoint saved when the training weights were in the model gives the average as well."""
+def test_swapped_ema_and_training_weights_are_told_apart(checkpoint: str, tmp_path: Path):
+    """Also read a checkpoint that was saved while the model had the training weights."""
     content = torch.load(checkpoint, weights_only=False)
     ema = dict(content["state"]["algorithms"])["EMA"]
     ema["ema_weights_active"] = False
@@ -78,15 +78,15 @@ def test_the_other_way_round(checkpoint: str, tmp_path: Path):
     assert same(early.state, load_weights(checkpoint, "ema").state)
 
 
-def test_a_checkpoint_says_what_it_is(checkpoint: str):
+def test_checkpoint_contains_config_and_classes(checkpoint: str):
     check_checkpoint(checkpoint)
-    found = load_weights(checkpoint)
-    assert found.config["eval_dataset"]["final_size"] == 32
-    assert [c.name for c in found.classes][:2] == ["plain", "rows"]
+    weights = load_weights(checkpoint)
+    assert weights.config["eval_dataset"]["final_size"] == 32
+    assert [c.name for c in weights.classes][:2] == ["plain", "rows"]
 
 
 class Payload:
-    """Unpickles to whatever `function(*arguments)` returns."""
+    """An object that unpickles to whatever `function(*arguments)` returns."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
@@ -97,7 +97,7 @@ class Payload:
 
 @pytest.mark.parametrize("function", [os.system, subprocess.call, eval, exec])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_no_planted_code_runs(tmp_path: Path, function: Any, legacy: bool):
+def test_planted_code_in_weights_does_not_run(tmp_path: Path, function: Any, legacy: bool):
     marker, path = tmp_path / "ran", tmp_path / "planted.pt"
     command = f"touch {marker}"
     if function in (eval, exec):
@@ -113,21 +113,21 @@ def test_no_planted_code_runs(tmp_path: Path, function: Any, legacy: bool):
         ) as error:
             read(path)
         assert "\n" not in str(error.value)
-    # Composer, about to resume from it, asks first.
+    # Composer's own loading is guarded too.
     with guarded_unpickling(), pytest.raises(WeightsError):
         safe_torch_load(path)
     assert not marker.exists()
-    safe_torch_load(path)  # the payload is real: without the check it runs
+    safe_torch_load(path)  # The payload is real: without the check it runs.
     assert marker.exists()
 
 
-def test_unusable_files(tmp_path: Path, checkpoint: str):
-    whole = Path(checkpoint).read_bytes()
+def test_unusable_weights_files_are_rejected(tmp_path: Path, checkpoint: str):
+    content_of_checkpoint = Path(checkpoint).read_bytes()
     files = {
         "empty.pt": b"",
         "text.pt": b"hello",
         "pickle.pt": pickle.dumps({"state": {}}),
-        "cut.pt": whole[: len(whole) // 2],
+        "cut.pt": content_of_checkpoint[: len(content_of_checkpoint) // 2],
         "cut.safetensors": b"\x10\x00\x00\x00\x00\x00\x00\x00{}",
     }
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""What the tests of algorithms share."""
+"""A small network, data and training runs for the tests of the recipes' algorithms."""
 
 import types
 
@@ -27,7 +27,7 @@ BATCHES_PER_EPOCH = 4
 
 
 class Segmenter(ComposerModel):
-    """A net with BatchNorm and dropout; `dense` trains as Composer alone does, at full size."""
+    """A network with BatchNorm and dropout; `dense` trains like Composer alone, at full size."""
 
     def __init__(self, dense=False):
         super().__init__()
@@ -73,7 +73,7 @@ class Losses(Callback):
 
 
 def recipe(name, theirs=False):
-    """The algorithms of a recipe, this project's or Composer's, and its schedule."""
+    """Return the schedule and the algorithms of a recipe, this project's or Composer's."""
     algorithms = [SeedMicrobatch(17)]
     source = composer.algorithms if theirs else types.SimpleNamespace(EMA=EMA, SAM=SAM, MixUp=MixUp)
     if name != "none":
@@ -87,15 +87,15 @@ def recipe(name, theirs=False):
 
 
 def loader(rank=0, ranks=1):
-    """Four batches of four pictures, two to a micro-batch, shared out among the ranks."""
+    """Return four batches of four images, with two per micro-batch, split among the ranks."""
     generator = torch.Generator().manual_seed(3)
     target = torch.randint(-1, CLASSES, (4 * BATCHES_PER_EPOCH, 4, 4), generator=generator)
     target = target.repeat_interleave(4, 1).repeat_interleave(4, 2)
     image = torch.randn(len(target), 3, 16, 16, generator=generator) + target[:, None] / 2
     dataset = TensorDataset(image, target)
-    if ranks > 1:  # one takes the even pictures, the other the odd ones
+    if ranks > 1:  # one rank takes the even images, the other the odd ones
         sampler = DistributedSampler(dataset, ranks, rank, shuffle=False)
-    else:  # in every batch first the even and then the odd ones
+    else:  # every batch has the even images before the odd ones
         sampler = np.arange(len(target)).reshape(-1, 2, 2).transpose(0, 2, 1).flatten().tolist()
     return DataLoader(dataset, batch_size=4 // ranks, sampler=sampler)
 
@@ -125,22 +125,22 @@ def train(name, theirs=False, callbacks=(), steps=STEPS, algorithms=None, **kwar
 
 
 def tensors(trainer):
-    """Everything a run ends with: weights, momentum and average, by name."""
+    """Return all tensors at the end of a run by name: weights, momentum and EMA weights."""
     state = trainer.state
     model = state.model.module if state.is_model_ddp else state.model
-    found = dict(model.state_dict())
+    named_tensors = dict(model.state_dict())
     optimizer = getattr(state.optimizers[0], "base_optimizer", state.optimizers[0])
     for name, parameter in model.named_parameters():
-        found[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+        named_tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
     for algorithm in state.algorithms:
         if isinstance(algorithm, composer.algorithms.EMA):
-            found |= {f"average.{n}": t for n, t in algorithm.ema_model.named_parameters()}
-            found |= {f"average.{n}": t for n, t in algorithm.ema_model.named_buffers()}
-    return found
+            named_tensors |= {f"average.{n}": t for n, t in algorithm.ema_model.named_parameters()}
+            named_tensors |= {f"average.{n}": t for n, t in algorithm.ema_model.named_buffers()}
+    return named_tensors
 
 
 def save_at(*batches):
-    """A save interval: after these batches, at the end of the epoch where they are its last."""
+    """Return a save interval for these batches; an epoch's last batch is saved at its end."""
 
     def save_interval(state, event):
         last = state.timestamp.batch.value % BATCHES_PER_EPOCH == 0

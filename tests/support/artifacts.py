@@ -1,6 +1,6 @@
-"""A network and a short run that several test files look at.
+"""A network and a short run that several test files use.
 
-Each is made at most twice a session: with ResNet-50, and with the network of `small_network`.
+Each is made at most twice per session: with ResNet-50, and with the network of `small_network`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def _once_per_network(make: Callable[[str], Result]) -> Callable[[], Result]:
 
 @_once_per_network
 def random_network(network_name: str) -> DeepLabV3:
-    """A network with random weights whose predictions vary within a photo."""
+    """Return a network with random weights whose predictions vary within an image."""
     torch.manual_seed(0)
     network = deeplabv3(12, "resnet50", sync_bn=False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # the statistics of the pass below
+            module.momentum = 1.0  # keep only the statistics of the pass below
     photo = torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20
     with torch.no_grad():
         network.train()(photo)
@@ -51,7 +51,7 @@ def random_network(network_name: str) -> DeepLabV3:
 
 @_once_per_network
 def random_weights(network_name: str) -> str:
-    """`random_network` as a file of weights, with a configuration and class names inside."""
+    """Save `random_network` with a config and class names; return the path."""
     path = Path(_folder.name, f"random_{network_name}.safetensors")
     classes = load_classes(CLASSES, 12)
     save_weights(path, random_network().state_dict(), {"eval_dataset": {"final_size": 32}}, classes)
@@ -60,7 +60,7 @@ def random_weights(network_name: str) -> str:
 
 @_once_per_network
 def finished_run(network_name: str) -> tuple[Any, str]:
-    """A trainer after four steps of the mild recipe on generated photos, and its folder."""
+    """Return the trainer and the folder of a run of four mild steps on generated images."""
     from main import main
 
     place = Path(_folder.name, network_name)

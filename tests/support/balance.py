@@ -1,4 +1,4 @@
-"""What the tests of balance share."""
+"""Fixtures for the tests of rare classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataset.source import DataSource
 
 @pytest.fixture(scope="module")
 def present(synthetic: str) -> np.ndarray:
-    """Which photo shows which class, counted one mask at a time."""
+    """Return for each image and class if the class is in the mask, counted one mask at a time."""
     rows = []
     for sample in list_samples(synthetic, "train"):
         values = np.unique(np.array(Image.open(sample.mask_path)))
@@ -23,5 +23,5 @@ def present(synthetic: str) -> np.ndarray:
 
 
 def folders(path: str, labels: Labels) -> DataSource:
-    """The training split of a data set in ADE20K's layout."""
+    """Return the training split of a data set in ADE20K's layout."""
     return DataSource(path, "train", ade20k(labels))

@@ -1,4 +1,4 @@
-"""What the tests of batch_norm share."""
+"""A network and a batch for the tests of SyncBatchNorm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_network(kind: str = "plain") -> nn.Sequential:
-    """Two normalised layers, of which the second sees a mean far from 0."""
+    """Return a network with two BatchNorm layers; the second has inputs with a mean far from 0."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
@@ -31,7 +31,7 @@ def make_network(kind: str = "plain") -> nn.Sequential:
 
 
 def make_batch() -> tuple[Tensor, Tensor]:
-    """Images, and what the loss weighs the outputs with."""
+    """Return images and the weights of the outputs in the loss."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4, 3, 16, 16, generator=generator) * 2 + 1
     return images, torch.randn(4, 4, 16, 16, generator=generator)

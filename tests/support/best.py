@@ -1,4 +1,4 @@
-"""What the tests of best share."""
+"""Fixtures and helpers for the tests of `save_best`."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Scores = Callable[[Iterable[float]], None]
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
-    """Have the evaluations of runs come to given mIoUs, one after the other."""
+    """Return a function that sets the mIoUs of the next evaluations."""
 
-    def give(values: Iterable[float]) -> None:
-        left = iter(values)
+    def set_scores(values: Iterable[float]) -> None:
+        remaining = iter(values)
 
-        def compute(metric: MIoU) -> torch.Tensor:  # whose result torchmetrics keeps
+        def compute(metric: MIoU) -> torch.Tensor:  # torchmetrics caches the result
             metric.total_matrix = metric.matrix.clone()
-            return torch.tensor(next(left))
+            return torch.tensor(next(remaining))
 
         monkeypatch.setattr(MIoU, "compute", compute)
 
-    return give
+    return set_scores
 
 
 def files(folder: Path) -> dict[str, int]:
-    """The batches of the checkpoints in a folder, by the names of files and pointers."""
+    """Return the batch of each checkpoint and pointer in a folder by file name."""
     return {path.name: batch_of(path.resolve().name) for path in sorted(folder.glob("*.pt*"))}
 
 

@@ -1,4 +1,4 @@
-"""A page of headless Chromium, by the DevTools protocol over a pipe, and a static host for it."""
+"""A page in headless Chromium, controlled with the DevTools protocol, and a static host for it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ KEYS = {"Enter": 13, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
 
 
 class Page:
-    """One tab.
+    """One tab of the browser.
 
     Attributes:
-        requests: Addresses that it has asked for.
-        downloads: Where what it saves goes.
-        messages: What it wrote on its console, and errors that nothing caught.
+        requests: Addresses that the page has requested.
+        downloads: Folder of downloaded files.
+        messages: Console messages and uncaught errors of the page.
     """
 
     def __init__(self, folder: str, flags: tuple[str, ...]) -> None:
@@ -67,7 +67,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and return its result; what happens meanwhile is noted."""
+        """Send a command and return its result; record the events that arrive before it."""
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -100,7 +100,7 @@ class Page:
             self.messages.append(str(about["exceptionDetails"]))
 
     def run(self, script: str) -> Any:
-        """Return what a JavaScript expression, or its promise, gives."""
+        """Return the value of a JavaScript expression, or of its promise."""
         result = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -111,12 +111,12 @@ class Page:
         """Wait until a JavaScript expression is true."""
         until = time.monotonic() + seconds
         while not self.run(condition):
-            said = self.run("document.body?.innerText")
-            assert time.monotonic() < until, f"never {condition}: {said} {self.messages}"
+            text = self.run("document.body?.innerText")
+            assert time.monotonic() < until, f"never {condition}: {text} {self.messages}"
             time.sleep(0.05)
 
     def downloaded(self, name: str) -> bytes:
-        """Wait for a file of that name, and take it away."""
+        """Wait for a downloaded file of this name, remove it and return its content."""
         path, until = self.downloads / name, time.monotonic() + 20
         while not path.exists():
             assert time.monotonic() < until, f"no {name}: {os.listdir(self.downloads)}"
@@ -139,26 +139,26 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def choose(self, selector: str, path: Path) -> None:
-        """Choose a file in an input of that kind."""
+        """Choose a file in the file input that the selector matches."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def drop(self, x: float, y: float, path: Path) -> None:
-        """Drag a file over a place and let it go."""
+        """Drag a file to a position and drop it."""
         data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def screen(self, width: int, height: int, dark: bool = False) -> None:
-        """Give the page a screen of this size, and a scheme of colours."""
+        """Set the size of the page's screen and its light or dark colour scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """Write a picture of the whole page as PNG."""
+        """Write a PNG picture of the full page."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
@@ -175,7 +175,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser(*flags: str) -> Iterator[Page]:
-    """Run Chromium with a profile of its own."""
+    """Run Chromium with a new profile."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Page(folder, flags)
         try:
@@ -200,7 +200,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def static_host(folder: Path, **headers: str) -> Iterator[str]:
-    """Serve a folder's files as they are, with some headers; yield the address."""
+    """Serve a folder's files with some extra headers; yield the address."""
     handler = functools.partial(_Handler, directory=str(folder), headers_sent=headers)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the tests of callbacks share."""
+"""A fixture for the tests of callbacks."""
 
 from __future__ import annotations
 

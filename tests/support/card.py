@@ -1,4 +1,4 @@
-"""What the tests of card share."""
+"""Fixtures and helpers for the tests of the model card and the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.hub_server import TOKEN, Hub, hub
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, small_network: None, synthetic: str) -> Path:
-    """Of a small network, with the config of a run on `synthetic`."""
+    """Return weights of a small network, saved with the config of a run on `synthetic`."""
     place = tmp_path_factory.mktemp("card")
     dataset = {"path": synthetic, "final_size": 32, "batch_size": 4}
     config = {
@@ -45,14 +45,14 @@ def photo(tmp_path_factory: pytest.TempPathFactory, synthetic: str) -> Path:
 
 @pytest.fixture
 def the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with hub() as held:
-        set_constants(monkeypatch, held.url, tmp_path)
+    with hub() as server:
+        set_constants(monkeypatch, server.url, tmp_path)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield held
+        yield server
 
 
 def set_constants(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    """What `HF_ENDPOINT` and others would, had they been set before the first import."""
+    """Set the constants that `HF_ENDPOINT` and others set before the first import."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -65,7 +65,7 @@ def set_constants(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> Non
 
 @pytest.fixture(scope="module")
 def exported(weights: Path, photo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `--to hub` without `--repo`."""
+    """Return the folder that `--to hub` writes without `--repo`."""
     folder = tmp_path_factory.mktemp("exported") / "hub"
     options = ["--to", "hub", "--out", str(folder), "--photo", str(photo), "--size", "48"]
     assert export.main([str(weights), *options, "--licence", "CC BY 4.0"]) == 0

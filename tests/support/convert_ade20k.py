@@ -1,4 +1,4 @@
-"""What the tests of convert_ade20k share."""
+"""Fixtures and helpers for the tests of convert_ade20k.py."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture
 def path(synthetic, tmp_path) -> Path:
-    """A copy of the data set that a test may change."""
+    """Return a copy of the data set that a test may change."""
     return Path(shutil.copytree(synthetic, tmp_path / "set"))
 
 
 def write(path: Path | str, out: Path | str, **options) -> dict[str, int]:
-    """A few shards a split, in this process's children."""
+    """Write a few shards per split with one worker process."""
     return convert(str(path), str(out), **{"size_limit": "10kb", "workers": 1, **options})
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = [file for file in folder.rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+    paths = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in paths}
 
 
 def check_shards(path: Path | str, shards: StreamingADE20k, split: str) -> None:
-    """Every sample, in order, as its files are."""
+    """Assert that the shards have every sample in order, with the content of its files."""
     samples = list_samples(str(path), split)
     assert len(shards) == len(samples)
     for index, sample in enumerate(samples):

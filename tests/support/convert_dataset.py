@@ -1,4 +1,4 @@
-"""What the tests of convert_dataset share."""
+"""Writers of annotation files in each tool's format, and the masks expected from them."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scene(number: int) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Boxes (left, top, right, bottom) of classes: a large one, and two on it and each other."""
+    """Return boxes (left, top, right, bottom): a large one, and two on it that may overlap."""
     rng = np.random.default_rng(number)
-    found = []
+    boxes = []
     for name, size in (("road", 30), ("car", 14), ("pole", 6)):
         left, top = rng.integers(0, (SIZE[1] - size, SIZE[0] - size)).tolist()
-        found.append((name, (left, top, left + size, top + size)))
-    # In the file the smallest is first, and would be covered.
-    return found[::-1]
+        boxes.append((name, (left, top, left + size, top + size)))
+    # The file has the smallest box first, so that later boxes would cover it.
+    return boxes[::-1]
 
 
 def expected(number: int, by_area: bool = True) -> np.ndarray:
-    """Each pixel's class: 0 is the background."""
+    """Return the class of each pixel; 0 is the background."""
     mask = np.zeros(SIZE, np.uint8)
     boxes = scene(number)
     for name, (left, top, right, bottom) in boxes[::-1] if by_area else boxes:
@@ -58,7 +58,7 @@ def corners(box: tuple[int, int, int, int]) -> list[float]:
 
 
 def columns(mask: np.ndarray) -> list[int]:
-    """COCO's run lengths, by columns and from 0."""
+    """Return COCO's run lengths, by columns and starting with 0."""
     runs, last = [0], 0
     for value in mask.T.ravel().tolist():
         if value != last:
@@ -87,8 +87,8 @@ def write_coco(file: Path, run_lengths: bool = False, numbers: range = range(COU
             annotations.append(entry | {"segmentation": outline, "iscrowd": int(run_lengths)})
     images = [{"id": n, "file_name": f"{n}.jpg", "height": height, "width": width} for n in numbers]
     categories = [{"id": 10 + k, "name": name} for k, name in enumerate(NAMES)]
-    found = {"images": images, "annotations": annotations, "categories": categories}
-    file.write_text(json.dumps(found))
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content))
     return file
 
 
@@ -101,14 +101,14 @@ def write_labelme(folder: Path) -> Path:
             else {"label": name, "points": np.reshape(corners(box), (-1, 2)).tolist()}
             for name, box in scene(number)
         ] + [{"label": "road", "shape_type": "point", "points": [[1, 1]]}]
-        found = {"imagePath": f"..\\photos\\{number}.jpg", "imageData": None, "shapes": shapes}
-        found |= {"imageHeight": SIZE[0], "imageWidth": SIZE[1]}
-        (folder / f"{number}.json").write_text(json.dumps(found))
+        content = {"imagePath": f"..\\photos\\{number}.jpg", "imageData": None, "shapes": shapes}
+        content |= {"imageHeight": SIZE[0], "imageWidth": SIZE[1]}
+        (folder / f"{number}.json").write_text(json.dumps(content))
     return folder
 
 
 def write_cvat(file: Path) -> Path:
-    """A polygon, a box, and run lengths by rows within a box."""
+    """Write a polygon, a box, and row-wise run lengths within a box for each image."""
     images = []
     for number in range(COUNT):
         shapes = []
@@ -168,17 +168,17 @@ def write_panoptic(file: Path) -> Path:
 
 
 def masks_of(out: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of the classes, and each photo's class indices, -1 where ignored."""
+    """Return the class names, and each image's class indices with -1 for ignored pixels."""
     root, description = open_description(str(out / "data.yaml"))
     assert description is not None
-    found = {}
+    index_by_name = {}
     for split in ("train", "val"):
         masks = Masks.of(description, split, root)
         for sample in list_described(description, split, root):
             content = Path(sample.mask_path).read_bytes()
             name = f"{Path(sample.image_path).parent.name}/{Path(sample.image_path).stem}"
-            found[name] = masks.labels.index()[masks.decode(content, sample.mask_path)]
-    return [info.name for info in description.classes], found
+            index_by_name[name] = masks.labels.index()[masks.decode(content, sample.mask_path)]
+    return [info.name for info in description.classes], index_by_name
 
 
 def convert(*arguments: Any) -> int:
@@ -195,12 +195,12 @@ SOURCES = {
 
 
 def square(left: int, top: int, side: int) -> np.ndarray:
-    """Corners of a square, (4, 2)."""
+    """Return the corners of a square, (4, 2)."""
     return np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * side + (left, top)
 
 
 def drawn(*squares: tuple[tuple[int, int, int], int]) -> np.ndarray:
-    """A mask of squares with their values, the later on the earlier."""
+    """Return a mask of squares with their values; later squares cover earlier ones."""
     mask = np.zeros(SIZE, np.uint8)
     for (left, top, side), value in squares:
         mask[top : top + side, left : left + side] = value
@@ -213,8 +213,8 @@ ROAD, CAR, EDGE = (4, 4, 30), (8, 8, 12), (24, 24, 8)
 def labelme(folder: Path, shapes: list[dict[str, Any]]) -> Path:
     folder.mkdir()
     for number in range(COUNT):
-        found = {"imagePath": f"{number}.jpg", "imageHeight": SIZE[0], "imageWidth": SIZE[1]}
-        (folder / f"{number}.json").write_text(json.dumps({**found, "shapes": shapes}))
+        content = {"imagePath": f"{number}.jpg", "imageHeight": SIZE[0], "imageWidth": SIZE[1]}
+        (folder / f"{number}.json").write_text(json.dumps({**content, "shapes": shapes}))
     return folder
 
 

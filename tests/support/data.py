@@ -1,4 +1,4 @@
-"""What the tests of data share."""
+"""A small data set, and the batches that loaders and runs read from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = [(40, 56), (33, 64), (64, 48), (20, 90), (51, 51)]
 
 
 def make_data(root: Path, training: int = 22, validation: int = 7, classes: int = 9) -> Path:
-    """Photos of several sizes with masks, in ADE20K's folders and with its names."""
+    """Write images of several sizes and their masks, with ADE20K's folders and file names."""
     rng = np.random.default_rng(0)
     for split, count in (("train", training), ("val", validation)):
         for number in range(1, count + 1):
@@ -58,13 +58,13 @@ def build(path: str, **options: Any) -> DataSpec:
 
 
 def batches(spec: DataSpec, epoch: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """An epoch as the model gets it."""
+    """Return the batches of an epoch as the model receives them."""
     spec.dataloader.sampler.set_epoch(epoch)
     return [spec.microbatch_transforms(batch) for batch in spec.dataloader]
 
 
 def digests(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
-    """A word for each sample."""
+    """Return a digest of each sample."""
     return [
         hashlib.sha1(image.numpy().tobytes() + target.numpy().tobytes()).hexdigest()[:12]
         for images, targets in batches
@@ -74,13 +74,13 @@ def digests(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(folder: str) -> list[list[str]]:
-    """The samples of three epochs, one after the other, in one process."""
+    """Return the digests of three epochs, loaded in one process."""
     spec = build(folder)
     return [digests(batches(spec, epoch)) for epoch in range(3)]
 
 
 def on_rank(spec: DataSpec, rank: int, ranks: int, **options: Any) -> DataSpec:
-    """The same data for one of several ranks."""
+    """Return the same data for one of several ranks."""
     loader = spec.dataloader
     size = loader.batch_size // ranks
     sampler = EpochSampler(loader.dataset, size, num_replicas=ranks, rank=rank, **options)
@@ -93,7 +93,7 @@ def on_rank(spec: DataSpec, rank: int, ranks: int, **options: Any) -> DataSpec:
 
 
 class Recorder(ComposerModel):
-    """Remembers the samples it is given."""
+    """A model that records the samples it receives."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of description share."""
+"""Described data sets, and the batches that loaders read from them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ check = functools.partial(check_command.main, build_dataspec=build_ade20k_datasp
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source")
-    make(str(path), training=9, validation=4, size=48, seed=1)  # every class is there
+    make(str(path), training=9, validation=4, size=48, seed=1)  # every class occurs with this seed
     return path
 
 
 @pytest.fixture(scope="module")
 def laid_out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The description of every layout."""
+    """Return the description file of every layout."""
     root = tmp_path_factory.mktemp("layouts")
     return {name: lay_out(source, root / name, name, len(TEXTURES)) for name in LAYOUTS}
 
 
 def batches(path: str | Path, split: str, **options: Any) -> list[list[bytes]]:
-    """What the loader and the device make of two epochs' batches, to the last bit."""
+    """Return the bytes of two epochs' batches, before and after the device transforms."""
     spec = build_ade20k_dataspec(
         str(path),
         False,
@@ -50,14 +50,14 @@ def batches(path: str | Path, split: str, **options: Any) -> list[list[bytes]]:
         num_workers=0,
         **options,
     )
-    found = []
+    contents = []
     for epoch in range(2):
         spec.dataloader.sampler.set_epoch(epoch)
         for batch in spec.dataloader:
             assert batch[1].dtype == torch.uint8
             parts = (*batch, *spec.microbatch_transforms(batch))
-            found.append([part.contiguous().numpy().tobytes() for part in parts])
-    return found
+            contents.append([part.contiguous().numpy().tobytes() for part in parts])
+    return contents
 
 
 def tiny_run(description: Any, **more: Any) -> dict[str, Any]:
@@ -81,11 +81,11 @@ def encode(array: np.ndarray, suffix: str = ".png") -> bytes:
 
 
 def described(classes: dict[str, Any], ignore: Any = None) -> Masks:
-    given = parse_description({"classes": classes, "ignore": ignore})
+    description = parse_description({"classes": classes, "ignore": ignore})
     return (
-        Masks.of(given, "train", "")
-        if given.sources
-        else Masks(given.labels, given.values, given.in_colors)
+        Masks.of(description, "train", "")
+        if description.sources
+        else Masks(description.labels, description.values, description.in_colors)
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tests of foreign_weights share."""
+"""A torchvision network for the tests of other projects' weights."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Death(NamedTuple):
     number: int  # The count starts at 0.
     signal: int = signal.SIGKILL
     times: int = 1  # Number of signals in a row.
-    is_loaders: bool = False  # Whether a loader process gets the signal.
+    is_loaders: bool = False  # True if a loader process gets the signal.
 
 
 def start(

@@ -1,4 +1,4 @@
-"""A stand-in of the hub's HTTP: one repository, one token, and what is committed to it."""
+"""A stand-in for the Hugging Face hub's HTTP API, with one repository and one token."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ REPO, TOKEN = "user/name", "hf_right"
 
 
 class Hub:
-    """What it holds.
+    """The state of the hub.
 
     Attributes:
-        url: What `HF_ENDPOINT` has to be.
-        files: Content of the repository by name.
-        commits: Their messages.
-        requests: What it was asked.
-        writable: Whether the token may write.
+        url: Value for `HF_ENDPOINT`.
+        files: Content of the repository's files by name.
+        commits: Messages of the commits.
+        requests: Method and path of each request.
+        writable: True if the token may write.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.files: dict[str, bytes] = {}
-        self.objects: dict[str, bytes] = {}  # uploaded apart from the commit, by SHA-256
+        self.objects: dict[str, bytes] = {}  # uploaded before the commit, by SHA-256
         self.commits: list[str] = []
         self.requests: list[str] = []
         self.writable = True
 
     def commit(self, lines: list[dict[str, Any]]) -> None:
-        """Do what the lines of a commit say."""
+        """Apply the operations of a commit."""
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -68,9 +68,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(200, {"errors": [], "warnings": []})
         if self.headers.get("Authorization") not in (f"Bearer {TOKEN}", None):
             return self._answer(401, X_Error_Message="Invalid credentials in Authorization header")
-        if found := re.fullmatch(r"/objects/(\w+)", self.path):
-            assert hashlib.sha256(body).hexdigest() == found[1]
-            self.hub.objects[found[1]] = body
+        if match := re.fullmatch(r"/objects/(\w+)", self.path):
+            assert hashlib.sha256(body).hexdigest() == match[1]
+            self.hub.objects[match[1]] = body
             return self._answer(200)
         path = self.path.replace(f"/api/models/{REPO}", "").replace(f"/{REPO}", "")
         if path == self.path:
@@ -115,11 +115,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[Hub]:
-    """Run one with an empty repository, and point huggingface_hub at it by its own constants."""
-    held = Hub()
-    handler = type("Handler", (_Handler,), {"hub": held})
+    """Run a hub with an empty repository; yield its state."""
+    state = Hub()
+    handler = type("Handler", (_Handler,), {"hub": state})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        held.url = f"http://127.0.0.1:{server.server_port}"
+        state.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield held
+        yield state
         server.shutdown()

@@ -1,4 +1,4 @@
-"""What the tests of label_check share."""
+"""A helper for the tests of label_check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One data set in many layouts: what people's folders and masks look like, each described."""
+"""One data set in many folder layouts and mask formats, each with its description."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataset.paths import find_root
 
 NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"]
 NAMES += ["pedestrian", "bicyclist", "plane"]
-# Of labels 0, 1, 2, ...: no two alike, and some that differ by one.
+# Colours of labels 0, 1, 2, ...: all different, and some that differ by only one.
 COLORS = np.array(
     [[0, 0, 0], [128, 64, 128], [128, 64, 129], [255, 255, 255], [0, 0, 142], [0, 1, 142]]
     + [[200, i, 255 - i] for i in range(250)],
@@ -26,12 +26,12 @@ COLORS = np.array(
 
 
 def simple_classes(count: int) -> dict[str, Any]:
-    """Label k is class k - 1."""
+    """Return the classes of a description in which label k is class k - 1."""
     return {"classes": {NAMES[k]: {"labels": [k + 1]} for k in range(count)}, "ignore": [0]}
 
 
 def splits(source: Path) -> Iterator[tuple[str, str, Path, np.ndarray]]:
-    """Split, name, photo and labels of every sample of a data set in ADE20K's layout."""
+    """Yield the split, name, image path and labels of every sample in ADE20K's layout."""
     for split in ("train", "val"):
         for uid, photo, mask in list_samples(str(source), split):
             yield split, uid, Path(photo), np.array(Image.open(mask))
@@ -43,7 +43,7 @@ def put(photo: Path, target: Path) -> None:
 
 
 def save(mask: np.ndarray, target: Path) -> None:
-    """As a PNG, of 16 bits where the array is."""
+    """Write a mask as a PNG, with 16 bits if the array has 16 bits."""
     target.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(target), mask)
 
@@ -56,7 +56,7 @@ def save_palette(mask: np.ndarray, target: Path) -> None:
 
 
 def folders(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """`photos/train` beside `labels/train`, the same names, some in folders below."""
+    """Write `photos/train` and `labels/train` with equal names, some in subfolders."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"photos/{split}/{uid}.jpg")
         save(mask, root / f"labels/{split}/{uid}.png")
@@ -67,7 +67,7 @@ def folders(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def templates(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Photo and mask side by side, `NAME_rgb.jpg` and `NAME_mask.png`."""
+    """Write each image next to its mask, as `NAME_rgb.jpg` and `NAME_mask.png`."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"{split}/{uid}_rgb.jpg")
         save(mask, root / f"{split}/{uid}_mask.png")
@@ -78,10 +78,10 @@ def templates(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def lists(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """All in one folder, and files that name the photos of each split."""
+    """Write all images into one folder, and lists that name the images of each split."""
     names: dict[str, list[str]] = {"train": [], "val": []}
     for split, uid, photo, mask in splits(source):
-        # Numbers are those of a split: a letter keeps the two apart, and their order.
+        # Numbers start again in each split, so a letter separates the splits and keeps the order.
         name = uid if split == "train" else f"v{uid}"
         put(photo, root / f"JPEGImages/{name}.jpg")
         save(mask, root / f"Segmentation/{name}.png")
@@ -99,7 +99,7 @@ def lists(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def colors(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Masks in colours."""
+    """Write masks in colours."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"images/{split}/{uid}.jpg")
         save(COLORS[mask][..., ::-1], root / f"masks/{split}/{uid}.png")
@@ -113,7 +113,7 @@ def colors(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def palette(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Palette PNGs, read by index; no folder for the splits, but in the name."""
+    """Write palette PNGs that are read by index, with the split in the file name."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"data/{split}-{uid}.jpg")
         save_palette(mask, root / f"data/{split}-{uid}.png")
@@ -124,7 +124,7 @@ def palette(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def merged(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """16-bit masks of twice as many labels, to be merged, and several that are ignored."""
+    """Write 16-bit masks with two labels per class, and with several ignored labels."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"{split}/photos/{uid}.jpg")
         odd = (np.indices(mask.shape).sum(0) % 2).astype(np.uint16)
@@ -143,16 +143,16 @@ LAYOUTS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
 
 
 def lay_out(source: str | Path, root: Path, layout: str, classes: int) -> Path:
-    """Lay a data set in ADE20K's layout out anew, and write its description.
+    """Write a data set in ADE20K's layout in another layout, with its description.
 
     Args:
         source: The data set.
-        root: Where to.
+        root: Folder to write to.
         layout: One of `LAYOUTS`.
         classes: Number of classes.
 
     Returns:
-        The description's file.
+        The path of the description.
     """
     described = LAYOUTS[layout](find_root(source).parent, root, classes)
     file = root / f"{layout}.yaml"

@@ -1,4 +1,4 @@
-"""What the tests of lock share."""
+"""A process and a store for the tests of locks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from checkpointing.lock import RecordLock, describe_self, release_locks
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Locks expire in less than a second."""
+    """Make locks expire in less than a second."""
     for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
         monkeypatch.setattr(lock, name, seconds)
     yield
@@ -43,7 +43,7 @@ def other_process(function: Callable[[], Any]) -> Iterator[int]:
 
 
 class Place:
-    """A store of one record."""
+    """A store with one lock record."""
 
     def __init__(self) -> None:
         self.content: bytes | None = None

@@ -1,4 +1,4 @@
-"""What the tests of loggers share."""
+"""A failing logger for the tests of loggers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from composer.loggers import Logger, LoggerDestination
 
 
 class Failing(LoggerDestination):
-    """A logger of another service, one of whose steps fails."""
+    """A logger of an external service that fails at one step."""
 
     def __init__(self, step: str, error: Exception) -> None:
         self.step, self.error = step, error
@@ -30,4 +30,4 @@ class Failing(LoggerDestination):
 
 
 class ServiceError(Exception):
-    """An error of a service's client, which derives from nothing else."""
+    """An error of a service's client that derives only from Exception."""

@@ -1,4 +1,4 @@
-"""A network that can train on one image: its normalisation is over groups of channels."""
+"""A network that can train on one image, because it normalises groups of channels."""
 
 from __future__ import annotations
 

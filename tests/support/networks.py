@@ -1,4 +1,4 @@
-"""What the tests of networks share."""
+"""Fixtures and helpers for the tests of networks by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checkpointing.weights import save_weights
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder as transformers' save_pretrained writes it, of a small SegFormer."""
+    """Return a folder written by transformers' save_pretrained, with a small SegFormer."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     folder = tmp_path_factory.mktemp("hf")
@@ -23,13 +23,17 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     torch.manual_seed(0)
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
-    said = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "do_normalize": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    processor = {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "do_normalize": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
 
 
 def planted(tmp_path: Path, name: str, arguments: dict[str, Any]) -> str:
-    """A file of weights that names a network."""
+    """Save a weights file that names a network; return its path."""
     path = tmp_path / "planted.safetensors"
     config = {"model": {"name": name, "arguments": arguments, "num_classes": 3}}
     save_weights(path, {"a.weight": torch.zeros(3)}, config)

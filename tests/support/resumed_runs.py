@@ -55,7 +55,8 @@ def same_log(path: str, reference: str) -> bool:
     """Return whether two logs contain the same values, with only one value for each step."""
     values, expected = read_log(path), read_log(reference)
     return values.keys() == expected.keys() and all(
-        set(found) == set(expected[key]) and len(set(found)) == 1 for key, found in values.items()
+        set(logged) == set(expected[key]) and len(set(logged)) == 1
+        for key, logged in values.items()
     )
 
 
@@ -64,11 +65,11 @@ def tensors(folder: str) -> dict[str, Any]:
     import torch
 
     state = torch.load(f"{folder}/latest-rank0.pt", "cpu", weights_only=False)["state"]
-    found: dict[str, Any] = {}
+    named_tensors: dict[str, Any] = {}
 
     def collect(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found[name] = value
+            named_tensors[name] = value
         elif isinstance(value, dict):
             for key, part in value.items():
                 collect(f"{name}/{key}", part)
@@ -78,7 +79,7 @@ def tensors(folder: str) -> dict[str, Any]:
 
     for name in ("model", "optimizers", "algorithms"):
         collect(name, state[name])
-    return found
+    return named_tensors
 
 
 def largest_difference(folder: str, reference: str) -> float:
@@ -86,7 +87,7 @@ def largest_difference(folder: str, reference: str) -> float:
 
     The result is infinite if the tensors of the checkpoints do not correspond.
     """
-    found, expected = tensors(folder), tensors(reference)
-    if found.keys() != expected.keys():
+    actual, expected = tensors(folder), tensors(reference)
+    if actual.keys() != expected.keys():
         return float("inf")
-    return max(float((found[k].double() - expected[k].double()).abs().max()) for k in expected)
+    return max(float((actual[k].double() - expected[k].double()).abs().max()) for k in expected)

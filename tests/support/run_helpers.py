@@ -1,4 +1,4 @@
-"""What tests of runs share."""
+"""Helpers for tests of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from checkpointing.stores import LocalFolder
 
 
 def save_whole(folder: Path, *batches: int) -> list[Path]:
-    """Publish files that count as whole checkpoints."""
+    """Save small files as complete checkpoints; return their paths."""
     target = LocalFolder(str(folder))
     target.probe()
     paths = []
@@ -27,7 +27,7 @@ def save_whole(folder: Path, *batches: int) -> list[Path]:
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes, as if the disk were full then."""
+    """Limit all files of this process to `size` bytes, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""What the tests of run_report share."""
+"""A parser of report.html, and a run with a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.artifacts import finished_run
 
 
 class Page(HTMLParser):
-    """What a page holds: texts by tag, the cells of its rows, its images."""
+    """The content of a page: texts by tag, the cells of its rows, its images and links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

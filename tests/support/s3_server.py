@@ -193,7 +193,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _weed() -> str:
-    """Return the path of SeaweedFS's program, which pip installs beside Python's."""
+    """Return the path of SeaweedFS's program, which pip installs next to Python."""
     beside = Path(sys.executable).with_name("weed")
     path = str(beside) if beside.exists() else shutil.which("weed")
     if not path:

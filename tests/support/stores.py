@@ -1,4 +1,4 @@
-"""What the tests of stores share."""
+"""A fixture for the tests of object stores."""
 
 from __future__ import annotations
 

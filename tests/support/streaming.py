@@ -1,4 +1,4 @@
-"""What the tests of streaming share."""
+"""Shards and loaders for the tests of streaming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(
     uid: str = "{}",
     **options: Any,
 ) -> str:
-    """MDS shards of a few samples each."""
+    """Write MDS shards of a few samples each; return their folder."""
     settings: dict[str, Any] = dict(hashes=["sha1", "xxh64"], size_limit=8_000)
     for split in ("train", "val"):
         folder = str(out / split)
@@ -50,7 +50,7 @@ def mds(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def expected(folder: str) -> list[list[str]]:
-    """What the folders give in two epochs, and evaluation."""
+    """Return the digests of two epochs loaded from the folders."""
     spec = build(folder)
     return [digests(batches(spec, epoch)) for epoch in range(2)]
 

@@ -1,4 +1,4 @@
-"""What the tests of suggest share."""
+"""Small images, masks and layouts for the tests of `data.py --suggest`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def photo(seed: int) -> np.ndarray:
 
 
 def blocks(seed: int, values: tuple[int, ...] = (0, 1, 2)) -> np.ndarray:
-    """A mask of squares of eight pixels: every value is in it, the first one in two corners."""
+    """Return a mask of squares with 8 pixels per side that contains every value."""
     rng = np.random.default_rng(1000 + seed)
     coarse = rng.choice(np.array(values), (4, 4))
     coarse.flat[: len(values)] = values
@@ -53,7 +53,7 @@ def lay_out(root: Path, templates: list[tuple[str, str, list]]) -> None:
 
 
 def described(root: Path, text: str) -> tuple[Description, dict[str, list]]:
-    """Return a suggestion as it is read, and the samples of each split."""
+    """Return the parsed description of a suggestion, and the samples of each split."""
     description = parse_description(yaml.safe_load(text))
     samples = {}
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""What the tests of transforms share."""
+"""Images, masks and batches for the tests of transforms."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from transforms import (
 
 
 def photo(height: int, width: int, seed: int = 0, detail: int = 12) -> np.ndarray:
-    """Smooth spots of `detail` pixels."""
+    """Return an image of smooth spots of `detail` pixels."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (-(-height // detail), -(-width // detail), 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def blobs(height: int, width: int, classes: int = 6, seed: int = 0) -> np.ndarray:
-    """A mask of connected regions with labels 0..classes."""
+    """Return a mask of connected regions with labels 0 to `classes`."""
     rng = np.random.default_rng(seed)
     fields = rng.standard_normal((-(-height // 12), -(-width // 12), classes + 1))
     fields = cv2.resize(fields, (width, height), interpolation=cv2.INTER_CUBIC)

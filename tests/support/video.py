@@ -1,4 +1,4 @@
-"""What the tests of video share."""
+"""Videos and a camera for the tests of video."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = (48, 64)  # height and width
 
 
 def scenes(number: int) -> list[np.ndarray]:
-    """Photos of smooth colours, which compression leaves about as they are."""
+    """Return images of smooth colours, which compression hardly changes."""
     rng = np.random.default_rng(0)
     small = rng.integers(30, 220, (number, 2, 3, 3), dtype=np.uint8)
     return [cv2.resize(one, SIZE[::-1], interpolation=cv2.INTER_LINEAR) for one in small]
@@ -28,7 +28,7 @@ def scenes(number: int) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven frames at 5 a second, written by OpenCV."""
+    """Return a video of seven frames at 5 per second, written by OpenCV."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5, SIZE[::-1])
     for scene in scenes(7):
@@ -38,7 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opencv_frames(path: Path) -> list[np.ndarray]:
-    """What OpenCV reads."""
+    """Return the frames that OpenCV reads."""
     capture, frames = cv2.VideoCapture(str(path)), []
     while (read := capture.read())[0]:
         frames.append(read[1][..., ::-1])
@@ -46,7 +46,7 @@ def opencv_frames(path: Path) -> list[np.ndarray]:
 
 
 def write(path: Path, times: list[float]) -> list[np.ndarray]:
-    """Write a video of scenes that begin at these seconds; return them."""
+    """Write a video of scenes that start at these seconds; return the scenes."""
     pictures = scenes(len(times))
     with VideoWriter(path, Fraction(5)) as writer:
         for picture, time in zip(pictures, times):
@@ -56,7 +56,7 @@ def write(path: Path, times: list[float]) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def camera(pictures: list[np.ndarray], rate: float) -> Iterator[str]:
-    """The address of one as in networks: JPEGs of its pictures by HTTP, so many a second."""
+    """Serve the images as a network camera at `rate` images per second; yield its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,7 +68,7 @@ def camera(pictures: list[np.ndarray], rate: float) -> Iterator[str]:
                 head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}"
                 try:
                     self.wfile.write(f"{head}\r\n\r\n".encode() + data + b"\r\n")
-                except OSError:  # it was turned off
+                except OSError:  # the reader has disconnected
                     return
                 time.sleep(1 / rate)
 

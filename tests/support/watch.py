@@ -1,4 +1,4 @@
-"""What the tests of watch share."""
+"""Fixtures and helpers for the tests of the process watch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.watch import Watch
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The statuses with which watches end their processes."""
+    """Return the list of statuses with which watches end their processes."""
     statuses: list[int] = []
     monkeypatch.setattr("training.watch.os._exit", statuses.append)
     monkeypatch.setattr(watch, "GRACE", 0.2)
@@ -24,7 +24,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def three(exits: list[int]) -> Iterator[list[Watch]]:
-    """The watches of three processes, here in one."""
+    """The watches of three ranks in one process."""
     store = torch_dist.HashStore()
     with ThreadPoolExecutor(3) as threads:
         watches = list(threads.map(lambda rank: Watch(store, rank, 3), range(3)))
@@ -34,6 +34,6 @@ def three(exits: list[int]) -> Iterator[list[Watch]]:
 
 
 def causes(watches: list[Watch]) -> list[tuple[str, int]]:
-    """What the watches have heard, and the status."""
+    """Return the causes that the watches have received, with their statuses."""
     heard = [one.cause(10) for one in watches]
     return [(str(cause), cause.status) for cause in heard if cause]

@@ -1,4 +1,4 @@
-"""What the tests of web share."""
+"""Fixtures for the tests of the web page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runtime() -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Larger than the network sees it, smaller, and turned by its EXIF orientation."""
+    """Return images larger and smaller than the network's size, and one rotated by EXIF."""
     folder = tmp_path_factory.mktemp("photos")
     make(str(folder), training=3, validation=1, size=96)
     scenes = sorted((folder / "ADEChallengeData2016/images/training").iterdir())
@@ -47,7 +47,7 @@ def folder(
     runtime: Path,
     photos: list[Path],
 ) -> Path:
-    """The page of a small network that sees 64 pixels, written by the command."""
+    """The folder with the page of a small network for 64 pixels, written by export.py."""
     place = tmp_path_factory.mktemp("web")
     weights = place / "weights.safetensors"
     classes = load_classes(CLASSES, 12)

@@ -1,11 +1,11 @@
-"""What the tests of weights share."""
+"""A comparison of state dicts for the tests of weights."""
 
 from __future__ import annotations
 
 import torch
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[key], expected[key]) for key in expected
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        torch.equal(actual[key], expected[key]) for key in expected
     )

@@ -1,4 +1,4 @@
-"""Algorithms of the recipes against Composer's, and resumed runs against uninterrupted ones."""
+"""Training on two ranks compared with training on one."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def train_on_ranks(folder):
-    """Trains and evaluates on this rank: EMA and MixUp, which two ranks do as one does."""
+    """Train and evaluate on this rank; return and save the weights, metrics and losses."""
     algorithms = [SeedMicrobatch(17), EMA("8ba"), MixUp(0.5)]
     trainer = train(
         "mild",
@@ -28,15 +28,15 @@ def train_on_ranks(folder):
         save_folder=folder,
         save_interval=save_at(5),
     )
-    hot = train("hot")  # its climbs differ by design; it has to run, and keep the ranks together
-    found = tensors(trainer) | {f"hot.{key}": value for key, value in tensors(hot).items()}
-    found["matrix"] = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
-    found["losses"] = torch.tensor(trainer.losses)
-    torch.save(found, f"{folder}/rank{dist.get_global_rank()}.pt")
-    return found
+    hot = train("hot")  # SAM differs by design; ranks must agree
+    results = tensors(trainer) | {f"hot.{key}": value for key, value in tensors(hot).items()}
+    results["matrix"] = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
+    results["losses"] = torch.tensor(trainer.losses)
+    torch.save(results, f"{folder}/rank{dist.get_global_rank()}.pt")
+    return results
 
 
-def test_two_ranks_train_as_one(tmp_path):
+def test_two_ranks_train_like_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,17 +60,17 @@ def test_two_ranks_train_as_one(tmp_path):
     (tmp_path / "one").mkdir()
     one = train_on_ranks(str(tmp_path / "one"))
     two = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    # Every rank knows the matrix of the whole set.
+    # Every rank has the confusion matrix of the full validation set.
     assert torch.equal(two[0]["matrix"], two[1]["matrix"])
     assert two[0]["matrix"].sum() == one["matrix"].sum()
-    # Each rank's BatchNorm statistics are of its own pictures; all else is common to them.
-    own = ("matrix", "running_mean", "running_var", "num_batches_tracked")
-    weights = [key for key in one if not key.endswith(own)]
+    # BatchNorm statistics differ, because each rank has its own images; all else is equal.
+    rank_specific = ("matrix", "running_mean", "running_var", "num_batches_tracked")
+    weights = [key for key in one if not key.endswith(rank_specific)]
     for key in weights:
         assert torch.equal(two[0][key], two[1][key])
         if not key.startswith("hot."):
             torch.testing.assert_close(two[0][key], one[key], rtol=1e-3, atol=1e-5)
-    # A checkpoint of two ranks, saved under DDP, resumes on one.
+    # A checkpoint of two ranks with DDP resumes on one rank.
     resumed = train(
         "mild",
         algorithms=[SeedMicrobatch(17), EMA("8ba"), MixUp(0.5)],

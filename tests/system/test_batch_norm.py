@@ -1,4 +1,4 @@
-"""Statistics shared by processes: the numbers of one process, in one graph."""
+"""SyncBatchNorm on two ranks gives the gradients and statistics of one rank."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ SHARES = {"even": (2, 2), "uneven": (3, 1)}
 
 
 def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[str, Tensor]:
-    """Gradients and buffers after two passes, with the loss of the whole batch."""
+    """Return the gradients and buffers after two passes, with the loss of the full batch."""
     images, weights = batch
     layers = stop_counting(network)
     for _ in range(2):
         network.zero_grad()
         count_batches(layers)
-        # DistributedDataParallel takes the mean over the ranks.
+        # DistributedDataParallel averages over the ranks.
         (network(images) * weights * ranks).sum().backward()
-    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return {
-        k.removeprefix("module."): v for k, v in (found | dict(network.named_buffers())).items()
+        k.removeprefix("module."): v for k, v in (gradients | dict(network.named_buffers())).items()
     }
 
 
 def on_rank(rank: int, port: int, folder: str) -> None:
-    """One of two processes, which writes what came out."""
+    """Run one of two ranks and save its gradients and buffers."""
     faulthandler.dump_traceback_later(300, exit=True)
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -56,8 +56,8 @@ def on_rank(rank: int, port: int, folder: str) -> None:
             ddp = nn.parallel.DistributedDataParallel(network)
             ddp.broadcast_buffers = False
             assert not ddp.will_sync_module_buffers()
-            found = train(ddp, (images, weights), ranks=2)
-            torch.save(found, f"{folder}/{name}-{compiled}-{rank}.pt")
+            results = train(ddp, (images, weights), ranks=2)
+            torch.save(results, f"{folder}/{name}-{compiled}-{rank}.pt")
     for kind in KINDS:
         network = make_network(kind)
         share_statistics(network, dist.group.WORLD)
@@ -65,15 +65,15 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         ddp = nn.parallel.DistributedDataParallel(network)
         ddp.broadcast_buffers = False
         torch.save(train(ddp, (images, weights), ranks=2), f"{folder}/{kind}-{rank}.pt")
-    # Were it the last to have the process group, it would wait for gloo's thread without letting
-    # that have the interpreter's lock, for ever if it needs it.
+    # Delete DDP first. If it were the last owner of the process group, it would wait for gloo's
+    # thread while holding the interpreter's lock, and could wait forever.
     del ddp
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results() -> Any:
-    """The folder with what two processes came to."""
+    """Return the folder with the results of two ranks."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,29 +83,31 @@ def results() -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer_has_the_numbers_of_one_process(results: Path, kind: str) -> None:
+def test_every_batch_norm_variant_on_two_ranks_equals_one_rank(results: Path, kind: str) -> None:
     expected = train(make_network(kind), make_batch(), ranks=1)
-    found, other = (torch.load(results / f"{kind}-{rank}.pt") for rank in range(2))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], other[name]) for name in found if "num_" in name)
-    assert found.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
-    for name, value in found.items():
+    actual, other = (torch.load(results / f"{kind}-{rank}.pt") for rank in range(2))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], other[name]) for name in actual if "num_" in name)
+    assert actual.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
+    for name, value in actual.items():
         distance = (value - expected[name]).double().norm() / expected[name].double().norm()
         assert distance < 1e-5, (name, distance)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shares", SHARES)
-def test_two_processes_have_the_numbers_of_one(results: Path, shares: str, compiled: bool) -> None:
+def test_sync_batch_norm_on_two_ranks_equals_one_rank(
+    results: Path, shares: str, compiled: bool
+) -> None:
     expected = train(make_network(), make_batch(), ranks=1)
-    found, other = (torch.load(results / f"{shares}-{compiled}-{rank}.pt") for rank in range(2))
-    assert found.keys() == expected.keys()
-    assert all(found[f"{layer}.num_batches_tracked"] == 2 for layer in (1, 4))
-    # To the bit, so that nothing need be sent around.
+    actual, other = (torch.load(results / f"{shares}-{compiled}-{rank}.pt") for rank in range(2))
+    assert actual.keys() == expected.keys()
+    assert all(actual[f"{layer}.num_batches_tracked"] == 2 for layer in (1, 4))
+    # The buffers are equal to the bit, so that they need not be broadcast.
     buffers = dict(make_network().named_buffers())
-    assert all(torch.equal(found[name], other[name]) for name in buffers)
-    # That of the bias before a BatchNorm is 0 but for rounding.
-    assert found.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
-    for name, value in found.items():
+    assert all(torch.equal(actual[name], other[name]) for name in buffers)
+    # A bias before a BatchNorm has a gradient of 0, except for rounding.
+    assert actual.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
+    for name, value in actual.items():
         distance = (value - expected[name]).double().norm() / expected[name].double().norm()
         assert distance < 1e-5, (name, distance)

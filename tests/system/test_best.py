@@ -1,4 +1,4 @@
-"""The best checkpoint stays, through kills and resumes, and a run ends when none is better."""
+"""`save_best` through killed runs and in an object store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """The config of a hot run that keeps its best, and the folder of one that nobody disturbed."""
+    """Return the config of a hot run with save_best, and the folder of an uninterrupted run."""
     data = str(tmp_path_factory.mktemp("data"))
     make(f"{data}/folders", training=24, validation=6, size=48)
     folder = tmp_path_factory.mktemp("reference")
@@ -33,7 +33,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     return {**config, "autoresume": True}, folder
 
 
-def test_kills_around_an_improvement_change_nothing(
+def test_run_killed_around_best_checkpoint_equals_uninterrupted_run(
     killed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     config, reference = killed
@@ -47,7 +47,9 @@ def test_kills_around_an_improvement_change_nothing(
     assert largest_difference(str(tmp_path), str(reference)) == 0
 
 
-def test_the_best_in_an_object_store(tiny: dict[str, Any], tmp_path: Path, scores: Scores) -> None:
+def test_best_checkpoint_is_kept_in_object_store(
+    tiny: dict[str, Any], tmp_path: Path, scores: Scores
+) -> None:
     with s3_server():
         keys: dict[str, Any] = {"save_folder": "s3://data/run", "stop_after": "2ba"}
         scores([10, 30])
@@ -57,7 +59,7 @@ def test_the_best_in_an_object_store(tiny: dict[str, Any], tmp_path: Path, score
         assert trainer.state.timestamp.batch == 4
         store = RemoteFolder("s3://data/run")
         assert [batch_of(name) for name in store.names()] == [4, 2]
-        # What points at it can be named as a checkpoint.
-        begun = {**tiny, "save_folder": None, "max_duration": "3ba"}
-        trainer = main({**begun, "load_path": "s3://data/run/best-rank0.pt"})
+        # The pointer to the best checkpoint can be given as load_path.
+        new_run = {**tiny, "save_folder": None, "max_duration": "3ba"}
+        trainer = main({**new_run, "load_path": "s3://data/run/best-rank0.pt"})
         assert trainer.state.timestamp.batch == 3

@@ -1,4 +1,4 @@
-"""What commands do before they import torch: answer --help, and share the machine's cores."""
+"""Commands answer --help and wrong flags before they import slow modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.support.paths import ROOT
 
 COMMANDS = ["main", "data", "evaluate", "predict", "export"]
 
-# Takes command lines as JSON; prints status, output and slow modules of each, all in one process.
+# Takes command lines as JSON. Prints the status, output and slow modules of each, run in one
+# process.
 ANSWERS = """
 import contextlib, io, json, runpy, sys
 
@@ -37,7 +38,7 @@ print(json.dumps(answers))
 def test_help_and_wrong_flags_are_answered_before_slow_imports() -> None:
     lines = [[f"{name}.py", "--help"] for name in COMMANDS]
     wrong = [["predict.py"], ["export.py", "model", "--to", "bmp"], ["data.py", "x", "--workers=0"]]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", ANSWERS, json.dumps(lines + wrong)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -45,30 +46,28 @@ def test_help_and_wrong_flags_are_answered_before_slow_imports() -> None:
         text=True,
         check=True,
     )
-    answers = json.loads(done.stdout)
+    answers = json.loads(process.stdout)
     for line, (status, output, slow) in zip(lines + wrong, answers, strict=True):
         assert not slow, line
         assert status in ((0, None) if "--help" in line else (2,)), (line, output)
         assert output.startswith("usage: "), line
 
 
-def test_the_command_line_answers_in_one_line_before_slow_imports(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_unknown_key_is_reported_before_slow_imports(tiny: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     OmegaConf.save(tiny, path)
-    # python -X importtime writes a line to stderr for each module that it imports.
-    done = subprocess.run(
+    # python -X importtime writes a line to stderr for each imported module.
+    process = subprocess.run(
         [sys.executable, "-X", "importtime", "main.py", str(path), "optimiser.lr=1"],
         cwd=Path(main_module.__file__).parent,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
+    assert process.returncode == 2, process.stderr
+    lines = process.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import")}
     assert "training.schema" in imported
     assert not imported & {"torch", "composer", "numpy"}
     printed = [line for line in lines if not line.startswith("import")]
     assert printed == ["error: unknown key optimiser; did you mean optimizer?"]
-    assert done.stdout == ""
+    assert process.stdout == ""

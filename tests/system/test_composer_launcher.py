@@ -1,4 +1,4 @@
-"""A run that Composer's own launcher starts, as the README's command does."""
+"""A run started by Composer's own launcher, as in the README."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from typing import Any
 from tests.support.paths import ROOT
 
 
-def test_composer_starts_a_run_of_two_processes(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_composer_launcher_trains_on_two_ranks(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["model"] = {"name": "tests.support.lone_network:build", "num_classes": 12}
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({**tiny, "save_folder": str(tmp_path / "saved")}))
-    done = subprocess.run(
+    process = subprocess.run(
         [
             Path(sys.executable).parent / "composer",
             "-n",
@@ -29,6 +29,6 @@ def test_composer_starts_a_run_of_two_processes(tiny: dict[str, Any], tmp_path: 
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "saved" / "ep0-ba2-rank0.pt").is_file()
-    assert re.search(r"^batch: +4 images, 2 per process", done.stdout, re.M), done.stdout
+    assert re.search(r"^batch: +4 images, 2 per process", process.stdout, re.M), process.stdout

@@ -1,4 +1,4 @@
-"""convert_ade20k.py: shards that Streaming reads and that equal the files, whatever happened."""
+"""convert_ade20k.py writes shards to S3, resumes after a failure, and finds damaged objects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.waits import no_waiting  # noqa: F401
 
 
 def objects(server, prefix: str) -> dict[str, bytes]:
-    found = server.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-    keys = [entry["Key"] for entry in found]
+    entries = server.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    keys = [entry["Key"] for entry in entries]
     read = server.client.get_object
     return {key: read(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
 
-def test_writes_to_s3_and_is_read_and_checked_from_there(server, synthetic, tmp_path, out):
+def test_shards_on_s3_equal_local_shards(server, synthetic, tmp_path, out):
     staging = tmp_path / "staging"
     url = f"s3://{BUCKET}/good"
     assert write(synthetic, url + "/", staging=str(staging)) == {"train": 16, "val": 6}
@@ -35,12 +35,12 @@ def test_writes_to_s3_and_is_read_and_checked_from_there(server, synthetic, tmp_
     assert objects(server, "good") == expected
     cache = tmp_path / "cache"
     check_shards(synthetic, StreamingADE20k(url, str(cache), "train"), "train")
-    assert write(synthetic, url, staging=str(staging)) == {"train": 16, "val": 6}  # and again
+    assert write(synthetic, url, staging=str(staging)) == {"train": 16, "val": 6}  # only verified
     with pytest.raises(DataError, match=r"no-bucket.*404"):
         write(synthetic, "s3://no-bucket/set", staging=str(staging))
 
 
-def test_goes_on_after_an_upload_that_failed(server, path, tmp_path, monkeypatch):
+def test_failed_upload_continues_without_rewriting_shards(server, path, tmp_path, monkeypatch):
     staging = tmp_path / "staging"
     photo = Path(list_samples(str(path), "train")[-1].image_path)
     content = photo.read_bytes()
@@ -61,7 +61,7 @@ def test_goes_on_after_an_upload_that_failed(server, path, tmp_path, monkeypatch
     check_shards(path, StreamingADE20k(url, str(tmp_path / "cache"), "train"), "train")
 
 
-def test_validation_names_a_damaged_object(server, synthetic, tmp_path):
+def test_damaged_object_is_named(server, synthetic, tmp_path):
     url = f"s3://{BUCKET}/damaged"
     write(synthetic, url)
     key = "damaged/train/shard.00001.mds"

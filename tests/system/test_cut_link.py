@@ -1,4 +1,4 @@
-"""A node that dies for good; benchmarks/cut_link.py has the rest of it."""
+"""A node that disappears for good. benchmarks/cut_link.py covers the other cases."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from main import main
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-QUICK = {"INTERVAL": 1, "ATTEMPTS": 2}  # a machine is lost after 3 s
+QUICK = {"INTERVAL": 1, "ATTEMPTS": 2}  # a node is given up after 3 s
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[tuple[str, dict[str, Any]]]:
-    """A folder and a config, where this machine lets network namespaces be made."""
+def namespaces() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return a folder and a config; skip if this machine does not allow network namespaces."""
     try:
         with Nodes():
             pass
@@ -32,17 +32,17 @@ def made() -> Iterator[tuple[str, dict[str, Any]]]:
         yield folder, config
 
 
-def test_the_other_node_goes_on_alone(
-    made: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_remaining_node_continues_alone(
+    namespaces: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, config = made
+    folder, config = namespaces
     monkeypatch.setattr(cut_link, "HEARTBEAT", 2)
     outcome = run(f"{folder}/alone", None, config, alone=True, **QUICK)
     assert outcome.statuses[0] == 0, outcome.outputs
     assert outcome.back is not None and outcome.back < 90
     (line,) = [text for text in outcome.outputs[0].splitlines() if text.startswith("error: ")]
     assert line.startswith("error: process 1 at 10.77.0.2 has not responded for 3 s")
-    # Each step has the images of a run of one process, augmented in the same way.
+    # Each step has the images of a run on one rank, with the same augmentation.
     path = Path(folder, "one")
     path.mkdir()
     main(config, callbacks=[recorder(path / "samples")])

@@ -1,4 +1,4 @@
-"""`make demo`, from the generated data to its picture."""
+"""`make demo`, from the generated data to the drawn pictures."""
 
 import os
 import re
@@ -19,20 +19,20 @@ def test_make_demo_trains_and_draws_a_picture(tmp_path: Path) -> None:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (tmp_path / ".venv" / ".train").touch()  # The set-up is done.
-    small = "mild.max_duration=4ba eval_interval=4ba train_dataset.batch_size=4 precision=fp32"
-    small += " model.name=torchvision:lraspp_mobilenet_v3_large"
-    done = subprocess.run(
-        ["make", "demo", f"DEMO={small}"],
+    (tmp_path / ".venv" / ".train").touch()  # The installation is complete.
+    settings = "mild.max_duration=4ba eval_interval=4ba train_dataset.batch_size=4 precision=fp32"
+    settings += " model.name=torchvision:lraspp_mobilenet_v3_large"
+    process = subprocess.run(
+        ["make", "demo", f"DEMO={settings}"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^mIoU: [\d.]+ before, [\d.]+ now$", done.stdout, re.M), done.stdout
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"^mIoU: [\d.]+ before, [\d.]+ now$", process.stdout, re.M), process.stdout
     (picture,) = Path(tmp_path, "demo/checkpoints/pictures").glob("ep0-ba4*.png")
     with Image.open(picture) as image:
         assert image.width > 300 and image.convert("L").getextrema() == (0, 255)
-    assert "predict.py demo/checkpoints/latest-rank0.pt IMAGE" in done.stdout
+    assert "predict.py demo/checkpoints/latest-rank0.pt IMAGE" in process.stdout
     assert Path(tmp_path, "demo/checkpoints/latest-rank0.pt").exists()

@@ -1,4 +1,4 @@
-"""The backbone stays as it is for as long as the config says, also through a resume."""
+"""model.freeze_backbone on two ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("small_network")
 EMA = {"half_life": "2ba", "update_interval": "1ba"}
 
 
-def test_two_processes(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Weights without a gradient do not have DistributedDataParallel wait."""
+def test_frozen_backbone_trains_on_two_ranks(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """DistributedDataParallel does not wait for gradients of frozen weights."""
     tiny |= {"recipe_name": "hot", "hot": {"max_duration": "4ba", "ema": EMA}}
     tiny |= {"save_folder": str(tmp_path / "run"), "save_interval": "4ba"}
     name = "mmseg:fastscnn/fast_scnn_lr0.12_8x4_160k_cityscapes"  # It has auxiliary heads.

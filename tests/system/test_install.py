@@ -1,6 +1,7 @@
-"""Setting up: that the lists of packages agree, and what install.sh, make and the image do.
+"""Installation: the package lists agree, and install.sh, make and the Docker image work.
 
-Programs that install are stand-ins here; CI installs in earnest before it runs this.
+Stand-ins replace the programs that install packages. CI runs the real installation before these
+tests.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DEFAULT_TORCH = PROJECT["tool"]["uv"]["default-groups"]
 
 
 def normal(requirements: list[str]) -> set[str]:
-    """Requirements as the `packaging` library writes them, without markers, in normal names."""
+    """Return requirements as `packaging` writes them, without markers, with normalised names."""
     result = set()
     for line in requirements:
         requirement = Requirement(line)
@@ -59,7 +60,7 @@ MACHINES = [
 
 
 def installed(lines: list[str], machine: dict[str, str]) -> set[str]:
-    """The packages and versions that lines of requirements give on a Linux machine."""
+    """Return the packages and versions that requirement lines give on a Linux machine."""
     environment = default_environment() | {"sys_platform": "linux"} | machine
     requirements = [Requirement(line) for line in lines]
     return {
@@ -69,25 +70,27 @@ def installed(lines: list[str], machine: dict[str, str]) -> set[str]:
     }
 
 
-def test_requirements_txt_is_the_lock_without_torch() -> None:
+def test_requirements_txt_equals_the_lock_without_torch() -> None:
     text = (ROOT / "requirements.txt").read_text()
     lines = [line for line in text.splitlines() if not line.startswith(("#", "--find-links"))]
     command = "uv export -q --frozen --no-hashes --no-annotate --no-header"
     assert f"{command} --prune torch --prune torchvision" in MAKEFILE
     uv = str(Path(sys.executable).with_name("uv"))
     arguments = [uv, *command.split()[1:], "--prune", "torch", "--prune", "torchvision"]
-    done = subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, text=True)
+    process = subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, text=True)
     for machine in MACHINES:
         packages = installed(lines, machine)
-        assert packages == installed(done.stdout.splitlines(), machine), "make lock writes it"
-        given = {re.split("[=<>]", package)[0] for package in packages}
-        assert not {n for n in given if re.match(r"torch$|torchvision|triton|nvidia|cuda", n)}
+        assert packages == installed(process.stdout.splitlines(), machine), "make lock writes it"
+        package_names = {re.split("[=<>]", package)[0] for package in packages}
+        assert not {
+            n for n in package_names if re.match(r"torch$|torchvision|triton|nvidia|cuda", n)
+        }
         wanted = installed(PROJECT["project"]["dependencies"], machine)
         assert packages >= wanted - {"torch", "torchvision"}
-        assert "addict" in given  # mmcv-full needs it, and pip's --no-deps would not install it
+        assert "addict" in package_names  # mmcv-full needs it, but pip's --no-deps skips it
 
 
-def test_the_wheel_of_mmcv_is_whole() -> None:
+def test_mmcv_wheel_matches_its_digests() -> None:
     (locked,) = [p for p in LOCK["package"] if p["name"] == "mmcv-full"]
     (wheel,) = locked["wheels"]
     path = ROOT / "wheels" / wheel["path"]
@@ -96,29 +99,31 @@ def test_the_wheel_of_mmcv_is_whole() -> None:
     assert path.name == "mmcv_full-1.7.2-py2.py3-none-any.whl"
     with zipfile.ZipFile(path) as content:
         names = content.namelist()
-        # Every file is as its own list says.
+        # Every file has the digest in the wheel's RECORD.
         record = content.read("mmcv_full-1.7.2.dist-info/RECORD").decode().splitlines()
         for line in record:
             name, digest, _ = line.rsplit(",", 2)
             if digest:
-                found = hashlib.sha256(content.read(name)).digest()
-                assert digest == "sha256=" + base64.urlsafe_b64encode(found).decode().rstrip("=")
+                digest_bytes = hashlib.sha256(content.read(name)).digest()
+                assert digest == "sha256=" + base64.urlsafe_b64encode(digest_bytes).decode().rstrip(
+                    "="
+                )
     assert len(record) == len(names) > 300
     assert not [name for name in names if name.endswith((".so", ".pyd", ".dylib"))]
     assert "--find-links wheels" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
-def test_the_lock_is_the_same_wherever_it_is_written() -> None:
-    """uv writes the absolute path of wheels/, which make lock replaces."""
+def test_lock_contains_no_absolute_path() -> None:
+    """uv writes the absolute path of wheels/, and `make lock` replaces it."""
     assert re.findall(r"file://[^\"]*", (ROOT / "uv.lock").read_text()) == ["file:///wheels"]
 
 
-def test_the_lock_is_of_this_pyproject() -> None:
-    (own,) = [
+def test_lock_matches_pyproject() -> None:
+    (project_package,) = [
         package for package in LOCK["package"] if package["name"] == PROJECT["project"]["name"]
     ]
 
-    def written(entries: list[dict[str, Any]]) -> set[str]:
+    def normalised(entries: list[dict[str, Any]]) -> set[str]:
         extras = [",".join(e.get("extras", [])) for e in entries]
         texts = [
             f"{e['name']}[{extra}]{e.get('specifier', '')}"
@@ -139,15 +144,20 @@ def test_the_lock_is_of_this_pyproject() -> None:
             )
         ]
 
-    assert written(own["metadata"]["requires-dist"]) == normal(PROJECT["project"]["dependencies"])
-    locked = {name: written(entries) for name, entries in own["metadata"]["requires-dev"].items()}
+    assert normalised(project_package["metadata"]["requires-dist"]) == normal(
+        PROJECT["project"]["dependencies"]
+    )
+    locked = {
+        name: normalised(entries)
+        for name, entries in project_package["metadata"]["requires-dev"].items()
+    }
     assert locked == {canonicalize_name(name): normal(flat(g)) for name, g in groups.items()}
     assert LOCK["requires-python"].replace(" ", "") == PROJECT["project"]["requires-python"]
 
 
 @pytest.mark.parametrize("name", ["mosaicml", "mosaicml-streaming", "mmcv-full"])
-def test_rewritten_requirements_are_the_packages_own(name: str) -> None:
-    """pyproject.toml lifts bounds in their metadata; a newer version may require other packages."""
+def test_rewritten_metadata_keeps_the_packages_requirements(name: str) -> None:
+    """pyproject.toml relaxes version bounds, so a new version may need a new list."""
     (ours,) = [e for e in PROJECT["tool"]["uv"]["dependency-metadata"] if e["name"] == name]
     assert importlib.metadata.version(name) == ours["version"]
     wanted = {
@@ -159,7 +169,7 @@ def test_rewritten_requirements_are_the_packages_own(name: str) -> None:
     assert names(ours["requires-dist"]) == wanted
 
 
-def test_every_logger_has_a_group() -> None:
+def test_every_logger_has_a_dependency_group() -> None:
     missing = {name for name, package in LOGGERS.items() if package} - set(
         PROJECT["dependency-groups"]
     )
@@ -183,9 +193,9 @@ TOOLS = (
     "tail",
     "touch",
 )
-# Answers as a Python of this path does.
-FITS = '#!/bin/sh\necho "{path}"\n'
-UNFIT = "#!/bin/sh\nexit 1\n"
+# Answers like the Python at this path.
+COMPATIBLE = '#!/bin/sh\necho "{path}"\n'
+INCOMPATIBLE = "#!/bin/sh\nexit 1\n"
 UV = """#!/bin/sh
 echo "$UV_PROJECT_ENVIRONMENT uv $*" >>calls
 case "$*" in
@@ -200,7 +210,7 @@ sync*)
   chmod +x "$bin/python" ;;
 esac
 """
-# Makes an environment, whose pip brings a uv.
+# Creates an environment whose pip installs uv.
 HOST = """#!/bin/sh
 case "$*" in
 *venv*) mkdir -p .uv/bin; cp "$0" .uv/bin/python ;;
@@ -211,18 +221,18 @@ esac
 
 
 class Machine:
-    """A folder with the files of the project that set it up, and a PATH of stand-ins."""
+    """A folder with the project's installation files, and a PATH of stand-ins."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bin = folder / "bin"
         self.bin.mkdir()
         for tool in TOOLS:
-            found = shutil.which(tool)
-            assert found, tool
-            (self.bin / tool).symlink_to(found)
+            location = shutil.which(tool)
+            assert location, tool
+            (self.bin / tool).symlink_to(location)
         for name in ("python3.13", "python3.12", "python3.11", "python3", "python"):
-            self.program(name, UNFIT)
+            self.program(name, INCOMPATIBLE)
         self.program("uv", UV)
         for name in ("install.sh", "pyproject.toml", "uv.lock", "Makefile"):
             shutil.copy(ROOT / name, folder / name)
@@ -234,19 +244,19 @@ class Machine:
         path.chmod(0o755)
 
     def install(self, *groups: str, **environment: str) -> tuple[list[str], str, int]:
-        """The lines of ./install.sh, what it says last to stderr, and its status."""
+        """Run ./install.sh; return its output lines, its stderr and its status."""
         home = {"PATH": str(self.bin), "HOME": str(self.folder), "PYENV_ROOT": str(self.folder)}
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "install.sh", *groups],
             cwd=self.folder,
             env={**home, **environment},
             capture_output=True,
             text=True,
         )
-        return done.stdout.splitlines(), done.stderr.strip(), done.returncode
+        return process.stdout.splitlines(), process.stderr.strip(), process.returncode
 
     def calls(self) -> list[str]:
-        """What was called since the last look, without what only asks."""
+        """Return the calls since the last query, without calls that only ask for information."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
@@ -258,8 +268,8 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_each_step_is_a_line_with_its_time(machine: Machine) -> None:
-    machine.program("python3.11", FITS)
+def test_installation_prints_a_timed_line_per_step(machine: Machine) -> None:
+    machine.program("python3.11", COMPATIBLE)
     lines, error, status = machine.install("wandb")
     assert (error, status) == ("", 0)
     steps = [re.fullmatch(r"(\w+),? .*\(.*\) \.\.\. \d+ s", line) for line in lines]
@@ -267,10 +277,12 @@ def test_each_step_is_a_line_with_its_time(machine: Machine) -> None:
     assert machine.calls() == [
         ".venv uv sync --frozen --python /real/python3.11 --group wandb",
     ]
-    # A second call keeps the groups and the Python of the first.
-    machine.program("python3.11", UNFIT)
-    machine.program("python3.12", FITS)
-    (folder := machine.folder / ".venv/bin/python").write_text(FITS.format(path="/real/python3.11"))
+    # A second installation keeps the groups and the Python of the first.
+    machine.program("python3.11", INCOMPATIBLE)
+    machine.program("python3.12", COMPATIBLE)
+    (folder := machine.folder / ".venv/bin/python").write_text(
+        COMPATIBLE.format(path="/real/python3.11")
+    )
     folder.chmod(0o755)
     _, error, status = machine.install("onnx")
     assert (error, status) == ("", 0)
@@ -291,22 +303,22 @@ Prepared 3 packages in 19.28s
 @pytest.mark.parametrize(
     ("log", "text"),
     [
-        pytest.param(UV_LOG, "514 of 2050 MB", id="two of three"),
-        pytest.param("Downloading brotli (512KiB)\n", "", id="too small to show"),
-        pytest.param("Resolved 3 packages in 1ms\n", "", id="nothing to download"),
+        pytest.param(UV_LOG, "514 of 2050 MB", id="two of three packages"),
+        pytest.param("Downloading brotli (512KiB)\n", "", id="small packages"),
+        pytest.param("Resolved 3 packages in 1ms\n", "", id="no download"),
     ],
 )
-def test_progress_of_a_download(tmp_path: Path, log: str, text: str) -> None:
+def test_download_progress_counts_megabytes(tmp_path: Path, log: str, text: str) -> None:
     (tmp_path / "log").write_text(log)
     script = (ROOT / "install.sh").read_text()
     function = script[script.index("downloaded() {") :].partition("\n}\n")[0]
     command = f"log={tmp_path}/log\n{function}\n}}\ndownloaded"
-    done = subprocess.run(["bash", "-euc", command], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (text, "")
+    process = subprocess.run(["bash", "-euc", command], capture_output=True, text=True)
+    assert (process.stdout, process.stderr) == (text, "")
 
 
-def test_another_torch_has_a_place_of_its_own(machine: Machine) -> None:
-    machine.program("python3.11", FITS)
+def test_other_torch_version_has_its_own_environment(machine: Machine) -> None:
+    machine.program("python3.11", COMPATIBLE)
     _, error, status = machine.install(TORCH="2.7.0")
     assert (error, status) == ("", 0)
     (call,) = machine.calls()
@@ -326,16 +338,16 @@ def test_another_torch_has_a_place_of_its_own(machine: Machine) -> None:
         ("error: something else", "error: something else\nerror: the lines above say why"),
     ],
 )
-def test_a_failing_step_says_what_to_do(machine: Machine, failure: str, line: str) -> None:
-    machine.program("python3.12", FITS)
+def test_failed_installation_step_suggests_a_fix(machine: Machine, failure: str, line: str) -> None:
+    machine.program("python3.12", COMPATIBLE)
     lines, error, status = machine.install(FAILING="sync", FAILURE=failure)
     assert status == 1 and lines[-1].endswith("... failed")
     assert re.search(line, error), error
     assert error.splitlines()[-1].startswith("error: ")
 
 
-def test_pythons(machine: Machine) -> None:
-    """A Python of this machine comes first; if there is none, uv downloads one."""
+def test_installed_python_is_preferred_and_missing_python_downloaded(machine: Machine) -> None:
+    """A Python of this machine is preferred. If there is none, uv downloads one."""
     refused = r"error: a download failed.*|error: the lines above say why"
     lines, error, status = machine.install(NO_DOWNLOADS="2")
     assert status == 1 and re.fullmatch(refused, error.splitlines()[-1])
@@ -347,18 +359,18 @@ def test_pythons(machine: Machine) -> None:
     assert machine.calls()[-1].endswith("--python /brought/python3.13")
     shutil.rmtree(machine.folder / ".venv")
 
-    versions = machine.folder / "versions/3.12.1/bin"  # of pyenv, whose shims may answer nothing
+    versions = machine.folder / "versions/3.12.1/bin"  # pyenv's, whose shims may fail
     versions.mkdir(parents=True)
-    (versions / "python").write_text(FITS.format(path="/pyenv/3.12"))
+    (versions / "python").write_text(COMPATIBLE.format(path="/pyenv/3.12"))
     (versions / "python").chmod(0o755)
     machine.install()
     assert machine.calls()[-1].endswith("--python /pyenv/3.12")
 
-    machine.program("python3.13", FITS)
+    machine.program("python3.13", COMPATIBLE)
     shutil.rmtree(machine.folder / ".venv")
     machine.install()
     assert machine.calls()[-1].endswith("--python /real/python3.13")
-    machine.program("python3", FITS)  # what the user calls Python, though it may be older
+    machine.program("python3", COMPATIBLE)  # the default Python, even if older
     shutil.rmtree(machine.folder / ".venv")
     machine.install()
     assert machine.calls()[-1].endswith("--python /real/python3")
@@ -367,13 +379,15 @@ def test_pythons(machine: Machine) -> None:
     assert (error, status) == ("error: PYTHON=python3.11 is not a Python 3.11, 3.12 or 3.13", 1)
 
 
-@pytest.mark.parametrize("there", [None, UV.replace("${TOO_OLD:-0}", "2")], ids=["none", "too old"])
-def test_uv_is_brought_where_there_is_none_to_use(machine: Machine, there: str | None) -> None:
+@pytest.mark.parametrize(
+    "existing", [None, UV.replace("${TOO_OLD:-0}", "2")], ids=["no uv", "old uv"]
+)
+def test_missing_or_old_uv_is_installed_with_pip(machine: Machine, existing: str | None) -> None:
     (machine.bin / "uv").unlink()
-    if there:
-        machine.program("uv", there)
+    if existing:
+        machine.program("uv", existing)
     machine.program("python3", HOST)
-    machine.program("python3.12", FITS)
+    machine.program("python3.12", COMPATIBLE)
     (machine.folder / "uv-that-pip-brings").write_text(UV)
     (machine.folder / "uv-that-pip-brings").chmod(0o755)
     lines, error, status = machine.install()
@@ -390,16 +404,16 @@ def test_uv_is_brought_where_there_is_none_to_use(machine: Machine, there: str |
     assert not any("pip" in call for call in machine.calls())
 
 
-def test_a_machine_that_cannot_have_uv(machine: Machine) -> None:
+def test_machine_without_uv_and_pip_gives_one_line_error(machine: Machine) -> None:
     (machine.bin / "uv").unlink()
     _, error, status = machine.install()
     assert status == 1 and error.startswith("error: no Python here can install uv; install uv, or")
 
 
-def test_install_sh_is_sound() -> None:
+def test_install_sh_passes_shellcheck() -> None:
     shellcheck = str(Path(sys.executable).with_name("shellcheck"))
-    done = subprocess.run([shellcheck, ROOT / "install.sh"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    process = subprocess.run([shellcheck, ROOT / "install.sh"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
 
 
 RECORDER = '#!/bin/sh\necho "$VENV $TORCH $(basename $0) $*" >>calls\n'
@@ -407,7 +421,7 @@ PYTEST = "python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reord
 
 
 def make(folder: Path, *arguments: str) -> list[str]:
-    """What a make target calls."""
+    """Return the calls that a make target makes."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("VENV", "TORCH")
     }
@@ -416,14 +430,14 @@ def make(folder: Path, *arguments: str) -> list[str]:
     }
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
-    done = subprocess.run(
+    process = subprocess.run(
         ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     return calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_make_installs_once(tmp_path: Path) -> None:
+def test_make_installs_only_when_the_lock_changes(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "uv.lock"):
         shutil.copy(ROOT / name, tmp_path)
     programs = [
@@ -449,19 +463,19 @@ def test_make_installs_once(tmp_path: Path) -> None:
     older = make(tmp_path, "test", "TORCH=2.7.0")
     assert older[0] == ".venv-2.7.0 2.7.0 install.sh dev"
     assert older[-1] == f".venv-2.7.0 2.7.0 {PYTEST}"
-    os.utime(tmp_path / "uv.lock", (2**32, 2**32))  # as when it has changed
+    os.utime(tmp_path / "uv.lock", (2**32, 2**32))  # a changed lock file
     assert make(tmp_path, "demo")[0] == ".venv  install.sh "
 
 
-def test_the_dockerfile_is_sound() -> None:
+def test_dockerfile_passes_hadolint() -> None:
     hadolint = str(Path(sys.executable).with_name("hadolint"))
-    done = subprocess.run(
+    process = subprocess.run(
         [hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_the_image_is_set_up_as_a_machine_is() -> None:
+def test_docker_image_is_installed_with_make() -> None:
     steps = [s.partition(" ") for s in re.sub(r"\\\n", " ", DOCKERFILE).splitlines()]
     runs = [rest for word, _, rest in steps if word == "RUN"]
     assert runs[1].startswith('make install WITH="$WITH"')
@@ -481,12 +495,12 @@ def test_the_image_is_set_up_as_a_machine_is() -> None:
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.15."), reason="the image has the default torch"
 )
-def test_the_image_has_torchs_cuda() -> None:
+def test_docker_image_has_the_cuda_version_of_torch() -> None:
     assert f"FROM nvidia/cuda:{torch.version.cuda}." in DOCKERFILE
 
 
 def images(folder: Path) -> set[str]:
-    """The images that launch files and the platform's config name."""
+    """Return the image names in the launch files and in the platform's config."""
     job = yaml.safe_load((folder / "launch/kubernetes.yaml").read_text())
     pods = [
         r["template"]["spec"]["containers"] for r in job["spec"]["pytorchReplicaSpecs"].values()
@@ -495,7 +509,7 @@ def images(folder: Path) -> set[str]:
     return {c["image"] for containers in pods for c in containers} | {platform["image"]}
 
 
-def test_the_image_has_one_name(tmp_path: Path) -> None:
+def test_docker_image_has_the_same_name_everywhere(tmp_path: Path) -> None:
     default = re.search(r"^IMAGE := (\S+)", MAKEFILE, re.M)
     assert default and images(ROOT) == {default[1]}
     for name in ("Makefile", "launch/kubernetes.yaml", "yamls/mcloud_run.yaml"):

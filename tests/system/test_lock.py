@@ -1,4 +1,4 @@
-"""One live run writes into a folder; a dead one does not keep the next from it."""
+"""A second run cannot write into the folder of a live run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize("kind", ["folder", "object store"])
-def test_a_second_run_is_refused_while_the_first_lives(
+def test_second_run_is_rejected_while_first_run_is_alive(
     tiny: dict[str, Any], tmp_path: Path, server: S3Server, kind: str
 ) -> None:
     folder = f"{tmp_path}/saved" if kind == "folder" else "s3://data/locked"
@@ -39,7 +39,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
         assert f"save_folder: run tiny (process {pid} on " in str(caught.value)
         assert "is writing to" in str(caught.value)
         assert target.names() == []
-    main({**tiny, "autoresume": True})  # the first was killed
+    main({**tiny, "autoresume": True})  # the first run was killed
     assert target.names() == ["ep0-ba1-rank0.pt"]
     with other_process(lambda: target.lock("tiny")):  # the run has released the folder
         pass

@@ -13,18 +13,18 @@ import torch
 from tests.support.paths import ROOT
 
 
-def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+def test_triton_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     # A separate process, because Triton reads these variables when it is imported.
     settings = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, __file__]
     environment = {**os.environ, **settings}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def compile_triton() -> None:
-    """Compiles both kernels for ADE20K's 150 classes at stride 4 in bf16, for A100 to RTX 50."""
+    """Compile both kernels for ADE20K's 150 classes at stride 4 in bf16, for A100 to RTX 50."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -38,7 +38,7 @@ def compile_triton() -> None:
     )
     floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
     for kernel in (losses_triton._forward_kernel, losses_triton._backward_kernel):
-        # Compile the plainest variant for every GPU, and the others for the oldest one.
+        # Compile the simplest variant for every GPU, and the others for the oldest GPU.
         for targets, weights, capabilities in (
             (1, None, (80, 90, 100, 120)),
             (2, None, (80,)),

@@ -14,14 +14,14 @@ from tests.support.paths import ROOT
 NOTEBOOK = ROOT / "docs" / "own_data.ipynb"
 
 
-def test_the_notebook_has_no_output_in_the_repository() -> None:
+def test_notebook_has_no_output_in_the_repository() -> None:
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     assert len(cells) == 10
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
-    """In a copy of the project, on a few photos for two batches, with a small network."""
+def test_notebook_runs_and_draws_its_pictures(tmp_path: Path) -> None:
+    """Run it in a copy of the project, on few images, for two batches, with a small network."""
     names = [
         "dataset",
         "extras",
@@ -48,9 +48,11 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=300, resources=resources).execute()
 
     outputs = [list(cell.get("outputs", [])) for cell in notebook.cells]
-    pictures = [sum("image/png" in o.get("data", {}) for o in of) for of in outputs]
+    pictures = [
+        sum("image/png" in o.get("data", {}) for o in cell_outputs) for cell_outputs in outputs
+    ]
     assert pictures == [0, 0, 0, 1, 0, 0, 2, 0, 1, 0]
-    text = ["".join(o.get("text", "") for o in of) for of in outputs]
+    text = ["".join(o.get("text", "") for o in cell_outputs) for cell_outputs in outputs]
     assert "wrote demo/yard.yaml" in text[3]
     assert "mIoU: " in text[5] and "report: " in text[5]
     assert not any("error" in part or "Traceback" in part for part in text), text

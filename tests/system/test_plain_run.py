@@ -1,4 +1,4 @@
-"""A new process imports main without side effects, and a plain run imports few modules."""
+"""Importing main has no side effects, and a plain run imports few modules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print(json.dumps([status, changed, files]), file=sys.stderr)
 
 
 class Outcome(NamedTuple):
-    """What a new process did: variables that `import main` changed, modules, and its stderr."""
+    """Results of a new process: variables that `import main` changed, its modules, its stderr."""
 
     changed: list[str]
     modules: set[str]
@@ -43,38 +43,38 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Run a plain run in a new process."""
+    """Return the results of a plain run in a new process."""
     data = tmp_path_factory.mktemp("data")
     make(data, training=4, validation=2, size=32)
     keys = dict(path=data, base_size=32, final_size=32, batch_size=4, num_workers=0)
     words = [f"{s}.{k}={v}" for s in ("train_dataset", "eval_dataset") for k, v in keys.items()]
     words += ["max_duration=1ep", "model.backbone_arch=resnet50", "model.backbone_weights=null"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM, "yamls/deeplabv3.yaml", *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    status, changed, files = json.loads(done.stderr.splitlines()[-1])
-    assert status == 0, done.stderr
+    assert process.returncode == 0, process.stderr
+    status, changed, files = json.loads(process.stderr.splitlines()[-1])
+    assert status == 0, process.stderr
     paths = [Path(file).relative_to(ROOT) for file in files if Path(file).is_relative_to(ROOT)]
     inside = [path for path in paths if not path.parts[0].startswith((".", "tests"))]
     names = {".".join(path.with_suffix("").parts) for path in inside if path.stem != "__init__"}
-    return Outcome(changed, names, done.stderr)
+    return Outcome(changed, names, process.stderr)
 
 
-def test_importing_main_reads_no_arguments_and_changes_no_environment(outcome: Outcome) -> None:
+def test_importing_main_ignores_arguments_and_keeps_environment(outcome: Outcome) -> None:
     assert outcome.changed == []
 
 
-def test_warnings_are_not_lost_to_mmcv(outcome: Outcome) -> None:
-    """When mmcv is imported, it stops the root logger's handlers from showing warnings."""
+def test_warnings_are_shown_after_importing_mmcv(outcome: Outcome) -> None:
+    """Importing mmcv stops the root logger's handlers from showing warnings."""
     assert "WARNING:root:retrying" in outcome.stderr
 
 
-def test_a_plain_run_imports_few_modules(outcome: Outcome) -> None:
+def test_plain_run_imports_few_modules(outcome: Outcome) -> None:
     modules = outcome.modules
     assert len(modules) <= LIMIT, sorted(modules)
     assert {"main", "model", "data", "transforms", "training.seeding"} <= modules

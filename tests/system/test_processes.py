@@ -1,4 +1,4 @@
-"""One clear line for each way in which a run ends early."""
+"""Runs that end early report the cause in one line."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run(
-    tiny: dict[str, Any], tmp_path: Path, value: float
-) -> None:
+def test_non_finite_loss_ends_the_run(tiny: dict[str, Any], tmp_path: Path, value: float) -> None:
     class Break(Callback):
         def after_loss(self, state: State, logger: Any) -> None:
             if state.timestamp.batch == 2:
@@ -42,7 +40,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert newest_checkpoint(str(tmp_path), "")[0] == f"{tmp_path}/ep0-ba2-rank0.pt"
 
 
-def test_a_photo_that_vanishes_in_mid_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_image_deleted_during_the_run_is_named(tiny: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(tiny["train_dataset"]["path"], tmp_path / "data")
 
     class Vanish(Callback):
@@ -60,11 +58,11 @@ def test_a_photo_that_vanishes_in_mid_run(tiny: dict[str, Any], tmp_path: Path) 
     assert newest_checkpoint(f"{tmp_path}/saved", "") is not None
 
 
-def test_a_loader_process_killed_by_the_kernel(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_loader_process_ends_run_with_advice(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["train_dataset"]["num_workers"] = 1
     tiny |= {"save_folder": f"{tmp_path}/saved", "save_interval": "1ba", "max_duration": "4ep"}
     death = Death("forward", 2, is_loaders=True)
-    # In a process of its own: torch goes on raising the error in one that has lost a loader.
+    # Use a separate process: after torch has lost a loader, it keeps raising the error.
     assert run({**tiny, "eval_interval": "100ep"}, f"{tmp_path}/log", death) == 75
     error = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
     assert error.startswith("error: a loader process ended (")
@@ -74,7 +72,7 @@ def test_a_loader_process_killed_by_the_kernel(tiny: dict[str, Any], tmp_path: P
 
 
 def start_thread() -> None:
-    """In a new process, as libraries do; such a call cannot be unregistered."""
+    """Start a thread in each forked process, as libraries do. This call cannot be unregistered."""
     if "thread" in after_fork:
         threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 
@@ -83,7 +81,7 @@ after_fork: dict[str, bool] = {}
 os.register_at_fork(after_in_child=start_thread)
 
 
-def test_a_loader_process_outlives_signals_that_are_not_its_parents(
+def test_loader_process_ignores_signals_not_from_its_parent(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(after_fork, "thread", True)

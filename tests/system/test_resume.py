@@ -1,4 +1,4 @@
-"""Runs that are killed or told to stop, at bad moments, and end as one that was not."""
+"""Runs that are killed or stopped at bad moments and then resumed equal uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ VIT = {
     "optimizer.layer_decay": 0.8,
     "save_interval": "1ba",
 }
-# Statistics of BatchNorm are those of micro-batches of two, whichever process has them.
+# BatchNorm statistics come from micro-batches of two images, on any number of ranks.
 ANY_RANKS = {
     "max_duration": "6ba",
     "eval_interval": "100ep",
@@ -71,7 +71,7 @@ ANY_RANKS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Generated images as folders, as shards, and as a data set with a description."""
+    """Return a folder with generated images as folders, as shards, and as a described data set."""
     folder = str(tmp_path_factory.mktemp("data"))
     make_data(folder)
     lay_out(f"{folder}/folders", Path(folder, "described"), "merged", 12)
@@ -92,10 +92,10 @@ def configure(data: str, recipe: str, source: str, changes: dict[str, Any]) -> d
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[dict[str, Any]], str]:
-    """A function that returns the folder of a run with a config that nobody disturbed."""
+    """Return a function that returns the folder of an uninterrupted run with a config."""
     folders: dict[str, str] = {}
 
     def train(config: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def undisturbed(
     return train
 
 
-# In which recipe, data, network and optimizer a run is cut, where, and by how many processes.
+# Each case has a recipe, data, changed keys, the moments and ranks of the cuts, and the ranks.
 @pytest.mark.parametrize(
     ("recipe", "source", "changes", "cuts", "ranks"),
     [
@@ -123,8 +123,8 @@ def undisturbed(
             [
                 (1, Death("forward", 3)),  # SAM's second pass of batch 2, before a checkpoint
                 (1, Death("batch", 4)),  # in mid-epoch, one batch after the checkpoint
-                (1, Death("eval", 1)),  # in the first evaluation, whose batch has a checkpoint
-                (1, Death("write", 1)),  # in mid-epoch, in the second save
+                (1, Death("eval", 1)),  # in the first evaluation, after a checkpoint
+                (1, Death("write", 1)),  # in mid-epoch, during the second save
             ],
             1,
             id="hot, killed four times",
@@ -135,17 +135,21 @@ def undisturbed(
             ADAMW,
             [(1, Death("batch", 2)), (1, Death("batch", 5))],
             1,
-            id="AdamW in groups, clipped, in the warm-up and after it",
+            id="AdamW with groups, clipping and warm-up",
         ),
-        pytest.param("baseline", "shards", SHARDS, [(1, Death("pointer", 1))], 1, id="rename"),
-        pytest.param("baseline", "shards", SHARDS, [(1, Death("remove", 1))], 1, id="removal"),
+        pytest.param(
+            "baseline", "shards", SHARDS, [(1, Death("pointer", 1))], 1, id="killed at rename"
+        ),
+        pytest.param(
+            "baseline", "shards", SHARDS, [(1, Death("remove", 1))], 1, id="killed at removal"
+        ),
         pytest.param(
             "hot",
             "folders",
             {"model.freeze_backbone": "4ba", "save_interval": "1ba"},
             [(1, Death("batch", 2)), (1, Death("batch", 3))],
             1,
-            id="frozen backbone, and after it",
+            id="frozen and unfrozen backbone",
         ),
         pytest.param("baseline", "folders", RARE, [(1, Death("batch", 2))], 1, id="rare classes"),
         pytest.param("hot", "folders", FASTSCNN, [(1, Death("batch", 3))], 1, id="Fast-SCNN"),
@@ -156,21 +160,21 @@ def undisturbed(
             VIT | ANY_RANKS,
             [(2, Death("forward", 1, signal.SIGTERM))],
             2,
-            id="ViT by two processes",
+            id="ViT on two ranks",
         ),
         pytest.param(
             "baseline",
             "folders",
             ANY_RANKS,
-            # Only the second process gets the first signal, and both stop after the same batch.
+            # Only rank 1 gets the first signal, and both ranks stop after the same batch.
             [(2, Death("forward", 1, signal.SIGTERM)), (1, Death("forward", 2, signal.SIGTERM))],
             2,
-            id="two processes, one, two",
+            id="two ranks, then one, then two",
         ),
     ],
 )
-def test_a_resumed_run_equals_one_that_never_stopped(
-    undisturbed: Callable[[dict[str, Any]], str],
+def test_resumed_run_equals_uninterrupted_run(
+    uninterrupted: Callable[[dict[str, Any]], str],
     data: str,
     tmp_path: Path,
     recipe: str,
@@ -180,7 +184,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     ranks: int,
 ) -> None:
     config = configure(data, recipe, source, changes)
-    reference = undisturbed(config)
+    reference = uninterrupted(config)
     keep = config.setdefault("save_num_checkpoints_to_keep", 2)
     config |= {"save_folder": str(tmp_path), "autoresume": True}
     log = f"{tmp_path}/log"
@@ -191,13 +195,13 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     if ranks == 1:
         assert largest_difference(str(tmp_path), reference) == 0
         assert same_log(log, f"{reference}/log")
-    else:  # Sums over several processes are in another order.
+    else:  # Sums over several ranks have another order.
         assert losses(log) == pytest.approx(losses(f"{reference}/log"), abs=1e-5)
     assert len(list(tmp_path.glob("ep*.pt"))) == keep
 
 
 def losses(log: str) -> list[float]:
-    """Return the losses of each batch, none of which may be logged twice."""
+    """Return the losses of all batches; each may be logged only once."""
     values = {
         step: value for (step, name), value in read_log(log).items() if name == "loss/train/total"
     }
@@ -207,14 +211,14 @@ def losses(log: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def hot(data: str, undisturbed: Callable[[dict[str, Any]], str]) -> tuple[dict[str, Any], str]:
-    """The config of a run with EMA, SAM and MixUp, and the folder of an undisturbed one."""
+def hot(data: str, uninterrupted: Callable[[dict[str, Any]], str]) -> tuple[dict[str, Any], str]:
+    """Return the config of a run with EMA, SAM and MixUp, and an uninterrupted run's folder."""
     config = configure(data, "hot", "folders", {})
-    return {**config, "autoresume": True, "save_num_checkpoints_to_keep": 2}, undisturbed(config)
+    return {**config, "autoresume": True, "save_num_checkpoints_to_keep": 2}, uninterrupted(config)
 
 
 @pytest.mark.parametrize("death", [Death("batch", 3), Death("eval", 0), Death("batch", 5)])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_stop_signal_saves_checkpoint_and_same_command_resumes(
     hot: tuple[dict[str, Any], str], tmp_path: Path, death: Death
 ) -> None:
     config, reference = hot
@@ -235,14 +239,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert same_log(log, f"{reference}/log")
 
 
-def test_a_second_signal_ends_at_once(hot: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+def test_second_stop_signal_ends_the_run_at_once(
+    hot: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
     config = {**hot[0], "save_folder": str(tmp_path)}
     death = Death("forward", 2, signal.SIGINT, times=2)  # in the two passes of the second batch
     assert run(config, f"{tmp_path}/log", death) == -signal.SIGINT
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_a_complete_run_is_evaluated_when_started_again(
+def test_completed_run_is_only_evaluated_when_started_again(
     hot: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config, reference = hot
@@ -252,5 +258,5 @@ def test_a_complete_run_is_evaluated_when_started_again(
     assert Path(reference, "ep2-ba12-rank0.pt").read_bytes() == before
     output = Path(f"{log}.0.out").read_text()
     assert "nothing is left to train: the run has reached max_duration=2ep" in output
-    found, expected = read_log(log), read_log(f"{reference}/log")
-    assert found == {key: value for key, value in expected.items() if key[0] == 12}
+    logged, expected = read_log(log), read_log(f"{reference}/log")
+    assert logged == {key: value for key, value in expected.items() if key[0] == 12}

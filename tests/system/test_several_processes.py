@@ -1,4 +1,4 @@
-"""Several processes: the same numbers as one, and an end for all when one is lost."""
+"""Several ranks compute the numbers of one rank, and all end if one is lost."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ LOSS = "loss/train/total"
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The config of a run on 16 photos and 7, and the folder of one by one process."""
+    """Return the config of a run on 16 and 7 images, and the folder of that run on one rank."""
     folder = str(tmp_path_factory.mktemp("one"))
     make(f"{folder}/folders", training=16, validation=7, size=48)
     config = make_config(folder, "baseline", "folders", workers=0)
     config |= {"max_duration": "6ba", "eval_interval": "100ep", "autoresume": True}
     config["device_train_microbatch_size"] = 2
     config["eval_dataset"]["batch_size"] = 6
-    config["model"]["sync_bn"] = False  # statistics are of micro-batches, whoever has them
+    config["model"]["sync_bn"] = False  # statistics are per micro-batch, on any number of ranks
     assert run({**config, "save_folder": f"{folder}/saved"}, f"{folder}/log") == 0
     return config, folder
 
 
 def losses(log: str) -> list[float]:
-    """The losses of each batch, none of which may be there twice."""
-    found = {step: values for (step, name), values in read_log(log).items() if name == LOSS}
-    assert all(len(values) == 1 for values in found.values())
-    assert sorted(found) == list(range(len(found)))
-    return [found[step][0] for step in sorted(found)]
+    """Return the losses of all batches; each may be logged only once."""
+    by_step = {step: values for (step, name), values in read_log(log).items() if name == LOSS}
+    assert all(len(values) == 1 for values in by_step.values())
+    assert sorted(by_step) == list(range(len(by_step)))
+    return [by_step[step][0] for step in sorted(by_step)]
 
 
-def test_two_processes_have_the_losses_of_one(
+def test_two_ranks_have_the_losses_of_one_rank(
     one: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config, folder = one
@@ -50,24 +50,24 @@ def test_two_processes_have_the_losses_of_one(
     assert losses(f"{tmp_path}/log") == pytest.approx(expected, abs=1e-5)
 
 
-def test_shared_statistics_are_those_of_the_whole_batch(
+def test_sync_bn_statistics_equal_those_of_the_full_batch(
     one: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config = {**one[0], "max_duration": "1ba", "device_train_microbatch_size": 4}
     config["model"] = {**config["model"], "sync_bn": True}
-    found = []
+    checkpoints = []
     for ranks in (1, 2):
         config["save_folder"] = f"{tmp_path}/{ranks}"
         assert run_ranks(config, f"{tmp_path}/log{ranks}", ranks) == [0] * ranks
-        found.append(tensors(f"{tmp_path}/{ranks}"))
-    # The backbone's, since the head's dropout is another for each rank.
-    names = [name for name in found[0] if "backbone" in name and "running" in name]
+        checkpoints.append(tensors(f"{tmp_path}/{ranks}"))
+    # Compare only the backbone: the head's dropout differs between ranks.
+    names = [name for name in checkpoints[0] if "backbone" in name and "running" in name]
     assert len(names) > 20
     for name in names:
-        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(checkpoints[1][name], checkpoints[0][name], rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_is_the_same_for_any_number_of_processes(
+def test_evaluation_score_is_equal_for_any_number_of_ranks(
     one: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config, folder = one
@@ -84,7 +84,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes(
     assert scores[2][1] == pytest.approx(scores[0][1], rel=1e-5)
 
 
-def test_the_others_end_when_one_process_is_killed(
+def test_other_ranks_end_when_one_rank_is_killed(
     one: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config, _ = one

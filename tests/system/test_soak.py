@@ -1,4 +1,4 @@
-"""The parts of soak.py: what its runs are, how they are followed, and what is made of it."""
+"""The parts of soak.py: the configs of its runs, its memory table and its faulty store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.resumed_runs import RECIPES
 from training.config import resolve
 
 
-def test_the_runs_are_ones_that_main_takes(tmp_path: Path) -> None:
+def test_soak_configs_are_valid(tmp_path: Path) -> None:
     for recipe in RECIPES:
         config = resolve(soak_run.make_config("s3://data/x", str(tmp_path), recipe, "name", 100))
         assert (config.recipe_name or "baseline") == recipe and config.max_duration == "100ba"
@@ -27,7 +27,7 @@ def test_the_runs_are_ones_that_main_takes(tmp_path: Path) -> None:
     assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 12, 16, 16)
 
 
-def test_growth_is_from_the_first_to_the_last() -> None:
+def test_memory_growth_is_measured_from_first_to_last_sample() -> None:
     samples = [(225, {"launcher": (100.0, 10)}), (425, {"launcher": (101.0, 13)})]
     text, worst = soak_memory.table(samples)
     assert worst == pytest.approx(0.3)
@@ -37,7 +37,7 @@ def test_growth_is_from_the_first_to_the_last() -> None:
 
 @pytest.fixture
 def echo() -> Iterator[int]:
-    """The port of a server that answers each request with 5,000 bytes."""
+    """Return the port of a server that answers each request with 5,000 bytes."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -56,14 +56,14 @@ def echo() -> Iterator[int]:
 
 
 def ask(store: FaultyStore) -> bytes:
-    """All that the store answers to a request; raises where nobody listens."""
+    """Return the store's full answer to a request; raise if nothing listens."""
     with socket.create_connection(("127.0.0.1", store.port), 30) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         return b"".join(iter(lambda: connection.recv(1000), b""))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_store(echo: int, fault: str) -> None:
+def test_faulty_store_applies_each_fault_and_recovers(echo: int, fault: str) -> None:
     store, answers, began = FaultyStore(echo), [], time.monotonic()
     assert ask(store) == bytes(5000)
     asking = threading.Thread(target=lambda: answers.append(ask(store)))

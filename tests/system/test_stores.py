@@ -1,4 +1,4 @@
-"""Folders and object stores of checkpoints: each is whole or not there, and the rest goes."""
+"""A run that saves to an object store, resumes from it and is loaded from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from tests.support.stores import server  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_a_run_in_an_object_store(tiny: dict[str, Any], server: S3Server, tmp_path: Path) -> None:
+def test_run_resumes_and_loads_from_object_store(
+    tiny: dict[str, Any], server: S3Server, tmp_path: Path
+) -> None:
     tiny |= {"save_folder": "s3://data/runs/{run_name}", "autoresume": True}
     tiny |= {"save_interval": "1ba", "eval_interval": "100ep", "save_num_checkpoints_to_keep": 2}
     main({**tiny, "max_duration": "3ba"})
@@ -25,7 +27,7 @@ def test_a_run_in_an_object_store(tiny: dict[str, Any], server: S3Server, tmp_pa
     assert len(store.names()) == 2
     assert store.latest() == "ep0-ba3-rank0.pt"
 
-    # A machine that has none of it goes on; the newest is damaged.
+    # A machine without local files resumes although the newest checkpoint is damaged.
     body = store.store.client.get_object(Bucket="data", Key="runs/tiny/ep0-ba3-rank0.pt")["Body"]
     half = body.read()[:100_000]
     store.store.client.put_object(Bucket="data", Key="runs/tiny/ep0-ba3-rank0.pt", Body=half)
@@ -33,15 +35,15 @@ def test_a_run_in_an_object_store(tiny: dict[str, Any], server: S3Server, tmp_pa
     assert len(trainer.state.callbacks[-1].saved_checkpoints) == 2
     assert store.names() == ["ep0-ba4-rank0.pt", "ep0-ba3-rank0.pt"]
 
-    # Its weights begin another run; another machine's, by what points at them.
+    # Other runs load the weights, by the checkpoint's name and by the pointer's name.
     for name in ("ep0-ba4-rank0.pt", "latest-rank0.pt"):
-        begun = {**tiny, "autoresume": False, "save_folder": None, "max_duration": "5ba"}
-        trainer = main({**begun, "load_path": f"s3://data/runs/tiny/{name}"})
+        new_run = {**tiny, "autoresume": False, "save_folder": None, "max_duration": "5ba"}
+        trainer = main({**new_run, "load_path": f"s3://data/runs/tiny/{name}"})
         assert trainer.state.timestamp.batch == 5
     model = {"num_classes": 13, "backbone_arch": "resnet50", "backbone_weights": None}
     with pytest.raises(
         ConfigError, match=r"model.num_classes: the config sets 13, but s3:.* was trained with 12"
     ):
-        main({**begun, "load_path": "s3://data/runs/tiny/latest-rank0.pt", "model": model})
+        main({**new_run, "load_path": "s3://data/runs/tiny/latest-rank0.pt", "model": model})
     with pytest.raises(ConfigError, match=r"load_path: cannot read s3://data/nothing.pt"):
-        main({**begun, "load_path": "s3://data/nothing.pt"})
+        main({**new_run, "load_path": "s3://data/nothing.pt"})

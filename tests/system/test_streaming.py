@@ -1,4 +1,4 @@
-"""Data sets in shards: the samples of the folders, from anywhere, in spite of what goes wrong."""
+"""Data sets in shards on S3, with outages, faults and missing objects."""
 
 from __future__ import annotations
 
@@ -28,36 +28,34 @@ def url(s3: S3Server, mds: str) -> str:
     return s3.upload(mds, "set")
 
 
-def test_trains_from_s3_with_an_empty_cache_and_a_full_one(
+def test_run_trains_from_s3_and_then_from_its_cache(
     s3: S3Server, url: str, expected: list[list[str]], tmp_path: Path
 ) -> None:
     for number, workers in enumerate((2, 0)):
         spec = stream(url, tmp_path / "cache", num_workers=workers)
         model, _ = train(spec, tmp_path / str(number), max_duration="2ep")
         assert model.seen == [*expected[0], *expected[1]]
-        s3.kill()  # the second run needs it no more
+        s3.kill()  # the second run reads the cache
     s3.start()
 
 
-def test_an_outage_costs_a_retry_not_the_run(
+def test_run_continues_after_an_outage_of_s3(
     s3: S3Server, url: str, expected: list[list[str]], tmp_path: Path
 ) -> None:
     spec = stream(url, tmp_path, num_workers=1, predownload=0, download_retry=6, prefetch_factor=1)
-    found = []
+    seen = []
     for number, batch in enumerate(spec.dataloader):
-        found += digests([spec.microbatch_transforms(batch)])
+        seen += digests([spec.microbatch_transforms(batch)])
         if number == 0:
             cached = len(list(tmp_path.glob("train/*.mds")))
             s3.kill()
             threading.Timer(2, s3.start).start()
-    assert found == expected[0]
-    assert cached < len(
-        spec.dataloader.dataset.shards.shards
-    )  # some were fetched after it was gone
+    assert seen == expected[0]
+    assert cached < len(spec.dataloader.dataset.shards.shards)  # some shards came after the outage
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "silent"])
-def test_a_store_at_fault_costs_retries_not_the_run(
+def test_run_continues_after_faults_of_s3(
     s3: S3Server,
     url: str,
     expected: list[list[str]],
@@ -79,13 +77,13 @@ def test_a_store_at_fault_costs_retries_not_the_run(
     threading.Thread(target=recover).start()
     at_fault.wait()
     assert digests(batches(spec)) == expected[0]
-    assert time.monotonic() - began > 4  # as long as the store had it
-    said = "; trying again in" in caplog.text
-    assert said == (fault != "silent")  # which passes before a time-out
+    assert time.monotonic() - began > 4  # the duration of the fault
+    has_retried = "; trying again in" in caplog.text
+    assert has_retried == (fault != "silent")  # a silent store recovers before a time-out
     store.close()
 
 
-def test_what_s3_refuses_is_said_at_once(
+def test_missing_and_damaged_objects_are_reported_without_retry(
     s3: S3Server, url: str, mds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads.time, "sleep", lambda seconds: pytest.fail("it waited"))

@@ -1,4 +1,4 @@
-"""The page that `export.py --to web` writes, in a real browser: it answers as predict.py does."""
+"""The web page of `export.py --to web` in a real browser, compared with predict.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.artifacts import CLASSES
 from tests.support.browser import CHROMIUM, Page, browser, static_host
 from tests.support.web import folder, photos, runtime  # noqa: F401
 
-# The network has loaded, and the page has segmented its first example.
+# True when the network has loaded and the page has segmented its first example.
 READY = "document.querySelector('#status').textContent.startsWith('large one #1.jpg: ')"
 
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> Iterator[Page]:
-    """The page, its network loaded; of a plain static host."""
+    """Return the page with its network loaded, served by a static host."""
     if CHROMIUM is None:
         missing = pytest.fail if os.environ.get("BROWSER_TESTS") == "required" else pytest.skip
         missing("no Chromium (Debian: apt-get install chromium)")
@@ -38,8 +38,8 @@ def page(folder: Path) -> Iterator[Page]:
         yield page
 
 
-def segmented(page: Page, name: str) -> np.ndarray:
-    """Wait for a photo's classes, and return what the page's button downloads."""
+def download_classes(page: Page, name: str) -> np.ndarray:
+    """Wait until an image is segmented; return the classes that the download button saves."""
     page.wait(f"document.querySelector('#status').textContent.startsWith('{name}: ')")
     page.run("document.querySelector('#download').click()")
     mask = Image.open(io.BytesIO(page.downloaded(f"{Path(name).stem}.png")))
@@ -48,44 +48,46 @@ def segmented(page: Page, name: str) -> np.ndarray:
     return np.array(mask)
 
 
-def test_the_same_classes_as_predict(page: Page, folder: Path, photos: list[Path]) -> None:
+def test_web_page_predicts_like_predict(page: Page, folder: Path, photos: list[Path]) -> None:
     segmenter = Segmenter(folder / "weights.safetensors")
     same, pixels = 0, 0
     for number, photo in enumerate(photos):
         page.run(f"document.querySelectorAll('#examples button')[{number}].click()")
-        found, expected = segmented(page, photo.name), segmenter(str(photo))
-        assert found.shape == expected.shape and len(np.unique(expected)) > 2
-        same += (found == expected).sum()
-        pixels += found.size
+        actual, expected = download_classes(page, photo.name), segmenter(str(photo))
+        assert actual.shape == expected.shape and len(np.unique(expected)) > 2
+        same += (actual == expected).sum()
+        pixels += actual.size
     assert same / pixels >= 0.999
     assert not page.messages
 
 
-def test_nothing_leaves_the_browser(page: Page) -> None:
-    """It asks only for its own folder's files, and may not ask for others."""
+def test_web_page_sends_no_data(page: Page) -> None:
+    """The page requests only files of its own folder, and its policy blocks other addresses."""
     assert len(page.requests) > 5
-    own = (page.address, f"blob:{page.address}", "data:", "about:blank")
-    assert not [url for url in page.requests if not url.startswith(own)]
-    refused = """new Promise((resolve) => {
+    allowed = (page.address, f"blob:{page.address}", "data:", "about:blank")
+    assert not [url for url in page.requests if not url.startswith(allowed)]
+    blocked_request = """new Promise((resolve) => {
       addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
       fetch("http://127.0.0.2:9/").catch(() => {});
     })"""
-    assert page.run(refused) == "connect-src"
+    assert page.run(blocked_request) == "connect-src"
 
 
-def test_a_dropped_photo_and_its_legend(page: Page, folder: Path, photos: list[Path]) -> None:
+def test_dropped_image_is_segmented_and_has_a_legend(
+    page: Page, folder: Path, photos: list[Path]
+) -> None:
     page.drop(100, 100, photos[1])
-    mask = segmented(page, photos[1].name)
+    mask = download_classes(page, photos[1].name)
     counts = np.bincount(mask.ravel(), minlength=12)
     large = [c for c in np.argsort(-counts, kind="stable") if counts[c] >= mask.size / 1000]
     rows = page.run("[...document.querySelectorAll('#legend tr')].map((row) => row.innerText)")
     expected = [f"{CLASSES[c]}\t{100 * counts[c] / mask.size:.1f}%" for c in large]
     assert rows[: len(large)] == expected
-    taken = page.run("document.querySelector('#time').textContent")
-    assert taken.endswith("at 82 \N{MULTIPLICATION SIGN} 64 pixels (WebAssembly, threads: 1)")
+    timing = page.run("document.querySelector('#time').textContent")
+    assert timing.endswith("at 82 \N{MULTIPLICATION SIGN} 64 pixels (WebAssembly, threads: 1)")
 
 
-def test_a_photo_that_comes_while_another_is_segmented_waits(
+def test_image_chosen_during_segmentation_waits(
     page: Page, folder: Path, photos: list[Path]
 ) -> None:
     page.run("""
@@ -100,9 +102,9 @@ def test_a_photo_that_comes_while_another_is_segmented_waits(
         page.wait(f"window.said.some((text) => text.startsWith('{photo.name}: '))")
 
 
-def test_the_class_under_the_pointer(page: Page, photos: list[Path]) -> None:
+def test_pointer_shows_class_of_pixel(page: Page, photos: list[Path]) -> None:
     page.choose("#file", photos[0])
-    mask = segmented(page, photos[0].name)
+    mask = download_classes(page, photos[0].name)
     box = "(({x, y, width, height}) => [x, y, width, height])"
     box = page.run(f"{box}(document.querySelector('#picture').getBoundingClientRect())")
     seen = set()
@@ -110,22 +112,22 @@ def test_the_class_under_the_pointer(page: Page, photos: list[Path]) -> None:
         at = [box[0] + (column + 0.5) / 96 * box[2], box[1] + (row + 0.5) / 96 * box[3]]
         page.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
         seen.add(mask[row, column])
-        shown = page.run("document.querySelector('#pointed').textContent")
-        assert shown == CLASSES[mask[row, column]]
+        pointer_text = page.run("document.querySelector('#pointed').textContent")
+        assert pointer_text == CLASSES[mask[row, column]]
     assert len(seen) > 1
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
     page.wait("document.querySelector('#pointed').hidden")
 
 
-def test_a_broken_file_is_answered(page: Page, photos: list[Path], tmp_path: Path) -> None:
+def test_broken_image_file_gives_message(page: Page, photos: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "notes.jpg"
     broken.write_bytes(photos[0].read_bytes()[:40] + b"no photo")
     page.choose("#file", broken)
     page.wait("document.querySelector('#status').className == 'wrong'")
-    said = page.run("document.querySelector('#status').textContent")
-    assert said == "notes.jpg: this browser cannot read the file as an image"
-    page.choose("#file", photos[0])  # and it goes on
-    assert segmented(page, photos[0].name).shape == (96, 96)
+    message = page.run("document.querySelector('#status').textContent")
+    assert message == "notes.jpg: this browser cannot read the file as an image"
+    page.choose("#file", photos[0])  # the page still works
+    assert download_classes(page, photos[0].name).shape == (96, 96)
     assert page.run("document.querySelector('#status').className") == ""
 
 
@@ -137,14 +139,14 @@ def tab_to(page: Page, identity: str) -> None:
     pytest.fail(f"Tab does not reach {identity}")
 
 
-def test_by_keyboard_alone_on_a_narrow_screen(page: Page, photos: list[Path]) -> None:
+def test_web_page_works_by_keyboard_on_a_narrow_screen(page: Page, photos: list[Path]) -> None:
     page.screen(400, 700, dark=True)
     page.open(f"{page.address}?narrow")
     page.wait(READY)
     tab_to(page, "file")
     tab_to(page, "BUTTON")
     page.press("Enter")
-    mask = segmented(page, photos[0].name)
+    mask = download_classes(page, photos[0].name)
     widths = page.run(
         "[document.documentElement.scrollWidth, document.querySelector('table').offsetWidth]"
     )
@@ -153,8 +155,8 @@ def test_by_keyboard_alone_on_a_narrow_screen(page: Page, photos: list[Path]) ->
     for _ in range(5):
         page.press("ArrowLeft", shift=True)  # to the left edge
     page.press("ArrowDown")
-    shown = page.run("document.querySelector('#pointed').textContent")
-    assert shown == CLASSES[mask[int(0.52 * 96), 0]]
+    pointer_text = page.run("document.querySelector('#pointed').textContent")
+    assert pointer_text == CLASSES[mask[int(0.52 * 96), 0]]
     inside = "(({left, right}) => left >= 0 && right <= 400)"
     assert page.run(f"{inside}(document.querySelector('#pointed').getBoundingClientRect())")
     tab_to(page, "opacity")
@@ -167,17 +169,19 @@ def test_by_keyboard_alone_on_a_narrow_screen(page: Page, photos: list[Path]) ->
     assert not page.messages
 
 
-def test_a_network_that_is_not_there_is_answered(page: Page, folder: Path, tmp_path: Path) -> None:
+def test_missing_network_file_gives_message(page: Page, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "demo", tmp_path / "demo")
     (tmp_path / "demo" / web.MODEL).unlink()
     with static_host(tmp_path / "demo") as address:
         page.open(address)
         page.wait("document.querySelector('#status').className == 'wrong'")
-        said = page.run("document.querySelector('#status').textContent")
-    assert said == "The network cannot be loaded: model.onnx: the server answered with status 404"
+        message = page.run("document.querySelector('#status').textContent")
+    assert (
+        message == "The network cannot be loaded: model.onnx: the server answered with status 404"
+    )
 
 
-def test_a_browser_whose_webgpu_fails_uses_webassembly(page: Page, photos: list[Path]) -> None:
+def test_webassembly_is_used_if_webgpu_fails(page: Page, photos: list[Path]) -> None:
     script = "Object.defineProperty(navigator, 'gpu', {value: {requestAdapter: async () => ({})}})"
     added = page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
     page.open(f"{page.address}?webgpu")
@@ -186,11 +190,11 @@ def test_a_browser_whose_webgpu_fails_uses_webassembly(page: Page, photos: list[
     assert any(m.startswith("WebGPU cannot run this network") for m in page.messages)
     page.messages.clear()
     page.choose("#file", photos[0])
-    segmented(page, photos[0].name)
+    download_classes(page, photos[0].name)
     assert "WebAssembly" in page.run("document.querySelector('#time').textContent")
 
 
-def test_a_page_with_half_the_weights_shows_its_first_example(
+def test_web_page_with_half_weights_predicts_like_predict(
     page: Page, folder: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     weights, demo = folder / "weights.safetensors", tmp_path / "demo"
@@ -200,5 +204,5 @@ def test_a_page_with_half_the_weights_shows_its_first_example(
     assert sizes[0] < 0.6 * sizes[1]
     with static_host(demo) as address:
         page.open(address)
-        found = segmented(page, photos[0].name)
-    assert (found == Segmenter(weights)(str(photos[0]))).mean() >= 0.99
+        actual = download_classes(page, photos[0].name)
+    assert (actual == Segmenter(weights)(str(photos[0]))).mean() >= 0.99

@@ -1,4 +1,4 @@
-"""Networks that a user brings: functions for `model.name`, and functions that are wrong."""
+"""Networks of a user: functions for `model.name`, some of which are wrong."""
 
 from torch import nn
 
