@@ -58,7 +58,9 @@ VIT = {
     "optimizer.name": "adamw",
     "optimizer.lr": 1e-3,
     "optimizer.layer_decay": 0.8,
-    "save_interval": "1ba",
+    "max_duration": "4ba",
+    "hot.max_duration": "4ba",
+    "save_interval": "2ba",
 }
 # BatchNorm statistics come from micro-batches of two images, on any number of ranks.
 ANY_RANKS = {
@@ -153,11 +155,11 @@ def uninterrupted(
         ),
         pytest.param("baseline", "folders", RARE, [(1, Death("batch", 2))], 1, id="rare classes"),
         pytest.param("hot", "folders", FASTSCNN, [(1, Death("batch", 3))], 1, id="Fast-SCNN"),
-        pytest.param("hot", "folders", VIT, [(1, Death("batch", 3))], 1, id="ViT"),
+        pytest.param("hot", "folders", VIT, [(1, Death("batch", 2))], 1, id="ViT"),
         pytest.param(
             "baseline",
             "folders",
-            VIT | ANY_RANKS,
+            VIT | ANY_RANKS | {"max_duration": "4ba"},
             [(2, Death("forward", 1, signal.SIGTERM))],
             2,
             id="ViT on two ranks",
