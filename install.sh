@@ -120,7 +120,7 @@ sync() {
 }
 # The first import compiles bytecode, so later starts are fast, even with PYTHONDONTWRITEBYTECODE.
 try_imports() {
-  env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import composer.algorithms, mmcv.runner, streaming, torchvision'
+  env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import composer, mmcv.runner, streaming, torchvision'
 }
 
 step "Packages, into $venv (the first time about 3 GB to download)" sync
