@@ -18,7 +18,7 @@ from segmentation.metrics import MIoU
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_best_tracks_the_iou_of_one_class(tmp_path: Path) -> None:
+def test_best_checkpoint_can_be_chosen_by_the_iou_of_one_class(tmp_path: Path) -> None:
     best = Best("IoU/b", load_classes(["a", "b", "c"], 3), "2ep")
     best.batches_per_epoch = 10
     metric = MIoU(3)
@@ -44,7 +44,7 @@ def test_best_tracks_the_iou_of_one_class(tmp_path: Path) -> None:
     assert other.value is None
 
 
-def test_resumed_run_keeps_its_patience() -> None:
+def test_resumed_run_keeps_its_early_stopping_patience() -> None:
     def state(value: float, batch: int) -> Any:
         metric = MIoU(2)
         if not math.isnan(value):
