@@ -115,7 +115,7 @@ def test_sixteen_bit_images_keep_the_high_byte() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied_if_it_matches_the_mask(orientation: int) -> None:
+def test_exif_rotation_is_applied_if_the_mask_has_the_rotated_size(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(PHOTO, "JPEG", quality=95, exif=exif)

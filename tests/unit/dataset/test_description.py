@@ -48,7 +48,7 @@ from training.config import class_infos, load, resolve
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_batches_as_ade20k(
+def test_every_folder_layout_gives_the_same_batches_as_ade20k(
     layout: str, split: str, source: Path, laid_out: dict[str, Path]
 ) -> None:
     root, description = open_description(str(laid_out[layout]))
@@ -74,7 +74,7 @@ def test_description_sets_classes_colours_and_paths_of_the_config(
     assert resolve(elsewhere).train_dataset.path == str(laid_out["folders"].parent)
 
 
-def test_description_can_be_set_on_the_command_line(
+def test_dataset_description_can_be_set_on_the_command_line(
     laid_out: dict[str, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "run.yaml"
@@ -85,7 +85,7 @@ def test_description_can_be_set_on_the_command_line(
     assert own.eval_dataset.path == str(laid_out["folders"].parent) and own.run_name == "own"
 
 
-def test_file_names_that_are_not_valid_text_work(tmp_path: Path) -> None:
+def test_file_names_that_are_not_valid_utf_8_are_supported(tmp_path: Path) -> None:
     """Archives from Windows contain such names when they are unpacked on Linux."""
     make(str(tmp_path / "made"), training=6, validation=2, size=32, seed=1)
     for path in sorted((tmp_path / "made").rglob("*_train_*")):
@@ -275,7 +275,7 @@ def unknown_name(root: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_data_fault_is_reported_with_its_path(
+def test_dataset_error_names_the_faulty_file(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     layout, plant = FAULTS[name]

@@ -38,14 +38,14 @@ def test_failed_downloads_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.param(OSError("object gs://b/a does not exist"), True, False, id="other store"),
     ],
 )
-def test_store_errors_are_classified_as_missing_or_final(
+def test_download_errors_are_classified_as_missing_or_permanent(
     error: Exception, missing: bool, final: bool
 ) -> None:
     assert is_missing(error) is missing
     assert is_final(error) is final
 
 
-def test_local_file_beside_the_shards_is_found(tmp_path: Path) -> None:
+def test_description_beside_local_shards_is_found(tmp_path: Path) -> None:
     (tmp_path / "description.yaml").touch()
     assert fetch_beside(str(tmp_path), "description.yaml", "unused") == str(
         tmp_path / "description.yaml"

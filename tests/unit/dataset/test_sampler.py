@@ -10,7 +10,7 @@ from dataset.sampler import EpochSampler, EvalSampler, length_of_repeated, repea
 from tests.support.data import batches, build, digests, expected, folder, on_rank  # noqa: F401
 
 
-def test_repeats_are_integers_with_the_right_mean() -> None:
+def test_sample_repeat_counts_are_integers_with_the_right_mean() -> None:
     rng = np.random.default_rng(1)
     factors = np.where(rng.random(50) < 0.3, 1 + 3 * rng.random(50), 1.0)
     length, epochs = length_of_repeated(factors), 2000
@@ -41,7 +41,7 @@ def test_batches_do_not_depend_on_the_number_of_ranks(
     assert digests(together) == expected[2]
 
 
-def test_every_epoch_order_is_an_independent_permutation() -> None:
+def test_each_epoch_shuffles_the_samples_independently() -> None:
     class Numbers:
         def __len__(self) -> int:
             return 1000

@@ -33,7 +33,7 @@ from tests.support.source import client_error, tree
         pytest.param(TimeoutError("timed out"), True, id="timeout"),
     ],
 )
-def test_only_a_not_found_error_means_no_description(
+def test_only_a_not_found_error_means_that_no_description_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_error: bool
 ) -> None:
     def download(*_: Any) -> None:
