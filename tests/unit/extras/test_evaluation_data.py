@@ -33,7 +33,7 @@ from segmentation.classes import load_classes
         ),
     ],
 )
-def test_label_0_has_the_same_meaning_as_in_training(
+def test_label_0_must_mean_the_same_as_in_training(
     ours: bool, recorded: dict[str, Any], outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = {"ignore_background": ours, "path": "a"}

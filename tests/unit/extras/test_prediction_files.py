@@ -10,7 +10,7 @@ from predict import find_photos
 from tests.support.predict import photo  # noqa: F401
 
 
-def test_images_are_found_with_output_names(tmp_path: Path, photo: np.ndarray):
+def test_each_input_image_gets_a_unique_output_name(tmp_path: Path, photo: np.ndarray):
     for name in ("a/x.jpg", "a/b/x.png", "x.png", "x.jpg", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")

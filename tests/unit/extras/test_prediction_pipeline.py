@@ -74,7 +74,7 @@ def test_files_are_written_in_the_order_of_the_images(tmp_path: Path, monkeypatc
     assert written == [f"{number:03}.png" for number in range(30)]
 
 
-def test_invalid_image_is_skipped_in_its_place(tmp_path: Path, capsys: Any) -> None:
+def test_invalid_image_is_skipped_without_changing_the_order(tmp_path: Path, capsys: Any) -> None:
     files = write(tmp_path, [(8, 8)] * 3)
     files[1][0].write_bytes(b"no image")
     files.append((tmp_path / "missing.png", tmp_path / "out" / "missing"))

@@ -47,7 +47,7 @@ def test_written_video_can_be_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["late.ts", "late.mkv"])
-def test_frame_times_start_at_0_for_any_stream_start(tmp_path: Path, name: str) -> None:
+def test_frame_times_start_at_0_even_if_the_stream_starts_later(tmp_path: Path, name: str) -> None:
     write(tmp_path / "part.mp4", [0, 0.1, 0.5])
     with av.open(f"{tmp_path}/part.mp4") as part, av.open(f"{tmp_path}/{name}", "w") as late:
         stream = late.add_stream_from_template(part.streams.video[0])

@@ -17,7 +17,7 @@ from tests.support.convert_dataset import SIZE, shape  # noqa: F401
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
-def test_polygons_differ_from_matplotlib_only_at_the_edge() -> None:
+def test_polygon_masks_match_matplotlib_except_at_the_outline() -> None:
     """COCO's rule and a point-in-polygon test differ only for pixels that the outline touches."""
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -59,5 +59,5 @@ def test_image_size_includes_the_exif_rotation(
         pytest.param([0, 0, "9", 0, 9, 9], False, id="text"),
     ],
 )
-def test_only_outlines_near_the_image_are_drawn(outline: list[Any], is_drawn: bool) -> None:
+def test_only_valid_outlines_near_the_image_are_drawn(outline: list[Any], is_drawn: bool) -> None:
     assert is_sound(outline, (10, 10)) == is_drawn

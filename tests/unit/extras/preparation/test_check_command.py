@@ -151,7 +151,7 @@ def check_findings(findings: list[dict], expected: dict[str, str]) -> None:
         assert reason in reasons[file]
 
 
-def test_every_fault_is_found_and_nothing_else(path, capsys):
+def test_check_finds_every_planted_fault_and_nothing_else(path, capsys):
     fatal = [kind for kind, fault in FAULTS.items() if fault[3]]
     harmless = [kind for kind, fault in FAULTS.items() if not fault[3]]
     expected = plant(path, fatal + harmless)
@@ -163,7 +163,7 @@ def test_every_fault_is_found_and_nothing_else(path, capsys):
     assert report["loader"] is None
 
 
-def test_oddities_alone_do_not_fail_the_check(path, capsys):
+def test_harmless_findings_alone_do_not_fail_the_check(path, capsys):
     expected = plant(path, [kind for kind, fault in FAULTS.items() if not fault[3]])
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
@@ -244,7 +244,7 @@ def test_text_report_shows_classes_faults_and_verdict(path, capsys):
     assert text.endswith("training would fail; fix the problems above\n")
 
 
-def test_missing_folder_is_a_problem(path, capsys):
+def test_missing_folder_is_reported_as_a_problem(path, capsys):
     shutil.rmtree(path / ROOT / "annotations/validation")
     status, report = run(capsys, path)
     assert status == 1
@@ -252,7 +252,7 @@ def test_missing_folder_is_a_problem(path, capsys):
     assert reasons == {"folder is missing"}
 
 
-def test_many_findings_of_one_kind_are_shortened(path, capsys, monkeypatch):
+def test_long_list_of_similar_findings_is_shortened(path, capsys, monkeypatch):
     monkeypatch.setattr(check_report, "SHOWN", 3)
     for number in range(1, 9):
         sample(path, number)[1].unlink()
@@ -264,7 +264,7 @@ def test_many_findings_of_one_kind_are_shortened(path, capsys, monkeypatch):
     assert len(run(capsys, path)[1]["problems"]) == 9
 
 
-def test_picture_does_not_overwrite_a_sample(path, tmp_path, capsys):
+def test_overview_picture_does_not_overwrite_a_sample(path, tmp_path, capsys):
     target = Path(sample(path, 1)[1])
     before = target.read_bytes()
     for picture, reason in (

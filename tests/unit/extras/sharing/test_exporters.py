@@ -19,7 +19,7 @@ from networks.base import Network
     ("weight", "agrees"),
     [pytest.param(1.0, True, id="small weights"), pytest.param(1e6, False, id="overflow")],
 )
-def test_half_precision_weights_match_the_network(tmp_path: Path, weight: float, agrees: bool):
+def test_half_precision_export_matches_the_network(tmp_path: Path, weight: float, agrees: bool):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, 8, 1), torch.nn.Conv2d(64, 5, 1))
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_half_precision_weights_match_the_network(tmp_path: Path, weight: float,
 
 @pytest.mark.parametrize("old", [1, 14, 37])
 @pytest.mark.parametrize("new", [1, 5, 14, 15, 64])
-def test_matrix_resizing_matches_torch(old: int, new: int) -> None:
+def test_resizing_by_matrix_multiplication_matches_pytorch(old: int, new: int) -> None:
     image = torch.randn(1, 3, old, 16)
     expected = F.interpolate(image, (new, 20), mode="bicubic", antialias=True)
     with exporters._ResizingByMatrices():
