@@ -45,7 +45,7 @@ def test_unknown_backbone_arch_is_rejected(arch: str) -> None:
         deeplabv3(3, arch)
 
 
-def test_failed_download_names_the_weights_file_and_its_cache_path(
+def test_download_error_names_the_weights_file_and_its_cache_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:

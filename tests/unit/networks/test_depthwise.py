@@ -57,7 +57,7 @@ def test_bf16_weight_gradient_is_accurate_at_full_size():
     assert (actual - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_depthwise_convolution_is_exported_as_a_convolution():
+def test_depthwise_convolution_is_exported_as_a_standard_convolution():
     conv = layer(12).eval()
     image = torch.randn(1, CHANNELS, 16, 16)
     traced = torch.jit.trace(conv, image)

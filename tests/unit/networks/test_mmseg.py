@@ -20,7 +20,7 @@ def test_class_weight_files_are_never_read(tmp_path: Path) -> None:
     assert "weights.pkl" not in json.dumps(network.arguments)
 
 
-def test_pretrained_weights_named_in_a_file_are_not_loaded(
+def test_pretrained_weights_named_in_a_checkpoint_are_not_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []

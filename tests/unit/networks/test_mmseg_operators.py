@@ -95,7 +95,7 @@ def test_psa_mask_matches_the_compiled_operator(
     assert torch.equal(output, expected) and torch.equal(own_gradient, gradient)
 
 
-def test_psa_mask_ignores_values_outside_the_map() -> None:
+def test_psa_mask_ignores_values_outside_the_feature_map() -> None:
     """The product of infinity and 0 would be NaN."""
     mask = torch.full((1, 9, 1, 1), float("inf"))
     mask[:, 4] = 2.0
@@ -103,7 +103,7 @@ def test_psa_mask_ignores_values_outside_the_map() -> None:
 
 
 @pytest.mark.parametrize("operator", ["deform_conv_forward", "sigmoid_focal_loss_forward", "nms"])
-def test_missing_operator_gives_a_one_line_error(operator: str) -> None:
+def test_missing_mmcv_operator_gives_a_one_line_error(operator: str) -> None:
     extension = MissingOperators()
     with pytest.raises(ModelError, match=f"operator {operator} is missing.*build mmcv-full") as e:
         getattr(extension, operator)(torch.zeros(1), scale=2)
@@ -111,7 +111,7 @@ def test_missing_operator_gives_a_one_line_error(operator: str) -> None:
     assert not hasattr(extension, "__path__")
 
 
-def test_imported_extension_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_mmcv_extension_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = types.ModuleType(EXTENSION)
     monkeypatch.setitem(sys.modules, EXTENSION, compiled)
     provide_extension()
@@ -137,7 +137,7 @@ def mmcv_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_installed_extension_is_kept(mmcv_folder: Path) -> None:
+def test_installed_mmcv_extension_is_not_replaced(mmcv_folder: Path) -> None:
     (mmcv_folder / "_ext.py").write_text("def nms():\n    return 'compiled'\n")
     provide_extension()
     assert sys.modules[EXTENSION].nms() == "compiled"
@@ -161,7 +161,7 @@ def test_installed_extension_is_kept(mmcv_folder: Path) -> None:
         pytest.param(f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged"),
     ],
 )
-def test_broken_extension_gives_a_one_line_warning(
+def test_broken_mmcv_extension_gives_a_one_line_warning(
     mmcv_folder: Path, caplog: pytest.LogCaptureFixture, file: str, content: str, cause: str
 ) -> None:
     (mmcv_folder / file).write_text(content)
@@ -178,7 +178,7 @@ def test_broken_extension_gives_a_one_line_warning(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_psa_mask_is_replaced_only_if_the_operator_is_missing(
+def test_psa_mask_is_replaced_only_without_the_compiled_operator(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmcv.ops import psa_mask as module
@@ -198,7 +198,9 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
         pytest.param(DCN, "deform_conv_forward is missing", id="backbone"),
     ],
 )
-def test_network_with_a_missing_operator_is_rejected(arguments: dict[str, Any], where: str) -> None:
+def test_network_with_a_missing_mmcv_operator_is_rejected(
+    arguments: dict[str, Any], where: str
+) -> None:
     mmseg_operators.import_mmseg()
     if not isinstance(sys.modules[EXTENSION], MissingOperators):
         pytest.skip("this mmcv-full has compiled operators")
