@@ -94,7 +94,7 @@ def test_slurm_script_starts_torchrun(stubs: dict[str, str]) -> None:
     assert call(command, stubs, **SLURM, STATUS="1") == ([], 1)
 
 
-def test_slurm_saves_a_checkpoint_and_queues_the_job_again(stubs: dict[str, str]) -> None:
+def test_slurm_script_saves_a_checkpoint_and_requeues_the_job(stubs: dict[str, str]) -> None:
     folder = Path(stubs["HOME"])
     process = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch"],
