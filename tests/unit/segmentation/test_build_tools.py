@@ -35,7 +35,7 @@ def provide(machine: Path, *tools: str) -> None:
         pytest.param(["cc", "Python.h"], True, "a C compiler", id="only cc"),
     ],
 )
-def test_missing_build_tools_are_named(
+def test_message_names_the_missing_build_tools(
     machine: Path, tools: list[str], gpu: bool, missing: str | None
 ) -> None:
     provide(machine, *tools)

@@ -134,7 +134,7 @@ def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order
         ),
     ],
 )
-def test_unmatched_classes_are_named(ours: str, theirs: str, message: str):
+def test_error_names_the_unmatched_classes(ours: str, theirs: str, message: str):
     with pytest.raises(ClassError, match=message) as error:
         match_classes(classes_named(ours), classes_named(theirs), "B.yaml", "x.pt")
     assert "\n" not in str(error.value)
@@ -149,7 +149,7 @@ def test_unmatched_classes_are_named(ours: str, theirs: str, message: str):
         pytest.param(["sky", "tree", "shrub"], True, id="shifted by one"),
     ],
 )
-def test_renaming_must_not_reorder_classes(names: list[str], is_rejected: bool):
+def test_renaming_classes_must_not_reorder_them(names: list[str], is_rejected: bool):
     recorded = classes_named("sky,road,tree")
     if is_rejected:
         with pytest.raises(ClassError, match=r"class \d is \w+, but in x.pt it is \w+; give"):

@@ -75,7 +75,7 @@ def test_class_weights_match_pytorch(shape: tuple, size: tuple):
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(("shape", "size"), SHAPES[:3])
-def test_class_weights_match_dense_targets(shape: tuple, size: tuple, mixed: bool):
+def test_class_weights_match_a_reference_with_dense_targets(shape: tuple, size: tuple, mixed: bool):
     """Dice is the weighted mean over classes; each part of a mixed target keeps its weight."""
     logits, target = make(shape, size, mixed)
     weights = make_weights(shape[1]).double()
@@ -103,7 +103,7 @@ def test_class_weights_match_dense_targets(shape: tuple, size: tuple, mixed: boo
         assert_gradients_close(gradient(actual[name], logits), wanted)
 
 
-def test_equal_class_weights_change_nothing():
+def test_equal_class_weights_do_not_change_the_loss():
     logits, target = make((2, 5, 4, 4), (16, 16))
     unweighted = segmentation_loss(logits, target)
     weighted = segmentation_loss(logits, target, class_weights=torch.full((5,), 7.0))
@@ -137,7 +137,7 @@ def test_loss_does_not_depend_on_the_tile_size(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("mixing", [0.0, 1.0])
-def test_target_with_weight_0_is_ignored(mixing: float):
+def test_mixed_target_with_weight_0_is_ignored(mixing: float):
     logits, (first, second, _) = make((2, 5, 4, 4), (16, 16), mixed=True)
     mixed = segmentation_loss(logits, MixedTarget(first, second, mixing))
     alone = segmentation_loss(logits, second if mixing else first)
@@ -187,7 +187,7 @@ def test_half_precision_logits_accumulate_in_fp32(dtype: torch.dtype):
     assert_gradients_close(result, wanted, torch.finfo(dtype).eps)
 
 
-def test_loss_weights_select_the_parts():
+def test_loss_weights_scale_cross_entropy_and_dice():
     logits, target = make((1, 5, 4, 4), (16, 16))
     both = segmentation_loss(logits, target, cross_entropy_weight=2.0, dice_weight=3.0)
     torch.testing.assert_close(both["total"], 2 * both["cross_entropy"] + 3 * both["dice"])
@@ -235,7 +235,9 @@ class LargestFloat(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_loss_allocates_no_tensor_of_full_size(mixed: bool, monkeypatch: pytest.MonkeyPatch):
+def test_loss_allocates_no_tensor_of_the_upsampled_size(
+    mixed: bool, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(losses, "CPU_TILE", 2**14)
     logits, target = make((4, 64, 32, 32), (128, 128), mixed)
     with LargestFloat() as largest:

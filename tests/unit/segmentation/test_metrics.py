@@ -131,7 +131,7 @@ def test_predictions_match_upsampled_fp32_logits(monkeypatch, layout, dtype, siz
         assert torch.equal(matrix, expected)
 
 
-def test_first_of_equal_logits_wins():
+def test_lowest_class_index_is_predicted_for_equal_logits():
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     matrix = confusion_matrix(torch.zeros(1, CLASSES, 2, 2), target, CLASSES)
     assert matrix[0, 0] == 64
@@ -169,7 +169,7 @@ def largest_allocation(function):
 
 
 @pytest.mark.parametrize("metric", [MIoU(150), CrossEntropy()])
-def test_metrics_allocate_no_tensor_of_full_size(metric):
+def test_metrics_allocate_no_tensor_of_the_upsampled_size(metric):
     logits, target = torch.randn(2, 150, 32, 32), torch.zeros(2, 256, 256, dtype=torch.int64)
     full = upsample(logits, target)
     assert largest_allocation(lambda: metric.update(logits, target)) < full.nbytes / 4
@@ -177,7 +177,7 @@ def test_metrics_allocate_no_tensor_of_full_size(metric):
     assert largest_allocation(lambda: upsample(logits, target)) >= full.nbytes
 
 
-def test_metrics_sum_over_ranks_once(batches):
+def test_metrics_are_summed_over_ranks_once(batches):
     """The second rank counted twice as many pixels as this rank."""
     metric = MIoU(CLASSES)
     gathered = []
@@ -198,7 +198,7 @@ def test_metrics_sum_over_ranks_once(batches):
     assert value == 100 * mean_iou(metric.total_matrix)
 
 
-def test_total_matrix_is_from_the_last_evaluation(batches):
+def test_total_confusion_matrix_is_from_the_last_evaluation(batches):
     metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies a model's metrics like this
     metric.update(*batches[0])
     first = metric.compute()
