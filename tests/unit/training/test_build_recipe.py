@@ -30,7 +30,9 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
-def test_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: str | None) -> None:
+def test_each_recipe_has_the_expected_algorithms_and_schedule(
+    tiny: dict[str, Any], recipe: str | None
+) -> None:
     config = resolve({**tiny, "recipe_name": recipe})
     algorithms, scheduler = build_algorithms(config), build_schedule(config)
     kinds, schedule = EXPECTED[recipe]

@@ -91,6 +91,6 @@ def test_ema_parameters_hold_and_swap_network_tensors() -> None:
     ]
 
 
-def test_closure_scaler_step_has_the_expected_signature() -> None:
+def test_closure_grad_scaler_step_has_the_expected_signature() -> None:
     signature = inspect.signature(composer_internals.ClosureGradScaler.step)
     assert list(signature.parameters) == ["self", "optimizer", "args", "kwargs"]

@@ -79,7 +79,7 @@ def test_images_with_the_lowest_scores_are_drawn(
 
 
 @pytest.mark.parametrize("count", [2, 12, 150])
-def test_confusion_matrix_shows_the_shares_of_each_row(count: int):
+def test_drawn_confusion_matrix_is_normalised_by_rows(count: int):
     classes = load_classes([f"class {i}" for i in range(count)], count)
     matrix = np.eye(count, dtype=int)
     matrix[1] = 0

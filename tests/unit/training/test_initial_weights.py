@@ -75,14 +75,14 @@ def test_classes_with_new_names_keep_their_initial_weights(
 
 
 @pytest.mark.usefixtures("small_network")
-def test_evaluation_rejects_other_classes(config: Config) -> None:
+def test_evaluation_rejects_a_checkpoint_with_other_classes(config: Config) -> None:
     config.is_train = False
     with pytest.raises(ClassError, match="load_path: "):
         load_initial_weights(config, make_start(["x", "y", "z"]), network())
 
 
 @pytest.mark.usefixtures("small_network")
-def test_loading_by_name_rejects_classes_without_names(config: Config) -> None:
+def test_loading_by_name_rejects_a_checkpoint_without_class_names(config: Config) -> None:
     config.load_classes_by_name = True
     with pytest.raises(ConfigError, match=r"load_classes_by_name: old\.pt"):
         load_initial_weights(config, make_start(None), network())

@@ -58,7 +58,7 @@ def test_config_error_is_printed_once_per_node(
         pytest.param(0, [Lost("process 1 ended")], 1, False, id="lost process"),
     ],
 )
-def test_only_config_errors_of_the_first_attempt_are_final(
+def test_config_error_stops_retries_only_on_the_first_attempt(
     attempt: Any,
     capsys: pytest.CaptureFixture[str],
     number: int,
@@ -73,7 +73,7 @@ def test_only_config_errors_of_the_first_attempt_are_final(
     assert launcher.was_refused() is is_final
 
 
-def test_uneven_batch_waits_for_another_node_after_a_restart(
+def test_restarted_run_with_an_uneven_batch_waits_for_another_node(
     attempt: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[str] = []

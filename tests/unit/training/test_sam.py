@@ -48,7 +48,7 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
 @pytest.mark.parametrize(
     "batch, climbs", [(0, False), (1, False), (2, True), (3, False), (5, True)]
 )
-def test_sam_interval_counts_batches(batch, climbs):
+def test_sam_perturbs_the_weights_once_per_interval(batch, climbs):
     point = Point(SAM(rho=1.0, interval=3), batch)
     point.optimizer.step(point.closure)
     assert point.calls == ([{"ddp_sync": False}, {"loss_dict": {}}] if climbs else [{}])

@@ -50,7 +50,7 @@ def test_seeding_does_not_depend_on_the_number_of_ranks(monkeypatch):
     assert [a + b for a, b in zip(*shares, strict=True)] == expected
 
 
-def test_seeding_restarts_with_automatic_microbatching():
+def test_seeding_restarts_when_the_microbatch_size_is_reduced():
     seeding = SeedMicrobatch(17)
     draws(seeding, passes=1, samples=4, size=4)
     state = types.SimpleNamespace(

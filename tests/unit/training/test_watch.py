@@ -55,7 +55,7 @@ def test_surviving_loader_process_does_not_hide_a_lost_rank(three: list[Watch]) 
         os.waitpid(loader, 0)
 
 
-def test_processes_that_close_by_themselves_are_not_ended(
+def test_processes_that_exit_on_their_own_are_not_killed(
     three: list[Watch], exits: list[int]
 ) -> None:
     three[1].close(1)

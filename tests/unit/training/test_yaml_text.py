@@ -25,7 +25,7 @@ def config_with(tmp_path: Path, text: str, overrides: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_run_name_keeps_its_written_text(tmp_path: Path, text: str) -> None:
+def test_run_name_is_read_exactly_as_written(tmp_path: Path, text: str) -> None:
     assert config_with(tmp_path, f"run_name: {text}  # a name\n", []).run_name == text
     assert config_with(tmp_path, "seed: 1\n", [f"run_name={text}"]).run_name == text
     assert config_with(tmp_path, f"{{seed: 1, run_name: &a {text}}}\n", []).run_name == text
@@ -116,7 +116,7 @@ def test_paths_are_resolved_against_working_directory_home_and_yaml(
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")), ids=str)
-def test_shipped_yamls_work_from_any_folder(
+def test_shipped_yamls_work_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
     if path.name in ("mcloud_run.yaml", "own.yaml"):  # a job's YAML, and a YAML with a user's path
