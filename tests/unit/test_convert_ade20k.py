@@ -37,7 +37,7 @@ def test_written_shards_contain_the_original_files(synthetic, out):
     assert {name for name in os.listdir(out / "val") if name.endswith(".mds")} == names
 
 
-def test_stock_streaming_reads_the_shards(synthetic, out):
+def test_unmodified_streaming_library_reads_the_shards(synthetic, out):
     """Streaming's own reader finds the columns of Streaming's own converter."""
     write(synthetic, out)
     samples = list_samples(synthetic, "val")
@@ -96,7 +96,7 @@ def test_shards_of_another_dataset_are_not_overwritten(path, out):
     assert files(out) == before
 
 
-def test_shards_with_other_options_are_rejected(path, out):
+def test_shards_written_with_other_options_are_rejected(path, out):
     write(path, out)
     with pytest.raises(DataError, match="it has compression None and hashes"):
         write(path, out, compression="zstd")

@@ -37,7 +37,7 @@ from tests.support.waits import short_measurement, shortest_measurement  # noqa:
 pytest.importorskip("pycocotools")
 
 
-def test_separate_validation_file_is_converted(photos: Path, tmp_path: Path) -> None:
+def test_separate_validation_annotations_are_converted(photos: Path, tmp_path: Path) -> None:
     train = write_coco(tmp_path / "train.json", numbers=range(5))
     val = write_coco(tmp_path / "val.json", numbers=range(5, COUNT))
     arguments = ["--images", photos, "--val", val, "--out", tmp_path / "out"]
@@ -75,7 +75,7 @@ def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: P
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
 
 
-def test_image_is_found_by_its_full_name(photos: Path, tmp_path: Path) -> None:
+def test_image_is_found_by_its_full_file_name(photos: Path, tmp_path: Path) -> None:
     """Files that add an extension to the image's name are ignored."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -178,7 +178,9 @@ def test_full_disk_leaves_no_dataset(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]
 
 
-def test_unknown_labelme_shape_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_error_names_the_unknown_labelme_shape_type(
+    photos: Path, tmp_path: Path, capsys: Any
+) -> None:
     source = labelme(tmp_path / "labelled", [shape("road", "star", square(*ROAD))])
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
     assert "unknown shape type star" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_full_disk_or_quota_at_the_rename_leaves_no_file(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 @pytest.mark.parametrize("output", [output_file, output_folder])
-def test_interrupted_output_is_removed(
+def test_unfinished_output_of_an_interrupted_write_is_removed(
     tmp_path: Path, output: Callable, error: type[BaseException]
 ) -> None:
     with pytest.raises(error), output(tmp_path / "out") as unfinished:
@@ -150,7 +150,7 @@ def test_invalid_output_path_is_a_user_error(tmp_path: Path, name: str, reason: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_input_error_inside_an_output_keeps_its_path(tmp_path: Path) -> None:
+def test_error_about_an_input_names_the_input_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone"), output_file(tmp_path / "out"):
         (tmp_path / "gone").read_bytes()
 
@@ -189,7 +189,7 @@ def test_outputs_must_not_overwrite_inputs_or_each_other(
             check_outputs(outputs, inputs)
 
 
-def test_write_check_leaves_no_file(tmp_path: Path) -> None:
+def test_check_for_write_access_leaves_no_file(tmp_path: Path) -> None:
     check_writable(tmp_path / "new.csv")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"gone/new.csv: No such file"):

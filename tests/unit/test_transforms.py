@@ -60,7 +60,7 @@ def test_image_and_mask_get_the_same_crop(shape: tuple[int, int]) -> None:
         assert abs(crop[..., 0][inside].mean() - labels[inside].mean()) < 6 * shrink
 
 
-def test_crop_of_a_reduced_image_is_nearly_the_same() -> None:
+def test_crop_of_an_image_decoded_at_reduced_size_is_similar() -> None:
     # With odd sizes, halving loses half a pixel.
     image, mask = photo(401, 533, detail=50), blobs(401, 533)
     data = encode(image, "JPEG", quality=97)
@@ -92,7 +92,7 @@ def test_crop_scales_are_uniformly_distributed() -> None:
     assert np.abs(count - 250).max() < 4 * 250**0.5
 
 
-def test_uniform_crops_are_drawn_again_ten_times() -> None:
+def test_crops_of_a_single_class_are_redrawn_ten_times() -> None:
     draws = []
 
     class Counting(RandomCrop):
@@ -183,7 +183,7 @@ def test_colour_jitter_of_a_sample_does_not_depend_on_its_batch() -> None:
         pytest.param(Labels(2), (1, 1), 1.0, 1, id="share 1"),
     ],
 )
-def test_number_of_crop_draws_follows_the_class_share(
+def test_number_of_crop_draws_depends_on_the_largest_class_share(
     labels: Labels, values: tuple[int, int], share: float, draws: int
 ) -> None:
     mask = np.array(values, np.uint8)[np.indices((64, 64)).sum(0) % 2]
