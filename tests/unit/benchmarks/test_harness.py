@@ -61,7 +61,7 @@ def test_call_is_timed_once_after_one_warm_up_call() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_of_a_block_is_measured() -> None:
-    # PyTorch may reuse memory that it has freed, so map new memory.
+    # PyTorch may reuse freed memory, so this test maps new memory.
     with harness.PeakMemory(on_gpu=False) as peak, mmap.mmap(-1, 50_000_000) as memory:
         memory.write(bytes(1) * 50_000_000)
     assert 45e6 < peak.bytes < 150e6
