@@ -33,7 +33,8 @@ def test_best_checkpoint_can_be_chosen_by_the_iou_of_one_class(tmp_path: Path) -
         )
         return best.improved(state), best.is_long_ago(state)
 
-    assert evaluate([[1, 0, 0], [0, 0, 0], [0, 0, 1]], 10) == (False, False)  # no class b
+    # Class b does not occur.
+    assert evaluate([[1, 0, 0], [0, 0, 0], [0, 0, 1]], 10) == (False, False)
     assert best.value is None
     assert evaluate([[5, 0, 0], [1, 1, 0], [0, 0, 5]], 10) == (True, False)
     assert best.value == 50

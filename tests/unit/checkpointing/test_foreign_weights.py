@@ -24,13 +24,13 @@ AVERAGED = {"a.weight": torch.zeros(2, 2), "n_averaged": torch.tensor(3)}
     "content",
     [
         pytest.param({"model_state_dict": STATE, "epoch": 1}, id="PyTorch tutorial"),
-        pytest.param({"net": STATE, "acc": 0.5, "epoch": torch.tensor(3)}, id="net"),
+        pytest.param({"net": STATE, "acc": 0.5, "epoch": torch.tensor(3)}, id="key net"),
         pytest.param(
             {"model_state": STATE, "optimizer_state": {"step": torch.ones(1)}}, id="optimizer state"
         ),
         pytest.param({"model": STATE, "args": argparse.Namespace(out=Path("x"))}, id="torchvision"),
-        pytest.param({"state": STATE}, id="state"),
-        pytest.param({"my own name": OrderedDict(STATE)}, id="unknown key"),
+        pytest.param({"state": STATE}, id="key state"),
+        pytest.param({"my own name": OrderedDict(STATE)}, id="key with any name"),
         pytest.param(
             {"state_dict": STATE, "best": np.float64(0.5), "n": np.int32(3)}, id="NumPy scalars"
         ),

@@ -26,5 +26,5 @@ def test_failed_upload_ends_the_run_but_keeps_the_local_checkpoint(
     ) as caught:
         target.wait(60)
     kept = Path(str(caught.value).rpartition(" ")[2])
-    del target  # this deletes its scratch folder too
+    del target  # this also deletes the scratch folder of the target
     assert kept.read_bytes() == b"checkpoint"

@@ -60,7 +60,7 @@ def test_old_checkpoint_with_metrics_loads_but_cannot_be_resumed(tmp_path: Path)
 
 
 def test_old_checkpoint_with_algorithms_stored_by_name_is_loaded(tmp_path: Path):
-    """Composer once stored algorithms by name, without their order, and still reads such files."""
+    """Old versions of Composer stored algorithms by name, and current ones still read them."""
     state = random_network().state_dict()
     algorithms = {"LabelSmoothing": {"smoothing": 0.1}}
     torch.save({"state": {"model": state, "algorithms": algorithms}}, tmp_path / "old.pt")
