@@ -66,7 +66,7 @@ def test_description_sets_classes_colours_and_paths_of_the_config(
     infos = class_infos(config)
     assert [info.name for info in infos] == NAMES
     assert [list(info.color) for info in infos] == COLORS[1:13].tolist()
-    inline = resolve(tiny_run(config.data))  # checkpoints store this form
+    inline = resolve(tiny_run(config.data))  # checkpoints store the description inline
     assert inline.data == config.data and class_infos(inline) == infos
     assert json.loads(json.dumps(config.data)) == config.data
     elsewhere = tiny_run(str(laid_out["colors"]))
@@ -86,7 +86,7 @@ def test_dataset_description_can_be_set_on_the_command_line(
 
 
 def test_file_names_that_are_not_valid_utf_8_are_supported(tmp_path: Path) -> None:
-    """Archives from Windows contain such names when they are unpacked on Linux."""
+    """Windows archives that are unpacked on Linux can contain such file names."""
     make(str(tmp_path / "made"), training=6, validation=2, size=32, seed=1)
     for path in sorted((tmp_path / "made").rglob("*_train_*")):
         target = tmp_path / path.parts[-3] / f"file\udce9 {path.name[-7:]}"
@@ -111,7 +111,7 @@ def test_colour_masks_are_decoded_like_pillow(
     decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = decoding._fast_decoder()
-    assert fast is not decoding._decode_png  # the tests install kornia-rs
+    assert fast is not decoding._decode_png  # kornia-rs is installed for the tests
     if decoder == "torchvision":
         monkeypatch.setitem(sys.modules, "kornia_rs.io", None)
         fast = decoding._fast_decoder.__wrapped__()

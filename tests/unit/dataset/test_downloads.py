@@ -29,13 +29,15 @@ def test_failed_downloads_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("error", "missing", "final"),
     [
-        pytest.param(client_error("404"), True, True, id="404"),
-        pytest.param(client_error("NoSuchKey"), True, True, id="NoSuchKey"),
-        pytest.param(client_error("403"), False, True, id="403"),
-        pytest.param(client_error("503"), False, False, id="503"),
-        pytest.param(ConnectionResetError("reset"), False, False, id="reset"),
-        pytest.param(FileNotFoundError("a"), True, True, id="local file"),
-        pytest.param(OSError("object gs://b/a does not exist"), True, False, id="other store"),
+        pytest.param(client_error("404"), True, True, id="HTTP 404"),
+        pytest.param(client_error("NoSuchKey"), True, True, id="S3 NoSuchKey"),
+        pytest.param(client_error("403"), False, True, id="HTTP 403"),
+        pytest.param(client_error("503"), False, False, id="HTTP 503"),
+        pytest.param(ConnectionResetError("reset"), False, False, id="connection reset"),
+        pytest.param(FileNotFoundError("a"), True, True, id="missing local file"),
+        pytest.param(
+            OSError("object gs://b/a does not exist"), True, False, id="missing Google Cloud object"
+        ),
     ],
 )
 def test_download_errors_are_classified_as_missing_or_permanent(

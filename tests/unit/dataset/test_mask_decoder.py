@@ -20,7 +20,7 @@ from tests.support.layouts import COLORS
 
 def test_thousands_of_labels_are_merged_into_classes() -> None:
     rng = np.random.default_rng(0)
-    assignment = rng.integers(0, 254, 5000)  # each value is ignored, or has one of 253 classes
+    assignment = rng.integers(0, 254, 5000)  # class of each value; 0 is ignored
     assignment[:254] = np.arange(254)
     classes = {f"c{k}": {"labels": np.flatnonzero(assignment == k).tolist()} for k in range(1, 254)}
     masks = described(classes, np.flatnonzero(assignment == 0).tolist())

@@ -76,7 +76,7 @@ def touch(root: Path, *files: str) -> None:
 
 
 def pairs(root: Path, train: dict[str, str], split: str = "train", **more: Any) -> list[tuple]:
-    """Return name, image and mask of each sample, relative to the root, and the problems."""
+    """Return each sample's name, image and mask relative to the root, and then the problems."""
     raw = {**GOOD, "train": train, "val": train, **more}
     samples, problems = find_samples(parse_description(raw), split, str(root))
     rows: list[tuple] = [
@@ -180,7 +180,7 @@ def test_fraction_split_stays_fixed_when_images_are_added(tmp_path: Path) -> Non
 
     train, val = split()
     assert not train & val and len(train | val) == 400
-    assert 50 <= len(val) <= 110  # 80, give or take four standard deviations
+    assert 50 <= len(val) <= 110  # 80, within four standard deviations
     touch(tmp_path, *(f"img/{i}.jpg" for i in range(400, 450)))
     touch(tmp_path, *(f"seg/{i}.png" for i in range(400, 450)))
     more_train, more_val = split()

@@ -41,10 +41,14 @@ def test_panoptic_segments_can_be_limited_to_the_given_masks(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        pytest.param(None, "No such file", id="missing"),
+        pytest.param(None, "No such file", id="missing file"),
         pytest.param("[", "COCO's panoptic format", id="not JSON"),
-        pytest.param({"images": []}, "COCO's panoptic format", id="other JSON"),
-        pytest.param({"annotations": [{"file_name": "a"}]}, "panoptic format", id="no segments"),
+        pytest.param({"images": []}, "COCO's panoptic format", id="JSON in another format"),
+        pytest.param(
+            {"annotations": [{"file_name": "a"}]},
+            "panoptic format",
+            id="annotation without segments",
+        ),
     ],
 )
 def test_error_names_the_invalid_panoptic_file(tmp_path: Path, content: Any, error: str) -> None:
