@@ -17,19 +17,19 @@ from segmentation.classes import load_classes
 @pytest.mark.parametrize(
     ("ours", "recorded", "outcome"),
     [
-        pytest.param(True, {}, "fine", id="no record"),
+        pytest.param(True, {}, "fine", id="no recorded setting"),
         pytest.param(True, {"ignore_background": True}, "fine", id="same setting"),
         pytest.param(
             False,
             {"ignore_background": True, "path": "a"},
             "refused",
-            id="other setting, same dataset",
+            id="different setting, same dataset",
         ),
         pytest.param(
             False,
             {"ignore_background": True, "path": "b"},
             "warned",
-            id="other setting, other dataset",
+            id="different setting and dataset",
         ),
     ],
 )

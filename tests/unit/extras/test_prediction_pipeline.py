@@ -39,7 +39,7 @@ class Brightness:
 
 
 def write(folder: Path, shapes: Sequence[tuple[int, int]]) -> list[tuple[Path, Path]]:
-    """Write images of some heights and widths, and return the files of the pipeline."""
+    """Write images of the given sizes, and return pairs of an input and an output path."""
     rng = np.random.default_rng(0)
     files = []
     for number, shape in enumerate(shapes):

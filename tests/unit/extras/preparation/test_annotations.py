@@ -50,13 +50,13 @@ def test_image_size_includes_the_exif_rotation(
 @pytest.mark.parametrize(
     ("outline", "is_drawn"),
     [
-        pytest.param([0, 0, 9, 0, 9, 9], True, id="inside"),
+        pytest.param([0, 0, 9, 0, 9, 9], True, id="inside the image"),
         pytest.param([-50, 0, 9, 0, 9, 60], True, id="near the image"),
         pytest.param([0, 0, 2e9, 0, 9, 9], False, id="far outside"),
         pytest.param([0, 0, 9, 0], False, id="two points"),
-        pytest.param([0, 0, 9, 0, 9, 9, 1], False, id="half a point"),
-        pytest.param([0, 0, float("nan"), 0, 9, 9], False, id="not a number"),
-        pytest.param([0, 0, "9", 0, 9, 9], False, id="text"),
+        pytest.param([0, 0, 9, 0, 9, 9, 1], False, id="odd number of coordinates"),
+        pytest.param([0, 0, float("nan"), 0, 9, 9], False, id="NaN coordinate"),
+        pytest.param([0, 0, "9", 0, 9, 9], False, id="text coordinate"),
     ],
 )
 def test_only_valid_outlines_near_the_image_are_drawn(outline: list[Any], is_drawn: bool) -> None:

@@ -45,7 +45,8 @@ def test_unreadable_image_gives_a_one_line_error(
     for number in range(6):
         cv2.imwrite(str(tmp_path / f"{number}.jpg"), rng.integers(0, 256, (24, 24, 3), np.uint8))
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.eye(24, dtype=np.uint8))
-    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)  # an image with alpha and without a mask
+    # This image has an alpha channel and no mask.
+    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)
     (tmp_path / "brand").mkdir()
     Image.fromarray(grey).save(tmp_path / "brand/logo.png")
     broken = tmp_path / "1.jpg"
@@ -68,7 +69,7 @@ def dangling_link(photo: Path, mask: Path) -> None:
     photo.symlink_to("nowhere.jpg")
 
 
-# kind: (fault to plant, file to report, reason to report, whether training would fail)
+# Each kind of fault: (fault to plant, reported file, reported reason, whether training fails)
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     "no mask": (lambda p, m: m.unlink(), "photo", "its mask is missing", True),
     "no photo": (lambda p, m: p.unlink(), "mask", "its image is missing", False),
@@ -159,7 +160,8 @@ def test_check_finds_every_planted_fault_and_nothing_else(path, capsys):
     assert status == 1
     check_findings(report["problems"], dict(list(expected.items())[: len(fatal)]))
     check_findings(report["oddities"], dict(list(expected.items())[len(fatal) :]))
-    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1  # "same name" is good
+    # The sample of the fault "same name" is still a good pair.
+    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1
     assert report["loader"] is None
 
 
@@ -172,7 +174,7 @@ def test_harmless_findings_alone_do_not_fail_the_check(path, capsys):
 
 
 def test_supported_unusual_files_are_not_reported(path, capsys):
-    """Each file gives the pixels and labels that a person would expect (see test_decoding)."""
+    """Unusual files still decode to the expected pixels and labels; see test_decoding.py."""
     pictures = [Image.open(sample(path, number)[0]) for number in range(1, 5)]
     pictures[0].convert("L").save(sample(path, 1)[0])
     pictures[1].convert("CMYK").save(sample(path, 2)[0])
