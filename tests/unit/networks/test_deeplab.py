@@ -60,7 +60,7 @@ def test_download_error_names_the_weights_file_and_its_cache_path(
 
 
 def test_image_pool_on_a_gpu_matches_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values match an interpolation, and bf16 gradients keep their precision in a long sum."""
+    """The values match an interpolation, and bf16 gradients stay precise over many pixels."""
     pool = ImagePool(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 5, 1))
     image, weight = torch.randn(2, 3, 40, 48), torch.rand(2, 5, 40, 48)
     results = []

@@ -42,10 +42,10 @@ def test_paths_and_urls_in_network_arguments_are_rejected(value: str) -> None:
                      ({"encoder_name": "resnet18"}, "smp:Unet"), id="smp"),
         pytest.param("hf:any", {"model_type": "segformer"}, [], ({}, "hf:FOLDER"), id="hf"),
         pytest.param("torchvision:fcn_resnet50", {}, ["aux_classifier.0.weight"],
-                     ({"aux_loss": True}, "torchvision:fcn_resnet50"), id="torchvision, aux"),
+                     ({"aux_loss": True}, "torchvision:fcn_resnet50"), id="torchvision, auxiliary"),
         pytest.param("torchvision:fcn_resnet50", {}, ["classifier.0.weight"],
                      ({}, "torchvision:fcn_resnet50"), id="torchvision"),
-        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="other"),
+        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="mmseg"),
     ],
 )  # fmt: skip
 def test_arguments_are_read_from_a_library_checkpoint(

@@ -28,12 +28,12 @@ from networks.mmseg_operators import (
 from networks.registry import named_network
 
 SHAPES = [
-    pytest.param((1, 1), (1, 1), id="one position"),
-    pytest.param((4, 5), (3, 3), id="window inside the map"),
-    pytest.param((5, 4), (7, 9), id="window over the map's edges"),
-    pytest.param((4, 4), (7, 7), id="window of PSANet: 2n - 1"),
-    pytest.param((3, 6), (2, 4), id="even window"),
-    pytest.param((6, 3), (5, 1), id="one column"),
+    pytest.param((1, 1), (1, 1), id="feature map of one pixel"),
+    pytest.param((4, 5), (3, 3), id="window smaller than the feature map"),
+    pytest.param((5, 4), (7, 9), id="window larger than the feature map"),
+    pytest.param((4, 4), (7, 7), id="window of 2n - 1, as in PSANet"),
+    pytest.param((3, 6), (2, 4), id="window of even size"),
+    pytest.param((6, 3), (5, 1), id="window of one column"),
 ]
 KINDS = [pytest.param(COLLECT, id="collect"), pytest.param(DISTRIBUTE, id="distribute")]
 
@@ -96,7 +96,7 @@ def test_psa_mask_matches_the_compiled_operator(
 
 
 def test_psa_mask_ignores_values_outside_the_feature_map() -> None:
-    """The product of infinity and 0 would be NaN."""
+    """Multiplying infinite mask values by 0 would give NaN."""
     mask = torch.full((1, 9, 1, 1), float("inf"))
     mask[:, 4] = 2.0
     assert psa_mask(mask, COLLECT, (3, 3)).tolist() == [[[[2.0]]]]
@@ -127,11 +127,11 @@ SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
 @pytest.fixture
 def mmcv_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder that Python searches for mmcv's unimported modules."""
+    """Return a folder in which Python looks for modules of mmcv."""
     import mmcv
 
     monkeypatch.setattr(mmcv, "__path__", [str(tmp_path)])
-    # The next line makes monkeypatch restore the old state of the entry after the test.
+    # Set the entry once, so that monkeypatch restores its old state after the test.
     monkeypatch.setitem(sys.modules, EXTENSION, types.ModuleType(EXTENSION))
     del sys.modules[EXTENSION]
     return tmp_path

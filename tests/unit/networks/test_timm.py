@@ -15,7 +15,7 @@ pytest.importorskip("timm")
     ("name", "stride"),
     [
         pytest.param("resnet10t", 8, id="dilated to stride 8"),
-        pytest.param("ghostnet_100", None, id="own stride"),
+        pytest.param("ghostnet_100", None, id="stride of the network"),
     ],
 )
 def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: int | None) -> None:
@@ -30,10 +30,10 @@ def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: i
     [
         pytest.param("resnet10", "resnet10: .*resnet", id="unknown name"),
         pytest.param("vit_base_patch32_224", "patches of 14 or 16 pixels", id="large patches"),
-        pytest.param("vit_base_patch8_224", "has no features of stride 4", id="no stride 4"),
         pytest.param(
-            "beit_base_patch16_224", "accepts only one image size", id="single image size"
+            "vit_base_patch8_224", "has no features of stride 4", id="no features of stride 4"
         ),
+        pytest.param("beit_base_patch16_224", "accepts only one image size", id="fixed image size"),
     ],
 )
 def test_unsuitable_timm_network_is_rejected(name: str, error: str) -> None:
