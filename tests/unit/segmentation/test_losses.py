@@ -14,7 +14,8 @@ from segmentation import losses
 from segmentation.losses import MixedTarget, segmentation_loss
 from tests.support.losses import assert_gradients_close, gradient, make, make_weights
 
-# (N, C, h, w), (H, W) with strides 4 and 8, several tiles, and equal, uneven and smaller sizes.
+# Shapes (N, C, h, w) of logits and (H, W) of targets. They cover strides 4 and 8, several tiles,
+# and targets of equal size, of a size that is not a multiple, and of smaller size.
 SHAPES = [
     ((2, 7, 8, 6), (32, 24)),
     ((1, 150, 16, 20), (64, 80)),
@@ -28,7 +29,7 @@ SHAPES = [
 
 
 def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> dict[str, Tensor]:
-    """Return Composer's losses of the upsampled logits; a mixed target becomes a dense one."""
+    """Return Composer's losses of the upsampled logits; mixed targets become dense targets."""
     from composer.loss import DiceLoss, soft_cross_entropy
     from composer.loss.utils import ensure_targets_one_hot
 
@@ -48,7 +49,7 @@ def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> 
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
 def test_loss_matches_composer(shape: tuple, size: tuple, mixed: bool):
     logits, target = make(shape, size, mixed)
-    exact = logits.detach().double().requires_grad_()  # Composer's own roundings reach 4e-5
+    exact = logits.detach().double().requires_grad_()  # Composer's rounding errors reach 4e-5
     expected = composer_loss(exact, target, size)
     actual = segmentation_loss(logits, target)
     assert list(actual) == ["cross_entropy", "dice", "total"]
@@ -182,7 +183,7 @@ def test_half_precision_logits_accumulate_in_fp32(dtype: torch.dtype):
         result = gradient(actual["total"], half)
     expected = segmentation_loss(same, target)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    # The only loss of precision is the rounding of the gradient itself.
+    # Only the final gradient is rounded to half precision.
     wanted = gradient(expected["total"], same).to(dtype)
     assert_gradients_close(result, wanted, torch.finfo(dtype).eps)
 

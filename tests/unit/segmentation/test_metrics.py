@@ -119,7 +119,7 @@ def test_metrics_accept_narrow_dtypes_and_an_ignore_index(batches, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(32, 40), (37, 51), (8, 10), (5, 7)])
 def test_predictions_match_upsampled_fp32_logits(monkeypatch, layout, dtype, size):
-    """The ratio and the number of rows upsampled at once make no difference."""
+    """The result depends neither on the upsampling ratio nor on the rows upsampled at once."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, CLASSES, 8, 10, generator=generator).to(dtype)
     target = torch.randint(0, CLASSES, (2, *size), generator=generator)
@@ -140,7 +140,7 @@ def test_lowest_class_index_is_predicted_for_equal_logits():
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, rows):
     monkeypatch.setattr(views, "CPU_ROWS", rows)
-    batches[0][1][0] = -1  # batches with unequal numbers of labels
+    batches[0][1][0] = -1  # the batches have unequal numbers of labels
     metric = CrossEntropy()
     for logits, target in batches:
         metric.update(logits, target)
@@ -173,12 +173,12 @@ def test_metrics_allocate_no_tensor_of_the_upsampled_size(metric):
     logits, target = torch.randn(2, 150, 32, 32), torch.zeros(2, 256, 256, dtype=torch.int64)
     full = upsample(logits, target)
     assert largest_allocation(lambda: metric.update(logits, target)) < full.nbytes / 4
-    # The profiler does see a tensor of full size.
+    # The profiler would see a tensor of the upsampled size.
     assert largest_allocation(lambda: upsample(logits, target)) >= full.nbytes
 
 
 def test_metrics_are_summed_over_ranks_once(batches):
-    """The second rank counted twice as many pixels as this rank."""
+    """The simulated second rank counts twice as many pixels as the first."""
     metric = MIoU(CLASSES)
     gathered = []
 
@@ -199,7 +199,7 @@ def test_metrics_are_summed_over_ranks_once(batches):
 
 
 def test_total_confusion_matrix_is_from_the_last_evaluation(batches):
-    metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies a model's metrics like this
+    metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies metrics like this
     metric.update(*batches[0])
     first = metric.compute()
     total = metric.total_matrix
