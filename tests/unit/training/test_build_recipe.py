@@ -53,7 +53,7 @@ class Progress:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recipe", "factors"),  # factors at batches 0, 10, 50 and 100 of 100
+    ("schedule", "recipe", "factors"),  # learning rate factors at batches 0, 10, 50 and 100 of 100
     [
         ({}, None, [1, (1 + math.cos(0.1 * math.pi)) / 2, 0.5, 0]),
         ({}, "mild", [1, 1, 1, 1]),
@@ -153,7 +153,7 @@ def test_resumed_schedule_continues_from_the_completed_epochs(
     state.timestamp = state.timestamp.to_next_batch(samples=batch_size)
     actual.append(schedule(cast(State, state)))
     assert actual == pytest.approx(factors)
-    # Composer sets the learning rate of a step after the batch before it.
+    # Composer sets the learning rate of a step at the end of the previous batch.
     assert schedule.before_last_batch(cast(State, state)) == pytest.approx(factors[0])
 
 

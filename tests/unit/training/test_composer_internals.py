@@ -31,12 +31,12 @@ FILES = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if path not in HERE
 ]
-# Composer documents these modules' names under other modules.
+# Names in these modules are private, because Composer documents them elsewhere.
 PRIVATE_MODULES = ("composer.algorithms.ema.ema",)
 
 
 def private_names(source: str) -> list[str]:
-    """Return the private names of Composer, Streaming and trainers that a file uses."""
+    """Return the private names of Composer, Streaming and the trainer in Python source."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -160,7 +160,7 @@ def test_equal_label_settings_of_both_datasets_are_accepted(
         pytest.param({"save_folder": "runs/x"}, True, id="save_folder without autoresume"),
         pytest.param({"load_path": __file__}, False, id="load_path"),
         pytest.param({"autoresume": True, "save_folder": "runs/x"}, False, id="autoresume"),
-        pytest.param({"is_train": True}, False, id="training"),
+        pytest.param({"is_train": True}, False, id="training run"),
     ],
 )
 def test_evaluation_without_a_checkpoint_is_rejected(

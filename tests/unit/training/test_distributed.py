@@ -69,7 +69,7 @@ def test_full_dev_shm_is_distinguished_from_other_errors(
     assert (known is None) is (line is None)
     if line is not None:
         assert str(known).startswith(line)
-        assert isinstance(known, Lost) is line.startswith("a loader")  # Lost is retried
+        assert isinstance(known, Lost) is line.startswith("a loader")  # a lost process is retried
 
 
 def train(turns: CoreTurns, name: str, steps: list[str]) -> None:

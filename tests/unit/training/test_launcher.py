@@ -17,7 +17,7 @@ from training import launcher
 
 @pytest.fixture
 def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that sets the environment of one process in an attempt of torchrun."""
+    """Return a function that sets the environment of one process in a torchrun attempt."""
 
     def change(number: int, local_rank: int, rank: int | None = None) -> None:
         folder = tmp_path / f"attempt_{number}" / str(local_rank)

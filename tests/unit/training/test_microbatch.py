@@ -28,7 +28,7 @@ def test_operation_count_matches_pytorch(network: torch.nn.Module, footprint: Fo
 def test_untraceable_network_falls_back_to_automatic_microbatching(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The setting `auto` then starts like Composer's automatic micro-batching."""
+    """The setting `auto` then works like Composer's automatic micro-batching."""
 
     class Thresholds(torch.nn.Conv2d):
         def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Point:
-    """A problem with two weights and the loss |w|^2 / 2 * factor, for SAM without a trainer."""
+    """A toy problem with two weights and the loss |w|^2 / 2 * factor, without a trainer."""
 
     def __init__(self, sam, batch=0, factor=1.0):
         self.weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -41,7 +41,7 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     assert point.optimizer.step(point.closure) == 12.5
     assert point.calls == [{"ddp_sync": False}, {"loss_dict": {}}]
     torch.testing.assert_close(point.seen[1], torch.tensor([3.6, 4.8]))  # rho = 1 along (3, 4) / 5
-    # The step goes half the gradient at (3.6, 4.8) from the original weights.
+    # The step subtracts half the gradient at (3.6, 4.8) from the original weights.
     torch.testing.assert_close(point.weight.detach(), torch.tensor([1.2, 1.6]))
 
 

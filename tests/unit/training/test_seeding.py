@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def draws(seeding, passes=2, batch=7, samples=4, size=2, before=0):
-    """Return a batch's random numbers: a (passes, micro-batches) list of (torch, numpy) pairs."""
+    """Return pairs of a torch and a NumPy random number for each pass and micro-batch."""
     timestamp = types.SimpleNamespace(batch=types.SimpleNamespace(value=batch))
     state = types.SimpleNamespace(
         batch=(torch.zeros(samples), None), device_train_microbatch_size=size, timestamp=timestamp

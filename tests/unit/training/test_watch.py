@@ -86,7 +86,7 @@ def test_silent_peer_is_reported_as_a_lost_machine(three: list[Watch]) -> None:
 
 
 def test_watch_ignores_store_keys_of_an_earlier_attempt(exits: list[int]) -> None:
-    """torchrun keeps one store for all attempts, with the port and keys of earlier attempts."""
+    """torchrun's store keeps the port and keys that earlier attempts of the run have set."""
     store = torch_dist.HashStore()
     with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor(2) as threads:
         closed = socket.create_server(("127.0.0.1", 0))

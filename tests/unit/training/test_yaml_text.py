@@ -119,7 +119,8 @@ def test_paths_are_resolved_against_working_directory_home_and_yaml(
 def test_shipped_yamls_work_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
-    if path.name in ("mcloud_run.yaml", "own.yaml"):  # a job's YAML, and a YAML with a user's path
+    # mcloud_run.yaml is a job file, and own.yaml needs a path from the user.
+    if path.name in ("mcloud_run.yaml", "own.yaml"):
         return
     monkeypatch.chdir(tmp_path)
     config = resolve(load(str(path), []), with_data=False)
