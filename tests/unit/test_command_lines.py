@@ -29,7 +29,7 @@ COMMANDS += ["convert_ade20k", "convert_dataset", "download_ade20k"]
             8,
             8,
             {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"},
-            id="settings of the user",
+            id="user settings",
         ),
     ],
 )
@@ -50,7 +50,7 @@ def test_cores_are_divided_among_ranks(
 @pytest.mark.parametrize(
     ("quota", "cores"),
     [
-        pytest.param("max 100000", 4, id="no limit"),
+        pytest.param("max 100000", 4, id="no quota"),
         pytest.param("200000 100000", 2, id="two cores"),
         pytest.param("150000 100000", 2, id="one and a half cores"),
         pytest.param("10000 100000", 1, id="a tenth of a core"),

@@ -38,7 +38,7 @@ def test_written_shards_contain_the_original_files(synthetic, out):
 
 
 def test_unmodified_streaming_library_reads_the_shards(synthetic, out):
-    """Streaming's own reader finds the columns of Streaming's own converter."""
+    """Streaming's reader finds the same columns as in shards of Streaming's converter."""
     write(synthetic, out)
     samples = list_samples(synthetic, "val")
     shards = streaming.StreamingDataset(

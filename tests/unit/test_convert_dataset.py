@@ -68,7 +68,7 @@ def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: P
         ("road", (16, 23), 30, lambda u, v: (abs(u) < 12) & (abs(v) < 3)),
         ("car", (48, 24), -30, lambda u, v: (u / 12) ** 2 + (v / 4) ** 2 < 1),
     ):
-        along = np.exp(1j * np.radians(degrees))  # the direction of the first axis; y points down
+        along = np.exp(1j * np.radians(degrees))  # first axis of the shape; y points down
         at = (x - middle[0] + 1j * (y - middle[1])) / along
         expected = inside(at.real, at.imag)
         wrong = (drawn == names.index(name)) != expected
@@ -136,7 +136,7 @@ def test_invalid_source_gives_a_one_line_error(
     check_error(coco, "out already exists; delete it, or use a different --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and 1.jpg"), ("categories", "road and car")):
-        content = json.loads(coco.read_text())  # files merged without new ids have equal ids
+        content = json.loads(coco.read_text())  # merged files may have duplicate ids
         content[key][1]["id"] = content[key][0]["id"]
         (tmp_path / "twice.json").write_text(json.dumps(content))
         check_error(tmp_path / "twice.json", f"{names} have the same id {content[key][0]['id']}")

@@ -200,7 +200,7 @@ def test_download_continues_after_lost_connections(server, archive, path, waits)
     assert contents(path) == FILES
     assert server.requests == [None] + ["bytes=100000-"] * 4 + ["bytes=300000-"] * 2
     assert server.sent == len(archive)  # no byte is sent twice
-    assert waits == [1, 2, 4, 8, 1, 2]  # waits grow until data arrives, then restart at 1 s
+    assert waits == [1, 2, 4, 8, 1, 2]  # waits double until data arrives, then restart at 1 s
 
 
 def test_failed_download_keeps_its_partial_file(server, archive, path, waits, capsys):
@@ -349,7 +349,7 @@ def test_malicious_archive_is_rejected_completely(tmp_path, archive, info, reaso
 
 
 def test_archive_with_false_sizes_is_rejected(tmp_path):
-    """The directory states 10 bytes for a million bytes of data; at most 10 bytes are written."""
+    """The zip directory states 10 bytes for a million bytes, so at most 10 bytes are written."""
     file = tmp_path / "liar.zip"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr(f"{FOLDER}/bomb", bytes(1_000_000))
