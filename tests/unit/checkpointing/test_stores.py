@@ -31,7 +31,7 @@ NAMES = [f"ep0-ba{batch}-rank0.pt" for batch in (12, 10, 8, 6, 4)]
         ),
     ],
 )
-def test_pruning_removes_only_old_checkpoints_of_the_run(
+def test_pruning_removes_only_old_checkpoints_of_the_same_run(
     newest: int, keep: int, best: str | None, own: list[str], removed: list[str]
 ) -> None:
     assert outdated(NAMES, NAMES[newest], keep, best, own) == removed
