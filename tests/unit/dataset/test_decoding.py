@@ -269,7 +269,7 @@ def encode_wide(kind: str, labels: np.ndarray) -> bytes:
 
 
 def grey_with_alpha(labels: np.ndarray) -> bytes:
-    """Encode a PNG of 16-bit grey and alpha, which neither Pillow nor OpenCV can write."""
+    """Encode a 16-bit grey PNG with alpha, which neither Pillow nor OpenCV can write."""
     height, width = labels.shape
     pixels = np.stack([labels, np.full_like(labels, 65535)], -1).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)

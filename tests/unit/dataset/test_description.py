@@ -57,7 +57,7 @@ def test_every_folder_layout_gives_the_same_batches_as_ade20k(
     assert batches(root, split, description=description) == expected
 
 
-def test_description_sets_classes_colours_and_paths_of_the_config(
+def test_dataset_description_sets_classes_colours_and_paths(
     laid_out: dict[str, Path],
 ) -> None:
     config = resolve(tiny_run(str(laid_out["colors"])))
@@ -189,13 +189,15 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_invalid_description_gives_a_one_line_error(raw: dict[str, Any], reason: str) -> None:
+def test_invalid_dataset_description_gives_a_one_line_error(
+    raw: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ConfigError, match=reason) as error:
         parse_description(raw, "my.yaml")
     assert str(error.value).startswith("my.yaml: ") and "\n" not in str(error.value)
 
 
-def test_invalid_description_file_is_rejected(tmp_path: Path) -> None:
+def test_invalid_dataset_description_file_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     for text, reason in [
         ("- a", "must be a mapping"),
@@ -212,7 +214,7 @@ def test_invalid_description_file_is_rejected(tmp_path: Path) -> None:
         open_description(str(file))
 
 
-def test_config_that_conflicts_with_the_description_is_rejected(
+def test_config_conflicting_with_the_dataset_description_is_rejected(
     laid_out: dict[str, Path], tmp_path: Path
 ) -> None:
     file = str(laid_out["folders"])
@@ -227,7 +229,7 @@ def test_config_that_conflicts_with_the_description_is_rejected(
             resolve({**tiny_run(file), **change})
 
 
-def test_description_round_trips_through_yaml() -> None:
+def test_dataset_description_round_trips_through_yaml() -> None:
     described = describe_labels(parse_description(GOOD).classes)
     assert yaml.safe_load(as_yaml({**GOOD, **described})) == {**GOOD, **described}
 

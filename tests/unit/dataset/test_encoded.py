@@ -39,7 +39,7 @@ def test_custom_transforms_can_follow_the_built_in_transforms(folder: str) -> No
     assert target.dtype == torch.int64
 
 
-def test_dataset_works_with_a_plain_dataloader(folder: str) -> None:
+def test_dataset_works_with_a_plain_pytorch_dataloader(folder: str) -> None:
     transforms = build_ade20k_transformations("train", 32, final_size=32)
     loader = DataLoader(ADE20k(folder, "train", *transforms), batch_size=4, shuffle=True)
     image, target = next(iter(loader))

@@ -40,7 +40,7 @@ def test_samples_are_found_whatever_their_file_names(
     assert "alone.png" in caplog.text
 
 
-def test_inner_ade20k_folder_is_searched(tmp_path: Path) -> None:
+def test_dataset_is_found_in_the_inner_ade20k_folder(tmp_path: Path) -> None:
     make_data(tmp_path / "ADEChallengeData2016", 2, 1)
     assert len(list_samples(str(tmp_path), "train")) == 2
     assert len(list_samples(str(tmp_path / "ADEChallengeData2016"), "val")) == 1

@@ -60,7 +60,7 @@ def test_each_epoch_shuffles_the_samples_independently() -> None:
 
 
 def test_incomplete_batches_are_divided_among_ranks(folder: str) -> None:
-    dataset = build(folder).dataloader.dataset  # the dataset has 22 samples
+    dataset = build(folder).dataloader.dataset  # a dataset of 22 samples
     options = dict(shuffle=False, drop_last=False, num_replicas=4)
     parts = [EpochSampler(dataset, 2, rank=rank, **options) for rank in range(4)]
     seen = [[index for _, index, _ in part] for part in parts]
