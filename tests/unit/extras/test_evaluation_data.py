@@ -46,7 +46,7 @@ def test_label_0_must_mean_the_same_as_in_training(
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    """Return the default command-line options with some changes."""
+    """Return the default command-line options with the given changes."""
     names = ("config", "data", "path", "local", "ignore_background")
     return argparse.Namespace(**{**dict.fromkeys(names), "batch_size": 8, **changes})
 

@@ -25,7 +25,7 @@ def test_each_input_image_gets_a_unique_output_name(tmp_path: Path, photo: np.nd
 
 
 def test_videos_and_images_get_distinct_output_names(tmp_path: Path):
-    """The masks of a video's frames go to a folder, which may have the name of an image folder."""
+    """A video's frame masks go to a folder that could otherwise clash with a folder of images."""
     names = ("drive/000001.jpg", "drive.mp4", "Yard.jpg", "yard.png", "b.mov", "b/c/d.png")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,9 @@ def test_every_image_gets_its_own_prediction(tmp_path: Path, device: str) -> Non
     assert (max(model.batches) == 1) is (device == "cpu")
 
 
-def test_files_are_written_in_the_order_of_the_images(tmp_path: Path, monkeypatch: Any) -> None:
+def test_output_files_are_written_in_the_order_of_the_images(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     written = []
 
     def record(path: str, content: bytes) -> None:
@@ -86,7 +88,7 @@ def test_invalid_image_is_skipped_without_changing_the_order(tmp_path: Path, cap
     ]
 
 
-def test_first_output_error_stops_the_pipeline(tmp_path: Path, monkeypatch: Any) -> None:
+def test_first_write_error_stops_the_prediction_pipeline(tmp_path: Path, monkeypatch: Any) -> None:
     written = []
 
     def fail_at_third(path: str, content: bytes) -> None:
@@ -104,7 +106,7 @@ def test_first_output_error_stops_the_pipeline(tmp_path: Path, monkeypatch: Any)
 
 
 @pytest.mark.parametrize(("limit", "most"), [(1, 2), (2**28, 100)])
-def test_number_of_images_in_memory_is_limited(
+def test_pipeline_limits_the_number_of_images_in_memory(
     tmp_path: Path, monkeypatch: Any, limit: int, most: int
 ) -> None:
     monkeypatch.setattr(prediction_pipeline, "MAX_BYTES", limit)

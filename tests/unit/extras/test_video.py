@@ -73,7 +73,7 @@ def test_video_rotation_is_applied(tmp_path: Path) -> None:
     assert np.abs(frame.photo.astype(int) - clockwise).mean() < 4
 
 
-def test_colours_and_legend_do_not_change_between_frames() -> None:
+def test_video_colours_and_legend_do_not_change_between_frames() -> None:
     classes = [
         ClassInfo(name, color)
         for name, color in zip("abc", [(200, 0, 0), (0, 200, 0), (0, 0, 200)])
@@ -100,7 +100,7 @@ def test_camera_returns_its_newest_frame() -> None:
     )
     with camera(scenes(40), 20) as address, ends:
         for frame in Camera(address):
-            time.sleep(0.25)  # the time of five frames
+            time.sleep(0.25)  # five frames arrive in this time
             numbers.append(frame.number)
             times.append(float(frame.time))
     assert len(numbers) < 20 and min(np.diff(numbers)) > 0 and max(np.diff(numbers)) > 2

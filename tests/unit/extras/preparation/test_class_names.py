@@ -62,7 +62,7 @@ def test_colours_of_the_same_class_name_become_one_class(tmp_path: Path) -> None
     assert "# No mask has pond." in text
 
 
-def test_void_class_of_a_table_is_ignored(tmp_path: Path) -> None:
+def test_void_class_in_a_class_table_is_ignored(tmp_path: Path) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     (tmp_path / "_classes.csv").write_text("Pixel Value, Class\n0, Void\n1, road\n2, tree\n")
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)

@@ -67,7 +67,7 @@ def test_damaged_shards_are_detected_and_rewritten(path, out, monkeypatch):
     check_shards(path, StreamingADE20k(None, str(out), "train"), "train")
 
 
-def test_files_of_other_programs_are_kept(path, out, monkeypatch):
+def test_converter_keeps_files_of_other_programs(path, out, monkeypatch):
     """Shards without the converter's note, and unknown files, belong to another program."""
     (out / "train").mkdir(parents=True)
     shard = out / "train/shard.00000.mds"
