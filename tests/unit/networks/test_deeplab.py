@@ -19,7 +19,9 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("use_plus", "upsample", "side"), [(True, True, 64), (True, False, 16), (False, False, 8)]
 )
-def test_logits_have_the_strides_of_the_paper(use_plus: bool, upsample: bool, side: int) -> None:
+def test_logits_have_the_strides_of_the_deeplab_paper(
+    use_plus: bool, upsample: bool, side: int
+) -> None:
     with torch.device("meta"):
         network = deeplabv3(5, "resnet50", use_plus=use_plus)
         network.upsample = upsample

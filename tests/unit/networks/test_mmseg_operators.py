@@ -158,7 +158,9 @@ def test_installed_mmcv_extension_is_not_replaced(mmcv_folder: Path) -> None:
             "libcudart.so.11.0: cannot open shared object file",
             id="built for another CUDA",
         ),
-        pytest.param(f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged"),
+        pytest.param(
+            f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged file"
+        ),
     ],
 )
 def test_broken_mmcv_extension_gives_a_one_line_warning(
