@@ -51,7 +51,7 @@ def configuration_page() -> str:
 
 
 def test_configuration_page_matches_the_schema() -> None:
-    """To regenerate it: python -c "from tests.unit.repository import test_docs as t; t.write()"."""
+    """Regenerate with: python -c "from tests.unit.repository import test_docs as t; t.write()"."""
     assert (ROOT / "docs/configuration.md").read_text() == configuration_page()
 
 
