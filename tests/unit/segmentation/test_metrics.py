@@ -204,16 +204,15 @@ def test_total_confusion_matrix_is_from_the_last_evaluation(batches):
     first = metric.compute()
     total = metric.total_matrix
     metric.update(*batches[1])
-    assert torch.equal(
-        total, confusion_matrix(*batches[0], CLASSES)
-    )  # later batches do not change it
+    # Later batches do not change the total matrix.
+    assert torch.equal(total, confusion_matrix(*batches[0], CLASSES))
     metric.reset()
     metric.update(*batches[1])
     assert metric.compute() != first  # the value is not cached
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
 
 
-def test_confused_pairs_match_values_computed_by_hand():
+def test_confused_class_pairs_match_values_computed_by_hand():
     matrix = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 1, 0]])
     assert confused_pairs(matrix, 2) == [(1, 0, 5, 50.0), (0, 1, 2, 20.0)]
     assert confused_pairs(matrix, 9)[2:] == [(2, 1, 1, 100.0)]
