@@ -41,7 +41,7 @@ def test_each_recipe_has_the_expected_algorithms_and_schedule(
 
 
 class Progress:
-    """A training state with ten epochs of ten batches, reduced to what schedules read."""
+    """A training state of ten epochs of ten batches, with only the attributes schedules read."""
 
     def __init__(self, batch: int):
         self.timestamp = Timestamp(batch=batch, epoch=batch // 10, batch_in_epoch=batch % 10)

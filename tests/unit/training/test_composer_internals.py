@@ -67,7 +67,7 @@ def test_private_composer_names_are_used_in_one_module_only() -> None:
         ("trainer._train_data_spec", "trainer._train_data_spec"),
     ],
 )
-def test_private_name_is_detected(source: str, name: str) -> None:
+def test_use_of_a_private_name_is_detected(source: str, name: str) -> None:
     (found,) = private_names(source)
     assert found.startswith(name)
 

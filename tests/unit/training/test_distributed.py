@@ -53,7 +53,7 @@ KILLED = "DataLoader worker (pid 5) is killed by signal: Killed."
         pytest.param(OSError(28, "No space left"), 64, 0, "/dev/shm is full", id="semaphore"),
         pytest.param(OSError(28, "No space left"), 64, 9, None, id="full disk"),
         pytest.param(OSError(28, "No space left", "a.pt"), 64, 0, None, id="full disk, named file"),
-        pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="other error"),
+        pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="unrelated error"),
     ],
 )
 def test_full_dev_shm_is_distinguished_from_other_errors(
@@ -134,7 +134,7 @@ def test_run_that_waits_too_long_for_its_turn_continues(tmp_path: Path, caplog) 
     [
         pytest.param(False, 1, 2, 2, "", True, id="all cores"),
         pytest.param(False, 1, 1, 2, "", False, id="half of the cores"),
-        pytest.param(False, 1, 1, 1, "", True, id="only core"),
+        pytest.param(False, 1, 1, 1, "", True, id="machine with one core"),
         pytest.param(False, 2, 2, 2, "", False, id="two ranks"),
         pytest.param(True, 1, 2, 2, "", False, id="GPU"),
         pytest.param(False, 1, 2, 2, "missing", False, id="no temporary folder"),

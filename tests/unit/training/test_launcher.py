@@ -83,5 +83,5 @@ def test_restarted_run_with_an_uneven_batch_waits_for_another_node(
         attempt(number, 0, rank)
         launcher.wait_for_nodes(error)
         launcher.wait_for_nodes(ConfigError("unknown key"))
-    assert waited == ["0", "1", "0"]  # no wait in the first attempt
+    assert waited == ["0", "1", "0"]  # the first attempt does not wait
     assert capsys.readouterr().out == f"waiting for another node: {error}\n" * 2

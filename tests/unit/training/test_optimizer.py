@@ -84,7 +84,7 @@ class Network(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["sgdw", "adamw"])
-def test_parameter_groups_follow_the_config(name):
+def test_optimizer_parameter_groups_follow_the_config(name):
     network = Network()
     weights = dict(network.named_parameters())
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1)
@@ -114,7 +114,7 @@ def test_parameter_groups_follow_the_config(name):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(weights)
     if name == "adamw":
         assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
-    config.no_decay = ["bias"]  # the bias of a norm layer counts as norm
+    config.no_decay = ["bias"]  # biases of norm layers count as norm
     decays = [group["weight_decay"] for group in build_optimizer(config, network).param_groups]
     assert decays == [0.1, 0.0, 0.1, 0.0]
 

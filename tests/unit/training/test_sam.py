@@ -54,7 +54,7 @@ def test_sam_perturbs_the_weights_once_per_interval(batch, climbs):
     assert point.calls == ([{"ddp_sync": False}, {"loss_dict": {}}] if climbs else [{}])
 
 
-def test_sam_steps_at_zero_loss():
+def test_sam_takes_a_step_even_at_zero_loss():
     point = Point(SAM(rho=1.0))
     point.optimizer.step(lambda **kwargs: 0 * point.closure(**kwargs))
     torch.testing.assert_close(point.weight.detach(), torch.tensor([1.2, 1.6]))

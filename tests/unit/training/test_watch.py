@@ -48,7 +48,7 @@ def test_surviving_loader_process_does_not_hide_a_lost_rank(three: list[Watch]) 
         os._exit(0)
     try:
         (connection,) = three[1]._peers
-        connection.close()  # the kernel does this for a killed process
+        connection.close()  # the kernel does this when it kills a process
         assert "ended without a message" in causes(three[:1])[0][0]
     finally:
         os.kill(loader, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_watch_ignores_store_keys_of_an_earlier_attempt(exits: list[int]) -> Non
         member.close(0)
 
 
-def test_error_of_all_processes_is_printed_once_per_node(
+def test_error_raised_by_all_processes_is_printed_once_per_node(
     three: list[Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [peer.is_first_to_say("no weights: a") for peer in three] == [True, False, False]

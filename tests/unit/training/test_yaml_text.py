@@ -85,7 +85,7 @@ def test_ambiguous_yaml_number_is_rejected(tmp_path: Path, line: str) -> None:
     ("text", "value"),
     [("1e-3", 1e-3), ("0.010", 0.01), ("1E-3", 1e-3), ("5.0e-2", 0.05), ("0.5", 0.5)],
 )
-def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
+def test_valid_yaml_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
     assert config_with(tmp_path, f"optimizer: {{lr: {text}}}", []).optimizer.lr == value
     assert config_with(tmp_path, "seed: 0", [f"optimizer.lr={text}"]).optimizer.lr == value
     assert config_with(tmp_path, "run_name:\nseed: 0", []).run_name is None
