@@ -30,7 +30,7 @@ def test_written_shards_contain_the_original_files(synthetic, out):
     assert write(synthetic, out) == {"train": 16, "val": 6}
     for split in ("train", "val"):
         check_shards(synthetic, StreamingADE20k(None, str(out), split), split)
-    assert sorted(os.listdir(out)) == ["train", "val"]  # no notes, locks or temporary files
+    assert sorted(os.listdir(out)) == ["train", "val"]  # notes, locks and temporary files are gone
     index = json.loads((out / "val/index.json").read_text())
     names = {entry["raw_data"]["basename"] for entry in index["shards"]}
     assert {*os.listdir(out / "val")} >= {"index.json", "shard.00000.mds", "shard.00001.mds"}
@@ -152,7 +152,7 @@ def test_full_disk_gives_a_one_line_error(path, out, capsys):
 
 
 def test_input_description_is_not_overwritten(tmp_path, capsys):
-    """Here the description written beside the shards would replace the input description."""
+    """The description beside the new shards would otherwise replace the input description."""
     file = tmp_path / "description.yaml"
     text = "root: .\ntrain: {images: a, masks: b}\nval: {fraction: 0.2}\n"
     file.write_text(text + "classes: {x: {labels: [1]}, y: {labels: [2]}}\nignore: [0]\n")

@@ -76,7 +76,7 @@ def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: P
 
 
 def test_image_is_found_by_its_full_file_name(photos: Path, tmp_path: Path) -> None:
-    """Files that add an extension to the image's name are ignored."""
+    """A file whose name adds an extension to the image's file name is ignored."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     for image in photos.iterdir():

@@ -122,7 +122,7 @@ def test_permissions_and_symlinks_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "hard").read_bytes() == b"before"
 
 
-def test_pipe_receives_the_complete_data(tmp_path: Path) -> None:
+def test_named_pipe_receives_the_complete_data(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_file(tmp_path / "pipe", b"data")
@@ -138,7 +138,7 @@ def test_pipe_receives_the_complete_data(tmp_path: Path) -> None:
     [
         pytest.param("file/out.txt", "cannot write {}, because of .*file: ", id="file as folder"),
         pytest.param("folder", "cannot write {}: Is a directory", id="folder"),
-        pytest.param("x" * 300, "cannot write {}: File name too long", id="long name"),
+        pytest.param("x" * 300, "cannot write {}: File name too long", id="too long name"),
     ],
 )
 def test_invalid_output_path_is_a_user_error(tmp_path: Path, name: str, reason: str) -> None:
@@ -164,7 +164,7 @@ def test_error_about_an_input_names_the_input_path(tmp_path: Path) -> None:
             ["b", "deep/../c"],
             ["a", "c"],
             "would be overwritten, but it is an input",
-            id="input",
+            id="input as output",
         ),
         pytest.param(
             ["link"], ["c"], "would be overwritten, but it is an input", id="link to an input"

@@ -144,7 +144,7 @@ def test_device_transform_normalises_and_makes_class_indices() -> None:
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(image[:, :, 4:], (raw[:, :, 4:] - mean) / std, atol=1e-5)
     assert (image[:, :, :4] == 0).all()
-    assert (image[:, :, 5] != 0).any()  # ignored, but not black
+    assert (image[:, :, 5] != 0).any()  # ignored pixels are not black
     assert target.dtype == torch.int64
     expected = labels.long() - 1
     expected[:, :4] = expected[:, 5] = -1
@@ -174,10 +174,12 @@ def test_colour_jitter_of_a_sample_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize(
     ("labels", "values", "share", "draws"),
     [
-        pytest.param(Labels(2, ignore_background=False), (0, 1), 0.75, 1, id="0 is a class"),
-        pytest.param(Labels(2), (1, 2), 0.75, 1, id="0 is ignored and absent"),
-        pytest.param(Labels(2), (0, 1), 0.75, 11, id="0 is ignored, one class remains"),
-        pytest.param(Labels(3, ignore_background=False), (0, 0), 0.75, 11, id="0 fills the crop"),
+        pytest.param(Labels(2, ignore_background=False), (0, 1), 0.75, 1, id="label 0 is a class"),
+        pytest.param(Labels(2), (1, 2), 0.75, 1, id="label 0 is ignored and absent"),
+        pytest.param(Labels(2), (0, 1), 0.75, 11, id="label 0 is ignored, one class remains"),
+        pytest.param(
+            Labels(3, ignore_background=False), (0, 0), 0.75, 11, id="label 0 fills the crop"
+        ),
         pytest.param(Labels(2), (0, 0), 0.75, 11, id="no label"),
         pytest.param(Labels(2), (0, 0), 1.0, 1, id="maximum share 1, no label"),
         pytest.param(Labels(2), (1, 1), 1.0, 1, id="maximum share 1"),
