@@ -48,7 +48,7 @@ def test_surviving_loader_process_does_not_hide_a_lost_rank(three: list[Watch]) 
         os._exit(0)
     try:
         (connection,) = three[1]._peers
-        connection.close()  # the kernel does this when it kills a process
+        connection.close()  # the kernel closes a killed process's connections
         assert "ended without a message" in causes(three[:1])[0][0]
     finally:
         os.kill(loader, signal.SIGKILL)
